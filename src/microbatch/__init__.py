@@ -1,0 +1,64 @@
+"""Exact gradient accumulation for PyTorch.
+
+Ask for the batch you want: it runs in the memory you have, and the gradient is the large batch's gradient.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from microbatch.batch.cut import cut
+    from microbatch.batch.tree import Rows, Whole
+    from microbatch.errors import MicrobatchError
+    from microbatch.loss.loss import Loss
+    from microbatch.memory.meter import MemoryMeter
+    from microbatch.step.accumulator import Accumulator
+    from microbatch.step.events import MicrobatchDone, StepDone
+    from microbatch.step.record import Step
+    from microbatch.step.window import Window
+    from microbatch.train.job import Job
+
+__all__ = [
+    "Accumulator",
+    "Job",
+    "Loss",
+    "MemoryMeter",
+    "MicrobatchDone",
+    "MicrobatchError",
+    "Rows",
+    "Step",
+    "StepDone",
+    "Whole",
+    "Window",
+    "cut",
+]
+
+__version__ = "0.1.0"
+
+# Names are imported when they are first used: `microbatch --help` has no need of torch.
+_HOMES = {
+    "Accumulator": "step.accumulator",
+    "Job": "train.job",
+    "Loss": "loss.loss",
+    "MemoryMeter": "memory.meter",
+    "MicrobatchDone": "step.events",
+    "MicrobatchError": "errors",
+    "Rows": "batch.tree",
+    "Step": "step.record",
+    "StepDone": "step.events",
+    "Whole": "batch.tree",
+    "Window": "step.window",
+    "cut": "batch.cut",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'microbatch' has no attribute {name!r}")
+    value = getattr(import_module(f"microbatch.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

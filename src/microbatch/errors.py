@@ -1,0 +1,134 @@
+"""Every exception of the library.
+
+::
+
+    MicrobatchError
+    ├── ConfigError             (ValueError)    an argument or a setting that cannot work
+    ├── BatchError              (ValueError)    the batch cannot be cut
+    │   ├── EmptyBatchError                     it has no rows
+    │   └── RowsDisagreeError                   its tensors have different numbers of rows
+    ├── LossError               (ValueError)    what the loss function returned cannot be used
+    │   ├── LossShapeError                      not a 0-d tensor
+    │   ├── NoGraphError                        nothing to differentiate
+    │   ├── CountError                          a count that is negative, NaN, or not what was declared
+    │   ├── MissingCountError                   a denominator that nobody gave
+    │   └── UnknownTermError                    a term that the window does not have
+    ├── WindowError             (RuntimeError)  the window was used in the wrong order
+    │   ├── WindowClosedError                   used before it was opened or after it was closed
+    │   ├── WindowOpenError                     another window, or the optimizer, was called inside it
+    │   ├── GradientsTouchedError               something else wrote to the gradients inside it
+    │   └── EmptyWindowError                    nothing contributed, so there is no mean to minimise
+    ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
+    ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget was passed
+    ├── RankError               (RuntimeError)  another rank failed, or the ranks disagree
+    ├── DataError               (ValueError)    data that cannot be read or trained on
+    ├── CheckpointError         (RuntimeError)  a checkpoint that is missing, damaged or of another run
+    └── MissingDependencyError  (ImportError)   an optional package that is not installed
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class MicrobatchError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(MicrobatchError, ValueError):
+    """An argument or a setting that cannot work."""
+
+
+class BatchError(MicrobatchError, ValueError):
+    """The batch cannot be cut into microbatches."""
+
+
+class EmptyBatchError(BatchError):
+    """The batch has no rows, so there is nothing to learn from."""
+
+
+class RowsDisagreeError(BatchError):
+    """The tensors of one batch have different numbers of rows."""
+
+
+class LossError(MicrobatchError, ValueError):
+    """What the loss function returned cannot be used."""
+
+
+class LossShapeError(LossError):
+    """The loss is not a 0-d floating-point tensor."""
+
+
+class NoGraphError(LossError):
+    """The loss is not attached to a graph, so it has no gradient."""
+
+
+class CountError(LossError):
+    """A count is negative, not finite, or not the one that was declared."""
+
+
+class MissingCountError(LossError):
+    """The number of samples or targets behind a loss is not known, and is never guessed."""
+
+
+class UnknownTermError(LossError):
+    """A microbatch returned a term that its window does not have."""
+
+
+class WindowError(MicrobatchError, RuntimeError):
+    """The window was used in the wrong order."""
+
+
+class WindowClosedError(WindowError):
+    """The window was used before it was opened or after it was closed."""
+
+
+class WindowOpenError(WindowError):
+    """A second window, or the optimizer, was called inside an open window."""
+
+
+class GradientsTouchedError(WindowError):
+    """Something other than the window wrote to the gradients while it was open."""
+
+
+class EmptyWindowError(WindowError):
+    """Nothing contributed to the window, so its mean does not exist."""
+
+
+class NonfiniteError(MicrobatchError, ArithmeticError):
+    """The loss or the gradient of a window is infinite or NaN.
+
+    Attributes:
+        microbatch: Index, from 0, of the first microbatch at fault, or `None` if it could not be told.
+        parameter: Name of the first parameter at fault, or `None` if every gradient is finite.
+    """
+
+    def __init__(self, *, microbatch: int | None = None, parameter: str | None = None) -> None:
+        what = "the loss" if parameter is None else f"the gradient of {parameter!r}"
+        where = "a microbatch" if microbatch is None else f"microbatch {microbatch}"
+        super().__init__(
+            f"{what} became infinite or NaN in {where} of this window; weights, gradients, random state and buffers "
+            'are as before it; pass nonfinite="skip" to drop such windows and go on'
+        )
+        self.microbatch = microbatch
+        self.parameter = parameter
+
+
+class OutOfMemoryError(MicrobatchError, torch.OutOfMemoryError):
+    """An allocation passed the memory budget."""
+
+
+class RankError(MicrobatchError, RuntimeError):
+    """Another rank failed inside the window, or the ranks do not agree about it."""
+
+
+class DataError(MicrobatchError, ValueError):
+    """Data cannot be read or trained on."""
+
+
+class CheckpointError(MicrobatchError, RuntimeError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class MissingDependencyError(MicrobatchError, ImportError):
+    """An optional package is needed and is not installed."""

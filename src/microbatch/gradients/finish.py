@@ -1,0 +1,89 @@
+"""Finish the gradient: its norm in one pass, then every factor in one more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from microbatch.gradients.add import Named
+
+
+def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the Euclidean norm of all gradients together; infinite or NaN if any of them is.
+
+    Args:
+        gradients: Any shapes, dtypes and devices; sparse ones must be coalesced.
+        device: Where the result should be.
+
+    Returns:
+        The norm; shape ``()``, 0 for no gradients.
+
+    Cost:
+        Reads every gradient once; no host synchronisation.
+    """
+    if not gradients:
+        return torch.zeros((), device=device)
+    return get_total_norm([_dense(gradient) for gradient in gradients]).to(device)
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """Return what a gradient of norm ``norm`` is multiplied with so that it is at most ``max_norm``.
+
+    Args:
+        norm: Norm of the finished gradient.
+        max_norm: Largest norm wanted, or `None`.
+
+    Returns:
+        At most 1; the same rule as `torch.nn.utils.clip_grad_norm_`.
+
+    Example:
+        >>> round(clip_factor(4.0, 1.0), 4), clip_factor(0.5, 1.0)
+        (0.25, 1.0)
+    """
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def scale_(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply every gradient with one number, in place.
+
+    Args:
+        gradients: Any shapes, dtypes and devices.
+        factor: Normalisation, rank average and clipping folded into one.
+
+    Cost:
+        One pass over the gradients; none for a factor of 1.
+    """
+    if factor == 1.0 or not gradients:
+        return
+    # Private by name, and what torch's own optimizers and clip_grad_norm_ are made of.
+    torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        [_dense(gradient) for gradient in gradients], factor
+    )
+
+
+def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
+    """Name the first parameter whose gradient is infinite or NaN.
+
+    Args:
+        gradients: Parameters with their gradients.
+
+    Returns:
+        Its name, or `None`.
+
+    Cost:
+        Reads gradients back to the host one by one: for the error path only.
+    """
+    for named, gradient in gradients:
+        if not bool(torch.isfinite(_dense(gradient)).all()):
+            return named.name
+    return None
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    # The values of a coalesced gradient are all of it, and alias it.
+    return (
+        gradient._values() if gradient.is_sparse else gradient
+    )  # values() is for sparse tensors known to be coalesced

@@ -1,0 +1,1 @@
+"""What is minimised: a sum, the count it is a sum over, and losses that couple samples."""

@@ -1,0 +1,75 @@
+"""Who else holds a share of the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """The data-parallel ranks, and the few collectives that a step needs of them.
+
+    Attributes:
+        size: Number of ranks; at least 2.
+        index: This rank, from 0.
+        device: Where tensors have to be for these ranks to communicate.
+        calls: Collectives started so far.
+        sent_bytes: Bytes handed to them so far, on this rank.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        """Wrap a process group.
+
+        Args:
+            group: The group, or `None` for the default one.
+            device: Where the model is.
+        """
+        self._group = group
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+        self.device = device
+        self.calls = 0
+        self.sent_bytes = 0
+
+    @classmethod
+    def find(cls, device: torch.device) -> Ranks | None:
+        """Find the ranks of this process, if it is one of several.
+
+        Args:
+            device: Where the model is.
+
+        Returns:
+            The default process group's ranks, or `None` when there is only this process.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return None
+        return cls(None, device)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """Replace a tensor with its sum over all ranks.
+
+        Args:
+            tensor: The same shape and dtype on every rank.
+
+        Cost:
+            One all-reduce.
+        """
+        self.calls += 1
+        self.sent_bytes += tensor.numel() * tensor.element_size()
+        dist.all_reduce(tensor, group=self._group)
+
+    @torch.no_grad()
+    def broadcast_(self, model: nn.Module) -> None:
+        """Give every rank the parameters and buffers of the first.
+
+        Args:
+            model: The same module on every rank.
+
+        Cost:
+            One broadcast a tensor.
+        """
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0, group=self._group)

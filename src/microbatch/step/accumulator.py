@@ -1,0 +1,234 @@
+"""One exact optimizer step from a batch of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from microbatch.batch.cut import check_microbatch_size
+from microbatch.errors import ConfigError, NonfiniteError
+from microbatch.loss.loss import LossLike
+from microbatch.memory.budget import parse_bytes
+from microbatch.step.events import Listener
+from microbatch.step.record import Step
+from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.window import Window
+
+
+class Accumulator:
+    r"""Run an effective batch in microbatches and take one optimizer step with the large batch's gradient.
+
+    The gradient is ``sum_i grad S_i / sum_i c_i``: every microbatch's summed loss over one denominator, whatever the
+    cut, the tail, the masks or the rank. Gradients are zeroed, normalised, clipped and applied by the accumulator; the
+    learning-rate scheduler stays the user's, once per step.
+
+    Args:
+        model: The module to train, on its device.
+        optimizer: Optimizer over its parameters, or several of them.
+        microbatch_size: Rows that go through the model at once; at least 1.
+        memory_budget: Bytes, or a text such as ``"6 GiB"``, that a window may use on the device; `None` for no limit.
+        max_grad_norm: Clip the finished gradient to this Euclidean norm, once; `None` does not clip.
+        autocast: ``torch.bfloat16`` or ``torch.float16`` to run forwards under autocast; `None` for the model's own
+            precision.
+        grad_scaler: Loss scaling for float16, with float32 parameters.
+        accumulate_dtype: Precision in which gradients of narrower parameters add up; the optimizer still sees the
+            parameters' own.
+        nonfinite: ``"raise"`` stops at an infinite or NaN loss or gradient with everything put back; ``"skip"`` drops
+            the window, keeps the weights and counts it.
+        listeners: Callables that are given every event.
+
+    Raises:
+        ConfigError: An argument cannot work.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.5), microbatch_size=2)
+        >>> batch = torch.tensor([[1.0], [2.0], [3.0]])  # the gradient of mean(w x) is mean(x) = 2
+        >>> step = accumulator.step(batch, lambda model, x: model(x).mean())
+        >>> step.loss.item(), step.microbatches, model.weight.item()  # 1 - 0.5 * 2
+        (2.0, 2, 0.0)
+
+    Source:
+        Laws N1 to N9, B1 to B6, P1 to P4.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is one thing that a user may want to say, by name
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        microbatch_size: int | str = "auto",
+        memory_budget: int | str | None = None,
+        max_grad_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        accumulate_dtype: torch.dtype = torch.float32,
+        nonfinite: str = "raise",
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self._settings = Settings(
+            model=model,
+            optimizers=[optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
+            microbatch_size=microbatch_size,
+            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            max_grad_norm=max_grad_norm,
+            autocast=autocast,
+            grad_scaler=grad_scaler,
+            accumulate_dtype=accumulate_dtype,
+            nonfinite=nonfinite,
+            listeners=list(listeners),
+        )
+        self._memory = Memory()
+
+    @property
+    def skipped(self) -> int:
+        """Windows dropped so far because their gradient was not finite."""
+        return self._memory.skipped
+
+    def step(
+        self,
+        batch: object,
+        loss_fn: Callable[[nn.Module, Any], LossLike],
+        *,
+        counts: Counts | None = None,
+    ) -> Step:
+        """Take exactly one optimizer step on a batch.
+
+        Args:
+            batch: This rank's share of the effective batch, usually on the host; what `cut` accepts.
+            loss_fn: ``loss_fn(model, microbatch)`` returns the mean over the microbatch's samples (0-d), a `Loss`, a
+                dict of either for several terms, or `None` for a microbatch that contributes nothing.
+            counts: For several terms with counts of their own: ``counts(batch)`` returns the denominators of the
+                whole batch, by term, or a dict of them.
+
+        Returns:
+            The record of the step.
+
+        Raises:
+            BatchError: The batch cannot be cut, or is empty.
+            LossError: What ``loss_fn`` returned cannot be used.
+            NonfiniteError: The loss or the gradient is infinite or NaN, and ``nonfinite="raise"``.
+            OutOfMemoryError: The memory budget was passed.
+
+        Cost:
+            One forward and one backward a microbatch, without host synchronisation; one at the end.
+        """
+        window = Window(self._settings, self._memory, counts=counts)
+        try:
+            with window:
+                for microbatch in window.split(batch):
+                    window.backward(loss_fn(self._settings.model, microbatch))
+        except NonfiniteError as error:
+            if error.microbatch is not None or window.ranks > 1:
+                raise
+            found = self._locate(batch, loss_fn, counts)
+            raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
+        return window.step
+
+    def window(self, *, counts: Counts | None = None) -> Window:
+        """Open a window for a hand-written loop.
+
+        Args:
+            counts: As for `step`; a function is given the batch that ``window.split`` cuts.
+
+        Returns:
+            A context manager; see `Window`.
+        """
+        return Window(self._settings, self._memory, counts=counts)
+
+    def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Iterator[Window]:
+        """Group a loader's microbatches into windows, the last one shorter if it does not divide.
+
+        The step is taken when the inner loop over a window ends, so ``window.step`` can be read right after it.
+
+        Args:
+            loader: Yields microbatches.
+            microbatches: Microbatches in a window; at least 1.
+            counts: As for `step`; a function is given each microbatch, and its results are added up.
+
+        Returns:
+            An iterator over windows to iterate over, each followed by one optimizer step.
+
+        Raises:
+            ConfigError: ``microbatches`` is not a whole number of at least 1.
+
+        Cost:
+            Holds one window's microbatches on the host.
+
+        Source:
+            Laws B1, B2, N1.
+        """
+        try:
+            check_microbatch_size(microbatches)
+        except ConfigError:
+            raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}") from None
+        return self._windows(iter(loader), microbatches, counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to continue bit for bit; plain numbers.
+
+        Returns:
+            The number of windows and of skipped ones, and the last count.
+        """
+        memory = self._memory
+        return {"windows": memory.windows, "skipped": memory.skipped, "count": memory.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken.
+
+        Args:
+            state: What it returned.
+
+        Raises:
+            ConfigError: A key is missing.
+        """
+        try:
+            self._memory = Memory(windows=state["windows"], skipped=state["skipped"], count=state["count"])
+        except KeyError as error:
+            raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
+
+    def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
+        while held := _take(source, microbatches):
+            with Window(self._settings, self._memory, counts=counts, source=held) as window:
+                del held
+                yield window
+
+    def _locate(
+        self, batch: object, loss_fn: Callable[[nn.Module, Any], LossLike], counts: Counts | None
+    ) -> int | None:
+        """Run a window's microbatches again, with the same random state, until a gradient is not finite."""
+        # The losses were finite, or the window would have told: only the gradients can.
+        settings = replace(self._settings, listeners=[])
+        found: int | None = None
+        with suppress(_LeaveWithoutStep), Window(settings, Memory(count=self._memory.count), counts=counts) as window:
+            for index, microbatch in enumerate(window.split(batch)):
+                window.backward(loss_fn(settings.model, microbatch))
+                if window.first_nonfinite() is not None:
+                    found = index
+                    break
+            _leave_without_step()
+        return found
+
+
+class _LeaveWithoutStep(Exception):  # noqa: N818 - nothing is wrong: the only way out of a window without a step
+    pass
+
+
+def _leave_without_step() -> None:
+    raise _LeaveWithoutStep
+
+
+def _take(source: Iterator[Any], microbatches: int) -> list[Any]:
+    held: list[Any] = []
+    for microbatch in source:
+        held.append(microbatch)
+        if len(held) == microbatches:
+            break
+    return held

@@ -1,0 +1,179 @@
+"""The end of a window: reduce, unscale, normalise, check, clip, step, zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microbatch.errors import EmptyWindowError, NonfiniteError
+from microbatch.gradients.add import GradientSum
+from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm, scale_
+from microbatch.loss.loss import wide_dtype
+from microbatch.loss.tally import Tally
+from microbatch.ranks.agree import Message, agree
+from microbatch.ranks.group import Ranks
+from microbatch.ranks.reduce import reduce_
+from microbatch.step.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What a window hands in when its last microbatch is done."""
+
+    settings: Settings
+    gradients: GradientSum
+    tally: Tally
+    ranks: Ranks | None
+    samples: int | float
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a window ended; the fields are those of `Step`."""
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    grad_norm: Tensor
+    count: float
+    counts: Mapping[str, float]
+    samples: int | float
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooled:
+    """The window over all ranks: the loss's sums and counts by term, and the norm of what has added up."""
+
+    names: Sequence[str]
+    sums: Tensor  # on the device; the same numbers as on the host
+    host_sums: Sequence[float]
+    host_counts: Sequence[float]
+    samples: float
+    norm: Tensor
+    host_norm: float
+    normalised: bool  # whether the gradient has been divided by the count already
+
+    @property
+    def counts(self) -> dict[str, float]:
+        return dict(zip(self.names, self.host_counts, strict=True))
+
+    @property
+    def contributed(self) -> bool:
+        return any(self.host_counts)
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.host_norm) and all(math.isfinite(number) for number in self.host_sums)
+
+
+def close(closing: Closing) -> End:
+    """Turn what has added up into one optimizer step.
+
+    Args:
+        closing: The window's parts.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        EmptyWindowError: Nothing contributed.
+        NonfiniteError: The loss or the gradient is not finite, and nobody asked to skip such windows.
+
+    Cost:
+        One pass that reads the gradients and one that writes them; one host synchronisation (two over several
+        ranks); over several ranks one small all-reduce and one per bucket of gradients.
+    """
+    settings = closing.settings
+    pooled = _pool(closing) if closing.ranks is None else _pool_ranks(closing, closing.ranks)
+    factor = closing.tally.factor(pooled.counts) if pooled.contributed and not pooled.normalised else 1.0
+    applied = pooled.contributed and pooled.finite
+    if applied:
+        clip = clip_factor(pooled.host_norm * factor, settings.max_grad_norm)
+        scale_([gradient for _, gradient in closing.gradients.gradients()], factor * clip)
+    elif settings.nonfinite == "raise":
+        _refuse(closing, pooled)
+    _step(closing, applied=applied)
+    return _end(pooled, factor, closing.tally.dtype, applied=applied)
+
+
+def _pool(closing: Closing) -> _Pooled:
+    device = closing.settings.device
+    table = closing.tally.totals(device)
+    norm = _norm(closing, device)
+    # The one host synchronisation of the window: everything that the host has to decide on, in one copy.
+    *flat, host_norm = torch.cat([table.flatten(), norm.to(table.dtype).reshape(1)]).tolist()
+    names, samples = closing.tally.names, closing.samples
+    return _Pooled(names, table[:, 0], flat[0::2], flat[1::2], samples, norm, host_norm, normalised=False)
+
+
+def _pool_ranks(closing: Closing, ranks: Ranks) -> _Pooled:
+    device, gradients = closing.settings.device, closing.gradients
+    flat = closing.tally.totals(device).flatten().tolist()
+    message = Message(closing.tally.names, flat[0::2], flat[1::2], closing.samples, gradients.present)
+    agreed = agree(ranks, message, parameters=len(message.present))
+    counts = dict(zip(agreed.names, agreed.counts, strict=True))
+    gradients.fill(agreed.present)
+    factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
+    reduce_(ranks, [gradient for _, gradient in gradients.gradients()], factor)
+    norm = _norm(closing, device)
+    sums = torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device)
+    names, samples = agreed.names, agreed.samples
+    return _Pooled(names, sums, agreed.sums, agreed.counts, samples, norm, norm.item(), normalised=True)
+
+
+def _norm(closing: Closing, device: torch.device) -> Tensor:
+    closing.gradients.coalesce()
+    scaler = closing.settings.grad_scaler
+    if scaler is not None:
+        for optimizer in closing.settings.optimizers:
+            scaler.unscale_(optimizer)
+    return gradient_norm([gradient for _, gradient in closing.gradients.gradients()], device)
+
+
+def _refuse(closing: Closing, pooled: _Pooled) -> None:
+    """Say what is wrong with a window that cannot be applied."""
+    if not pooled.contributed:
+        raise EmptyWindowError(
+            "no microbatch of this window contributed to the loss (every count was 0), so its mean does not exist; "
+            'pass nonfinite="skip" to drop such windows'
+        )
+    if closing.settings.grad_scaler is None:  # which finds its scale by overflowing
+        raise NonfiniteError(
+            microbatch=closing.tally.first_nonfinite(), parameter=first_nonfinite(closing.gradients.gradients())
+        )
+
+
+def _step(closing: Closing, *, applied: bool) -> None:
+    scaler, optimizers = closing.settings.grad_scaler, closing.settings.optimizers
+    if applied:
+        closing.gradients.hand_over()
+        for optimizer in optimizers:
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
+    closing.gradients.clear()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def _end(pooled: _Pooled, factor: float, dtype: torch.dtype, *, applied: bool) -> End:
+    counts = torch.tensor(pooled.host_counts, dtype=pooled.sums.dtype, device=pooled.sums.device)
+    means = torch.where(counts > 0, pooled.sums / counts, 0.0).to(dtype)
+    whole = {name: int(count) if count.is_integer() else count for name, count in pooled.counts.items()}
+    several = list(pooled.names) != ["loss"]
+    return End(
+        loss=means.sum(),
+        terms=dict(zip(pooled.names, means, strict=True)) if several else {},
+        grad_norm=pooled.norm * factor,
+        count=next(iter(whole.values()), 0),
+        counts=whole if several else {},
+        samples=int(pooled.samples) if float(pooled.samples).is_integer() else pooled.samples,
+        applied=applied,
+    )

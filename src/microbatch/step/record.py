@@ -1,0 +1,44 @@
+"""The record of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Say what one window was, over all ranks.
+
+    Attributes:
+        index: Windows ended before this one, from 0.
+        loss: The effective batch's loss, whatever the cut; shape ``()``, on the device. With several terms, their sum.
+        terms: The mean of each named term of the loss; empty when the loss function returned a single loss.
+        grad_norm: Norm of the finished gradient, before clipping; shape ``()``, on the device.
+        count: What the loss is a mean over; with several terms, the first one's.
+        counts: The count of each named term; empty when the loss function returned a single loss.
+        samples: Rows of the effective batch.
+        microbatches: Microbatches that this rank ran.
+        microbatch_size: Rows of the largest microbatch that this rank ran; 0 if it ran none.
+        retries: Times that the window was started again at a smaller size after running out of memory.
+        applied: Whether the optimizer stepped. False when the gradient was not finite and the window was dropped.
+        seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
+        peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or the
+            meter's where a memory budget is set; else `None`.
+    """
+
+    index: int
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    grad_norm: Tensor
+    count: float
+    counts: Mapping[str, float]
+    samples: int | float
+    microbatches: int
+    microbatch_size: int | float
+    retries: int
+    applied: bool
+    seconds: float
+    peak_bytes: int | None

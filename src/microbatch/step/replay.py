@@ -1,0 +1,85 @@
+"""What a window has to put back when it does not end in a step: random state and buffers."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    copy: Tensor
+
+
+class Snapshot:
+    """Hold the random state and the model's buffers of this moment.
+
+    The generators are torch's on the CPU and on ``device``, Python's ``random``, and NumPy's global one if NumPy is
+    in use. Buffers are copied each time: a version counter would miss a model that writes through ``.data``.
+
+    Args:
+        model: The module whose buffers forward passes may change.
+        device: The device whose generator they may draw from.
+
+    Cost:
+        A copy of the buffers and a few kilobytes; no host synchronisation.
+
+    Source:
+        Laws B4, M1.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._random = RandomState(device)
+        self._buffers = [
+            _Buffer(module, name, tensor, tensor.detach().clone())
+            for module in model.modules()
+            for name, tensor in module.named_buffers(recurse=False)
+        ]
+
+    def restore(self) -> None:
+        """Put the random state and the buffers back."""
+        self._random.restore()
+        self.restore_buffers()
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put the buffers back, also those that were replaced by other tensors."""
+        for buffer in self._buffers:
+            if getattr(buffer.module, buffer.name) is not buffer.tensor:
+                setattr(buffer.module, buffer.name, buffer.tensor)
+            buffer.tensor.copy_(buffer.copy)
+
+
+class RandomState:
+    """Hold the state of every global generator of this moment.
+
+    Args:
+        device: The device whose generator is held beside the CPU's.
+
+    Cost:
+        A few kilobytes; no host synchronisation.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._python = random.getstate()
+        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+
+    def restore(self) -> None:
+        """Put every generator back."""
+        torch.set_rng_state(self._cpu)
+        if self._on_device is not None:
+            torch.cuda.set_rng_state(self._on_device, self._device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)

@@ -1,0 +1,117 @@
+"""What an accumulator was asked for, checked once; and what it remembers between windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from microbatch.batch.cut import check_microbatch_size
+from microbatch.errors import ConfigError
+from microbatch.loss.loss import Count
+from microbatch.step.events import Event, Listener
+
+Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The arguments of an `Accumulator`, which documents them."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    microbatch_size: int | str
+    memory_budget: int | None
+    max_grad_norm: float | None
+    autocast: torch.dtype | None
+    grad_scaler: torch.amp.GradScaler | None
+    accumulate_dtype: torch.dtype
+    nonfinite: str
+    listeners: list[Listener]
+
+    def __post_init__(self) -> None:
+        """Refuse every value that cannot work, before any work starts.
+
+        Raises:
+            ConfigError: An argument cannot work; the message says which, its value and what to pass.
+        """
+        if not isinstance(self.model, nn.Module):
+            raise ConfigError(f"model must be a torch.nn.Module, not a {type(self.model).__name__}")
+        self._check_optimizers()
+        if self.microbatch_size != "auto":
+            check_microbatch_size(self.microbatch_size)
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and math.isfinite(norm) and norm > 0):
+            raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
+        if self.autocast not in {None, torch.bfloat16, torch.float16}:
+            raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
+        if not self.accumulate_dtype.is_floating_point:
+            raise ConfigError(f"accumulate_dtype must be a floating-point dtype, not {self.accumulate_dtype}")
+        if self.nonfinite not in {"raise", "skip"}:
+            raise ConfigError(f'nonfinite must be "raise" or "skip", not {self.nonfinite!r}')
+        self._check_scaler()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's first parameter is, and microbatches are sent."""
+        first = next(self.model.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def emit(self, event: Event) -> None:
+        """Tell every listener.
+
+        Args:
+            event: What happened.
+        """
+        for listener in self.listeners:
+            listener(event)
+
+    def _check_optimizers(self) -> None:
+        if not self.optimizers:
+            raise ConfigError("at least one optimizer is needed")
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise ConfigError(
+                    f"optimizer must be a torch.optim.Optimizer, or several, not a {type(optimizer).__name__}"
+                )
+            if isinstance(optimizer, LBFGS):
+                raise ConfigError(
+                    "LBFGS moves the weights several times within one step, so there is no window in which they are "
+                    "frozen; use an optimizer whose step() needs no closure"
+                )
+
+    def _check_scaler(self) -> None:
+        if self.grad_scaler is None:
+            return
+        if not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise ConfigError(f"grad_scaler must be a torch.amp.GradScaler, not a {type(self.grad_scaler).__name__}")
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype in {torch.float16, torch.bfloat16}:
+                raise ConfigError(
+                    f"grad_scaler is for float32 parameters under autocast, and {name!r} is {parameter.dtype}; keep "
+                    "the parameters in float32, or leave the scaler out: narrow gradients add up in accumulate_dtype"
+                )
+
+
+@dataclass(slots=True)
+class Memory:
+    """What windows leave to the next one.
+
+    Attributes:
+        windows: Windows that ended, with a step or without.
+        skipped: Of these, the ones that were dropped.
+        count: Count of the last window, which scales the next one; only a scale, never part of a result.
+        open: Whether a window is open now.
+        shared: Whether the ranks have been given the first one's weights.
+    """
+
+    windows: int = 0
+    skipped: int = 0
+    count: float = 0.0
+    open: bool = False
+    shared: bool = field(default=False)

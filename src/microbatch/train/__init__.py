@@ -1,0 +1,1 @@
+"""Ready-made jobs and the one loop that runs any of them."""

@@ -1,0 +1,68 @@
+"""A job: model, optimizer, loss and data; what every command takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import default_collate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Say what is trained, on what, and with which effective batch.
+
+    Only the first five fields are needed; the others are defaults that the command line and a configuration file can
+    override, and what the training loop needs to validate and to report.
+
+    Attributes:
+        model: The module to train, already on its device.
+        optimizer: Optimizer over the model's parameters, or several of them.
+        loss_fn: ``loss_fn(model, microbatch)`` returns a 0-d mean, a `Loss`, or a dict of `Loss`.
+        data: Map-style training set: ``len(data)`` samples, ``data[i]`` is one of them.
+        batch_size: Effective batch in samples, over all ranks; at least 1.
+        scheduler: Learning-rate scheduler, stepped once per optimizer step; `None` lets the training loop make one.
+        collate: Turns a list of samples into one batch (nested tensors whose leading dimension is the rows).
+        counts: For losses of several terms: the denominators of a batch, by term.
+        microbatch_size: Samples that go through the model at once; `None` leaves it to the caller.
+        validation: Map-style held-out set; `None` for no validation.
+        evaluate: ``evaluate(model, microbatch)`` returns named `Loss` records (sum and count) to be pooled over the
+            validation set, for example the loss and the accuracy; `None` pools ``loss_fn``.
+        steps: Optimizer steps of a default run; `None` trains for ``epochs``.
+        epochs: Passes over the data of a default run, used when ``steps`` is `None`.
+        warmup_steps: Optimizer steps of linear warm-up of the scheduler that the loop makes.
+        max_grad_norm: Clip the finished gradient to this norm; `None` does not clip.
+        autocast: Precision of the forward pass, or `None` for the parameters' own.
+        memory_budget: Bytes, or a text such as ``"1 GiB"``, that one step may use; `None` for no limit.
+        unit: What the loss counts, in the plural, for throughput figures: ``"samples"``, ``"tokens"``, ``"images"``.
+        facts: Named numbers worth printing beside the result, such as the unigram entropy of the data.
+        show: ``show(model)`` returns text printed at the end, such as a generated sample.
+        files: Names and texts stored in the run directory, such as a tokenizer's vocabulary.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | Sequence[Optimizer]
+    loss_fn: Callable[[nn.Module, Any], Any]
+    data: Sequence[Any] | torch.utils.data.Dataset[Any]
+    batch_size: int
+    scheduler: LRScheduler | None = None
+    collate: Callable[[list[Any]], Any] = default_collate
+    counts: Callable[[Any], Mapping[str, Any]] | None = None
+    microbatch_size: int | None = None
+    validation: Sequence[Any] | torch.utils.data.Dataset[Any] | None = None
+    evaluate: Callable[[nn.Module, Any], Mapping[str, Any]] | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    memory_budget: int | str | None = None
+    unit: str = "samples"
+    facts: Mapping[str, float] = field(default_factory=dict[str, float])
+    show: Callable[[nn.Module], str] | None = None
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
