@@ -59,7 +59,9 @@ class MemoryMeter(TorchDispatchMode):
             for tensor in _tensors(thing):
                 self._add(tensor)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run the operator, then count what it made."""
         out = func(*args, **(kwargs or {}))
         before = self.live_bytes

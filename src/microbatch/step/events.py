@@ -9,7 +9,7 @@ from typing import TypeAlias
 from microbatch.step.record import Step
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchDone:
     """A microbatch went forward and backward; its work may still be running on the device.
 
@@ -26,7 +26,7 @@ class MicrobatchDone:
     rows: int | float | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
     """A window ended, with an optimizer step or (``step.applied`` is False) without one.
 

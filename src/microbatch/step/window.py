@@ -154,7 +154,7 @@ class Window:
         except BaseException as failure:
             self._abort(failure)
             raise
-        self._settings.emit(StepDone(self.step))
+        self._settings.emit(StepDone(step=self.step))
 
     @property
     def step(self) -> Step:

@@ -1,0 +1,65 @@
+# Two commands matter: `make train` and `make test`. Both set everything up first, in .venv, and only once.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints-dev.txt
+# The first interpreter on this machine that is new enough; PYTHON=/some/python chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Everything that is installed, and what the build itself is made with, comes in the pinned version.
+INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS)
+# Extra arguments: make train ARGS="--steps 50", make test ARGS="-k denominator".
+ARGS ?=
+
+# What is installed, as one stamp each: made again when the project file or a pinned version changes.
+RUNTIME := $(VENV)/.installed-runtime
+DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
+
+.PHONY: help train test lint bench format clean
+
+help: ## List the commands.
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+train: $(RUNTIME) ## Set up, then train a small language model on real text.
+	$(BIN)/microbatch train $(ARGS)
+
+test: lint ## Set up, then lint, types, contracts between the rooms, and the whole suite.
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## Only the first three of those.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --warnings
+	$(BIN)/lint-imports
+
+bench: $(BENCH) ## Set up with the peers, then measure against them.
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(DEV) ## Mend what can be mended, and format.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove the virtual environment, caches and built files; runs/ stays.
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip rather than python stands for the environment: where `venv` fails half-way, python is there and pip is not.
+$(BIN)/pip:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found; say where one is: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
+	@echo "Setting up $(VENV); the first time, this downloads PyTorch."
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) pip
+	$(INSTALL) --editable '.[jobs]'
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(INSTALL) --group dev
+	@touch $@
+
+$(BENCH): $(RUNTIME)
+	$(INSTALL) --group bench
+	@touch $@

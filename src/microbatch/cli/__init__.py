@@ -1,0 +1,1 @@
+"""The commands, which import torch only when a command needs it."""

@@ -1,0 +1,161 @@
+"""The command line. PyTorch is imported when a command runs, so that help answers at once."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="microbatch",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback of the user's own code is printed as Python prints it, and ours as one message.
+    pretty_exceptions_enable=False,
+    help="Ask for the batch you want. It runs in the memory you have, and the gradient is the large batch's gradient.",
+)
+
+_BATCH, _LENGTH, _MACHINE, _FILES, _OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="microbatch")
+
+
+@app.callback()
+def root(
+    *,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Answer what concerns every command.
+
+    Args:
+        show_version: Whether to print the version and leave.
+
+    Raises:
+        Exit: The version was printed.
+    """
+    if show_version:
+        try:
+            typer.echo(f"microbatch {version('microbatch')}")
+        except PackageNotFoundError:
+            typer.echo("microbatch (not installed)")
+        raise typer.Exit
+
+
+@app.command(help="Train a job: its batch in microbatches, one exact optimizer step each.")
+def train(
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB",
+            help="language (the default), images, or path/to/file.py:function that returns an mb.Job.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=_BATCH)
+    ] = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="Samples that go through the model at once.", rich_help_panel=_BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES", help='Most memory a step may use, such as "6 GiB", or none.', rich_help_panel=_BATCH
+        ),
+    ] = None,
+    max_grad_norm: Annotated[
+        str | None,
+        typer.Option(metavar="X|none", help="Clip the finished gradient to this norm.", rich_help_panel=_BATCH),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=_BATCH)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", rich_help_panel=_LENGTH)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(metavar="X", help="Passes over the data, instead of steps.", rich_help_panel=_LENGTH)
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of linear warm-up.", rich_help_panel=_LENGTH)
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between validations.", rich_help_panel=_LENGTH)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between checkpoints.", rich_help_panel=_LENGTH)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_MACHINE)
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=_MACHINE)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=_MACHINE)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=_FILES)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=_FILES),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Run directory; by default a new one under runs/.", rich_help_panel=_FILES),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with --run, or with the newest run, bit for bit.", rich_help_panel=_FILES),
+    ] = False,
+    no_compare: Annotated[
+        bool,
+        typer.Option("--no-compare", help="Leave out the comparison with the full batch.", rich_help_panel=_OUTPUT),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, for machines.", rich_help_panel=_OUTPUT)
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Train a job: its batch in microbatches, one exact optimizer step each.
+
+    Raises:
+        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
+    from microbatch.cli.train import run_training
+
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": _number(microbatch_size, int),
+        "memory": memory,
+        "steps": steps,
+        "epochs": epochs,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+        "learning_rate": lr,
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": _number(max_grad_norm, float),
+        "validate_every": validate_every,
+        "checkpoint_every": checkpoint_every,
+        "compare": False if no_compare else None,
+    }
+    raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, as_json=json, color=not no_color))
+
+
+def _number(text: str | None, kind: type[int | float]) -> int | float | str | None:
+    """Read a number where a word is allowed as well; a wrong word is refused with the other settings."""
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        return text

@@ -1,0 +1,268 @@
+"""Checkpoints: written whole or not at all, checked before they are believed, read without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from microbatch.errors import CheckpointError
+from microbatch.train.encode import decode, encode, own
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{6,})")
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Hold what was read from one checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer steps that had been taken.
+        weights: Parameters and buffers by name, on the host; tied ones under each of their names.
+        state: Everything else that a run needs to go on.
+    """
+
+    path: Path
+    step: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write_checkpoint(
+    folder: Path, *, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Write one checkpoint so that a crash at any moment leaves either all of it or none.
+
+    Everything goes to a temporary folder, file by file to the disk's own memory, the manifest of hashes last; then one
+    rename makes it a checkpoint.
+
+    Args:
+        folder: Where the run keeps its checkpoints; made if missing.
+        step: Optimizer steps taken; names the checkpoint.
+        weights: Parameters and buffers by name; tensors that share memory are stored once.
+        state: Nested plain values and tensors, as `microbatch.train.encode.encode` takes them.
+        keep: Newest checkpoints that stay; at least 1. Older ones are removed after the new one is safe.
+
+    Returns:
+        The checkpoint's folder, ``step-000123``.
+
+    Raises:
+        CheckpointError: The state holds something that is not plain data, or the disk refused.
+
+    Cost:
+        Copies the weights and the state to host memory, hashes them, and waits for the disk.
+    """
+    plain, tensors = encode(state)
+    distinct, tied = _distinct(weights)
+    final = folder / f"step-{step:06d}"
+    temporary = folder / f".writing-{final.name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(distinct, temporary / "weights.safetensors", metadata={"tied": json.dumps(tied)})
+        save_file(tensors, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"tied": tied, "state": plain}), encoding="utf-8")
+        _seal(temporary, step)
+        _replace(temporary, final)
+        for _, old in _listed(folder)[keep:]:
+            shutil.rmtree(old)
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
+    return final
+
+
+def read_newest(folder: Path, *, notice: Callable[[str], object]) -> Checkpoint:
+    """Read the newest checkpoint that is whole.
+
+    A damaged one is named, set aside under another name, and the one before it is read.
+
+    Args:
+        folder: Where the run keeps its checkpoints.
+        notice: Called with one text for each checkpoint that is damaged.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        CheckpointError: There is no checkpoint, or every one is damaged.
+    """
+    found = _listed(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder.parent} holds no checkpoint to resume from; start the run again without --resume"
+        )
+    damaged: list[str] = []
+    for _, path in found:
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for text in damaged:
+            notice(f"{text}; going on from {checkpoint.path.name}")
+        _set_aside(folder, newer_than=checkpoint.step)
+        return checkpoint
+    raise CheckpointError("every checkpoint of this run is damaged:\n" + "\n".join(damaged))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint after comparing every file with its manifest.
+
+    Args:
+        path: Its folder.
+
+    Returns:
+        The checkpoint, with every tensor on the host.
+
+    Raises:
+        CheckpointError: A file is missing or differs from what was written, or the format is not this version's.
+
+    Cost:
+        Reads every file twice, once to hash it.
+    """
+    _verify(path)
+    try:
+        weights = load_file(path / "weights.safetensors")
+        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        state = decode(document["state"], load_file(path / "state.safetensors"))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint {path.name} cannot be read: {error}") from error
+    for alias, name in cast("dict[str, str]", document["tied"]).items():
+        weights[alias] = weights[name]
+    return Checkpoint(path=path, step=manifest["step"], weights=weights, state=state)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Args:
+        path: Where; an existing file is replaced.
+        text: What, as UTF-8.
+    """
+    temporary = path.with_name(f".writing-{path.name}-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written.
+
+    Args:
+        folder: Where the run keeps its checkpoints; may be missing.
+    """
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Separate tensors from further names of the same memory, which are tied and stored once."""
+    first: dict[tuple[Any, ...], str] = {}
+    distinct: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in weights.items():
+        if tensor.layout is not torch.strided:
+            raise CheckpointError(f"the weight {name!r} is a {tensor.layout} tensor, which a checkpoint cannot hold")
+        # Empty tensors all have the address 0 without sharing anything.
+        address = tensor.data_ptr() or name
+        key = (address, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if key in first:
+            tied[name] = first[key]
+        else:
+            first[key] = name
+            distinct[name] = own(tensor)
+    return distinct, tied
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Bring every file to the disk and write the manifest that says what they are."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
+    for name in files:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+    manifest = {"format": FORMAT, "step": step, "torch": str(torch.__version__), "files": files}
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    if final.exists():
+        # A folder cannot be renamed over another; what stands there is older or damaged.
+        old = final.with_name(f".writing-old-{final.name}-{os.getpid()}")
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+    _sync_folder(final.parent)
+
+
+def _verify(path: Path) -> None:
+    def damaged(what: str) -> CheckpointError:
+        return CheckpointError(f"the checkpoint {path.name} is damaged: {what}")
+
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format"], manifest["files"]
+    except OSError as error:
+        raise damaged(f"{_MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise damaged(f"{_MANIFEST} is not a manifest") from None
+    if version != FORMAT:
+        raise CheckpointError(f"the checkpoint {path.name} has format {version}, and this version reads {FORMAT}")
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise damaged(f"{name} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise damaged(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
+        if _hash(file) != expected["sha256"]:
+            raise damaged(f"{name} is not what was written (its SHA-256 differs)")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(folder: Path) -> list[tuple[int, Path]]:
+    """List the checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), entry) for entry in folder.iterdir() if (match := _NAME.fullmatch(entry.name))]
+    return sorted(found, reverse=True)
+
+
+def _set_aside(folder: Path, *, newer_than: int) -> None:
+    """Rename damaged checkpoints, so that they neither count as kept ones nor are found again."""
+    for step, path in _listed(folder):
+        if step > newer_than:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the rename itself may be lost in a power cut.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

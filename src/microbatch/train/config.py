@@ -1,0 +1,230 @@
+"""Settings of a run: a TOML file, flags over it, the job's defaults under it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.memory.budget import parse_bytes
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseModel):
+    """Everything that can be set in a file or by a flag; what is left out is the job's to say.
+
+    ``"none"`` switches off what a job would otherwise bring.
+
+    Attributes:
+        job: Built-in name or ``path/to/file.py:function``.
+        data: File or folder for the job, instead of its own data.
+        batch_size: Effective batch in samples, over all ranks.
+        microbatch_size: Samples that go through the model at once, or ``"auto"`` for the job's default.
+        memory: Bytes that a step may use on the device, or a text such as ``"6 GiB"``.
+        steps: Optimizer steps of the run.
+        epochs: Passes over the data, instead of steps.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        seed: Seed of the initial weights, the order of the data and everything else that is random.
+        autocast: Precision of the forward pass.
+        learning_rate: Peak learning rate, instead of the one that the job's optimizer holds.
+        schedule: What follows the warm-up.
+        warmup_steps: Optimizer steps of linear warm-up.
+        max_grad_norm: Clip the finished gradient to this norm.
+        nonfinite: What to do with a window whose loss or gradient is not finite.
+        validate_every: Optimizer steps between validations.
+        checkpoint_every: Optimizer steps between checkpoints.
+        keep_checkpoints: Checkpoints that are kept.
+        compare: Whether the run ends with the comparison against the full batch.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    job: Annotated[str, Field(min_length=1)] = "language"
+    data: Annotated[str, Field(min_length=1)] | None = None
+    batch_size: Count | None = None
+    microbatch_size: Count | Literal["auto"] | None = None
+    memory: Count | str | None = None
+    steps: Count | None = None
+    epochs: Positive | None = None
+    device: Annotated[str, Field(min_length=1)] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    autocast: Literal["bf16", "fp16", "none"] | None = None
+    learning_rate: Positive | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    max_grad_norm: Positive | Literal["none"] | None = None
+    nonfinite: Literal["raise", "skip"] = "raise"
+    validate_every: Count | None = None
+    checkpoint_every: Count | None = None
+    keep_checkpoints: Count = 3
+    compare: bool = True
+
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_readable(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, str) and value != "none":
+            try:
+                parse_bytes(value)
+            except MicrobatchError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    def toml(self) -> str:
+        """Write the settings as a file that ``--config`` reads back to the same settings.
+
+        Returns:
+            TOML text, one key a line; keys that are not set are left out.
+
+        Example:
+            >>> print(Settings(job="images", steps=3).toml().splitlines()[0])
+            job = "images"
+        """
+        values = self.model_dump(exclude_none=True)
+        # A JSON string, number or boolean is the same thing in TOML, except for the control character DEL.
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
+        return "".join(line.replace("\x7f", "\\u007f") + "\n" for line in lines)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Args:
+        path: A TOML file whose keys are those of `Settings`, without sections.
+
+    Returns:
+        Its keys and values, not yet validated.
+
+    Raises:
+        ConfigError: It does not exist, cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        nearby = difflib.get_close_matches(path.name, _names(path.parent), n=1)
+        hint = f"; did you mean {path.with_name(nearby[0])}?" if nearby else "; check the path given to --config"
+        raise ConfigError(f"there is no configuration file {path}{hint}") from None
+    except OSError as error:
+        raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def _names(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def load_settings(flags: Mapping[str, Any], *, file: Path | None = None, base: Settings | None = None) -> Settings:
+    """Merge flags over a file over a base, and validate the result.
+
+    Args:
+        flags: Keys of `Settings`; `None` means that the flag was not given.
+        file: A TOML file, or `None`.
+        base: Settings under both, such as those of a run that is being resumed.
+
+    Returns:
+        The settings, every value of a kind and range that can work.
+
+    Raises:
+        ConfigError: A key is unknown, a value cannot work, or both ``steps`` and ``epochs`` were asked for.
+
+    Example:
+        >>> load_settings({"steps": 5, "seed": None}).steps
+        5
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    from_file = read_toml(file) if file is not None else {}
+    sources = {key: str(file) for key in from_file} | {key: flag_name(key) for key in given}
+    layers = (base.model_dump(exclude_none=True) if base is not None else {}, from_file, given)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if "steps" in layer and "epochs" in layer:
+            where = sources.get("steps", "the settings")
+            raise ConfigError(f"{where}: both steps and epochs are set, and each says when to stop; keep one of them")
+        # A later layer that says when to stop replaces the earlier one's answer, whichever of the two it used.
+        if "steps" in layer or "epochs" in layer:
+            merged.pop("steps", None)
+            merged.pop("epochs", None)
+        merged |= layer
+    try:
+        return Settings.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from None
+
+
+def flag_name(key: str) -> str:
+    """Name the flag that sets a key.
+
+    Args:
+        key: A key of `Settings`.
+
+    Returns:
+        For example ``"--batch-size"``.
+    """
+    return "--" + {"learning_rate": "lr", "job": "job"}.get(key, key).replace("_", "-")
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """Turn a validation error into one line for each key at fault."""
+    by_key: dict[str, list[Any]] = {}
+    for detail in error.errors(include_url=False):
+        by_key.setdefault(str(detail["loc"][0]), []).append(detail)
+    lines: list[str] = []
+    for key, details in by_key.items():
+        source = sources.get(key, "settings")
+        if details[0]["type"] == "extra_forbidden":
+            lines.append(_unknown(key, source))
+            continue
+        reasons = " or ".join(dict.fromkeys(_reason(detail) for detail in details))
+        # A union reports the value once for each of its members; the value itself is the same.
+        value = details[0]["input"]
+        shown = json.dumps(value) if isinstance(value, str | int | float | bool) else repr(value)
+        named = source if source.startswith("--") else f"{key} in {source}"
+        lines.append(
+            f"{named} is {shown}: it must be {reasons}"
+            if details[0]["type"] != "value_error"
+            else f"{named}: {reasons}"
+        )
+    return "\n".join(lines)
+
+
+def _unknown(key: str, source: str) -> str:
+    known = list(Settings.model_fields)
+    aliases = {"lr": "learning_rate", "memory_budget": "memory", "budget": "memory", "precision": "autocast"}
+    near = (
+        [aliases[key]] if key in aliases else difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)
+    )
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+    return f"unknown key {key!r} in {source}; {hint}"
+
+
+def _reason(detail: Mapping[str, Any]) -> str:
+    context: Mapping[str, Any] = detail.get("ctx", {})
+    match detail["type"]:
+        case "greater_than_equal":
+            return f"at least {context['ge']}"
+        case "greater_than":
+            return f"more than {context['gt']:g}"
+        case "less_than":
+            return f"less than {context['lt']}"
+        case "int_type" | "int_from_float" | "int_parsing":
+            return "a whole number"
+        case "float_type" | "float_parsing" | "finite_number":
+            return "a finite number"
+        case "bool_type":
+            return "true or false"
+        case "string_type" | "string_too_short":
+            return "a text"
+        case "literal_error":
+            return str(context["expected"])
+        case "value_error":
+            return str(context["error"])
+        case _:
+            return str(detail["msg"]).lower()

@@ -1,0 +1,310 @@
+"""Settings and a job become a run's configuration: every value known, and every value able to work."""
+
+from __future__ import annotations
+
+import math
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from microbatch.errors import ConfigError
+from microbatch.memory.budget import parse_bytes
+from microbatch.train.config import Settings
+from microbatch.train.data import length_of
+from microbatch.train.job import Job
+from microbatch.train.jobs import BUILT_IN
+from microbatch.train.state import optimizers_of
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Hold every number that the training loop needs.
+
+    Attributes:
+        job: The job as the user named it.
+        device: Where it runs.
+        batch_size: Effective batch, in samples.
+        microbatch_size: Samples that go through the model at once; at most ``batch_size``.
+        memory_budget: Bytes that a step may use, or `None`.
+        steps: Optimizer steps of the whole run.
+        epochs: Passes over the data that these are.
+        samples: Size of the training set.
+        validation_samples: Size of the held-out set; 0 for none.
+        seed: The run's seed.
+        autocast: Precision of the forward pass, or `None` for the parameters' own.
+        learning_rate: Peak learning rate of the first parameter group.
+        schedule: ``"cosine"``, ``"constant"``, or ``"job"`` for the job's own scheduler.
+        warmup_steps: Steps of linear warm-up; below ``steps``.
+        max_grad_norm: Norm that the finished gradient is clipped to, or `None`.
+        nonfinite: ``"raise"`` or ``"skip"``.
+        validate_every: Steps between validations.
+        checkpoint_every: Steps between checkpoints.
+        keep_checkpoints: Checkpoints that are kept.
+        compare: Whether the run ends with the comparison against the full batch.
+        parameters: Trainable numbers in the model.
+        unit: What throughput counts, in the plural.
+        notices: What was decided in the user's place, one sentence each.
+    """
+
+    job: str
+    device: torch.device
+    batch_size: int
+    microbatch_size: int
+    memory_budget: int | None
+    steps: int
+    epochs: float
+    samples: int
+    validation_samples: int
+    seed: int
+    autocast: torch.dtype | None
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    max_grad_norm: float | None
+    nonfinite: str
+    validate_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    compare: bool
+    parameters: int
+    unit: str
+    notices: tuple[str, ...] = ()
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of a whole batch."""
+        return -(-min(self.batch_size, self.samples) // self.microbatch_size)
+
+    @property
+    def precision(self) -> str:
+        """Name the precision of the forward pass."""
+        return "fp32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
+
+    @property
+    def device_name(self) -> str:
+        """Name the device for people."""
+        if self.device.type == "cuda":
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+        if self.device.type == "cpu":
+            return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return str(self.device)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a device's name into a device that exists.
+
+    Args:
+        name: ``"auto"`` for the best there is, or a name that PyTorch knows.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: PyTorch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ConfigError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
+        if (device.index or 0) >= count:
+            raise ConfigError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
+    if device.type not in ("cpu", "mps"):
+        raise ConfigError(f"--device {name}: training on {device.type!r} is not supported; use cpu, cuda or mps")
+    return device
+
+
+def check_data_path(settings: Settings) -> None:
+    """Refuse data that does not exist, before anything is read.
+
+    Args:
+        settings: The user's settings.
+
+    Raises:
+        ConfigError: There is nothing at the path.
+    """
+    if settings.data is not None and not Path(settings.data).expanduser().exists():
+        raise ConfigError(f"--data {settings.data}: there is no such file or folder")
+
+
+def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
+    """Fill what the settings leave out from the job, and check that it can work together.
+
+    Args:
+        settings: The user's settings.
+        job: The job, with its own defaults.
+        device: What `resolve_device` returned.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        ConfigError: A value cannot work with this job, this data or this machine.
+        DataError: The data has no length or no samples.
+    """
+    notices: list[str] = []
+    samples = length_of(job.data, role="data")
+    batch_size = settings.batch_size or job.batch_size
+    if batch_size < 1:
+        raise ConfigError(f"the job's batch_size is {batch_size}: it must be at least 1")
+    if batch_size > samples:
+        notices.append(f"the data has {samples} samples, so every batch holds {samples} instead of {batch_size}")
+    steps, epochs = _length(settings, job, batches_per_epoch=-(-samples // batch_size))
+    every = max(1, -(-steps // 10))
+    parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ConfigError("the job's model has no trainable parameters, so there is nothing to optimise")
+    return RunConfig(
+        job=settings.job,
+        device=device,
+        batch_size=batch_size,
+        microbatch_size=_microbatch_size(settings, job, batch=min(batch_size, samples), notices=notices),
+        memory_budget=_memory(settings, job),
+        steps=steps,
+        epochs=epochs,
+        samples=samples,
+        validation_samples=length_of(job.validation, role="validation") if job.validation is not None else 0,
+        seed=settings.seed,
+        autocast=_autocast(settings, job, device),
+        learning_rate=_learning_rate(settings, job),
+        schedule=_schedule(settings, job),
+        warmup_steps=_warmup(settings, job, steps=steps, notices=notices),
+        max_grad_norm=None if settings.max_grad_norm == "none" else settings.max_grad_norm or job.max_grad_norm,
+        nonfinite=settings.nonfinite,
+        validate_every=settings.validate_every or every,
+        checkpoint_every=settings.checkpoint_every or every,
+        keep_checkpoints=settings.keep_checkpoints,
+        compare=settings.compare,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        unit=job.unit,
+        notices=tuple(notices),
+    )
+
+
+def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
+    """Write a configuration as settings that give the same run again, from any folder.
+
+    Args:
+        settings: What the user asked for.
+        config: What it was resolved to.
+
+    Returns:
+        Settings with nothing left open.
+    """
+    job = settings.job
+    if job not in BUILT_IN:
+        path, _, function = job.rpartition(":")
+        job = f"{Path(path).expanduser().resolve()}:{function}"
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    return settings.model_copy(
+        update={
+            "job": job,
+            "data": None if settings.data is None else str(Path(settings.data).expanduser().resolve()),
+            "batch_size": config.batch_size,
+            "microbatch_size": config.microbatch_size,
+            "memory": config.memory_budget if config.memory_budget is not None else "none",
+            "steps": config.steps,
+            "epochs": None,
+            "device": str(config.device),
+            "autocast": names[config.autocast] if config.autocast is not None else "none",
+            "warmup_steps": config.warmup_steps,
+            "max_grad_norm": config.max_grad_norm if config.max_grad_norm is not None else "none",
+            "validate_every": config.validate_every,
+            "checkpoint_every": config.checkpoint_every,
+        }
+    )
+
+
+def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[int, float]:
+    steps, epochs = settings.steps, settings.epochs
+    if steps is None and epochs is None:
+        steps, epochs = job.steps, job.epochs
+    if steps is None and epochs is None:
+        raise ConfigError("neither the job nor the settings say when to stop; pass --steps or --epochs")
+    if steps is None:
+        steps = max(1, math.ceil(round((epochs or 0) * batches_per_epoch, 6)))
+    if steps < 1:
+        raise ConfigError(f"the job's steps is {steps}: it must be at least 1")
+    return steps, steps / batches_per_epoch
+
+
+def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[str]) -> int:
+    asked = settings.microbatch_size
+    size = asked if isinstance(asked, int) else job.microbatch_size
+    if size is None:
+        raise ConfigError(
+            "the job does not say how many samples its model takes at once; pass --microbatch-size, a number from 1 to "
+            f"the batch of {batch} (any number gives the same gradient; more is faster until memory ends)"
+        )
+    if size < 1:
+        raise ConfigError(f"the job's microbatch_size is {size}: it must be at least 1")
+    if size > batch:
+        if isinstance(asked, int):
+            notices.append(f"a microbatch of {size} is more than the batch of {batch}: the batch goes through whole")
+        size = batch
+    return size
+
+
+def _memory(settings: Settings, job: Job) -> int | None:
+    asked = settings.memory if settings.memory is not None else job.memory_budget
+    return None if asked is None or asked == "none" else parse_bytes(asked)
+
+
+def _autocast(settings: Settings, job: Job, device: torch.device) -> torch.dtype | None:
+    if settings.autocast is None:
+        return job.autocast
+    if settings.autocast == "none":
+        return None
+    dtype = _DTYPES[settings.autocast]
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ConfigError(f"--autocast bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or none")
+    return dtype
+
+
+def _learning_rate(settings: Settings, job: Job) -> float:
+    optimizers = optimizers_of(job.optimizer)
+    if not optimizers:
+        raise ConfigError("the job has no optimizer; pass one, or several, to mb.Job(optimizer=...)")
+    if settings.learning_rate is None:
+        return float(optimizers[0].param_groups[0]["lr"])
+    if job.scheduler is not None:
+        raise ConfigError("--lr: the job brings its own scheduler, which fixed its learning rates when it was made")
+    return settings.learning_rate
+
+
+def _schedule(settings: Settings, job: Job) -> str:
+    if job.scheduler is None:
+        return settings.schedule
+    if isinstance(job.scheduler, ReduceLROnPlateau):
+        raise ConfigError(
+            "the job's ReduceLROnPlateau needs a validation loss at every step; use a scheduler that counts steps"
+        )
+    return "job"
+
+
+def _warmup(settings: Settings, job: Job, *, steps: int, notices: list[str]) -> int:
+    if settings.warmup_steps is not None:
+        if settings.warmup_steps >= steps:
+            raise ConfigError(
+                f"warmup_steps is {settings.warmup_steps} and the run has {steps} steps, so it would never reach its "
+                "learning rate; use fewer"
+            )
+        return settings.warmup_steps
+    if job.warmup_steps >= steps:
+        shorter = steps // 10
+        notices.append(f"the job's warm-up of {job.warmup_steps} steps does not fit into {steps}: it takes {shorter}")
+        return shorter
+    return job.warmup_steps

@@ -1,0 +1,61 @@
+"""Learning-rate schedules: linear warm-up, then a cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def warmup_cosine(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
+    """Give the share of the peak learning rate for one optimizer step.
+
+    Linear from ``1 / (warmup_steps + 1)`` up to 1, then half a cosine down to ``final_fraction``, which the last step
+    reaches.
+
+    Args:
+        step: Optimizer steps taken so far; 0 for the first.
+        steps: Optimizer steps of the whole run; at least 1.
+        warmup_steps: Steps below the peak; 0 or more.
+        final_fraction: Share of the peak that is left at the end, in [0, 1].
+
+    Returns:
+        A factor in [0, 1].
+
+    Example:
+        >>> [round(warmup_cosine(s, steps=6, warmup_steps=1, final_fraction=0.0), 3) for s in range(6)]
+        [0.5, 1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    decay_steps = steps - 1 - warmup_steps
+    progress = min(1.0, (step - warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
+    return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_schedulers(
+    optimizers: Sequence[Optimizer], *, kind: str, steps: int, warmup_steps: int, final_fraction: float = 0.1
+) -> list[LambdaLR]:
+    """Make one scheduler for each optimizer.
+
+    Each is to be stepped once per optimizer step that was applied, whatever the number of microbatches. The length of
+    the run is not part of a scheduler's state, so a resumed run that is asked for more steps follows the longer curve.
+
+    Args:
+        optimizers: Whose learning rates are scheduled; what they hold now is the peak.
+        kind: ``"cosine"``, or ``"constant"`` after the warm-up.
+        steps: Optimizer steps of the whole run; at least 1.
+        warmup_steps: Steps of linear warm-up; 0 or more.
+        final_fraction: Share of the peak that a cosine ends at, in [0, 1].
+
+    Returns:
+        The schedulers, with the first step's learning rates already set.
+    """
+    floor = final_fraction if kind == "cosine" else 1.0
+
+    def factor(step: int) -> float:
+        return warmup_cosine(step, steps=steps, warmup_steps=warmup_steps, final_fraction=floor)
+
+    return [LambdaLR(optimizer, factor) for optimizer in optimizers]

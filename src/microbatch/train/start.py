@@ -1,0 +1,231 @@
+"""Begin a run or go on with one: from settings to a summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
+from microbatch.train.checkpoint import clear_unfinished, write_text
+from microbatch.train.compare import Comparison, compare
+from microbatch.train.config import Settings, flag_name, load_settings, read_toml
+from microbatch.train.data import mix_seed
+from microbatch.train.evaluate import untouched
+from microbatch.train.events import Comparing, Notice, RunEnded, RunEvent, RunListener
+from microbatch.train.find import call_job, find_job
+from microbatch.train.job import Job
+from microbatch.train.loop import TrainingLoop
+from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.rundir import RunDirectory, jsonable
+from microbatch.train.state import seed_everything
+
+_FIXED = ("job", "data", "batch_size", "seed")
+"""Settings that a resumed run keeps: with others it would be another run."""
+
+_HARMLESS = ("validate_every", "checkpoint_every", "keep_checkpoints", "compare", "nonfinite")
+"""Settings that a resumed run may change and still have the same losses."""
+
+_SLOW_STEP = 20.0
+"""Seconds of a step above which the comparison, some nine steps, would keep people waiting."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRun:
+    """Hold a run that has been checked in every respect and has not begun.
+
+    Attributes:
+        job: The job.
+        config: Its configuration.
+        directory: Where its files go.
+        loop: The loop, restored from a checkpoint if the run goes on.
+        listeners: Who is told.
+    """
+
+    job: Job
+    config: RunConfig
+    directory: RunDirectory
+    loop: TrainingLoop
+    listeners: tuple[RunListener, ...]
+
+    def train(self) -> Mapping[str, Any]:
+        """Train to the end, compare with the full batch, and write the summary.
+
+        Returns:
+            The summary, as in ``summary.json``; ``"stopped_by"`` names the signal if it did not come to the end.
+
+        Raises:
+            MicrobatchError: A step failed, or a checkpoint could not be written.
+            KeyboardInterrupt: Ctrl-C came twice.
+        """
+        stopped_by = self.loop.run()
+        compared = self._compare() if stopped_by is None and self.config.compare else None
+        text = self._text() if stopped_by is None else None
+        summary = self._summary(stopped_by=stopped_by, compared=compared, text=text)
+        write_text(self.directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        self.tell(RunEnded(summary=summary))
+        return summary
+
+    def tell(self, event: RunEvent) -> None:
+        """Tell every listener.
+
+        Args:
+            event: What happened.
+        """
+        for listener in self.listeners:
+            listener(event)
+
+    def _compare(self) -> Comparison | None:
+        self.tell(Comparing())
+        per_step = self.loop.progress.seconds / max(1, self.loop.progress.step)
+        if per_step > _SLOW_STEP:
+            self.tell(Notice(f"a step takes {per_step:.0f} s, so the comparison with the full batch was left out"))
+            return None
+        try:
+            batch = self.loop.first_batch()
+            return compare(self.job, batch, config=self.config, scaler_state=self.loop.scaler_state())
+        except (MicrobatchError, torch.OutOfMemoryError) as error:
+            # The training itself is done and stored; a measurement must not turn it into a failure.
+            self.tell(Notice(f"the comparison with the full batch failed: {error}"))
+            return None
+
+    def _text(self) -> str | None:
+        if self.job.show is None:
+            return None
+        with untouched(self.job.model, self.config.device, training=False):
+            return self.job.show(self.job.model)
+
+    def _summary(self, *, stopped_by: str | None, compared: Comparison | None, text: str | None) -> dict[str, Any]:
+        progress, config = self.loop.progress, self.config
+        summary = {
+            "job": config.job,
+            "run": str(self.directory.path),
+            "finished": stopped_by is None,
+            "stopped_by": stopped_by,
+            "step": progress.step,
+            "steps": config.steps,
+            "epoch": progress.position.epoch + progress.position.start / config.samples,
+            "loss": progress.loss,
+            "validation": progress.validation,
+            "facts": dict(self.job.facts),
+            "unit": config.unit,
+            "seconds": progress.seconds,
+            "peak_bytes": progress.peak_bytes,
+            "memory_budget": config.memory_budget,
+            "comparison": dataclasses.asdict(compared) if compared is not None else None,
+            "text": text,
+        }
+        return jsonable(summary)
+
+
+def prepare(
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None = None,
+    run: Path | None = None,
+    resume: bool = False,
+    listeners: Sequence[RunListener] = (),
+) -> PreparedRun:
+    """Check everything that can be wrong with a run, before any of its work starts.
+
+    Args:
+        flags: Keys of `microbatch.train.config.Settings`; `None` for what was not given.
+        file: Configuration file, or `None`.
+        run: Run directory; by default a new one under ``runs``, or when resuming the newest one there.
+        resume: Whether to go on with a run.
+        listeners: Called with every event.
+
+    Returns:
+        The run, ready to train; its directory exists.
+
+    Raises:
+        ConfigError: A setting cannot work.
+        DataError: The job's data cannot be used.
+        CheckpointError: There is nothing to resume, or it does not fit.
+        MissingDependencyError: The job needs a package that is not installed.
+    """
+    if resume:
+        directory = RunDirectory(run if run is not None else _newest_run(flags.get("job")))
+        directory.check_resumable()
+        before = load_settings(read_toml(directory.config))
+        settings = load_settings(flags, file=file, base=before)
+        notices = _check_changes(before, settings, directory=directory)
+    else:
+        settings = load_settings(flags, file=file)
+        directory = RunDirectory(run if run is not None else _new_run(settings.job))
+        directory.check_new()
+        notices = []
+    check_data_path(settings)
+    device = resolve_device(settings.device)
+    job = _make(settings, device)
+    config = resolve(settings, job, device=device)
+    directory.start(config=resolved_settings(settings, config).toml(), files=job.files)
+    clear_unfinished(directory.checkpoints)
+    loop = TrainingLoop(job, config=config, run=directory, listeners=listeners)
+    prepared = PreparedRun(job, config, directory, loop, tuple(listeners))
+    for text in (*notices, *config.notices):
+        prepared.tell(Notice(text))
+    if resume:
+        loop.restore()
+    return prepared
+
+
+def _make(settings: Settings, device: torch.device) -> Job:
+    make = find_job(settings.job)
+    # A job that does not seed its own weights still gets the same ones every time.
+    seed_everything(mix_seed(settings.seed, "job"))
+    offered = {
+        "seed": settings.seed,
+        "device": device,
+        "data": None if settings.data is None else Path(settings.data).expanduser(),
+        "batch_size": settings.batch_size,
+    }
+    return call_job(make, offered, name=settings.job)
+
+
+def _check_changes(before: Settings, after: Settings, *, directory: RunDirectory) -> list[str]:
+    notices: list[str] = []
+    for key in Settings.model_fields:
+        old, new = getattr(before, key), getattr(after, key)
+        if old == new or key in _HARMLESS or (key in ("job", "data") and _same_place(old, new)):
+            continue
+        if key in _FIXED:
+            raise ConfigError(
+                f"{directory.path} was started with {key} {old!r}, and a resumed run keeps it; leave out "
+                f"{flag_name(key)}, or start a new run"
+            )
+        notices.append(f"{key} changes from {old} to {new}, so from here on this is not the run that was interrupted")
+    return notices
+
+
+def _same_place(old: str | None, new: str | None) -> bool:
+    """Tell whether two paths, with or without a function's name, are the same from here."""
+    if old is None or new is None:
+        return False
+    (old_path, _, old_name), (new_path, _, new_name) = (name.partition(".py:") for name in (old, new))
+    return old_name == new_name and Path(old_path).resolve() == Path(new_path).expanduser().resolve()
+
+
+def _new_run(job: str) -> Path:
+    stem = Path(job.rpartition(":")[0] or job).stem
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = Path("runs") / name
+    number = 2
+    while path.exists():
+        path = Path("runs") / f"{name}-{number}"
+        number += 1
+    return path
+
+
+def _newest_run(job: str | None) -> Path:
+    stem = Path(job.rpartition(":")[0] or job).stem if job is not None else ""
+    found = [path.parent for path in Path("runs").glob("*/config.toml") if path.parent.name.startswith(stem)]
+    if not found:
+        raise CheckpointError("there is no run under runs/ to resume; say which one with --run DIR")
+    return max(found, key=lambda path: (path / "config.toml").stat().st_mtime)

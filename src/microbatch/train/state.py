@@ -1,0 +1,148 @@
+"""Everything that decides what a run computes next: captured for a checkpoint, put back from one."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from microbatch.errors import CheckpointError
+
+
+def optimizers_of(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """List a job's optimizers.
+
+    Args:
+        optimizer: One, or several.
+
+    Returns:
+        All of them.
+    """
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, PyTorch on every device, and NumPy where it is in use.
+
+    Args:
+        seed: Any number in ``[0, 2**63)``.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Read the state of every global generator, as plain values and tensors.
+
+    Args:
+        device: The device whose generator is read beside the CPU's.
+
+    Returns:
+        States by generator, for `set_random_states`.
+    """
+    states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        states[device.type] = getattr(torch, device.type).get_rng_state(*_index(device))
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        states["numpy"] = (kind, [int(key) for key in keys], *rest)
+    return states
+
+
+def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
+    """Put every global generator back.
+
+    Args:
+        states: What `random_states` returned. A generator that this device has not is left alone.
+        device: The device whose generator is set beside the CPU's.
+    """
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if device.type in states:
+        getattr(torch, device.type).set_rng_state(states[device.type], *_index(device))
+    if "numpy" in states and "numpy" in sys.modules:
+        sys.modules["numpy"].random.set_state(states["numpy"])
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return (device,) if device.type == "cuda" else ()
+
+
+def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """List everything that a model holds.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Its parameters and all its buffers by name, those that its ``state_dict`` leaves out among them; and its extra
+        state, which is not tensors.
+    """
+    saved = model.state_dict()
+    tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in saved.items() if not isinstance(value, Tensor)}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        tensors.setdefault(name, buffer)
+    return tensors, extra
+
+
+@torch.no_grad()
+def load_model(model: nn.Module, weights: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    """Put a model's parameters, buffers and extra state back, in place.
+
+    Args:
+        model: A module of the same structure.
+        weights: What `model_tensors` returned first; on any device.
+        extra: What it returned second.
+
+    Raises:
+        CheckpointError: Names or shapes differ, so the checkpoint is another model's.
+    """
+    now, extra_now = model_tensors(model)
+    missing, unknown = sorted(set(now) - set(weights)), sorted(set(weights) - set(now))
+    shapes = [name for name in now if name in weights and now[name].shape != weights[name].shape]
+    if missing or unknown or shapes:
+        parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
+        found = "; ".join(f"{what}: {', '.join(names[:3])}" for what, names in parts if names)
+        raise CheckpointError(f"the checkpoint is of another model than the job now makes ({found})")
+    state_names = set(model.state_dict()) - set(extra_now)
+    model.load_state_dict({name: weights[name] for name in state_names} | dict(extra))
+    for name, tensor in now.items():
+        if name not in state_names:
+            tensor.copy_(weights[name])
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Put an optimizer's state back with the dtypes that it had.
+
+    ``load_state_dict`` casts every floating state to its parameter's dtype, which would round the fp32 moments of a
+    bf16 parameter, so those values are set once more as they were saved.
+
+    Args:
+        optimizer: An optimizer over the same parameters.
+        state: What its ``state_dict`` returned; tensors on any device.
+
+    Raises:
+        CheckpointError: It has other parameter groups.
+    """
+    try:
+        optimizer.load_state_dict(cast("dict[str, Any]", state))
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"the checkpoint's optimizer is not the job's: {error}") from error
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = cast("Mapping[Any, Any]", state.get("state", {}))
+    for index, values in saved.items():
+        if not isinstance(index, int) or index >= len(parameters) or not isinstance(values, Mapping):
+            continue
+        loaded = optimizer.state.get(parameters[index], {})
+        for key, value in cast("Mapping[str, Any]", values).items():
+            found = loaded.get(key)
+            if isinstance(value, Tensor) and isinstance(found, Tensor) and found.dtype != value.dtype:
+                loaded[key] = value.to(found.device, copy=True)

@@ -1,0 +1,57 @@
+"""Stop politely: the first signal ends the run after the window, the second one at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+
+class StopRequest:
+    """Listen for Ctrl-C and SIGTERM while the block runs.
+
+    The handler only remembers the signal: printing from it could break into the middle of another print. A second
+    Ctrl-C raises `KeyboardInterrupt` where the program stands. Outside the main thread, where Python allows no
+    handlers, nothing is listened for.
+
+    Attributes:
+        signal: The first signal that came, or `None`.
+
+    Example:
+        >>> with StopRequest() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print(stop.signal.name)
+        SIGTERM
+    """
+
+    def __init__(self) -> None:
+        """Listen for nothing yet."""
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Start to listen.
+
+        Returns:
+            Itself.
+        """
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+        elif number == signal.SIGINT:
+            # Schedulers repeat SIGTERM; only a person at the keyboard means "now" by asking twice.
+            raise KeyboardInterrupt

@@ -1,0 +1,59 @@
+"""What every test runs under: types checked while the code runs, one seed, two threads, deterministic kernels."""
+
+import os
+import random
+import sys
+
+import pytest
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
+from hypothesis import register_random, settings
+
+if "microbatch" in sys.modules:
+    message = "microbatch was imported before its types could be watched"
+    raise RuntimeError(message)
+# An int is a float where a float is asked for (as for the type checker). The command line is left out: it imports torch
+# only when a command needs it, so its annotations may name what has not been imported.
+beartype_package("microbatch", conf=BeartypeConf(is_pep484_tower=True, claw_skip_package_names=("microbatch.cli",)))
+
+# cuBLAS reads this once, when CUDA starts: without it, deterministic matrix products are refused.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# This process only: the tests that start others let them choose.
+import torch  # noqa: E402 - after the line above, or it is too late
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_interop_threads(1)
+# Also fills fresh memory with NaN, so that a sum begun on uninitialised memory shows.
+torch.use_deterministic_algorithms(mode=True)
+
+
+class TorchRandom:
+    """Torch's generator as Hypothesis wants it, so that every example starts from the same random state."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # Hypothesis holds it weakly
+register_random(TORCH_RANDOM)
+
+# No deadline: the first example pays for torch's warm-up. In CI the same examples every time; elsewhere new ones.
+settings.register_profile("here", deadline=None, print_blob=True)
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Start every test from the same random state, and say which."""
+    value = 20_260_101
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

@@ -1,0 +1,65 @@
+"""The command line's names are a contract: they may be added to, not renamed."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from microbatch.cli.main import app
+
+COMMANDS = {"train"}
+TRAIN_FLAGS = {
+    "--batch-size",
+    "--microbatch-size",
+    "--memory",
+    "--steps",
+    "--device",
+    "--seed",
+    "--config",
+    "--json",
+    "--resume",
+    "--data",
+}
+
+
+def flags(*path: str) -> dict[str, str]:
+    """Return every flag of a command, with its help."""
+    command = get_command(app)
+    for name in path:
+        command = command.commands[name]  # type: ignore[attr-defined]
+    return {flag: getattr(each, "help", None) or "" for each in command.params for flag in each.opts if flag[0] == "-"}
+
+
+def test_every_command_is_there() -> None:
+    assert set(get_command(app).commands) >= COMMANDS  # type: ignore[attr-defined]
+
+
+def test_every_flag_of_train_is_there() -> None:
+    assert set(flags("train")) >= TRAIN_FLAGS
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_flag_says_what_it_is_for(command: str) -> None:
+    assert [flag for flag, text in flags(command).items() if not text] == []
+
+
+def test_the_version_is_the_installed_one() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert importlib.metadata.version("microbatch") in result.output
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--batchsize", "3"], ["train", "--steps", "many"]])
+def test_what_does_not_exist_is_refused_without_a_traceback(arguments: list[str]) -> None:
+    script = Path(sys.executable).parent / "microbatch"
+    result = subprocess.run(
+        [str(script), *arguments], capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "100"}
+    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert arguments[-1] in result.stderr or arguments[1] in result.stderr

@@ -1,0 +1,163 @@
+"""What importing costs: torch and nothing else, no thread, no patch; and the command line's help not even torch."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src" / "microbatch"
+CORE = ("__init__.py", "errors.py", "batch", "loss", "gradients", "ranks", "memory", "step", "check", "train/job.py")
+COMMAND_LINE_ONLY = {"rich", "typer", "pydantic", "pydantic_core", "safetensors"}
+JOBS_ONLY = {"tokenizers", "sklearn", "scipy", "PIL"}
+
+USE_EVERY_NAME = """
+import microbatch
+for name in microbatch.__all__:
+    getattr(microbatch, name)
+"""
+
+
+def fresh(code: str) -> str:
+    """Run code in a Python of its own, warnings as errors, and return what it printed last."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "100"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.rstrip("\n").rpartition("\n")[2]
+
+
+def loaded(code: str) -> set[str]:
+    """Return the top-level packages, other than Python's own and ours, that a Python of its own has after the code."""
+    names = json.loads(fresh(code + "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"))
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"microbatch", "__main__"}
+
+
+def test_the_package_loads_nothing_that_torch_does_not() -> None:
+    ours, torchs = loaded(USE_EVERY_NAME), loaded("import torch, torch.distributed, torch.utils.data")
+    assert "torch" in ours
+    assert not ours & (COMMAND_LINE_ONLY | JOBS_ONLY)
+    assert {name for name in ours - torchs if not name.startswith("_")} == set()
+
+
+def test_a_package_that_torch_does_not_load_would_be_seen() -> None:
+    assert "rich" in loaded("import rich.table")
+
+
+SNAPSHOT = """
+import os, signal, sys, threading, warnings
+import torch, torch.distributed, torch.utils.data, torch.nn.functional, torch.optim, torch.autograd.graph
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+
+PLACES = [torch, torch.Tensor, torch.nn.Parameter, torch.nn.Module, torch.nn.functional, torch.optim.Optimizer,
+          torch.autograd, torch.autograd.graph, torch.amp, torch.utils.data.DataLoader, torch.distributed,
+          sys.modules["builtins"], warnings, threading.Thread]
+
+def snapshot():
+    state = {(str(place), name): id(value) for place in PLACES for name, value in vars(place).items()
+             if name not in ("__warningregistry__", "__annotations__")}
+    state["environment"] = dict(os.environ)
+    state["hooks"] = (sys.excepthook, sys.displayhook, threading.excepthook, list(sys.meta_path), list(sys.path_hooks))
+    state["signals"] = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    state["filters"] = list(warnings.filters)
+    state["threads"] = [thread.name for thread in threading.enumerate()]
+    state["native threads"] = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+    state["modes"] = (len(function_modes()), len(dispatch_modes()), torch.is_grad_enabled(), torch.get_default_dtype(),
+                      torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_device())
+    state["random"] = torch.get_rng_state().tolist()
+    return state
+
+before = snapshot()
+{code}
+after = snapshot()
+changed = [str(key) for key in before if after.get(key, "gone") != before[key]]
+print("\\n" + repr(changed))
+"""
+
+
+def changed_by(code: str) -> list[str]:
+    """Return what code changes of torch, the interpreter and the process."""
+    return ast.literal_eval(fresh(SNAPSHOT.replace("{code}", textwrap.dedent(code))))
+
+
+def test_the_package_starts_nothing_and_patches_nothing() -> None:
+    assert changed_by(USE_EVERY_NAME) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "key"),
+    [
+        ("torch.nn.functional.linear = lambda *a: None", "linear"),
+        ("torch.Tensor.backward = None", "backward"),
+        ("import time; threading.Thread(target=time.sleep, args=(1,), daemon=True).start()", "threads"),
+        ("torch.manual_seed(3)", "random"),
+        ("torch.set_default_dtype(torch.float64)", "modes"),
+        ("os.environ['OMP_NUM_THREADS'] = '7'", "environment"),
+        ("signal.signal(signal.SIGINT, signal.SIG_DFL)", "signals"),
+    ],
+)
+def test_a_patch_or_a_thread_would_be_seen(code: str, key: str) -> None:
+    assert any(key in change for change in changed_by(code))
+
+
+def test_the_package_costs_at_most_50_ms_over_torch() -> None:
+    timed = f"""
+import time, torch, torch.distributed, torch.utils.data
+start = time.process_time()
+{USE_EVERY_NAME}
+print(time.process_time() - start)
+"""
+    # The best of a few: another job on the machine can only make it slower.
+    seconds: list[float] = []
+    while len(seconds) < 4 and min(seconds, default=1.0) > 0.05:
+        seconds.append(float(fresh(timed)))
+    assert min(seconds) <= 0.05
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["microbatch", *{arguments!r}]
+from microbatch.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert "torch" not in loaded(code)
+
+
+def imports(source: str) -> set[str]:
+    """Return the top-level packages that source imports anywhere, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute: `from microbatch.room.file import name`"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def core_files() -> list[Path]:
+    paths = [PACKAGE / place for place in CORE]
+    return sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path]))
+
+
+@pytest.mark.parametrize("file", core_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_the_core_imports_torch_alone(file: Path) -> None:
+    assert imports(file.read_text(encoding="utf-8")) - sys.stdlib_module_names <= {"torch", "microbatch"}
+
+
+def test_an_import_inside_a_function_would_be_seen() -> None:
+    assert imports("def f():\n    from numpy import array\n    import torch.nn") == {"numpy", "torch"}
