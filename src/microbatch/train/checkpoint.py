@@ -67,7 +67,7 @@ def write_checkpoint(
     """
     plain, tensors = encode(state)
     distinct, tied = _distinct(weights)
-    final = folder / f"step-{step:06d}"
+    final = folder / _name(step)
     temporary = folder / f".writing-{final.name}-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,13 +220,15 @@ def _verify(path: Path) -> None:
 
     try:
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        version, files = manifest["format"], manifest["files"]
+        version, step, files = manifest["format"], manifest["step"], manifest["files"]
     except OSError as error:
         raise damaged(f"{_MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise damaged(f"{_MANIFEST} is not a manifest") from None
     if version != FORMAT:
         raise CheckpointError(f"the checkpoint {path.name} has format {version}, and this version reads {FORMAT}")
+    if path.name != _name(step):
+        raise damaged(f"{_MANIFEST} says that it is step {step}")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
@@ -235,6 +237,10 @@ def _verify(path: Path) -> None:
             raise damaged(f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}")
         if _hash(file) != expected["sha256"]:
             raise damaged(f"{name} is not what was written (its SHA-256 differs)")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def _hash(path: Path) -> str:

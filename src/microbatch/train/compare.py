@@ -11,21 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from microbatch.batch.cut import cut
 from microbatch.batch.feed import feed
-from microbatch.batch.tree import rows_of
 from microbatch.errors import MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.meter import MemoryMeter
-from microbatch.step.accumulator import Accumulator
 from microbatch.train.encode import own
-from microbatch.train.evaluate import named_losses, untouched
+from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
 from microbatch.train.resolve import RunConfig
-from microbatch.train.state import load_model, load_optimizer, model_tensors, optimizers_of
+from microbatch.train.state import load_model, load_optimizer, model_tensors
+from microbatch.train.ways import Ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,24 +100,17 @@ class _Bench:
 
     def __init__(self, job: Job, batch: Any, *, config: RunConfig, scaler_state: Mapping[str, Any] | None) -> None:
         self.job, self.batch, self.config = job, batch, config
-        self.rows = rows_of(batch)
         self.device = config.device
-        self.optimizers = optimizers_of(job.optimizer)
-        self.scaler_state = scaler_state
-        self.max_grad_norm: float | None = None
+        self.steps = Ways(job, batch, config=config, scaler_state=scaler_state)
+        self.rows, self.optimizers, self.ways = self.steps.rows, self.steps.optimizers, self.steps.by_name()
         self.notes: list[str] = []
-        self.ways: dict[str, Callable[[], None]] = {
-            "accumulated": self._accumulated,
-            "hand_written": self._hand_written,
-            "whole": self._whole,
-        }
 
     def compare(self, limit: float) -> Comparison:
         started = time.perf_counter()
         with self._kept(), untouched(self.job.model, self.device, training=True):
             self._choose_mode()
             gradients, peaks = self._gradients()
-            self.max_grad_norm = self.config.max_grad_norm
+            self.steps.max_grad_norm = self.config.max_grad_norm
             self.job.model.train()
             times = self._times(until=started + limit)
         self._note_scatter(times)
@@ -156,7 +148,7 @@ class _Bench:
     def _draws_random_numbers(self) -> bool:
         first = next(iter(feed(cut(self.batch, self.config.microbatch_size)[:1], self.device)))
         before = _generator_states(self.device)
-        with self._autocast():
+        with self.steps.autocast():
             self.job.loss_fn(self.job.model, first)
         return any(not torch.equal(old, new) for old, new in zip(before, _generator_states(self.device), strict=True))
 
@@ -248,64 +240,13 @@ class _Bench:
         return times
 
     def _note_scatter(self, times: Mapping[str, list[float]]) -> None:
+        if len(times["accumulated"]) == 1:
+            self.notes.append("times are of one step each, because steps are slow here")
         scatter = max((max(taken) / min(taken) for taken in times.values() if taken), default=1.0)
         if scatter > 1.5:
             self.notes.append(
                 f"times of one and the same step differ by a factor of {scatter:.1f}: is the machine busy?"
             )
-
-    def _accumulated(self) -> None:
-        config = self.config
-        accumulator = Accumulator(
-            self.job.model,
-            self.job.optimizer,
-            microbatch_size=config.microbatch_size,
-            memory_budget=config.memory_budget,
-            max_grad_norm=self.max_grad_norm,
-            autocast=config.autocast,
-            grad_scaler=self._scaler(),
-            nonfinite="skip",
-        )
-        accumulator.step(self.batch, self.job.loss_fn, counts=self.job.counts)
-
-    def _whole(self) -> None:
-        scaler = self._scaler()
-        self._backward(next(iter(feed([self.batch], self.device))), self.rows, share=1.0, scaler=scaler)
-        self._apply(scaler)
-
-    def _hand_written(self) -> None:
-        scaler = self._scaler()
-        microbatches = cut(self.batch, self.config.microbatch_size)
-        for index, microbatch in enumerate(feed(microbatches, self.device)):
-            rows = min(self.config.microbatch_size, self.rows - index * self.config.microbatch_size)
-            self._backward(microbatch, rows, share=1 / len(microbatches), scaler=scaler)
-        self._apply(scaler)
-
-    def _backward(self, batch: Any, rows: int, *, share: float, scaler: torch.amp.GradScaler | None) -> None:
-        with self._autocast():
-            losses = named_losses(self.job.loss_fn(self.job.model, batch), rows=rows)
-            loss = torch.stack([loss.mean for loss in losses.values()]).sum() * share
-        (loss if scaler is None else scaler.scale(loss)).backward()
-
-    def _apply(self, scaler: torch.amp.GradScaler | None) -> None:
-        if scaler is not None:
-            for optimizer in self.optimizers:
-                scaler.unscale_(optimizer)
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.job.model.parameters(), self.max_grad_norm)
-        for optimizer in self.optimizers:
-            optimizer.step() if scaler is None else scaler.step(optimizer)
-            optimizer.zero_grad()
-
-    def _scaler(self) -> torch.amp.GradScaler | None:
-        if self.scaler_state is None:
-            return None
-        scaler = torch.amp.GradScaler(self.device.type)
-        scaler.load_state_dict(dict(self.scaler_state))
-        return scaler
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.config.autocast, enabled=self.config.autocast is not None)
 
     @contextmanager
     def _kept(self) -> Generator[None]:

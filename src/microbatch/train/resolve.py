@@ -91,7 +91,8 @@ class RunConfig:
         if self.device.type == "cuda":
             return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
         if self.device.type == "cpu":
-            return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+            threads = torch.get_num_threads()
+            return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
         return str(self.device)
 
 

@@ -72,7 +72,7 @@ def language(
         steps=120,
         warmup_steps=12,
         max_grad_norm=1.0,
-        memory_budget="256 MiB",
+        memory_budget="320 MiB",
         unit="tokens",
         facts={"unigram entropy": unigram_loss(corpus)},
         show=partial(write_text, vocabulary=corpus.vocabulary, prompt=prompt, seed=seed),
