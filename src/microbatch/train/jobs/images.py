@@ -39,7 +39,7 @@ def images(
     train, validation = hold_out(read_digits() if data is None else read_folder(data), share=0.2, seed=seed)
     train, validation = _standardise(train, validation)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = ResidualNetwork(channels=train.images.shape[1], classes=len(train.classes)).to(device)
     return Job(
         model=model,
@@ -50,7 +50,7 @@ def images(
         microbatch_size=16,
         validation=validation,
         evaluate=class_scores,
-        epochs=15,
+        epochs=12,
         warmup_steps=10,
         max_grad_norm=1.0,
         unit="images",

@@ -57,7 +57,7 @@ def language(
     files = find_files(data)
     corpus = load_corpus(files, cut=cut, folder=cache)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = Transformer(Shape(vocabulary=corpus.vocabulary_size, length=cut.length)).to(device)
     prompt = "def " if all(path.suffix == ".py" for path in files) else ""
     return Job(
@@ -69,7 +69,7 @@ def language(
         collate=pad_pieces,
         microbatch_size=8,
         validation=corpus.validation,
-        steps=120,
+        steps=100,
         warmup_steps=12,
         max_grad_norm=1.0,
         memory_budget="320 MiB",
@@ -165,4 +165,4 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
