@@ -14,7 +14,9 @@ if "microbatch" in sys.modules:
     raise RuntimeError(message)
 # An int is a float where a float is asked for (as for the type checker). The command line is left out: it imports torch
 # only when a command needs it, so its annotations may name what has not been imported.
-beartype_package("microbatch", conf=BeartypeConf(is_pep484_tower=True, claw_skip_package_names=("microbatch.cli",)))
+beartype_package(
+    "microbatch", conf=BeartypeConf(is_pep484_tower=True, claw_skip_package_names=("microbatch.cli",), is_random=False)
+)
 
 # cuBLAS reads this once, when CUDA starts: without it, deterministic matrix products are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microbatch.batch.tree import iterate_tensors, map_tensors
+from microbatch.batch.tree import map_tensors
 
 
 def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -35,8 +37,14 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         yield map_tensors(lambda tensor: tensor.to(device), microbatch)
 
 
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    # One for the whole process: the allocator keeps the memory of each stream apart.
+    return torch.cuda.Stream(device)
+
+
 def _feed_cuda(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    stream = torch.cuda.Stream(device)
+    stream, current = _copying(device), torch.cuda.current_stream(device)
 
     def send(tensor: Tensor) -> Tensor:
         if tensor.device == device:
@@ -45,26 +53,15 @@ def _feed_cuda(microbatches: Iterable[Any], device: torch.device) -> Iterator[An
         return source.to(device, non_blocking=True)
 
     def start(microbatch: Any) -> Any:
-        # Tensors that are on a device already were written by the stream that the user works on.
-        stream.wait_stream(torch.cuda.current_stream(device))
+        # The copy waits for the work that was queued before it. So the memory that it is given, freed by an earlier
+        # microbatch, has been read by then, and two microbatches of inputs are all that the device ever holds.
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             return map_tensors(send, microbatch)
 
-    def arrive(microbatch: Any) -> Any:
-        current = torch.cuda.current_stream(device)
+    source = iter(microbatches)
+    held = [start(microbatch) for microbatch in islice(source, 1)]
+    while held:
         current.wait_stream(stream)
-        for tensor in iterate_tensors(microbatch):
-            if tensor.device == device:
-                # Without this the allocator could give the memory to the copying stream while this one still reads.
-                tensor.record_stream(current)
-        return microbatch
-
-    waiting: list[Any] = []
-    for microbatch in microbatches:
-        ready = arrive(waiting.pop()) if waiting else None
-        first = ready is None
-        waiting.append(start(microbatch))
-        if not first:
-            yield ready
-    if waiting:
-        yield arrive(waiting.pop())
+        held += [start(microbatch) for microbatch in islice(source, 1)]
+        yield held.pop(0)

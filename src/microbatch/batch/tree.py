@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -88,18 +88,6 @@ def map_tensors(function: Callable[[Tensor], Tensor], node: object) -> Any:
         A structure of the same types.
     """
     return map_leaves(lambda value, _path: function(value) if isinstance(value, Tensor) else value, node)
-
-
-def iterate_tensors(node: object) -> Iterator[Tensor]:
-    """Yield every tensor of a structure.
-
-    Args:
-        node: The structure.
-
-    Yields:
-        Its tensors, in order.
-    """
-    yield from (value for _path, value in leaves(node) if isinstance(value, Tensor))
 
 
 def leaves(node: object) -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class GradientSum:
         self._before: list[Tensor | None] = []
         self._buffers: dict[int, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
-        self._mark: tuple[int, Tensor, int] | None = None
+        self._mark: list[tuple[weakref.ref[Tensor], int] | None] = []
 
     def open(self, named: Sequence[Named]) -> None:
         """Begin with no gradient, keeping references to those that are there.
@@ -72,34 +73,38 @@ class GradientSum:
         self._named = list(named)
         self._before = [each.parameter.grad for each in named]
         self._buffers = {}
-        self._mark = None
+        self._mark = [None] * len(named)
         for index, each in enumerate(named):
             each.parameter.grad = None
             if torch.promote_types(each.parameter.dtype, self._dtype) != each.parameter.dtype:
                 self._widen(index, each.parameter)
 
     def mark(self) -> None:
-        """Remember what the gradients look like after a backward, by one of them."""
-        for index, each in enumerate(self._named):
-            if (grad := each.parameter.grad) is not None:
-                self._mark = (index, grad, grad._version)  # the documented way to see in-place writes
-                return
+        """Remember what the sums look like after a backward.
+
+        Cost:
+            A look at every parameter, well under a microsecond each.
+        """
+        # Weakly: a gradient that somebody holds is copied when autograd adds to it, not changed in place.
+        self._mark = [None if total is None else (weakref.ref(total), total._version) for total in self._sums()]
 
     def check_untouched(self) -> None:
-        """Refuse to go on when something else has written to the gradients since `mark`.
+        """Refuse to go on when something else has written to the gradients since `mark`, or since the window opened.
 
         Raises:
             GradientsTouchedError: They were zeroed, clipped, or added to by another backward.
         """
-        if self._mark is None:
-            return
-        index, grad, version = self._mark
-        if self._named[index].parameter.grad is not grad or grad._version != version:
-            raise GradientsTouchedError(
-                f"the gradient of {self._named[index].name!r} was changed inside the window by something other than "
-                "window.backward: zero_grad(), clip_grad_norm_() and loss.backward() do not belong there; the window "
-                "zeroes, clips (max_grad_norm=) and adds up by itself"
-            )
+        for each, total, mark in zip(self._named, self._sums(), self._mark, strict=True):
+            if mark is None:
+                same = total is None
+            else:
+                same = total is not None and mark[0]() is total and mark[1] == total._version
+            if not same:
+                raise GradientsTouchedError(
+                    f"the gradient of {each.name!r} was changed inside the window by something other than "
+                    "window.backward: zero_grad(), clip_grad_norm_() and loss.backward() do not belong there; the "
+                    "window zeroes, clips (max_grad_norm=) and adds up by itself"
+                )
 
     def gradients(self) -> list[tuple[Named, Tensor]]:
         """List what has added up.
@@ -107,17 +112,12 @@ class GradientSum:
         Returns:
             Each parameter that got a gradient with its sum, in the wider dtype where there is one.
         """
-        pairs: list[tuple[Named, Tensor]] = []
-        for index, each in enumerate(self._named):
-            total = self._buffers.get(index, each.parameter.grad)
-            if total is not None:
-                pairs.append((each, total))
-        return pairs
+        return [(each, total) for each, total in zip(self._named, self._sums(), strict=True) if total is not None]
 
     @property
     def present(self) -> list[bool]:
         """Which parameters, in the order of `open`, have a gradient."""
-        return [index in self._buffers or each.parameter.grad is not None for index, each in enumerate(self._named)]
+        return [total is not None for total in self._sums()]
 
     def fill(self, wanted: Sequence[bool]) -> None:
         """Give a sum of zero, dense, to parameters that got no gradient here but did on another rank.
@@ -165,6 +165,9 @@ class GradientSum:
             each.parameter.grad = grad
         self._before = []
 
+    def _sums(self) -> list[Tensor | None]:
+        return [self._buffers.get(index, each.parameter.grad) for index, each in enumerate(self._named)]
+
     def _widen(self, index: int, parameter: Tensor) -> None:
         def move(parameter: Tensor) -> None:
             grad, parameter.grad = parameter.grad, None
@@ -185,4 +188,4 @@ class GradientSum:
     def _end(self) -> None:
         self._remove_hooks()
         self._buffers = {}
-        self._mark = None
+        self._mark = []

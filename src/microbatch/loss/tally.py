@@ -56,6 +56,11 @@ class Tally:
         return list(self._terms)
 
     @property
+    def spoke(self) -> bool:
+        """Whether any microbatch contributed."""
+        return any(term.values for term in self._terms.values())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the window's loss is reported: the losses' own, at least float32."""
         values = [value for term in self._terms.values() for value in term.values[:1]]
@@ -114,6 +119,8 @@ class Tally:
             if not term.values:
                 continue
             counts = _stack(term.counts, dtype, device)
+            # A negative count could hide behind the others in the sum; NaN cannot.
+            counts = torch.where(counts < 0, torch.nan, counts)
             sums = _stack([*term.values], dtype, device) * _stack([*term.weights], dtype, device)
             # 0 targets contribute 0, also where their mean was 0/0.
             row[0] = torch.where(counts == 0, 0.0, sums).sum()
@@ -135,8 +142,10 @@ class Tally:
         """
         for name, count in counts.items():
             if not math.isfinite(count) or count < 0:
+                wrong = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
                 raise CountError(
-                    f"the counts of the term {name!r} add up to {count}; they must be finite and at least 0"
+                    f"a count of the term {name!r} is {wrong[0] if wrong else count}, or another rank's is; counts must "
+                    "be finite and at least 0"
                 )
         if self.declared is not None:
             self._check_declared(counts)
@@ -168,6 +177,10 @@ class Tally:
         ]
         return min(found, default=None)
 
+    def _counts_of(self, name: str) -> list[float]:
+        term = self._terms.get(name)
+        return [] if term is None else [float(count) for count in term.counts]
+
     def _begin(self, shares: list[Share]) -> None:
         own = [share.name for share in shares if not share.is_mean]
         if len(shares) > 1 and own:
@@ -176,10 +189,10 @@ class Tally:
                 "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
                 f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
             )
-        for share in shares:
-            exact = share.is_mean and self.rows is not None and share.value.dtype in {torch.float32, torch.float64}
-            expected = float(self.rows) if exact and self.rows else _power_of_two(self.estimate)
-            self._terms[share.name] = _Term(expected=expected)
+        # One number for all terms, since one factor is to correct them all.
+        exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
+        expected = float(self.rows) if exact and self.rows else _power_of_two(self.estimate)
+        self._terms = {share.name: _Term(expected=expected) for share in shares}
 
     def _seed(self, share: Share) -> Tensor:
         term = self._terms.get(share.name)
@@ -201,11 +214,13 @@ class Tally:
         return seed
 
     def _check_declared(self, counts: Mapping[str, float]) -> None:
-        for name, term in self._terms.items():
-            if not math.isclose(counts.get(name, 0.0), term.expected, rel_tol=1e-9):
+        declared = dict(self.declared or {})
+        for name in {**declared, **counts}:
+            expected, counted = declared.get(name, float(self.rows or 0)), counts.get(name, 0.0)
+            if not math.isclose(counted, expected, rel_tol=1e-9):
                 raise CountError(
-                    f"counts= declared {term.expected:g} for the term {name!r}, and the microbatches counted "
-                    f"{counts.get(name, 0.0):g}; both must count the same targets"
+                    f"counts= declared {expected:g} for the term {name!r}, and the "
+                    f"microbatches counted {counted:g}; both must count the same targets"
                 )
 
 

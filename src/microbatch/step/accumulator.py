@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ class Accumulator:
     ) -> None:
         self._settings = Settings(
             model=model,
-            optimizers=[optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
+            optimizers=_listed("optimizer", optimizer, Optimizer),
             microbatch_size=microbatch_size,
             memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
             max_grad_norm=max_grad_norm,
@@ -83,7 +83,7 @@ class Accumulator:
             grad_scaler=grad_scaler,
             accumulate_dtype=accumulate_dtype,
             nonfinite=nonfinite,
-            listeners=list(listeners),
+            listeners=_listed("listeners", listeners, ()),
         )
         self._memory = Memory()
 
@@ -124,7 +124,7 @@ class Accumulator:
         try:
             with window:
                 for microbatch in window.split(batch):
-                    window.backward(loss_fn(self._settings.model, microbatch))
+                    window.backward(loss_fn(self._settings.bare_model, microbatch))
         except NonfiniteError as error:
             if error.microbatch is not None or window.ranks > 1:
                 raise
@@ -209,7 +209,7 @@ class Accumulator:
         found: int | None = None
         with suppress(_LeaveWithoutStep), Window(settings, Memory(count=self._memory.count), counts=counts) as window:
             for index, microbatch in enumerate(window.split(batch)):
-                window.backward(loss_fn(settings.model, microbatch))
+                window.backward(loss_fn(settings.bare_model, microbatch))
                 if window.first_nonfinite() is not None:
                     found = index
                     break
@@ -223,6 +223,15 @@ class _LeaveWithoutStep(Exception):  # noqa: N818 - nothing is wrong: the only w
 
 def _leave_without_step() -> None:
     raise _LeaveWithoutStep
+
+
+def _listed(name: str, given: Any, kind: Any) -> list[Any]:
+    """Make a list of one thing or several."""
+    if isinstance(given, kind):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
+    return list(cast("Iterable[Any]", given))
 
 
 def _take(source: Iterator[Any], microbatches: int) -> list[Any]:

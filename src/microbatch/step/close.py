@@ -53,6 +53,7 @@ class _Pooled:
     host_sums: Sequence[float]
     host_counts: Sequence[float]
     samples: float
+    dtype: torch.dtype  # in which the loss is reported
     norm: Tensor
     host_norm: float
     normalised: bool  # whether the gradient has been divided by the count already
@@ -97,7 +98,7 @@ def close(closing: Closing) -> End:
     elif settings.nonfinite == "raise":
         _refuse(closing, pooled)
     _step(closing, applied=applied)
-    return _end(pooled, factor, closing.tally.dtype, applied=applied)
+    return _end(pooled, factor, applied=applied)
 
 
 def _pool(closing: Closing) -> _Pooled:
@@ -106,23 +107,49 @@ def _pool(closing: Closing) -> _Pooled:
     norm = _norm(closing, device)
     # The one host synchronisation of the window: everything that the host has to decide on, in one copy.
     *flat, host_norm = torch.cat([table.flatten(), norm.to(table.dtype).reshape(1)]).tolist()
-    names, samples = closing.tally.names, closing.samples
-    return _Pooled(names, table[:, 0], flat[0::2], flat[1::2], samples, norm, host_norm, normalised=False)
+    return _Pooled(
+        names=closing.tally.names,
+        sums=table[:, 0],
+        host_sums=flat[0::2],
+        host_counts=flat[1::2],
+        samples=closing.samples,
+        dtype=closing.tally.dtype,
+        norm=norm,
+        host_norm=host_norm,
+        normalised=False,
+    )
 
 
 def _pool_ranks(closing: Closing, ranks: Ranks) -> _Pooled:
     device, gradients = closing.settings.device, closing.gradients
     flat = closing.tally.totals(device).flatten().tolist()
-    message = Message(closing.tally.names, flat[0::2], flat[1::2], closing.samples, gradients.present)
+    spoke = closing.tally.spoke
+    message = Message(
+        names=closing.tally.names if spoke else [],
+        sums=flat[0::2] if spoke else [],
+        counts=flat[1::2] if spoke else [],
+        samples=closing.samples,
+        double=closing.tally.dtype == torch.float64,
+        present=gradients.present,
+    )
     agreed = agree(ranks, message, parameters=len(message.present))
     counts = dict(zip(agreed.names, agreed.counts, strict=True))
-    gradients.fill(agreed.present)
     factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
+    gradients.fill(agreed.present)
     reduce_(ranks, [gradient for _, gradient in gradients.gradients()], factor)
     norm = _norm(closing, device)
     sums = torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device)
-    names, samples = agreed.names, agreed.samples
-    return _Pooled(names, sums, agreed.sums, agreed.counts, samples, norm, norm.item(), normalised=True)
+    return _Pooled(
+        names=agreed.names,
+        sums=sums,
+        host_sums=agreed.sums,
+        host_counts=agreed.counts,
+        samples=agreed.samples,
+        dtype=torch.float64 if agreed.double else torch.float32,
+        norm=norm,
+        host_norm=norm.item(),
+        normalised=True,
+    )
 
 
 def _norm(closing: Closing, device: torch.device) -> Tensor:
@@ -163,9 +190,9 @@ def _step(closing: Closing, *, applied: bool) -> None:
         optimizer.zero_grad()
 
 
-def _end(pooled: _Pooled, factor: float, dtype: torch.dtype, *, applied: bool) -> End:
+def _end(pooled: _Pooled, factor: float, *, applied: bool) -> End:
     counts = torch.tensor(pooled.host_counts, dtype=pooled.sums.dtype, device=pooled.sums.device)
-    means = torch.where(counts > 0, pooled.sums / counts, 0.0).to(dtype)
+    means = torch.where(counts > 0, pooled.sums / counts, 0.0).to(pooled.dtype)
     whole = {name: int(count) if count.is_integer() else count for name, count in pooled.counts.items()}
     several = list(pooled.names) != ["loss"]
     return End(

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from microbatch.batch.cut import check_microbatch_size
@@ -48,12 +49,18 @@ class Settings:
         norm = self.max_grad_norm
         if norm is not None and not (isinstance(norm, int | float) and math.isfinite(norm) and norm > 0):
             raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
-        if self.autocast not in {None, torch.bfloat16, torch.float16}:
+        if not any(self.autocast is dtype for dtype in (None, torch.bfloat16, torch.float16)):
             raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
-        if not self.accumulate_dtype.is_floating_point:
-            raise ConfigError(f"accumulate_dtype must be a floating-point dtype, not {self.accumulate_dtype}")
-        if self.nonfinite not in {"raise", "skip"}:
+        dtype = self.accumulate_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"accumulate_dtype must be a floating-point torch.dtype, not {dtype!r}")
+        if self.nonfinite not in ["raise", "skip"]:
             raise ConfigError(f'nonfinite must be "raise" or "skip", not {self.nonfinite!r}')
+        for listener in self.listeners:
+            if not callable(listener):
+                raise ConfigError(
+                    f"listeners must be callables that take one event, not the {type(listener).__name__} {listener!r}"
+                )
         self._check_scaler()
 
     @property
@@ -61,6 +68,11 @@ class Settings:
         """Where the model's first parameter is, and microbatches are sent."""
         first = next(self.model.parameters(), None)
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without the wrapper of DistributedDataParallel, whose reductions the accumulator does itself."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def emit(self, event: Event) -> None:
         """Tell every listener.

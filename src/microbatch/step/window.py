@@ -19,7 +19,6 @@ from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
     MissingCountError,
-    NonfiniteError,
     RankError,
     WindowClosedError,
     WindowError,
@@ -86,6 +85,7 @@ class Window:
         self._samples: int | float = 0
         self._largest: int | float = 0
         self._ranks: Ranks | None = None
+        self._awaited = True  # whether the other ranks wait for this one's word
         self._planned: int | None = None if source is None else len(source)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -306,7 +306,12 @@ class Window:
         counts = _declared(self._counts, batches)
         if self._ranks is not None:
             message = Message(
-                list(counts), [0.0] * len(counts), list(counts.values()), rows, [False] * len(self._named)
+                names=list(counts),
+                sums=[0.0] * len(counts),
+                counts=list(counts.values()),
+                samples=rows,
+                double=False,
+                present=[False] * len(self._named),
             )
             agreed = agree(self._ranks, message, parameters=len(self._named))
             rows, counts = agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
@@ -334,7 +339,7 @@ class Window:
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
         closing = Closing(self._settings, self._gradients, self._tally, self._ranks, self._samples)
-        self._stepping = True
+        self._stepping, self._awaited = True, False
         end = close(closing)
         if not end.applied:
             self._snapshot.restore_buffers()
@@ -364,9 +369,9 @@ class Window:
         self._leave()
         self._gradients.put_back()
         self._snapshot.restore()
-        # These are raised on every rank at once, after the agreement; nobody is waiting.
-        everywhere = RankError | NonfiniteError | EmptyWindowError
-        if self._ranks is not None and isinstance(error, Exception) and not isinstance(error, everywhere):
+        # An agreement that has been reached, or that failed, is not waited for.
+        awaited = self._awaited and isinstance(error, Exception) and not isinstance(error, RankError)
+        if self._ranks is not None and awaited:
             agree(self._ranks, None, parameters=len(self._named))
 
     def _leave(self) -> None:
