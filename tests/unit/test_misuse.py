@@ -375,7 +375,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...
     "a negative count on the device": (
         lambda y: Loss(sum=y.sum(), count=torch.tensor(-2)),
         CountError,
-        ("'loss'", "-6", "at least 0"),
+        ("'loss'", "-2", "at least 0"),
     ),
     "every count 0": (lambda y: Loss(sum=y.sum(), count=0), EmptyWindowError, ("every count was 0", "skip")),
     "every count 0 on the device": (

@@ -144,8 +144,8 @@ class Tally:
             if not math.isfinite(count) or count < 0:
                 wrong = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
                 raise CountError(
-                    f"a count of the term {name!r} is {wrong[0] if wrong else count}, or another rank's is; counts must "
-                    "be finite and at least 0"
+                    f"a count of the term {name!r} is {wrong[0] if wrong else count:g}; counts must be finite and at "
+                    "least 0"
                 )
         if self.declared is not None:
             self._check_declared(counts)
