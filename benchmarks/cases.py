@@ -1,0 +1,106 @@
+"""The cases: a model, one batch for it, and the loss, the same for every contender."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.models import GPT, ResidualNetwork, VisionTransformer
+
+LEARNING_RATE = 1e-4
+SEED = 20_260_101
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing to train.
+
+    Attributes:
+        describe: What it is, for the table.
+        batch_size: Rows of the effective batch.
+        model: Makes the model, from torch's random state.
+        batch: Makes the batch on the host, ``{"inputs": (rows, ...), "labels": (rows, ...)}``, likewise.
+        sizes: Microbatch sizes measured by default.
+        all_sizes: Microbatch sizes of the thorough run, up to the full batch.
+        couples_rows: Whether rows see one another, so that cutting the batch changes the gradient for everyone.
+    """
+
+    describe: str
+    batch_size: int
+    model: Callable[[], nn.Module]
+    batch: Callable[[], dict[str, Tensor]]
+    sizes: tuple[int, ...]
+    all_sizes: tuple[int, ...]
+    couples_rows: bool = False
+
+
+def loss_sum(model: nn.Module, piece: dict[str, Tensor]) -> Tensor:
+    """Return the cross-entropy of some rows, summed over their labels: what everyone minimises, before dividing."""
+    logits = model(piece["inputs"])
+    return F.cross_entropy(logits.flatten(0, -2), piece["labels"].flatten(), reduction="sum")
+
+
+def _text(rows: int, length: int, vocabulary: int) -> dict[str, Tensor]:
+    tokens = torch.randint(vocabulary, (rows, length + 1))
+    return {"inputs": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def _images(rows: int, size: int, classes: int) -> dict[str, Tensor]:
+    return {"inputs": torch.randn(rows, 3, size, size), "labels": torch.randint(classes, (rows,))}
+
+
+_VOCABULARY = 50_257
+_POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64)
+_GPT = {"vocabulary": _VOCABULARY, "length": 128, "layers": 6, "heads": 6, "channels": 384}
+_TINY = {"vocabulary": 64, "length": 8, "layers": 1, "heads": 2, "channels": 16}
+_VIT = {"size": 32, "patch": 4, "layers": 6, "heads": 3, "channels": 192, "classes": 10}
+
+CASES = {
+    "gpt": Case(
+        describe="GPT, 30M parameters, vocabulary 50,257, 128 tokens a row",
+        batch_size=32,
+        model=partial(GPT, **_GPT),
+        batch=partial(_text, 32, 128, _VOCABULARY),
+        sizes=(1,),
+        all_sizes=_POWERS_OF_TWO[:6],
+    ),
+    "residual": Case(
+        describe="residual network, 2.8M parameters, GroupNorm, images of 32 x 32",
+        batch_size=64,
+        model=partial(ResidualNetwork, widths=(32, 64, 128, 256), classes=10, norm="group"),
+        batch=partial(_images, 64, 32, 10),
+        sizes=(1, 8),
+        all_sizes=_POWERS_OF_TWO,
+    ),
+    "batchnorm": Case(
+        describe="the same with BatchNorm, whose statistics are each microbatch's own",
+        batch_size=64,
+        model=partial(ResidualNetwork, widths=(32, 64, 128, 256), classes=10, norm="batch"),
+        batch=partial(_images, 64, 32, 10),
+        sizes=(8,),
+        all_sizes=_POWERS_OF_TWO[1:],
+        couples_rows=True,
+    ),
+    "vit": Case(
+        describe="vision transformer, 2.7M parameters, images of 32 x 32 in 64 patches",
+        batch_size=64,
+        model=partial(VisionTransformer, **_VIT),
+        batch=partial(_images, 64, 32, 10),
+        sizes=(1, 8),
+        all_sizes=_POWERS_OF_TWO,
+    ),
+    # For the harness's own test, and to see that a machine can run all contenders.
+    "tiny": Case(
+        describe="a transformer that takes no time, so that only overhead is left",
+        batch_size=4,
+        model=partial(GPT, **_TINY),
+        batch=partial(_text, 4, 8, 64),
+        sizes=(1,),
+        all_sizes=(1, 2, 4),
+    ),
+}

@@ -1,0 +1,195 @@
+"""Say what was measured: JSON for machines, a Markdown table for people, and whether the goals are met."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases import CASES
+from benchmarks.machine import hardware, versions
+from benchmarks.measure import Entry, Plan
+
+SCHEMA = 1
+MOST_TIME = 1.03
+# Scalars for the loss and the counts, the random state, copies of small buffers.
+MOST_MEMORY, SCALARS = 1.005, 64 * 1024
+GRADIENT_TOLERANCE = 1e-4
+UPDATE_TOLERANCE = 1e-2
+NAMES = {
+    "full": "full batch",
+    "loop": "hand-written loop",
+    "microbatch": "**microbatch**",
+    "accelerate": "Accelerate",
+    "fabric": "Lightning Fabric",
+    "trainer": "Transformers Trainer",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether `microbatch` costs nothing at one microbatch size of one case.
+
+    Attributes:
+        case: A key of `CASES`.
+        microbatch_size: Rows that went through at once.
+        time: ``"met"``, ``"missed"``, or ``"undecided"`` where another job was running.
+        memory: ``"met"``, ``"missed"``, or ``"not measured"``.
+        gradient: ``"met"`` or ``"missed"``.
+    """
+
+    case: str
+    microbatch_size: int
+    time: str
+    memory: str
+    gradient: str
+
+
+def agrees(entry: Entry) -> bool:
+    """Tell whether a contender did the hand-written loop's arithmetic, to rounding."""
+    return entry.gradient_error <= GRADIENT_TOLERANCE and entry.update_error <= UPDATE_TOLERANCE
+
+
+def verdicts(entries: Sequence[Entry]) -> list[Verdict]:
+    """Hold every entry of `microbatch` against the hand-written loop's of the same row.
+
+    Args:
+        entries: What was measured.
+
+    Returns:
+        One verdict a row in which `microbatch` took part.
+    """
+    loops = {(each.case, each.microbatch_size): each for each in entries if each.contender == "loop"}
+    found: list[Verdict] = []
+    for entry in entries:
+        if entry.contender != "microbatch":
+            continue
+        loop = loops[entry.case, entry.microbatch_size]
+        time = "undecided" if entry.noisy else _met(entry.against_loop.median <= MOST_TIME)
+        memory = "not measured"
+        if entry.peak_bytes is not None and loop.peak_bytes is not None:
+            memory = _met(entry.peak_bytes <= MOST_MEMORY * loop.peak_bytes + SCALARS)
+        found.append(
+            Verdict(
+                case=entry.case,
+                microbatch_size=entry.microbatch_size,
+                time=time,
+                memory=memory,
+                gradient=_met(agrees(entry)),
+            )
+        )
+    return found
+
+
+def as_record(entries: Sequence[Entry], plan: Plan, *, missing: Iterable[str]) -> dict[str, Any]:
+    """Return everything that was measured, and on what, as plain values.
+
+    Args:
+        entries: What was measured.
+        plan: How.
+        missing: Contenders that are not installed.
+
+    Returns:
+        What `write` writes as JSON.
+    """
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(plan.device),
+        "versions": versions(),
+        "plan": asdict(plan),
+        "not_installed": sorted(missing),
+        "cases": {name: CASES[name].describe for name in dict.fromkeys(each.case for each in entries)},
+        "entries": [asdict(each) for each in entries],
+        "verdicts": [asdict(each) for each in verdicts(entries)],
+    }
+
+
+def as_markdown(entries: Sequence[Entry], record: dict[str, Any]) -> str:
+    """Return the tables.
+
+    Args:
+        entries: What was measured.
+        record: What `as_record` made of it.
+
+    Returns:
+        Markdown.
+    """
+    plan = record["plan"]
+    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    lines = [
+        "# Measured",
+        "",
+        f"{record['date']}; {machine}; {plan['threads']} threads on {plan['device']}.",
+        "; ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
+        "",
+        "A `~` marks times during which another job was running, as their interquartile range or the machine says:",
+        "they decide nothing.",
+    ]
+    for case, describe in record["cases"].items():
+        mine = [each for each in entries if each.case == case]
+        lines += ["", f"## {case}: {describe}; batch {mine[0].batch_size}", "", *_table(mine)]
+    lines += ["", "## Goals", "", "Time at most 1.03 of the hand-written loop's, peak memory not above it.", ""]
+    lines += ["| case | microbatch | time | memory | gradient |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {each['case']} | {each['microbatch_size']} | {each['time']} | {each['memory']} | {each['gradient']} |"
+        for each in record["verdicts"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(record: dict[str, Any], markdown: str, out: Path) -> None:
+    """Write both forms beside one another.
+
+    Args:
+        record: What was measured.
+        markdown: The same, for people.
+        out: Where, without suffix.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+
+
+def line(entry: Entry) -> str:
+    """Return one entry as a line for the terminal."""
+    name = NAMES[entry.contender].strip("*")
+    return f"{entry.case} {entry.microbatch_size:>3}  {name:<21}" + "  ".join(f"{cell:>12}" for cell in _cells(entry))
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    head = ["microbatch", "contender", "window", "against loop", "against full", "peak memory", "resident", "gradient"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for entry in entries:
+        cells = [str(entry.microbatch_size), NAMES[entry.contender], *_cells(entry)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _cells(entry: Entry) -> list[str]:
+    mark = "~" if entry.noisy else ""
+    different = "" if agrees(entry) else " differs"
+    full = f"{mark}{entry.against_full.median:.3f}" if entry.against_full else "-"
+    return [
+        f"{mark}{_seconds(entry.time.median)} ± {entry.time.spread / 2:.1%}",
+        f"{mark}{entry.against_loop.median:.3f}",
+        full,
+        _mebibytes(entry.peak_bytes),
+        _mebibytes(entry.rss_bytes),
+        f"{entry.gradient_error:.0e}{different}",
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.1f} MiB"
+
+
+def _met(good: bool) -> str:  # noqa: FBT001 - it is the only argument
+    return "met" if good else "missed"
