@@ -170,6 +170,9 @@ class GradientSum:
             grad = each.parameter.grad
             if grad is not None and grad.is_sparse and not grad.is_coalesced():
                 each.parameter.grad = grad.coalesce()
+        for index, total in self._buffers.items():
+            if total.is_sparse and not total.is_coalesced():
+                self._buffers[index] = total.coalesce()
 
     def hand_over(self) -> None:
         """Give every sum to its parameter as `.grad`, in the parameter's dtype, and let go of the wide buffers."""

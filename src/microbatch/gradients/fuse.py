@@ -41,13 +41,17 @@ class Fuse(TorchFunctionMode):
     Args:
         named: The window's parameters.
         gradients: Where they add up.
+        stand_ins: Functions that are called first in the place of others, and return `None` where they do not cover.
 
     Source:
         Laws R4, M5, P1; measured in ``benchmarks/``.
     """
 
-    def __init__(self, named: Sequence[Named], gradients: GradientSum) -> None:
+    def __init__(
+        self, named: Sequence[Named], gradients: GradientSum, *, stand_ins: Mapping[Any, Callable[..., Any]]
+    ) -> None:
         super().__init__()
+        self._rules = {func: functools.partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
         self._gradients = gradients
         self._reasons = {each.name: _unfit(each.parameter) for each in named}
         self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
@@ -86,10 +90,10 @@ class Fuse(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Take over the covered calls; everything else runs as it is."""
-        rule = _RULES.get(func)
-        if rule is None or torch.compiler.is_compiling():
+        rule = self._rules.get(func)
+        if rule is None or torch.compiler.is_compiling() or not _is_plain_autograd():
             return func(*args, **(kwargs or {}))
-        out = rule(self, *args, **(kwargs or {}))
+        out = rule(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if out is None else out
 
     # -- forward ------------------------------------------------------------------------------------------------------
@@ -142,8 +146,6 @@ class Fuse(TorchFunctionMode):
             and torch.is_grad_enabled()
             and type(x) in {Tensor, nn.Parameter}
             and not cast("Tensor", weight)._backward_hooks
-            and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-            and torch.autograd.forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
         )
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -212,6 +214,12 @@ class Fuse(TorchFunctionMode):
         hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
         if sys.getrefcount(total) <= 3 and not hooks:
             self._held[id(weight)] = weakref.ref(total)
+
+
+def _is_plain_autograd() -> bool:
+    """Tell whether neither `torch.func` nor forward-mode differentiation is at work."""
+    functional = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    return not functional and torch.autograd.forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
 
 
 def _linear(fuse: Fuse, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -76,8 +77,73 @@ def linear_cross_entropy(
 
 def _sum_of(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     if not logits.requires_grad:
-        return _sum_and_normaliser(logits, labels, ignore_index)[0]
+        return _sum(logits, labels, ignore_index)
     return cast("Tensor", _InPlace.apply(logits, labels, ignore_index))
+
+
+def cross_entropy(
+    input: Tensor,  # noqa: A002 - torch's own name for it
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """Stand in for `torch.nn.functional.cross_entropy` where its logits are large, with less traffic.
+
+    The log-probabilities are not kept, and neither they nor the probabilities leave the cache before they are summed
+    or have become the gradient.
+
+    Args:
+        input: Logits, shape ``(targets, vocabulary)``.
+        target: Shape ``(targets,)``, int64.
+        weight: Must be `None` to be covered.
+        size_average: Likewise.
+        ignore_index: Label of targets that do not count.
+        reduce: Must be `None` to be covered.
+        reduction: ``"sum"`` or ``"mean"``, to be covered.
+        label_smoothing: Must be 0 to be covered.
+
+    Returns:
+        What torch's own function returns; shape ``()``, or `None` if this call is not covered.
+
+    Cost:
+        Saves the logits, in their own precision, and makes their gradient; nothing else of their size.
+    """
+    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    if not plain or reduction not in {"sum", "mean"} or not input.requires_grad or not torch.is_grad_enabled():
+        return None
+    if input.ndim != 2 or target.ndim != 1 or target.dtype != torch.int64 or input.numel() < _IN_CACHE:
+        return None
+    if not input.dtype.is_floating_point or (
+        input.dtype.itemsize < 4 and not torch.is_autocast_enabled(input.device.type)
+    ):
+        return None
+    total = cast("Tensor", _OutOfPlace.apply(input, target, ignore_index))
+    return total if reduction == "sum" else total / (target != ignore_index).sum()
+
+
+class _OutOfPlace(torch.autograd.Function):
+    """Cross-entropy of logits that others may look at."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        ctx.ignore_index = ignore_index
+        return _sum(logits, labels, ignore_index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits, labels = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is asked for: torch's own function has one
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            total = F.cross_entropy(wide, labels, ignore_index=ctx.ignore_index, reduction="sum")
+            return (*torch.autograd.grad(total, logits, grads[0], create_graph=True), None, None)
+        out = torch.empty_like(logits)
+        _to_gradient_(out, logits, labels, ctx.ignore_index, weight=grads[0])
+        return out, None, None
 
 
 class _InPlace(torch.autograd.Function):
@@ -85,18 +151,17 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        total, normaliser = _sum_and_normaliser(logits, labels, ignore_index)
-        ctx.save_for_backward(logits, labels, normaliser)
+        ctx.save_for_backward(logits, labels)
         ctx.ignore_index = ignore_index
-        return total
+        return _sum(logits, labels, ignore_index)
 
     @staticmethod
     @once_differentiable  # which hides the name of the first argument
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        logits, labels, normaliser = ctx.saved_tensors
-        _to_gradient_(logits, labels, normaliser, ctx.ignore_index, grads[0])
+        logits, labels = ctx.saved_tensors
+        _to_gradient_(logits, logits, labels, ctx.ignore_index, weight=grads[0])
         return logits, None, None
 
 
@@ -117,9 +182,8 @@ class _Tiles(torch.autograd.Function):
         for at in range(0, len(rows), tile):
             part, labels_of = rows[at : at + tile], labels[at : at + tile]
             logits = F.linear(part, ready, ready_bias)
-            total, normaliser = _sum_and_normaliser(logits, labels_of, ignore_index)
-            sums.append(total)
-            _to_gradient_(logits, labels_of, normaliser, ignore_index, one)
+            sums.append(_sum(logits, labels_of, ignore_index))
+            _to_gradient_(logits, logits, labels_of, ignore_index, weight=one)
             if grad_rows is not None:
                 torch.mm(logits, ready, out=grad_rows[at : at + tile])
             if grad_weight is not None:
@@ -139,30 +203,31 @@ class _Tiles(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _sum_and_normaliser(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Return the summed loss, and the log-sum-exp of every row; both at least float32."""
+def _sum(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Return the summed cross-entropy, at least in float32."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    step = max(1, _IN_CACHE // max(1, logits.shape[1]))
-    normaliser = torch.cat([part.to(dtype).logsumexp(1) for part in logits.split(step)])
     counted = labels != ignore_index
-    chosen = logits.gather(1, torch.where(counted, labels, 0).unsqueeze(1)).squeeze(1).to(dtype)
-    return torch.where(counted, normaliser - chosen, 0).sum(), normaliser
+    at = torch.where(counted, labels, 0).unsqueeze(1)
+    # torch's own kernel for a whole row is the fastest there is; a tile of its result is read while it is in cache.
+    chosen = [part.log_softmax(1, dtype).gather(1, where) for part, where in _tiles(logits, at)]
+    return -torch.where(counted, torch.cat(chosen).squeeze(1), 0).sum()
 
 
-def _to_gradient_(logits: Tensor, labels: Tensor, normaliser: Tensor, ignore_index: int, weight: Tensor) -> None:
-    """Overwrite logits with ``weight * (softmax - onehot)``, and rows that do not count with zeros."""
-    step = max(1, _IN_CACHE // max(1, logits.shape[1]))
+def _to_gradient_(out: Tensor, logits: Tensor, labels: Tensor, ignore_index: int, *, weight: Tensor) -> None:
+    """Write ``weight * (softmax - onehot)`` of logits to ``out``, which may be they; 0 for rows that do not count."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     counted = labels != ignore_index
-    factor = torch.where(counted, weight.to(normaliser.dtype), 0)
-    for part, part_labels, part_normaliser, part_factor in zip(
-        logits.split(step), labels.split(step), normaliser.split(step), factor.split(step), strict=True
-    ):
-        probabilities = part.to(normaliser.dtype) if part.dtype != normaliser.dtype else part
-        probabilities.sub_(part_normaliser.unsqueeze(1)).exp_().mul_(part_factor.unsqueeze(1))
-        at = torch.where(part_labels != ignore_index, part_labels, 0).unsqueeze(1)
-        probabilities.scatter_add_(1, at, -part_factor.unsqueeze(1))
-        if probabilities is not part:
-            part.copy_(probabilities)
+    factor = torch.where(counted, weight.to(dtype), 0).unsqueeze(1)
+    at = torch.where(counted, labels, 0).unsqueeze(1)
+    for into, part, where, each in _tiles(out, logits, at, factor):
+        probabilities = torch.softmax(part, 1, dtype).mul_(each)
+        into.copy_(probabilities.scatter_(1, where, probabilities.gather(1, where) - each))
+
+
+def _tiles(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows that fit into cache together, of several tensors alike."""
+    step = max(1, _IN_CACHE // max(1, logits.shape[1]))
+    return zip(*(each.split(step) for each in (logits, *others)), strict=True)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

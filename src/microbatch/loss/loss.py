@@ -23,7 +23,8 @@ class Loss:
     right only when every microbatch says how many tokens it had.
 
     Attributes:
-        sum: Summed (not averaged) loss; shape ``()``, any floating dtype, attached to its graph.
+        sum: Summed (not averaged) loss; shape ``()``, any floating dtype, attached to its graph. Sum it with
+            ``reduction="sum"``: a mean of nothing is NaN, and so is its gradient, whatever it is multiplied with.
         count: What it is a sum over, ignored targets left out: samples, tokens or summed weights; a number or a
             0-d tensor, at least 0. A microbatch of count 0 contributes nothing.
 
@@ -58,7 +59,7 @@ class Loss:
         return self.sum / self.count
 
 
-LossLike: TypeAlias = Tensor | Loss | Mapping[str, Tensor | Loss] | None
+LossLike: TypeAlias = Tensor | Loss | Mapping[str, Tensor | Loss | None] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from microbatch.errors import (
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
 from microbatch.gradients.fuse import Fuse
+from microbatch.loss.heads import cross_entropy
 from microbatch.loss.loss import Count, LossLike, check_number, shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.meter import MemoryMeter
@@ -38,6 +39,8 @@ from microbatch.step.events import MicrobatchDone, StepDone
 from microbatch.step.record import Step
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Counts, Memory, Settings
+
+_STAND_INS = {torch.nn.functional.cross_entropy: cross_entropy}
 
 
 class Window:
@@ -119,7 +122,7 @@ class Window:
         self._snapshot = Snapshot(settings.model, device)
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
-        self._fuse = Fuse(self._named if settings.fuse else [], self._gradients)
+        self._fuse = Fuse(self._named if settings.fuse else [], self._gradients, stand_ins=_STAND_INS)
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
@@ -261,6 +264,8 @@ class Window:
         self._rows = None
         shares = shares_of(loss, rows=rows)
         self._gradients.check_untouched()
+        if self._counts is not None and self._tally.declared is None:
+            self._declare_without_batch(self._counts)
         if shares:
             seeds = self._tally.seeds(shares)
             if (scaler := self._settings.grad_scaler) is not None:
@@ -307,7 +312,7 @@ class Window:
             self._inner.callback(self._fuse.forget)
             self._inner.enter_context(self._fuse)
         if settings.autocast is not None:
-            # Without the cache: it would keep casts that a validation under no_grad made, and drop their gradients.
+            # Without the cache: it would last as long as the block, and what else runs inside it would share it.
             self._inner.enter_context(torch.autocast(device.type, settings.autocast, cache_enabled=False))
 
     def _guard(self, *_: object) -> None:
@@ -323,7 +328,11 @@ class Window:
             return
         if self._index:
             raise WindowError("counts= needs the whole batch before the first backward; call window.split once, first")
-        counts = _declared(self._counts, batches)
+        self._declare(self._counts, batches, rows=rows)
+
+    def _declare(self, counts_of: Counts, batches: Sequence[Any], *, rows: float) -> None:
+        """Take the denominators from ``counts=``, over all ranks."""
+        counts = _declared(counts_of, batches)
         if self._ranks is not None:
             message = Message(
                 names=list(counts),
@@ -337,6 +346,14 @@ class Window:
             rows, counts = agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
         self._tally = Tally(estimate=rows, declared=counts)
         self._tally.rows = int(rows)
+
+    def _declare_without_batch(self, counts: Counts) -> None:
+        if callable(counts) or self._ranks is not None:
+            raise MissingCountError(
+                "counts= is evaluated on the whole batch, on all ranks together, before the first backward; let "
+                "window.split(batch) cut it"
+            )
+        self._declare(counts, [], rows=0.0)
 
     def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
         pieces = cut_by_length(batch, size, lengths=lengths)
@@ -380,7 +397,7 @@ class Window:
             counts=end.counts,
             samples=end.samples,
             microbatches=self._index,
-            microbatch_size=self._largest,
+            microbatch_size=int(self._largest) if float(self._largest).is_integer() else self._largest,
             fused=self._fuse.fused,
             retries=0,
             applied=end.applied,
