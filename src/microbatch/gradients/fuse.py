@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from microbatch.gradients.add import GradientSum, Named
 
 # Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
-SMALLEST = 1 << 15
+SMALLEST = 1 << 18
 # Elements of a product that is added piece by piece to a sum of another dtype: each piece stays in cache.
 PIECE = 1 << 18
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
