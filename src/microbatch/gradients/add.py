@@ -96,12 +96,13 @@ class GradientSum:
         Raises:
             GradientsTouchedError: They were zeroed, clipped, or added to by another backward.
         """
-        for each, total, mark in zip(self._named, self._sums(), self._mark, strict=True):
+        for index, (total, mark) in enumerate(zip(self._sums(), self._mark, strict=True)):
             if mark is None:
                 same = total is None
             else:
                 same = total is not None and mark[0]() is total and mark[1] == total._version
             if not same:
+                each = self._named[index]
                 raise GradientsTouchedError(
                     f"the gradient of {each.name!r} was changed inside the window by something other than "
                     "window.backward: zero_grad(), clip_grad_norm_() and loss.backward() do not belong there; the "
@@ -196,7 +197,10 @@ class GradientSum:
         self._before = []
 
     def _sums(self) -> list[Tensor | None]:
-        return [self._buffers.get(index, each.parameter.grad) for index, each in enumerate(self._named)]
+        grads = [each.parameter.grad for each in self._named]
+        for index, total in self._buffers.items():
+            grads[index] = total
+        return grads
 
     def _widen(self, index: int, parameter: Tensor) -> None:
         def move(parameter: Tensor) -> None:

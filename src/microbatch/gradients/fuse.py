@@ -35,8 +35,8 @@ class Fuse(TorchFunctionMode):
     are left to autograd, and so is every call under `torch.func`, forward-mode differentiation or the compiler. Only
     the window's own backward accumulates in place: a gradient asked for in between is made as ever.
 
-    While the weights are frozen, their casts for autocast are made once and kept, unless checkpointing or offloading
-    is at work, which wants no tensor kept.
+    While the weights are frozen, their casts for autocast are made once and kept. Regions that are checkpointed or
+    offloaded are left to autograd.
 
     Args:
         named: The window's parameters.
@@ -146,6 +146,7 @@ class Fuse(TorchFunctionMode):
             and torch.is_grad_enabled()
             and type(x) in {Tensor, nn.Parameter}
             and not cast("Tensor", weight)._backward_hooks
+            and not _saves_elsewhere()
         )
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -155,10 +156,7 @@ class Fuse(TorchFunctionMode):
         if (made := self._casts.get(key)) is not None:
             return made
         made = weight.detach().to(dtype)
-        autograd: Any = torch._C._autograd  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
-        hooks = autograd._top_saved_tensors_default_hooks(True)
-        if hooks is None and not self._running:
-            self._casts[key] = made
+        self._casts[key] = made
         return made
 
     # -- backward -----------------------------------------------------------------------------------------------------
@@ -214,6 +212,14 @@ class Fuse(TorchFunctionMode):
         hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
         if sys.getrefcount(total) <= 3 and not hooks:
             self._held[id(weight)] = weakref.ref(total)
+
+
+def _saves_elsewhere() -> bool:
+    """Tell whether checkpointing or offloading is at work here."""
+    # What is recomputed in backward has to save what the forward pass saved, and backward itself runs outside this
+    # mode. A cast that is kept would also undo what they are for.
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _is_plain_autograd() -> bool:
