@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microbatch.batch.cut import cut
-    from microbatch.batch.lengths import Lengths
     from microbatch.batch.tree import Rows, Whole
     from microbatch.errors import MicrobatchError
-    from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
     from microbatch.step.accumulator import Accumulator
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "Job",
-    "Lengths",
     "Loss",
     "MemoryMeter",
     "MicrobatchDone",
@@ -34,7 +31,6 @@ __all__ = [
     "Whole",
     "Window",
     "cut",
-    "linear_cross_entropy",
 ]
 
 __version__ = "0.1.0"
@@ -43,7 +39,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "Accumulator": "step.accumulator",
     "Job": "train.job",
-    "Lengths": "batch.lengths",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
@@ -54,7 +49,6 @@ _HOMES = {
     "Whole": "batch.tree",
     "Window": "step.window",
     "cut": "batch.cut",
-    "linear_cross_entropy": "loss.heads",
 }
 
 

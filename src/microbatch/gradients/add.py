@@ -61,7 +61,6 @@ class GradientSum:
         self._named: list[Named] = []
         self._before: list[Tensor | None] = []
         self._buffers: dict[int, Tensor] = {}
-        self._widened: dict[int, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._mark: list[tuple[weakref.ref[Tensor], int] | None] = []
 
@@ -74,7 +73,6 @@ class GradientSum:
         self._named = list(named)
         self._before = [each.parameter.grad for each in named]
         self._buffers = {}
-        self._widened = {}
         self._mark = [None] * len(named)
         for index, each in enumerate(named):
             each.parameter.grad = None
@@ -108,31 +106,6 @@ class GradientSum:
                     "window.backward: zero_grad(), clip_grad_norm_() and loss.backward() do not belong there; the "
                     "window zeroes, clips (max_grad_norm=) and adds up by itself"
                 )
-
-    def widens(self, parameter: Tensor) -> bool:
-        """Tell whether a parameter's gradients add up in a wider buffer.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            False where they add up in its own `.grad`.
-        """
-        return id(parameter) in self._widened
-
-    def wide_sum(self, parameter: Tensor) -> Tensor:
-        """Return the wider buffer of a parameter, made of zeros where there is none yet.
-
-        Args:
-            parameter: One that `widens`.
-
-        Returns:
-            The buffer, to be added to in place; shape of the parameter.
-        """
-        index = self._widened[id(parameter)]
-        if index not in self._buffers:
-            self._buffers[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
-        return self._buffers[index]
 
     def gradients(self) -> list[tuple[Named, Tensor]]:
         """List what has added up.
@@ -212,7 +185,6 @@ class GradientSum:
             else:
                 self._buffers[index] = grad.to(self._dtype)
 
-        self._widened[id(parameter)] = index
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
     def _remove_hooks(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.batch.feed import feed
-from microbatch.batch.lengths import Lengths, cut_by_length, in_order, take_piece
 from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     ConfigError,
@@ -27,8 +26,6 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
-from microbatch.gradients.fuse import Fuse
-from microbatch.loss.heads import cross_entropy
 from microbatch.loss.loss import Count, LossLike, check_number, shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.meter import MemoryMeter
@@ -39,8 +36,6 @@ from microbatch.step.events import MicrobatchDone, StepDone
 from microbatch.step.record import Step
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Counts, Memory, Settings
-
-_STAND_INS = {torch.nn.functional.cross_entropy: cross_entropy}
 
 
 class Window:
@@ -91,7 +86,6 @@ class Window:
         self._largest: int | float = 0
         self._ranks: Ranks | None = None
         self._awaited = True  # whether the other ranks wait for this one's word
-        self._order: list[Tensor] | None = None
         self._planned: int | None = None if source is None else len(source)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -122,7 +116,6 @@ class Window:
         self._snapshot = Snapshot(settings.model, device)
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
-        self._fuse = Fuse(self._named if settings.fuse else [], self._gradients, stand_ins=_STAND_INS)
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
@@ -207,22 +200,9 @@ class Window:
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
         self._expect([batch])
-        if self._settings.lengths is not None and rows:
-            return self._split_by_length(batch, size, lengths=self._settings.lengths)
         self._planned = self._index + -(-rows // size)
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
         return self._hand_out((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
-
-    def in_order(self, results: Sequence[Tensor]) -> Tensor:
-        """Put what microbatches returned for each row into the order of the batch that `split` was given.
-
-        Args:
-            results: One tensor of shape ``(rows, ...)`` for each microbatch, in the order they were handed out.
-
-        Returns:
-            Shape ``(rows of the batch, ...)``.
-        """
-        return torch.cat(list(results)) if self._order is None else in_order(results, self._order)
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out the microbatches that the loader gave; taking the last one's successor takes the step.
@@ -308,9 +288,6 @@ class Window:
             self._outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         if isinstance(settings.model, DistributedDataParallel):
             self._inner.enter_context(settings.model.no_sync())
-        if self._fuse.useful:
-            self._inner.callback(self._fuse.forget)
-            self._inner.enter_context(self._fuse)
         if settings.autocast is not None:
             # Without the cache: it would last as long as the block, and what else runs inside it would share it.
             self._inner.enter_context(torch.autocast(device.type, settings.autocast, cache_enabled=False))
@@ -355,12 +332,6 @@ class Window:
             )
         self._declare(counts, [], rows=0.0)
 
-    def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
-        pieces = cut_by_length(batch, size, lengths=lengths)
-        self._order = [piece.rows for piece in pieces]
-        self._planned = self._index + len(pieces)
-        return self._hand_out((len(piece.rows), take_piece(batch, piece, lengths=lengths)) for piece in pieces)
-
     def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         for rows, microbatch in feed(pieces, self._settings.device):
             self._check_open("take microbatches from")
@@ -370,11 +341,10 @@ class Window:
 
     def _backward(self, losses: list[Tensor], seeds: list[Tensor]) -> None:
         if self._settings.autocast is None:
-            with self._fuse.backward():
-                torch.autograd.backward(losses, seeds)
+            torch.autograd.backward(losses, seeds)
             return
         # Backward runs in the dtypes that forward recorded; under autocast its fp32 products would be cast again.
-        with torch.autocast(self._settings.device.type, enabled=False), self._fuse.backward():
+        with torch.autocast(self._settings.device.type, enabled=False):
             torch.autograd.backward(losses, seeds)
 
     def _finish(self) -> None:
@@ -398,7 +368,6 @@ class Window:
             samples=end.samples,
             microbatches=self._index,
             microbatch_size=int(self._largest) if float(self._largest).is_integer() else self._largest,
-            fused=self._fuse.fused,
             retries=0,
             applied=end.applied,
             seconds=time.perf_counter() - self._started,
@@ -406,7 +375,6 @@ class Window:
         )
         self._memory.count = end.count
         self._memory.windows += 1
-        self._memory.fusion = self._fuse.report
         self._leave()
 
     def _abort(self, error: BaseException) -> None:
