@@ -25,25 +25,30 @@ def main() -> None:
     app(prog_name="microbatch")
 
 
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"microbatch {version('microbatch')}")
+    except PackageNotFoundError:
+        typer.echo("microbatch (not installed)")
+    raise typer.Exit
+
+
 @app.callback()
 def root(
     *,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    show_version: Annotated[
+        bool,
+        # Eager, and with a callback of its own: it is answered before a command is asked for.
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
     """Answer what concerns every command.
 
     Args:
         show_version: Whether to print the version and leave.
-
-    Raises:
-        Exit: The version was printed.
     """
-    if show_version:
-        try:
-            typer.echo(f"microbatch {version('microbatch')}")
-        except PackageNotFoundError:
-            typer.echo("microbatch (not installed)")
-        raise typer.Exit
 
 
 @app.command(help="Train a job: its batch in microbatches, one exact optimizer step each.")
