@@ -593,6 +593,16 @@ def test_the_gradients_are_the_windows_own(touch: str) -> None:
     assert gradients_of(it.model) == {}
 
 
+@pytest.mark.parametrize("after", range(1, 6))
+def test_what_touches_every_gradient_is_seen_between_any_two_microbatches(after: int) -> None:
+    layers = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)]
+    deep = nn.Sequential(*layers).double()  # more parameters than are watched in the middle
+    it = subject(deep)
+    with pytest.raises(GradientsTouchedError):
+        validated(it, points(0, 6), lambda model: model.zero_grad(), after=after)
+    assert gradients_of(it.model) == {}
+
+
 def test_the_step_is_done_when_the_inner_loop_ends() -> None:
     it = subject(regressor(0, "cpu"))
     seen: list[mb.Step] = []

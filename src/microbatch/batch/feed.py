@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.batch.tree import map_tensors
+from microbatch.batch.tree import leaves, map_tensors
 
 
 def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -35,6 +35,23 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         return
     for microbatch in microbatches:
         yield map_tensors(lambda tensor: tensor.to(device), microbatch)
+
+
+def is_there(batch: object, device: torch.device) -> bool:
+    """Tell whether a batch is on ``device``, so that its microbatches need no feeding.
+
+    Args:
+        batch: What `cut` accepts.
+        device: Where the model is.
+
+    Returns:
+        Whether it is made of tensors on the device, numbers and texts alone; `feed` would yield its microbatches as
+        they are.
+    """
+    return all(
+        leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str | None)
+        for _, leaf in leaves(batch)
+    )
 
 
 @functools.cache

@@ -47,6 +47,7 @@ class Tally:
         self.rows: int | None = None
         self.declared = declared
         self._terms: dict[str, _Term] = {}
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         if declared is not None:
             self._terms = {name: _Term(expected=count) for name, count in declared.items()}
 
@@ -207,11 +208,18 @@ class Tally:
             )
         if not term.expected > 0:
             raise CountError(f"counts= declared 0 for the term {share.name!r}, and a microbatch contributed to it")
-        seed = torch.full((), share.weight / term.expected, dtype=share.value.dtype, device=share.value.device)
+        seed = self._constant(share.weight / term.expected, like=share.value)
         if isinstance(share.count, Tensor):
             # A count on the device is not read: a count of 0 turns the gradient off instead.
             seed = torch.where(share.count.to(seed.device) == 0, torch.zeros_like(seed), seed)
         return seed
+
+    def _constant(self, number: float, *, like: Tensor) -> Tensor:
+        # All microbatches of one size have the same seed, and making a tensor costs more than finding one.
+        key = (number, like.dtype, like.device)
+        if key not in self._constants:
+            self._constants[key] = torch.full((), number, dtype=like.dtype, device=like.device)
+        return self._constants[key]
 
     def _check_declared(self, counts: Mapping[str, float]) -> None:
         declared = dict(self.declared or {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from microbatch.batch.feed import feed
+from microbatch.batch.feed import feed, is_there
 from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     ConfigError,
@@ -202,7 +202,8 @@ class Window:
         self._expect([batch])
         self._planned = self._index + -(-rows // size)
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
-        return self._hand_out((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
+        cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
+        return self._hand_out(cut if is_there(batch, self._settings.device) else feed(cut, self._settings.device))
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out the microbatches that the loader gave; taking the last one's successor takes the step.
@@ -218,7 +219,8 @@ class Window:
         self._check_open("iterate over")
         sizes = [rows_of(microbatch) for microbatch in self._source]
         pieces = zip(sizes, self._source, strict=True)
-        yield from self._hand_out((rows, slice_rows(batch, 0, rows, rows=rows)) for rows, batch in pieces)
+        whole = ((rows, slice_rows(batch, 0, rows, rows=rows)) for rows, batch in pieces)
+        yield from self._hand_out(feed(whole, self._settings.device))
         if self._state == "open":
             self.__exit__(None, None, None)
 
@@ -252,7 +254,9 @@ class Window:
                 seeds = [scaler.scale(seed) for seed in seeds]
             self._tally.add(shares, microbatch=self._index)
             self._backward([share.value for share in shares], seeds)
-            self._gradients.mark()
+            # What a loop does to the gradients it does after every microbatch: all are watched after the first and
+            # the last.
+            self._gradients.mark(some=self._planned is not None and 0 < self._index < self._planned - 1)
         self._samples += rows or 0
         self._largest = max(self._largest, rows or 0)
         done = MicrobatchDone(step=self._memory.windows, index=self._index, microbatches=self._planned, rows=rows)
@@ -333,7 +337,7 @@ class Window:
         self._declare(counts, [], rows=0.0)
 
     def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
-        for rows, microbatch in feed(pieces, self._settings.device):
+        for rows, microbatch in pieces:
             self._check_open("take microbatches from")
             self._rows = rows
             yield microbatch
