@@ -101,7 +101,7 @@ def loop(subject: Subject) -> Window:
 
 def microbatch(subject: Subject) -> Window:
     """Let `microbatch` do it."""
-    accumulator = mb.Accumulator(subject.model, subject.optimizer, microbatch_size=subject.microbatch_size)
+    accumulator = mb.Accumulator(subject.model, subject.optimizer, microbatch_size=subject.microbatch_size, fuse=True)
 
     def loss_fn(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
         return mb.Loss(sum=loss_sum(model, piece), count=piece["labels"].numel())

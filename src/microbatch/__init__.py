@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microbatch.batch.cut import cut
+    from microbatch.batch.lengths import Lengths
     from microbatch.batch.tree import Rows, Whole
     from microbatch.errors import MicrobatchError
+    from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
     from microbatch.step.accumulator import Accumulator
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "Job",
+    "Lengths",
     "Loss",
     "MemoryMeter",
     "MicrobatchDone",
@@ -31,6 +34,7 @@ __all__ = [
     "Whole",
     "Window",
     "cut",
+    "linear_cross_entropy",
 ]
 
 __version__ = "0.1.0"
@@ -39,6 +43,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Accumulator": "step.accumulator",
     "Job": "train.job",
+    "Lengths": "batch.lengths",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
@@ -49,6 +54,7 @@ _HOMES = {
     "Whole": "batch.tree",
     "Window": "step.window",
     "cut": "batch.cut",
+    "linear_cross_entropy": "loss.heads",
 }
 
 

@@ -63,6 +63,7 @@ class GradientSum:
         self._named: list[Named] = []
         self._before: list[Tensor | None] = []
         self._buffers: dict[int, Tensor] = {}
+        self._widened: dict[int, int] = {}
         self._hooks: list[RemovableHandle] = []
         self._watched: Sequence[int] = ()
         self._turn = 0
@@ -79,6 +80,7 @@ class GradientSum:
         self._before = [each.parameter.grad for each in named]
         self._buffers = {}
         self._watched = range(len(named))
+        self._widened = {}
         self._mark = [None] * len(named)
         self._versions = [None] * len(named)
         for index, each in enumerate(named):
@@ -99,7 +101,7 @@ class GradientSum:
         number = len(self._named)
         first, self._turn = self._turn, self._turn + _SOME
         self._watched = [(first + i) % number for i in range(_SOME)] if some and number > _SOME else range(number)
-        # Held, so that the next look at `.grad` meets the same Python object and need not make one.
+        # Held until the next look; not longer, because a sum that somebody holds is copied when it is put back.
         self._mark = self._sums(self._watched)
         self._versions = _versions(self._mark)
 
@@ -112,6 +114,7 @@ class GradientSum:
         sums = self._sums(self._watched)
         versions = _versions(sums)
         if all(map(operator.is_, sums, self._mark)) and versions == self._versions:
+            self._watched, self._mark, self._versions = (), [], []
             return
         now, marked = zip(sums, versions, strict=True), zip(self._mark, self._versions, strict=True)
         for index, (total, version), (total_then, version_then) in zip(self._watched, now, marked, strict=True):
@@ -122,17 +125,50 @@ class GradientSum:
                     "the window zeroes, clips (max_grad_norm=) and adds up by itself"
                 )
 
+    def widens(self, parameter: Tensor) -> bool:
+        """Tell whether a parameter's gradients add up in a wider buffer.
+
+        Args:
+            parameter: One of the window's.
+
+        Returns:
+            False where they add up in its own `.grad`.
+        """
+        return id(parameter) in self._widened
+
+    def is_watched(self, parameter: Tensor) -> bool:
+        """Tell whether somebody else waits for a parameter's gradient to have been accumulated.
+
+        Args:
+            parameter: One that `widens`.
+
+        Returns:
+            Whether it has hooks beside the window's own.
+        """
+        hooks = parameter._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+        return hooks is not None and len(hooks) > 1
+
+    def wide_sum(self, parameter: Tensor) -> Tensor:
+        """Return the wider buffer of a parameter, made of zeros where there is none yet.
+
+        Args:
+            parameter: One that `widens`.
+
+        Returns:
+            The buffer, to be added to in place; shape of the parameter.
+        """
+        index = self._widened[id(parameter)]
+        if index not in self._buffers:
+            self._buffers[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
+        return self._buffers[index]
+
     def gradients(self) -> list[tuple[Named, Tensor]]:
         """List what has added up.
 
         Returns:
             Each parameter that got a gradient with its sum, in the wider dtype where there is one.
         """
-        return [
-            (each, total)
-            for each, total in zip(self._named, self._sums(range(len(self._named))), strict=True)
-            if total is not None
-        ]
+        return [(each, total) for each, total in zip(self._named, self._all(), strict=True) if total is not None]
 
     @property
     def present(self) -> list[bool]:
@@ -205,6 +241,7 @@ class GradientSum:
             else:
                 self._buffers[index] = grad.to(self._dtype)
 
+        self._widened[id(parameter)] = index
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
 
     def _remove_hooks(self) -> None:

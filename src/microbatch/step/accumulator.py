@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from microbatch.batch.cut import check_microbatch_size
+from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
@@ -41,6 +42,11 @@ class Accumulator:
             parameters' own.
         nonfinite: ``"raise"`` stops at an infinite or NaN loss or gradient with everything put back; ``"skip"`` drops
             the window, keeps the weights and counts it.
+        fuse: Add weight gradients inside the matrix product, where that is possible; see ``docs/fuse.md``.
+        lengths: For ragged batches: rows of like length go together, trimmed to the longest of them. The name of the
+            batch's mask or lengths, or a `Lengths`.
+        compile: Run ``step``'s loss functions, and the model in them, through `torch.compile`; ``"reduce-overhead"``
+            or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
         listeners: Callables that are given every event.
 
     Raises:
@@ -71,6 +77,9 @@ class Accumulator:
         grad_scaler: torch.amp.GradScaler | None = None,
         accumulate_dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        fuse: bool = True,
+        lengths: Lengths | str | None = None,
+        compile: bool | str = False,  # noqa: A002 - torch's own name for it
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._settings = Settings(
@@ -83,9 +92,12 @@ class Accumulator:
             grad_scaler=grad_scaler,
             accumulate_dtype=accumulate_dtype,
             nonfinite=nonfinite,
+            fuse=fuse,
+            lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
             listeners=_listed("listeners", listeners, ()),
         )
         self._memory = Memory()
+        self._compiled = _checked_compile(compile)
 
     @property
     def skipped(self) -> int:
@@ -170,6 +182,14 @@ class Accumulator:
         except ConfigError:
             raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}") from None
         return self._windows(iter(loader), microbatches, counts)
+
+    def fusion(self) -> Mapping[str, str]:
+        """Say for each parameter whether the last window added its gradients inside the matrix product.
+
+        Returns:
+            ``"fused"``, or why not, by name; empty before the first step and without ``fuse=True``.
+        """
+        return self._memory.fusion()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue bit for bit; plain numbers.

@@ -22,6 +22,7 @@ class Step:
         samples: Rows of the effective batch.
         microbatches: Microbatches that this rank ran.
         microbatch_size: Rows of the largest microbatch that this rank ran; 0 if it ran none.
+        fused: Weights whose gradients were added inside the matrix product; see `Accumulator.fusion`.
         retries: Times that the window was started again at a smaller size after running out of memory.
         applied: Whether the optimizer stepped. False when the gradient was not finite and the window was dropped.
         seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
@@ -38,6 +39,7 @@ class Step:
     samples: int | float
     microbatches: int
     microbatch_size: int | float
+    fused: int
     retries: int
     applied: bool
     seconds: float

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from microbatch.batch.cut import check_microbatch_size
+from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import Count
 from microbatch.step.events import Event, Listener
@@ -33,6 +34,8 @@ class Settings:
     grad_scaler: torch.amp.GradScaler | None
     accumulate_dtype: torch.dtype
     nonfinite: str
+    fuse: bool
+    lengths: Lengths | None
     listeners: list[Listener]
 
     def __post_init__(self) -> None:
@@ -120,6 +123,7 @@ class Memory:
         count: Count of the last window, which scales the next one; only a scale, never part of a result.
         open: Whether a window is open now.
         shared: Whether the ranks have been given the first one's weights.
+        fusion: Reports which weights the last window fused.
     """
 
     windows: int = 0
@@ -127,3 +131,4 @@ class Memory:
     count: float = 0.0
     open: bool = False
     shared: bool = False
+    fusion: Callable[[], Mapping[str, str]] = dict

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.batch.feed import feed, is_there
+from microbatch.batch.lengths import Lengths, cut_by_length, in_order, take_piece
 from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     ConfigError,
@@ -26,6 +27,8 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
+from microbatch.gradients.fuse import Fuse
+from microbatch.loss.heads import cross_entropy
 from microbatch.loss.loss import Count, LossLike, check_number, shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.meter import MemoryMeter
@@ -36,6 +39,8 @@ from microbatch.step.events import MicrobatchDone, StepDone
 from microbatch.step.record import Step
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Counts, Memory, Settings
+
+_STAND_INS = {torch.nn.functional.cross_entropy: cross_entropy}
 
 
 class Window:
@@ -86,6 +91,7 @@ class Window:
         self._largest: int | float = 0
         self._ranks: Ranks | None = None
         self._awaited = True  # whether the other ranks wait for this one's word
+        self._order: list[Tensor] | None = None
         self._planned: int | None = None if source is None else len(source)
 
     # -- opening and closing ------------------------------------------------------------------------------------------
@@ -116,6 +122,7 @@ class Window:
         self._snapshot = Snapshot(settings.model, device)
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
+        self._fuse = Fuse(self._named if settings.fuse else [], self._gradients, stand_ins=_STAND_INS)
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
@@ -200,10 +207,23 @@ class Window:
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
         self._expect([batch])
+        if self._settings.lengths is not None and rows:
+            return self._split_by_length(batch, size, lengths=self._settings.lengths)
         self._planned = self._index + -(-rows // size)
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
         cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
         return self._hand_out(cut if is_there(batch, self._settings.device) else feed(cut, self._settings.device))
+
+    def in_order(self, results: Sequence[Tensor]) -> Tensor:
+        """Put what microbatches returned for each row into the order of the batch that `split` was given.
+
+        Args:
+            results: One tensor of shape ``(rows, ...)`` for each microbatch, in the order they were handed out.
+
+        Returns:
+            Shape ``(rows of the batch, ...)``.
+        """
+        return torch.cat(list(results)) if self._order is None else in_order(results, self._order)
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out the microbatches that the loader gave; taking the last one's successor takes the step.
@@ -292,6 +312,9 @@ class Window:
             self._outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         if isinstance(settings.model, DistributedDataParallel):
             self._inner.enter_context(settings.model.no_sync())
+        if self._fuse.useful:
+            self._inner.callback(self._fuse.forget)
+            self._inner.enter_context(self._fuse)
         if settings.autocast is not None:
             # Without the cache: it would last as long as the block, and what else runs inside it would share it.
             self._inner.enter_context(torch.autocast(device.type, settings.autocast, cache_enabled=False))
@@ -336,6 +359,13 @@ class Window:
             )
         self._declare(counts, [], rows=0.0)
 
+    def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
+        pieces = cut_by_length(batch, size, lengths=lengths)
+        self._order = [piece.rows for piece in pieces]
+        self._planned = self._index + len(pieces)
+        cut = ((len(piece.rows), take_piece(batch, piece, lengths=lengths)) for piece in pieces)
+        return self._hand_out(feed(cut, self._settings.device))
+
     def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         for rows, microbatch in pieces:
             self._check_open("take microbatches from")
@@ -345,11 +375,11 @@ class Window:
 
     def _backward(self, losses: list[Tensor], seeds: list[Tensor]) -> None:
         if self._settings.autocast is None:
-            torch.autograd.backward(losses, seeds)
+            self._fuse.run_backward(losses, seeds)
             return
         # Backward runs in the dtypes that forward recorded; under autocast its fp32 products would be cast again.
         with torch.autocast(self._settings.device.type, enabled=False):
-            torch.autograd.backward(losses, seeds)
+            self._fuse.run_backward(losses, seeds)
 
     def _finish(self) -> None:
         self._inner.close()
@@ -372,6 +402,7 @@ class Window:
             samples=end.samples,
             microbatches=self._index,
             microbatch_size=int(self._largest) if float(self._largest).is_integer() else self._largest,
+            fused=self._fuse.fused,
             retries=0,
             applied=end.applied,
             seconds=time.perf_counter() - self._started,
@@ -379,6 +410,7 @@ class Window:
         )
         self._memory.count = end.count
         self._memory.windows += 1
+        self._memory.fusion = self._fuse.report
         self._leave()
 
     def _abort(self, error: BaseException) -> None:

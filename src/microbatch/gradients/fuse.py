@@ -1,0 +1,386 @@
+"""Gradients inside the matrix product: backward adds to the gradient without a weight-sized temporary."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
+from torch.overrides import TorchFunctionMode
+
+from microbatch.gradients.add import GradientSum, Named
+
+# Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
+SMALLEST = 1 << 18
+# Elements of a product that is added piece by piece to a sum of another dtype: each piece stays in cache.
+PIECE = 1 << 18
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+class Fuse(TorchFunctionMode):
+    """Send products with trainable weights through functions whose backward accumulates in place.
+
+    Backward of a linear layer makes ``dW = dy^T x``, as large as the weight, and adds it to `.grad`: for small
+    microbatches that traffic, with its page faults, costs as much as the arithmetic. Here it is ``grad += dy^T x`` in
+    one call, and an embedding touches only the rows that were used. Autograd is given the sum that it would have made
+    itself, so every hook on parameters and modules still fires, as often as before.
+
+    Weights that are small, that have hooks on the incoming gradient, or that are anything but plain dense parameters
+    are left to autograd, and so is every call under `torch.func`, forward-mode differentiation or the compiler. Only
+    the window's own backward accumulates in place: a gradient asked for in between is made as ever.
+
+    While the weights are frozen, their casts for autocast are made once and kept.
+
+    Args:
+        named: The window's parameters.
+        gradients: Where they add up.
+        stand_ins: Functions that are called first in the place of others, and return `None` where they do not cover.
+
+    Source:
+        Laws R4, M5, P1; measured in ``benchmarks/``.
+    """
+
+    def __init__(
+        self, named: Sequence[Named], gradients: GradientSum, *, stand_ins: Mapping[Any, Callable[..., Any]]
+    ) -> None:
+        super().__init__()
+        self._rules = {func: functools.partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
+        self._gradients = gradients
+        self._reasons = {each.name: _unfit(each.parameter) for each in named}
+        self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
+        self._fused: set[int] = set()
+        self._running = False
+        self._held: dict[int, weakref.ref[Tensor]] = {}
+        self._casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+
+    @property
+    def useful(self) -> bool:
+        """Whether any weight can be fused at all."""
+        return bool(self._names)
+
+    @property
+    def fused(self) -> int:
+        """Weights whose gradients were added inside a product so far."""
+        return len(self._fused)
+
+    def report(self) -> Mapping[str, str]:
+        """Say for each parameter what became of it.
+
+        Returns:
+            ``"fused"``, or why not, by name.
+        """
+        fused = {name for key, name in self._names.items() if key in self._fused}
+        return {
+            name: "fused" if name in fused else reason or "not used in a call that is covered"
+            for name, reason in self._reasons.items()
+        }
+
+    def forget(self) -> None:
+        """Let go of the casts: the weights are about to change."""
+        self._casts.clear()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take over the covered calls; everything else runs as it is."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # first, because the compiler reads what comes before it
+            return func(*args, **kwargs)
+        if func is torch.autograd.grad and self._running:  # asked for by somebody inside of backward
+            with self._pause():
+                return func(*args, **kwargs)
+        rule = self._rules.get(func)
+        if rule is None or not _is_plain_autograd():
+            return func(*args, **kwargs)
+        out = rule(*args, **kwargs)
+        return func(*args, **kwargs) if out is None else out
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor | None:
+        """Run ``x W^T + b`` (or ``x W + b``, transposed) so that the weight's gradient will be fused.
+
+        Args:
+            x: Shape ``(..., in)``.
+            weight: Shape ``(out, in)``, or ``(in, out)`` if transposed.
+            bias: Shape ``(out,)``, or `None`.
+            transposed: Whether the weight is stored the other way round.
+
+        Returns:
+            Shape ``(..., out)``, or `None` if this call is not covered.
+        """
+        if not self._covers(weight, x) or (bias is not None and bias.ndim != 1):
+            return None
+        ready, kind = weight.detach(), x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            if torch.float64 in {x.dtype, weight.dtype}:
+                return None
+            x, ready = x.to(dtype), self._cast(weight, dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if x.dtype != ready.dtype or (bias is not None and bias.dtype != ready.dtype):
+            return None
+        return cast("Tensor", _Product.apply(x, weight, bias, ready, self, transposed))
+
+    def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
+        """Look up rows of an embedding so that its gradient will touch these rows only.
+
+        Args:
+            ids: Row numbers, of any shape.
+            weight: Shape ``(rows, width)``.
+            padding: A row that gets no gradient, or `None`.
+
+        Returns:
+            Shape ``(*ids.shape, width)``, or `None` if this call is not covered.
+        """
+        if not self._covers(weight, ids):
+            return None
+        return cast("Tensor", _Rows.apply(ids, weight, padding, self))
+
+    def _covers(self, weight: object, x: object) -> bool:
+        return (
+            id(weight) in self._names
+            and torch.is_grad_enabled()
+            and type(x) in {Tensor, nn.Parameter}
+        )
+
+    def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight.dtype == dtype:
+            return weight.detach()
+        # An embedding with max_norm writes to its weight as it is used.
+        version, made = self._casts.get((id(weight), dtype), (-1, weight))
+        if version != weight._version:
+            made = weight.detach().to(dtype)
+            self._casts[id(weight), dtype] = weight._version, made
+        return made
+
+    # -- backward -----------------------------------------------------------------------------------------------------
+
+    def run_backward(self, losses: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
+        """Run the window's own backward, the only one that adds to the gradients in place.
+
+        Args:
+            losses: Where it starts.
+            seeds: Their first gradients.
+        """
+        if not self.useful:
+            torch.autograd.backward(losses, seeds)
+            return
+        self._running = True
+        try:
+            # torch.autograd.backward is a function that modes see, and so it, and with it what checkpoints compute
+            # again, would run outside of this one. The engine below it is not.
+            _engine_run_backward(
+                tuple(losses),
+                tuple(seeds),
+                False,  # noqa: FBT003 - the engine takes no names: keep_graph
+                False,  # noqa: FBT003 - create_graph
+                (),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
+        finally:
+            self._running = False
+            self._held.clear()
+
+    @contextmanager
+    def _pause(self) -> Generator[None]:
+        self._running = False
+        try:
+            yield
+        finally:
+            self._running = True
+
+    def add(self, weight: Tensor, make: Callable[[], Tensor], add_: Callable[[Tensor], None]) -> Tensor | None:
+        """Add one use of a weight to its gradient.
+
+        Args:
+            weight: The parameter.
+            make: Makes the gradient of this use.
+            add_: Adds it to a sum, in place.
+
+        Returns:
+            What autograd is to be told: the gradient of this use, or the whole sum, taken out of the parameter so
+            that autograd puts it back; `None` where the sum is in autograd's hands already, or in a wider buffer.
+        """
+        # A hook on the weight is to be given the gradient of this microbatch, not the sum.
+        if not self._running or weight._backward_hooks:
+            return make()
+        if self._gradients.widens(weight):
+            if self._gradients.is_watched(weight):
+                return make()
+            self._fused.add(id(weight))
+            add_(self._gradients.wide_sum(weight))
+            return None
+        self._fused.add(id(weight))
+        if (total := weight.grad) is None:
+            held = self._held.get(id(weight))
+            if held is None or (total := held()) is None:
+                total = make()
+                self._hold(weight, total)
+                return total
+            add_(total)
+            return None
+        weight.grad = None
+        add_(total)
+        self._hold(weight, total)
+        return total
+
+    def _hold(self, weight: Tensor, total: Tensor) -> None:
+        """Remember a sum that is on its way back to its parameter, so that the weight's next use finds it."""
+        # Somebody else who holds it may keep it alive after autograd has put another sum in its place; and a hook that
+        # takes gradients away leaves it nowhere. The references are: the caller's, ours, and the count's own.
+        hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+        if sys.getrefcount(total) <= 3 and not hooks:
+            self._held[id(weight)] = weakref.ref(total)
+
+
+def _is_plain_autograd() -> bool:
+    """Tell whether neither `torch.func` nor forward-mode differentiation is at work."""
+    functional = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    return not functional and torch.autograd.forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
+
+
+def _linear(fuse: Fuse, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002
+    return fuse.product(input, weight, bias, transposed=False)
+
+
+def _addmm(fuse: Fuse, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:  # noqa: A002
+    # GPT-2's layers keep their weights as (in, out) and call torch.addmm(bias, x, weight).
+    return None if scales or input.ndim != 1 else fuse.product(mat1, mat2, input, transposed=True)
+
+
+def _embedding(
+    fuse: Fuse,
+    input: Tensor,  # noqa: A002 - torch's own name for it
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    del norm_type
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return None
+    padding = None if padding_idx is None else padding_idx % weight.shape[0]
+    return fuse.rows(input, weight, padding)
+
+
+_RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
+
+
+class _Product(torch.autograd.Function):
+    """``x W^T + b``, or ``x W + b`` when the weight is stored transposed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ready: Tensor, fuse: Fuse, transposed: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, ready if ready.dtype != weight.dtype else weight)
+        ctx.weight, ctx.fuse, ctx.transposed = weight, fuse, transposed
+        matrix = ready.T if transposed else ready
+        return F.linear(x, matrix, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, ready = ctx.saved_tensors
+        weight: Tensor = ctx.weight
+        if torch.is_grad_enabled() and ready.dtype != weight.dtype:
+            ready = weight.to(ready.dtype)  # a second derivative has to find its way to the weight
+        (dy,) = grads
+        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        left, right = (flat_x, flat_dy) if ctx.transposed else (flat_dy, flat_x)
+        matrix = ready.T if ctx.transposed else ready
+        dx = (flat_dy @ matrix).view(x.shape) if ctx.needs_input_grad[0] else None
+        db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
+
+        def make() -> Tensor:
+            return (left.T @ right).to(weight.dtype)
+
+        def add_(total: Tensor) -> None:
+            add_product_(total, left, right)
+
+        return dx, ctx.fuse.add(weight, make, add_), db, None, None, None
+
+
+class _Rows(torch.autograd.Function):
+    """Rows of an embedding."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, fuse: Fuse) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding, ctx.fuse = weight, padding, fuse
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,), (dy,) = ctx.saved_tensors, grads
+        weight: Tensor = ctx.weight
+        flat_ids, flat_dy = ids.reshape(-1), dy.reshape(-1, weight.shape[1])
+        if ctx.padding is not None:
+            flat_dy = torch.where((flat_ids == ctx.padding).unsqueeze(1), 0, flat_dy)
+
+        def make() -> Tensor:
+            return torch.zeros_like(weight, requires_grad=False).index_add_(0, flat_ids, flat_dy.to(weight.dtype))
+
+        def add_(total: Tensor) -> None:
+            total.index_add_(0, flat_ids, flat_dy.to(total.dtype))
+
+        return None, ctx.fuse.add(weight, make, add_), None, None
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left^T right`` to a sum, in place.
+
+    Args:
+        total: Shape ``(m, n)``, at least as wide a dtype as the factors'.
+        left: Shape ``(k, m)``.
+        right: Shape ``(k, n)``.
+
+    Cost:
+        One matrix product that accumulates; where the dtypes differ and the device cannot, products of at most
+        262,144 elements.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    elif _accumulates_wide(total.device, left.dtype, total.dtype):
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        rows = max(1, PIECE // max(1, total.shape[1]))
+        for start in range(0, total.shape[0], rows):
+            total[start : start + rows].add_(left[:, start : start + rows].T @ right)
+
+
+@functools.cache
+def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Tell whether this device and this torch add a narrow product to a wide sum in one call."""
+    if device.type != "cuda":
+        return False
+    total = torch.ones(16, 16, device=device, dtype=wide)
+    ones = torch.ones(16, 16, device=device, dtype=narrow)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
+
+
+def _unfit(parameter: Tensor) -> str:
+    """Say why a parameter cannot be fused; empty if it can."""
+    if type(parameter) is not nn.Parameter:
+        return f"a {type(parameter).__name__}, not a plain parameter"
+    if parameter.ndim != 2:
+        return f"of {parameter.ndim} dimensions: not the weight of a linear layer or an embedding"
+    if parameter.dtype not in _DTYPES or parameter.layout is not torch.strided or not parameter.is_contiguous():
+        return f"{parameter.dtype}, {parameter.layout}: not a dense, contiguous floating-point matrix"
+    if parameter.numel() < SMALLEST:
+        return f"small: {parameter.numel():,} elements, where a temporary costs nothing"
+    return ""
