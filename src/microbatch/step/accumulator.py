@@ -16,6 +16,7 @@ from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
+from microbatch.step.compiled import Compiled, LossFunction
 from microbatch.step.events import Listener
 from microbatch.step.record import Step
 from microbatch.step.settings import Counts, Memory, Settings
@@ -93,11 +94,12 @@ class Accumulator:
             accumulate_dtype=accumulate_dtype,
             nonfinite=nonfinite,
             fuse=fuse,
+            compile=compile,
             lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
             listeners=_listed("listeners", listeners, ()),
         )
         self._memory = Memory()
-        self._compiled = _checked_compile(compile)
+        self._compiled = Compiled(compile) if compile else None
 
     @property
     def skipped(self) -> int:
@@ -136,7 +138,7 @@ class Accumulator:
         try:
             with window:
                 for microbatch in window.split(batch):
-                    window.backward(loss_fn(self._settings.bare_model, microbatch))
+                    window.backward(self._loss(loss_fn, microbatch))
         except NonfiniteError as error:
             if error.microbatch is not None or window.ranks > 1:
                 raise
@@ -213,6 +215,10 @@ class Accumulator:
             self._memory = Memory(windows=state["windows"], skipped=state["skipped"], count=state["count"])
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
+
+    def _loss(self, loss_fn: LossFunction, microbatch: Any) -> LossLike:
+        model = self._settings.bare_model
+        return loss_fn(model, microbatch) if self._compiled is None else self._compiled(loss_fn, model, microbatch)
 
     def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
         while held := _take(source, microbatches):

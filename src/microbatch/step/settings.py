@@ -20,6 +20,8 @@ from microbatch.step.events import Event, Listener
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -35,6 +37,7 @@ class Settings:
     accumulate_dtype: torch.dtype
     nonfinite: str
     fuse: bool
+    compile: bool | str
     lengths: Lengths | None
     listeners: list[Listener]
 
@@ -59,6 +62,9 @@ class Settings:
             raise ConfigError(f"accumulate_dtype must be a floating-point torch.dtype, not {dtype!r}")
         if self.nonfinite not in ["raise", "skip"]:
             raise ConfigError(f'nonfinite must be "raise" or "skip", not {self.nonfinite!r}')
+        if not isinstance(self.compile, bool) and self.compile not in _COMPILE_MODES:
+            modes = ", ".join(f'"{mode}"' for mode in _COMPILE_MODES)
+            raise ConfigError(f"compile must be True, False or a mode of torch.compile ({modes}), not {self.compile!r}")
         for listener in self.listeners:
             if not callable(listener):
                 raise ConfigError(
