@@ -1,5 +1,6 @@
 """Row order is free: whatever the cut by length, the gradient, the loss and the rows' results are the batch's."""
 
+import dataclasses
 import functools
 import itertools
 import random
@@ -227,6 +228,8 @@ def test_every_row_is_in_exactly_one_microbatch(way: str, sizes: list[int], size
         "numpy": torch.arange(len(sizes)).unsqueeze(1).repeat(1, 3).numpy(),
     }
     lengths = WAYS[way]
+    if "lengths" in way:  # which alone do not tell how many columns there are: the batch has entries of two widths
+        lengths = dataclasses.replace(lengths, keys=["tokens", "labels", "mask"])
     pieces = cut_by_length(batch, size, lengths=lengths)
     assert sorted(torch.cat([piece.rows for piece in pieces]).tolist()) == list(range(len(sizes)))
     most = lengths.microbatch_tokens or size * max(sizes)
@@ -234,8 +237,9 @@ def test_every_row_is_in_exactly_one_microbatch(way: str, sizes: list[int], size
         got, rows = take_piece(batch, piece, lengths=lengths), piece.rows.tolist()
         longest = max(1, *(sizes[row] for row in rows))
         assert got["tokens"].shape == got["labels"].shape == got["mask"].shape == (len(rows), longest)
-        assert len(rows) == 1 or got["tokens"].numel() <= most or longest == 1
+        assert len(rows) == 1 or got["tokens"].numel() <= most
         assert torch.equal(got["tokens"], batch["tokens"][rows, :longest])
+        assert got["tokens"].is_contiguous()
         assert got["mask"].sum(1).tolist() == got["lengths"].tolist() == [sizes[row] for row in rows]
         assert got["row"].tolist() == rows
         assert got["numpy"].tolist() == [[row] * 3 for row in rows]
@@ -260,17 +264,20 @@ def test_padding_on_the_left_told_by_lengths_leaves_a_column_too(sizes: list[int
 
 @few
 @given(
-    spans=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=8),
+    spans=st.lists(st.none() | st.tuples(st.integers(0, 8), st.integers(0, 8)), min_size=1, max_size=8),
     size=SIZES,
     tokens=st.sampled_from([None, 9, 20]),
 )
 @example(spans=[(0, 3), (5, 8)], size=1, tokens=8)
+@example(spans=[(0, 3), (5, 8), None, None], size=1, tokens=9)
+@example(spans=[None, None, None], size=2, tokens=None)
 def test_tokens_are_within_bounds_wherever_the_padding_is(
-    spans: list[tuple[int, int]], size: int, tokens: int | None
+    spans: list[tuple[int, int] | None], size: int, tokens: int | None
 ) -> None:
     mask = torch.zeros(len(spans), COLUMNS, dtype=torch.long)
     for row, span in enumerate(spans):
-        mask[row, min(span) : max(span) + 1] = 1
+        if span is not None:
+            mask[row, min(span) : max(span) + 1] = 1
     lengths = Lengths(of="mask", relative_positions=True, microbatch_tokens=tokens)
     batch = {"tokens": torch.arange(mask.numel()).view(mask.shape), "mask": mask}
     pieces = cut_by_length(batch, size, lengths=lengths)
@@ -278,7 +285,8 @@ def test_tokens_are_within_bounds_wherever_the_padding_is(
     for piece in pieces:
         got = take_piece(batch, piece, lengths=lengths)
         assert got["mask"].sum() == mask[piece.rows].sum()
-        most = tokens or size * mask.sum(1).max().item()
+        most = tokens or size * max(1, mask.sum(1).max().item())
+        assert got["tokens"].shape[1] >= 1
         assert len(piece.rows) == 1 or got["tokens"].numel() <= most
 
 
@@ -327,7 +335,7 @@ def test_the_batch_is_left_alone() -> None:
     kept = {name: each.clone() for name, each in batch.items()}
 
     def scribble(model: nn.Module, batch: Batch) -> mb.Loss:
-        loss = token_loss(model, batch)
+        loss = token_loss(model, {name: each.clone() for name, each in batch.items()})  # what backward will look at
         for each in batch.values():
             each.zero_()
         return loss
@@ -369,6 +377,30 @@ def test_no_cut_is_better(sizes: list[int], most: int, overhead: int) -> None:
     ]
     assert cuts in allowed
     assert cost_of(sizes, cuts, overhead) == min(cost_of(sizes, way, overhead) for way in allowed)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 30)), min_size=1, max_size=7),
+    most=st.integers(1, 120),
+    overhead=st.integers(0, 40),
+)
+@example(rows=[(0, 4), (5, 4), (0, 3)], most=12, overhead=9)
+def test_no_cut_is_better_wherever_the_rows_start(rows: list[tuple[int, int]], most: int, overhead: int) -> None:
+    rows = sorted(rows, key=lambda row: -row[1])
+
+    def tokens(begin: int, end: int) -> int:
+        group = rows[begin:end]
+        return len(group) * (max(start + size for start, size in group) - min(start for start, _ in group))
+
+    def cost(way: Sequence[tuple[int, int]]) -> int:
+        return sum(tokens(*piece) + overhead for piece in way)
+
+    cuts = best_cuts([size for _, size in rows], starts=[start for start, _ in rows], most=most, overhead=overhead)
+    allowed = [
+        way for way in all_cuts(len(rows)) if all(end == begin + 1 or tokens(begin, end) <= most for begin, end in way)
+    ]
+    assert cuts in allowed
+    assert cost(cuts) == min(cost(way) for way in allowed)
 
 
 def test_by_hand_cuts_of_equal_size_cost_more() -> None:
@@ -431,6 +463,21 @@ REFUSED: dict[str, tuple[Change, Lengths, type[Exception], str]] = {
     "dimensions": (lambda batch: batch, Lengths(of=lambda batch: batch["mask"].unsqueeze(2)), BatchError, "shape"),
     "0-d": (lambda batch: batch, Lengths(of=lambda batch: batch["mask"].sum()), BatchError, "shape"),
     "columns": (lambda batch: batch, Lengths(of=lambda batch: batch["mask"][:, :-1]), BatchError, "columns"),
+    "mask for rows it does not have": (without_rows, Lengths(of="mask"), BatchError, "shape"),
+    "no numbers": (lambda batch: batch, Lengths(of=lambda _: ["a", "b", "c", "d"]), BatchError, "read"),  # pyright: ignore[reportArgumentType]
+    "keys": (lambda batch: batch, Lengths(of="mask", keys=["tokens", "lengths"]), BatchError, "keys"),
+    "keys of another width": (
+        lambda batch: batch | {"image": torch.zeros(len(batch["mask"]), 3)},
+        Lengths(of="mask", keys=["tokens", "image"]),
+        BatchError,
+        "image",
+    ),
+    "columns in the last dimension": (
+        lambda batch: batch | {"bias": torch.zeros(len(batch["mask"]), 1, 1, COLUMNS)},
+        Lengths(of="mask"),
+        BatchError,
+        "bias",
+    ),
     "two widths": (
         lambda batch: batch | {"image": torch.zeros(len(batch["mask"]), 3)},
         Lengths(of="lengths"),
@@ -476,6 +523,7 @@ def test_left_padding_with_position_ids_that_are_not_trimmed_is_refused_or_right
         ({"side": "centre"}, "side"),
         ({"microbatch_tokens": 0}, "microbatch_tokens"),
         ({"overhead": -1}, "overhead"),
+        ({"keys": "tokens"}, "keys"),
     ],
 )
 def test_settings_that_cannot_work(arguments: Mapping[str, Any], word: str) -> None:

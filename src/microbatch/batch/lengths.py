@@ -29,7 +29,7 @@ class Lengths:
             or lengths of shape ``(rows,)``; or a function of the batch that returns either.
         side: Where lengths leave the padding, ``"right"`` or ``"left"``; a mask tells by itself.
         keys: Names of the entries to trim, in their second dimension; `None` for all whose second dimension is the
-            batch's number of columns.
+            batch's number of columns. A name that a batch does not have is passed over.
         relative_positions: Whether the model sees only relative positions, so that padding on the left may be trimmed
             without ``position_ids`` in the batch.
         microbatch_tokens: Tokens that go through the model at once, padding included; `None` allows what
@@ -54,6 +54,8 @@ class Lengths:
         """Refuse what could only go wrong later."""
         if self.side not in {"right", "left"}:
             raise ConfigError(f'lengths: side must be "right" or "left", not {self.side!r}')
+        if isinstance(self.keys, str):  # a sequence of letters
+            raise ConfigError(f"lengths: keys must be a list of names, for example [{self.keys!r}]")
         if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
             raise ConfigError(f"lengths: microbatch_tokens must be at least 1, not {self.microbatch_tokens}")
         if self.overhead < 0:
@@ -80,8 +82,9 @@ class Piece:
 def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> list[Piece]:
     """Decide which rows go together.
 
-    Rows are sorted by length, longest first, and cut where ``sum_k (rows_k * longest_k + overhead)`` is least, no
-    microbatch having more tokens than allowed.
+    Rows are sorted by length, longest first, and cut where ``sum_k (rows_k * columns_k + overhead)`` is least, no
+    microbatch having more tokens than allowed. The columns of a microbatch reach from the first that any of its rows
+    uses to the last; a microbatch of empty rows keeps one, because models do not take empty sequences.
 
     Args:
         batch: What `cut` accepts.
@@ -93,40 +96,45 @@ def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> l
 
     Raises:
         ConfigError: The entry that tells the lengths is not there.
-        BatchError: It has another number of rows or cannot be read, the layout is packed, or padding on the left
-            cannot be trimmed.
+        BatchError: It has another number of rows or cannot be read, the layout is packed, padding on the left cannot
+            be trimmed, or it is not clear which entries are to be trimmed.
 
     Cost:
         Reads the lengths on the host; ``O(rows * rows per microbatch)`` additions.
     """
     rows = rows_of(batch)
     _refuse_packed(batch)
-    told = _told(batch, lengths)
+    told = _told(batch, lengths, rows=rows)
     columns = _columns(batch, told, lengths)
-    starts, stops = _spans(told, rows, columns, side=lengths.side)
-    if any(start > 0 and stop > start for start, stop in zip(starts, stops, strict=True)):
-        _check_positions(batch, lengths)
-    sizes = [stop - start for start, stop in zip(starts, stops, strict=True)]
-    order = sorted(range(rows), key=lambda row: (-sizes[row], row))
-    most = lengths.microbatch_tokens or microbatch_size * max(1, *sizes, 1)
-    pieces: list[Piece] = []
-    for begin, end in best_cuts([sizes[row] for row in order], most=most, overhead=lengths.overhead):
-        chosen = order[begin:end]
-        used = [row for row in chosen if sizes[row]] or chosen[:1]
-        start = min(starts[row] for row in used)
-        # A row without one token still needs a column: models do not take empty sequences.
-        stop = max(start + 1, *(stops[row] for row in used))
-        pieces.append(Piece(rows=torch.tensor(chosen), start=start, stop=stop, columns=columns))
-    return pieces
+    spans = _spans(told, columns, side=lengths.side)
+    if any(0 < start < stop for start, stop in spans):
+        _check_positions(batch, columns, lengths)
+    order = sorted(range(rows), key=lambda row: (spans[row][0] - spans[row][1], spans[row][0], row))
+    spans = _with_a_column([spans[row] for row in order], columns, side=lengths.side)
+    sizes = [stop - start for start, stop in spans]
+    most = lengths.microbatch_tokens or microbatch_size * sizes[0]
+    starts = [start for start, _ in spans]
+    return [
+        Piece(
+            rows=torch.tensor(order[begin:end], device="cpu"),
+            start=min(starts[begin:end]),
+            stop=max(stop for _, stop in spans[begin:end]),
+            columns=columns,
+        )
+        for begin, end in best_cuts(sizes, starts=starts, most=most, overhead=lengths.overhead)
+    ]
 
 
-def best_cuts(sizes: Sequence[int], *, most: int, overhead: int) -> list[tuple[int, int]]:
+def best_cuts(
+    sizes: Sequence[int], *, most: int, overhead: int, starts: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
     """Cut rows, sorted from long to short, so that padded tokens and microbatches together cost least.
 
     Args:
         sizes: Lengths in tokens, none longer than the one before.
         most: Tokens that a microbatch may have, padding included; a single row may have more.
         overhead: Cost of a microbatch, in tokens.
+        starts: First column of each row, if they differ: a microbatch is as wide as its rows together.
 
     Returns:
         Pairs of first row and one past the last, in order.
@@ -135,24 +143,28 @@ def best_cuts(sizes: Sequence[int], *, most: int, overhead: int) -> list[tuple[i
         >>> best_cuts([100, 99, 10, 9, 8], most=200, overhead=20)
         [(0, 2), (2, 5)]
     """
-    # least[end]: the cheapest cut of the first `end` rows, and where its last microbatch begins. The microbatch from
-    # `begin` to `end` is as wide as its first row.
-    least: list[tuple[int, int]] = [(0, 0)] + [(-1, 0)] * len(sizes)
-    for begin, size in enumerate(sizes):
-        before = least[begin][0]
+    starts = starts or [0] * len(sizes)
+    stops = [start + size for start, size in zip(starts, sizes, strict=True)]
+    # least[end]: the cost of the cheapest cut of the first `end` rows; begins[end]: where its last microbatch begins.
+    least, begins = [0, *[-1] * len(sizes)], [0] * (len(sizes) + 1)
+    for begin in range(len(sizes)):
+        before, low, high = least[begin] + overhead, starts[begin], stops[begin]
         for end in range(begin + 1, len(sizes) + 1):
-            tokens = (end - begin) * size
+            # Calls of `min` and `max` would take longer than all the rest.
+            if starts[end - 1] < low:  # noqa: PLR1730
+                low = starts[end - 1]
+            if stops[end - 1] > high:  # noqa: PLR1730
+                high = stops[end - 1]
+            tokens = (end - begin) * (high - low)
             if tokens > most and end > begin + 1:
                 break
-            cost = before + tokens + overhead
-            if least[end][0] < 0 or cost < least[end][0]:
-                least[end] = (cost, begin)
+            if least[end] < 0 or before + tokens < least[end]:
+                least[end], begins[end] = before + tokens, begin
     cuts: list[tuple[int, int]] = []
     end = len(sizes)
     while end:
-        begin = least[end][1]
-        cuts.append((begin, end))
-        end = begin
+        cuts.append((begins[end], end))
+        end = begins[end]
     return cuts[::-1]
 
 
@@ -165,28 +177,27 @@ def take_piece(batch: object, piece: Piece, *, lengths: Lengths) -> Any:
         lengths: What `cut_by_length` was given.
 
     Returns:
-        The same structure with copies of the rows; marks are taken off.
+        The same structure with copies of the rows, contiguous; marks are taken off.
 
     Cost:
-        Copies the microbatch's rows.
+        Copies the microbatch's tokens.
     """
-    rows = rows_of(batch)
+    rows, chosen = rows_of(batch), piece.rows.tolist()
 
     def leaf(value: Any, path: str) -> Any:
         if isinstance(value, Whole):
             return value.value
         if isinstance(value, Rows):
-            return [value.items[row] for row in piece.rows.tolist()]
+            return [value.items[row] for row in chosen]
         if isinstance(value, list | tuple):
             items = cast("Sequence[Any]", value)
-            return type(value)([items[row] for row in piece.rows.tolist()]) if len(items) == rows else value
-        if not hasattr(value, "shape") or not value.shape:
+            return type(value)([items[row] for row in chosen]) if len(items) == rows else value
+        if not _is_array(value):
             return value
-        taken = value[piece.rows]
-        if _has_columns(value) and _is_key(path, lengths.keys) and value.shape[1] == piece.columns:
-            _check_once(value, path, keys=lengths.keys)
-            taken = taken[:, piece.start : piece.stop]
-        return taken
+        if _is_trimmed(value, path, columns=piece.columns, keys=lengths.keys):
+            value = value[:, piece.start : piece.stop]
+        # NumPy takes a tensor of one row number for a number, and a list for a list.
+        return value.index_select(0, piece.rows.to(value.device)) if isinstance(value, Tensor) else value[chosen]
 
     return map_leaves(leaf, batch)
 
@@ -210,65 +221,99 @@ def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
     return together[torch.argsort(order).to(together.device)]
 
 
-def _told(batch: Any, lengths: Lengths) -> Tensor:
+def _told(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:
     """Read the entry that tells the lengths."""
-    if not isinstance(lengths.of, str):
-        return torch.as_tensor(lengths.of(batch))
-    name = lengths.of
-    held = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
-    if held is None:
-        raise ConfigError(
-            f"lengths: the batch has no entry {name!r}; name its mask or its lengths, or pass a function of the batch"
-        )
-    return torch.as_tensor(held)
-
-
-def _spans(told: Tensor, rows: int, columns: int, *, side: str) -> tuple[list[int], list[int]]:
-    """Find the first used column of every row, and one past its last."""
+    if isinstance(lengths.of, str):
+        name = lengths.of
+        held = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        if held is None:
+            raise ConfigError(
+                f"lengths: the batch has no entry {name!r}; name its mask or its lengths, or pass a function of the "
+                "batch"
+            )
+    else:
+        held = lengths.of(batch)
+    if isinstance(held, Whole | Rows):
+        held = held.value if isinstance(held, Whole) else held.items
+    try:
+        told = torch.as_tensor(held)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BatchError(f"lengths: a mask or lengths cannot be read from a {type(held).__name__}: {error}") from error
     if told.ndim not in {1, 2} or told.shape[0] != rows:
         raise BatchError(
             f"lengths: expected a mask of shape ({rows}, columns) or lengths of shape ({rows},), not a tensor of shape "
             f"{tuple(told.shape)}"
         )
+    return told
+
+
+def _spans(told: Tensor, columns: int, *, side: str) -> list[tuple[int, int]]:
+    """Find the first used column of every row, and one past its last."""
     if told.ndim == 2:
         used = (told != 0).to("cpu", torch.int8)
         some = used.amax(dim=1) > 0
         starts = torch.where(some, used.argmax(dim=1), 0)
         stops = torch.where(some, columns - used.flip(1).argmax(dim=1), 0)
-        return starts.tolist(), stops.tolist()
-    sizes = told.cpu().long()
-    if bool(((sizes < 0) | (sizes > columns)).any()):
-        raise BatchError(f"lengths: they must be between 0 and the batch's {columns} columns, not {sizes.tolist()}")
-    if side == "left":
-        return (columns - sizes).tolist(), [columns] * rows
-    return [0] * rows, sizes.tolist()
+        return list(zip(starts.tolist(), stops.tolist(), strict=True))
+    sizes: list[int] = told.cpu().long().tolist()
+    if min(sizes) < 0 or max(sizes) > columns:
+        raise BatchError(f"lengths: they must be between 0 and the batch's {columns} columns, not {sizes}")
+    return [(columns - size, columns) if side == "left" else (0, size) for size in sizes]
+
+
+def _with_a_column(spans: Sequence[tuple[int, int]], columns: int, *, side: str) -> list[tuple[int, int]]:
+    """Give every row without a token one column, of those that the row before it has: it widens no microbatch."""
+    made: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if start < stop:
+            made.append((start, stop))
+            continue
+        before, after = made[-1] if made else (0, columns)
+        made.append((after - 1, after) if side == "left" else (before, before + 1))
+    return made
 
 
 def _columns(batch: object, told: Tensor, lengths: Lengths) -> int:
-    """Count the columns of the padded entries."""
-    if told.ndim == 2:
-        return told.shape[1]
-    named = [value for path, value in leaves(batch) if _has_columns(value) and _is_key(path, lengths.keys)]
-    widths = {int(value.shape[1]) for value in named}
-    if len(widths) != 1:
+    """Count the columns of the padded entries, and see that it is clear which these are."""
+    arrays = [(path, value) for path, value in leaves(batch) if _is_array(value)]
+    named = [(path, value) for path, value in arrays if _is_key(path, lengths.keys)]
+    widths = {int(value.shape[1]) for _, value in named if len(value.shape) > 1}
+    if told.ndim == 1 and len(widths) != 1:
         raise BatchError(
             f"lengths: the entries' second dimensions are {sorted(widths)}, so which ones are padded is not clear; "
             "name them with keys=, or give a mask"
         )
-    return widths.pop()
+    columns = int(told.shape[1]) if told.ndim == 2 else next(iter(widths))
+    if columns not in widths or columns == 0:
+        raise BatchError(f"lengths: there are {columns} columns to trim, but the entries have {sorted(widths)}")
+    for path, value in named:
+        _check_entry(value, path, columns=columns, keys=lengths.keys)
+    return columns
 
 
-def _check_once(value: Any, path: str, *, keys: Sequence[str] | None) -> None:
-    """Refuse what looks like a mask over pairs of tokens, of which one dimension alone must not be trimmed."""
-    if keys is None and list(value.shape[1:]).count(value.shape[1]) > 1:
+def _check_entry(value: Any, path: str, *, columns: int, keys: Sequence[str] | None) -> None:
+    """Refuse what trimming the second dimension alone would leave at odds with the rest."""
+    shape: tuple[int, ...] = tuple(value.shape)
+    if keys is not None:
+        if shape[1:2] != (columns,):
+            raise BatchError(
+                f"lengths: {path} is named in keys=, but has shape {shape}, whose second dimension is not the "
+                f"{columns} columns"
+            )
+    elif columns in shape[2:]:
         raise BatchError(
-            f"lengths: {path} has shape {tuple(value.shape)}, with {value.shape[1]} columns more than once, as a mask "
-            "over pairs has; leave it out, build it in the model, or name the entries to trim with keys="
+            f"lengths: {path} has shape {shape}, with {columns} columns elsewhere than in the second dimension alone, "
+            "as a mask over pairs has; leave it out, build it in the model, or name the entries to trim with keys="
         )
 
 
-def _has_columns(value: Any) -> bool:
-    return hasattr(value, "shape") and len(value.shape) >= 2
+def _is_array(value: Any) -> bool:
+    """Tell whether a leaf is a tensor or a NumPy array with rows."""
+    return hasattr(value, "dtype") and bool(getattr(value, "shape", None))
+
+
+def _is_trimmed(value: Any, path: str, *, columns: int, keys: Sequence[str] | None) -> bool:
+    return _is_array(value) and tuple(value.shape[1:2]) == (columns,) and _is_key(path, keys)
 
 
 def _is_key(path: str, keys: Sequence[str] | None) -> bool:
@@ -283,10 +328,14 @@ def _refuse_packed(batch: object) -> None:
             )
 
 
-def _check_positions(batch: object, lengths: Lengths) -> None:
-    if lengths.relative_positions or any(_is_key(path, ["position_ids"]) for path, _ in leaves(batch)):
+def _check_positions(batch: object, columns: int, lengths: Lengths) -> None:
+    if lengths.relative_positions or any(
+        _is_key(path, ["position_ids"]) and _is_trimmed(value, path, columns=columns, keys=lengths.keys)
+        for path, value in leaves(batch)
+    ):
         return
     raise BatchError(
         "lengths: the padding is on the left, and trimming it would move every token to another position; put "
-        "position_ids into the batch, or say relative_positions=True if the model sees only relative ones"
+        "position_ids of the tokens' shape into the batch, to be trimmed with them, or say relative_positions=True if "
+        "the model sees only relative ones"
     )

@@ -145,8 +145,7 @@ class GradientSum:
         Returns:
             Whether it has hooks beside the window's own.
         """
-        hooks = parameter._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
-        return hooks is not None and len(hooks) > 1
+        return len(parameter._post_accumulate_grad_hooks or ()) > 1  # pyright: ignore[reportPrivateUsage]
 
     def wide_sum(self, parameter: Tensor) -> Tensor:
         """Return the wider buffer of a parameter, made of zeros where there is none yet.

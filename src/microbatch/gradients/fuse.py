@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
 from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
@@ -36,7 +36,7 @@ class Fuse(TorchFunctionMode):
     are left to autograd, and so is every call under `torch.func`, forward-mode differentiation or the compiler. Only
     the window's own backward accumulates in place: a gradient asked for in between is made as ever.
 
-    While the weights are frozen, their casts for autocast are made once and kept.
+    While the weights are frozen, their casts for autocast are kept from the second microbatch on.
 
     Args:
         named: The window's parameters.
@@ -51,12 +51,13 @@ class Fuse(TorchFunctionMode):
         self, named: Sequence[Named], gradients: GradientSum, *, stand_ins: Mapping[Any, Callable[..., Any]]
     ) -> None:
         super().__init__()
-        self._rules = {func: functools.partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
+        self._rules = {func: partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
         self._gradients = gradients
         self._reasons = {each.name: _unfit(each.parameter) for each in named}
         self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
         self._fused: set[int] = set()
         self._running = False
+        self._passes = 0
         self._held: dict[int, weakref.ref[Tensor]] = {}
         self._casts: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
 
@@ -93,9 +94,8 @@ class Fuse(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # first, because the compiler reads what comes before it
             return func(*args, **kwargs)
-        if func is torch.autograd.grad and self._running:  # asked for by somebody inside of backward
-            with self._pause():
-                return func(*args, **kwargs)
+        if func in _DIFFERENTIATE:
+            return self._differentiate(func, *args, **kwargs)
         rule = self._rules.get(func)
         if rule is None or not _is_plain_autograd():
             return func(*args, **kwargs)
@@ -145,11 +145,7 @@ class Fuse(TorchFunctionMode):
         return cast("Tensor", _Rows.apply(ids, weight, padding, self))
 
     def _covers(self, weight: object, x: object) -> bool:
-        return (
-            id(weight) in self._names
-            and torch.is_grad_enabled()
-            and type(x) in {Tensor, nn.Parameter}
-        )
+        return id(weight) in self._names and torch.is_grad_enabled() and type(x) in {Tensor, nn.Parameter}
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.dtype == dtype:
@@ -158,7 +154,9 @@ class Fuse(TorchFunctionMode):
         version, made = self._casts.get((id(weight), dtype), (-1, weight))
         if version != weight._version:
             made = weight.detach().to(dtype)
-            self._casts[id(weight), dtype] = weight._version, made
+            # In the first microbatch gradients take the place of casts, so that keeping these would raise the peak.
+            if self._passes:
+                self._casts[id(weight), dtype] = weight._version, made
         return made
 
     # -- backward -----------------------------------------------------------------------------------------------------
@@ -175,30 +173,45 @@ class Fuse(TorchFunctionMode):
             return
         self._running = True
         try:
-            # torch.autograd.backward is a function that modes see, and so it, and with it what checkpoints compute
-            # again, would run outside of this one. The engine below it is not.
-            _engine_run_backward(
-                tuple(losses),
-                tuple(seeds),
-                False,  # noqa: FBT003 - the engine takes no names: keep_graph
-                False,  # noqa: FBT003 - create_graph
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            torch.autograd.backward(losses, seeds)
         finally:
             self._running = False
+            self._passes += 1
             self._held.clear()
 
-    @contextmanager
-    def _pause(self) -> Generator[None]:
-        self._running = False
+    def _differentiate(
+        self,
+        func: Callable[..., Any],
+        tensors: Sequence[Any],
+        inputs: Sequence[Any] | None = None,
+        grad_outputs: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Run `torch.autograd.grad` or `torch.autograd.backward` with this mode on."""
+        accumulate = func is torch.autograd.backward
+        if options.pop("is_grads_batched", False) or not _is_plain_autograd():
+            again = {"grad_tensors": options.pop("grad_tensors")} if accumulate else {"grad_outputs": grad_outputs}
+            return func(tensors, inputs=inputs, **again, **options)
+        given = options.get("grad_tensors") if accumulate else grad_outputs
+        given = (given,) if isinstance(given, Tensor) else given or (None,) * len(tensors)
+        create = options["create_graph"]
+        keep = create if options["retain_graph"] is None else options["retain_graph"]
+        wanted, unused = tuple(inputs or ()), accumulate or options["allow_unused"] or options["materialize_grads"]
+        # Only what the window asks for itself adds in place, and what runs inside of that for its sake.
+        running, self._running = self._running, self._running and accumulate
         try:
-            yield
+            with self:
+                found = _run_engine(tuple(tensors), tuple(given), keep, create, wanted, unused=unused, add=accumulate)
         finally:
-            self._running = True
+            self._running = running
+        if accumulate or not options["materialize_grads"]:
+            return found
+        return tuple(
+            torch.zeros_like(each, requires_grad=create) if grad is None else grad
+            for each, grad in zip(wanted, found, strict=True)
+        )
 
-    def add(self, weight: Tensor, make: Callable[[], Tensor], add_: Callable[[Tensor], None]) -> Tensor | None:
+    def add(self, weight: Tensor, make: Callable[[], Tensor], add_: Callable[[Tensor], object]) -> Tensor | None:
         """Add one use of a weight to its gradient.
 
         Args:
@@ -220,26 +233,45 @@ class Fuse(TorchFunctionMode):
             add_(self._gradients.wide_sum(weight))
             return None
         self._fused.add(id(weight))
-        if (total := weight.grad) is None:
+        total, weight.grad = weight.grad, None
+        if total is None:
             held = self._held.get(id(weight))
-            if held is None or (total := held()) is None:
-                total = make()
-                self._hold(weight, total)
-                return total
+            if held is not None and (total := held()) is not None:
+                add_(total)
+                return None
+            total = make()
+        else:
             add_(total)
-            return None
-        weight.grad = None
-        add_(total)
-        self._hold(weight, total)
+        # The weight's next use is to find the sum on its way back. Not if somebody else holds it, who may keep it alive
+        # after autograd has put another in its place, nor if a hook takes gradients away. The references are the one
+        # here and the count's own.
+        hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+        if sys.getrefcount(total) <= 2 and not hooks:
+            self._held[id(weight)] = weakref.ref(total)
         return total
 
-    def _hold(self, weight: Tensor, total: Tensor) -> None:
-        """Remember a sum that is on its way back to its parameter, so that the weight's next use finds it."""
-        # Somebody else who holds it may keep it alive after autograd has put another sum in its place; and a hook that
-        # takes gradients away leaves it nowhere. The references are: the caller's, ours, and the count's own.
-        hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
-        if sys.getrefcount(total) <= 3 and not hooks:
-            self._held[id(weight)] = weakref.ref(total)
+
+def _run_engine(
+    tensors: tuple[Any, ...],
+    grads: tuple[Any, ...],
+    keep: bool,
+    create: bool,
+    inputs: tuple[Any, ...],
+    *,
+    unused: bool,
+    add: bool,
+) -> Any:
+    # torch.autograd.backward and grad are functions that modes see, and so they, and with them whatever checkpoints
+    # compute again, would run outside of the mode that sees them. The engine is not one.
+    return _engine_run_backward(
+        tensors,
+        _make_grads(tensors, grads, is_grads_batched=False),
+        keep,
+        create,
+        inputs,
+        allow_unreachable=unused,
+        accumulate_grad=add,
+    )
 
 
 def _is_plain_autograd() -> bool:
@@ -277,6 +309,9 @@ def _embedding(
 _RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
 
 
+_DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
+
+
 class _Product(torch.autograd.Function):
     """``x W^T + b``, or ``x W + b`` when the weight is stored transposed."""
 
@@ -302,12 +337,7 @@ class _Product(torch.autograd.Function):
         dx = (flat_dy @ matrix).view(x.shape) if ctx.needs_input_grad[0] else None
         db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
 
-        def make() -> Tensor:
-            return (left.T @ right).to(weight.dtype)
-
-        def add_(total: Tensor) -> None:
-            add_product_(total, left, right)
-
+        make, add_ = partial(_product, weight.dtype, left, right), partial(add_product_, left=left, right=right)
         return dx, ctx.fuse.add(weight, make, add_), db, None, None, None
 
 
@@ -328,13 +358,20 @@ class _Rows(torch.autograd.Function):
         if ctx.padding is not None:
             flat_dy = torch.where((flat_ids == ctx.padding).unsqueeze(1), 0, flat_dy)
 
-        def make() -> Tensor:
-            return torch.zeros_like(weight, requires_grad=False).index_add_(0, flat_ids, flat_dy.to(weight.dtype))
-
-        def add_(total: Tensor) -> None:
-            total.index_add_(0, flat_ids, flat_dy.to(total.dtype))
-
+        make, add_ = partial(_rows, weight, flat_ids, flat_dy), partial(_add_rows_, ids=flat_ids, dy=flat_dy)
         return None, ctx.fuse.add(weight, make, add_), None, None
+
+
+def _product(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
+    return (left.T @ right).to(dtype)
+
+
+def _rows(weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
+    return _add_rows_(torch.zeros_like(weight, requires_grad=False), ids, dy)
+
+
+def _add_rows_(total: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
+    return total.index_add_(0, ids, dy.to(total.dtype))
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -359,7 +396,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
             total[start : start + rows].add_(left[:, start : start + rows].T @ right)
 
 
-@functools.cache
+@cache
 def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
     """Tell whether this device and this torch add a narrow product to a wide sum in one call."""
     if device.type != "cuda":

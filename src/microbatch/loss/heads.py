@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from microbatch.errors import LossError
 from microbatch.loss.loss import Loss
@@ -50,7 +50,8 @@ def linear_cross_entropy(
 
     Cost:
         Three matrix products, as the plain loss has; memory for one tile of logits, and with several tiles one more
-        gradient of the weight. No host synchronisation. It can be differentiated once.
+        gradient of the weight, in float32 at least. No host synchronisation. A second derivative is refused, and so
+        is a second backward through the graph of a single tile, whose logits the first has overwritten.
 
     Example:
         >>> hidden, weight = torch.ones(3, 2), torch.zeros(4, 2, requires_grad=True)
@@ -71,7 +72,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         rows = rows.to(dtype)
-    total = _Tiles.apply(rows, weight, bias, targets, ignore_index, tile)
+    total = _Tiles.apply(rows, weight, bias, targets, ignore_index, tile, _link(rows, weight, bias))
     return Loss(sum=cast("Tensor", total), count=count)
 
 
@@ -137,10 +138,12 @@ class _OutOfPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is asked for: torch's own function has one
+        if torch.is_grad_enabled():  # a second derivative is asked for, so this has to have a graph of its own
+            counted = (labels != ctx.ignore_index).unsqueeze(1)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            total = F.cross_entropy(wide, labels, ignore_index=ctx.ignore_index, reduction="sum")
-            return (*torch.autograd.grad(total, logits, grads[0], create_graph=True), None, None)
+            chosen = torch.zeros_like(wide).scatter_(1, torch.where(counted, labels.unsqueeze(1), 0), 1)
+            whole = torch.where(counted, wide.softmax(1) - chosen, 0) * grads[0]
+            return whole.to(logits.dtype), None, None
         out = torch.empty_like(logits)
         _to_gradient_(out, logits, labels, ctx.ignore_index, weight=grads[0])
         return out, None, None
@@ -153,16 +156,25 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         ctx.save_for_backward(logits, labels)
         ctx.ignore_index = ignore_index
+        ctx.spent = math.inf
         return _sum(logits, labels, ignore_index)
 
     @staticmethod
-    @once_differentiable  # which hides the name of the first argument
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels = ctx.saved_tensors
-        _to_gradient_(logits, logits, labels, ctx.ignore_index, weight=grads[0])
-        return logits, None, None
+        # torch itself refuses logits that were overwritten, but not those that a hook on saved tensors gave back.
+        # Logits that were computed or copied anew have the version that the first had before backward.
+        if not torch.compiler.is_compiling():
+            if logits._version >= ctx.spent:
+                raise RuntimeError(
+                    "linear_cross_entropy: the logits needed for this backward were turned into their gradient, "
+                    "inplace, by the one before it; compute the loss again, or give a smaller tile="
+                )
+            ctx.spent = logits._version + 1
+        with torch.no_grad():
+            gradient = logits.detach()
+            _to_gradient_(gradient, gradient, labels, ctx.ignore_index, weight=grads[0])
+        return *_once(gradient, links=(logits, grads[0])), None, None
 
 
 class _Tiles(torch.autograd.Function):
@@ -170,12 +182,24 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, tile: int
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        ignore_index: int,
+        tile: int,
+        link: Tensor,
     ) -> Tensor:
         ready = weight.to(rows.dtype)
         ready_bias = None if bias is None else bias.to(rows.dtype)
-        grad_rows, grad_weight, grad_bias = (
-            torch.zeros_like(each) if each is not None and each.requires_grad else None for each in (rows, weight, bias)
+        grad_rows = torch.empty_like(rows) if rows.requires_grad else None
+        # A sum of many tiles stops growing in a narrow precision.
+        grad_weight, grad_bias = (
+            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32))
+            if each is not None and each.requires_grad
+            else None
+            for each in (weight, bias)
         )
         one = torch.ones((), device=rows.device)
         sums: list[Tensor] = []
@@ -189,18 +213,52 @@ class _Tiles(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product_(grad_weight, logits, part)
             if grad_bias is not None:
-                grad_bias += logits.sum(0)
-        ctx.save_for_backward(grad_rows, grad_weight, grad_bias)
+                grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+        grad_weight, grad_bias = (
+            made if made is None or each is None else made.to(each.dtype)
+            for made, each in ((grad_weight, weight), (grad_bias, bias))
+        )
+        ctx.save_for_backward(grad_rows, grad_weight, grad_bias, link)
         return torch.stack(sums).sum()
 
     @staticmethod
-    @once_differentiable  # which hides the name of the first argument
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, link = ctx.saved_tensors
         # Out of place: the graph may be kept and walked again.
-        scaled = [None if each is None else each * grads[0].to(each.dtype) for each in ctx.saved_tensors]
-        return (*scaled, None, None, None)
+        with torch.no_grad():
+            scaled = [None if each is None else each * grads[0].to(each.dtype) for each in gradients]
+        return *_once(*scaled, links=(link, grads[0])), None, None, None, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient as it is, whose own gradient is refused rather than missing."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *links: Tensor) -> Tensor:
+        del ctx, links
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        del ctx, grads
+        raise RuntimeError(
+            "linear_cross_entropy cannot be differentiated twice: its backward is once_differentiable; use "
+            "torch.nn.functional.cross_entropy where second derivatives are needed"
+        )
+
+
+def _once(*gradients: Tensor | None, links: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Refuse second derivatives, if any may be asked for, of gradients whose graph would lead where the links' do."""
+    # torch's own decorator, `once_differentiable`, refuses only where the incoming gradient has a graph, which a
+    # loss's does not, and not where the second derivative is asked for with inputs=.
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return list(gradients)
+    return [None if each is None else cast("Tensor", _Once.apply(each, *links)) for each in gradients]
+
+
+def _link(*tensors: Tensor | None) -> Tensor:
+    """Return a tensor whose graph leads to all of these, and which does not keep them in memory."""
+    return torch.stack([each[:0].sum(dtype=torch.float32) for each in tensors if each is not None]).sum()
 
 
 def _sum(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -99,12 +99,17 @@ class Accumulator:
             listeners=_listed("listeners", listeners, ()),
         )
         self._memory = Memory()
-        self._compiled = Compiled(compile) if compile else None
+        self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
 
     @property
     def skipped(self) -> int:
         """Windows dropped so far because their gradient was not finite."""
         return self._memory.skipped
+
+    @property
+    def eager(self) -> int:
+        """Microbatches that ran uncompiled so far although ``compile=`` was asked for, because of their shapes."""
+        return 0 if self._compiled is None else self._compiled.eager
 
     def step(
         self,

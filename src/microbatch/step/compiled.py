@@ -22,14 +22,14 @@ class Compiled:
     """Run a loss function, and the model in it, through `torch.compile` where microbatches repeat their shapes.
 
     Args:
-        how: ``True``, or a mode of `torch.compile`: ``"reduce-overhead"`` captures CUDA graphs where it can.
+        mode: A mode of `torch.compile`, or `None`; ``"reduce-overhead"`` captures CUDA graphs where it can.
 
     Attributes:
         eager: Microbatches that ran uncompiled so far, because their shapes were not among the first two.
     """
 
-    def __init__(self, how: bool | str) -> None:
-        self._mode = how if isinstance(how, str) else None
+    def __init__(self, mode: str | None) -> None:
+        self._mode = mode
         self._functions: dict[LossFunction, LossFunction] = {}
         self._shapes: set[tuple[Any, ...]] = set()
         self.eager = 0
@@ -63,6 +63,5 @@ class Compiled:
 def _shape(microbatch: object) -> tuple[Any, ...]:
     """Tell two microbatches apart that the compiler would."""
     return tuple(
-        (path, tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else path
-        for path, leaf in leaves(microbatch)
+        (path, tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else path for path, leaf in leaves(microbatch)
     )

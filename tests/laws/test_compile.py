@@ -1,0 +1,77 @@
+"""compile=True: the same gradient, compiled once for the shapes that repeat."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import microbatch as mb
+from microbatch.errors import ConfigError
+
+from .reference import EXACT, WRONG, Batch, filled, full_batch, points, relative_error, squared, subject
+
+pytestmark = [  # of torch itself: when its compiler is imported, and when it looks at what goes into a function
+    pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Leave no compiled code to the next test, and find none."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def network() -> nn.Module:
+    return filled(nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), 0, "cpu")
+
+
+def summed(model: nn.Module, batch: Batch) -> mb.Loss:
+    loss = squared(model, batch)
+    return mb.Loss(sum=loss * len(batch["x"]), count=len(batch["x"]))
+
+
+def compiled_graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+LOSSES: dict[str, Callable[[nn.Module, Batch], Tensor | mb.Loss]] = {"mean": squared, "sum": summed}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_batches_of_any_size_are_exact_and_tails_are_not_compiled_again_and_again(loss: str) -> None:
+    model = network()
+    it = subject(model, size=4, compile=True)
+    for rows in (8, 9, 10, 11, 12, 13, 3):  # tails of 0, 1, 2, 3, 0, 1 and 3 rows
+        batch = points(rows, rows)
+        it.accumulator.step(batch, LOSSES[loss])
+        assert relative_error(it.updates[-1], full_batch(model, squared, batch)) <= EXACT
+    assert relative_error(it.updates[-1], it.updates[-2]) > WRONG
+    assert compiled_graphs() == 2
+    assert it.accumulator.eager == 3
+
+
+def test_a_loss_function_made_anew_every_step_is_compiled_once() -> None:
+    it = subject(network(), size=2, compile=True)
+    for seed in range(3):
+        it.accumulator.step(points(seed, 4), lambda model, batch: squared(model, batch) * 2)
+    assert compiled_graphs() == 1
+    assert it.accumulator.eager == 0
+
+
+def test_without_it_nothing_is_compiled() -> None:
+    it = subject(network(), size=2)
+    it.accumulator.step(points(0, 4), squared)
+    assert compiled_graphs() == 0
+    assert it.accumulator.eager == 0
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    model = network()
+    with pytest.raises(ConfigError, match="reduce-overhead"):
+        mb.Accumulator(model, torch.optim.SGD(model.parameters()), microbatch_size=2, compile="fast")
