@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models import GPT, ResidualNetwork, VisionTransformer
+from benchmarks.models import GPT, Autocast, ResidualNetwork, VisionTransformer
 
 LEARNING_RATE = 1e-4
 SEED = 20_260_101
@@ -28,6 +29,7 @@ class Case:
         sizes: Microbatch sizes measured by default.
         all_sizes: Microbatch sizes of the thorough run, up to the full batch.
         couples_rows: Whether rows see one another, so that cutting the batch changes the gradient for everyone.
+        lengths: Entry that tells which columns of a row are no padding, where rows are ragged.
     """
 
     describe: str
@@ -37,17 +39,38 @@ class Case:
     sizes: tuple[int, ...]
     all_sizes: tuple[int, ...]
     couples_rows: bool = False
+    lengths: str | None = None
+
+
+IGNORED = -100  # label of padding
 
 
 def loss_sum(model: nn.Module, piece: dict[str, Tensor]) -> Tensor:
     """Return the cross-entropy of some rows, summed over their labels: what everyone minimises, before dividing."""
     logits = model(piece["inputs"])
-    return F.cross_entropy(logits.flatten(0, -2), piece["labels"].flatten(), reduction="sum")
+    labels = piece["labels"].flatten()
+    return F.cross_entropy(logits.flatten(0, -2), labels, reduction="sum", ignore_index=IGNORED)
+
+
+def trimmed(piece: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut off the columns that are padding in every row, as a careful collate function does."""
+    used = max(1, int((piece["labels"] != IGNORED).sum(dim=1).max()))
+    return {name: each[:, :used] for name, each in piece.items()}
 
 
 def _text(rows: int, length: int, vocabulary: int) -> dict[str, Tensor]:
     tokens = torch.randint(vocabulary, (rows, length + 1))
     return {"inputs": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+
+
+def _ragged_text(rows: int, *, mean: int, longest: int, vocabulary: int) -> dict[str, Tensor]:
+    """Draw rows of log-normal lengths, padded to the longest: what a tokenizer makes of documents."""
+    spread = 0.9
+    drawn = torch.exp(torch.randn(rows) * spread + math.log(mean) - spread**2 / 2).long().clamp(8, longest)
+    drawn[0] = longest
+    batch = _text(rows, longest, vocabulary)
+    mask = torch.arange(longest) < drawn.unsqueeze(1)
+    return {"inputs": batch["inputs"] * mask, "labels": torch.where(mask, batch["labels"], IGNORED), "mask": mask}
 
 
 def _images(rows: int, size: int, classes: int) -> dict[str, Tensor]:
@@ -68,6 +91,23 @@ CASES = {
         batch=partial(_text, 32, 128, _VOCABULARY),
         sizes=(1,),
         all_sizes=_POWERS_OF_TWO[:6],
+    ),
+    "gpt-bf16": Case(
+        describe="the same under bfloat16 autocast",
+        batch_size=32,
+        model=lambda: Autocast(GPT(**_GPT), torch.bfloat16),
+        batch=partial(_text, 32, 128, _VOCABULARY),
+        sizes=(1,),
+        all_sizes=(1, 4, 32),
+    ),
+    "ragged": Case(
+        describe="the same GPT on rows of log-normal lengths, mean about 120 tokens, longest 512",
+        batch_size=64,
+        model=partial(GPT, **(_GPT | {"length": 512})),
+        batch=partial(_ragged_text, 64, mean=120, longest=512, vocabulary=_VOCABULARY),
+        sizes=(8,),
+        all_sizes=(8,),
+        lengths="mask",
     ),
     "residual": Case(
         describe="residual network, 2.8M parameters, GroupNorm, images of 32 x 32",

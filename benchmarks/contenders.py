@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import microbatch as mb
-from benchmarks.cases import CASES, LEARNING_RATE, SEED, loss_sum
+from benchmarks.cases import CASES, IGNORED, LEARNING_RATE, SEED, loss_sum, trimmed
 
 # One window: from the first microbatch to the optimizer step and the zeroed gradients, inside the given context.
 Window: TypeAlias = Callable[[AbstractContextManager[object]], None]
@@ -27,12 +27,14 @@ class Subject:
         optimizer: Fresh.
         batch: The whole effective batch, on the host.
         microbatch_size: Rows that go through at once; divides the batch.
+        lengths: Entry of a ragged batch that tells which columns are no padding.
     """
 
     model: nn.Module
     optimizer: Optimizer
     batch: dict[str, Tensor]
     microbatch_size: int
+    lengths: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +49,7 @@ class Subject:
     @property
     def count(self) -> int:
         """Labels of the effective batch, which the loss is a mean over."""
-        return self.batch["labels"].numel()
+        return int((self.batch["labels"] != IGNORED).sum())
 
     def pieces(self) -> list[dict[str, Tensor]]:
         """Cut the batch the way everyone writes it: slices of the host's tensors."""
@@ -75,7 +77,7 @@ def make_subject(case_name: str, microbatch_size: int, *, device: str) -> Subjec
     torch.manual_seed(SEED)
     batch = case.batch()
     model = case.model().to(device)
-    return Subject(model, AdamW(model.parameters(), lr=LEARNING_RATE), batch, microbatch_size)
+    return Subject(model, AdamW(model.parameters(), lr=LEARNING_RATE), batch, microbatch_size, case.lengths)
 
 
 def full(subject: Subject) -> Window:
@@ -99,12 +101,31 @@ def loop(subject: Subject) -> Window:
     return window
 
 
+def trimmed_loop(subject: Subject) -> Window:
+    """Accumulate by hand, and trim each microbatch of ragged rows, in the order given, to its own longest."""
+    model, optimizer = subject.model, subject.optimizer
+
+    def window(around: AbstractContextManager[object]) -> None:
+        with around:
+            for piece in subject.pieces():
+                loss = loss_sum(model, subject.send(trimmed(piece))) / subject.count
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return window
+
+
 def microbatch(subject: Subject) -> Window:
     """Let `microbatch` do it."""
-    accumulator = mb.Accumulator(subject.model, subject.optimizer, microbatch_size=subject.microbatch_size, fuse=True)
+    accumulator = mb.Accumulator(
+        subject.model, subject.optimizer, microbatch_size=subject.microbatch_size, lengths=subject.lengths
+    )
 
     def loss_fn(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
-        return mb.Loss(sum=loss_sum(model, piece), count=piece["labels"].numel())
+        labels = piece["labels"]
+        count = labels.numel() if subject.lengths is None else (labels != IGNORED).sum()
+        return mb.Loss(sum=loss_sum(model, piece), count=count)
 
     def window(around: AbstractContextManager[object]) -> None:
         with around:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from benchmarks.cases import CASES
 from benchmarks.machine import busy_seconds
 from benchmarks.summary import NOISY, Summary, order_of_round, summarize, summarize_ratio
-from benchmarks.worker import Agreement, Footprint, Spec, Timing, Worker
+from benchmarks.worker import Agreement, Footprint, Limit, Spec, Timing, Worker
 
-# The Trainer and Accelerate write to the same state of their process.
-ALONE = {"trainer"}
 MOST_ROUNDS = 101
 
 
@@ -57,6 +55,8 @@ class Entry:
         rss_bytes: Most bytes in RAM beyond what the imports took, or `None`.
         gradient_error: Of the first window's gradient, relative to the hand-written loop's.
         update_error: Of the first change of the weights, likewise.
+        of_limit: Share of the speed of a large matrix product, measured in the same run, that the model's arithmetic
+            (the full batch's, padding included) went at.
         others_cpu: Share of the machine's cores that other jobs took meanwhile, or `None` if unknown.
         noisy: Whether the interquartile range, of this or of the hand-written loop, or the machine itself says that
             another job was running.
@@ -75,6 +75,7 @@ class Entry:
     rss_bytes: int | None
     gradient_error: float
     update_error: float
+    of_limit: float
     others_cpu: float | None
     noisy: bool
 
@@ -111,12 +112,15 @@ class Bench:
         Returns:
             One entry for each contender, in the plan's order.
         """
-        plan = self._plan
-        workers = self._start(case, microbatch_size)
+        plan, ragged = self._plan, CASES[case].lengths is not None
+        names = [name for name in plan.contenders if ragged or name != "trimmed"]
+        # A process for each: what one leaves of the heap would be another's to find.
+        workers = {name: Worker(self._spec(case, microbatch_size, (name,))) for name in names}
         try:
-            # Also everyone's first window, which makes what is made lazily.
-            agreements = {name: workers[name].agreement(name) for name in plan.contenders}
-            workers["loop"].window("loop")  # makes the optimizer's state that those without a model of their own share
+            agreements = {name: workers[name].agreement(name) for name in names}
+            for name in names:
+                workers[name].window(name)  # makes what is made lazily, the optimizer's state for one
+            limit = workers["loop"].limit()
             rounds = self._quietest(workers)
         finally:
             for worker in set(workers.values()):
@@ -127,19 +131,10 @@ class Bench:
                 rounds=rounds,
                 agreement=agreements[name],
                 footprint=self._footprint(case, microbatch_size, name) if plan.memory else None,
+                limit=limit,
             )
-            for name in plan.contenders
+            for name in names
         ]
-
-    def _start(self, case: str, microbatch_size: int) -> dict[str, Worker]:
-        """Start one process for most contenders, and one for each that cannot share it."""
-        together = tuple(name for name in self._plan.contenders if name not in ALONE)
-        groups = [together, *((name,) for name in self._plan.contenders if name in ALONE)]
-        found: dict[str, Worker] = {}
-        for group in groups:
-            worker = Worker(self._spec(case, microbatch_size, group))
-            found |= dict.fromkeys(group, worker)
-        return found
 
     def _quietest(self, workers: dict[str, Worker]) -> _Rounds:
         best = self._rounds(workers)
@@ -151,12 +146,12 @@ class Bench:
 
     def _rounds(self, workers: dict[str, Worker]) -> _Rounds:
         plan = self._plan
-        timings: dict[str, list[Timing]] = {name: [] for name in plan.contenders}
+        timings: dict[str, list[Timing]] = {name: [] for name in workers}
         spent, busy, started = self._spent(workers), busy_seconds(), time.perf_counter()
         for index in range(MOST_ROUNDS):
             if index >= plan.repeats and time.perf_counter() - started >= plan.row_seconds:
                 break
-            for name in order_of_round(plan.contenders, index):
+            for name in order_of_round(list(workers), index):
                 timings[name].append(workers[name].window(name))
         elapsed, busy_now = time.perf_counter() - started, busy_seconds()
         if busy is None or busy_now is None:
@@ -189,7 +184,9 @@ class Bench:
         )
 
 
-def _entry(row: tuple[str, int, str], *, rounds: _Rounds, agreement: Agreement, footprint: Footprint | None) -> Entry:
+def _entry(
+    row: tuple[str, int, str], *, rounds: _Rounds, agreement: Agreement, footprint: Footprint | None, limit: Limit
+) -> Entry:
     case, microbatch_size, name = row
     seconds = {each: [timing.seconds for timing in timings] for each, timings in rounds.timings.items()}
     summary = summarize(seconds[name])
@@ -207,6 +204,7 @@ def _entry(row: tuple[str, int, str], *, rounds: _Rounds, agreement: Agreement, 
         rss_bytes=footprint.rss_bytes if footprint else None,
         gradient_error=agreement.gradient_error,
         update_error=agreement.update_error,
+        of_limit=limit.flops / limit.flops_per_second / summary.median,
         others_cpu=rounds.others_cpu,
         noisy=summary.noisy or summarize(seconds["loop"]).noisy or (rounds.others_cpu or 0.0) > NOISY,
     )

@@ -70,6 +70,25 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(stream_BTC)))
 
 
+class Autocast(nn.Module):
+    """A model whose forward pass runs under autocast, whoever calls it.
+
+    Args:
+        model: The model, in float32.
+        dtype: What its products run in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.dtype = dtype
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return what the model returns, in float32."""
+        with torch.autocast(inputs.device.type, self.dtype):
+            return self.model(inputs).float()
+
+
 class VisionTransformer(nn.Module):
     """A transformer over the patches of an image, averaged before the head.
 

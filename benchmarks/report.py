@@ -22,6 +22,7 @@ UPDATE_TOLERANCE = 1e-2
 NAMES = {
     "full": "full batch",
     "loop": "hand-written loop",
+    "trimmed": "loop that trims",
     "microbatch": "**microbatch**",
     "accelerate": "Accelerate",
     "fabric": "Lightning Fabric",
@@ -161,7 +162,17 @@ def line(entry: Entry) -> str:
 
 
 def _table(entries: Sequence[Entry]) -> list[str]:
-    head = ["microbatch", "contender", "window", "against loop", "against full", "peak memory", "resident", "gradient"]
+    head = [
+        "microbatch",
+        "contender",
+        "window",
+        "against loop",
+        "against full",
+        "of matmul",
+        "peak memory",
+        "resident",
+        "gradient",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for entry in entries:
         cells = [str(entry.microbatch_size), NAMES[entry.contender], *_cells(entry)]
@@ -177,6 +188,7 @@ def _cells(entry: Entry) -> list[str]:
         f"{mark}{_seconds(entry.time.median)} ± {entry.time.spread / 2:.1%}",
         f"{mark}{entry.against_loop.median:.3f}",
         full,
+        f"{mark}{entry.of_limit:.0%}",
         _mebibytes(entry.peak_bytes),
         _mebibytes(entry.rss_bytes),
         f"{entry.gradient_error:.0e}{different}",

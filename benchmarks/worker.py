@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
+import statistics
 import time
 import traceback
 import warnings
@@ -16,14 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, peers
+from benchmarks.cases import loss_sum
 from benchmarks.contenders import Subject, Window, make_subject
 from benchmarks.memory import Peak, ResidentPeak, resident_bytes, warm_up_profiler
 
 NATIVE: dict[str, Callable[[Subject], Window]] = {
     "full": contenders.full,
     "loop": contenders.loop,
+    "trimmed": contenders.trimmed_loop,
     "microbatch": contenders.microbatch,
 }
 PEERS: dict[str, Callable[[Subject], Window]] = {
@@ -75,6 +79,19 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """What a window's arithmetic could take at best.
+
+    Attributes:
+        flops: Floating-point operations of the full batch's forward and backward pass, matrix products alone.
+        flops_per_second: Speed of one large matrix product here and now, in float32.
+    """
+
+    flops: float
+    flops_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
 class Footprint:
     """Peak memory of one window.
 
@@ -116,6 +133,10 @@ class Worker:
     def spent(self) -> float:
         """Return the CPU seconds that the process has taken so far, all its threads together."""
         return self._ask("spent", "")
+
+    def limit(self) -> Limit:
+        """Count the model's arithmetic, and measure how fast it could be done."""
+        return self._ask("limit", "loop")
 
     def close(self) -> None:
         """End the process."""
@@ -173,6 +194,21 @@ class _Desk:
 
     def spent(self, _: str) -> float:
         return time.process_time()
+
+    def limit(self, _: str) -> Limit:
+        subject, side = self._make_subject(), 2048
+        one = Subject(subject.model, subject.optimizer, {k: v[:1] for k, v in subject.batch.items()}, 1)
+        with FlopCounterMode(display=False) as counter:
+            loss_sum(one.model, one.send(one.batch)).backward()
+        left, right = (torch.randn(side, side, device=subject.device) for _ in range(2))
+        taken: list[float] = []
+        for _try in range(7):
+            self._synchronize()
+            started = time.perf_counter()
+            torch.mm(left, right)
+            self._synchronize()
+            taken.append(time.perf_counter() - started)
+        return Limit(float(counter.get_total_flops() * subject.rows), 2 * side**3 / statistics.median(taken))
 
     def footprint(self, name: str) -> Footprint:
         if name in PACKAGES:

@@ -35,6 +35,7 @@ def entry(contender: str, seconds: list[float], loop: list[float], **changes: An
         rss_bytes=None,
         gradient_error=1e-7,
         update_error=1e-4,
+        of_limit=0.5,
         others_cpu=0.0,
         noisy=False,
     )

@@ -84,7 +84,7 @@ def linear() -> nn.Module:
 
 
 def frozen(inner: nn.Module) -> nn.Module:
-    inner.get_parameter("weight").requires_grad_(requires_grad=False)
+    inner.get_parameter("weight").requires_grad_(False)
     return inner
 
 
@@ -510,7 +510,7 @@ def by_func_grad(model: Network, batch: Batch) -> mb.Loss:
 
     parameters = dict(model.named_parameters())
     gradients = vmap(torch.func.grad(one), (None, 0, 0))(parameters, batch["tokens"], batch["labels"])
-    lengths = cast("Any", gradients)["layers.0.inner.weight"].flatten(1).norm(dim=1).detach()
+    lengths = gradients["layers.0.inner.weight"].flatten(1).norm(dim=1).detach()
     logits = model(batch["tokens"]).mT
     each = F.cross_entropy(logits, batch["labels"], reduction="none").sum(1)
     return loss_of((each * lengths).sum(), batch["labels"])
@@ -690,7 +690,7 @@ def before_the_node(model: nn.Module, seen: Seen) -> object:
 
 def of_several(model: nn.Module, seen: Seen) -> object:
     register_multi_grad_hook(
-        [*model.parameters()], lambda grads: seen.append((str([each is None for each in grads]), None))
+        [*model.parameters()], lambda grads: seen.append((str([not isinstance(each, Tensor) for each in grads]), None))
     )
     return None
 
@@ -928,7 +928,7 @@ def test_an_exception_in_the_middle_of_backward(door: Door, dtype: torch.dtype) 
         door(it, batch, loss_fn, size=1)
     for name, each in model.named_parameters():
         assert each.grad is before[name]
-        assert each.grad.min() == each.grad.max() == 1
+        assert before[name].min() == before[name].max() == 1
     step = door(it, batch, loss_fn, size=1)
     assert step.fused == 4
     close = EXACT if dtype == torch.float64 else 0.05
@@ -977,7 +977,7 @@ def test_windows_of_two_accumulators() -> None:
     for it, each in zip(runs, references, strict=True):
         assert [relative_error(update, each) <= EXACT for update in it.updates] == [True] * 3
     assert [it.accumulator.fusion()["head.weight"] for it in runs if "head.weight" in it.accumulator.fusion()] == []
-    assert torch.overrides._len_torch_function_stack() == 0
+    assert torch._C._len_torch_function_stack() == 0
     assert relative_error(runs[0].updates[0], references[1]) > WRONG
 
 
