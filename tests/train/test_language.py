@@ -278,8 +278,8 @@ def test_the_cache_lies_where_the_system_says(monkeypatch: pytest.MonkeyPatch, t
 def test_a_batch_holds_every_piece_once() -> None:
     rows = [[0, 5], [0, 1, 2, 3], [0, 9, 8]]
     batch = pad_pieces([{"tokens": torch.tensor(row)} for row in rows])
-    assert batch["tokens"].tolist() == [[0, 1, 2], [0, 9, 0], [0, 0, 0]]
-    assert batch["labels"].tolist() == [[1, 2, 3], [9, 8, -100], [5, -100, -100]]
+    assert batch["tokens"].tolist() == [[0, 0, 0], [0, 1, 2], [0, 9, 0]]
+    assert batch["labels"].tolist() == [[5, -100, -100], [1, 2, 3], [9, 8, -100]]
 
 
 def test_the_loss_is_every_row_alone(corpus: Corpus) -> None:

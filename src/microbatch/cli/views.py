@@ -52,7 +52,9 @@ def plan_view(event: RunPlanned) -> Panel:
     batch = min(config.batch_size, config.samples)
     grid = _grid()
     cut_into = f"{config.microbatches} microbatches of {config.microbatch_size}"
-    if config.microbatches == 1:
+    if config.ragged:
+        cut_into = f"microbatches as large as {config.microbatch_size} of its longest"
+    elif config.microbatches == 1:
         cut_into = "one microbatch"
     elif batch % config.microbatch_size:
         cut_into += f" (the last of {batch % config.microbatch_size})"

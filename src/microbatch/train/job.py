@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
+from microbatch.batch.lengths import Lengths
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -28,6 +30,8 @@ class Job:
         batch_size: Effective batch in samples, over all ranks; at least 1.
         scheduler: Learning-rate scheduler, stepped once per optimizer step; `None` lets the training loop make one.
         collate: Turns a list of samples into one batch (nested tensors whose leading dimension is the rows).
+        lengths: For ragged rows: the name of the batch's mask or lengths, or a `Lengths`; rows of like length then go
+            through together, trimmed to the longest of them. `None` cuts rows as they come.
         counts: For losses of several terms: the denominators of a batch, by term.
         microbatch_size: Samples that go through the model at once; `None` leaves it to the caller.
         validation: Map-style held-out set; `None` for no validation.
@@ -52,6 +56,7 @@ class Job:
     batch_size: int
     scheduler: LRScheduler | None = None
     collate: Callable[[list[Any]], Any] = default_collate
+    lengths: Lengths | str | None = None
     counts: Callable[[Any], Mapping[str, Any]] | None = None
     microbatch_size: int | None = None
     validation: Sequence[Any] | torch.utils.data.Dataset[Any] | None = None

@@ -107,6 +107,7 @@ class TrainingLoop:
             autocast=config.autocast,
             grad_scaler=self._scaler,
             nonfinite=config.nonfinite,
+            lengths=job.lengths,
             listeners=(self._on_core_event,),
         )
         self._stop = StopRequest()

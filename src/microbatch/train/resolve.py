@@ -48,6 +48,7 @@ class RunConfig:
         compare: Whether the run ends with the comparison against the full batch.
         parameters: Trainable numbers in the model.
         unit: What throughput counts, in the plural.
+        ragged: Whether microbatches are cut by the lengths of their rows, so that their number depends on these.
         notices: What was decided in the user's place, one sentence each.
     """
 
@@ -73,6 +74,7 @@ class RunConfig:
     compare: bool
     parameters: int
     unit: str
+    ragged: bool = False
     notices: tuple[str, ...] = ()
 
     @property
@@ -191,6 +193,7 @@ def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
         compare=settings.compare,
         parameters=sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
+        ragged=job.lengths is not None,
         notices=tuple(notices),
     )
 

@@ -70,6 +70,7 @@ class Ways:
             autocast=config.autocast,
             grad_scaler=self._scaler(),
             nonfinite="skip",
+            lengths=self._job.lengths,
         )
         accumulator.step(self._batch, self._job.loss_fn, counts=self._job.counts)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from microbatch.batch.lengths import Lengths
 from microbatch.loss.loss import Loss
 from microbatch.train.job import Job
 from microbatch.train.jobs.cache import load_corpus
@@ -67,6 +68,7 @@ def language(
         data=corpus.train,
         batch_size=64 if batch_size is None else batch_size,
         collate=pad_pieces,
+        lengths=Lengths(of=_predicted),
         microbatch_size=8,
         validation=corpus.validation,
         steps=80,
@@ -81,10 +83,7 @@ def language(
 
 
 def pad_pieces(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack pieces of different lengths into one batch, longest first, padded on the right.
-
-    The order of rows changes nothing in the batch's gradient; sorted, neighbours have about the same length, so that
-    a microbatch of them has next to no padding of its own.
+    """Stack pieces of different lengths into one batch, padded on the right.
 
     Args:
         pieces: ``{"tokens": ...}`` each, 1-d int64.
@@ -95,9 +94,9 @@ def pad_pieces(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Example:
         >>> pad_pieces([{"tokens": torch.tensor([0, 7])}, {"tokens": torch.tensor([0, 5, 6])}])["labels"].tolist()
-        [[5, 6], [7, -100]]
+        [[7, -100], [5, 6]]
     """
-    rows = sorted((piece["tokens"] for piece in pieces), key=len, reverse=True)
+    rows = [piece["tokens"] for piece in pieces]
     return {
         "tokens": pad_sequence([row[:-1] for row in rows], batch_first=True, padding_value=BOUNDARY),
         "labels": pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED),
@@ -114,8 +113,8 @@ def next_token_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Loss:
     Returns:
         The sum in nats, and the number of tokens that were to be predicted.
     """
-    tokens_BT, labels_BT = _trim(microbatch["tokens"], microbatch["labels"])
-    logits_BTV = model(tokens_BT)
+    labels_BT = microbatch["labels"]
+    logits_BTV = model(microbatch["tokens"])
     total = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     return Loss(sum=total, count=(labels_BT != IGNORED).sum())
 
@@ -150,12 +149,9 @@ def write_text(model: nn.Module, *, vocabulary: str, prompt: str, seed: int, len
     return tokenizer.decode(tokens[1:])
 
 
-def _trim(tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut off columns that are padding in every row; on the host only, since a device would have to be waited for."""
-    if labels_BT.device.type != "cpu":
-        return tokens_BT, labels_BT
-    used = max(int((labels_BT != IGNORED).sum(dim=1).max()), 1)
-    return tokens_BT[:, :used], labels_BT[:, :used]
+def _predicted(batch: dict[str, Tensor]) -> Tensor:
+    """Tell which positions have a next token to predict; the others are padding."""
+    return batch["labels"] != IGNORED
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
