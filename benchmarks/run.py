@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.run                              the default, under ten minutes on two cores
+    python -m benchmarks.run                              the default, half an hour on two cores
     python -m benchmarks.run --thorough --retries 2       every microbatch size, more rounds
     python -m benchmarks.run --case gpt --microbatch-size 1 4 --repeats 5 --out /tmp/gpt
     python -m benchmarks.run --quick                      does everything run?
