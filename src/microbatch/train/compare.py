@@ -127,7 +127,7 @@ class _Bench:
             **measured,
             samples=self.rows,
             microbatch_size=min(self.config.microbatch_size, self.rows),
-            microbatches=-(-self.rows // self.config.microbatch_size),
+            microbatches=self.steps.microbatches,
             rounds=len(times["accumulated"]),
             notes=tuple(self.notes),
         )

@@ -29,6 +29,7 @@ class Ways:
 
     Attributes:
         rows: Rows of the batch.
+        microbatches: Microbatches of an accumulated step; of ragged rows, as the last such step counted them.
         optimizers: The job's optimizers.
         max_grad_norm: What the finished gradient is clipped to; `None` at first, so that it can be compared.
     """
@@ -39,6 +40,7 @@ class Ways:
         self.rows = rows_of(batch)
         self.optimizers = optimizers_of(job.optimizer)
         self.max_grad_norm: float | None = None
+        self.microbatches = -(-self.rows // config.microbatch_size)
         self._job, self._batch, self._config = job, batch, config
         self._scaler_state = scaler_state
 
@@ -72,7 +74,8 @@ class Ways:
             nonfinite="skip",
             lengths=self._job.lengths,
         )
-        accumulator.step(self._batch, self._job.loss_fn, counts=self._job.counts)
+        step = accumulator.step(self._batch, self._job.loss_fn, counts=self._job.counts)
+        self.microbatches = step.microbatches
 
     def _whole(self) -> None:
         scaler = self._scaler()
