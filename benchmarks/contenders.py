@@ -86,14 +86,14 @@ def full(subject: Subject) -> Window:
     return loop(whole)
 
 
-def loop(subject: Subject) -> Window:
+def loop(subject: Subject, prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> Window:
     """Accumulate by hand, and rightly: sums, divided by the whole batch's count."""
     model, optimizer = subject.model, subject.optimizer
 
     def window(around: AbstractContextManager[object]) -> None:
         with around:
             for piece in subject.pieces():
-                loss = loss_sum(model, subject.send(piece)) / subject.count
+                loss = loss_sum(model, subject.send(prepare(piece))) / subject.count
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -103,17 +103,7 @@ def loop(subject: Subject) -> Window:
 
 def trimmed_loop(subject: Subject) -> Window:
     """Accumulate by hand, and trim each microbatch of ragged rows, in the order given, to its own longest."""
-    model, optimizer = subject.model, subject.optimizer
-
-    def window(around: AbstractContextManager[object]) -> None:
-        with around:
-            for piece in subject.pieces():
-                loss = loss_sum(model, subject.send(trimmed(piece))) / subject.count
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return window
+    return loop(subject, prepare=trimmed)
 
 
 def microbatch(subject: Subject) -> Window:

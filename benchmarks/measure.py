@@ -123,7 +123,7 @@ class Bench:
             limit = workers["loop"].limit()
             rounds = self._quietest(workers)
         finally:
-            for worker in set(workers.values()):
+            for worker in workers.values():
                 worker.close()
         return [
             _entry(
@@ -161,7 +161,7 @@ class Bench:
 
     @staticmethod
     def _spent(workers: dict[str, Worker]) -> float:
-        return time.process_time() + sum(worker.spent() for worker in set(workers.values()))
+        return time.process_time() + sum(worker.spent() for worker in workers.values())
 
     def _footprint(self, case: str, microbatch_size: int, name: str) -> Footprint:
         key = (case, name, CASES[case].batch_size if name == "full" else microbatch_size)

@@ -260,9 +260,7 @@ class _Desk:
 
     def _window(self, name: str) -> Window:
         if name not in self._windows:
-            # Those that wrap nothing share one model and its optimizer: where memory lies is the same for them.
-            shared = next((self._subjects[each] for each in NATIVE if each in self._subjects), None)
-            subject = shared if name in NATIVE and shared is not None else self._make_subject()
+            subject = self._make_subject()
             self._subjects[name] = subject
             self._windows[name] = (NATIVE | PEERS)[name](subject)
         return self._windows[name]

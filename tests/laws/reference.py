@@ -254,3 +254,13 @@ def token_loss(model: nn.Module, batch: Batch) -> mb.Loss:
     """Return the same as a sum and a count, which stays on the device."""
     logits, labels = model(batch["tokens"]).flatten(0, 1), batch["labels"].flatten()
     return mb.Loss(sum=F.cross_entropy(logits, labels, reduction="sum"), count=(labels >= 0).sum())
+
+
+# Parameters and autocast: every precision in which one trains.
+NARROW: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "autocast to bfloat16": (torch.float32, torch.bfloat16),
+    "autocast to float16": (torch.float32, torch.float16),
+}

@@ -24,6 +24,7 @@ import microbatch as mb
 
 from .reference import (
     EXACT,
+    NARROW,
     WRONG,
     Batch,
     Door,
@@ -324,14 +325,6 @@ def test_by_hand_telling_autograd_too_counts_twice() -> None:
 
 
 # -- in the precision that one has ---------------------------------------------------------------------------------
-
-NARROW = {
-    "float32": (torch.float32, None),
-    "bfloat16": (torch.bfloat16, None),
-    "float16": (torch.float16, None),
-    "autocast to bfloat16": (torch.float32, torch.bfloat16),
-    "autocast to float16": (torch.float32, torch.float16),
-}
 
 
 @through_each_door

@@ -22,6 +22,7 @@ from microbatch.loss.loss import Loss
 
 from .reference import (
     EXACT,
+    NARROW,
     WRONG,
     Batch,
     Door,
@@ -154,27 +155,19 @@ def test_logits_that_are_large_or_left_out(tile: int | None) -> None:
 
 # -- in narrow precision: no worse than the plain loss -------------------------------------------------------------
 
-PRECISIONS = {
-    "float32": (torch.float32, None),
-    "bfloat16": (torch.bfloat16, None),
-    "float16": (torch.float16, None),
-    "autocast to bfloat16": (torch.float32, torch.bfloat16),
-    "autocast to float16": (torch.float32, torch.float16),
-}
-
 
 def cast_to(autocast: torch.dtype | None) -> Any:
     return contextlib.nullcontext() if autocast is None else torch.autocast("cpu", autocast)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", NARROW)
 @few
 @given(tokens=st.integers(1, 12), tile=TILES, with_bias=st.booleans(), seed=SEEDS)
 @example(tokens=12, tile=1, with_bias=True, seed=0)
 def test_no_worse_than_the_plain_loss(
     precision: str, tokens: int, tile: int | None, with_bias: bool, seed: int
 ) -> None:
-    dtype, autocast = PRECISIONS[precision]
+    dtype, autocast = NARROW[precision]
     hidden, weight, bias, labels = drawn(seed, tokens, dtype=dtype)
     tensors = {"hidden": hidden, "weight": weight} | ({"bias": bias} if with_bias else {})
     given_bias = bias if with_bias else None
@@ -300,11 +293,11 @@ def test_one_tile_is_fused(tile: int | None, monkeypatch: pytest.MonkeyPatch) ->
     assert it.accumulator.fusion()["head.weight"] != "fused"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("tile", [None, 3])
 def test_in_a_window_no_worse_than_plain(precision: str, tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
-    dtype, autocast = PRECISIONS[precision]
+    dtype, autocast = NARROW[precision]
     model, batch = filled(Writer(tied=True), 0, "cpu", dtype), sentences(0, [8, 1, 0, 5])
     reference = full_batch(model, plainly, batch)
     ours, theirs = (subject(model, size=2, autocast=autocast, fuse=fuse) for fuse in (True, False))
@@ -454,7 +447,7 @@ def allocated(head: Any, **how: Any) -> int:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast to bfloat16"])
 @pytest.mark.parametrize("tile", [None, TILE])
 def test_the_logits_are_never_whole(count: Any, precision: str, tile: int | None) -> None:
-    dtype, autocast = PRECISIONS[precision]
+    dtype, autocast = NARROW[precision]
     logits = TOKENS * VOCABULARY * torch.finfo(autocast or dtype).bits // 8
 
     def tiled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -170,9 +170,6 @@ class Fuse(TorchFunctionMode):
             losses: Where it starts.
             seeds: Their first gradients.
         """
-        if not self.useful:
-            torch.autograd.backward(losses, seeds)
-            return
         self._running = True
         try:
             torch.autograd.backward(losses, seeds)
@@ -309,8 +306,6 @@ def _embedding(
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
-
-
 _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 
 
