@@ -30,6 +30,7 @@ class Case:
         all_sizes: Microbatch sizes of the thorough run, up to the full batch.
         couples_rows: Whether rows see one another, so that cutting the batch changes the gradient for everyone.
         lengths: Entry that tells which columns of a row are no padding, where rows are ragged.
+        precision: Dtype of the matrix products.
     """
 
     describe: str
@@ -40,6 +41,12 @@ class Case:
     all_sizes: tuple[int, ...]
     couples_rows: bool = False
     lengths: str | None = None
+    precision: torch.dtype = torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        """How far two gradients may be from one another, relative, that differ by rounding alone."""
+        return 1e-4 if self.precision == torch.float32 else torch.finfo(self.precision).eps
 
 
 IGNORED = -100  # label of padding
@@ -97,8 +104,9 @@ CASES = {
         batch_size=32,
         model=lambda: Autocast(GPT(**_GPT), torch.bfloat16),
         batch=partial(_text, 32, 128, _VOCABULARY),
-        sizes=(1,),
+        sizes=(1, 4),
         all_sizes=(1, 4, 32),
+        precision=torch.bfloat16,
     ),
     "ragged": Case(
         describe="the same GPT on rows of log-normal lengths, mean about 120 tokens, longest 512",

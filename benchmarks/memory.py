@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
@@ -52,9 +53,20 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated()
             return
         self._profile.__exit__(kind, error, traceback)
-        events = [each for each in self._profile.profiler.kineto_results.events() if each.name() == "[memory]"]
-        events.sort(key=lambda each: each.start_ns())
-        self.bytes += max(accumulate((each.nbytes() for each in events), initial=0))
+        self.bytes += _most(self._profile)
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Run something once on the CPU and return the most bytes that it held beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    return _most(recorded)
+
+
+def _most(recorded: Any) -> int:
+    events = [each for each in recorded.profiler.kineto_results.events() if each.name() == "[memory]"]
+    events.sort(key=lambda each: each.start_ns())
+    return max(accumulate((each.nbytes() for each in events), initial=0))
 
 
 def warm_up_profiler() -> None:

@@ -19,8 +19,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES
+from benchmarks.goals import agrees
 from benchmarks.measure import Bench, Entry, Plan
-from benchmarks.report import agrees, as_markdown, as_record, line, write
+from benchmarks.report import as_markdown, as_record, line, write
 from benchmarks.worker import NATIVE, PACKAGES, PEERS
 
 RESULTS = Path(__file__).parent / "results"

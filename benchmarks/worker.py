@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contenders, peers
-from benchmarks.cases import loss_sum
+from benchmarks.cases import CASES, loss_sum
 from benchmarks.contenders import Subject, Window, make_subject
 from benchmarks.memory import Peak, ResidentPeak, resident_bytes, warm_up_profiler
 
@@ -84,7 +84,7 @@ class Limit:
 
     Attributes:
         flops: Floating-point operations of the full batch's forward and backward pass, matrix products alone.
-        flops_per_second: Speed of one large matrix product here and now, in float32.
+        flops_per_second: Speed of one large matrix product here and now, in the case's precision.
     """
 
     flops: float
@@ -200,7 +200,8 @@ class _Desk:
         one = Subject(subject.model, subject.optimizer, {k: v[:1] for k, v in subject.batch.items()}, 1)
         with FlopCounterMode(display=False) as counter:
             loss_sum(one.model, one.send(one.batch)).backward()
-        left, right = (torch.randn(side, side, device=subject.device) for _ in range(2))
+        precision = CASES[self._spec.case].precision
+        left, right = (torch.randn(side, side, device=subject.device).to(precision) for _ in range(2))
         taken: list[float] = []
         for _try in range(7):
             self._synchronize()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from benchmarks import import_time, run, worker
 from benchmarks.contenders import Subject, Window, loop, make_subject
+from benchmarks.goals import agrees, verdicts
 from benchmarks.measure import Entry
 from benchmarks.memory import Peak
-from benchmarks.report import agrees, verdicts
 from benchmarks.summary import NOISY, Summary, order_of_round, summarize, summarize_ratio
 
 Quick: TypeAlias = tuple[dict[str, Any], str]
@@ -22,8 +22,8 @@ Quick: TypeAlias = tuple[dict[str, Any], str]
 def entry(contender: str, seconds: list[float], loop: list[float], **changes: Any) -> Entry:
     """Make the entry of one contender, as if it had been measured."""
     made = Entry(
-        case="tiny",
-        batch_size=4,
+        case="gpt",
+        batch_size=32,
         microbatch_size=1,
         contender=contender,
         seconds=seconds,
@@ -82,20 +82,36 @@ def test_every_contender_is_in_every_place_equally_often():
 @pytest.mark.parametrize(
     ("ratio", "changes", "expected"),
     [
-        (1.02, {}, ("met", "met", "met")),
-        (1.05, {}, ("missed", "met", "met")),
-        (1.05, {"noisy": True}, ("undecided", "met", "met")),
-        (1.00, {"peak_bytes": 1_010_000_000}, ("met", "missed", "met")),
-        (1.00, {"peak_bytes": None}, ("met", "not measured", "met")),
-        (1.00, {"gradient_error": 0.01}, ("met", "met", "missed")),
-        (1.00, {"update_error": 0.5}, ("met", "met", "missed")),
+        (0.59, {}, ("met", "met", "met")),
+        (0.61, {}, ("missed", "met", "met")),
+        (0.61, {"noisy": True}, ("undecided", "met", "met")),
+        (0.50, {"peak_bytes": 1_010_000_000}, ("met", "missed", "met")),
+        (0.50, {"gradient_error": 0.01}, ("met", "met", "missed")),
+        (0.50, {"update_error": 0.5}, ("met", "met", "missed")),
     ],
 )
 def test_verdicts(ratio: float, changes: dict[str, Any], expected: tuple[str, str, str]):
     loop = [1.0, 1.01, 0.99]
     entries = [entry("loop", loop, loop), entry("microbatch", [ratio * each for each in loop], loop, **changes)]
-    (found,) = verdicts(entries)
-    assert (found.time, found.memory, found.gradient) == expected
+    found = verdicts(entries)
+    assert tuple(each.verdict for each in found) == expected
+    assert found[0].goal == "time at most 0.60 of loop's"
+
+
+def test_memory_that_was_not_measured_decides_nothing():
+    loop = [1.0, 1.01, 0.99]
+    entries = [entry("loop", loop, loop), entry("microbatch", loop, loop, peak_bytes=None)]
+    assert [each.goal for each in verdicts(entries)] == ["time at most 0.60 of loop's", "the loop's gradient"]
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(0.99, "met"), (1.01, "missed")])
+def test_every_peer_is_to_be_faster_to_be_beaten(ratio: float, verdict: str):
+    loop = [1.0, 1.01, 0.99]
+    mine = [0.5 * each for each in loop]
+    entries = [entry("loop", loop, loop), entry("microbatch", mine, loop)]
+    entries.append(entry("fabric", [each / ratio for each in mine], loop))
+    (found,) = [each for each in verdicts(entries) if "fabric" in each.goal]
+    assert found.verdict == verdict
 
 
 def test_peak_counts_what_was_there_and_what_lived_at_once():
@@ -149,7 +165,8 @@ def test_quick_mode_measures_everyone(quick: Quick):
     assert by_name["full"]["against_full"]["median"] == 1.0
     # Two rows at a time hold fewer activations than four.
     assert by_name["loop"]["peak_bytes"] < by_name["full"]["peak_bytes"]
-    assert record["verdicts"][0]["memory"] == record["verdicts"][0]["gradient"] == "met"
+    decided = {each["goal"]: each["verdict"] for each in record["verdicts"]}
+    assert decided["memory at most 1.00 of loop's"] == decided["the loop's gradient"] == "met"
 
 
 def test_the_record_says_on_what_and_names_no_machine(quick: Quick):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import torch
@@ -82,7 +82,7 @@ def _sum_of(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return cast("Tensor", _InPlace.apply(logits, labels, ignore_index))
 
 
-def cross_entropy(
+def cross_entropy(  # noqa: PLR0913 - torch's own signature, and where to put the gradient
     input: Tensor,  # noqa: A002 - torch's own name for it
     target: Tensor,
     weight: Tensor | None = None,
@@ -91,6 +91,8 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
+    empty: Callable[..., Tensor],
 ) -> Tensor | None:
     """Stand in for `torch.nn.functional.cross_entropy` where its logits are large, with less traffic.
 
@@ -106,6 +108,7 @@ def cross_entropy(
         reduce: Must be `None` to be covered.
         reduction: ``"sum"`` or ``"mean"``, to be covered.
         label_smoothing: Must be 0 to be covered.
+        empty: Makes the gradient, uninitialised: ``empty(shape, like=tensor)``.
 
     Returns:
         What torch's own function returns; shape ``()``, or `None` if this call is not covered.
@@ -122,7 +125,7 @@ def cross_entropy(
         input.dtype.itemsize < 4 and not torch.is_autocast_enabled(input.device.type)
     ):
         return None
-    total = cast("Tensor", _OutOfPlace.apply(input, target, ignore_index))
+    total = cast("Tensor", _OutOfPlace.apply(input, target, ignore_index, empty))
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
@@ -130,9 +133,9 @@ class _OutOfPlace(torch.autograd.Function):
     """Cross-entropy of logits that others may look at."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, empty: Callable[..., Tensor]) -> Tensor:
         ctx.save_for_backward(logits, labels)
-        ctx.ignore_index = ignore_index
+        ctx.ignore_index, ctx.empty = ignore_index, empty
         return _sum(logits, labels, ignore_index)
 
     @staticmethod
@@ -143,10 +146,10 @@ class _OutOfPlace(torch.autograd.Function):
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             chosen = torch.zeros_like(wide).scatter_(1, torch.where(counted, labels.unsqueeze(1), 0), 1)
             whole = torch.where(counted, wide.softmax(1) - chosen, 0) * grads[0]
-            return whole.to(logits.dtype), None, None
-        out = torch.empty_like(logits)
+            return whole.to(logits.dtype), None, None, None
+        out = ctx.empty(logits.shape, like=logits)
         _to_gradient_(out, logits, labels, ctx.ignore_index, weight=grads[0])
-        return out, None, None
+        return out, None, None, None
 
 
 class _InPlace(torch.autograd.Function):

@@ -20,6 +20,7 @@ from microbatch.step.compiled import Compiled, LossFunction
 from microbatch.step.events import Listener
 from microbatch.step.record import Step
 from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.suggest import suggestions
 from microbatch.step.window import Window
 
 
@@ -197,6 +198,14 @@ class Accumulator:
             ``"fused"``, or why not, by name; empty before the first step and without ``fuse=True``.
         """
         return self._memory.fusion()
+
+    def suggestions(self) -> list[str]:
+        """Say what would make the step cheaper and is the user's to change.
+
+        Returns:
+            Sentences; empty if there is nothing to say.
+        """
+        return suggestions(self._settings)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue bit for bit; plain numbers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ from microbatch.loss.heads import cross_entropy
 from microbatch.loss.loss import Count, LossLike, check_number, shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.meter import MemoryMeter
+from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
 from microbatch.step.close import Closing, close
@@ -39,8 +41,6 @@ from microbatch.step.events import MicrobatchDone, StepDone
 from microbatch.step.record import Step
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Counts, Memory, Settings
-
-_STAND_INS = {torch.nn.functional.cross_entropy: cross_entropy}
 
 
 class Window:
@@ -122,7 +122,14 @@ class Window:
         self._snapshot = Snapshot(settings.model, device)
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
-        self._fuse = Fuse(self._named if settings.fuse else [], self._gradients, stand_ins=_STAND_INS)
+        self._scratch = Scratch()
+        empty = self._scratch.empty
+        self._fuse = Fuse(
+            self._named if settings.fuse else [],
+            self._gradients,
+            stand_ins={torch.nn.functional.cross_entropy: partial(cross_entropy, empty=empty)},
+            empty=empty,
+        )
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
@@ -274,6 +281,7 @@ class Window:
                 seeds = [scaler.scale(seed) for seed in seeds]
             self._tally.add(shares, microbatch=self._index)
             self._backward([share.value for share in shares], seeds)
+            self._scratch.keep()
             # What a loop does to the gradients it does after every microbatch: all are watched after the first and
             # the last.
             self._gradients.mark(some=self._planned is not None and 0 < self._index < self._planned - 1)
@@ -314,6 +322,7 @@ class Window:
             self._inner.enter_context(settings.model.no_sync())
         if self._fuse.useful:
             self._inner.callback(self._fuse.forget)
+            self._inner.callback(self._scratch.forget)
             self._inner.enter_context(self._fuse)
         if settings.autocast is not None:
             # Without the cache: it would last as long as the block, and what else runs inside it would share it.

@@ -161,4 +161,4 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=True)
