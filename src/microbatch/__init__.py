@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
+    from microbatch.plan.arithmetic import Division, divide_batch
     from microbatch.step.accumulator import Accumulator
     from microbatch.step.events import MicrobatchDone, StepDone
     from microbatch.step.record import Step
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accumulator",
+    "Division",
     "Job",
     "Lengths",
     "Loss",
@@ -34,6 +36,7 @@ __all__ = [
     "Whole",
     "Window",
     "cut",
+    "divide_batch",
     "linear_cross_entropy",
 ]
 
@@ -42,6 +45,7 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
+    "Division": "plan.arithmetic",
     "Job": "train.job",
     "Lengths": "batch.lengths",
     "Loss": "loss.loss",
@@ -54,6 +58,7 @@ _HOMES = {
     "Whole": "batch.tree",
     "Window": "step.window",
     "cut": "batch.cut",
+    "divide_batch": "plan.arithmetic",
     "linear_cross_entropy": "loss.heads",
 }
 

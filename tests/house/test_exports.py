@@ -11,6 +11,7 @@ import microbatch as mb
 
 PUBLIC = {
     "Accumulator",
+    "Division",
     "Job",
     "Lengths",
     "Loss",
@@ -23,6 +24,7 @@ PUBLIC = {
     "Whole",
     "Window",
     "cut",
+    "divide_batch",
     "linear_cross_entropy",
 }
 
