@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
     from microbatch.plan.arithmetic import Division, divide_batch
+    from microbatch.plan.hyperparameters import Hyperparameters
+    from microbatch.plan.scaling import Scaling, scale_hyperparameters
     from microbatch.step.accumulator import Accumulator
     from microbatch.step.events import MicrobatchDone, StepDone
     from microbatch.step.record import Step
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "Division",
+    "Hyperparameters",
     "Job",
     "Lengths",
     "Loss",
@@ -31,6 +34,7 @@ __all__ = [
     "MicrobatchDone",
     "MicrobatchError",
     "Rows",
+    "Scaling",
     "Step",
     "StepDone",
     "Whole",
@@ -38,6 +42,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "linear_cross_entropy",
+    "scale_hyperparameters",
 ]
 
 __version__ = "0.1.0"
@@ -46,6 +51,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Accumulator": "step.accumulator",
     "Division": "plan.arithmetic",
+    "Hyperparameters": "plan.hyperparameters",
     "Job": "train.job",
     "Lengths": "batch.lengths",
     "Loss": "loss.loss",
@@ -53,6 +59,7 @@ _HOMES = {
     "MicrobatchDone": "step.events",
     "MicrobatchError": "errors",
     "Rows": "batch.tree",
+    "Scaling": "plan.scaling",
     "Step": "step.record",
     "StepDone": "step.events",
     "Whole": "batch.tree",
@@ -60,6 +67,7 @@ _HOMES = {
     "cut": "batch.cut",
     "divide_batch": "plan.arithmetic",
     "linear_cross_entropy": "loss.heads",
+    "scale_hyperparameters": "plan.scaling",
 }
 
 

@@ -12,6 +12,7 @@ import microbatch as mb
 PUBLIC = {
     "Accumulator",
     "Division",
+    "Hyperparameters",
     "Job",
     "Lengths",
     "Loss",
@@ -19,6 +20,7 @@ PUBLIC = {
     "MicrobatchDone",
     "MicrobatchError",
     "Rows",
+    "Scaling",
     "Step",
     "StepDone",
     "Whole",
@@ -26,6 +28,7 @@ PUBLIC = {
     "cut",
     "divide_batch",
     "linear_cross_entropy",
+    "scale_hyperparameters",
 }
 
 
