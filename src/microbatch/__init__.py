@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
+    from microbatch.plan.arithmetic import Division, divide_batch
+    from microbatch.plan.hyperparameters import Hyperparameters
+    from microbatch.plan.scaling import Scaling, scale_hyperparameters
     from microbatch.step.accumulator import Accumulator
     from microbatch.step.events import MicrobatchDone, StepDone
     from microbatch.step.record import Step
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accumulator",
+    "Division",
+    "Hyperparameters",
     "Job",
     "Lengths",
     "Loss",
@@ -29,12 +34,15 @@ __all__ = [
     "MicrobatchDone",
     "MicrobatchError",
     "Rows",
+    "Scaling",
     "Step",
     "StepDone",
     "Whole",
     "Window",
     "cut",
+    "divide_batch",
     "linear_cross_entropy",
+    "scale_hyperparameters",
 ]
 
 __version__ = "0.1.0"
@@ -42,6 +50,8 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
+    "Division": "plan.arithmetic",
+    "Hyperparameters": "plan.hyperparameters",
     "Job": "train.job",
     "Lengths": "batch.lengths",
     "Loss": "loss.loss",
@@ -49,12 +59,15 @@ _HOMES = {
     "MicrobatchDone": "step.events",
     "MicrobatchError": "errors",
     "Rows": "batch.tree",
+    "Scaling": "plan.scaling",
     "Step": "step.record",
     "StepDone": "step.events",
     "Whole": "batch.tree",
     "Window": "step.window",
     "cut": "batch.cut",
+    "divide_batch": "plan.arithmetic",
     "linear_cross_entropy": "loss.heads",
+    "scale_hyperparameters": "plan.scaling",
 }
 
 

@@ -11,6 +11,8 @@ import microbatch as mb
 
 PUBLIC = {
     "Accumulator",
+    "Division",
+    "Hyperparameters",
     "Job",
     "Lengths",
     "Loss",
@@ -18,12 +20,15 @@ PUBLIC = {
     "MicrobatchDone",
     "MicrobatchError",
     "Rows",
+    "Scaling",
     "Step",
     "StepDone",
     "Whole",
     "Window",
     "cut",
+    "divide_batch",
     "linear_cross_entropy",
+    "scale_hyperparameters",
 }
 
 

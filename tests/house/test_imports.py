@@ -11,7 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "microbatch"
-CORE = ("__init__.py", "errors.py", "batch", "loss", "gradients", "ranks", "memory", "step", "check", "train/job.py")
+CORE = (
+    "__init__.py",
+    "errors.py",
+    "batch",
+    "loss",
+    "gradients",
+    "ranks",
+    "memory",
+    "step",
+    "check",
+    "plan",
+    "train/job.py",
+)
 COMMAND_LINE_ONLY = {"rich", "typer", "pydantic", "pydantic_core", "safetensors"}
 JOBS_ONLY = {"tokenizers", "sklearn", "scipy", "PIL"}
 

@@ -49,11 +49,24 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("w.step(lambda y: y.mean(), counts=lambda x: None)", "MissingCountError", ("counts=", "NoneType")),
     ("w.backward(w.model(w.x).mean(), count='6')", "CountError", ("count", "'6'")),
     ("w.backward(w.model(w.x).mean(), count=torch.tensor(6))", "CountError", ("count", "tensor(6)")),
+    ("mb.scale_hyperparameters('AdamW', from_batch_size=1, to_batch_size=2)", "ConfigError", ("Optimizer", "str")),
+    ("mb.scale_hyperparameters(w.sgd, from_batch_size=8., to_batch_size=2)", "ConfigError", ("from_batch_size", "8.0")),
+    ("mb.scale_hyperparameters(w.sgd, from_batch_size=8, to_batch_size=2, rule=[])", "ConfigError", ("rule", "[]")),
+    ("mb.Hyperparameters(optimizer=None, learning_rate=0.1)", "ConfigError", ("optimizer", "None")),
+    ("mb.Hyperparameters(optimizer='SGD', learning_rate='0.1')", "ConfigError", ("learning_rate", "'0.1'")),
+    ("mb.Hyperparameters(optimizer='Adam', learning_rate=1, betas=[0.9, 0.99])", "ConfigError", ("betas", "[0.9")),
+    ("mb.divide_batch('64')", "ConfigError", ("batch_size", "whole number of at least 1", "'64'")),
     # The checker of types draws from Python's own generator, so that it is put back is shown here.
     ("w.random_is_put_back(ValueError)", "ValueError", ()),
     ("w.random_is_put_back(KeyboardInterrupt)", "KeyboardInterrupt", ()),
 ]
-FINE = ["mb.cut(w.x, 2)", "w.accumulator()", "w.step(lambda y: y.mean())", "w.backward(w.model(w.x).mean(), count=6)"]
+FINE = [
+    "mb.cut(w.x, 2)",
+    "mb.divide_batch(64)",
+    "w.accumulator()",
+    "w.step(lambda y: y.mean())",
+    "w.backward(w.model(w.x).mean(), count=6)",
+]
 
 
 @pytest.fixture(scope="module")

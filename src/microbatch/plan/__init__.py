@@ -1,0 +1,1 @@
+"""Which microbatch, how many of them, and which hyperparameters go with the batch."""
