@@ -80,6 +80,11 @@ class Fuse(TorchFunctionMode):
         """Weights whose gradients were added inside a product so far."""
         return len(self._fused)
 
+    @property
+    def final(self) -> bool:
+        """Whether the window's own backward is at work, which nothing comes after."""
+        return self._running
+
     def report(self) -> Mapping[str, str]:
         """Say for each parameter what became of it.
 
@@ -203,8 +208,8 @@ class Fuse(TorchFunctionMode):
         create = options["create_graph"]
         keep = create if options["retain_graph"] is None else options["retain_graph"]
         wanted, unused = tuple(inputs or ()), accumulate or options["allow_unused"] or options["materialize_grads"]
-        # Only what the window asks for itself adds in place, and what runs inside of that for its sake.
-        running, self._running = self._running, self._running and accumulate
+        # Only what the window asks for itself adds in place, and what runs inside of that for its sake, once.
+        running, self._running = self._running, self._running and accumulate and not keep
         try:
             with self:
                 found = _run_engine(tuple(tensors), tuple(given), keep, create, wanted, unused=unused, add=accumulate)

@@ -92,7 +92,7 @@ def cross_entropy(  # noqa: PLR0913 - torch's own signature, and where to put th
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
-    empty: Callable[..., Tensor],
+    place: Callable[[Tensor], Tensor],
 ) -> Tensor | None:
     """Stand in for `torch.nn.functional.cross_entropy` where its logits are large, with less traffic.
 
@@ -108,13 +108,14 @@ def cross_entropy(  # noqa: PLR0913 - torch's own signature, and where to put th
         reduce: Must be `None` to be covered.
         reduction: ``"sum"`` or ``"mean"``, to be covered.
         label_smoothing: Must be 0 to be covered.
-        empty: Makes the gradient, uninitialised: ``empty(shape, like=tensor)``.
+        place: Finds memory for the gradient: ``place(logits)``, which may be theirs.
 
     Returns:
         What torch's own function returns; shape ``()``, or `None` if this call is not covered.
 
     Cost:
-        Saves the logits, in their own precision, and makes their gradient; nothing else of their size.
+        Saves the logits, in their own precision; their gradient takes their place, or as much memory again where
+        somebody else holds them; nothing else of their size.
     """
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
     if not plain or reduction not in {"sum", "mean"} or not input.requires_grad or not torch.is_grad_enabled():
@@ -125,7 +126,7 @@ def cross_entropy(  # noqa: PLR0913 - torch's own signature, and where to put th
         input.dtype.itemsize < 4 and not torch.is_autocast_enabled(input.device.type)
     ):
         return None
-    total = cast("Tensor", _OutOfPlace.apply(input, target, ignore_index, empty))
+    total = cast("Tensor", _OutOfPlace.apply(input, target, ignore_index, place))
     return total if reduction == "sum" else total / (target != ignore_index).sum()
 
 
@@ -133,9 +134,11 @@ class _OutOfPlace(torch.autograd.Function):
     """Cross-entropy of logits that others may look at."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, empty: Callable[..., Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, place: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(logits, labels)
-        ctx.ignore_index, ctx.empty = ignore_index, empty
+        ctx.ignore_index, ctx.place = ignore_index, place
         return _sum(logits, labels, ignore_index)
 
     @staticmethod
@@ -147,7 +150,7 @@ class _OutOfPlace(torch.autograd.Function):
             chosen = torch.zeros_like(wide).scatter_(1, torch.where(counted, labels.unsqueeze(1), 0), 1)
             whole = torch.where(counted, wide.softmax(1) - chosen, 0) * grads[0]
             return whole.to(logits.dtype), None, None, None
-        out = ctx.empty(logits.shape, like=logits)
+        out = ctx.place(logits)
         _to_gradient_(out, logits, labels, ctx.ignore_index, weight=grads[0])
         return out, None, None, None
 

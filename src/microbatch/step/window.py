@@ -123,12 +123,12 @@ class Window:
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
         self._scratch = Scratch()
-        empty = self._scratch.empty
+        place = self._scratch.places(final=lambda: self._fuse.final)
         self._fuse = Fuse(
             self._named if settings.fuse else [],
             self._gradients,
-            stand_ins={torch.nn.functional.cross_entropy: partial(cross_entropy, empty=empty)},
-            empty=empty,
+            stand_ins={torch.nn.functional.cross_entropy: partial(cross_entropy, place=place)},
+            empty=self._scratch.empty,
         )
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
