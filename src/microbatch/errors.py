@@ -19,7 +19,8 @@
     │   ├── GradientsTouchedError               something else wrote to the gradients inside it
     │   └── EmptyWindowError                    nothing contributed, so there is no mean to minimise
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
-    ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget was passed
+    ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
+    ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
     ├── RankError               (RuntimeError)  another rank failed, or the ranks disagree
     ├── DataError               (ValueError)    data that cannot be read or trained on
     ├── CheckpointError         (RuntimeError)  a checkpoint that is missing, damaged or of another run
@@ -115,7 +116,36 @@ class NonfiniteError(MicrobatchError, ArithmeticError):
 
 
 class OutOfMemoryError(MicrobatchError, torch.OutOfMemoryError):
-    """An allocation passed the memory budget."""
+    """An allocation passed the memory budget, or what the device has, and a smaller microbatch cannot help.
+
+    Attributes:
+        asked: Bytes of the allocation that failed, or `None` if it could not be told, as for all the others.
+        in_use: Bytes in use before it.
+        budget: Bytes that may be in use.
+        operator: The operator that asked, as the dispatcher names it, for example ``"aten.addmm.default"``.
+        module: Path of the module that it ran in; empty for the model itself.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        asked: int | None = None,
+        in_use: int | None = None,
+        budget: int | None = None,
+        operator: str | None = None,
+        module: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.asked = asked
+        self.in_use = in_use
+        self.budget = budget
+        self.operator = operator
+        self.module = module
+
+
+class SpillError(MicrobatchError, OSError):
+    """Tensors cannot be moved off the device: the disk is full, or the file cannot be made, written or read."""
 
 
 class RankError(MicrobatchError, RuntimeError):

@@ -163,7 +163,12 @@ def case_every_share_empty(rank: int, ranks: int) -> Any:
 
 def case_out_of_memory(rank: int, ranks: int) -> Any:
     world = World(rank, ranks, memory_budget="64 KiB" if rank == 1 else "1 GiB")
-    return world.attempt(failing_on(1, rank, lambda y: y.mean() * torch.ones(100_000).mean()))
+    world.model[1].eval()  # it would not take the single row that is tried at last
+
+    def hungry(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().mean() * (torch.ones(100_000).mean() if rank == 1 else 1.0)
+
+    return world.attempt(hungry)
 
 
 def case_nan_raise(rank: int, ranks: int) -> Any:

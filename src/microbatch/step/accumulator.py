@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,11 +16,17 @@ from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
+from microbatch.memory.recover import explained, let_go
+from microbatch.memory.spill import Spill
 from microbatch.step.compiled import Compiled, LossFunction
 from microbatch.step.events import Listener
+from microbatch.step.foresee import foresee
 from microbatch.step.record import Step
+from microbatch.step.recovery import Attempt
 from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.sizing import Sizing
 from microbatch.step.suggest import suggestions
+from microbatch.step.tune import Tuning
 from microbatch.step.window import Window
 
 
@@ -34,8 +40,10 @@ class Accumulator:
     Args:
         model: The module to train, on its device.
         optimizer: Optimizer over its parameters, or several of them.
-        microbatch_size: Rows that go through the model at once; at least 1.
-        memory_budget: Bytes, or a text such as ``"6 GiB"``, that a window may use on the device; `None` for no limit.
+        microbatch_size: Rows that go through the model at once; at least 1. Fewer do while memory is too small.
+            ``"auto"`` takes the fastest that fits: the first steps, exact like all, are run at several sizes and timed.
+        memory_budget: Bytes, or a text such as ``"6 GiB"``, that a window may use on the device; `None` for what the
+            device really has, ``"none"`` for no limit. See ``docs/out-of-memory.md``.
         max_grad_norm: Clip the finished gradient to this Euclidean norm, once; `None` does not clip.
         autocast: ``torch.bfloat16`` or ``torch.float16`` to run forwards under autocast; `None` for the model's own
             precision.
@@ -47,6 +55,8 @@ class Accumulator:
         fuse: Add weight gradients inside the matrix product, where that is possible; see ``docs/fuse.md``.
         lengths: For ragged batches: rows of like length go together, trimmed to the longest of them. The name of the
             batch's mask or lengths, or a `Lengths`.
+        offload: ``"activations"`` to move what autograd saves off the device until backward asks for it, in `step`; a
+            `Spill` of your own to say where to; `None` to leave it there.
         compile: Run ``step``'s loss functions, and the model in them, through `torch.compile`; ``"reduce-overhead"``
             or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
         listeners: Callables that are given every event.
@@ -81,6 +91,7 @@ class Accumulator:
         nonfinite: str = "raise",
         fuse: bool = True,
         lengths: Lengths | str | None = None,
+        offload: str | Spill | None = None,
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -88,7 +99,9 @@ class Accumulator:
             model=model,
             optimizers=_listed("optimizer", optimizer, Optimizer),
             microbatch_size=microbatch_size,
-            memory_budget=None if memory_budget is None else parse_bytes(memory_budget),
+            memory_budget=memory_budget
+            if memory_budget is None or memory_budget == "none"
+            else parse_bytes(memory_budget),
             max_grad_norm=max_grad_norm,
             autocast=autocast,
             grad_scaler=grad_scaler,
@@ -97,9 +110,11 @@ class Accumulator:
             fuse=fuse,
             compile=compile,
             lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
+            offload=offload,
             listeners=_listed("listeners", listeners, ()),
         )
-        self._memory = Memory()
+        self._memory = Memory(sizing=Sizing(asked=microbatch_size))
+        self._spill = offload if isinstance(offload, Spill) else Spill(self._settings.bare_model) if offload else None
         self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
 
     @property
@@ -135,21 +150,32 @@ class Accumulator:
             BatchError: The batch cannot be cut, or is empty.
             LossError: What ``loss_fn`` returned cannot be used.
             NonfiniteError: The loss or the gradient is infinite or NaN, and ``nonfinite="raise"``.
-            OutOfMemoryError: The memory budget was passed.
+            OutOfMemoryError: Memory ran out even with a microbatch of one row, or where a smaller one cannot help.
 
         Cost:
-            One forward and one backward a microbatch, without host synchronisation; one at the end.
+            One forward and one backward a microbatch, without host synchronisation; one at the end. Where memory runs
+            out, the window is run again with microbatches of half the size, and gives the same result.
         """
-        window = Window(self._settings, self._memory, counts=counts)
+        sizing, tuning = replace(self._memory.sizing), self._memory.tuning
+        if sizing.open and not self._memory.open:
+            foresee(self._settings, self._memory, batch=batch, loss_fn=loss_fn)
+        window = Window(self._settings, self._memory, counts=counts, attempt=Attempt())
         try:
-            with window:
-                for microbatch in window.split(batch):
-                    window.backward(self._loss(loss_fn, microbatch))
+            while (failure := self._attempt(window, batch, loss_fn)) is not None:
+                # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
+                let_go(failure, self._settings.device)
+                window = self._start_over(window, counts)
         except NonfiniteError as error:
             if error.microbatch is not None or window.ranks > 1:
                 raise
             found = self._locate(batch, loss_fn, counts)
             raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
+        except BaseException:
+            # What no size helped, or what another fault ended, says nothing of the next batch.
+            self._memory.sizing, self._memory.tuning = sizing, tuning
+            if tuning is not None:
+                tuning.sizing = sizing
+            raise
         return window.step
 
     def window(self, *, counts: Counts | None = None) -> Window:
@@ -211,10 +237,16 @@ class Accumulator:
         """Return what a resumed run needs to continue bit for bit; plain numbers.
 
         Returns:
-            The number of windows and of skipped ones, and the last count.
+            The number of windows and of skipped ones, the last count, and the microbatch size of now.
         """
-        memory = self._memory
-        return {"windows": memory.windows, "skipped": memory.skipped, "count": memory.count}
+        memory, tuning = self._memory, self._memory.tuning
+        return {
+            "windows": memory.windows,
+            "skipped": memory.skipped,
+            "count": memory.count,
+            "sizing": memory.sizing.state(),
+            "tuning": None if tuning is None else tuning.state(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken.
@@ -226,13 +258,50 @@ class Accumulator:
             ConfigError: A key is missing.
         """
         try:
-            self._memory = Memory(windows=state["windows"], skipped=state["skipped"], count=state["count"])
+            sizing = Sizing(asked=self._settings.microbatch_size).restored(state["sizing"])
+            tuning = state.get("tuning") if sizing.asked == "auto" else None
+            self._memory = Memory(
+                sizing=sizing,
+                tuning=None if tuning is None else Tuning.restored(tuning, sizing),
+                clock=self._memory.clock,
+                windows=state["windows"],
+                skipped=state["skipped"],
+                count=state["count"],
+            )
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
 
+    def _attempt(self, window: Window, batch: object, loss_fn: LossFunction) -> Exception | None:
+        """Run a window, and return the error if it ran out of memory and is to be run again, smaller."""
+        try:
+            with window:
+                for microbatch in window.split(batch):
+                    window.backward(self._loss(loss_fn, microbatch))
+        except Exception as error:
+            ran_out = window.ran_out
+            if ran_out is None or ran_out.stepped:
+                raise
+            if ran_out.again is not None:
+                return error
+            smallest = "with a microbatch of 1 row, the smallest there is"
+            limit = smallest if ran_out.largest == 1 else "where a smaller microbatch cannot help"
+            model, device = self._settings.model, self._settings.device
+            raise explained(error, model=model, device=device, budget=ran_out.budget, limit=limit) from error
+        return None
+
+    def _start_over(self, window: Window, counts: Counts | None) -> Window:
+        """Make the window that runs the batch of another one again, in smaller microbatches."""
+        ran_out = window.ran_out
+        if ran_out is not None and ran_out.event is not None:
+            self._settings.emit(ran_out.event)
+        if self._compiled is not None:
+            self._compiled.start_over()
+        return Window(self._settings, self._memory, counts=counts, attempt=None if ran_out is None else ran_out.again)
+
     def _loss(self, loss_fn: LossFunction, microbatch: Any) -> LossLike:
         model = self._settings.bare_model
-        return loss_fn(model, microbatch) if self._compiled is None else self._compiled(loss_fn, model, microbatch)
+        with nullcontext() if self._spill is None else self._spill:
+            return loss_fn(model, microbatch) if self._compiled is None else self._compiled(loss_fn, model, microbatch)
 
     def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
         while held := _take(source, microbatches):
@@ -246,8 +315,9 @@ class Accumulator:
         """Run a window's microbatches again, with the same random state, until a gradient is not finite."""
         # The losses were finite, or the window would have told: only the gradients can.
         settings = replace(self._settings, listeners=[])
+        memory = Memory(sizing=replace(self._memory.sizing), count=self._memory.count)
         found: int | None = None
-        with suppress(_LeaveWithoutStep), Window(settings, Memory(count=self._memory.count), counts=counts) as window:
+        with suppress(_LeaveWithoutStep), Window(settings, memory, counts=counts) as window:
             for index, microbatch in enumerate(window.split(batch)):
                 window.backward(loss_fn(settings.bare_model, microbatch))
                 if window.first_nonfinite() is not None:

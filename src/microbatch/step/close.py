@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from microbatch.loss.tally import Tally
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.reduce import reduce_
+from microbatch.step.apply import apply
 from microbatch.step.settings import Settings
 
 
@@ -83,6 +85,7 @@ def close(closing: Closing) -> End:
     Raises:
         EmptyWindowError: Nothing contributed.
         NonfiniteError: The loss or the gradient is not finite, and nobody asked to skip such windows.
+        OutOfMemoryError: Memory ended inside the optimizer.
 
     Cost:
         One pass that reads the gradients and one that writes them; one host synchronisation (two over several
@@ -179,10 +182,8 @@ def _step(closing: Closing, *, applied: bool) -> None:
     if applied:
         closing.gradients.hand_over()
         for optimizer in optimizers:
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
+            step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
+            apply(optimizer, step, device=closing.settings.device)
     if scaler is not None:
         scaler.update()
     closing.gradients.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -37,5 +37,86 @@ class StepDone:
     step: Step
 
 
-Event: TypeAlias = MicrobatchDone | StepDone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Memory ran out inside a window, everything was put back, and the same batch starts again, cut smaller.
+
+    Attributes:
+        step: Index of the window, from 0.
+        index: Index of the microbatch where it happened, from 0; one more than the last at the window's end.
+        before: Rows of a microbatch so far.
+        after: Rows of a microbatch from now on.
+        error: What the failure said.
+    """
+
+    step: int
+    index: int
+    before: int
+    after: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeChanged:
+    """The following windows will be cut into larger or smaller microbatches; the effective batch stays.
+
+    Attributes:
+        step: Index of the window after which it changed, from 0.
+        before: Rows of a microbatch so far.
+        after: Rows of a microbatch from now on.
+        reason: Why, in words.
+    """
+
+    step: int
+    before: int
+    after: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetPassed:
+    """A window used more than its memory budget where nothing could be refused, as inside the optimizer.
+
+    Attributes:
+        step: Index of the window, from 0.
+        peak_bytes: What it used.
+        budget: What it was allowed.
+    """
+
+    step: int
+    peak_bytes: int
+    budget: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChosen:
+    """``microbatch_size="auto"`` has found its size; the following windows are cut by it.
+
+    Attributes:
+        step: Index of the window after which it was chosen, from 0.
+        microbatch_size: Rows of a microbatch from now on.
+        decided: Whether speed was measured; if not, the size is a default.
+        why: Why this size, in words.
+        seconds: What was measured, in seconds per row, by size.
+        predicted_bytes: Peak that was predicted for the size; `None` where nothing could be.
+        peak_bytes: Peak that was measured at the size; `None` where nobody counted.
+    """
+
+    step: int
+    microbatch_size: int
+    decided: bool
+    why: str
+    seconds: Mapping[int, float]
+    predicted_bytes: int | None
+    peak_bytes: int | None
+
+    @property
+    def error(self) -> float | None:
+        """By which part of the measured peak the prediction is above it (or, negative, below it)."""
+        if self.predicted_bytes is None or not self.peak_bytes:
+            return None
+        return self.predicted_bytes / self.peak_bytes - 1
+
+
+Event: TypeAlias = MicrobatchDone | StepDone | Retry | SizeChanged | BudgetPassed | PlanChosen
 Listener: TypeAlias = Callable[[Event], object]

@@ -26,8 +26,8 @@ class Step:
         retries: Times that the window was started again at a smaller size after running out of memory.
         applied: Whether the optimizer stepped. False when the gradient was not finite and the window was dropped.
         seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
-        peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or the
-            meter's where a memory budget is set; else `None`.
+        peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or
+            the meter's on the CPU; `None` in windows that nobody watched, see ``docs/out-of-memory.md``.
     """
 
     index: int

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,19 @@ class Snapshot:
             if getattr(buffer.module, buffer.name) is not buffer.tensor:
                 setattr(buffer.module, buffer.name, buffer.tensor)
             buffer.tensor.copy_(buffer.copy)
+
+
+def forget_unscaled(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer]) -> None:
+    """Let a scaler unscale once more: the gradients that it has unscaled in this window are dropped.
+
+    Args:
+        scaler: Which would refuse a second time before its next update.
+        optimizers: The window's.
+    """
+    # Private by name; without it nothing could be taken back, and nothing was.
+    stages: dict[int, Any] = getattr(scaler, "_per_optimizer_states", {})
+    for optimizer in optimizers:
+        stages.pop(id(optimizer), None)
 
 
 class RandomState:

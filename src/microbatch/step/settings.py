@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -16,7 +17,10 @@ from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import Count
+from microbatch.memory.spill import Spill
 from microbatch.step.events import Event, Listener
+from microbatch.step.sizing import Sizing
+from microbatch.step.tune import Tuning
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 
@@ -30,7 +34,7 @@ class Settings:
     model: nn.Module
     optimizers: Sequence[Optimizer]
     microbatch_size: int | str
-    memory_budget: int | None
+    memory_budget: int | str | None
     max_grad_norm: float | None
     autocast: torch.dtype | None
     grad_scaler: torch.amp.GradScaler | None
@@ -40,6 +44,7 @@ class Settings:
     compile: bool | str
     lengths: Lengths | None
     listeners: list[Listener]
+    offload: str | Spill | None = None
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -65,6 +70,8 @@ class Settings:
         if not isinstance(self.compile, bool) and self.compile not in _COMPILE_MODES:
             modes = ", ".join(f'"{mode}"' for mode in _COMPILE_MODES)
             raise ConfigError(f"compile must be True, False or a mode of torch.compile ({modes}), not {self.compile!r}")
+        if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
+            raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
         for listener in self.listeners:
             if not callable(listener):
                 raise ConfigError(
@@ -120,21 +127,46 @@ class Settings:
 
 
 @dataclass(slots=True)
+class Watched:
+    """How large windows have been while somebody counted their bytes, and went well.
+
+    Attributes:
+        windows: How many went well, counted or not.
+        row_bytes: Bytes of the widest row of a counted one.
+        bytes: Bytes of the largest microbatch of a counted one.
+        told: Most bytes by which a budget was said to be passed.
+    """
+
+    windows: int = 0
+    row_bytes: float = 0.0
+    bytes: float = 0.0
+    told: int = 0
+
+
+@dataclass(slots=True)
 class Memory:
     """What windows leave to the next one.
 
     Attributes:
+        sizing: The microbatch size, as every cut is made by it.
         windows: Windows that ended, with a step or without.
         skipped: Of these, the ones that were dropped.
         count: Count of the last window, which scales the next one; only a scale, never part of a result.
         open: Whether a window is open now.
         shared: Whether the ranks have been given the first one's weights.
         fusion: Reports which weights the last window fused.
+        watched: What need not be watched again.
+        tuning: What is known of the microbatch sizes, while ``"auto"`` looks for one.
+        clock: Seconds since some moment.
     """
 
+    sizing: Sizing
     windows: int = 0
     skipped: int = 0
     count: float = 0.0
     open: bool = False
     shared: bool = False
     fusion: Callable[[], Mapping[str, str]] = dict
+    watched: Watched = field(default_factory=Watched)
+    tuning: Tuning | None = None
+    clock: Callable[[], float] = time.perf_counter

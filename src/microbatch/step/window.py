@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +18,6 @@ from microbatch.batch.feed import feed, is_there
 from microbatch.batch.lengths import Lengths, cut_by_length, in_order, take_piece
 from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
-    ConfigError,
     EmptyBatchError,
     EmptyWindowError,
     MissingCountError,
@@ -28,19 +28,23 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
-from microbatch.gradients.fuse import Fuse
-from microbatch.loss.heads import cross_entropy
 from microbatch.loss.loss import Count, LossLike, check_number, shares_of
 from microbatch.loss.tally import Tally
-from microbatch.memory.meter import MemoryMeter
+from microbatch.memory.budget import format_bytes
+from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
 from microbatch.step.close import Closing, close
-from microbatch.step.events import MicrobatchDone, StepDone
+from microbatch.step.events import BudgetPassed, Event, MicrobatchDone, PlanChosen, Retry, SizeChanged, StepDone
+from microbatch.step.foresee import begin_tuning, watched_once
+from microbatch.step.fusing import fuse_for
 from microbatch.step.record import Step
-from microbatch.step.replay import Snapshot
-from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, look_back, shrink
+from microbatch.step.replay import Snapshot, forget_unscaled
+from microbatch.step.settings import Counts, Memory, Settings, Watched
+from microbatch.step.tune import Played, Stopwatch
+from microbatch.step.watch import Watch
 
 
 class Window:
@@ -70,6 +74,7 @@ class Window:
         *,
         counts: Counts | None = None,
         source: Sequence[Any] | None = None,
+        attempt: Attempt | None = None,
     ) -> None:
         """Prepare a window; nothing happens before it is entered.
 
@@ -78,6 +83,7 @@ class Window:
             memory: The accumulator's.
             counts: Denominators of the loss's terms: a function of the whole batch, or its result.
             source: Microbatches to hand out, for windows over a loader.
+            attempt: Which attempt this is, where whoever opens the window can run its batch again; `None` where not.
         """
         self._settings = settings
         self._memory = memory
@@ -93,6 +99,12 @@ class Window:
         self._awaited = True  # whether the other ranks wait for this one's word
         self._order: list[Tensor] | None = None
         self._planned: int | None = None if source is None else len(source)
+        self._attempt = attempt
+        self._cut: Cut | None = None
+        self._declared: tuple[float, Mapping[str, float]] | None = None
+        self._stopwatch: Stopwatch | None = None
+        self._stepping = self._stepped = False
+        self.ran_out: RanOut | None = None
 
     # -- opening and closing ------------------------------------------------------------------------------------------
 
@@ -110,7 +122,8 @@ class Window:
             raise WindowClosedError("a window is used once; ask the accumulator for another one")
         if self._memory.open:
             raise WindowOpenError("another window of this accumulator is open; leave it before opening the next one")
-        self._started = time.perf_counter()
+        earlier = self._attempt or Attempt()
+        self._started = time.perf_counter() if earlier.started is None else earlier.started
         settings, device = self._settings, self._settings.device
         self._ranks = Ranks.find(device)
         if self._ranks is not None and not self._memory.shared:
@@ -123,13 +136,7 @@ class Window:
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
         self._scratch = Scratch()
-        place = self._scratch.places(final=lambda: self._fuse.final)
-        self._fuse = Fuse(
-            self._named if settings.fuse else [],
-            self._gradients,
-            stand_ins={torch.nn.functional.cross_entropy: partial(cross_entropy, place=place)},
-            empty=self._scratch.empty,
-        )
+        self._fuse = fuse_for(self._named if settings.fuse else [], self._gradients, scratch=self._scratch)
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
@@ -168,7 +175,8 @@ class Window:
         except BaseException as failure:
             self._abort(failure)
             raise
-        self._settings.emit(StepDone(step=self.step))
+        for event in [StepDone(step=self.step), *self._look_back()]:
+            self._settings.emit(event)
 
     @property
     def step(self) -> Step:
@@ -199,24 +207,24 @@ class Window:
 
         Raises:
             WindowClosedError: The window is not open.
-            ConfigError: ``microbatch_size`` is ``"auto"``.
             BatchError: The batch cannot be cut.
             EmptyBatchError: It has no rows; over several ranks, one rank's share may be empty.
         """
         self._check_open("split")
-        size = self._settings.microbatch_size
-        if not isinstance(size, int):
-            raise ConfigError(
-                'microbatch_size="auto" needs a plan, which this version cannot make yet; pass microbatch_size= as the '
-                "number of rows that go through the model at once, for example 8"
-            )
         rows = rows_of(batch)
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
         self._expect([batch])
+        if rows and self._memory.sizing.open:
+            begin_tuning(self._settings, self._memory, rows=rows)
+        size = self._memory.sizing.rows if rows else 1
+        if self._memory.tuning is not None:
+            self._stopwatch = Stopwatch(self._memory.clock, self._settings.device)
         if self._settings.lengths is not None and rows:
             return self._split_by_length(batch, size, lengths=self._settings.lengths)
         self._planned = self._index + -(-rows // size)
+        if rows:
+            self._know(cut_of_rows(batch, self._memory.sizing, rows=rows), batch)
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
         cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
         return self._hand_out(cut if is_there(batch, self._settings.device) else feed(cut, self._settings.device))
@@ -287,6 +295,8 @@ class Window:
             self._gradients.mark(some=self._planned is not None and 0 < self._index < self._planned - 1)
         self._samples += rows or 0
         self._largest = max(self._largest, rows or 0)
+        if self._stopwatch is not None:
+            self._stopwatch.lap(rows or 0)
         done = MicrobatchDone(step=self._memory.windows, index=self._index, microbatches=self._planned, rows=rows)
         self._index += 1
         self._settings.emit(done)
@@ -306,16 +316,8 @@ class Window:
 
     def _enter_contexts(self, device: torch.device) -> None:
         settings = self._settings
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            if settings.memory_budget is not None:
-                self._outer.callback(_limit_cuda(device, settings.memory_budget))
-        self._meter: MemoryMeter | None = None
-        if settings.memory_budget is not None and device.type != "cuda":
-            self._meter = MemoryMeter(budget=settings.memory_budget)
-            self._meter.track(settings.model, *settings.optimizers)
-            self._outer.enter_context(self._meter)
-        self._stepping = False
+        self._watch = Watch(settings, self._memory.watched, self._outer)
+        self._watch.open()
         for optimizer in settings.optimizers:
             self._outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         if isinstance(settings.model, DistributedDataParallel):
@@ -331,6 +333,7 @@ class Window:
     def _guard(self, *_: object) -> None:
         if not self._stepping:
             raise WindowOpenError("optimizer.step() was called inside a window; leaving the window takes the step")
+        self._stepped = True
 
     def _expect(self, batches: Sequence[Any]) -> None:
         """Learn the denominators that the first backward needs to know, where they can be known."""
@@ -341,7 +344,10 @@ class Window:
             return
         if self._index:
             raise WindowError("counts= needs the whole batch before the first backward; call window.split once, first")
-        self._declare(self._counts, batches, rows=rows)
+        if self._attempt is not None and self._attempt.declared is not None:
+            self._take(*self._attempt.declared)
+        else:
+            self._declare(self._counts, batches, rows=rows)
 
     def _declare(self, counts_of: Counts, batches: Sequence[Any], *, rows: float) -> None:
         """Take the denominators from ``counts=``, over all ranks."""
@@ -357,6 +363,10 @@ class Window:
             )
             agreed = agree(self._ranks, message, parameters=len(self._named))
             rows, counts = agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
+        self._take(rows, counts)
+
+    def _take(self, rows: float, counts: Mapping[str, float]) -> None:
+        self._declared = rows, counts
         self._tally = Tally(estimate=rows, declared=counts)
         self._tally.rows = int(rows)
 
@@ -369,11 +379,18 @@ class Window:
         self._declare(counts, [], rows=0.0)
 
     def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
-        pieces = cut_by_length(batch, size, lengths=lengths)
+        tokens = lengths.microbatch_tokens
+        now = lengths if tokens is None else replace(lengths, microbatch_tokens=self._memory.sizing.halved(tokens))
+        pieces = cut_by_length(batch, size, lengths=now)
+        self._know(cut_of_pieces(batch, pieces, self._memory.sizing, lengths=lengths), batch)
         self._order = [piece.rows for piece in pieces]
         self._planned = self._index + len(pieces)
         cut = ((len(piece.rows), take_piece(batch, piece, lengths=lengths)) for piece in pieces)
         return self._hand_out(feed(cut, self._settings.device))
+
+    def _know(self, cut: Cut, batch: object) -> None:
+        self._cut = cut
+        self._watch.expect(cut.extent, batch)
 
     def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         for rows, microbatch in pieces:
@@ -397,6 +414,7 @@ class Window:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
         closing = Closing(self._settings, self._gradients, self._tally, self._ranks, self._samples)
         self._stepping, self._awaited = True, False
+        self._watch.only_count()
         end = close(closing)
         if not end.applied:
             self._snapshot.restore_buffers()
@@ -412,10 +430,10 @@ class Window:
             microbatches=self._index,
             microbatch_size=int(self._largest) if float(self._largest).is_integer() else self._largest,
             fused=self._fuse.fused,
-            retries=0,
+            retries=0 if self._attempt is None else self._attempt.retries,
             applied=end.applied,
             seconds=time.perf_counter() - self._started,
-            peak_bytes=self._peak_bytes(),
+            peak_bytes=self._watch.peak_bytes,
         )
         self._memory.count = end.count
         self._memory.windows += 1
@@ -428,21 +446,90 @@ class Window:
         self._leave()
         self._gradients.put_back()
         self._snapshot.restore()
-        # An agreement that has been reached, or that failed, is not waited for.
+        if self._settings.grad_scaler is not None:
+            forget_unscaled(self._settings.grad_scaler, self._settings.optimizers)
+        if is_out_of_memory(error):
+            self._ran_out(error)
+        elif self._attempt is not None and self._attempt.retries:
+            error.add_note(
+                "microbatch: memory had run out in this window, so that it was being run again, in microbatches of "
+                f"{self._memory.sizing.rows} rows"
+            )
+        # An agreement that has been reached, or that failed, is not waited for. Nor is this rank out of it where the
+        # same window is run again: the others wait for what comes of that.
         awaited = self._awaited and isinstance(error, Exception) and not isinstance(error, RankError)
-        if self._ranks is not None and awaited:
+        retried = self.ran_out is not None and self.ran_out.again is not None
+        if self._ranks is not None and awaited and not retried:
             agree(self._ranks, None, parameters=len(self._named))
+        if self.ran_out is not None and self.ran_out.event is not None and not retried:
+            self._settings.emit(self.ran_out.event)
+
+    def _ran_out(self, error: BaseException) -> None:
+        """Make the next cut smaller, if that is what can help, and say so."""
+        # What fitted once may not any more.
+        self._memory.watched = Watched(told=self._memory.watched.told)
+        # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
+        late = self._stepped or (self._ranks is not None and not self._awaited)
+        changed = None if late else shrink(self._memory.sizing, self._cut)
+        step, again, event = self._memory.windows, None, None
+        if changed is not None and self._attempt is not None:
+            before, after = changed
+            again = Attempt(self._attempt.retries + 1, self._started, self._declared)
+            event = Retry(step=step, index=self._index, before=before, after=after, error=str(error))
+        elif changed is not None:
+            before, after = changed
+            error.add_note(
+                f"microbatch: everything is as before the window. The next one cuts into microbatches of {after} rows "
+                f"instead of {before}: run the same batch again. accumulator.step(batch, loss_fn) does so by itself."
+            )
+            reason = "memory ran out in a window that only its own loop can run again"
+            event = SizeChanged(step=step, before=before, after=after, reason=reason)
+        largest = None if self._cut is None else self._cut.rows
+        self.ran_out = RanOut(again, event, largest, self._watch.budget, self._stepped)
+
+    def _look_back(self) -> list[Event]:
+        """Learn from a window that went well, and return what there is to tell of it."""
+        watch, watched, step = self._watch, self._memory.watched, self.step.index
+        watch.went_well()
+        told = look_back(self._memory.sizing, self._cut, step=step, allocation_retries=watch.allocation_retries)
+        tuned = self._tune()
+        peak, budget = self.step.peak_bytes, self._settings.memory_budget
+        if peak is not None and isinstance(budget, int) and peak - budget > watched.told:
+            watched.told = peak - budget
+            told.append(BudgetPassed(step=step, peak_bytes=peak, budget=budget))
+            if not self._settings.listeners:
+                warnings.warn(
+                    f"a window took {format_bytes(peak)}, more than its memory_budget of {format_bytes(budget)}, where "
+                    "nothing could be refused without leaving half a step behind, as inside the optimizer",
+                    stacklevel=4,
+                )
+        return told if tuned is None else [*told, tuned]
+
+    def _tune(self) -> PlanChosen | None:
+        """Learn how fast the window's size is."""
+        tuning, memory = self._memory.tuning, self._memory
+        if tuning is None or self._stopwatch is None:
+            return None
+        played = Played(
+            step=self.step.index,
+            rows=sum(rows for _, rows in self._stopwatch.laps),
+            largest=0 if self._cut is None else self._cut.used,
+            laps=self._stopwatch.laps,
+            peak_bytes=self.step.peak_bytes,
+            budget=self._watch.budget,
+            watched=self._watch.passing,
+        )
+        chosen = tuning.after(played)
+        if chosen is not None:
+            memory.tuning = None
+        elif tuning.warming:
+            memory.watched = watched_once(memory.watched)
+        return chosen
 
     def _leave(self) -> None:
         self._outer.close()
         self._state, self._memory.open = "closed", False
         self._source = None
-
-    def _peak_bytes(self) -> int | None:
-        device = self._settings.device
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        return None if self._meter is None else self._meter.peak_bytes
 
     def _check_open(self, verb: str) -> None:
         if self._state != "open":
@@ -464,9 +551,3 @@ def _declared(counts: Counts, batches: Sequence[Any]) -> dict[str, float]:
 
 def _number(count: Count, name: str) -> float:
     return check_number(count.item() if isinstance(count, Tensor) else count, f"the count of {name!r}")
-
-
-def _limit_cuda(device: torch.device, budget: int) -> Callable[[], None]:
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return lambda: torch.cuda.set_per_process_memory_fraction(1.0, device)
