@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -107,6 +108,22 @@ def allocated(device: str, run: Run, microbatches: int) -> int:
 
 
 each_count = pytest.mark.parametrize("peak", [metered, allocated])
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy])
+def test_m5_a_loss_whose_storage_is_as_large_as_its_input_is_not_held(loss: Callable[..., Tensor]) -> None:
+    model = nn.Linear(16, 500)
+    assert loss(model(torch.ones(2, 16)).sigmoid(), torch.ones(2, 500)).untyped_storage().nbytes() > 4  # as torch does
+
+    def peak(microbatches: int) -> int:
+        accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), microbatch_size=4)
+        with mb.MemoryMeter() as meter:
+            accumulator.step(
+                torch.ones(4 * microbatches, 16), lambda model, x: loss(model(x).sigmoid(), torch.ones(len(x), 500))
+            )
+        return meter.peak_bytes
+
+    assert peak(32) - peak(2) < 30 * (4 * 16 * 4 + 64)  # the batch itself, and a few numbers
 
 
 @through_each_door

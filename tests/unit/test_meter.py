@@ -265,8 +265,14 @@ def test_a_step_that_passes_its_budget_puts_everything_back(where: str) -> None:
     state = torch.get_rng_state()
     reached.clear()
     accumulator = Accumulator(model, optimizer, microbatch_size=16, memory_budget=budget)
+
+    def loop() -> None:  # which cannot be run again, so that the error reaches it
+        with accumulator.window() as window:
+            for microbatch in window.split(batch):
+                window.backward(loss_fn(model, microbatch))
+
     with pytest.raises(torch.OutOfMemoryError) as caught:
-        accumulator.step(batch, loss_fn)
+        loop()
     assert isinstance(caught.value, OutOfMemoryError)
     assert reached[-1] == where
     assert last.grad is mine

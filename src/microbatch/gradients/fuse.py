@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
 from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
@@ -23,6 +24,8 @@ SMALLEST = 1 << 18
 PIECE = 1 << 18
 # Outputs of a head from which on it is run in parts, and of a part: its weight stays in cache.
 _MANY_OUTPUTS, _OUTPUTS_AT_ONCE = 8192, 1024
+# Fake tensors take part, so that a window can be rehearsed without memory.
+_PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -159,7 +162,7 @@ class Fuse(TorchFunctionMode):
         return cast("Tensor", _Rows.apply(ids, weight, padding, self))
 
     def _covers(self, weight: object, x: object) -> bool:
-        return id(weight) in self._names and torch.is_grad_enabled() and type(x) in {Tensor, nn.Parameter}
+        return id(weight) in self._names and torch.is_grad_enabled() and type(x) in _PLAIN
 
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.dtype == dtype:
@@ -434,7 +437,7 @@ def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dty
 
 def _unfit(parameter: Tensor) -> str:
     """Say why a parameter cannot be fused; empty if it can."""
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) not in {nn.Parameter, FakeTensor}:
         return f"a {type(parameter).__name__}, not a plain parameter"
     if parameter.ndim != 2:
         return f"of {parameter.ndim} dimensions: not the weight of a linear layer or an embedding"

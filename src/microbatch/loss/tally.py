@@ -96,7 +96,9 @@ class Tally:
         """
         for share in shares:
             term = self._terms[share.name]
-            term.values.append(share.value.detach())
+            # A copy: some losses of torch (mse_loss, smooth_l1_loss, binary_cross_entropy) return one number in the
+            # storage of a tensor as large as their input, which would be held until the window ends.
+            term.values.append(share.value.detach().clone())
             term.weights.append(share.weight)
             term.counts.append(share.count)
             term.microbatches.append(microbatch)

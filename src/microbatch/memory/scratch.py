@@ -54,7 +54,7 @@ class Scratch:
             The tensor, which shares memory with nothing that is alive.
         """
         size = torch.Size(shape).numel() * like.itemsize
-        if not self._keeping or size < SMALLEST or like.device.type != "cpu" or type(like) is not Tensor:
+        if not self._keeping or size < SMALLEST or like.device.type != "cpu":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         # Not much larger than needed: microbatches cut by length grow shorter.
         kept = self._kept
@@ -106,16 +106,16 @@ class _Kept:
     def __init__(self, made: Tensor) -> None:
         storage = made.untyped_storage()
         self.tensor = torch.empty(0, dtype=made.dtype).set_(storage, 0, (0,), (1,))
-        self.size, self._at = storage.nbytes(), made.data_ptr()
+        self.size, self._at = storage.nbytes(), storage._cdata  # pyright: ignore[reportPrivateUsage]
 
     @property
     def is_free(self) -> bool:
         """Whether nothing else holds it."""
-        return _memory_held_by(self.tensor) == _memory_held_by(torch.empty(1)) != ()
+        return _memory_held_by(self.tensor) == _memory_held_by(_Kept(torch.empty(1)).tensor) != ()
 
     def holds(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is in this storage."""
-        return tensor.untyped_storage().data_ptr() == self._at
+        return tensor.untyped_storage()._cdata == self._at  # pyright: ignore[reportPrivateUsage]
 
 
 def _memory_held_by(tensor: Tensor) -> tuple[int, ...]:

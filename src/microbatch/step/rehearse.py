@@ -1,0 +1,242 @@
+"""Rehearse a window on copies, fake ones where that is possible, to learn what it will take."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from microbatch.batch.tree import map_tensors
+from microbatch.errors import ConfigError
+from microbatch.gradients.add import GradientSum, trainable
+from microbatch.gradients.finish import scale_
+from microbatch.loss.loss import shares_of
+from microbatch.loss.tally import Tally
+from microbatch.memory.allocator import AllocatorMeter, Witnessed
+from microbatch.memory.ledger import GRADIENTS, INPUTS, Timeline
+from microbatch.memory.meter import READ, MemoryMeter
+from microbatch.memory.predict import Prediction, predict
+from microbatch.memory.scratch import Scratch
+from microbatch.step.copies import Cast, Faked, LossFunction, Scene, copies_of, some_rows
+from microbatch.step.fusing import fuse_for
+from microbatch.step.replay import Snapshot
+from microbatch.step.settings import Settings
+
+_LOOKS = 3  # real windows more, to find out from which size on other kernels are taken
+
+
+def rehearse(
+    settings: Settings,
+    loss_fn: LossFunction,
+    *,
+    batch: object,
+    sizes: Sequence[int] = (2, 4, 8),
+    witness: Sequence[int] = (1, 2, 4, 8, 16),
+) -> Prediction:
+    """Predict the peak memory of an accumulator's windows by rehearsing them at a few microbatch sizes.
+
+    A rehearsal is two windows of two microbatches, so that the second microbatch meets the first one's gradients, and
+    the second window the optimizer's state. It runs on fake copies, which take no memory; a few small microbatches run
+    on real copies, to learn what operators allocate inside themselves. Nothing of the user's is changed.
+
+    Args:
+        settings: The accumulator's.
+        loss_fn: As for `Accumulator.step`.
+        batch: Rows to rehearse with, repeated where there are too few; the memory of the whole batch counts where it
+            lives on the model's device.
+        sizes: Microbatch sizes for the fake windows; two or more, ascending.
+        witness: Microbatch sizes for the real ones, ascending; none to leave them out, which saves time and a real copy
+            of model and optimizer.
+
+    Returns:
+        The prediction; its note says what could not be done.
+
+    Raises:
+        ConfigError: Model, optimizer or loss function cannot be copied.
+
+    Cost:
+        Some 0.1 milliseconds an operator of a fake window; a few times a step's time and memory for the real ones.
+    """
+    with _undisturbed(settings) as gradients:
+        scene = Scene(settings, loss_fn, batch, gradients)
+        fake = cache(partial(_fake, scene))
+        notes: list[str] = []
+        seen = _witness(scene, sizes=witness, notes=notes)
+        found = _predict(scene, fake, seen, sizes=sizes, notes=notes)
+        # Halve the gaps in which kernels change, until it is known from which size on.
+        for _ in range(_LOOKS):
+            middles = [(low + high) // 2 for low, high in found.hidden.changes if high - low > 1]
+            more = _witness(scene, sizes=middles[-1:], notes=notes)
+            if not more:
+                break
+            seen = sorted([*seen, *more], key=operator.itemgetter(0))
+            found = _predict(scene, fake, seen, sizes=sizes, notes=notes)
+    return replace(found, note="; ".join([found.note, *notes]))
+
+
+def _predict(
+    scene: Scene,
+    fake: Callable[[int], Timeline],
+    seen: Sequence[tuple[int, Witnessed]],
+    *,
+    sizes: Sequence[int],
+    notes: list[str],
+) -> Prediction:
+    """Predict from fake windows, or from real ones where fake tensors cannot run them."""
+    try:
+        return predict(fake, sizes=sizes, witnessed=seen, beside=scene.beside)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model or a loss does that fake tensors cannot do
+        words = f"fake tensors cannot run it ({type(error).__name__}), so real ones did"
+        if words not in notes:
+            notes.append(words)
+        real = {size: each.timeline for size, each in seen if size > 1}
+        if len(real) < 2:
+            real = {size: _real(scene, size).timeline for size in sizes}
+        return predict(real.__getitem__, sizes=list(real), witnessed=seen, beside=scene.beside)
+
+
+def _fake(scene: Scene, size: int) -> Timeline:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    cast = copies_of(scene, how=Faked(mode))
+    meter = MemoryMeter(timeline=True)
+    # What fails here is run for real, and needs no traceback in anybody's log.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with mode:
+            _play(cast, size, meter)
+    finally:
+        log.setLevel(level)
+    return meter.timeline
+
+
+def _real(scene: Scene, size: int) -> Witnessed:
+    budget = scene.settings.memory_budget
+    meter = AllocatorMeter(scene.settings.device, budget=budget if isinstance(budget, int) else None)
+    _play(copies_of(scene, how=None), size, meter)
+    return meter.witnessed()
+
+
+def _witness(scene: Scene, *, sizes: Sequence[int], notes: list[str]) -> list[tuple[int, Witnessed]]:
+    """Run for real what can be run, and note what cannot."""
+    seen: list[tuple[int, Witnessed]] = []
+    for size in sizes:
+        try:
+            seen.append((size, _real(scene, size)))
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one row may be too few, eight too many, the profiler taken
+            reason = "out of memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else repr(error)
+            notes.append(f"workspaces were not measured on {size} rows ({reason[:200]})")
+    return seen
+
+
+# -- the play ---------------------------------------------------------------------------------------------------------
+
+
+def _play(cast: Cast, size: int, meter: MemoryMeter) -> None:
+    """Run windows until the optimizer has its state and the forward pass has met it."""
+    settings = cast.settings
+    meter.track(settings.model, *settings.optimizers)
+    first = some_rows(cast.batch, size)
+    # From the host microbatches come as copies, the next one while this one runs; else they are views of the batch.
+    second = first if cast.device.type == "cpu" else map_tensors(torch.clone, first)
+    meter.track(first, second, category=INPUTS)
+    with meter:
+        for _ in range(1 if all(each.state for each in settings.optimizers) else 2):
+            _window(cast, [first, second], meter)
+
+
+def _window(cast: Cast, microbatches: Sequence[Any], meter: MemoryMeter) -> None:
+    """Do what a `Window` does, less everything that reads numbers back, which fake tensors have none of."""
+    settings = cast.settings
+    model = settings.bare_model
+    named = trainable(model, settings.optimizers)
+    snapshot = Snapshot(model, settings.device)
+    gradients = GradientSum(settings.accumulate_dtype)
+    gradients.open(named)
+    scratch = Scratch()
+    fuse = fuse_for(named if settings.fuse else [], gradients, scratch=scratch)
+    tally: Tally | None = None
+    with ExitStack() as inner:
+        if fuse.useful:
+            inner.callback(fuse.forget)
+            inner.callback(scratch.forget)
+            inner.enter_context(fuse)
+        if settings.autocast is not None:
+            inner.enter_context(torch.autocast(settings.device.type, settings.autocast, cache_enabled=False))
+        for index, microbatch in enumerate(microbatches):
+            shares = shares_of(cast.loss_fn(model, microbatch), rows=1)
+            gradients.check_untouched()  # which lets go of the sums, so that they are added to in place
+            if not shares:
+                continue
+            # With every denominator declared, terms of any kind are let through.
+            tally = tally or Tally(estimate=1.0, declared=dict.fromkeys((share.name for share in shares), 1.0))
+            seeds = tally.seeds(shares)
+            tally.add(shares, microbatch=index)
+            with torch.autocast(settings.device.type, enabled=False):
+                fuse.run_backward([share.value for share in shares], seeds)
+            scratch.keep()
+            del shares, seeds
+            gradients.mark()
+            meter.track([total for _, total in gradients.gradients()], category=GRADIENTS)
+    gradients.check_untouched()
+    if tally is not None:
+        tally.totals(settings.device)
+    gradients.coalesce()
+    sums = [total for _, total in gradients.gradients()]
+    # The norm is left out: a few numbers, which fake tensors find by other operators.
+    scale_(sums, 0.5)
+    del sums
+    gradients.hand_over()
+    with _Guess():
+        for optimizer in settings.optimizers:
+            optimizer.step()
+    gradients.clear()
+    for optimizer in settings.optimizers:
+        optimizer.zero_grad()
+    del snapshot
+
+
+class _Guess(TorchDispatchMode):
+    """Answer when an optimizer reads a number of its state, such as how many steps it took, that a fake one has not."""
+
+    def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Take a fake tensor's number for 1."""
+        if func is READ and isinstance(args[0], FakeTensor):
+            return torch.ones((), dtype=args[0].dtype, device="cpu") if args[0].is_complex() else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _undisturbed(settings: Settings) -> Generator[list[tuple[Tensor, Tensor]]]:
+    """Set gradients aside, and put back whatever a rehearsal may reach past the copies."""
+    snapshot = Snapshot(settings.bare_model, settings.device)
+    parameters = [each.parameter for each in trainable(settings.model, settings.optimizers)]
+    before = [parameter.grad for parameter in parameters]
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            yield [(each, grad) for each, grad in zip(parameters, before, strict=True) if grad is not None]
+        finally:
+            snapshot.restore()
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad

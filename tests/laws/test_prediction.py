@@ -1,0 +1,421 @@
+"""Peak memory is predicted to the byte, from small windows on fake tensors, and nothing of the user's changes."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import microbatch as mb
+from microbatch.errors import ConfigError, OutOfMemoryError
+from microbatch.memory.allocator import AllocatorMeter
+from microbatch.memory.ledger import Timeline
+from microbatch.memory.predict import Prediction, predict
+from microbatch.step.rehearse import rehearse
+from microbatch.step.settings import Settings
+
+# The profiler says so of every build without a GPU.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+
+CLOSE = 0.005
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+def network(widths: Sequence[int], *, norm: bool, checkpointed: bool, residual: bool) -> nn.Module:
+    layers: list[nn.Module] = [nn.Linear(16, widths[0])]
+    for before, after in zip(widths, [*widths[1:], widths[0]], strict=True):
+        block: nn.Module = nn.Sequential(nn.Linear(before, after), nn.GELU(), nn.Dropout(0.1), nn.Linear(after, before))
+        block = Checkpointed(block) if checkpointed else block
+        layers.append(Residual(block) if residual else block)
+        if norm:
+            layers.append(nn.BatchNorm1d(before))
+        layers.append(nn.Linear(before, after))
+    return nn.Sequential(*layers)
+
+
+def fit(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def compare_rows(model: nn.Module, x: Tensor) -> Tensor:
+    """Compare every row with every other: the loss takes the microbatch squared."""
+    found = F.normalize(model(x))
+    return F.cross_entropy(found @ found.T, torch.arange(len(x)))
+
+
+def described(model: nn.Module, optimizer_class: Any = torch.optim.AdamW, **changed: Any) -> Settings:
+    given: dict[str, Any] = {
+        "model": model,
+        "optimizers": [optimizer_class(model.parameters(), lr=0.01)],
+        "microbatch_size": 1,
+        "memory_budget": None,
+        "max_grad_norm": None,
+        "autocast": None,
+        "grad_scaler": None,
+        "accumulate_dtype": torch.float32,
+        "nonfinite": "raise",
+        "fuse": True,
+        "compile": False,
+        "lengths": None,
+        "listeners": [],
+    }
+    return Settings(**given | changed)
+
+
+def metered(
+    it: Settings, loss_fn: Callable[..., Any], batch: Tensor, size: int, *, meter: mb.MemoryMeter | None = None
+) -> mb.MemoryMeter:
+    """Run two real windows of the real accumulator, on copies."""
+    model, optimizers = copy.deepcopy((it.model, list(it.optimizers)))
+    accumulator = mb.Accumulator(model, optimizers, microbatch_size=size, autocast=it.autocast, fuse=it.fuse)
+    meter = meter or mb.MemoryMeter()
+    meter.track(model, *optimizers, batch)
+    with meter:
+        for _ in range(2):
+            accumulator.step(batch, loss_fn)
+    return meter
+
+
+# What a window keeps of each of its microbatches is a few numbers, and the last of a batch may be a tail.
+NUMBERS = 512
+
+
+@given(
+    widths=st.lists(st.sampled_from([8, 24, 64, 200]), min_size=1, max_size=3),
+    norm=st.booleans(),
+    checkpointed=st.booleans(),
+    residual=st.booleans(),
+    pairs=st.booleans(),
+    optimizer_class=st.sampled_from([torch.optim.SGD, torch.optim.AdamW]),
+    autocast=st.sampled_from([None, torch.bfloat16]),
+    size=st.sampled_from([3, 5, 17, 64]),
+)
+@settings(max_examples=8)
+def test_the_peak_at_any_size_is_predicted_from_small_fake_windows(
+    widths: list[int],
+    norm: bool,
+    checkpointed: bool,
+    residual: bool,
+    pairs: bool,
+    optimizer_class: Any,
+    autocast: Any,
+    size: int,
+) -> None:
+    assume(not (norm and autocast))  # torch's fake BatchNorm keeps its statistics in bfloat16, the real one does not
+    model = network(widths, norm=norm, checkpointed=checkpointed, residual=residual)
+    it, batch = described(model, optimizer_class, autocast=autocast), torch.randn(2 * size, 16)
+    loss_fn = compare_rows if pairs else fit
+    predicted = rehearse(it, loss_fn, batch=batch, witness=())
+    assert predicted.exact, predicted.note
+    truth = metered(it, loss_fn, batch, size).peak_bytes
+    assert predicted.peak_bytes(size) == pytest.approx(truth, abs=NUMBERS)
+
+
+def big_weight() -> tuple[nn.Module, Tensor]:
+    """Make a network whose peak is the weight's at small sizes, and the activations' at large ones."""
+    return nn.Sequential(nn.Linear(16, 400), nn.Tanh(), nn.Linear(400, 400), nn.Tanh(), nn.Linear(400, 4)), torch.randn(
+        1024, 16
+    )
+
+
+def through_peaks(it: Settings, batch: Tensor, size: int) -> float:
+    """Draw a line through two peaks."""
+    two, four = (metered(it, fit, batch[: 2 * m], m).peak_bytes - batch[: 2 * m].nbytes for m in (2, 4))
+    return two + (four - two) / 2 * (size - 2) + batch.nbytes
+
+
+def test_a_line_through_two_peaks_is_not_what_is_predicted() -> None:
+    model, batch = big_weight()
+    it = described(model)
+    truth = metered(it, fit, batch, 512).peak_bytes
+    predicted = rehearse(it, fit, batch=batch, witness=()).peak_bytes(512)
+    assert predicted == pytest.approx(truth, rel=CLOSE)
+    assert through_peaks(it, batch, 512) < (1 - 10 * CLOSE) * truth
+
+
+def test_the_second_microbatch_and_the_second_window_count() -> None:
+    model, batch = big_weight()
+    it = described(model)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    parts = rehearse(it, fit, batch=batch, witness=()).parts(512)
+    assert parts["gradients"] == weights
+    assert parts["optimizer state"] == 2 * weights + 4 * len(list(model.parameters()))
+
+
+def test_the_parts_are_the_whole() -> None:
+    model, batch = big_weight()
+    predicted = rehearse(described(model), fit, batch=batch)
+    for size in (1, 2, 7, 512):
+        assert sum(predicted.parts(size).values()) == predicted.peak_bytes(size)
+
+
+@given(budget=st.integers(2_600_000, 40_000_000))
+@settings(max_examples=3)
+def test_the_largest_size_fits_and_the_next_does_not(budget: int) -> None:
+    model, batch = big_weight()
+    it = described(model)
+    predicted = rehearse(it, fit, batch=batch[:1], witness=())
+    largest = predicted.largest(budget)
+    # Without the batch, whose rows are a microbatch's inputs here.
+    for size, fits in ((largest, True), (largest + 1, False)):
+        if size == 0:
+            continue
+        whole = torch.randn(2 * size, 16)
+        peak = metered(it, fit, whole, size).peak_bytes - whole.nbytes // 2
+        assert (peak <= budget + NUMBERS) if fits else (peak > budget - NUMBERS)
+
+
+def test_a_loss_over_pairs_of_rows_takes_them_squared() -> None:
+    it, batch = described(nn.Linear(16, 4)), torch.randn(400, 16)
+    predicted = rehearse(it, compare_rows, batch=batch, witness=()).peak_bytes(200)
+    truth = metered(it, compare_rows, batch, 200).peak_bytes
+    assert truth > 3 * 200 * 200 * 4
+    assert predicted == pytest.approx(truth, abs=NUMBERS)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_fused_weight_is_added_to_in_place_in_a_rehearsal_too(autocast: Any) -> None:
+    it, batch = described(nn.Linear(16, 20_000, bias=False), autocast=autocast), torch.randn(8, 16)
+    predicted = rehearse(it, fit, batch=batch, witness=()).peak_bytes(4)
+    assert predicted == pytest.approx(metered(it, fit, batch, 4).peak_bytes, abs=NUMBERS)
+
+
+# -- what operators allocate inside themselves -------------------------------------------------------------------------
+
+
+def convolutions() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU()
+    )
+    return model, torch.randn(32, 3, 24, 24)
+
+
+def recurrent() -> tuple[nn.Module, Tensor]:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.LSTM(16, 48, num_layers=2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0]
+
+    return Last(), torch.randn(32, 20, 16)
+
+
+@pytest.mark.parametrize("make", [convolutions, recurrent])
+def test_workspaces_are_in_the_prediction(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    model, batch = make()
+    it = described(model)
+    truth = AllocatorMeter(torch.device("cpu"))
+    metered(it, fit, batch, 16, meter=truth)
+    allocated = truth.witnessed().peak_bytes
+    assert rehearse(it, fit, batch=batch).peak_bytes(16) == pytest.approx(allocated, rel=CLOSE)
+    # Without them it would be too little, and the comparison sees that.
+    blind = rehearse(it, fit, batch=batch, witness=()).peak_bytes(16)
+    assert blind < (1 - CLOSE) * allocated
+    assert "workspaces" not in rehearse(it, fit, batch=batch, witness=()).parts(16)
+
+
+def test_a_workspace_that_is_the_same_for_any_rows_does_not_grow() -> None:
+    model, batch = nn.Conv2d(96, 96, 3, padding=1), torch.randn(64, 96, 6, 6)
+    it = described(model, torch.optim.SGD)
+    truth = AllocatorMeter(torch.device("cpu"))
+    metered(it, fit, batch, 32, meter=truth)
+    found = rehearse(it, fit, batch=batch, witness=(2, 4)).peak_bytes(32)
+    assert found == pytest.approx(truth.witnessed().peak_bytes, rel=CLOSE)
+
+
+# -- what fake tensors cannot do, and loops ----------------------------------------------------------------------------
+
+
+def test_a_loss_that_reads_a_number_is_rehearsed_for_real() -> None:
+    model, batch = big_weight()
+
+    def reads(model: nn.Module, x: Tensor) -> Tensor:
+        loss = fit(model, x)
+        assert loss.item() > -1
+        return loss
+
+    it = described(model)
+    predicted = rehearse(it, reads, batch=batch)
+    assert "real ones did" in predicted.note
+    assert predicted.peak_bytes(512) == pytest.approx(metered(it, reads, batch, 512).peak_bytes, rel=CLOSE)
+
+
+def test_a_loop_that_turns_more_often_is_matched_and_said() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64))
+
+    def tiled(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.stack([model(x).mul(2).square().sum() for _ in range(len(x) // 2)]).sum() / len(x)
+
+    it, batch = described(model), torch.randn(64, 16)
+    predicted = rehearse(it, tiled, batch=batch, witness=(), sizes=(4, 8))
+    assert not predicted.exact
+    assert "operators" in predicted.note
+    truth = metered(it, tiled, batch, 6).peak_bytes
+    assert (1 - CLOSE) * truth <= predicted.peak_bytes(6) <= 1.2 * truth
+
+
+def run_of(*operators: tuple[str, int, int]) -> Callable[[int], Timeline]:
+    def run(m: int) -> Timeline:
+        live = [a + b * m for _, a, b in operators]
+        names = [name for name, _, _ in operators]
+        storages = [
+            (size, category, i + 1, i + 1)
+            for i, (_, a, b) in enumerate(operators)
+            for size, category in ((a, "parameters"), (b * m, "activations"))
+        ]
+        return Timeline(operators=names, live=live, storages=storages)
+
+    return run
+
+
+def test_operators_that_differ_altogether_are_bounded_from_above() -> None:
+    one, other = run_of(("a", 1000, 10), ("b", 0, 100)), run_of(("c", 1000, 10), ("d", 10, 100), ("e", 10, 0))
+
+    def run(m: int) -> Timeline:
+        return one(m) if m < 4 else other(m)
+
+    predicted = predict(run, sizes=(2, 4))
+    assert not predicted.exact
+    assert "different operators" in predicted.note
+    for m in (1, 2, 3, 4, 8, 40):
+        assert run(m).peak_bytes <= predicted.peak_bytes(m) <= 1.1 * max(run(m).peak_bytes, one(2).peak_bytes)
+    assert sum(predicted.parts(40).values()) == predicted.peak_bytes(40)
+
+
+@given(
+    lines=st.lists(st.tuples(st.just("op"), st.integers(0, 10**9), st.integers(0, 10**6)), min_size=1, max_size=20),
+    budget=st.integers(0, 10**10),
+)
+def test_the_largest_size_is_the_smallest_of_every_operators(lines: list[tuple[str, int, int]], budget: int) -> None:
+    predicted = predict(run_of(*lines), sizes=(2, 4))
+    limits = [(budget - a) // b if b else (1 << 24 if a <= budget else 0) for _, a, b in lines]
+    assert predicted.largest(budget) == max(0, min([1 << 24, *limits]))
+
+
+def test_a_length_is_predicted_through_three() -> None:
+    def run(length: int) -> Timeline:
+        return Timeline(operators=["a", "b"], live=[5000, 3 + 7 * length + 2 * length**2], storages=[])
+
+    assert predict(run, sizes=(8, 16, 32)).peak_bytes(500) == 3 + 7 * 500 + 2 * 500**2
+
+
+@pytest.mark.parametrize("sizes", [(2,), (4, 2), (2, 2), (0, 2)])
+def test_sizes_that_cannot_be_fitted_are_refused(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="ascending"):
+        predict(run_of(("a", 1, 1)), sizes=sizes)
+
+
+def test_a_size_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        predict(run_of(("a", 1, 1))).peak_bytes(0)
+
+
+# -- nothing of the user's is changed ----------------------------------------------------------------------------------
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    tensors = [*model.parameters(), *model.buffers()]
+    state = [value for each in optimizer.state.values() for value in each.values()]
+    return [each.detach().clone() if isinstance(each, Tensor) else each for each in (*tensors, *state)]
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("reaches_past", [False, True])
+def test_a_rehearsal_leaves_everything_as_it_was(trained: bool, reaches_past: bool) -> None:
+    model = network([24], norm=True, checkpointed=True, residual=True)
+    it, batch = described(model), torch.randn(8, 16)
+    (optimizer,) = it.optimizers
+    if trained:
+        mb.Accumulator(model, optimizer, microbatch_size=4).step(batch, fit)
+    parameters = list(model.parameters())
+    parameters[0].grad = mine = torch.full_like(parameters[0], 3.0)
+    original: list[nn.Module] = [model]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        random.shuffle([1, 2])
+        return fit(original[0] if reaches_past else model, x)
+
+    before, states = everything(model, optimizer), (torch.get_rng_state(), random.getstate())
+    rehearse(it, loss_fn, batch=batch)
+    after = everything(model, optimizer)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert parameters[0].grad is mine
+    assert mine.eq(3).all()
+    assert all(parameter.grad is None for parameter in parameters[1:])
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1] == random.getstate()
+    assert [p for group in optimizer.param_groups for p in group["params"]] == parameters
+
+
+def test_a_module_that_the_loss_closes_over_is_rehearsed_on_a_copy_too() -> None:
+    model, head = nn.Linear(16, 300), nn.Linear(300, 300)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        return head(model(x)).square().mean()
+
+    both = torch.optim.AdamW([*model.parameters(), *head.parameters()])
+    it, batch = described(model, optimizers=[both]), torch.randn(64, 16)
+    parts = rehearse(it, loss_fn, batch=batch, witness=()).parts(32)
+    assert parts["gradients"] == sum(each.nbytes for each in (*model.parameters(), *head.parameters()))
+    assert all(each.grad is None for each in head.parameters())
+
+
+def test_a_model_on_the_meta_device_can_be_rehearsed() -> None:
+    real, batch = big_weight()
+    with torch.device("meta"):
+        meta, _ = big_weight()
+    truth = rehearse(described(real), fit, batch=batch, witness=())
+    # Its batch would be on the device with it, and so the microbatches are copies of rows that come from the host.
+    found = rehearse(described(meta), fit, batch=batch, witness=())
+    assert found.exact
+    assert found.peak_bytes(64) - found.parts(64)["inputs"] == truth.peak_bytes(64) - truth.parts(64)["inputs"]
+
+
+def test_a_model_that_cannot_be_copied_is_an_error_that_says_so() -> None:
+    class Stubborn(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> nn.Module:
+            raise TypeError("on purpose")
+
+    with pytest.raises(ConfigError, match=r"deepcopy"):
+        rehearse(described(Stubborn(16, 4)), fit, batch=torch.randn(4, 16))
+
+
+def test_out_of_memory_in_a_real_run_is_noted_and_the_rest_goes_on() -> None:
+    model, batch = convolutions()
+    raised: list[int] = []
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        if not raised:
+            raised.append(1)
+            raise OutOfMemoryError("on purpose")
+        return fit(model, x)
+
+    predicted: Prediction = rehearse(described(model), loss_fn, batch=batch)
+    assert "not measured on 1 rows (out of memory)" in predicted.note
