@@ -39,6 +39,11 @@ def breaks():
         return model(x).square().mean()
     return job(loss_fn, validation=None)
 
+def hungry():
+    # One row fits, and two do not.
+    return job(lambda model, x: model(x).square().mean() * torch.ones(len(x), 100_000).mean(), memory_budget="500 KB",
+               microbatch_size=2, steps=2)
+
 def infinite():
     return job(lambda model, x: model(x).mean() * float("inf"))
 """
@@ -96,6 +101,20 @@ def test_for_machines_every_line_is_an_object(jobs: Path) -> None:
     summary = {key: value for key, value in events[-1].items() if key != "event"}
     assert summary == json.loads((jobs / "out" / "summary.json").read_text())
     assert summary["comparison"]["accumulated"]["relative_error"] < 1e-5
+
+
+def test_what_is_done_when_memory_runs_out_is_shown(jobs: Path) -> None:
+    people, machines = (
+        train(jobs, "jobs.py:hungry", "--run", "a"),
+        train(jobs, "jobs.py:hungry", "--run", "b", "--json"),
+    )
+    assert (people.returncode, people.stderr) == (0, "")
+    assert "step 1: memory ran out, so the same batch starts again in microbatches of 1" in people.stdout
+    assert "step 2: memory" not in people.stdout
+    events = [json.loads(line) for line in machines.stdout.splitlines()]
+    (retry,) = [event for event in events if event["event"] == "retry"]
+    assert (retry["step"], retry["index"], retry["before"], retry["after"]) == (0, 0, 2, 1)
+    assert [event["retries"] for event in events if event["event"] == "step"] == [1, 0]
 
 
 def test_the_stored_configuration_gives_the_same_run_again(jobs: Path) -> None:

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 import microbatch as mb
 from microbatch.errors import ConfigError
-from microbatch.plan.rules import RULES
+from microbatch.planning.rules import RULES
 
 SIZES = st.integers(1, 4096)
 RATES = st.floats(1e-6, 1.0)

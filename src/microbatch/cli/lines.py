@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged
 from microbatch.train.events import (
     CheckpointWritten,
     Notice,
@@ -58,6 +59,14 @@ class JsonLines:
                 self._write("plan", {**_plan(event), "run": event.path, "step": event.step})
             case StepLogged():
                 self._write("step", event.metrics)
+            case Retry():
+                self._write("retry", dataclasses.asdict(event))
+            case SizeChanged():
+                self._write("size", dataclasses.asdict(event))
+            case PlanChosen():
+                self._write("plan chosen", {**dataclasses.asdict(event), "error": event.error})
+            case BudgetPassed():
+                self._write("budget passed", dataclasses.asdict(event))
             case CheckpointWritten():
                 self._write("checkpoint", {"step": event.step, "path": event.path})
             case Notice():

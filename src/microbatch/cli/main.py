@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 
 _BATCH, _LENGTH, _MACHINE, _FILES, _OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
+_ELSEWHERE = "Hardware that is not here"
 
 
 def main() -> None:
@@ -72,7 +73,9 @@ def train(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="BYTES", help='Most memory a step may use, such as "6 GiB", or none.', rich_help_panel=_BATCH
+            metavar="BYTES",
+            help='Most memory a step may use, such as "6 GiB"; none for what there is.',
+            rich_help_panel=_BATCH,
         ),
     ] = None,
     max_grad_norm: Annotated[
@@ -154,6 +157,128 @@ def train(
         "compare": False if no_compare else None,
     }
     raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, as_json=json, color=not no_color))
+
+
+@app.command(help="Find the fastest microbatch size that fits: predicted and measured memory, measured time.")
+def plan(
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB",
+            help="language (the default), images, path/to/file.py:function that returns an mb.Job, or a Transformers "
+            "config.json.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=_BATCH)
+    ] = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Size to compare the best one with.", rich_help_panel=_BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Most memory a step may use, such as "6 GiB"; none for no limit of its own.',
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='auto, cpu, cuda, cuda:1, mps; or hardware that is not here: a100-40gb, h100, "24 GiB".',
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=_MACHINE)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=_MACHINE)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=_FILES)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=_FILES),
+    ] = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Devices; several to compare.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(metavar="ddp|zero1|zero2|fsdp", help="What is sharded.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    checkpointing: Annotated[
+        str | None,
+        typer.Option(metavar="none|blocks", help="What is computed again in backward.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|optimizer|optimizer+gradients|all", help="What the host holds.", rich_help_panel=_ELSEWHERE
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="fp32, mixed, bf16, bf16-8bit, ...", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(metavar="microbatch|window", help="When gradients are reduced.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=_ELSEWHERE)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Write a figure.", rich_help_panel=_OUTPUT)
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Plan again, and keep nothing.", rich_help_panel=_OUTPUT),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, for machines.", rich_help_panel=_OUTPUT)
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Find the fastest microbatch size that fits.
+
+    Raises:
+        Exit: Always, with the exit code: 0 planned, 1 failed or does not fit, 2 bad input.
+    """
+    from microbatch.cli.cluster import is_for_a_cluster, run_cluster_plan
+    from microbatch.cli.plan import run_plan
+
+    if is_for_a_cluster(job or "", device):
+        elsewhere = {
+            "device": device,
+            "ranks": ranks,
+            "strategy": strategy,
+            "checkpointing": checkpointing,
+            "offload": offload,
+            "precision": precision,
+            "reduce": reduce,
+            "sequence_length": sequence_length,
+            "batch_size": batch_size,
+            "microbatch_size": _number(microbatch_size, int),
+        }
+        raise typer.Exit(run_cluster_plan(job or "language", elsewhere, as_json=json))
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": _number(microbatch_size, int),
+        "memory": memory,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+    }
+    raise typer.Exit(run_plan(flags, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color))
 
 
 def _number(text: str | None, kind: type[int | float]) -> int | float | str | None:

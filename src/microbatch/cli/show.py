@@ -11,9 +11,20 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.status import Status
 from rich.text import Text
 
-from microbatch.cli.views import QUIET, WARN, cells, duration, plan_view, step_line, stop_text, summary_view
+from microbatch.cli.views import (
+    QUIET,
+    WARN,
+    cells,
+    duration,
+    memory_text,
+    plan_text,
+    plan_view,
+    step_line,
+    stop_text,
+    summary_view,
+)
 from microbatch.memory.budget import format_bytes
-from microbatch.step.events import MicrobatchDone
+from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged
 from microbatch.train.events import (
     Comparing,
     Notice,
@@ -72,6 +83,10 @@ class Screen:
                 self._plan(event)
             case MicrobatchDone():
                 self._microbatch(event)
+            case Retry() | SizeChanged() | BudgetPassed():
+                self._say(Text.assemble(("memory  ", WARN), memory_text(event)))
+            case PlanChosen():
+                self._say(Text.assemble(("plan  ", WARN), plan_text(event)))
             case StepLogged():
                 self._step(event.metrics)
             case Notice():

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from microbatch.memory.budget import format_bytes
+from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged
 from microbatch.train.events import RunPlanned
 from microbatch.train.resolve import RunConfig
 
@@ -39,6 +40,42 @@ def resume_command(run: Path | str) -> str:
     return f"microbatch train --run {shlex.quote(str(run))} --resume"
 
 
+def plan_text(event: PlanChosen) -> str:
+    """Say which microbatch size was found, and how its memory was predicted.
+
+    Args:
+        event: What happened.
+
+    Returns:
+        One sentence, without a full stop.
+    """
+    text = f"microbatches of {event.microbatch_size} from now on: {event.why}"
+    if event.predicted_bytes is not None and event.peak_bytes is not None and event.error is not None:
+        predicted, measured = format_bytes(event.predicted_bytes), format_bytes(event.peak_bytes)
+        text += f"; peak memory predicted {predicted}, measured {measured} ({event.error:+.1%})"
+    return text
+
+
+def memory_text(event: Retry | SizeChanged | BudgetPassed) -> str:
+    """Say what became of the microbatch size, and why.
+
+    Args:
+        event: What happened.
+
+    Returns:
+        One sentence, without a full stop.
+    """
+    at = f"step {event.step + 1}"
+    match event:
+        case Retry():
+            return f"{at}: memory ran out, so the same batch starts again in microbatches of {event.after}"
+        case SizeChanged():
+            return f"after {at}: microbatches of {event.after} instead of {event.before}, because {event.reason}"
+        case BudgetPassed():
+            peak, budget = format_bytes(event.peak_bytes), format_bytes(event.budget)
+            return f"{at} took {peak}, more than the {budget} allowed, where nothing can be refused"
+
+
 def plan_view(event: RunPlanned) -> Panel:
     """Lay out what a run will do.
 
@@ -52,7 +89,9 @@ def plan_view(event: RunPlanned) -> Panel:
     batch = min(config.batch_size, config.samples)
     grid = _grid()
     cut_into = f"{config.microbatches} microbatches of {config.microbatch_size}"
-    if config.ragged:
+    if config.auto:
+        cut_into = "microbatches whose size the first steps find"
+    elif config.ragged:
         cut_into = f"microbatches as large as {config.microbatch_size} of its longest"
     elif config.microbatches == 1:
         cut_into = "one microbatch"
@@ -61,7 +100,11 @@ def plan_view(event: RunPlanned) -> Panel:
     grid.add_row("batch", Text.assemble((f"{batch:,}", ACCENT), " samples a step = ", (cut_into, ACCENT)))
     grid.add_row("model", f"{config.parameters:,} parameters, {config.precision}")
     grid.add_row("device", config.device_name)
-    limit = "no limit" if config.memory_budget is None else f"at most {format_bytes(config.memory_budget)} for a step"
+    limit = (
+        "what the device has"
+        if config.memory_budget is None
+        else f"at most {format_bytes(config.memory_budget)} for a step"
+    )
     grid.add_row("memory", limit)
     held_out = f", {config.validation_samples:,} held out" if config.validation_samples else ""
     grid.add_row("data", f"{config.samples:,} samples{held_out}")

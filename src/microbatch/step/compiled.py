@@ -34,6 +34,10 @@ class Compiled:
         self._shapes: set[tuple[Any, ...]] = set()
         self.eager = 0
 
+    def start_over(self) -> None:
+        """Compile for the next two shapes again: microbatches have another size from now on."""
+        self._shapes.clear()
+
     def __call__(self, loss_fn: LossFunction, model: nn.Module, microbatch: object) -> LossLike:
         """Compute a microbatch's loss.
 

@@ -27,7 +27,8 @@ class Settings(BaseModel):
         job: Built-in name or ``path/to/file.py:function``.
         data: File or folder for the job, instead of its own data.
         batch_size: Effective batch in samples, over all ranks.
-        microbatch_size: Samples that go through the model at once, or ``"auto"`` for the job's default.
+        microbatch_size: Samples that go through the model at once, or ``"auto"`` to find the
+            fastest that fits in the first steps; the job's default if left out, and ``"auto"`` if it has none.
         memory: Bytes that a step may use on the device, or a text such as ``"6 GiB"``.
         steps: Optimizer steps of the run.
         epochs: Passes over the data, instead of steps.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from microbatch.step.events import MicrobatchDone
+from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged
 from microbatch.train.resolve import RunConfig
 
 
@@ -102,6 +102,18 @@ class RunEnded:
 
 
 RunEvent: TypeAlias = (
-    RunPlanned | MicrobatchDone | StepLogged | Validated | CheckpointWritten | Notice | Stopping | Comparing | RunEnded
+    RunPlanned
+    | MicrobatchDone
+    | Retry
+    | SizeChanged
+    | BudgetPassed
+    | PlanChosen
+    | StepLogged
+    | Validated
+    | CheckpointWritten
+    | Notice
+    | Stopping
+    | Comparing
+    | RunEnded
 )
 RunListener: TypeAlias = Callable[[RunEvent], object]

@@ -33,7 +33,7 @@ class Job:
         lengths: For ragged rows: the name of the batch's mask or lengths, or a `Lengths`; rows of like length then go
             through together, trimmed to the longest of them. `None` cuts rows as they come.
         counts: For losses of several terms: the denominators of a batch, by term.
-        microbatch_size: Samples that go through the model at once; `None` leaves it to the caller.
+        microbatch_size: Samples that go through the model at once; `None` finds it in the first steps.
         validation: Map-style held-out set; `None` for no validation.
         evaluate: ``evaluate(model, microbatch)`` returns named `Loss` records (sum and count) to be pooled over the
             validation set, for example the loss and the accuracy; `None` pools ``loss_fn``.
@@ -42,7 +42,7 @@ class Job:
         warmup_steps: Optimizer steps of linear warm-up of the scheduler that the loop makes.
         max_grad_norm: Clip the finished gradient to this norm; `None` does not clip.
         autocast: Precision of the forward pass, or `None` for the parameters' own.
-        memory_budget: Bytes, or a text such as ``"1 GiB"``, that one step may use; `None` for no limit.
+        memory_budget: Bytes, or a text such as ``"1 GiB"``, that one step may use; `None` for what there is.
         unit: What the loss counts, in the plural, for throughput figures: ``"samples"``, ``"tokens"``, ``"images"``.
         facts: Named numbers worth printing beside the result, such as the unigram entropy of the data.
         show: ``show(model)`` returns text printed at the end, such as a generated sample.

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from microbatch.errors import CheckpointError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.events import MicrobatchDone, StepDone
+from microbatch.step.events import Event, PlanChosen, StepDone
 from microbatch.step.record import Step
 from microbatch.train.checkpoint import read_newest, write_checkpoint
 from microbatch.train.data import BatchOrder, Position, fetch, mix_seed
@@ -80,7 +80,8 @@ class TrainingLoop:
     ) -> None:
         """Make what the run needs; nothing is trained or written yet.
 
-        ``saved_step`` tells afterwards which step's checkpoint is the newest, `None` before the first.
+        ``saved_step`` tells afterwards which step's checkpoint is the newest, `None` before the first;
+        ``microbatch_size`` what the configuration says, or, where that is left to the run, what it has chosen.
 
         Args:
             job: Model, optimizer, loss and data.
@@ -101,7 +102,7 @@ class TrainingLoop:
         self._accumulator = Accumulator(
             job.model,
             job.optimizer,
-            microbatch_size=config.microbatch_size,
+            microbatch_size="auto" if config.auto else config.microbatch_size,
             memory_budget=config.memory_budget,
             max_grad_norm=config.max_grad_norm,
             autocast=config.autocast,
@@ -114,6 +115,7 @@ class TrainingLoop:
         self._announced = False
         self._metered = False
         self.saved_step: int | None = None
+        self.microbatch_size = config.microbatch_size
 
     def run(self) -> str | None:
         """Train until the last step, or until somebody asks to stop.
@@ -309,9 +311,11 @@ class TrainingLoop:
             self._optimizers, kind=config.schedule, steps=config.steps, warmup_steps=config.warmup_steps
         )
 
-    def _on_core_event(self, event: MicrobatchDone | StepDone) -> None:
+    def _on_core_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
             return
+        if isinstance(event, PlanChosen):
+            self.microbatch_size = event.microbatch_size
         if self._stop.signal is not None and not self._announced:
             self._announced = True
             self._tell(Stopping(signal=self._stop.signal.name))

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
+from microbatch.step.search import middle_size, sizes_for
 from microbatch.train.config import Settings
 from microbatch.train.data import length_of
 from microbatch.train.job import Job
@@ -48,6 +49,7 @@ class RunConfig:
         compare: Whether the run ends with the comparison against the full batch.
         parameters: Trainable numbers in the model.
         unit: What throughput counts, in the plural.
+        auto: Whether the run finds its microbatch size itself; ``microbatch_size`` is then what it would fall back to.
         ragged: Whether microbatches are cut by the lengths of their rows, so that their number depends on these.
         notices: What was decided in the user's place, one sentence each.
     """
@@ -74,6 +76,7 @@ class RunConfig:
     compare: bool
     parameters: int
     unit: str
+    auto: bool = False
     ragged: bool = False
     notices: tuple[str, ...] = ()
 
@@ -193,6 +196,7 @@ def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
         compare=settings.compare,
         parameters=sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
+        auto=_is_auto(settings, job),
         ragged=job.lengths is not None,
         notices=tuple(notices),
     )
@@ -218,7 +222,7 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "job": job,
             "data": None if settings.data is None else str(Path(settings.data).expanduser().resolve()),
             "batch_size": config.batch_size,
-            "microbatch_size": config.microbatch_size,
+            "microbatch_size": "auto" if config.auto else config.microbatch_size,
             "memory": config.memory_budget if config.memory_budget is not None else "none",
             "steps": config.steps,
             "epochs": None,
@@ -247,12 +251,9 @@ def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[in
 
 def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[str]) -> int:
     asked = settings.microbatch_size
-    size = asked if isinstance(asked, int) else job.microbatch_size
-    if size is None:
-        raise ConfigError(
-            "the job does not say how many samples its model takes at once; pass --microbatch-size, a number from 1 to "
-            f"the batch of {batch} (any number gives the same gradient; more is faster until memory ends)"
-        )
+    if _is_auto(settings, job):
+        return middle_size(sizes_for(batch))
+    size = asked if isinstance(asked, int) else job.microbatch_size or 0
     if size < 1:
         raise ConfigError(f"the job's microbatch_size is {size}: it must be at least 1")
     if size > batch:
@@ -260,6 +261,10 @@ def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[
             notices.append(f"a microbatch of {size} is more than the batch of {batch}: the batch goes through whole")
         size = batch
     return size
+
+
+def _is_auto(settings: Settings, job: Job) -> bool:
+    return settings.microbatch_size == "auto" or (settings.microbatch_size is None and job.microbatch_size is None)
 
 
 def _memory(settings: Settings, job: Job) -> int | None:

@@ -89,7 +89,8 @@ class PreparedRun:
             return None
         try:
             batch = self.loop.first_batch()
-            return compare(self.job, batch, config=self.config, scaler_state=self.loop.scaler_state())
+            config = dataclasses.replace(self.config, microbatch_size=self.loop.microbatch_size)
+            return compare(self.job, batch, config=config, scaler_state=self.loop.scaler_state())
         except (MicrobatchError, torch.OutOfMemoryError) as error:
             # The training itself is done and stored; a measurement must not turn it into a failure.
             self.tell(Notice(f"the comparison with the full batch failed: {error}"))
@@ -163,7 +164,7 @@ def prepare(
         notices = []
     check_data_path(settings)
     device = resolve_device(settings.device)
-    job = _make(settings, device)
+    job = make_job(settings, device)
     config = resolve(settings, job, device=device)
     directory.start(config=resolved_settings(settings, config).toml(), files=job.files)
     clear_unfinished(directory.checkpoints)
@@ -176,7 +177,19 @@ def prepare(
     return prepared
 
 
-def _make(settings: Settings, device: torch.device) -> Job:
+def make_job(settings: Settings, device: torch.device) -> Job:
+    """Call the function of the job that the settings name.
+
+    Args:
+        settings: The user's.
+        device: What `resolve_device` returned.
+
+    Returns:
+        The job.
+
+    Raises:
+        ConfigError: There is no such job, or it does not take what the user gave.
+    """
     make = find_job(settings.job)
     # A job that does not seed its own weights still gets the same ones every time.
     seed_everything(mix_seed(settings.seed, "job"))

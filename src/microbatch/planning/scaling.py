@@ -10,8 +10,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from microbatch.errors import ConfigError
-from microbatch.plan.hyperparameters import Hyperparameters, is_number, read_optimizer, write_optimizer
-from microbatch.plan.rules import Change, Rule, choose_rule
+from microbatch.planning.hyperparameters import Hyperparameters, is_number, read_optimizer, write_optimizer
+from microbatch.planning.rules import Change, Rule, choose_rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from microbatch.errors import ConfigError
-from microbatch.plan.hyperparameters import Hyperparameters
+from microbatch.planning.hyperparameters import Hyperparameters
 
 # The largest batch of each source: ImageNet images, and sequences of text.
 _LINEAR_LIMIT = 8192

@@ -1,0 +1,327 @@
+"""The chosen microbatch is within 5 % of the fastest that fits, after five probes at most, and every step is exact."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import microbatch as mb
+from microbatch.errors import ConfigError
+from microbatch.step.search import MOST_SIZES, NOISE, Found, noise, search, sizes_for
+from microbatch.step.settings import Memory
+from microbatch.step.tune import MOST_PROBES
+
+GPT = {1: 0.78, 2: 0.88, 4: 1.0, 8: 0.84, 16: 0.71, 32: 0.56}
+RESNET = {1: 0.18, 2: 0.34, 4: 0.55, 8: 0.79, 16: 0.99, 32: 1.0}
+CLOSE = 0.95
+
+# -- the search -------------------------------------------------------------------------------------------------------
+
+
+def largest_that_fits(measure: Callable[[int], Sequence[float]], sizes: Sequence[int]) -> Found:
+    """Do what is usually done."""
+    measure(sizes[-1])
+    return Found(microbatch_size=sizes[-1], decided=True, why="it fits", seconds={})
+
+
+def part_of_best(find: Callable[..., Found], speed: Callable[[int], float], sizes: Sequence[int]) -> float:
+    """Return the chosen size's speed over the best, having checked how it was found."""
+    probed: list[int] = []
+
+    def measure(size: int) -> list[float]:
+        probed.append(size)
+        return [1 / speed(size)] * 3
+
+    found = find(measure, sizes)
+    assert len(probed) <= MOST_PROBES
+    assert set(probed) | {found.microbatch_size} <= set(sizes)
+    return speed(found.microbatch_size) / max(speed(size) for size in sizes)
+
+
+@pytest.mark.parametrize("curve", [GPT, RESNET])
+@pytest.mark.parametrize("largest", [1, 2, 4, 8, 16, 32])
+def test_measured_curves_are_climbed_to_the_top(curve: dict[int, float], largest: int) -> None:
+    sizes = sizes_for(32, largest=largest)
+    assert sizes[-1] == largest
+    assert part_of_best(search, curve.__getitem__, sizes) == 1
+
+
+def test_the_largest_that_fits_is_rejected() -> None:
+    assert part_of_best(largest_that_fits, GPT.__getitem__, list(GPT)) < CLOSE
+
+
+@given(
+    rows=st.integers(1, 5000),
+    share=st.floats(0.0, 1.0),
+    top=st.floats(-1.0, 13.0),
+    rise=st.floats(0.01, 1.0),
+    fall=st.floats(0.0, 1.0),
+    wobble=st.lists(st.floats(-0.004, 0.004), min_size=13, max_size=13),
+)
+@settings(max_examples=300)
+def test_any_curve_that_rises_and_falls_is_climbed(
+    rows: int, share: float, top: float, rise: float, fall: float, wobble: list[float]
+) -> None:
+    sizes = sizes_for(rows, largest=max(1, round(rows * share)))
+    assert len(sizes) <= MOST_SIZES
+    assert max(sizes) <= max(1, rows * share + 1)
+
+    def speed(size: int) -> float:
+        # Each doubling is a little worse than the one before: a concave curve of log2 m, on either side of its top.
+        off = math.log2(size) - top
+        bend = -(rise if off < 0 else fall) * off * off / 4
+        return 2**bend * (1 + wobble[sizes.index(size)])
+
+    assert part_of_best(search, speed, sizes) >= CLOSE
+
+
+@given(n=st.integers(1, MOST_SIZES), data=st.data())
+@settings(max_examples=200)
+def test_without_noise_the_best_is_found_whatever_the_slopes(n: int, data: st.DataObject) -> None:
+    sizes = [1 << power for power in range(n)]
+    top = data.draw(st.integers(0, n - 1))
+    steps = data.draw(st.lists(st.floats(1.001, 9.0), min_size=n, max_size=n))
+
+    def speed(size: int) -> float:
+        index = size.bit_length() - 1
+        return 1 / math.prod(steps[min(index, top) : max(index, top)])
+
+    assert part_of_best(search, speed, sizes) == 1
+
+
+def test_a_busy_machine_is_not_believed() -> None:
+    def disturbed(size: int) -> list[float]:
+        return [1.0, 1.0, 2.5, 2.6]  # another job ran half of the time
+
+    found = search(disturbed, list(GPT))
+    assert noise(disturbed(1)) > NOISE
+    assert not found.decided
+    assert found.microbatch_size == 16
+    assert "another job" in found.why
+    # One sample that was disturbed is no reason.
+    assert search(lambda size: [1 / GPT[size]] * 6 + [99.0], list(GPT)).microbatch_size == 4
+
+
+def test_there_has_to_be_something_to_choose_from() -> None:
+    with pytest.raises(ConfigError, match="no microbatch size"):
+        search(lambda size: [1.0], [])
+    with pytest.raises(ConfigError, match="at least 1 row"):
+        sizes_for(0)
+
+
+# -- "auto" -----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time passes only where a loss says that it does."""
+
+    def __init__(self, speed: dict[int, float]) -> None:
+        self.speed = speed
+        self.now = 0.0
+        self.jitter: Callable[[], float] = lambda: 1.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def loss(self, model: nn.Module, x: Tensor) -> Tensor:
+        if type(x) is Tensor:  # rehearsals take no time
+            self.now += len(x) / self.speed.get(len(x), 0.1) * self.jitter()
+        return model(x).square().mean()
+
+    def __deepcopy__(self, memo: Any) -> "Clock":
+        return self
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 1)).double()
+
+
+def accumulator_of(model: nn.Module, clock: Callable[[], float], **changed: Any) -> tuple[mb.Accumulator, list[Any]]:
+    events: list[Any] = []
+    accumulator = mb.Accumulator(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), listeners=[events.append], **changed
+    )
+    accumulator._memory.clock = clock
+    return accumulator, events
+
+
+def divided_by_zero(model: nn.Module, x: Tensor) -> Tensor:
+    return x.sum() * (1 / 0)
+
+
+def chosen(events: list[Any]) -> mb.PlanChosen:
+    """Return the only plan there is."""
+    (plan,) = (event for event in events if isinstance(event, mb.PlanChosen))
+    return plan
+
+
+def run(accumulator: mb.Accumulator, clock: Clock, x: Tensor, *, by_hand: bool = False) -> mb.Step:
+    if not by_hand:
+        return accumulator.step(x, clock.loss)
+    with accumulator.window() as window:
+        for microbatch in window.split(x):
+            window.backward(clock.loss(accumulator._settings.model, microbatch))
+    return window.step
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize(("curve", "best"), [(GPT, 4), (RESNET, 32)])
+def test_auto_takes_the_fastest_and_every_step_on_the_way_is_exact(
+    by_hand: bool, curve: dict[int, float], best: int
+) -> None:
+    model, plain = small_model(), small_model()
+    clock = Clock(curve)
+    accumulator, events = accumulator_of(model, clock)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    sizes: list[float] = []
+    for index in range(20):
+        x = torch.randn(32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
+        sizes.append(run(accumulator, clock, x, by_hand=by_hand).microbatch_size)
+        optimizer.zero_grad()
+        plain(x).square().mean().backward()
+        optimizer.step()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    plan = chosen(events)
+    assert plan.decided
+    assert len(plan.seconds) <= MOST_PROBES
+    assert plan.microbatch_size == best
+    assert set(sizes[plan.step + 1 :]) == {best}
+    assert plan.seconds[best] == pytest.approx(1 / curve[best])
+    assert plan.peak_bytes is not None
+    if not by_hand:
+        assert plan.error is not None
+        # A batch that goes through whole has no second microbatch, which the prediction counts with.
+        assert -0.01 < plan.error < 0.1
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_no_probe_is_above_what_the_budget_allows(by_hand: bool) -> None:
+    clock = Clock(RESNET)
+    x = torch.randn(32, 8, dtype=torch.float64)
+    # 64 numbers a row are alive twice, thrice with the products: 32 rows want more than this, 8 do not.
+    accumulator, events = accumulator_of(small_model(), clock, memory_budget="26 KiB")
+    # A window of a loop's own would raise instead of being run again.
+    steps = [run(accumulator, clock, x, by_hand=by_hand) for _ in range(20)]
+    assert [step.retries for step in steps] == [0] * 20
+    assert max(step.microbatch_size for step in steps) == chosen(events).microbatch_size < 32
+    assert all(step.peak_bytes is not None and step.peak_bytes <= 26 * 1024 for step in steps)
+
+
+def test_a_probe_that_runs_out_is_run_again_and_not_asked_for_again() -> None:
+    clock = Clock(RESNET)
+
+    def greedy(model: nn.Module, x: Tensor) -> Tensor:
+        if type(x) is Tensor and len(x) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return clock.loss(model, x)
+
+    accumulator, events = accumulator_of(small_model(), clock)
+    x = torch.randn(32, 8, dtype=torch.float64)
+    steps = [accumulator.step(x, greedy) for _ in range(20)]
+    assert sum(step.retries for step in steps) == 1
+    assert chosen(events).microbatch_size == 8
+    assert accumulator.state_dict()["sizing"]["halvings"] == 0
+
+
+def test_auto_gives_up_on_a_busy_machine() -> None:
+    clock = Clock(GPT)
+    turns = iter(range(100_000))
+    clock.jitter = lambda: 1.0 if next(turns) % 2 else 3.0
+    accumulator, events = accumulator_of(small_model(), clock)
+    for _ in range(20):
+        run(accumulator, clock, torch.randn(32, 8, dtype=torch.float64))
+    plan = chosen(events)
+    assert not plan.decided
+    assert plan.microbatch_size == 16
+    assert "another job" in plan.why
+
+
+def test_a_resumed_run_does_not_probe_again() -> None:
+    clock = Clock(GPT)
+    x = torch.randn(32, 8, dtype=torch.float64)
+    accumulator, _ = accumulator_of(small_model(), clock)
+    for _ in range(20):
+        run(accumulator, clock, x)
+    again, events = accumulator_of(small_model(), clock)
+    again.load_state_dict(accumulator.state_dict())
+    assert [run(again, clock, x).microbatch_size for _ in range(3)] == [4, 4, 4]
+    assert not [event for event in events if isinstance(event, mb.PlanChosen)]
+
+
+def test_a_run_that_is_resumed_while_it_probes_goes_on_with_what_it_knows() -> None:
+    clock = Clock(GPT)
+    x = torch.randn(32, 8, dtype=torch.float64)
+    accumulator, _ = accumulator_of(small_model(), clock)
+    for _ in range(5):
+        run(accumulator, clock, x)
+    known = accumulator.state_dict()["tuning"]["seconds"]
+    assert known
+    again, events = accumulator_of(small_model(), clock)
+    again.load_state_dict(accumulator.state_dict())
+    for _ in range(15):
+        run(again, clock, x)
+    assert dict(known).items() <= chosen(events).seconds.items()
+    assert chosen(events).microbatch_size == 4
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_step_that_fails_while_sizes_are_probed_is_forgotten(at: int) -> None:
+    clock = Clock(GPT)
+    accumulator, events = accumulator_of(small_model(), clock)
+    x = torch.randn(32, 8, dtype=torch.float64)
+    for index in range(20):
+        if index == at:
+            before = accumulator.state_dict()
+            with pytest.raises(ZeroDivisionError):
+                accumulator.step(x, divided_by_zero)
+            assert accumulator.state_dict() == before
+        run(accumulator, clock, x)
+    assert chosen(events).microbatch_size == 4
+
+
+def test_rows_of_unlike_length_are_tuned_too() -> None:
+    clock = Clock({})
+    model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 1)).double()
+    accumulator, events = accumulator_of(model, clock, lengths="mask")
+    mask = torch.arange(6)[None] < torch.arange(1, 17).clamp(max=6)[:, None]
+    batch = {"tokens": torch.ones(16, 6, dtype=torch.int64) * mask, "mask": mask}
+
+    def loss(model: nn.Module, microbatch: Any) -> mb.Loss:
+        if type(microbatch["mask"]) is Tensor:
+            clock.now += 1.0  # a microbatch costs the same, whatever it holds: the fewer the better
+        out = (model(microbatch["tokens"])[..., 0] * microbatch["mask"]).sum()
+        return mb.Loss(sum=out, count=microbatch["mask"].sum())
+
+    for _ in range(25):
+        accumulator.step(batch, loss)
+    assert chosen(events).microbatch_size == 16
+
+
+def test_batches_too_small_to_say_anything_are_passed_over() -> None:
+    clock = Clock(GPT)
+    accumulator, events = accumulator_of(small_model(), clock)
+    for index in range(30):
+        run(accumulator, clock, torch.randn(1 if index % 3 == 1 else 32, 8, dtype=torch.float64))
+    assert chosen(events).microbatch_size == 4
+
+
+def test_a_compiled_step_is_not_probed() -> None:
+    clock = Clock(GPT)
+    accumulator, events = accumulator_of(small_model(), clock, compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accumulator, "_compiled", None)
+        run(accumulator, clock, torch.randn(32, 8, dtype=torch.float64))
+    assert not chosen(events).decided
+    assert "compiled" in chosen(events).why
+
+
+def test_a_memory_that_nobody_tuned_has_a_real_clock() -> None:
+    memory = Memory(sizing=accumulator_of(small_model(), Clock(GPT))[0]._memory.sizing)
+    assert memory.clock() <= memory.clock()
