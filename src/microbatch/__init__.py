@@ -14,17 +14,21 @@ if TYPE_CHECKING:
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
-    from microbatch.plan.arithmetic import Division, divide_batch
-    from microbatch.plan.hyperparameters import Hyperparameters
-    from microbatch.plan.scaling import Scaling, scale_hyperparameters
+    from microbatch.memory.spill import Spill
+    from microbatch.planning.arithmetic import Division, divide_batch
+    from microbatch.planning.hyperparameters import Hyperparameters
+    from microbatch.planning.make import plan
+    from microbatch.planning.plan import Plan
+    from microbatch.planning.scaling import Scaling, scale_hyperparameters
     from microbatch.step.accumulator import Accumulator
-    from microbatch.step.events import MicrobatchDone, StepDone
+    from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, StepDone
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
 
 __all__ = [
     "Accumulator",
+    "BudgetPassed",
     "Division",
     "Hyperparameters",
     "Job",
@@ -33,8 +37,13 @@ __all__ = [
     "MemoryMeter",
     "MicrobatchDone",
     "MicrobatchError",
+    "Plan",
+    "PlanChosen",
+    "Retry",
     "Rows",
     "Scaling",
+    "SizeChanged",
+    "Spill",
     "Step",
     "StepDone",
     "Whole",
@@ -42,6 +51,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "linear_cross_entropy",
+    "plan",
     "scale_hyperparameters",
 ]
 
@@ -50,24 +60,31 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
-    "Division": "plan.arithmetic",
-    "Hyperparameters": "plan.hyperparameters",
+    "Division": "planning.arithmetic",
+    "Hyperparameters": "planning.hyperparameters",
+    "BudgetPassed": "step.events",
     "Job": "train.job",
     "Lengths": "batch.lengths",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
     "MicrobatchError": "errors",
+    "Plan": "planning.plan",
+    "PlanChosen": "step.events",
+    "Retry": "step.events",
     "Rows": "batch.tree",
-    "Scaling": "plan.scaling",
+    "Scaling": "planning.scaling",
+    "SizeChanged": "step.events",
+    "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
     "Whole": "batch.tree",
     "Window": "step.window",
     "cut": "batch.cut",
-    "divide_batch": "plan.arithmetic",
+    "divide_batch": "planning.arithmetic",
     "linear_cross_entropy": "loss.heads",
-    "scale_hyperparameters": "plan.scaling",
+    "plan": "planning.make",
+    "scale_hyperparameters": "planning.scaling",
 }
 
 

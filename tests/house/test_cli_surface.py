@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"train"}
+COMMANDS = {"plan", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -25,6 +25,7 @@ TRAIN_FLAGS = {
     "--resume",
     "--data",
 }
+PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
 
 
 def flags(*path: str) -> dict[str, str]:
@@ -41,6 +42,10 @@ def test_every_command_is_there() -> None:
 
 def test_every_flag_of_train_is_there() -> None:
     assert set(flags("train")) >= TRAIN_FLAGS
+
+
+def test_every_flag_of_plan_is_there() -> None:
+    assert set(flags("plan")) >= PLAN_FLAGS
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

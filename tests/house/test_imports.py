@@ -21,7 +21,7 @@ CORE = (
     "memory",
     "step",
     "check",
-    "plan",
+    "planning",
     "train/job.py",
 )
 COMMAND_LINE_ONLY = {"rich", "typer", "pydantic", "pydantic_core", "safetensors"}
@@ -41,7 +41,9 @@ def fresh(code: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "COLUMNS": "100"},
+        # With byte code, as an installed package brings it.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        | {"COLUMNS": "100"},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.rstrip("\n").rpartition("\n")[2]

@@ -325,7 +325,7 @@ def noisy(seed: int, device: str) -> Noisy:
 @given(
     where=st.sampled_from(["forward", "backward", "loss"]),
     at=st.integers(0, 3),
-    kind=st.sampled_from([Fault, KeyboardInterrupt, torch.OutOfMemoryError]),
+    kind=st.sampled_from([Fault, KeyboardInterrupt]),  # for running out of memory see test_recovery.py
     had=st.booleans(),
     seed=SEEDS,
 )

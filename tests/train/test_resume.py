@@ -105,7 +105,7 @@ import small_job, dataclasses, torch
 
 def slow(*, device):
     def loss_fn(model, microbatch):
-        time.sleep(0.5)
+        time.sleep(2)
         return small_job.loss_fn(model, microbatch)
     return dataclasses.replace(small_job.small(device=device), loss_fn=loss_fn, validation=None)
 """
