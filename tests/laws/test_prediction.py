@@ -168,7 +168,7 @@ def test_the_second_microbatch_and_the_second_window_count() -> None:
 
 def test_the_parts_are_the_whole() -> None:
     model, batch = big_weight()
-    predicted = rehearse(described(model), fit, batch=batch)
+    predicted = rehearse(described(model), fit, batch=batch, witness=(1, 2))
     for size in (1, 2, 7, 512):
         assert sum(predicted.parts(size).values()) == predicted.peak_bytes(size)
 
@@ -233,7 +233,10 @@ def test_workspaces_are_in_the_prediction(make: Callable[[], tuple[nn.Module, Te
     truth = AllocatorMeter(torch.device("cpu"))
     metered(it, fit, batch, 16, meter=truth)
     allocated = truth.witnessed().peak_bytes
-    assert rehearse(it, fit, batch=batch).peak_bytes(16) == pytest.approx(allocated, rel=CLOSE)
+    # Two rows of an LSTM are padded to more: off the line, they leave a bound in place of it.
+    found = rehearse(it, fit, batch=batch, witness=(2, 4, 8)).peak_bytes(16)
+    assert (1 - CLOSE) * allocated <= found <= 1.05 * allocated
+    assert rehearse(it, fit, batch=batch, witness=(4, 8)).peak_bytes(16) == pytest.approx(allocated, rel=CLOSE)
     # Without them it would be too little, and the comparison sees that.
     blind = rehearse(it, fit, batch=batch, witness=()).peak_bytes(16)
     assert blind < (1 - CLOSE) * allocated
@@ -261,7 +264,7 @@ def test_a_loss_that_reads_a_number_is_rehearsed_for_real() -> None:
         return loss
 
     it = described(model)
-    predicted = rehearse(it, reads, batch=batch)
+    predicted = rehearse(it, reads, batch=batch, witness=(1, 2, 4))
     assert "real ones did" in predicted.note
     assert predicted.peak_bytes(512) == pytest.approx(metered(it, reads, batch, 512).peak_bytes, rel=CLOSE)
 
@@ -362,7 +365,7 @@ def test_a_rehearsal_leaves_everything_as_it_was(trained: bool, reaches_past: bo
         return fit(original[0] if reaches_past else model, x)
 
     before, states = everything(model, optimizer), (torch.get_rng_state(), random.getstate())
-    rehearse(it, loss_fn, batch=batch)
+    rehearse(it, loss_fn, batch=batch, witness=(2,))
     after = everything(model, optimizer)
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -417,5 +420,5 @@ def test_out_of_memory_in_a_real_run_is_noted_and_the_rest_goes_on() -> None:
             raise OutOfMemoryError("on purpose")
         return fit(model, x)
 
-    predicted: Prediction = rehearse(described(model), loss_fn, batch=batch)
+    predicted: Prediction = rehearse(described(model), loss_fn, batch=batch, witness=(1, 2))
     assert "not measured on 1 rows (out of memory)" in predicted.note

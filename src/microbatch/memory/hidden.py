@@ -46,7 +46,7 @@ class Hidden:
         if len(runs) == 1:
             return cls(sizes, [_Gap.between(sizes[0], runs[0], sizes[0], runs[0], third=None)])
         held = list(zip(sizes, runs, strict=True))
-        thirds = [*held[2:3], *held[:-2]] if len(held) > 2 else [None]
+        thirds = [*held[2:3], *held[:-2]] if len(held) > 2 else [None] * (len(held) - 1)
         pairs = zip(pairwise(held), thirds, strict=True)
         return cls(sizes, [_Gap.between(*low, *high, third=third) for (low, high), third in pairs])
 
