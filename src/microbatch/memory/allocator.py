@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +91,8 @@ class AllocatorMeter(MemoryMeter):
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about builds without a GPU
+                # The profiler's own library tells about each start on standard error, where nobody asked for it.
+                os.environ.setdefault("KINETO_LOG_LEVEL", "99")
                 self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self._profile.__enter__()
         return super().__enter__()
