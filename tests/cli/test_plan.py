@@ -152,6 +152,6 @@ def test_a_plan_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert plan.scaling is not None
     assert {each.microbatch_size for each in plan.candidates} == {1, 2, 4, 8}
-    assert plan.chosen.measured_bytes is not None
+    assert plan.chosen.measured_bytes is not None or not plan.decided  # where noise ended the search early
     with pytest.raises(mb.MicrobatchError, match=r"pass an mb\.Job"):
         mb.plan(model)

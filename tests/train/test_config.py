@@ -194,8 +194,6 @@ def test_none_switches_off_what_the_job_brings() -> None:
 @pytest.mark.parametrize(
     ("job", "flags", "error", "message"),
     [
-        ({"microbatch_size": None}, {}, ConfigError, "pass --microbatch-size"),
-        ({"microbatch_size": None}, {"microbatch_size": "auto"}, ConfigError, "pass --microbatch-size"),
         ({"steps": None}, {}, ConfigError, "pass --steps or --epochs"),
         ({"data": []}, {}, DataError, "data has 0 samples"),
         ({"data": Stream()}, {}, DataError, "no length"),
