@@ -14,7 +14,8 @@ import microbatch as mb
 from microbatch.errors import OutOfMemoryError
 from microbatch.step import watch
 from microbatch.step.events import SizeChanged
-from microbatch.step.recovery import Cut, look_back
+from microbatch.step.lookback import adapt
+from microbatch.step.recovery import Cut
 from microbatch.step.sizing import PATIENCE, Sizing
 from microbatch.step.watch import Extent
 
@@ -203,8 +204,8 @@ ROOMY = Extent(row_bytes=1.0, bytes=8.0)
 
 def test_an_allocator_that_has_to_ask_again_makes_the_next_window_smaller() -> None:
     sizing, cut = Sizing(asked=8), Cut(allowed=8, used=8, rows=8, extent=ROOMY)
-    assert look_back(sizing, cut, step=3, allocation_retries=0) == []
-    (event,) = look_back(sizing, cut, step=4, allocation_retries=2)
+    assert adapt(sizing, cut, step=3, allocation_retries=0) == []
+    (event,) = adapt(sizing, cut, step=4, allocation_retries=2)
     assert isinstance(event, SizeChanged)
     assert (event.step, event.before, event.after) == (4, 8, 4)
     assert "2 times" in event.reason
@@ -213,7 +214,7 @@ def test_an_allocator_that_has_to_ask_again_makes_the_next_window_smaller() -> N
 
 def test_one_row_cannot_be_made_less() -> None:
     sizing, cut = Sizing(asked=8, halvings=3), Cut(allowed=8, used=1, rows=1, extent=ROOMY)
-    assert look_back(sizing, cut, step=0, allocation_retries=2) == []
+    assert adapt(sizing, cut, step=0, allocation_retries=2) == []
     assert sizing.rows == 1
 
 

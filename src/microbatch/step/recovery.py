@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from microbatch.batch.lengths import Lengths, Piece
 from microbatch.batch.tree import Rows, leaves
-from microbatch.step.events import Event, Retry, SizeChanged
+from microbatch.step.events import Retry, SizeChanged
+from microbatch.step.settings import Memory, Watched
 from microbatch.step.sizing import Sizing
 from microbatch.step.watch import Extent
 
@@ -118,28 +119,35 @@ def shrink(sizing: Sizing, cut: Cut | None) -> tuple[int, int] | None:
     return before, sizing.rows
 
 
-def look_back(sizing: Sizing, cut: Cut | None, *, step: int, allocation_retries: int) -> list[Event]:
-    """Adapt the size after a window that went well.
+def run_out(
+    memory: Memory, error: BaseException, *, index: int, cut: Cut | None, again: Attempt | None
+) -> Retry | SizeChanged | None:
+    """Make the next cut smaller, if that is what can help.
 
     Args:
-        sizing: The size.
-        cut: How the window's batch was cut.
-        step: Index of the window.
-        allocation_retries: Times that CUDA's allocator had to empty its cache and ask again in it: a window that only
-            just fits, and waits for the device each time.
+        memory: What the accumulator remembers.
+        error: Told what to do, where only a loop of the user's can run the window again.
+        index: Of the microbatch that did not fit.
+        cut: How the batch was cut; `None` where a smaller microbatch comes too late.
+        again: The attempt to go on with, where whoever opened the window can run its batch again.
 
     Returns:
-        What to tell listeners.
+        What to tell listeners: a `Retry` where the window can be run again.
     """
-    if allocation_retries:
-        changed = shrink(sizing, cut)
-        reason = f"the allocator had to empty its cache {allocation_retries} times inside the window: too tight"
-    else:
-        before, halvings = (sizing.rows if sizing.halvings else 0), sizing.halvings
-        sizing.settle()
-        changed = None if sizing.halvings == halvings else (before, sizing.rows)
-        reason = "memory has been enough for a while"
-    return [] if changed is None else [SizeChanged(step=step, before=changed[0], after=changed[1], reason=reason)]
+    # What fitted once may not any more.
+    memory.watched = Watched(told=memory.watched.told)
+    changed = shrink(memory.sizing, cut)
+    if changed is None:
+        return None
+    before, after = changed
+    if again is not None:
+        return Retry(step=memory.windows, index=index, before=before, after=after, error=str(error))
+    error.add_note(
+        f"microbatch: everything is as before the window. The next one cuts into microbatches of {after} rows "
+        f"instead of {before}: run the same batch again. accumulator.step(batch, loss_fn) does so by itself."
+    )
+    reason = "memory ran out in a window that only its own loop can run again"
+    return SizeChanged(step=memory.windows, before=before, after=after, reason=reason)
 
 
 def _bytes_of(batch: object) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -20,7 +19,6 @@ from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
-    MissingCountError,
     RankError,
     WindowClosedError,
     WindowError,
@@ -28,22 +26,22 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
-from microbatch.loss.loss import Count, LossLike, check_number, shares_of
-from microbatch.loss.tally import Tally
-from microbatch.memory.budget import format_bytes
+from microbatch.loss.loss import LossLike, check_number, shares_of
 from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
-from microbatch.ranks.agree import Message, agree
+from microbatch.ranks.agree import agree
 from microbatch.ranks.group import Ranks
 from microbatch.step.close import Closing, close
-from microbatch.step.events import BudgetPassed, Event, MicrobatchDone, PlanChosen, Retry, SizeChanged, StepDone
-from microbatch.step.foresee import begin_tuning, watched_once
+from microbatch.step.denominators import Denominators
+from microbatch.step.events import MicrobatchDone, Retry, StepDone
+from microbatch.step.foresee import begin_tuning
 from microbatch.step.fusing import fuse_for
+from microbatch.step.lookback import look_back
 from microbatch.step.record import Step
-from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, look_back, shrink
+from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
-from microbatch.step.settings import Counts, Memory, Settings, Watched
-from microbatch.step.tune import Played, Stopwatch
+from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.tune import Stopwatch
 from microbatch.step.watch import Watch
 
 
@@ -101,7 +99,6 @@ class Window:
         self._planned: int | None = None if source is None else len(source)
         self._attempt = attempt
         self._cut: Cut | None = None
-        self._declared: tuple[float, Mapping[str, float]] | None = None
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
         self.ran_out: RanOut | None = None
@@ -130,8 +127,14 @@ class Window:
             if not isinstance(settings.model, DistributedDataParallel):  # which has done so itself
                 self._ranks.broadcast_(settings.model)
             self._memory.shared = True
-        self._tally = Tally(estimate=self._memory.count or 1.0)
         self._named = trainable(settings.model, settings.optimizers)
+        self._denominators = Denominators(
+            self._counts,
+            estimate=self._memory.count or None,
+            ranks=self._ranks,
+            parameters=len(self._named),
+            known=earlier.declared,
+        )
         self._snapshot = Snapshot(settings.model, device)
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
@@ -142,7 +145,7 @@ class Window:
         try:
             self._enter_contexts(device)
             if self._source is not None:
-                self._expect(self._source)
+                self._denominators.expect(self._source, begun=False)
         except BaseException as error:
             self._abort(error)
             raise
@@ -175,7 +178,9 @@ class Window:
         except BaseException as failure:
             self._abort(failure)
             raise
-        for event in [StepDone(step=self.step), *self._look_back()]:
+        laps = None if self._stopwatch is None else self._stopwatch.laps
+        told = look_back(self._settings, self._memory, watch=self._watch, cut=self._cut, step=self.step, laps=laps)
+        for event in [StepDone(step=self.step), *told]:
             self._settings.emit(event)
 
     @property
@@ -214,7 +219,7 @@ class Window:
         rows = rows_of(batch)
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
-        self._expect([batch])
+        self._denominators.expect([batch], begun=self._index > 0)
         if rows and self._memory.sizing.open:
             begin_tuning(self._settings, self._memory, rows=rows)
         size = self._memory.sizing.rows if rows else 1
@@ -281,13 +286,13 @@ class Window:
         self._rows = None
         shares = shares_of(loss, rows=rows)
         self._gradients.check_untouched()
-        if self._counts is not None and self._tally.declared is None:
-            self._declare_without_batch(self._counts)
+        self._denominators.need()
         if shares:
-            seeds = self._tally.seeds(shares)
+            tally = self._denominators.tally
+            seeds = tally.seeds(shares)
             if (scaler := self._settings.grad_scaler) is not None:
                 seeds = [scaler.scale(seed) for seed in seeds]
-            self._tally.add(shares, microbatch=self._index)
+            tally.add(shares, microbatch=self._index)
             self._backward([share.value for share in shares], seeds)
             self._scratch.keep()
             # What a loop does to the gradients it does after every microbatch: all are watched after the first and
@@ -335,49 +340,6 @@ class Window:
             raise WindowOpenError("optimizer.step() was called inside a window; leaving the window takes the step")
         self._stepped = True
 
-    def _expect(self, batches: Sequence[Any]) -> None:
-        """Learn the denominators that the first backward needs to know, where they can be known."""
-        rows = float(sum(rows_of(batch) for batch in batches))
-        if self._counts is None:
-            self._tally.rows = int(rows)
-            self._tally.estimate = self._memory.count or rows
-            return
-        if self._index:
-            raise WindowError("counts= needs the whole batch before the first backward; call window.split once, first")
-        if self._attempt is not None and self._attempt.declared is not None:
-            self._take(*self._attempt.declared)
-        else:
-            self._declare(self._counts, batches, rows=rows)
-
-    def _declare(self, counts_of: Counts, batches: Sequence[Any], *, rows: float) -> None:
-        """Take the denominators from ``counts=``, over all ranks."""
-        counts = _declared(counts_of, batches)
-        if self._ranks is not None:
-            message = Message(
-                names=list(counts),
-                sums=[0.0] * len(counts),
-                counts=list(counts.values()),
-                samples=rows,
-                double=False,
-                present=[False] * len(self._named),
-            )
-            agreed = agree(self._ranks, message, parameters=len(self._named))
-            rows, counts = agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
-        self._take(rows, counts)
-
-    def _take(self, rows: float, counts: Mapping[str, float]) -> None:
-        self._declared = rows, counts
-        self._tally = Tally(estimate=rows, declared=counts)
-        self._tally.rows = int(rows)
-
-    def _declare_without_batch(self, counts: Counts) -> None:
-        if callable(counts) or self._ranks is not None:
-            raise MissingCountError(
-                "counts= is evaluated on the whole batch, on all ranks together, before the first backward; let "
-                "window.split(batch) cut it"
-            )
-        self._declare(counts, [], rows=0.0)
-
     def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
         tokens = lengths.microbatch_tokens
         now = lengths if tokens is None else replace(lengths, microbatch_tokens=self._memory.sizing.halved(tokens))
@@ -412,7 +374,7 @@ class Window:
         self._gradients.check_untouched()
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
-        closing = Closing(self._settings, self._gradients, self._tally, self._ranks, self._samples)
+        closing = Closing(self._settings, self._gradients, self._denominators.tally, self._ranks, self._samples)
         self._stepping, self._awaited = True, False
         self._watch.only_count()
         end = close(closing)
@@ -466,65 +428,15 @@ class Window:
 
     def _ran_out(self, error: BaseException) -> None:
         """Make the next cut smaller, if that is what can help, and say so."""
-        # What fitted once may not any more.
-        self._memory.watched = Watched(told=self._memory.watched.told)
         # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
         late = self._stepped or (self._ranks is not None and not self._awaited)
-        changed = None if late else shrink(self._memory.sizing, self._cut)
-        step, again, event = self._memory.windows, None, None
-        if changed is not None and self._attempt is not None:
-            before, after = changed
-            again = Attempt(self._attempt.retries + 1, self._started, self._declared)
-            event = Retry(step=step, index=self._index, before=before, after=after, error=str(error))
-        elif changed is not None:
-            before, after = changed
-            error.add_note(
-                f"microbatch: everything is as before the window. The next one cuts into microbatches of {after} rows "
-                f"instead of {before}: run the same batch again. accumulator.step(batch, loss_fn) does so by itself."
-            )
-            reason = "memory ran out in a window that only its own loop can run again"
-            event = SizeChanged(step=step, before=before, after=after, reason=reason)
+        known, earlier = self._denominators.known, self._attempt
+        again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known)
+        cut = None if late else self._cut
+        event = run_out(self._memory, error, index=self._index, cut=cut, again=again)
+        again = again if isinstance(event, Retry) else None
         largest = None if self._cut is None else self._cut.rows
         self.ran_out = RanOut(again, event, largest, self._watch.budget, self._stepped)
-
-    def _look_back(self) -> list[Event]:
-        """Learn from a window that went well, and return what there is to tell of it."""
-        watch, watched, step = self._watch, self._memory.watched, self.step.index
-        watch.went_well()
-        told = look_back(self._memory.sizing, self._cut, step=step, allocation_retries=watch.allocation_retries)
-        tuned = self._tune()
-        peak, budget = self.step.peak_bytes, self._settings.memory_budget
-        if peak is not None and isinstance(budget, int) and peak - budget > watched.told:
-            watched.told = peak - budget
-            told.append(BudgetPassed(step=step, peak_bytes=peak, budget=budget))
-            if not self._settings.listeners:
-                warnings.warn(
-                    f"a window took {format_bytes(peak)}, more than its memory_budget of {format_bytes(budget)}, where "
-                    "nothing could be refused without leaving half a step behind, as inside the optimizer",
-                    stacklevel=4,
-                )
-        return told if tuned is None else [*told, tuned]
-
-    def _tune(self) -> PlanChosen | None:
-        """Learn how fast the window's size is."""
-        tuning, memory = self._memory.tuning, self._memory
-        if tuning is None or self._stopwatch is None:
-            return None
-        played = Played(
-            step=self.step.index,
-            rows=sum(rows for _, rows in self._stopwatch.laps),
-            largest=0 if self._cut is None else self._cut.used,
-            laps=self._stopwatch.laps,
-            peak_bytes=self.step.peak_bytes,
-            budget=self._watch.budget,
-            watched=self._watch.passing,
-        )
-        chosen = tuning.after(played)
-        if chosen is not None:
-            memory.tuning = None
-        elif tuning.warming:
-            memory.watched = watched_once(memory.watched)
-        return chosen
 
     def _leave(self) -> None:
         self._outer.close()
@@ -535,19 +447,3 @@ class Window:
         if self._state != "open":
             when = "before it was entered" if self._state == "new" else "after it was closed"
             raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")
-
-
-def _declared(counts: Counts, batches: Sequence[Any]) -> dict[str, float]:
-    """Evaluate ``counts`` over a window's batches and add up, by term."""
-    found = [counts(batch) for batch in batches] if callable(counts) else [counts]
-    total: dict[str, float] = {}
-    for each in found:
-        if not isinstance(each, Mapping):
-            raise MissingCountError(f"counts= must give a dict of term to count, not a {type(each).__name__}")
-        for name, count in each.items():
-            total[str(name)] = total.get(str(name), 0.0) + _number(count, str(name))
-    return total
-
-
-def _number(count: Count, name: str) -> float:
-    return check_number(count.item() if isinstance(count, Tensor) else count, f"the count of {name!r}")
