@@ -14,41 +14,43 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
-from benchmarks.cases import CASES, LEARNING_RATE, loss_sum
+from benchmarks.cases import CASES, loss_sum
+from benchmarks.contenders import Subject, make_subject
 from benchmarks.machine import hardware, versions
 
 RESULTS = Path(__file__).parent / "results" / "claims"
 DEFAULT_CASES = ("gpt", "vit", "residual")
+LossSum: TypeAlias = Callable[[nn.Module, dict[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One microbatch size of one model.
+    """One microbatch size of one model, run one way.
 
     Attributes:
         case: A key of `CASES`.
         batch_size: Rows of the effective batch.
+        way: A key of `WAYS`.
         microbatch_size: Rows that went through at once; the batch's, for no accumulation.
         checkpointed: Whether every block was computed again in backward.
         peak_bytes: Most bytes alive at once in a step, weights, gradients, optimizer state and batch included.
-        activations_bytes: Of these, what forward had made.
+        activations_bytes: What one microbatch's forward keeps for its backward.
         seconds: Of each step.
     """
 
     case: str
     batch_size: int
+    way: str
     microbatch_size: int
     checkpointed: bool
     peak_bytes: int
@@ -77,87 +79,150 @@ class Again(nn.Module):
         return cast("Tensor", checkpoint(self.block, x, use_reentrant=False))
 
 
-def measure(case_name: str, microbatch_size: int, *, checkpointed: bool, repeats: int) -> Row:
+def by_hand(subject: Subject, loss: LossSum) -> Callable[[], None]:
+    """Return a step of the hand-written loop."""
+
+    def step() -> None:
+        for piece in subject.pieces():
+            (loss(subject.model, piece) / subject.count).backward()
+        subject.optimizer.step()
+        subject.optimizer.zero_grad()
+
+    return step
+
+
+def with_microbatch(subject: Subject, loss: LossSum) -> Callable[[], None]:
+    """Return a step of `microbatch`."""
+    size = subject.microbatch_size
+    accumulator = mb.Accumulator(subject.model, subject.optimizer, microbatch_size=size, memory_budget="none")
+
+    def loss_fn(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
+        return mb.Loss(sum=loss(model, piece), count=piece["labels"].numel())
+
+    def step() -> None:
+        accumulator.step(subject.batch, loss_fn)
+
+    return step
+
+
+WAYS = {"by hand": by_hand, "microbatch": with_microbatch}
+
+
+class Kept:
+    """Count what a forward pass keeps for backward.
+
+    Args:
+        loss: The forward pass.
+
+    Attributes:
+        most: Bytes of distinct storages, without the model's own, in the pass that kept most.
+    """
+
+    def __init__(self, loss: LossSum) -> None:
+        self._loss = loss
+        self.most = 0
+
+    def __call__(self, model: nn.Module, piece: dict[str, Tensor]) -> Tensor:
+        """Run the pass, and look at every tensor that autograd saves."""
+        own = {each.untyped_storage().data_ptr() for each in [*model.parameters(), *model.buffers()]}
+        kept: dict[int, int] = {}
+
+        def look(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+            loss = self._loss(model, piece)
+        self.most = max(self.most, sum(kept.values()))
+        return loss
+
+
+def measure(case_name: str, way: str, microbatch_size: int, *, checkpointed: bool, repeats: int) -> Row:
     """Take a few steps on a case's batch.
 
     Args:
         case_name: A key of `CASES`.
+        way: A key of `WAYS`.
         microbatch_size: Rows that go through at once.
         checkpointed: Whether to compute every block again.
         repeats: Steps that are timed.
     """
-    case = CASES[case_name]
-    torch.manual_seed(0)
-    model, batch = case.model(), case.batch()
+    subject = make_subject(case_name, microbatch_size, device="cpu")
     if checkpointed:
-        blocks: Any = model.get_submodule("blocks")
+        blocks: Any = subject.model.get_submodule("blocks")
         for name, block in list(blocks.named_children()):
             setattr(blocks, name, Again(block))
-    optimizer = AdamW(model.parameters(), lr=LEARNING_RATE)
-    accumulator = mb.Accumulator(model, optimizer, microbatch_size=microbatch_size, memory_budget="none")
-    count = batch["labels"].numel() / case.batch_size
-
-    def loss_fn(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
-        return mb.Loss(sum=loss_sum(model, piece), count=len(piece["labels"]) * count)
-
-    accumulator.step(batch, loss_fn)  # makes the optimizer's state
+    step = WAYS[way](subject, loss_sum)
+    step()  # makes the optimizer's state
     seconds: list[float] = []
     for _ in range(repeats):
         started = time.perf_counter()
-        accumulator.step(batch, loss_fn)
+        step()
         seconds.append(time.perf_counter() - started)
-    with mb.MemoryMeter(detail=True) as meter:
-        meter.track(model, optimizer, batch)
-        accumulator.step(batch, loss_fn)
+    with mb.MemoryMeter() as meter:
+        meter.track(subject.model, subject.optimizer, subject.batch)
+        step()
+    kept = Kept(loss_sum)
+    WAYS[way](subject, kept)()
     return Row(
         case=case_name,
-        batch_size=case.batch_size,
+        batch_size=subject.rows,
+        way=way,
         microbatch_size=microbatch_size,
         checkpointed=checkpointed,
         peak_bytes=meter.peak_bytes,
-        activations_bytes=meter.report().at_peak.get("activations", 0),
+        activations_bytes=kept.most,
         seconds=seconds,
     )
 
 
-def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
-    """Yield each claim, a case, and what was measured."""
-    for case in dict.fromkeys(row.case for row in rows):
-        found = {(row.microbatch_size, row.checkpointed): row for row in rows if row.case == case}
+def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield each claim, a case, a way, and what was measured against the whole batch by hand."""
+    for case, way in dict.fromkeys((row.case, row.way) for row in rows):
+        found = {(row.microbatch_size, row.checkpointed): row for row in rows if (row.case, row.way) == (case, way)}
         whole = max(size for size, _ in found)
-        full, one = found[whole, False], found[1, False]
+        plain = {
+            row.checkpointed: row
+            for row in rows
+            if (row.case, row.way, row.microbatch_size) == (case, "by hand", whole)
+        }
+        full, one = plain[False], found[1, False]
         sizes = [size for size, again in sorted(found) if not again]
         small = [size for size in sizes if size <= whole // 4]
         shares = [found[size, False].peak_bytes / full.peak_bytes for size in small]
         less = f"{1 / max(shares):.1f} to {1 / min(shares):.1f} times less, microbatches of {small[-1]} to 1"
-        yield "accumulation takes 4 to 16 times less memory", case, less
+        yield "accumulation takes 4 to 16 times less memory", case, way, less
         saved = f"{1 - max(shares):.0%} to {1 - min(shares):.0%}"
-        yield "accumulation saves 75 to 90 % of memory", case, saved
+        yield "accumulation saves 75 to 90 % of memory", case, way, saved
+        fewer = full.activations_bytes / one.activations_bytes
         yield (
             "activations shrink with the microbatch",
             case,
-            f"{full.activations_bytes / one.activations_bytes:.1f} times less for {whole} times fewer rows",
+            way,
+            f"{fewer:.0f} times less for {whole} times fewer rows",
         )
         if (whole, True) in found:
             again = found[whole, True]
             kept = again.activations_bytes / full.activations_bytes
             slower = again.time / full.time
-            yield "checkpoints save 50 to 70 % of activations", case, f"{1 - kept:.0%}, in {slower:.2f} of the time"
-            both = found[1, True]
-            of_peak, of_activations = both.peak_bytes / full.peak_bytes, full.activations_bytes / both.activations_bytes
             yield (
-                "both together",
+                "checkpoints save 50 to 70 % of activations",
                 case,
-                f"{of_peak:.0%} of the whole batch's peak, activations {of_activations:.0f} times less",
+                way,
+                f"{1 - kept:.0%}, in {slower:.2f} of the time",
             )
+            both = found[1, True]
+            of_peak, fewer = both.peak_bytes / full.peak_bytes, full.activations_bytes / both.activations_bytes
+            words = f"{of_peak:.0%} of the whole batch's peak, activations {fewer:.0f} times less"
+            yield "accumulation and checkpoints together", case, way, words
         doubled = [found[half, False].time / found[size, False].time for half, size in itertools.pairwise(sizes)]
-        yield (
-            "twice the microbatches take 1.5 times as long",
-            case,
-            f"{min(doubled):.2f} to {max(doubled):.2f}, median {statistics.median(doubled):.2f}",
-        )
+        middle = statistics.median(doubled)
+        words = f"{min(doubled):.2f} to {max(doubled):.2f}, median {middle:.2f}"
+        yield "twice the microbatches take 1.5 times as long", case, way, words
         best = min(sizes, key=lambda size: found[size, False].time)
-        yield "the best microbatch is 8 to 32", case, f"{best} of {whole}"
+        yield "the best microbatch is 8 to 32", case, way, f"{best} of {whole}"
 
 
 def as_markdown(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
@@ -172,16 +237,27 @@ def as_markdown(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
     """
     on = "; ".join(f"{name} {value}" for each in ("hardware", "versions") for name, value in record[each].items())
     lines = ["# Said, and measured", "", f"`python -m benchmarks.claims`; {on}."]
-    lines += ["", "| said | model | measured |", "|---|---|---|"]
-    told = sorted(verdicts(rows), key=lambda each: [claim for claim, _, _ in verdicts(rows)].index(each[0]))
-    lines += [f"| {claim} | {case} | {measured} |" for claim, case, measured in told]
     lines += [
         "",
-        "| model | microbatch | checkpoints | step | peak | activations at the peak |",
-        "|---|---|---|---|---|---|",
+        "Against the whole batch at once by plain PyTorch. Activations are what a forward keeps for backward.",
+    ]
+    lines += ["", "| said | model | by hand | `microbatch` |", "|---|---|---|---|"]
+    found = {(claim, case, way): measured for claim, case, way, measured in verdicts(rows)}
+    claims, cases = (list(dict.fromkeys(key[at] for key in found)) for at in (0, 1))
+    lines += [
+        f"| {claim} | {case} | {found[claim, case, 'by hand']} | {found[claim, case, 'microbatch']} |"
+        for claim in claims
+        for case in cases
+        if (claim, case, "microbatch") in found
     ]
     lines += [
-        f"| {row.case}, batch {row.batch_size} | {row.microbatch_size} | {'yes' if row.checkpointed else 'no'} | "
+        "",
+        "| model | way | microbatch | checkpoints | step | peak | activations |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.case}, batch {row.batch_size} | {row.way} | {row.microbatch_size} | "
+        f"{'yes' if row.checkpointed else 'no'} | "
         f"{row.time:.2f} s | {row.peak_bytes / 2**20:.0f} MiB | {row.activations_bytes / 2**20:.1f} MiB |"
         for row in rows
     ]
@@ -207,11 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     for case in flags.case:
         whole = CASES[case].batch_size
-        of = partial(measure, case, repeats=flags.repeats)
-        rows += [of(size, checkpointed=False) for size in CASES[case].all_sizes] + (
-            [of(whole, checkpointed=False)] if whole not in CASES[case].all_sizes else []
-        )
-        rows += [of(size, checkpointed=True) for size in (1, whole)]
+        sizes = sorted({*CASES[case].all_sizes, whole})
+        for size, again in [*((size, False) for size in sizes), (1, True), (whole, True)]:
+            rows += [measure(case, way, size, checkpointed=again, repeats=flags.repeats) for way in WAYS]
     record = {"hardware": hardware("cpu"), "versions": versions(), "threads": flags.threads}
     markdown = as_markdown(rows, record)
     print(markdown)

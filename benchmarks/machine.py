@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -47,6 +49,24 @@ def versions() -> dict[str, str]:
     return found
 
 
+def matmul_flops_per_second(device: torch.device, precision: torch.dtype) -> float:
+    """Return the speed of one large matrix product here and now: the median of seven.
+
+    Args:
+        device: Where it is made.
+        precision: Dtype of its factors.
+    """
+    side, taken = 2048, list[float]()
+    left, right = (torch.randn(side, side, device=device).to(precision) for _ in range(2))
+    for _try in range(7):
+        _wait_for(device)
+        started = time.perf_counter()
+        torch.mm(left, right)
+        _wait_for(device)
+        taken.append(time.perf_counter() - started)
+    return 2 * side**3 / statistics.median(taken)
+
+
 def busy_seconds() -> float | None:
     """Return how long this machine's cores have been busy since it started, all together; `None` off Linux.
 
@@ -58,6 +78,11 @@ def busy_seconds() -> float | None:
         return None
     user, nice, system, _idle, _wait, irq, softirq, steal = (int(each) for each in first.split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cpu_model() -> str:

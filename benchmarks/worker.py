@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import multiprocessing
-import statistics
 import time
 import traceback
 import warnings
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import contenders, peers
 from benchmarks.cases import CASES, loss_sum
 from benchmarks.contenders import Subject, Window, make_subject
+from benchmarks.machine import matmul_flops_per_second
 from benchmarks.memory import Peak, ResidentPeak, resident_bytes, warm_up_profiler
 
 NATIVE: dict[str, Callable[[Subject], Window]] = {
@@ -196,20 +196,12 @@ class _Desk:
         return time.process_time()
 
     def limit(self, _: str) -> Limit:
-        subject, side = self._make_subject(), 2048
+        subject = self._make_subject()
         one = Subject(subject.model, subject.optimizer, {k: v[:1] for k, v in subject.batch.items()}, 1)
         with FlopCounterMode(display=False) as counter:
             loss_sum(one.model, one.send(one.batch)).backward()
-        precision = CASES[self._spec.case].precision
-        left, right = (torch.randn(side, side, device=subject.device).to(precision) for _ in range(2))
-        taken: list[float] = []
-        for _try in range(7):
-            self._synchronize()
-            started = time.perf_counter()
-            torch.mm(left, right)
-            self._synchronize()
-            taken.append(time.perf_counter() - started)
-        return Limit(float(counter.get_total_flops() * subject.rows), 2 * side**3 / statistics.median(taken))
+        speed = matmul_flops_per_second(subject.device, CASES[self._spec.case].precision)
+        return Limit(float(counter.get_total_flops() * subject.rows), speed)
 
     def footprint(self, name: str) -> Footprint:
         if name in PACKAGES:

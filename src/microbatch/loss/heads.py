@@ -284,13 +284,16 @@ def _to_gradient_(out: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
     factor = torch.where(counted, weight.to(dtype), 0).unsqueeze(1)
     at = torch.where(counted, labels, 0).unsqueeze(1)
     for into, part, where, each in _tiles(out, logits, at, factor):
-        probabilities = torch.softmax(part, 1, dtype).mul_(each)
-        into.copy_(probabilities.scatter_(1, where, probabilities.gather(1, where) - each))
+        probabilities = torch.softmax(part, 1, dtype)
+        chosen = (probabilities.gather(1, where) - 1) * each
+        torch.mul(probabilities, each, out=into).scatter_(1, where, chosen.to(into.dtype))
 
 
 def _tiles(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield rows that fit into cache together, of several tensors alike."""
-    step = max(1, _IN_CACHE // max(1, logits.shape[1]))
+    step, threads = max(1, _IN_CACHE // max(1, logits.shape[1])), torch.get_num_threads()
+    if step > threads:  # a thread takes whole rows: of five, two threads would take as long as of six
+        step -= step % threads
     return zip(*(each.split(step) for each in (logits, *others)), strict=True)
 
 
