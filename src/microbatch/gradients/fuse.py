@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,10 @@ from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportP
 from torch.overrides import TorchFunctionMode
 
 from microbatch.gradients.add import GradientSum, Named
+from microbatch.products import add_product_
 
 # Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
 SMALLEST = 1 << 18
-# Elements of a product that is added piece by piece to a sum of another dtype: each piece stays in cache.
-PIECE = 1 << 18
 # Outputs of a head from which on it is run in parts, and of a part: its weight stays in cache.
 _MANY_OUTPUTS, _OUTPUTS_AT_ONCE = 8192, 1024
 # Fake tensors take part, so that a window can be rehearsed without memory.
@@ -397,42 +396,6 @@ def _rows(weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
 
 def _add_rows_(total: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
     return total.index_add_(0, ids, dy.to(total.dtype))
-
-
-def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right`` to a sum, in place.
-
-    Args:
-        total: Shape ``(m, n)``, at least as wide a dtype as the factors'.
-        left: Shape ``(k, m)``.
-        right: Shape ``(k, n)``.
-
-    Cost:
-        One matrix product that accumulates; where the dtypes differ and the device cannot, products of at most
-        262,144 elements.
-    """
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    elif _accumulates_wide(total.device, left.dtype, total.dtype):
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        rows = max(1, PIECE // max(1, total.shape[1]))
-        for start in range(0, total.shape[0], rows):
-            total[start : start + rows].add_(left[:, start : start + rows].T @ right)
-
-
-@cache
-def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Tell whether this device and this torch add a narrow product to a wide sum in one call."""
-    if device.type != "cuda":
-        return False
-    total = torch.ones(16, 16, device=device, dtype=wide)
-    ones = torch.ones(16, 16, device=device, dtype=narrow)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 17).all())
 
 
 def _unfit(parameter: Tensor) -> str:

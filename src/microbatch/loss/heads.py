@@ -12,6 +12,7 @@ from torch import Tensor
 
 from microbatch.errors import LossError
 from microbatch.loss.loss import Loss
+from microbatch.products import add_product_
 
 # Logits that are turned into probabilities at once: they stay in cache.
 _IN_CACHE = 1 << 18
@@ -217,7 +218,7 @@ class _Tiles(torch.autograd.Function):
             if grad_rows is not None:
                 torch.mm(logits, ready, out=grad_rows[at : at + tile])
             if grad_weight is not None:
-                _add_product_(grad_weight, logits, part)
+                add_product_(grad_weight, logits, part)
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=grad_bias.dtype)
         grad_weight, grad_bias = (
@@ -295,15 +296,6 @@ def _tiles(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if step > threads:  # a thread takes whole rows: of five, two threads would take as long as of six
         step -= step % threads
     return zip(*(each.split(step) for each in (logits, *others)), strict=True)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-        return
-    rows = max(1, _IN_CACHE // max(1, total.shape[1]))
-    for part, at in zip(left.split(rows, dim=1), range(0, total.shape[0], rows), strict=True):
-        total[at : at + rows].add_(part.T @ right)
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> None:

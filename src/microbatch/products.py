@@ -1,0 +1,51 @@
+"""Add a matrix product to a sum without a temporary as large as the sum; below the rooms, because two of them do."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Elements of a product that is added piece by piece to a sum of another dtype: each piece stays in cache.
+PIECE = 1 << 18
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left^T right`` to a sum, in place.
+
+    Args:
+        total: Shape ``(m, n)``, at least as wide a dtype as the factors'.
+        left: Shape ``(k, m)``.
+        right: Shape ``(k, n)``.
+
+    Cost:
+        One matrix product that accumulates; where the dtypes differ and the device cannot, products of at most
+        262,144 elements.
+
+    Example:
+        >>> total = torch.ones(1, 2)
+        >>> add_product_(total, torch.tensor([[2.0], [3.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> total
+        tensor([[3., 4.]])
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    elif total.is_cuda and _accumulates_wide(total.device, left.dtype, total.dtype):
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    else:
+        rows = max(1, PIECE // max(1, total.shape[1]))
+        for start in range(0, total.shape[0], rows):
+            total[start : start + rows].add_(left[:, start : start + rows].T @ right)
+
+
+@cache
+def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Tell whether a GPU and this torch add a narrow product to a wide sum in one call."""
+    total = torch.ones(16, 16, device=device, dtype=wide)
+    ones = torch.ones(16, 16, device=device, dtype=narrow)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
