@@ -1,6 +1,7 @@
 """Activations that wait for backward off the device: the same step, to the last bit."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,38 @@ def test_anything_else_is_refused() -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(mb.MicrobatchError, match='"activations", a Spill or None'):
         mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1, offload="parameters")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_casts_that_stay_for_the_window_are_not_moved(named: bool, tmp_path: Path) -> None:
+    width, rows = 512, 4
+    model = nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh(), nn.Linear(width, width, bias=False))
+    spill = mb.Spill(model, directory=tmp_path, smallest=1)
+    moved: list[int] = []
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).sum(1).float().square().mean()
+
+    accumulator = mb.Accumulator(
+        model,
+        SGD(model.parameters(), lr=0.1),
+        microbatch_size=rows,
+        autocast=torch.bfloat16,
+        offload=spill if named else None,
+        listeners=[lambda event: moved.append(spill.bytes_spilled)],
+    )
+    for _ in range(2):
+        moved.clear()
+        before = spill.bytes_spilled
+        with accumulator.window() as window:
+            for x in window.split(torch.randn(4 * rows, width)):
+                with spill:
+                    value = loss(model, x)
+                window.backward(value)
+        each = [after - earlier for earlier, after in itertools.pairwise([before, *moved[:4]])]
+        casts, activations = 2 * width * width * 2, 2 * rows * width * 2  # input and tanh, both in bfloat16
+        few = 64 * rows  # what the loss saves
+        assert casts + activations <= each[0] <= casts + activations + few  # they do not stay yet
+        # A window that was not told of them moves them each time.
+        extra = 0 if named else casts
+        assert all(extra + activations <= one <= extra + activations + few for one in each[1:])

@@ -47,6 +47,7 @@ class Fuse(TorchFunctionMode):
         gradients: Where they add up.
         stand_ins: Functions that are called first in the place of others, and return `None` where they do not cover.
         empty: Makes uninitialised tensors: ``empty(shape, like=tensor)``.
+        keep: Called with each cast that is kept until `forget`, if anybody wants to know.
 
     Source:
         Laws R4, M5, P1; measured in ``benchmarks/``.
@@ -59,9 +60,11 @@ class Fuse(TorchFunctionMode):
         *,
         stand_ins: Mapping[Any, Callable[..., Any]],
         empty: Callable[..., Tensor],
+        keep: Callable[[Tensor], object] | None = None,
     ) -> None:
         super().__init__()
         self.empty = empty
+        self._keep = keep
         self._rules = {func: partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
         self._gradients = gradients
         self._reasons = {each.name: _unfit(each.parameter) for each in named}
@@ -173,6 +176,8 @@ class Fuse(TorchFunctionMode):
             # In the first microbatch gradients take the place of casts, so that keeping these would raise the peak.
             if self._passes:
                 self._casts[id(weight), dtype] = weight._version, made
+                if self._keep is not None:
+                    self._keep(made)
         return made
 
     # -- backward -----------------------------------------------------------------------------------------------------

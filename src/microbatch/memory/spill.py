@@ -227,9 +227,10 @@ class Spill:
             kinds = {torch.device(device).type}
         else:
             kinds = {"cuda"} if any(tensor.is_cuda for tensor in named) else {"cpu", "cuda"}
-        storages = weakref.WeakSet(each.untyped_storage() for each in named if is_movable(each))
+        self._stay = weakref.WeakSet[UntypedStorage]()
+        self.leave(named)
         # The graph holds these two, and not this object.
-        self._hooks = saved_tensors_hooks(_Rule(self.store, storages, kinds, smallest).pack, _unpack)
+        self._hooks = saved_tensors_hooks(_Rule(self.store, self._stay, kinds, smallest).pack, _unpack)
 
     def __enter__(self) -> Self:
         """Begin to move what this thread's operators save.
@@ -245,6 +246,15 @@ class Spill:
     ) -> None:
         """Leave the rest where it is; what was moved comes back when backward asks for it."""
         self._hooks.__exit__(kind, error, traceback)
+
+    def leave(self, *stay: object) -> None:
+        """Leave more where it is, as what was named when this was made.
+
+        Args:
+            stay: What outlives the backwards to come: modules (for their buffers), tensors, nested structures. They are
+                not held.
+        """
+        self._stay.update(each.untyped_storage() for thing in stay for each in _tensors(thing) if is_movable(each))
 
     @property
     def bytes_spilled(self) -> int:

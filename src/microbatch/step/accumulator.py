@@ -114,7 +114,8 @@ class Accumulator:
             listeners=_listed("listeners", listeners, ()),
         )
         self._memory = Memory(sizing=Sizing(asked=microbatch_size))
-        self._spill = offload if isinstance(offload, Spill) else Spill(self._settings.bare_model) if offload else None
+        if isinstance(offload, str):
+            self._settings = replace(self._settings, offload=Spill(self._settings.bare_model))
         self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
 
     @property
@@ -300,7 +301,7 @@ class Accumulator:
 
     def _loss(self, loss_fn: LossFunction, microbatch: Any) -> LossLike:
         model = self._settings.bare_model
-        with nullcontext() if self._spill is None else self._spill:
+        with self._settings.spill or nullcontext():
             return loss_fn(model, microbatch) if self._compiled is None else self._compiled(loss_fn, model, microbatch)
 
     def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:

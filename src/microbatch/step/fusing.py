@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from microbatch.gradients.add import GradientSum, Named
 from microbatch.gradients.fuse import Fuse
@@ -13,13 +14,20 @@ from microbatch.loss.heads import cross_entropy
 from microbatch.memory.scratch import Scratch
 
 
-def fuse_for(named: Sequence[Named], gradients: GradientSum, *, scratch: Scratch) -> Fuse:
+def fuse_for(
+    named: Sequence[Named],
+    gradients: GradientSum,
+    *,
+    scratch: Scratch,
+    keep: Callable[[Tensor], object] | None = None,
+) -> Fuse:
     """Make the mode in which a window's microbatches run.
 
     Args:
         named: Parameters whose gradients may be fused.
         gradients: Where they add up.
         scratch: Memory for logits and their gradient.
+        keep: Called with what is kept until the window ends: casts of weights.
 
     Returns:
         The mode, not entered.
@@ -29,5 +37,6 @@ def fuse_for(named: Sequence[Named], gradients: GradientSum, *, scratch: Scratch
         return fuse.final
 
     stand_in = partial(cross_entropy, place=scratch.places(final=place_is_final))
-    fuse = Fuse(named, gradients, stand_ins={torch.nn.functional.cross_entropy: stand_in}, empty=scratch.empty)
+    stand_ins = {torch.nn.functional.cross_entropy: stand_in}
+    fuse = Fuse(named, gradients, stand_ins=stand_ins, empty=scratch.empty, keep=keep)
     return fuse

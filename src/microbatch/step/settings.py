@@ -80,6 +80,11 @@ class Settings:
         self._check_scaler()
 
     @property
+    def spill(self) -> Spill | None:
+        """What moves saved activations off the device, if that was asked for."""
+        return self.offload if isinstance(self.offload, Spill) else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model's first parameter is, and microbatches are sent."""
         first = next(self.model.parameters(), None)

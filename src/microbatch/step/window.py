@@ -139,7 +139,12 @@ class Window:
         self._gradients = GradientSum(settings.accumulate_dtype)
         self._gradients.open(self._named)
         self._scratch = Scratch()
-        self._fuse = fuse_for(self._named if settings.fuse else [], self._gradients, scratch=self._scratch)
+        self._fuse = fuse_for(
+            self._named if settings.fuse else [],
+            self._gradients,
+            scratch=self._scratch,
+            keep=None if settings.spill is None else settings.spill.leave,
+        )
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
