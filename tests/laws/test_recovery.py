@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.faults import FULL, RunsOut
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -44,7 +45,7 @@ ROWS, LARGE, SMALL = 8, 4, 2
 
 CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: "
 SPELLINGS: list[BaseException] = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1.00 GiB"),
+    FULL,
     torch.OutOfMemoryError("HIP out of memory. Tried to allocate 2.00 GiB"),
     OutOfMemoryError("the memory budget of 1.00 GiB was passed"),
     RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.93 GiB total capacity)"),
@@ -87,31 +88,6 @@ OTHERS: list[BaseException] = [
     KeyError("std::bad_alloc"),
     KeyboardInterrupt(),
 ]  # fmt: skip
-
-
-class RunsOut(TorchDispatchMode):
-    """Refuse the n-th operator that asks for memory, instead of running it; once for each number given.
-
-    The count begins when a loss function is first called, and ends where the optimizer begins.
-    """
-
-    def __init__(self, *at: int, error: BaseException | None = None) -> None:
-        super().__init__()
-        self.at = set(at)
-        self.error = error or SPELLINGS[0]
-        self.asked = 0
-        self.armed = False
-        self.refused: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        asks = not (func._schema.is_mutable or func.is_view or func.namespace == "profiler")
-        if self.armed and asks:
-            self.asked += 1
-            if self.asked in self.at:
-                self.refused.append(str(func))
-                self.armed = False  # until the loss is asked for again
-                raise copy.copy(self.error)
-        return func(*args, **(kwargs or {}))
 
 
 # -- what may run out -------------------------------------------------------------------------------------------------
@@ -218,6 +194,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     counts: Any = None
     scaled: bool = False
+    optimizers: int = 1
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -238,6 +215,16 @@ CASES: dict[str, Case] = {
     "scaler": Case(plain, fit, dtype=torch.float32, scaled=True, settings={"autocast": torch.bfloat16}),
     "checkpointed": Case(lambda: Checkpointed(reentrant=False)),
     "checkpointed, reentrant": Case(lambda: Checkpointed(reentrant=True)),
+    "checkpointed, not fused": Case(lambda: Checkpointed(reentrant=False), settings={"fuse": False}),
+    "checkpointed, autocast": Case(
+        lambda: Checkpointed(reentrant=False), fit, dtype=torch.float32, settings={"autocast": torch.bfloat16}
+    ),
+    "noisy, not fused": Case(Noisy, settings={"fuse": False}),
+    "lengths, not fused": Case(Tied, tokens_sum, ragged, tokens_mean, settings={"lengths": "mask", "fuse": False}),
+    "two optimizers": Case(Noisy, optimizers=2),
+    "two optimizers, scaler": Case(
+        Noisy, fit, dtype=torch.float32, scaled=True, optimizers=2, settings={"autocast": torch.float16}
+    ),
 }
 each_case = pytest.mark.parametrize("name", CASES)
 
@@ -293,7 +280,8 @@ def model_of(case: Case) -> nn.Module:
 def run(case: Case, size: int, *at: int, error: BaseException | None = None, listeners: Any = ()) -> Outcome:
     """Take a step of a fresh model, memory ending at some of the operators that ask for any."""
     model, batch = model_of(case), moved(case.batch(), model_of(case), case.dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    first, *others = (list(model.parameters())[start :: case.optimizers] for start in range(case.optimizers))
+    optimizers = [torch.optim.AdamW(first, lr=0.1), *(torch.optim.SGD(each, lr=0.1, momentum=0.9) for each in others)]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if case.scaled else None
     settings: dict[str, Any] = (
         {"memory_budget": "none"} | case.settings | {"grad_scaler": scaler, "listeners": listeners}
@@ -301,8 +289,8 @@ def run(case: Case, size: int, *at: int, error: BaseException | None = None, lis
     lengths = settings.get("lengths")
     if size != LARGE and isinstance(lengths, mb.Lengths):
         settings["lengths"] = mb.Lengths(of="mask", microbatch_tokens=24 * size // LARGE)
-    accumulator = mb.Accumulator(model, optimizer, microbatch_size=size, **settings)
-    mode, given = RunsOut(*at, error=error), list[Gradients]()
+    accumulator = mb.Accumulator(model, optimizers, microbatch_size=size, **settings)
+    mode, given = RunsOut(*at, error=error or FULL), list[Gradients]()
 
     def loss_fn(model: nn.Module, microbatch: Any) -> Any:
         mode.armed = True
@@ -312,14 +300,14 @@ def run(case: Case, size: int, *at: int, error: BaseException | None = None, lis
         mode.armed = False
         given.append(gradients_of(model))
 
-    optimizer.register_step_pre_hook(look)
+    optimizers[0].register_step_pre_hook(look)
     torch.manual_seed(11)
     random.seed(11)
     np.random.seed(11)  # noqa: NPY002 - the global one
     with mode:
         step = accumulator.step(batch, loss_fn, counts=case.counts)
     assert len(mode.refused) == len(at)
-    state = [value for held in optimizer.state.values() for value in held.values()]
+    state = [value for each in optimizers for held in each.state.values() for value in held.values()]
     others = [random.getstate(), numpy_state()]
     others += [] if scaler is None else [scaler.state_dict()]
     tensors = [each.detach().clone() for each in (*model.parameters(), *model.buffers(), *state, torch.get_rng_state())]

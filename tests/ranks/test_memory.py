@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.faults import FULL
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
-
-FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
 def network() -> nn.Module:

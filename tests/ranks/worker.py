@@ -18,6 +18,7 @@ PATIENCE = dt.timedelta(seconds=25)
 
 def main(file: str, name: str, rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # what tests share
     # A file in a folder of their own: no port to collide on.
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks, timeout=PATIENCE
