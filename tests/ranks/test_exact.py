@@ -460,11 +460,12 @@ def test_one_reduction_for_each_bucket_of_a_step(told: list[Any]) -> None:
             assert found["one"] == found["four"] == found["small"] == []
             continue
         assert found["one"] == found["four"]  # however many microbatches
-        agreement, bucket = found["one"]
+        agreement, bucket, first = found["one"]
         assert bucket == sizes
         assert agreement < 1000  # numbers, of which 768 are the letters of names
+        assert first == 3 * len(told)  # that all took it: in the first step only, as test_optimizer.py holds
         # Buckets of at least 60 bytes: a weight of 15 fills one, a bias of 5 waits for the next weight, of 20.
-        assert found["small"] == [agreement, 15, 25, 4]
+        assert found["small"] == [agreement, 15, 25, 4, first]
         assert found["wrapped"] == found["one"]
 
 

@@ -26,6 +26,7 @@ class Message:
         samples: Rows.
         double: Whether the loss is in float64.
         present: For each parameter, whether there is a gradient.
+        steps: Steps that were taken together so far, the same on every rank.
     """
 
     names: Sequence[str]
@@ -34,6 +35,7 @@ class Message:
     samples: float
     double: bool
     present: Sequence[bool]
+    steps: int = 0
 
 
 def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
@@ -52,7 +54,7 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
 
     Raises:
         LossError: The loss has more than 16 terms, or a name of more than 48 bytes.
-        RankError: A rank failed, or the ranks have different terms.
+        RankError: A rank failed, or the ranks are at different steps, or have different terms.
 
     Cost:
         One all-reduce of 8 bytes a parameter and about 6,500 more, and a host synchronisation.
@@ -62,13 +64,18 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
     """
     vector = torch.tensor(_encode(message, parameters), dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
-    failed, speaking, terms, fingerprints, squares, samples, double, *rest = vector.tolist()
+    failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = vector.tolist()
     if failed and message is not None:
         raise RankError(
             f"{int(failed)} of {ranks.size} ranks failed inside this window; its gradients are dropped here too "
             "(the failing rank's own error says why)"
         )
     # Equal numbers, and only they, have this; every rank sees it alike, also one that has no terms itself.
+    if (ranks.size - failed) * steps_squared != steps**2:
+        raise RankError(
+            "the ranks are not at the same step: one went on after its own error inside the optimizer's step, which "
+            "the others took, so that their weights differ; go on from a checkpoint, on all of them"
+        )
     if speaking * squares != fingerprints**2:
         own = ", ".join(message.names) if message and message.names else "none"
         raise RankError(f"the ranks' losses have different terms; this rank has {own}")
@@ -84,10 +91,30 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
     )
 
 
+def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
+    """Let every rank know a few yes or no of every other.
+
+    Args:
+        ranks: The ranks.
+        told: What this rank says; as many on every rank.
+
+    Returns:
+        What each rank said, in their order.
+
+    Cost:
+        One all-reduce of 8 bytes for each, and a host synchronisation.
+    """
+    said = torch.zeros(ranks.size, len(told), dtype=torch.float64)
+    said[ranks.index] = torch.tensor(told, dtype=torch.float64)
+    said = said.to(ranks.device)
+    ranks.sum_(said)
+    return [[each > 0 for each in row] for row in said.tolist()]
+
+
 def _encode(message: Message | None, parameters: int) -> list[float]:
     """Write a message as numbers that can be added up over the ranks."""
     if message is None:
-        return [1.0] + [0.0] * (6 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
+        return [1.0] + [0.0] * (8 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
     names = sorted(message.names)
     if len(names) > MOST_TERMS or any(len(name.encode()) > NAME_BYTES for name in names):
         raise LossError(
@@ -100,6 +127,8 @@ def _encode(message: Message | None, parameters: int) -> list[float]:
     letters = [float(byte) for name in names for byte in name.encode().ljust(NAME_BYTES, b"\0")]
     return [
         0.0,
+        float(message.steps),
+        float(message.steps**2),
         float(bool(names)),
         float(len(names)),
         fingerprint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,6 @@ class Ranks:
         self.sent_bytes += tensor.numel() * tensor.element_size()
         dist.all_reduce(tensor, group=self._group)
 
-    @torch.no_grad()
     def broadcast_(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of the first.
 
@@ -71,5 +71,18 @@ class Ranks:
         Cost:
             One broadcast a tensor.
         """
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.detach(), src=0, group=self._group)
+        self.copy_([*model.parameters(), *model.buffers()], source=0)
+
+    @torch.no_grad()
+    def copy_(self, tensors: Sequence[Tensor], *, source: int) -> None:
+        """Give every rank what one of them has.
+
+        Args:
+            tensors: The same shapes, dtypes and order on every rank.
+            source: Index of the rank that is copied.
+
+        Cost:
+            One broadcast a tensor.
+        """
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), group=self._group, group_src=source)

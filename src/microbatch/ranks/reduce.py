@@ -37,6 +37,21 @@ def reduce_(ranks: Ranks, gradients: Sequence[Tensor], factor: float) -> None:
             gradient.copy_(piece.view(gradient.shape))
 
 
+def reserve(gradients: Sequence[Tensor]) -> None:
+    """Find out whether there is memory for a bucket, while the other ranks can still be told that there is not.
+
+    Args:
+        gradients: What `reduce_` will be given.
+
+    Cost:
+        One allocation, which CUDA's allocator keeps at hand.
+    """
+    buckets = [(sum(gradient.numel() for gradient in bucket), bucket[0]) for bucket in _buckets(gradients)]
+    if buckets:
+        numel, like = max(buckets, key=lambda bucket: bucket[0] * bucket[1].element_size())
+        torch.empty(numel, dtype=like.dtype, device=like.device)
+
+
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Group gradients of one dtype and device, in order, into buckets of about the same bytes."""
     open_: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

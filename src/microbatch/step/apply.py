@@ -31,7 +31,7 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
     Cost:
         Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """
-    before = _Versions(optimizer)
+    before = Versions(optimizer)
     failure = _attempt(step)
     if failure is None:
         return
@@ -64,8 +64,12 @@ def _attempt(step: Callable[[], object]) -> Exception | None:
     return None
 
 
-class _Versions:
-    """What an optimizer's parameters and state are like at a moment, by torch's own counts of writes to them."""
+class Versions:
+    """What an optimizer's parameters and state are like at a moment, by torch's own counts of writes to them.
+
+    Args:
+        optimizer: It.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -75,8 +79,22 @@ class _Versions:
             for parameter, state in optimizer.state.items()
         }
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimizer writes to."""
+        return [each for each, _ in self._parameters]
+
+    @property
+    def stateless(self) -> bool:
+        """Whether there was no state."""
+        return not any(self._state.values())
+
     def put_back(self) -> bool:
-        """Take away state that was made since, and tell whether all else is as it was."""
+        """Take away state that was made since.
+
+        Returns:
+            Whether all else is as it was.
+        """
         if any(each._version != version for each, version in self._parameters):
             return False
         state = self._optimizer.state

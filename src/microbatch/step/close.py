@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,9 +18,10 @@ from microbatch.loss.loss import wide_dtype
 from microbatch.loss.tally import Tally
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
-from microbatch.ranks.reduce import reduce_
+from microbatch.ranks.reduce import reduce_, reserve
 from microbatch.step.apply import apply
-from microbatch.step.settings import Settings
+from microbatch.step.settings import Progress, Settings
+from microbatch.step.together import together
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Closing:
     tally: Tally
     ranks: Ranks | None
     samples: int | float
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,7 @@ class _Pooled:
     norm: Tensor
     host_norm: float
     normalised: bool  # whether the gradient has been divided by the count already
+    present: Sequence[bool]
 
     @property
     def counts(self) -> dict[str, float]:
@@ -73,11 +77,40 @@ class _Pooled:
         return math.isfinite(self.host_norm) and all(math.isfinite(number) for number in self.host_sums)
 
 
-def close(closing: Closing) -> End:
+def get_ready(closing: Closing) -> Message | None:
+    """Do what may fail while the other ranks can still be told.
+
+    Args:
+        closing: The window's parts.
+
+    Returns:
+        What this rank has to say; `None` for a single process.
+
+    Raises:
+        OutOfMemoryError: There is no memory to reduce the gradients in.
+    """
+    if closing.ranks is None:
+        return None
+    flat = closing.tally.totals(closing.settings.device).flatten().tolist()
+    spoke = closing.tally.spoke
+    reserve([gradient for _, gradient in closing.gradients.gradients()])
+    return Message(
+        names=closing.tally.names if spoke else [],
+        sums=flat[0::2] if spoke else [],
+        counts=flat[1::2] if spoke else [],
+        samples=closing.samples,
+        double=closing.tally.dtype == torch.float64,
+        present=closing.gradients.present,
+        steps=closing.progress.steps,
+    )
+
+
+def close(closing: Closing, message: Message | None) -> End:
     """Turn what has added up into one optimizer step.
 
     Args:
         closing: The window's parts.
+        message: What `get_ready` returned.
 
     Returns:
         How it ended.
@@ -86,13 +119,30 @@ def close(closing: Closing) -> End:
         EmptyWindowError: Nothing contributed.
         NonfiniteError: The loss or the gradient is not finite, and nobody asked to skip such windows.
         OutOfMemoryError: Memory ended inside the optimizer.
+        RankError: Another rank failed; over several ranks.
 
     Cost:
         One pass that reads the gradients and one that writes them; one host synchronisation (two over several
-        ranks); over several ranks one small all-reduce and one per bucket of gradients.
+        ranks); over several ranks one small all-reduce and one per bucket of gradients, and a second small one in a
+        step that gives a parameter its first update.
     """
+    ranks = closing.ranks
+    if ranks is None or message is None:
+        end = _take_step(closing, _pool(closing))
+    else:
+        pooled = _pool_ranks(closing, ranks, message)
+        met = {index for index, present in enumerate(pooled.present) if present}
+        # The optimizer makes state for those that it meets for the first time: memory that was never asked for before.
+        with together(ranks, closing.settings.optimizers) if met - closing.progress.met else nullcontext():
+            end = _take_step(closing, pooled)
+        closing.progress.met.update(met if end.applied else ())
+        closing.progress.steps += 1
+    _tidy_up(closing)
+    return end
+
+
+def _take_step(closing: Closing, pooled: _Pooled) -> End:
     settings = closing.settings
-    pooled = _pool(closing) if closing.ranks is None else _pool_ranks(closing, closing.ranks)
     factor = closing.tally.factor(pooled.counts) if pooled.contributed and not pooled.normalised else 1.0
     applied = pooled.contributed and pooled.finite
     if applied:
@@ -100,7 +150,8 @@ def close(closing: Closing) -> End:
         scale_([gradient for _, gradient in closing.gradients.gradients()], factor * clip)
     elif settings.nonfinite == "raise":
         _refuse(closing, pooled)
-    _step(closing, applied=applied)
+    if applied:
+        _step(closing)
     return _end(pooled, factor, applied=applied)
 
 
@@ -120,21 +171,12 @@ def _pool(closing: Closing) -> _Pooled:
         norm=norm,
         host_norm=host_norm,
         normalised=False,
+        present=[],
     )
 
 
-def _pool_ranks(closing: Closing, ranks: Ranks) -> _Pooled:
+def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
     device, gradients = closing.settings.device, closing.gradients
-    flat = closing.tally.totals(device).flatten().tolist()
-    spoke = closing.tally.spoke
-    message = Message(
-        names=closing.tally.names if spoke else [],
-        sums=flat[0::2] if spoke else [],
-        counts=flat[1::2] if spoke else [],
-        samples=closing.samples,
-        double=closing.tally.dtype == torch.float64,
-        present=gradients.present,
-    )
     agreed = agree(ranks, message, parameters=len(message.present))
     counts = dict(zip(agreed.names, agreed.counts, strict=True))
     factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
@@ -152,6 +194,7 @@ def _pool_ranks(closing: Closing, ranks: Ranks) -> _Pooled:
         norm=norm,
         host_norm=norm.item(),
         normalised=True,
+        present=agreed.present,
     )
 
 
@@ -177,17 +220,20 @@ def _refuse(closing: Closing, pooled: _Pooled) -> None:
         )
 
 
-def _step(closing: Closing, *, applied: bool) -> None:
-    scaler, optimizers = closing.settings.grad_scaler, closing.settings.optimizers
-    if applied:
-        closing.gradients.hand_over()
-        for optimizer in optimizers:
-            step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
-            apply(optimizer, step, device=closing.settings.device)
+def _step(closing: Closing) -> None:
+    scaler = closing.settings.grad_scaler
+    closing.gradients.hand_over()
+    for optimizer in closing.settings.optimizers:
+        step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
+        apply(optimizer, step, device=closing.settings.device)
+
+
+def _tidy_up(closing: Closing) -> None:
+    scaler = closing.settings.grad_scaler
     if scaler is not None:
         scaler.update()
     closing.gradients.clear()
-    for optimizer in optimizers:
+    for optimizer in closing.settings.optimizers:
         optimizer.zero_grad()
 
 

@@ -149,6 +149,19 @@ class Watched:
 
 
 @dataclass(slots=True)
+class Progress:
+    """What several ranks did together since the accumulator was made, or its state loaded.
+
+    Attributes:
+        steps: Windows that ended, with a step or without.
+        met: Places of the parameters that were given an update.
+    """
+
+    steps: int = 0
+    met: set[int] = field(default_factory=set[int])
+
+
+@dataclass(slots=True)
 class Memory:
     """What windows leave to the next one.
 
@@ -161,6 +174,7 @@ class Memory:
         shared: Whether the ranks have been given the first one's weights.
         fusion: Reports which weights the last window fused.
         watched: What need not be watched again.
+        progress: What was done together with other ranks.
         tuning: What is known of the microbatch sizes, while ``"auto"`` looks for one.
         clock: Seconds since some moment.
     """
@@ -173,5 +187,6 @@ class Memory:
     shared: bool = False
     fusion: Callable[[], Mapping[str, str]] = dict
     watched: Watched = field(default_factory=Watched)
+    progress: Progress = field(default_factory=Progress)
     tuning: Tuning | None = None
     clock: Callable[[], float] = time.perf_counter

@@ -31,7 +31,7 @@ from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
 from microbatch.ranks.group import Ranks
-from microbatch.step.close import Closing, close
+from microbatch.step.close import Closing, close, get_ready
 from microbatch.step.denominators import Denominators
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
@@ -379,10 +379,18 @@ class Window:
         self._gradients.check_untouched()
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
-        closing = Closing(self._settings, self._gradients, self._denominators.tally, self._ranks, self._samples)
-        self._stepping, self._awaited = True, False
         self._watch.only_count()
-        end = close(closing)
+        closing = Closing(
+            settings=self._settings,
+            gradients=self._gradients,
+            tally=self._denominators.tally,
+            ranks=self._ranks,
+            samples=self._samples,
+            progress=self._memory.progress,
+        )
+        message = get_ready(closing)
+        self._stepping, self._awaited = True, False
+        end = close(closing, message)
         if not end.applied:
             self._snapshot.restore_buffers()
             self._memory.skipped += 1
