@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -11,13 +12,13 @@ import torch.autograd.forward_ad as fw
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.allocations import allocated_peak, changes, recorder
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
 from torch.func import functional_call, jvp, vmap
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import SGD
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
@@ -1061,22 +1062,9 @@ def metered(it: Subject, batch: Batch) -> int:
     return meter.peak_bytes
 
 
-def memory_events(profiled: Any) -> list[int]:
-    assert profiled.profiler is not None
-    events: list[Any] = profiled.profiler.kineto_results.events()
-    memory = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
-    return [event.nbytes() for event in memory]
-
-
 def allocated(it: Subject, batch: Batch) -> int:
     """Count every allocation, also those inside of operators."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        it.accumulator.step(batch, token_loss)
-    live = peak = 0
-    for size in memory_events(profiled):
-        live += size
-        peak = max(peak, live)
-    return peak
+    return allocated_peak(lambda: it.accumulator.step(batch, token_loss))
 
 
 def tidy(_: object) -> None:
@@ -1121,12 +1109,7 @@ def test_the_peak_is_lower_by_the_largest_weight(count: Any, as_it_is: None) -> 
                 accumulator.step(batch, loss_fn)
             peaks.append(meter.peak_bytes)
         else:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-                accumulator.step(batch, loss_fn)
-            live = [0]
-            for size in memory_events(profiled):
-                live.append(live[-1] + size)
-            peaks.append(max(live))
+            peaks.append(allocated_peak(partial(accumulator.step, batch, loss_fn)))
     weight = 4 * 1024 * 1024
     assert peaks[1] - peaks[0] == pytest.approx(weight, rel=0.05)
 
@@ -1157,14 +1140,14 @@ class Between:
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
-        self.profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self.recorder = recorder()
 
     def __call__(self, event: object) -> None:
         """Switch on and off."""
         if isinstance(event, mb.MicrobatchDone) and event.index == self.first:
-            self.profiled.start()
+            self.recorder.start()
         if isinstance(event, mb.MicrobatchDone) and event.index == self.last:
-            self.profiled.stop()
+            self.recorder.stop()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -1177,7 +1160,7 @@ def test_nothing_as_large_as_a_weight_is_allocated_after_the_first_microbatch(
     guard = Between(0 if autocast is None else 1, 4)  # casts are kept from the second on
     it = subject(large(3, dtype, tied=tied), size=1, fuse=fuse, autocast=autocast, listeners=[guard])
     it.accumulator.step(ids(5), token_loss)
-    sizes = [size for size in memory_events(guard.profiled) if size > 0]
+    sizes = [size for size in changes(guard.recorder) if size > 0]
     smallest = SIDE * SIDE * min(torch.finfo(autocast or dtype).bits, torch.finfo(dtype).bits) // 8
     large_ones = [size for size in sizes if size >= smallest]
     assert len(sizes) > 10

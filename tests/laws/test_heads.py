@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests.allocations import allocated_peak
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
@@ -431,16 +431,7 @@ def metered(head: Any, **how: Any) -> int:
 
 def allocated(head: Any, **how: Any) -> int:
     """Count every allocation, also those inside of operators."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run_head(head, **how)
-    assert profiled.profiler is not None
-    assert profiled.profiler.kineto_results is not None
-    events: list[Any] = profiled.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return allocated_peak(lambda: run_head(head, **how))
 
 
 @pytest.mark.parametrize("count", [metered, allocated])

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.allocations import allocated_peak
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import microbatch as mb
@@ -94,17 +94,7 @@ def allocated(device: str, run: Run, microbatches: int) -> int:
         before = torch.cuda.memory_allocated()
         run(model, batch)
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run(model, batch)
-    assert profiled.profiler is not None
-    assert profiled.profiler.kineto_results is not None
-    events: list[Any] = profiled.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    assert peak > 0
-    return peak
+    return allocated_peak(lambda: run(model, batch))
 
 
 each_count = pytest.mark.parametrize("peak", [metered, allocated])

@@ -2,13 +2,13 @@
 
 import gc
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.allocations import allocated_peak
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from microbatch.errors import MicrobatchError, OutOfMemoryError
 from microbatch.memory.meter import MemoryMeter
@@ -62,25 +62,6 @@ def gpt() -> tuple[nn.Module, Tensor, Callable[[nn.Module, Tensor], Tensor]]:
     return Gpt(), torch.randint(300, (6, 33)), loss_fn
 
 
-def allocator_peak(run: Callable[[], object]) -> int:
-    """Return the most bytes that the allocator held at once above what it held before, as the profiler tells it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        run()
-    results = cast("Any", prof.profiler).kineto_results
-    changes: list[tuple[int, int]] = []
-    waiting = list(results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting.extend(event.children)
-        if event.tag.name == "Allocation":
-            changes.append((event.start_time_ns, event.typed[1].alloc_size))
-    live = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
 @pytest.mark.parametrize("make", [mlp, gpt])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 def test_the_peak_of_a_training_step_is_the_allocators(make: Any, optimizer_class: Any) -> None:
@@ -94,7 +75,7 @@ def test_the_peak_of_a_training_step_is_the_allocators(make: Any, optimizer_clas
             optimizer.zero_grad()
 
     run()  # what is made once is made now
-    truth = allocator_peak(run)
+    truth = allocated_peak(run)
     gc.collect()
     meter = MemoryMeter()
     meter.track(model, optimizer, batch)
@@ -109,9 +90,9 @@ def test_the_peak_of_a_training_step_is_the_allocators(make: Any, optimizer_clas
 @pytest.mark.parametrize("make", [mlp, gpt])
 def test_the_comparison_with_the_allocator_sees_another_batch(make: Any) -> None:
     model, batch, loss_fn = make()
-    whole = allocator_peak(lambda: loss_fn(model, batch).backward())
+    whole = allocated_peak(lambda: loss_fn(model, batch).backward())
     model.zero_grad()
-    half = allocator_peak(lambda: loss_fn(model, batch[: len(batch) // 2]).backward())
+    half = allocated_peak(lambda: loss_fn(model, batch[: len(batch) // 2]).backward())
     assert half < 0.95 * whole
 
 
