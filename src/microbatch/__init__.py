@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
+    from microbatch.memory.recompute import checkpointed
     from microbatch.memory.spill import Spill
     from microbatch.planning.arithmetic import Division, divide_batch
     from microbatch.planning.hyperparameters import Hyperparameters
@@ -48,6 +49,7 @@ __all__ = [
     "StepDone",
     "Whole",
     "Window",
+    "checkpointed",
     "cut",
     "divide_batch",
     "linear_cross_entropy",
@@ -80,6 +82,7 @@ _HOMES = {
     "StepDone": "step.events",
     "Whole": "batch.tree",
     "Window": "step.window",
+    "checkpointed": "memory.recompute",
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
     "linear_cross_entropy": "loss.heads",

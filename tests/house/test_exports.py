@@ -31,6 +31,7 @@ PUBLIC = {
     "StepDone",
     "Whole",
     "Window",
+    "checkpointed",
     "cut",
     "divide_batch",
     "linear_cross_entropy",

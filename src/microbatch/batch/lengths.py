@@ -71,12 +71,14 @@ class Piece:
         start: First column that any of its rows uses.
         stop: One past the last.
         columns: Columns of the whole batch.
+        tokens: Columns that its rows use themselves, all together: less than what goes through the model.
     """
 
     rows: Tensor
     start: int
     stop: int
     columns: int
+    tokens: int
 
 
 def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> list[Piece]:
@@ -120,6 +122,7 @@ def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> l
             start=min(starts[begin:end]),
             stop=max(stop for _, stop in spans[begin:end]),
             columns=columns,
+            tokens=sum(sizes[begin:end]),
         )
         for begin, end in best_cuts(sizes, starts=starts, most=most, overhead=lengths.overhead)
     ]

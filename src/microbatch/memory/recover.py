@@ -132,7 +132,7 @@ def explained(
     return OutOfMemoryError(
         f"out of memory {limit}: {' '.join(part for part in told if part)}. The largest parameter is "
         f"{_largest(model)}. Weights, gradients, buffers and random state are as before the window. What can help: "
-        "activation checkpointing (torch.utils.checkpoint), mb.linear_cross_entropy for a large vocabulary, shorter "
+        'activation checkpointing (checkpoint="all"), mb.linear_cross_entropy for a large vocabulary, shorter '
         "rows, a narrower autocast, the optimizer's state or activations offloaded to the host, or a larger "
         f"memory_budget. The error itself: {type(error).__name__}: {error}",
         asked=asked,

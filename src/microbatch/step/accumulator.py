@@ -16,13 +16,16 @@ from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
+from microbatch.memory.recompute import named_blocks
 from microbatch.memory.recover import explained, let_go
 from microbatch.memory.spill import Spill
 from microbatch.step.compiled import Compiled, LossFunction
 from microbatch.step.events import Listener
 from microbatch.step.foresee import foresee
+from microbatch.step.pace import Pace
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt
+from microbatch.step.relieve import relieve
 from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sizing import Sizing
 from microbatch.step.suggest import suggestions
@@ -57,6 +60,11 @@ class Accumulator:
             batch's mask or lengths, or a `Lengths`.
         offload: ``"activations"`` to move what autograd saves off the device until backward asks for it, in `step`; a
             `Spill` of your own to say where to; `None` to leave it there.
+        checkpoint: Blocks whose activations are computed again in backward instead of kept: names of submodules,
+            ``"all"`` for those that the model repeats, or ``"auto"`` for as few as let the microbatch fit, found in the
+            first `step`; see ``docs/checkpoints.md``.
+        look_again: With ``microbatch_size="auto"``, time the size and its neighbours once more where steps have become
+            markedly faster or slower, at most three times in a run.
         compile: Run ``step``'s loss functions, and the model in them, through `torch.compile`; ``"reduce-overhead"``
             or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
         listeners: Callables that are given every event.
@@ -92,6 +100,8 @@ class Accumulator:
         fuse: bool = True,
         lengths: Lengths | str | None = None,
         offload: str | Spill | None = None,
+        checkpoint: str | Sequence[str] | None = None,
+        look_again: bool = False,
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -111,12 +121,26 @@ class Accumulator:
             compile=compile,
             lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
             offload=offload,
+            checkpoint=checkpoint,
+            look_again=look_again,
             listeners=_listed("listeners", listeners, ()),
         )
-        self._memory = Memory(sizing=Sizing(asked=microbatch_size))
+        blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
+        self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks)
         if isinstance(offload, str):
             self._settings = replace(self._settings, offload=Spill(self._settings.bare_model))
         self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
+
+    @property
+    def settings(self) -> Settings:
+        """What was asked for."""
+        return self._settings
+
+    @property
+    def microbatch_size(self) -> int | None:
+        """Rows that go through the model at once, now; `None` before ``"auto"`` has seen a batch."""
+        sizing = self._memory.sizing
+        return None if sizing.open else sizing.rows
 
     @property
     def skipped(self) -> int:
@@ -158,6 +182,8 @@ class Accumulator:
             out, the window is run again with microbatches of half the size, and gives the same result.
         """
         sizing, tuning = replace(self._memory.sizing), self._memory.tuning
+        if self._memory.checkpoint is None and not self._memory.open:
+            self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
         if sizing.open and not self._memory.open:
             foresee(self._settings, self._memory, batch=batch, loss_fn=loss_fn)
         window = Window(self._settings, self._memory, counts=counts, attempt=Attempt())
@@ -247,6 +273,8 @@ class Accumulator:
             "count": memory.count,
             "sizing": memory.sizing.state(),
             "tuning": None if tuning is None else tuning.state(),
+            "pace": None if memory.pace is None else memory.pace.state(),
+            "checkpoint": None if memory.checkpoint is None else list(memory.checkpoint),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -268,9 +296,17 @@ class Accumulator:
                 windows=state["windows"],
                 skipped=state["skipped"],
                 count=state["count"],
+                pace=_pace(state.get("pace") if self._settings.look_again else None, sizing),
+                checkpoint=self._blocks(state.get("checkpoint")),
             )
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
+
+    def _blocks(self, saved: Sequence[str] | None) -> tuple[str, ...] | None:
+        """Take over what ``"auto"`` had chosen; what is asked for by name is asked for now."""
+        if self._settings.checkpoint != "auto":
+            return self._memory.checkpoint
+        return None if saved is None else named_blocks(self._settings.bare_model, saved)
 
     def _attempt(self, window: Window, batch: object, loss_fn: LossFunction) -> Exception | None:
         """Run a window, and return the error if it ran out of memory and is to be run again, smaller."""
@@ -316,7 +352,8 @@ class Accumulator:
         """Run a window's microbatches again, with the same random state, until a gradient is not finite."""
         # The losses were finite, or the window would have told: only the gradients can.
         settings = replace(self._settings, listeners=[])
-        memory = Memory(sizing=replace(self._memory.sizing), count=self._memory.count)
+        now = self._memory
+        memory = Memory(sizing=replace(now.sizing), count=now.count, checkpoint=now.checkpoint)
         found: int | None = None
         with suppress(_LeaveWithoutStep), Window(settings, memory, counts=counts) as window:
             for index, microbatch in enumerate(window.split(batch)):
@@ -334,6 +371,10 @@ class _LeaveWithoutStep(Exception):  # noqa: N818 - nothing is wrong: the only w
 
 def _leave_without_step() -> None:
     raise _LeaveWithoutStep
+
+
+def _pace(state: Mapping[str, Any] | None, sizing: Sizing) -> Pace | None:
+    return None if state is None else Pace.restored(state, Tuning.restored(state["tuning"], sizing))
 
 
 def _listed(name: str, given: Any, kind: Any) -> list[Any]:

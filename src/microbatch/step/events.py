@@ -100,6 +100,8 @@ class PlanChosen:
         seconds: What was measured, in seconds per row, by size.
         predicted_bytes: Peak that was predicted for the size; `None` where nothing could be.
         peak_bytes: Peak that was measured at the size; `None` where nobody counted.
+        microbatch_tokens: Tokens of a microbatch from now on, where rows are ragged: as many as that many rows of the
+            first batch's longest; else `None`.
     """
 
     step: int
@@ -109,6 +111,7 @@ class PlanChosen:
     seconds: Mapping[int, float]
     predicted_bytes: int | None
     peak_bytes: int | None
+    microbatch_tokens: int | None = None
 
     @property
     def error(self) -> float | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
 
 from microbatch.batch.tree import leaves, rows_of
 from microbatch.memory.budget import available_bytes
@@ -32,7 +34,11 @@ def begin_tuning(settings: Settings, memory: Memory, *, rows: int) -> None:
         hindrance = "fake tensors take no time"
     elif settings.lengths is not None and settings.lengths.microbatch_tokens is not None:
         hindrance = "microbatch_tokens says how large microbatches are"
-    memory.tuning = Tuning.begin(memory.sizing, rows=rows, ragged=settings.lengths is not None, hindrance=hindrance)
+    ragged = settings.lengths is not None
+    # Of one row there is no variance.
+    norms = any(isinstance(module, _BatchNorm) and module.training for module in settings.model.modules())
+    least = 2 if norms else 1
+    memory.tuning = Tuning.begin(memory.sizing, rows=rows, ragged=ragged, hindrance=hindrance, least=least)
     # In place: a window that is open already looks at it too.
     memory.watched.windows = max(1, memory.watched.windows)
 
@@ -71,7 +77,8 @@ def foresee(settings: Settings, memory: Memory, *, batch: object, loss_fn: LossF
     if memory.tuning is None:
         return None
     try:
-        prediction = rehearse(settings, loss_fn, batch=batch, witness=())
+        settled = replace(settings, checkpoint=memory.checkpoint)
+        prediction = rehearse(settled, loss_fn, batch=batch, witness=())
     except Exception:  # noqa: BLE001 - then the sizes are felt for instead, and what is wrong shows in the real step
         return None
     memory.tuning.foresee(prediction, budget=room_for(settings, batch))

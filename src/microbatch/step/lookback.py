@@ -7,6 +7,7 @@ import warnings
 from microbatch.memory.budget import format_bytes
 from microbatch.step.events import BudgetPassed, Event, PlanChosen, SizeChanged
 from microbatch.step.foresee import watched_once
+from microbatch.step.pace import Pace
 from microbatch.step.record import Step
 from microbatch.step.recovery import Cut, shrink
 from microbatch.step.settings import Memory, Settings
@@ -40,7 +41,7 @@ def look_back(
     watched = memory.watched
     watch.went_well()
     told = adapt(memory.sizing, cut, step=step.index, allocation_retries=watch.allocation_retries)
-    chosen = _tune(memory, watch, cut=cut, step=step, laps=laps)
+    chosen = _tune(settings, memory, watch=watch, cut=cut, step=step, laps=laps)
     peak, budget = step.peak_bytes, settings.memory_budget
     if peak is not None and isinstance(budget, int) and peak - budget > watched.told:
         watched.told = peak - budget
@@ -79,10 +80,18 @@ def adapt(sizing: Sizing, cut: Cut | None, *, step: int, allocation_retries: int
 
 
 def _tune(
-    memory: Memory, watch: Watch, *, cut: Cut | None, step: Step, laps: list[tuple[float, float]] | None
+    settings: Settings,
+    memory: Memory,
+    *,
+    watch: Watch,
+    cut: Cut | None,
+    step: Step,
+    laps: list[tuple[float, float]] | None,
 ) -> PlanChosen | None:
     """Learn how fast the window's size is."""
     tuning = memory.tuning
+    if tuning is None and memory.pace is not None and cut is not None:
+        _keep_pace(memory, memory.pace, cut=cut, step=step, metered=watch.passing)
     if tuning is None or laps is None:
         return None
     played = Played(
@@ -93,10 +102,22 @@ def _tune(
         peak_bytes=step.peak_bytes,
         budget=watch.budget,
         watched=watch.passing,
+        tokens=None if cut is None else cut.tokens,
     )
     chosen = tuning.after(played)
     if chosen is not None:
         memory.tuning = None
+        if memory.pace is None and settings.look_again:
+            memory.pace = Pace(tuning)
     elif tuning.warming:
         memory.watched = watched_once(memory.watched)
     return chosen
+
+
+def _keep_pace(memory: Memory, pace: Pace, *, cut: Cut, step: Step, metered: bool) -> None:
+    """Look again where steps have become markedly faster or slower, for another reason than their size."""
+    amount = float(step.samples) if cut.tokens is None else float(cut.tokens)
+    if metered or memory.sizing.halvings or step.retries or not amount:
+        return
+    if pace.changed(step.seconds / amount):
+        memory.tuning = pace.look(memory.sizing)

@@ -57,12 +57,14 @@ class Cut:
         used: What the largest microbatch has of it.
         rows: Rows of the microbatch with most of them.
         extent: How large they are.
+        tokens: Tokens of the batch, padding left out, where it is cut by them.
     """
 
     allowed: int
     used: int
     rows: int
     extent: Extent
+    tokens: int | None = None
 
 
 def cut_of_rows(batch: object, sizing: Sizing, *, rows: int) -> Cut:
@@ -97,9 +99,10 @@ def cut_of_pieces(batch: object, pieces: Sequence[Piece], sizing: Sizing, *, len
     row_bytes = _bytes_of(batch) / sum(len(piece.rows) for piece in pieces)
     extent = Extent(row_bytes=row_bytes * longest / pieces[0].columns, bytes=row_bytes * tokens / pieces[0].columns)
     rows = max(len(piece.rows) for piece in pieces)
+    used = sum(piece.tokens for piece in pieces)
     if lengths.microbatch_tokens is not None:
-        return Cut(lengths.microbatch_tokens, tokens, rows, extent)
-    return Cut(sizing.most, -(-tokens // longest), rows, extent)
+        return Cut(lengths.microbatch_tokens, tokens, rows, extent, used)
+    return Cut(sizing.most, -(-tokens // (sizing.width or longest)), rows, extent, used)
 
 
 def shrink(sizing: Sizing, cut: Cut | None) -> tuple[int, int] | None:

@@ -6,13 +6,13 @@ import logging
 import operator
 import sys
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,7 +26,10 @@ from microbatch.memory.allocator import AllocatorMeter, Witnessed
 from microbatch.memory.ledger import GRADIENTS, INPUTS, Timeline
 from microbatch.memory.meter import READ, MemoryMeter
 from microbatch.memory.predict import Prediction, predict
+from microbatch.memory.recompute import checkpointed
 from microbatch.memory.scratch import Scratch
+from microbatch.memory.spill import Spill
+from microbatch.step.absent import Inside, absent
 from microbatch.step.copies import Cast, Faked, LossFunction, Scene, copies_of, some_rows
 from microbatch.step.fusing import fuse_for
 from microbatch.step.replay import Snapshot
@@ -107,16 +110,54 @@ def _predict(
         return predict(real.__getitem__, sizes=list(real), witnessed=seen, beside=scene.beside)
 
 
-def _fake(scene: Scene, size: int) -> Timeline:
+def rehearse_once(
+    settings: Settings,
+    loss_fn: LossFunction,
+    *,
+    batch: object,
+    size: int,
+    watch: Callable[[nn.Module, MemoryMeter], AbstractContextManager[object]] | None = None,
+) -> int:
+    """Rehearse a window on fake copies at one size alone.
+
+    Args:
+        settings: The accumulator's.
+        loss_fn: As for `Accumulator.step`.
+        batch: As for `rehearse`.
+        size: Rows of a microbatch; at least 1.
+        watch: Given the fake model and the meter, what is entered around the window; `None` for nothing.
+
+    Returns:
+        Its peak in bytes, without what operators allocate inside themselves.
+
+    Raises:
+        ConfigError: Model, optimizer or loss function cannot be copied.
+
+    Cost:
+        Some 0.1 milliseconds an operator.
+    """
+    with _undisturbed(settings) as gradients:
+        scene = Scene(settings, loss_fn, batch, gradients)
+        return _fake(scene, size, watch=watch).peak_bytes + scene.beside(size)
+
+
+def _fake(
+    scene: Scene,
+    size: int,
+    *,
+    watch: Callable[[nn.Module, MemoryMeter], AbstractContextManager[object]] | None = None,
+) -> Timeline:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     cast = copies_of(scene, how=Faked(mode))
+    if scene.settings.offload is not None:
+        cast = replace(cast, loss_fn=Inside(cast.loss_fn, absent()))
     meter = MemoryMeter(timeline=True)
     # What fails here is run for real, and needs no traceback in anybody's log.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
     try:
-        with mode:
+        with mode, nullcontext() if watch is None else watch(cast.settings.bare_model, meter):
             _play(cast, size, meter)
     finally:
         log.setLevel(level)
@@ -126,7 +167,11 @@ def _fake(scene: Scene, size: int) -> Timeline:
 def _real(scene: Scene, size: int) -> Witnessed:
     budget = scene.settings.memory_budget
     meter = AllocatorMeter(scene.settings.device, budget=budget if isinstance(budget, int) else None)
-    _play(copies_of(scene, how=None), size, meter)
+    cast = copies_of(scene, how=None)
+    if (offload := scene.settings.offload) is not None:
+        spill = offload if isinstance(offload, Spill) else Spill(cast.settings.bare_model)
+        cast = replace(cast, loss_fn=Inside(cast.loss_fn, spill))
+    _play(cast, size, meter)
     return meter.witnessed()
 
 
@@ -172,6 +217,8 @@ def _window(cast: Cast, microbatches: Sequence[Any], meter: MemoryMeter) -> None
     fuse = fuse_for(named if settings.fuse else [], gradients, scratch=scratch)
     tally: Tally | None = None
     with ExitStack() as inner:
+        if settings.checkpoint is not None and settings.checkpoint != "auto":
+            inner.enter_context(checkpointed(model, settings.checkpoint))
         if fuse.useful:
             inner.callback(fuse.forget)
             inner.callback(scratch.forget)

@@ -12,7 +12,10 @@ MOST_SIZES = 12
 """Sizes among which five probes find the fastest: one less than the Fibonacci number of five steps."""
 
 NOISE = 0.2
-"""Interquartile range over the median above which samples say nothing: another job is running."""
+"""Interquartile range over the median above which another job is running, and the median says nothing."""
+
+AGREED = 0.05
+"""By which part the two fastest samples may be apart where the others say nothing: both were left in peace."""
 
 SAMPLES = 3
 """Fewest samples of a probe: their interquartile range leaves out one that was disturbed."""
@@ -152,22 +155,48 @@ def fastest(sizes: Sequence[int], seconds: Mapping[int, float]) -> Found:
     return Found(microbatch_size=best, decided=True, why=why, seconds=measured)
 
 
-def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -> Found:
+def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str, default: int | None = None) -> Found:
     """Fall back to a default, and say why.
 
     Args:
         sizes: Sizes to choose from, ascending; at least one.
         seconds: What could be measured, in seconds per row, by size.
         why: What was in the way of more.
+        default: The size to fall back to; `None` for `middle_size`.
 
     Returns:
         The record.
     """
-    size = middle_size(sizes)
+    size = middle_size(sizes) if default is None else default
     return Found(microbatch_size=size, decided=False, why=f"{why}; {size} is a default", seconds=dict(seconds))
 
 
-def too_noisy(size: int, samples: Sequence[float]) -> str | None:
+def settled(samples: Sequence[float]) -> float | None:
+    """Take the time that samples agree on.
+
+    Another job can only make a sample slower. So where the middle half of them lies apart, but the two fastest agree,
+    these were left in peace, and tell the time.
+
+    Args:
+        samples: Seconds per row; at least one.
+
+    Returns:
+        Their median, or the mean of the two fastest; `None` where they say nothing.
+
+    Example:
+        >>> settled([1.0, 1.1, 1.2]), settled([2.5, 1.0, 1.0, 2.6]), settled([1.0, 1.4, 2.5, 2.6])
+        (1.1, 1.0, None)
+
+    Source:
+        A simulated rival that comes and goes: ``tests/laws/test_rival.py``.
+    """
+    if noise(samples) <= NOISE:
+        return median(samples)
+    fast = sorted(samples)[:2]
+    return sum(fast) / 2 if len(samples) >= 2 * len(fast) and fast[1] <= (1 + AGREED) * fast[0] else None
+
+
+def too_noisy(size: int, samples: Sequence[float]) -> str:
     """Say what is wrong with samples that nothing can be decided on.
 
     Args:
@@ -175,14 +204,11 @@ def too_noisy(size: int, samples: Sequence[float]) -> str | None:
         samples: Seconds per row; at least one.
 
     Returns:
-        Words, or `None` if nothing is.
+        Words.
     """
-    apart = noise(samples)
-    if apart <= NOISE:
-        return None
     return (
-        f"steps in microbatches of {size} differ by {apart:.0%} of their median time (interquartile range), as when "
-        "another job is running, so speeds were not compared"
+        f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
+        "as when another job is running, so speeds were not compared"
     )
 
 
@@ -212,9 +238,9 @@ def search(measure: Callable[[int], Sequence[float]], sizes: Sequence[int]) -> F
     seconds: dict[int, float] = {}
     while (size := next_size(sizes, seconds)) is not None:
         samples = measure(size)
-        if (trouble := too_noisy(size, samples)) is not None:
-            return undecided(sizes, seconds, why=trouble)
-        seconds[size] = median(samples)
+        if (taken := settled(samples)) is None:
+            return undecided(sizes, seconds, why=too_noisy(size, samples))
+        seconds[size] = taken
     return fastest(sizes, seconds)
 
 

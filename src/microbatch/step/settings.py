@@ -19,6 +19,7 @@ from microbatch.errors import ConfigError
 from microbatch.loss.loss import Count
 from microbatch.memory.spill import Spill
 from microbatch.step.events import Event, Listener
+from microbatch.step.pace import Pace
 from microbatch.step.sizing import Sizing
 from microbatch.step.tune import Tuning
 
@@ -45,6 +46,8 @@ class Settings:
     lengths: Lengths | None
     listeners: list[Listener]
     offload: str | Spill | None = None
+    checkpoint: str | Sequence[str] | None = None
+    look_again: bool = False
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -72,6 +75,7 @@ class Settings:
             raise ConfigError(f"compile must be True, False or a mode of torch.compile ({modes}), not {self.compile!r}")
         if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
             raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
+        self._check_checkpoint()
         for listener in self.listeners:
             if not callable(listener):
                 raise ConfigError(
@@ -117,6 +121,19 @@ class Settings:
                     "LBFGS moves the weights several times within one step, so there is no window in which they are "
                     "frozen; use an optimizer whose step() needs no closure"
                 )
+
+    def _check_checkpoint(self) -> None:
+        blocks = self.checkpoint
+        if blocks is None:
+            return
+        names = [blocks] if isinstance(blocks, str) else list(blocks)
+        if not all(isinstance(name, str) for name in names):
+            raise ConfigError(f'checkpoint must be "auto", "all", names of submodules or None, not {blocks!r}')
+        if names and (self.compile or hasattr(self.bare_model, "_orig_mod")):
+            raise ConfigError(
+                "checkpoint= and the compiler do not go together: it decides by itself what to keep for backward; "
+                "leave one of them out"
+            )
 
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:
@@ -176,6 +193,8 @@ class Memory:
         watched: What need not be watched again.
         progress: What was done together with other ranks.
         tuning: What is known of the microbatch sizes, while ``"auto"`` looks for one.
+        pace: How fast windows have been since ``"auto"`` chose, where it is to look again; `None` before, or if not.
+        checkpoint: Blocks that are computed again in backward; `None` before ``"auto"`` has chosen them.
         clock: Seconds since some moment.
     """
 
@@ -189,4 +208,6 @@ class Memory:
     watched: Watched = field(default_factory=Watched)
     progress: Progress = field(default_factory=Progress)
     tuning: Tuning | None = None
+    pace: Pace | None = None
+    checkpoint: tuple[str, ...] | None = ()
     clock: Callable[[], float] = time.perf_counter

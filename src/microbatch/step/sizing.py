@@ -23,6 +23,8 @@ class Sizing:
         patience: Windows that have to, before it grows.
         on_trial: Whether the size has grown and not yet lasted.
         chosen: With ``"auto"``, the rows that are being tried, or were chosen; `None` before the first window.
+        width: With ``"auto"`` and ragged rows, the tokens of one of these rows: the longest of the first batch. The
+            tokens of a microbatch are then as many for every batch, however long its rows are.
 
     Example:
         >>> sizing = Sizing(asked=10)
@@ -44,6 +46,7 @@ class Sizing:
     patience: int = PATIENCE
     on_trial: bool = False
     chosen: int | None = None
+    width: int | None = None
 
     @property
     def open(self) -> bool:
@@ -78,6 +81,11 @@ class Sizing:
             rows: It; at least 1.
         """
         self.chosen, self.halvings, self.calm, self.on_trial = rows, 0, 0, False
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens that go through the model at once where nothing has been halved; `None` where rows are counted."""
+        return None if self.width is None else self.most * self.width
 
     def halved(self, asked: int) -> int:
         """Halve what was asked for as often as memory ended.
@@ -125,6 +133,7 @@ class Sizing:
             "patience": self.patience,
             "on_trial": self.on_trial,
             "chosen": self.chosen,
+            "width": self.width,
         }
 
     def restored(self, state: Mapping[str, Any]) -> Sizing:

@@ -14,16 +14,18 @@ import torch
 
 from microbatch.memory.predict import Prediction
 from microbatch.step.events import PlanChosen
-from microbatch.step.search import SAMPLES, Found, fastest, next_size, sizes_for, too_noisy, undecided
+from microbatch.step.search import SAMPLES, Found, fastest, next_size, settled, sizes_for, too_noisy, undecided
 from microbatch.step.sizing import Sizing
 
 MOST_PROBES = 5
-_SAFE = 0.97
+SAFE = 0.97
 """Of the budget, what a predicted peak may take: the meter does not see what operators allocate inside themselves."""
 _FEELER = 4
 """Rows of the first microbatches where nothing is predicted; from their peak follows what larger ones take at most."""
 _PATIENCE = 3
 """Windows at a size before noise ends the search; and windows that a meter may spoil, which most go without."""
+_CLOSE = 2.0
+"""Times as slow as the fastest up to which a size is timed once more: another job makes it no slower than that."""
 _ONLY = "no other size fits"
 
 
@@ -72,6 +74,7 @@ class Played:
         peak_bytes: Most bytes in use, where somebody counted.
         budget: Bytes that it might use, where somebody counted.
         watched: Whether a meter was on that most windows go without.
+        tokens: Tokens of its batch, padding left out, where rows are ragged.
     """
 
     step: int
@@ -81,13 +84,16 @@ class Played:
     peak_bytes: int | None
     budget: int | None
     watched: bool
+    tokens: int | None = None
 
 
 @dataclass(slots=True)
 class Tuning:
     """Hold what is known of the sizes, until one of them is chosen.
 
-    Each size has a first window, which is watched and warms up, and as many more as give three samples.
+    Each size has a first window, which is watched and warms up, and as many more as give three samples. In the end
+    those that are not far from the fastest have one more, some time after their others, and the lower time counts: a
+    job that ran beside all the windows of a size would not show in them.
 
     Attributes:
         sizes: Sizes that may fit, ascending.
@@ -102,6 +108,10 @@ class Tuning:
         windows: Windows at that size.
         bound: Rows that are sure to fit, where nothing is predicted; `None` while no peak is known.
         feeling: Whether the size is only tried for its peak.
+        again: Sizes that are still to be timed once more; `None` before it is known which.
+        rerun: Whether the size that is being tried is one of them.
+        default: Size to keep where nothing can be decided; `None` for a size that is rarely far from the best.
+        density: Tokens of a row, on average, of the first batch that was timed, where rows are ragged.
     """
 
     sizes: list[int]
@@ -116,9 +126,13 @@ class Tuning:
     windows: int = 0
     bound: int | None = None
     feeling: bool = False
+    again: list[int] | None = None
+    rerun: bool = False
+    default: int | None = None
+    density: float | None = None
 
     @classmethod
-    def begin(cls, sizing: Sizing, *, rows: int, ragged: bool, hindrance: str | None = None) -> Tuning:
+    def begin(cls, sizing: Sizing, *, rows: int, ragged: bool, hindrance: str | None = None, least: int = 1) -> Tuning:
         """Begin with a batch of which nothing is predicted.
 
         Args:
@@ -126,11 +140,14 @@ class Tuning:
             rows: Rows of the batch; at least 1.
             ragged: Whether microbatches are of unlike rows.
             hindrance: Why speed cannot be compared, in words; `None` if it can.
+            least: Rows of the smallest microbatch that is worth trying.
 
         Returns:
             The tuning.
         """
-        found = cls(sizes_for(rows), sizing, ragged=ragged, hindrance=hindrance)
+        sizes = sizes_for(rows)
+        worth = [size for size in sizes if size >= least] or sizes
+        found = cls(worth, sizing, ragged=ragged, hindrance=hindrance)
         if hindrance is not None:
             found._decide(undecided(found.sizes, {}, why=hindrance))
         else:
@@ -146,13 +163,31 @@ class Tuning:
             budget: Bytes that may be in use; `None` for no limit.
         """
         self.predicted = {size: prediction.peak_bytes(size) for size in self.sizes}
-        fit = [size for size, peak in self.predicted.items() if budget is None or peak <= _SAFE * budget]
+        fit = [size for size, peak in self.predicted.items() if budget is None or peak <= SAFE * budget]
         self.sizes = fit or self.sizes[:1]
         self.feeling = False
         if self.hindrance is not None:
             self._decide(undecided(self.sizes, {}, why=self.hindrance))
         else:
             self._move()
+
+    def around(self, sizing: Sizing) -> Tuning:
+        """Begin anew with the chosen size and its neighbours.
+
+        Args:
+            sizing: What every cut is made by.
+
+        Returns:
+            The tuning, which keeps the size where it cannot decide.
+        """
+        size = sizing.most
+        known = sorted({*self.sizes, size})
+        at = known.index(size)
+        near = known[max(0, at - 1) : at + 2]
+        made = Tuning(near, sizing, self.predicted, ragged=self.ragged, bound=self.bound, default=size)
+        made.density = self.density
+        made._move()
+        return made
 
     def after(self, played: Played) -> PlanChosen | None:
         """Learn from a window, and set the size of the next.
@@ -185,6 +220,7 @@ class Tuning:
             seconds=found.seconds,
             predicted_bytes=self.predicted.get(chosen),
             peak_bytes=self.peaks.get(chosen),
+            microbatch_tokens=self.sizing.tokens,
         )
 
     @property
@@ -202,6 +238,9 @@ class Tuning:
             "ragged": self.ragged,
             "bound": self.bound,
             "feeling": self.feeling,
+            "again": self.again,
+            "default": self.default,
+            "density": self.density,
         }
 
     @classmethod
@@ -218,6 +257,7 @@ class Tuning:
         found = cls(list(state["sizes"]), sizing)
         found.predicted, found.seconds, found.peaks = (dict(state[name]) for name in ("predicted", "seconds", "peaks"))
         found.ragged, found.bound, found.feeling = state["ragged"], state["bound"], state["feeling"]
+        found.again, found.default, found.density = state["again"], state["default"], state["density"]
         return found
 
     def _learn(self, size: int, played: Played) -> None:
@@ -232,15 +272,23 @@ class Tuning:
             self._sample(size, played)
 
     def _sample(self, size: int, played: Played) -> None:
-        self.samples += _samples(played, size, ragged=self.ragged)
-        if len(self.samples) < SAMPLES:
-            return
-        trouble = too_noisy(size, self.samples)
-        if trouble is None:
-            self.seconds[size] = median(self.samples)
+        if self.ragged and played.tokens and played.rows:
+            # Batches are of unlike lengths: what a token takes compares, and is told for a row of the first one.
+            self.density = self.density or played.tokens / played.rows
+            self.samples.append(sum(seconds for seconds, _ in played.laps) / played.tokens * self.density)
+        else:
+            self.samples += _samples(played, size)
+        if self.rerun and len(self.samples) >= 2:
+            self.seconds[size] = min(self.seconds[size], median(sorted(self.samples)[:2]))
             self._move()
-        elif self.windows > _PATIENCE:
-            self._decide(undecided(self._fitting, self.seconds, why=trouble))
+        elif not self.rerun and len(self.samples) >= SAMPLES:
+            taken = settled(self.samples)
+            if taken is not None:
+                self.seconds[size] = taken
+                self._move()
+            elif self.windows > _PATIENCE:
+                why = too_noisy(size, self.samples)
+                self._decide(undecided(self._fitting, self.seconds, why=why, default=self.default))
 
     @property
     def _fitting(self) -> list[int]:
@@ -250,15 +298,30 @@ class Tuning:
         """Go on with the next probe, or decide."""
         fitting = self._fitting
         following = next_size(fitting, self.seconds) if len(self.seconds) < MOST_PROBES else None
+        timed = [size for size in fitting if size in self.seconds]
         if len(fitting) > 1 and following is not None:
             self._try(following)
-        elif any(size in self.seconds for size in fitting):
+        elif again := self._once_more(timed):
+            self._try(again.pop(), rerun=True)
+        elif timed:
             self._decide(fastest(fitting, self.seconds))
         else:
             self._decide(Found(microbatch_size=fitting[0], decided=True, why=_ONLY, seconds={}))
 
-    def _try(self, size: int) -> None:
-        self.samples, self.windows = [], 0
+    def _once_more(self, timed: list[int]) -> list[int]:
+        """List the sizes that are still to be timed once more, the fastest last."""
+        if self.again is None and len(timed) > 1:
+            seconds = self.seconds
+            most = _CLOSE * min(seconds[size] for size in timed)
+            self.again = sorted((size for size in timed if seconds[size] < most), key=seconds.__getitem__, reverse=True)
+        if self.again is None:
+            return []
+        self.again = [size for size in self.again if size in timed]
+        return self.again
+
+    def _try(self, size: int, *, rerun: bool = False) -> None:
+        # Timed once more, a size needs no window to warm up: what that would cost is not taken.
+        self.samples, self.windows, self.rerun = [], int(rerun), rerun
         self.sizing.choose(size)
 
     def _decide(self, found: Found) -> None:
@@ -266,11 +329,8 @@ class Tuning:
         self.sizing.choose(found.microbatch_size)
 
 
-def _samples(played: Played, size: int, *, ragged: bool) -> list[float]:
+def _samples(played: Played, size: int) -> list[float]:
     """Turn laps into seconds per row; a shorter last microbatch says little of its size."""
-    if ragged:
-        rows = sum(rows for _, rows in played.laps)
-        return [sum(seconds for seconds, _ in played.laps) / rows] if rows else []
     whole = [lap for lap in played.laps if lap[1] >= size]
     # Several short ones together: what disturbs a single one for a moment is not another job.
     together = -(-len(whole) // (2 * SAMPLES)) or 1

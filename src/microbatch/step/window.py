@@ -27,6 +27,7 @@ from microbatch.errors import (
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
 from microbatch.loss.loss import LossLike, check_number, shares_of
+from microbatch.memory.recompute import checkpointed
 from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
@@ -332,6 +333,7 @@ class Window:
             self._outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         if isinstance(settings.model, DistributedDataParallel):
             self._inner.enter_context(settings.model.no_sync())
+        self._inner.enter_context(checkpointed(settings.bare_model, self._memory.checkpoint or ()))
         if self._fuse.useful:
             self._inner.callback(self._fuse.forget)
             self._inner.callback(self._scratch.forget)
@@ -346,9 +348,12 @@ class Window:
         self._stepped = True
 
     def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
-        tokens = lengths.microbatch_tokens
-        now = lengths if tokens is None else replace(lengths, microbatch_tokens=self._memory.sizing.halved(tokens))
+        sizing = self._memory.sizing
+        tokens = sizing.tokens if lengths.microbatch_tokens is None else lengths.microbatch_tokens
+        now = lengths if tokens is None else replace(lengths, microbatch_tokens=sizing.halved(tokens))
         pieces = cut_by_length(batch, size, lengths=now)
+        if sizing.asked == "auto" and sizing.width is None:
+            sizing.width = pieces[0].stop - pieces[0].start
         self._know(cut_of_pieces(batch, pieces, self._memory.sizing, lengths=lengths), batch)
         self._order = [piece.rows for piece in pieces]
         self._planned = self._index + len(pieces)
