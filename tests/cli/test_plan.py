@@ -1,5 +1,6 @@
 """The command line plans a job: a table, JSON, a figure, and a cache that a changed job is not answered from."""
 
+import dataclasses
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 import microbatch as mb
 from microbatch.cli.main import app
 from microbatch.planning.figure import svg
-from microbatch.planning.plan import Candidate, Plan
+from microbatch.planning.plan import Candidate, Plan, Way
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
 
@@ -40,6 +41,20 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
+def kept(size: int, **changed: Any) -> Way:
+    seconds = {1: 2.0, 2: 1.0, 4: 1.5}
+    way = Way(
+        name="kept",
+        microbatch_size=size,
+        microbatches=4 // size,
+        blocks=(),
+        predicted_bytes=101 * size,
+        measured_bytes=100 * size,
+        seconds=seconds[size],
+    )
+    return dataclasses.replace(way, **changed)
+
+
 def made(microbatch_size: int, *, decided: bool = True) -> Plan:
     seconds = {1: 2.0, 2: 1.0, 4: 1.5}
     return Plan(
@@ -61,6 +76,8 @@ def made(microbatch_size: int, *, decided: bool = True) -> Plan:
         ),
         words=("a word",),
         rests_on="nothing",
+        ways=(kept(microbatch_size),),
+        way="kept",
     )
 
 
@@ -155,3 +172,55 @@ def test_a_plan_changes_nothing() -> None:
     assert plan.chosen.measured_bytes is not None or not plan.decided  # where noise ended the search early
     with pytest.raises(mb.MicrobatchError, match=r"pass an mb\.Job"):
         mb.plan(model)
+
+
+def test_a_plan_is_for_one_device_and_one_version(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def planned(job: Any) -> Plan:
+        calls.append(job.batch_size)
+        return made(2, decided=len(calls) > 1)
+
+    monkeypatch.setattr("microbatch.cli.plan.plan", planned)
+    invoke("plan", job)  # which a busy machine prevented, so that it is not kept
+    for _ in range(2):
+        invoke("plan", job)
+    assert len(calls) == 2
+    changes = [
+        ("torch.__version__", "2.99.0"),
+        ("platform.node", lambda: "elsewhere"),
+        ("torch.get_num_threads", lambda: 99),
+        ("importlib.metadata.version", lambda name: "9.9"),
+        ("platform.python_version", lambda: "3.99"),
+    ]
+    for count, (name, value) in enumerate(changes, start=3):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, value)
+            for _ in range(2):
+                invoke("plan", job)
+            assert len(calls) == count, name
+    invoke("plan", job)
+    assert len(calls) == 2 + len(changes)
+
+
+def test_a_kept_plan_of_another_form_is_made_again(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("microbatch.cli.plan.plan", lambda job: made(2))
+    invoke("plan", job)
+    (file,) = tmp_path.rglob("plans/*.json")
+    for text in ("{}", "not json", '{"batch_size": 4}'):
+        file.write_text(text)
+        assert json.loads(invoke("plan", job, "--json").stdout)["cached"] is False
+
+
+def test_the_ways_are_shown_where_there_are_several(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = kept(4, name="checkpointed", blocks=("0", "1"), seconds=0.5)
+    plan = dataclasses.replace(made(2), ways=(kept(2), again), way="checkpointed", microbatch_size=4)
+    assert (plan.checkpoint, plan.offload, plan.microbatches, plan.seconds) == (("0", "1"), None, 1, 0.5)
+    assert Plan.from_dict(plan.as_dict()) == plan
+    monkeypatch.setattr("microbatch.cli.plan.plan", lambda job: plan)
+    shown = invoke("plan", job, "--no-cache", "--no-color").stdout
+    (line,) = (line for line in shown.splitlines() if "checkpointed, 2 blocks" in line)
+    assert line.split() == [">", "checkpointed,", "2", "blocks", "4", "404", "B", "400", "B", "500", "ms", "8"]
+    told = json.loads(invoke("plan", job, "--no-cache", "--json").stdout)
+    assert told["checkpoint"] == ["0", "1"]
+    assert [each["name"] for each in told["ways"]] == ["kept", "checkpointed"]

@@ -284,3 +284,27 @@ def test_a_run_writes_what_it_promises(tmp_path: Path) -> None:
     assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
     assert lines[0]["peak_bytes"] > 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+
+def test_validation_runs_at_the_size_that_the_run_has_found(tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    def tight(model: nn.Module, microbatch: dict[str, Tensor]) -> Loss:
+        rows = len(microbatch["x"])
+        if type(microbatch["x"]) is Tensor and rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return token_loss(model, microbatch)
+
+    def scores(model: nn.Module, microbatch: dict[str, Tensor]) -> dict[str, Loss]:
+        validated.append(len(microbatch["x"]))
+        return named_token_loss(model, microbatch)
+
+    job = a_job(loss_fn=tight, evaluate=scores, microbatch_size=None, steps=30)
+    loop, lines = run_job(job, tmp_path, validate_every=10)
+    assert loop.config.microbatch_size == 8  # what the run would have fallen back to
+    assert loop.microbatch_size == lines[-1]["microbatch_size"] <= 2
+    assert len(validated) >= 3 * 5
+    assert max(validated) <= 2
+    again = TrainingLoop(job, config=loop.config, run=loop.run_directory)
+    again.restore()
+    assert again.microbatch_size == loop.microbatch_size

@@ -129,6 +129,12 @@ def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
     if chart := found.chart():
         console.print()
         console.print(Text(chart))
+    if len(found.ways) > 1:
+        console.print()
+        head, *lines = found.ways_table().splitlines()
+        console.print(Text(head, style=QUIET))
+        for line in lines:
+            console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
     grid = Table.grid(padding=(0, 1))
     for sentence in found.words:
         grid.add_row("-", Text(sentence))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, Self
@@ -12,6 +12,8 @@ from microbatch.memory.budget import format_bytes
 from microbatch.planning.scaling import Scaling
 
 _BAR = 24
+KEPT, CHECKPOINTED, OFFLOADED = "kept", "checkpointed", "offloaded"
+"""What becomes of activations between forward and backward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +45,50 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """Say what a step takes with activations kept, computed again, or offloaded, at the size that suits it.
+
+    Attributes:
+        name: ``"kept"``, ``"checkpointed"`` or ``"offloaded"``.
+        microbatch_size: Rows that go through the model at once.
+        microbatches: Microbatches of the batch.
+        blocks: Blocks that are computed again.
+        predicted_bytes: Predicted peak; `None` where nothing could be rehearsed.
+        measured_bytes: Measured peak; `None` where nobody counted.
+        seconds: Seconds of a step, as timed; `None` where it was not run.
+    """
+
+    name: str
+    microbatch_size: int
+    microbatches: int
+    blocks: tuple[str, ...]
+    predicted_bytes: int | None
+    measured_bytes: int | None
+    seconds: float | None
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Peak in bytes: measured, or else predicted; `None` where neither is known."""
+        return self.measured_bytes or self.predicted_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Say how a batch is best cut on this machine.
 
     Attributes:
         batch_size: Rows of the batch.
-        microbatch_size: Rows that should go through the model at once: the fastest size that fits.
+        microbatch_size: Rows that should go through the model at once: the fastest size that fits. Where rows are
+            ragged, the size is ``microbatch_tokens``, and these are as many rows of the longest length.
         decided: Whether speed was measured; if not, the size is a default, and ``why`` says what was in the way.
         why: Why this size, in words.
         budget: Bytes that a step may have in use; `None` where nothing limits it.
         candidates: What each size takes, smallest first.
         words: What follows, in sentences.
         rests_on: What the prediction rests on, in words.
+        ways: What a step takes with activations kept, computed again and offloaded, as far as they were tried.
+        way: Which of them to take.
+        microbatch_tokens: For ragged rows, the tokens that should go through the model at once, padding included.
         scaling: Hyperparameters for this batch, where they were asked for.
     """
 
@@ -66,12 +100,15 @@ class Plan:
     candidates: tuple[Candidate, ...]
     words: tuple[str, ...]
     rests_on: str
+    ways: tuple[Way, ...]
+    way: str
+    microbatch_tokens: int | None = None
     scaling: Scaling | None = None
 
     @property
-    def chosen(self) -> Candidate:
-        """The candidate of the chosen size."""
-        return next(each for each in self.candidates if each.microbatch_size == self.microbatch_size)
+    def chosen(self) -> Way:
+        """The way to take."""
+        return next(each for each in self.ways if each.name == self.way)
 
     @property
     def microbatches(self) -> int:
@@ -80,13 +117,23 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int | None:
-        """Peak at the chosen size, in bytes: measured, or else predicted; `None` where neither is known."""
-        return self.chosen.measured_bytes or self.chosen.predicted_bytes
+        """Peak of the chosen way, in bytes: measured, or else predicted; `None` where neither is known."""
+        return self.chosen.peak_bytes
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of a step at the chosen size; `None` if it was not timed."""
+        """Seconds of a step of the chosen way; `None` if it was not timed."""
         return self.chosen.seconds
+
+    @property
+    def checkpoint(self) -> tuple[str, ...]:
+        """What to pass as ``checkpoint=``: blocks that are to be computed again; none where that does not pay."""
+        return self.chosen.blocks
+
+    @property
+    def offload(self) -> str | None:
+        """What to pass as ``offload=``: ``"activations"`` where that pays, else `None`."""
+        return "activations" if self.way == OFFLOADED else None
 
     def table(self) -> str:
         """Write the candidates for people.
@@ -96,9 +143,27 @@ class Plan:
         """
         head = ["", "microbatch", "microbatches", "predicted", "measured", "error", "fits", "step", "rows/s"]
         rows = [head, *(self._cells(each) for each in self.candidates)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return _aligned(rows)
+
+    def ways_table(self) -> str:
+        """Write what becomes of activations, for people.
+
+        Returns:
+            A line for each way that was tried: the chosen one is marked.
+        """
+        head = ["", "activations", "microbatch", "predicted", "measured", "step", "rows/s"]
+        rows = [head]
+        for each in self.ways:
+            name = f"{each.name}, {len(each.blocks)} blocks" if each.blocks else each.name
+            rows.append(
+                [
+                    ">" if each.name == self.way else "",
+                    name,
+                    str(each.microbatch_size),
+                    *_told(each, self.batch_size),
+                ]
+            )
+        return _aligned(rows)
 
     def chart(self) -> str:
         """Draw the speeds that were measured.
@@ -133,6 +198,11 @@ class Plan:
             "candidates": [{**asdict(each), "error": each.error} for each in self.candidates],
             "words": list(self.words),
             "rests_on": self.rests_on,
+            "ways": [asdict(each) for each in self.ways],
+            "way": self.way,
+            "checkpoint": self.checkpoint,
+            "offload": self.offload,
+            "microbatch_tokens": self.microbatch_tokens,
             "scaling": None if self.scaling is None else asdict(self.scaling),
         }
         return json.loads(json.dumps(found))
@@ -150,77 +220,52 @@ class Plan:
         Raises:
             KeyError: It is of another version.
         """
-        names = ("batch_size", "microbatch_size", "decided", "why", "budget", "rests_on")
+        names = ("batch_size", "microbatch_size", "decided", "why", "budget", "rests_on", "way", "microbatch_tokens")
         fields = [field.name for field in dataclass_fields(Candidate)]
         candidates = tuple(Candidate(**{name: each[name] for name in fields}) for each in found["candidates"])
-        return cls(**{name: found[name] for name in names}, candidates=candidates, words=tuple(found["words"]))
+        ways = tuple(_way_from(each) for each in found["ways"])
+        told = {name: found[name] for name in names}
+        return cls(**told, candidates=candidates, ways=ways, words=tuple(found["words"]))
 
     def __str__(self) -> str:
         """Write the whole plan."""
-        told = [self.table(), self.chart(), "\n".join(self.words)]
+        told = [self.table(), self.chart(), self.ways_table(), "\n".join(self.words)]
         if self.scaling is not None:
             told.append(self.scaling.table())
         return "\n\n".join(part for part in told if part)
 
     def _cells(self, each: Candidate) -> list[str]:
-        seconds = each.seconds
+        predicted, measured, *speed = _told(each, self.batch_size)
         return [
-            ">" if each.microbatch_size == self.microbatch_size else "",
+            ">" if each.microbatch_size == self.microbatch_size and self.way == KEPT else "",
             str(each.microbatch_size),
             str(each.microbatches),
-            "-" if each.predicted_bytes is None else format_bytes(each.predicted_bytes),
-            "-" if each.measured_bytes is None else format_bytes(each.measured_bytes),
+            predicted,
+            measured,
             "-" if each.error is None else f"{each.error:+.1%}",
             "-" if each.fits is None else "yes" if each.fits else "no",
-            "-" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms",
-            "-" if not seconds else f"{self.batch_size / seconds:,.4g}",
+            *speed,
         ]
 
 
-def words_for(plan: Plan, *, asked: int | None, batch_norms: Sequence[str], offers_checkpointing: bool) -> list[str]:
-    """Say in sentences what follows from a plan.
-
-    Args:
-        plan: It; its own words are not looked at.
-        asked: Microbatch size that the user has now; `None` if none.
-        batch_norms: Names of the modules that take statistics of their microbatch.
-        offers_checkpointing: Whether the model has a switch for activation checkpointing.
-
-    Returns:
-        Sentences, without a full stop.
-    """
-    return list(_words(plan, asked, batch_norms=batch_norms, offers_checkpointing=offers_checkpointing))
+def _way_from(found: Mapping[str, Any]) -> Way:
+    names = [field.name for field in dataclass_fields(Way)]
+    values: dict[str, Any] = {name: found[name] for name in names} | {"blocks": tuple(found["blocks"])}
+    return Way(**values)
 
 
-def _words(plan: Plan, asked: int | None, *, batch_norms: Sequence[str], offers_checkpointing: bool) -> Iterator[str]:
-    size = plan.microbatch_size
-    if plan.microbatches == 1:
-        yield "the whole batch fits and is fastest: do not accumulate" if plan.decided else "the whole batch fits"
-    else:
-        yield f"microbatches of {size} rows, {plan.microbatches} of them: {plan.why}"
-    by_size = {each.microbatch_size: each for each in plan.candidates}
-    share = None if plan.peak_bytes is None or not plan.budget else plan.peak_bytes / plan.budget
-    now = by_size.get(asked or 0)
-    if share is not None:
-        at = f"memory is at {share:.0%} of the budget of {format_bytes(plan.budget or 0)}"
-        yield f"{at}: one more step down is safer" if share > 0.95 and size > 1 else at
-    if now is not None and now.seconds and plan.seconds and now.microbatch_size != size:
-        yield f"a microbatch of {size} is {now.seconds / plan.seconds:.1f} times as fast as the {asked} asked for"
-    larger = [each for each in plan.candidates if each.microbatch_size > size and each.seconds]
-    if larger and plan.seconds and plan.decided:
-        slow = larger[-1]
-        yield (
-            f"a microbatch of {slow.microbatch_size} fits too and is slower: "
-            f"{(slow.seconds or 0) / plan.seconds:.2f} times the time of a step"
-        )
-    if batch_norms and size < 8 and plan.microbatches > 1:
-        yield (
-            f"BatchNorm ({batch_norms[0]}{' and others' if len(batch_norms) > 1 else ''}) takes statistics of "
-            f"microbatches of {size} rows: under 8 they are noisy"
-        )
-    yield (
-        "the model has a switch for activation checkpointing (gradient_checkpointing_enable), which was left as it is: "
-        "plan again with it on to compare"
-        if offers_checkpointing
-        else "the model has no switch for activation checkpointing, so nothing is said about it"
-    )
+def _told(each: Candidate | Way, rows: int) -> list[str]:
+    """Write predicted and measured bytes, seconds of a step, and rows per second."""
+    seconds = each.seconds
+    return [
+        "-" if each.predicted_bytes is None else format_bytes(each.predicted_bytes),
+        "-" if each.measured_bytes is None else format_bytes(each.measured_bytes),
+        "-" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms",
+        "-" if not seconds else f"{rows / seconds:,.4g}",
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

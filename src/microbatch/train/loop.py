@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from microbatch.errors import CheckpointError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.events import Event, PlanChosen, StepDone
+from microbatch.step.events import Event, StepDone
 from microbatch.step.record import Step
 from microbatch.train.checkpoint import read_newest, write_checkpoint
 from microbatch.train.data import BatchOrder, Position, fetch, mix_seed
@@ -80,8 +80,7 @@ class TrainingLoop:
     ) -> None:
         """Make what the run needs; nothing is trained or written yet.
 
-        ``saved_step`` tells afterwards which step's checkpoint is the newest, `None` before the first;
-        ``microbatch_size`` what the configuration says, or, where that is left to the run, what it has chosen.
+        ``saved_step`` tells afterwards which step's checkpoint is the newest, `None` before the first.
 
         Args:
             job: Model, optimizer, loss and data.
@@ -115,7 +114,11 @@ class TrainingLoop:
         self._announced = False
         self._metered = False
         self.saved_step: int | None = None
-        self.microbatch_size = config.microbatch_size
+
+    @property
+    def microbatch_size(self) -> int:
+        """Rows that go through the model at once: as configured, or, where that is left to the run, as it has found."""
+        return self._accumulator.microbatch_size or self.config.microbatch_size
 
     def run(self) -> str | None:
         """Train until the last step, or until somebody asks to stop.
@@ -264,7 +267,7 @@ class TrainingLoop:
             return {}
         config = self.config
         values = evaluate(
-            self.job, microbatch_size=config.microbatch_size, device=config.device, autocast=config.autocast
+            self.job, microbatch_size=self.microbatch_size, device=config.device, autocast=config.autocast
         )
         self.progress.validation = values
         self._tell(Validated(step=self.progress.step, values=values))
@@ -314,8 +317,6 @@ class TrainingLoop:
     def _on_core_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
             return
-        if isinstance(event, PlanChosen):
-            self.microbatch_size = event.microbatch_size
         if self._stop.signal is not None and not self._announced:
             self._announced = True
             self._tell(Stopping(signal=self._stop.signal.name))
