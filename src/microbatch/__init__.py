@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from microbatch.batch.lengths import Lengths
     from microbatch.batch.tree import Rows, Whole
     from microbatch.errors import MicrobatchError
+    from microbatch.loss import losses
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
     from microbatch.memory.meter import MemoryMeter
@@ -53,6 +54,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "linear_cross_entropy",
+    "losses",
     "plan",
     "scale_hyperparameters",
 ]
@@ -89,12 +91,16 @@ _HOMES = {
     "plan": "planning.make",
     "scale_hyperparameters": "planning.scaling",
 }
+_MODULES = {"losses": "loss.losses"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _MODULES:
+        value = import_module(f"microbatch.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(import_module(f"microbatch.{_HOMES[name]}"), name)
+    else:
         raise AttributeError(f"module 'microbatch' has no attribute {name!r}")
-    value = getattr(import_module(f"microbatch.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

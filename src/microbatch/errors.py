@@ -22,6 +22,7 @@
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
     ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
     ├── RankError               (RuntimeError)  another rank failed, or the ranks disagree
+    │   └── RankAgainError                      another rank ran out of memory, and all have to run the batch again
     ├── DataError               (ValueError)    data that cannot be read or trained on
     ├── CheckpointError         (RuntimeError)  a checkpoint that is missing, damaged or of another run
     └── MissingDependencyError  (ImportError)   an optional package that is not installed
@@ -150,6 +151,10 @@ class SpillError(MicrobatchError, OSError):
 
 class RankError(MicrobatchError, RuntimeError):
     """Another rank failed inside the window, or the ranks do not agree about it."""
+
+
+class RankAgainError(RankError):
+    """Another rank ran out of memory, in the midst of a batch that all ranks have to run again together."""
 
 
 class DataError(MicrobatchError, ValueError):

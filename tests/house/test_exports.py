@@ -3,6 +3,7 @@
 import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ PUBLIC = {
     "cut",
     "divide_batch",
     "linear_cross_entropy",
+    "losses",
     "plan",
     "scale_hyperparameters",
 }
@@ -64,6 +66,9 @@ def callables() -> Iterator[tuple[str, Callable[..., Any]]]:
     for name in sorted(PUBLIC):
         value = getattr(mb, name)
         if isinstance(value, type) and issubclass(value, Exception):
+            continue
+        if isinstance(value, ModuleType):
+            yield from ((f"{name}.{member}", getattr(value, member)) for member in value.__all__)
             continue
         yield name, value
         if isinstance(value, type):

@@ -189,7 +189,7 @@ through_each_door = pytest.mark.parametrize("door", [pytest.param(each, id=name)
 
 def numbers(seed: int, *shape: int) -> Tensor:
     """Return standard normal numbers in float64; the same on every device."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def filled(model: nn.Module, seed: int, device: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -102,6 +102,10 @@ class Fuse(TorchFunctionMode):
             for name, reason in self._reasons.items()
         }
 
+    def keep_casts(self) -> None:
+        """Keep casts from the first microbatch on: the graphs of several of them are to share one."""
+        self._passes = max(1, self._passes)
+
     def forget(self) -> None:
         """Let go of the casts: the weights are about to change."""
         self._casts.clear()

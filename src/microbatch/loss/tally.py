@@ -21,7 +21,7 @@ class _Term:
     values: list[Tensor] = field(default_factory=list[Tensor])
     weights: list[float] = field(default_factory=list[float])
     counts: list[int | float | Tensor] = field(default_factory=list["int | float | Tensor"])
-    microbatches: list[int] = field(default_factory=list[int])
+    microbatches: list[int | None] = field(default_factory=list[int | None])
 
 
 class Tally:
@@ -87,12 +87,12 @@ class Tally:
             self._begin(shares)
         return [self._seed(share) for share in shares]
 
-    def add(self, shares: list[Share], *, microbatch: int) -> None:
+    def add(self, shares: list[Share], *, microbatch: int | None) -> None:
         """Remember one microbatch's shares, detached.
 
         Args:
             shares: What `seeds` was given.
-            microbatch: Index of the microbatch in its window, from 0.
+            microbatch: Index of the microbatch in its window, from 0; `None` for a loss of the whole batch.
         """
         for share in shares:
             term = self._terms[share.name]
@@ -176,7 +176,7 @@ class Tally:
             index
             for term in self._terms.values()
             for index, value, count in zip(term.microbatches, term.values, term.counts, strict=True)
-            if not torch.isfinite(value) and float(count) != 0
+            if index is not None and not torch.isfinite(value) and float(count) != 0
         ]
         return min(found, default=None)
 

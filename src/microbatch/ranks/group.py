@@ -62,6 +62,41 @@ class Ranks:
         self.sent_bytes += tensor.numel() * tensor.element_size()
         dist.all_reduce(tensor, group=self._group)
 
+    def tell(self, what: Any) -> list[Any]:
+        """Tell every rank something small.
+
+        Args:
+            what: Anything that can be pickled.
+
+        Returns:
+            What each rank said, in their order.
+
+        Cost:
+            Two small all-gathers and a host synchronisation.
+        """
+        told: list[Any] = [None] * self.size
+        self.calls += 1
+        dist.all_gather_object(told, what, group=self._group)
+        return told
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Give every rank every rank's tensor.
+
+        Args:
+            tensor: The same shape and dtype on every rank.
+
+        Returns:
+            Each rank's, in their order.
+
+        Cost:
+            One all-gather.
+        """
+        self.calls += 1
+        self.sent_bytes += tensor.numel() * tensor.element_size()
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor, group=self._group)
+        return found
+
     def broadcast_(self, model: nn.Module) -> None:
         """Give every rank the parameters and buffers of the first.
 

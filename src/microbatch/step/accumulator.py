@@ -19,10 +19,12 @@ from microbatch.memory.budget import parse_bytes
 from microbatch.memory.recompute import named_blocks
 from microbatch.memory.recover import explained, let_go
 from microbatch.memory.spill import Spill
-from microbatch.step.compiled import Compiled, LossFunction
+from microbatch.step.compiled import Compiled, Function
+from microbatch.step.coupling import Encode
 from microbatch.step.events import Listener
 from microbatch.step.foresee import foresee
 from microbatch.step.pace import Pace
+from microbatch.step.program import Coupled, Plain
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt
 from microbatch.step.relieve import relieve
@@ -30,6 +32,7 @@ from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sizing import Sizing
 from microbatch.step.suggest import suggestions
 from microbatch.step.tune import Tuning
+from microbatch.step.ways import Ways
 from microbatch.step.window import Window
 
 
@@ -65,7 +68,11 @@ class Accumulator:
             first `step`; see ``docs/checkpoints.md``.
         look_again: With ``microbatch_size="auto"``, time the size and its neighbours once more where steps have become
             markedly faster or slower, at most three times in a run.
-        compile: Run ``step``'s loss functions, and the model in them, through `torch.compile`; ``"reduce-overhead"``
+        coupled: How `step` encodes a batch whose loss couples samples: ``"twice"``, first without a graph; or once,
+            with the graphs of all microbatches in memory (``"keep"``) or off the device (``"spill"``). ``"auto"`` keeps
+            them where they fit, and else takes the faster of the others.
+        compile: Run ``step``'s loss functions (its encoders, with ``encode``) and the model in them through
+            `torch.compile`; ``"reduce-overhead"``
             or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
         listeners: Callables that are given every event.
 
@@ -102,6 +109,7 @@ class Accumulator:
         offload: str | Spill | None = None,
         checkpoint: str | Sequence[str] | None = None,
         look_again: bool = False,
+        coupled: str = "auto",
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         listeners: Sequence[Listener] = (),
     ) -> None:
@@ -123,12 +131,14 @@ class Accumulator:
             offload=offload,
             checkpoint=checkpoint,
             look_again=look_again,
+            coupled=coupled,
             listeners=_listed("listeners", listeners, ()),
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
-        self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks)
+        self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
         if isinstance(offload, str):
             self._settings = replace(self._settings, offload=Spill(self._settings.bare_model))
+        self._graphs: Spill | None = None
         self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
 
     @property
@@ -158,6 +168,7 @@ class Accumulator:
         loss_fn: Callable[[nn.Module, Any], LossLike],
         *,
         counts: Counts | None = None,
+        encode: Encode | None = None,
     ) -> Step:
         """Take exactly one optimizer step on a batch.
 
@@ -167,6 +178,9 @@ class Accumulator:
                 dict of either for several terms, or `None` for a microbatch that contributes nothing.
             counts: For several terms with counts of their own: ``counts(batch)`` returns the denominators of the
                 whole batch, by term, or a dict of them.
+            encode: For losses that couple samples: ``encode(model, microbatch)`` returns the representations of the
+                microbatch's rows, tensors of shape ``(rows, ...)``, nested as one likes. Then ``loss_fn(model,
+                representations)`` is given those of the whole batch, over all ranks. See ``docs/coupled.md``.
 
         Returns:
             The record of the step.
@@ -179,31 +193,13 @@ class Accumulator:
 
         Cost:
             One forward and one backward a microbatch, without host synchronisation; one at the end. Where memory runs
-            out, the window is run again with microbatches of half the size, and gives the same result.
+            out, the window is run again with microbatches of half the size, and gives the same result. With ``encode``
+            one forward more, unless the graphs are kept: see ``coupled``.
         """
-        sizing, tuning = replace(self._memory.sizing), self._memory.tuning
-        if self._memory.checkpoint is None and not self._memory.open:
-            self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
-        if sizing.open and not self._memory.open:
-            foresee(self._settings, self._memory, batch=batch, loss_fn=loss_fn)
-        window = Window(self._settings, self._memory, counts=counts, attempt=Attempt())
-        try:
-            while (failure := self._attempt(window, batch, loss_fn)) is not None:
-                # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
-                let_go(failure, self._settings.device)
-                window = self._start_over(window, counts)
-        except NonfiniteError as error:
-            if error.microbatch is not None or window.ranks > 1:
-                raise
-            found = self._locate(batch, loss_fn, counts)
-            raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
-        except BaseException:
-            # What no size helped, or what another fault ended, says nothing of the next batch.
-            self._memory.sizing, self._memory.tuning = sizing, tuning
-            if tuning is not None:
-                tuning.sizing = sizing
-            raise
-        return window.step
+        if encode is None:
+            return self._take_step(Plain(batch, loss_fn, call=self._call), counts)
+        coupled = Coupled(batch, loss_fn, encode=encode, settings=self._settings, memory=self._memory, call=self._call)
+        return self._take_step(coupled, counts)
 
     def window(self, *, counts: Counts | None = None) -> Window:
         """Open a window for a hand-written loop.
@@ -272,6 +268,7 @@ class Accumulator:
             "skipped": memory.skipped,
             "count": memory.count,
             "sizing": memory.sizing.state(),
+            "ways": memory.ways.state(),
             "tuning": None if tuning is None else tuning.state(),
             "pace": None if memory.pace is None else memory.pace.state(),
             "checkpoint": None if memory.checkpoint is None else list(memory.checkpoint),
@@ -293,6 +290,7 @@ class Accumulator:
                 sizing=sizing,
                 tuning=None if tuning is None else Tuning.restored(tuning, sizing),
                 clock=self._memory.clock,
+                ways=Ways(self._settings.coupled).restored(state.get("ways")),
                 windows=state["windows"],
                 skipped=state["skipped"],
                 count=state["count"],
@@ -308,12 +306,41 @@ class Accumulator:
             return self._memory.checkpoint
         return None if saved is None else named_blocks(self._settings.bare_model, saved)
 
-    def _attempt(self, window: Window, batch: object, loss_fn: LossFunction) -> Exception | None:
+    def _take_step(self, program: Plain | Coupled, counts: Counts | None) -> Step:
+        """Run a batch's window, as often as it takes."""
+        sizing, tuning = replace(self._memory.sizing), self._memory.tuning
+        if self._memory.checkpoint is None and not self._memory.open:
+            batch, loss_fn = program.batch, program.alone
+            self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
+        if sizing.open and not self._memory.open:
+            foresee(self._settings, self._memory, batch=program.batch, loss_fn=program.alone)
+        window = Window(self._settings, self._memory, counts=counts, attempt=Attempt())
+        try:
+            while (failure := self._attempt(window, program.run)) is not None:
+                # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
+                let_go(failure, self._settings.device)
+                window = self._start_over(window, counts)
+        except NonfiniteError as error:
+            if error.microbatch is not None or window.ranks > 1:
+                raise
+            coupling = window.coupling
+            found = self._locate(program, counts) if coupling is None else coupling.first_nonfinite()
+            raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
+        except BaseException:
+            # What no size helped, or what another fault ended, says nothing of the next batch.
+            self._memory.sizing, self._memory.tuning = sizing, tuning
+            if tuning is not None:
+                tuning.sizing = sizing
+            raise
+        if isinstance(program, Coupled):
+            program.learn(window)
+        return window.step
+
+    def _attempt(self, window: Window, run: Callable[[Window], None]) -> Exception | None:
         """Run a window, and return the error if it ran out of memory and is to be run again, smaller."""
         try:
             with window:
-                for microbatch in window.split(batch):
-                    window.backward(self._loss(loss_fn, microbatch))
+                run(window)
         except Exception as error:
             ran_out = window.ran_out
             if ran_out is None or ran_out.stepped:
@@ -322,6 +349,11 @@ class Accumulator:
                 return error
             smallest = "with a microbatch of 1 row, the smallest there is"
             limit = smallest if ran_out.largest == 1 else "where a smaller microbatch cannot help"
+            if ran_out.coupled:
+                limit = (
+                    "in the loss over the whole batch's representations, where a smaller microbatch cannot help (the "
+                    "losses of mb.losses never hold a whole similarity matrix)"
+                )
             model, device = self._settings.model, self._settings.device
             raise explained(error, model=model, device=device, budget=ran_out.budget, limit=limit) from error
         return None
@@ -331,14 +363,21 @@ class Accumulator:
         ran_out = window.ran_out
         if ran_out is not None and ran_out.event is not None:
             self._settings.emit(ran_out.event)
+        if ran_out is not None and ran_out.again is not None and ran_out.again.twice and window.coupling is not None:
+            self._memory.ways.too_much(window.coupling.own)
         if self._compiled is not None:
             self._compiled.start_over()
         return Window(self._settings, self._memory, counts=counts, attempt=None if ran_out is None else ran_out.again)
 
-    def _loss(self, loss_fn: LossFunction, microbatch: Any) -> LossLike:
+    def _call(self, function: Function, microbatch: Any, *, spill: bool = False) -> Any:
         model = self._settings.bare_model
-        with self._settings.spill or nullcontext():
-            return loss_fn(model, microbatch) if self._compiled is None else self._compiled(loss_fn, model, microbatch)
+        if spill and self._settings.spill is None:
+            self._graphs = self._graphs or Spill(model)
+        around = self._settings.spill or (self._graphs if spill else None) or nullcontext()
+        with around:
+            if self._compiled is None:
+                return function(model, microbatch)
+            return self._compiled(function, model, microbatch)
 
     def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
         while held := _take(source, microbatches):
@@ -346,9 +385,7 @@ class Accumulator:
                 del held
                 yield window
 
-    def _locate(
-        self, batch: object, loss_fn: Callable[[nn.Module, Any], LossLike], counts: Counts | None
-    ) -> int | None:
+    def _locate(self, program: Plain | Coupled, counts: Counts | None) -> int | None:
         """Run a window's microbatches again, with the same random state, until a gradient is not finite."""
         # The losses were finite, or the window would have told: only the gradients can.
         settings = replace(self._settings, listeners=[])
@@ -356,8 +393,8 @@ class Accumulator:
         memory = Memory(sizing=replace(now.sizing), count=now.count, checkpoint=now.checkpoint)
         found: int | None = None
         with suppress(_LeaveWithoutStep), Window(settings, memory, counts=counts) as window:
-            for index, microbatch in enumerate(window.split(batch)):
-                window.backward(loss_fn(settings.bare_model, microbatch))
+            for index, microbatch in enumerate(window.split(program.batch)):
+                window.backward(program.alone(settings.bare_model, microbatch))
                 if window.first_nonfinite() is not None:
                     found = index
                     break

@@ -12,6 +12,7 @@ from microbatch.batch.tree import leaves
 from microbatch.loss.loss import LossLike
 
 LossFunction = Callable[[nn.Module, Any], LossLike]
+Function = Callable[[nn.Module, Any], Any]
 
 # Shapes that are compiled for. A batch of any size has one for its full microbatches and at most one tail, and tails
 # that change with every batch would be compiled again and again.
@@ -30,7 +31,7 @@ class Compiled:
 
     def __init__(self, mode: str | None) -> None:
         self._mode = mode
-        self._functions: dict[LossFunction, LossFunction] = {}
+        self._functions: dict[Function, Function] = {}
         self._shapes: set[tuple[Any, ...]] = set()
         self.eager = 0
 
@@ -38,16 +39,16 @@ class Compiled:
         """Compile for the next two shapes again: microbatches have another size from now on."""
         self._shapes.clear()
 
-    def __call__(self, loss_fn: LossFunction, model: nn.Module, microbatch: object) -> LossLike:
-        """Compute a microbatch's loss.
+    def __call__(self, function: Function, model: nn.Module, microbatch: object) -> Any:
+        """Compute a microbatch's loss, or its representations.
 
         Args:
-            loss_fn: As for `Accumulator.step`.
+            function: As for `Accumulator.step`, which is given one for each.
             model: What it is called with.
             microbatch: Likewise, on the device.
 
         Returns:
-            What ``loss_fn`` returns.
+            What ``function`` returns.
 
         Cost:
             The first microbatch of a shape is compiled, which takes seconds to minutes.
@@ -55,13 +56,13 @@ class Compiled:
         shape = _shape(microbatch)
         if shape not in self._shapes and len(self._shapes) == _SHAPES:
             self.eager += 1
-            return loss_fn(model, microbatch)
+            return function(model, microbatch)
         self._shapes.add(shape)
-        if loss_fn not in self._functions:
+        if function not in self._functions:
             # The compiler keeps its code by the function's code, so that a lambda made anew at every step is compiled
             # once; only the last one is held.
-            self._functions = {loss_fn: torch.compile(loss_fn, dynamic=False, mode=self._mode)}
-        return self._functions[loss_fn](model, microbatch)
+            self._functions = {function: torch.compile(function, dynamic=False, mode=self._mode)}
+        return self._functions[function](model, microbatch)
 
 
 def _shape(microbatch: object) -> tuple[Any, ...]:

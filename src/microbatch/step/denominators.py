@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microbatch.batch.tree import rows_of
 from microbatch.errors import MissingCountError, WindowError
-from microbatch.loss.loss import Count, check_number
+from microbatch.loss.loss import Count, Share, check_number
 from microbatch.loss.tally import Tally
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
@@ -89,6 +89,28 @@ class Denominators:
                 "window.split(batch) cut it"
             )
         self._declare(self._counts, [], rows=0.0)
+
+    def whole(self, shares: list[Share], *, rows: int) -> list[Share]:
+        """Learn them from a loss of the whole batch, over all ranks, which says every one of them at once.
+
+        Args:
+            shares: The loss.
+            rows: Rows of the batch.
+
+        Returns:
+            The shares that contribute.
+
+        Cost:
+            A host synchronisation where several terms have counts on the device.
+        """
+        if len(shares) > 1 and any(not share.is_mean for share in shares):
+            counts = {share.name: _number(share.count, share.name) for share in shares}
+            shares = [share for share in shares if counts[share.name]]
+            self._take(float(rows), {name: count for name, count in counts.items() if count})
+        else:
+            self.tally.rows = rows
+            self.tally.estimate = self._estimate or float(rows)
+        return shares
 
     def _declare(self, counts_of: Counts, batches: Sequence[Any], *, rows: float) -> None:
         counts = _declared(counts_of, batches)

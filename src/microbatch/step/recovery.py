@@ -22,11 +22,13 @@ class Attempt:
         started: When the first one opened, by the clock of `time.perf_counter`; `None` if this is it.
         declared: Rows, and the denominators of the loss's terms, where they are known: over several ranks nobody else
             would answer when asked again.
+        twice: Whether a coupled batch is to be encoded twice, because the graphs of all its microbatches were too much.
     """
 
     retries: int = 0
     started: float | None = None
     declared: tuple[float, Mapping[str, float]] | None = None
+    twice: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class RanOut:
         largest: Rows of the largest microbatch that the window cut; `None` if it cut none.
         budget: Bytes that it might use, where somebody counted them.
         stepped: Whether the optimizer had begun.
+        coupled: Whether it was in the loss over the representations of the whole batch.
     """
 
     again: Attempt | None
@@ -46,6 +49,7 @@ class RanOut:
     largest: int | None
     budget: int | None
     stepped: bool
+    coupled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,7 @@ def shrink(sizing: Sizing, cut: Cut | None) -> tuple[int, int] | None:
 
 
 def run_out(
-    memory: Memory, error: BaseException, *, index: int, cut: Cut | None, again: Attempt | None
+    memory: Memory, error: BaseException, *, index: int, cut: Cut | None, again: Attempt | None, kept: bool = False
 ) -> Retry | SizeChanged | None:
     """Make the next cut smaller, if that is what can help.
 
@@ -133,13 +137,20 @@ def run_out(
         index: Of the microbatch that did not fit.
         cut: How the batch was cut; `None` where a smaller microbatch comes too late.
         again: The attempt to go on with, where whoever opened the window can run its batch again.
+        kept: Whether graphs were kept that the next attempt does not keep, so that microbatches can stay as they are.
 
     Returns:
         What to tell listeners: a `Retry` where the window can be run again.
     """
     # What fitted once may not any more.
     memory.watched = Watched(told=memory.watched.told)
-    changed = shrink(memory.sizing, cut)
+    if kept and again is None:
+        error.add_note(
+            "microbatch: everything is as before the window, which kept the graphs of all its microbatches; without "
+            "keep=True window.encode(batch, encode) encodes them twice instead"
+        )
+        return None
+    changed = (memory.sizing.rows, memory.sizing.rows) if kept else shrink(memory.sizing, cut)
     if changed is None:
         return None
     before, after = changed

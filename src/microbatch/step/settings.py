@@ -22,6 +22,7 @@ from microbatch.step.events import Event, Listener
 from microbatch.step.pace import Pace
 from microbatch.step.sizing import Sizing
 from microbatch.step.tune import Tuning
+from microbatch.step.ways import WAYS, Ways
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 
@@ -48,6 +49,7 @@ class Settings:
     offload: str | Spill | None = None
     checkpoint: str | Sequence[str] | None = None
     look_again: bool = False
+    coupled: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -76,6 +78,9 @@ class Settings:
         if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
             raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
         self._check_checkpoint()
+        if self.coupled not in {"auto", *WAYS}:
+            ways = ", ".join(f'"{way}"' for way in ("auto", *WAYS))
+            raise ConfigError(f"coupled must be one of {ways}, not {self.coupled!r}")
         for listener in self.listeners:
             if not callable(listener):
                 raise ConfigError(
@@ -196,6 +201,7 @@ class Memory:
         pace: How fast windows have been since ``"auto"`` chose, where it is to look again; `None` before, or if not.
         checkpoint: Blocks that are computed again in backward; `None` before ``"auto"`` has chosen them.
         clock: Seconds since some moment.
+        ways: How batches are encoded whose loss couples samples.
     """
 
     sizing: Sizing
@@ -211,3 +217,4 @@ class Memory:
     pace: Pace | None = None
     checkpoint: tuple[str, ...] | None = ()
     clock: Callable[[], float] = time.perf_counter
+    ways: Ways = field(default_factory=lambda: Ways("auto"))

@@ -44,6 +44,7 @@ class Stopwatch:
         self._clock = clock
         self._device = device
         self.laps: list[tuple[float, float]] = []
+        self._earlier: list[float] = []
         self._last = self._now()
 
     def lap(self, rows: float) -> None:
@@ -53,8 +54,14 @@ class Stopwatch:
             rows: Rows of it.
         """
         now = self._now()
-        self.laps.append((now - self._last, rows))
+        earlier = self._earlier.pop(0) if self._earlier else 0.0
+        self.laps.append((earlier + now - self._last, rows))
         self._last = now
+
+    def again(self) -> None:
+        """Begin with the microbatches from the first on again: the times of both passes are added."""
+        self._earlier, self.laps = [seconds for seconds, _ in self.laps], []
+        self._last = self._now()
 
     def _now(self) -> float:
         if self._device.type == "cuda":

@@ -106,6 +106,13 @@ class Watch:
         return None if self._meter is None else self._meter.peak_bytes
 
     @property
+    def live_bytes(self) -> int | None:
+        """Bytes in use now; `None` where nobody counts."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return None if self._meter is None else self._meter.live_bytes
+
+    @property
     def passing(self) -> bool:
         """Whether a meter is on that most windows go without."""
         return self._meter is not None and self._beside

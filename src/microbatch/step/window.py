@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +19,7 @@ from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
+    RankAgainError,
     RankError,
     WindowClosedError,
     WindowError,
@@ -26,13 +27,15 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import GradientSum, trainable
 from microbatch.gradients.finish import first_nonfinite
-from microbatch.loss.loss import LossLike, check_number, shares_of
+from microbatch.loss.coupled import own_part
+from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.memory.recompute import checkpointed
 from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
 from microbatch.ranks.group import Ranks
 from microbatch.step.close import Closing, close, get_ready
+from microbatch.step.coupling import Coupling, Encode, Scheme
 from microbatch.step.denominators import Denominators
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
@@ -100,6 +103,7 @@ class Window:
         self._planned: int | None = None if source is None else len(source)
         self._attempt = attempt
         self._cut: Cut | None = None
+        self._coupling: Coupling | None = None
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
         self.ran_out: RanOut | None = None
@@ -201,6 +205,11 @@ class Window:
         return self._step
 
     @property
+    def coupling(self) -> Coupling | None:
+        """How its batch was encoded, if it was."""
+        return self._coupling
+
+    @property
     def ranks(self) -> int:
         """Ranks that take part in the window; 1 for a single process."""
         return 1 if self._ranks is None else self._ranks.size
@@ -218,10 +227,75 @@ class Window:
 
         Raises:
             WindowClosedError: The window is not open.
+            WindowError: It has encoded a batch.
             BatchError: The batch cannot be cut.
             EmptyBatchError: It has no rows; over several ranks, one rank's share may be empty.
         """
         self._check_open("split")
+        if self._coupling is not None:
+            raise WindowError("a window that encodes its batch has no microbatches beside it; open another window")
+        return self._hand_out(self._cut_up(batch)())
+
+    def encode(self, batch: object, encode: Encode, *, keep: bool = False) -> Any:
+        """Encode this rank's share of the effective batch for a loss that couples samples.
+
+        The loss of what this returns is given to `backward`, which pushes its gradient back through all microbatches:
+        the gradient of the whole batch's loss, over all ranks. See ``docs/coupled.md``.
+
+        Args:
+            batch: What `cut` accepts, usually on the host.
+            encode: ``encode(model, microbatch)`` returns the representations of the microbatch's rows: a tensor of
+                shape ``(rows, ...)``, or nested dicts, lists and tuples of such. What is not floating point, such as
+                labels, is passed on.
+            keep: Keep the graphs of all microbatches until backward, instead of encoding twice.
+
+        Returns:
+            The representations of the whole batch over all ranks, in the order of its rows and of the ranks, in the
+            structure that ``encode`` returned.
+
+        Raises:
+            WindowError: The window has had a batch already, or was given ``counts``.
+            BatchError: The batch cannot be cut.
+            EmptyBatchError: It has no rows; over several ranks, one rank's share may be empty.
+            LossError: ``encode`` returned something else than representations of the rows.
+            RankError: Another rank failed.
+
+        Cost:
+            A forward of every microbatch, without a graph unless ``keep``; `backward` runs another with one. Memory for
+            the representations. Over several ranks, one small message and one all-gather of the representations.
+
+        Example:
+            >>> import microbatch as mb
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> _ = torch.nn.init.ones_(model.weight)
+            >>> accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.5), microbatch_size=1)
+            >>> with accumulator.window() as window:
+            ...     z = window.encode(torch.tensor([[1.0], [3.0]]), lambda model, x: model(x))
+            ...     window.backward(z.var())  # 2 w^2: no sum over rows
+            >>> model.weight.item()  # 1 - 0.5 * 4
+            -1.0
+
+        Source:
+            Laws C1 to C3.
+        """
+        self._check_open("encode in")
+        if self._coupling is not None or self._index:
+            raise WindowError(
+                "a window encodes one batch, and has no other loss than that batch's; open another window"
+            )
+        if self._counts is not None:
+            raise WindowError("counts= is not needed beside encode=: the loss of the whole batch says its denominators")
+        settings, pieces = self._settings, self._cut_up(batch)
+        keep = keep and not (self._attempt is not None and self._attempt.twice)
+        scheme = Scheme(encode, settings.bare_model, settings.device, pieces, keep, lambda: self._watch.live_bytes)
+        if keep:
+            self._fuse.keep_casts()
+        self._coupling = Coupling(scheme, self._ranks)
+        stopwatch = self._stopwatch
+        return self._coupling.encode(self._order, (lambda _: None) if stopwatch is None else stopwatch.lap)
+
+    def _cut_up(self, batch: object) -> Callable[[], Iterator[tuple[int, Any]]]:
+        """Cut a batch, and return what begins to hand out its microbatches, each with its rows."""
         rows = rows_of(batch)
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
@@ -232,13 +306,18 @@ class Window:
         if self._memory.tuning is not None:
             self._stopwatch = Stopwatch(self._memory.clock, self._settings.device)
         if self._settings.lengths is not None and rows:
-            return self._split_by_length(batch, size, lengths=self._settings.lengths)
+            return self._cut_up_by_length(batch, size, lengths=self._settings.lengths)
         self._planned = self._index + -(-rows // size)
         if rows:
             self._know(cut_of_rows(batch, self._memory.sizing, rows=rows), batch)
-        pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
-        cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
-        return self._hand_out(cut if is_there(batch, self._settings.device) else feed(cut, self._settings.device))
+        there, device = is_there(batch, self._settings.device), self._settings.device
+
+        def begin() -> Iterator[tuple[int, Any]]:
+            pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
+            cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
+            return cut if there else feed(cut, device)
+
+        return begin
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:
         """Put what microbatches returned for each row into the order of the batch that `split` was given.
@@ -288,29 +367,15 @@ class Window:
             One backward; no host synchronisation and no communication between ranks.
         """
         self._check_open("backward in")
+        if self._coupling is not None:
+            self._backward_coupled(loss, self._coupling, count=count)
+            return
         rows = self._rows if count is None else check_number(count, "count")
         self._rows = None
         shares = shares_of(loss, rows=rows)
-        self._gradients.check_untouched()
         self._denominators.need()
-        if shares:
-            tally = self._denominators.tally
-            seeds = tally.seeds(shares)
-            if (scaler := self._settings.grad_scaler) is not None:
-                seeds = [scaler.scale(seed) for seed in seeds]
-            tally.add(shares, microbatch=self._index)
-            self._backward([share.value for share in shares], seeds)
-            self._scratch.keep()
-            # What a loop does to the gradients it does after every microbatch: all are watched after the first and
-            # the last.
-            self._gradients.mark(some=self._planned is not None and 0 < self._index < self._planned - 1)
-        self._samples += rows or 0
-        self._largest = max(self._largest, rows or 0)
-        if self._stopwatch is not None:
-            self._stopwatch.lap(rows or 0)
-        done = MicrobatchDone(step=self._memory.windows, index=self._index, microbatches=self._planned, rows=rows)
-        self._index += 1
-        self._settings.emit(done)
+        self._backward(shares, microbatch=self._index)
+        self._done(rows)
 
     def first_nonfinite(self) -> str | None:
         """Name the first parameter whose gradient is infinite or NaN so far.
@@ -347,7 +412,9 @@ class Window:
             raise WindowOpenError("optimizer.step() was called inside a window; leaving the window takes the step")
         self._stepped = True
 
-    def _split_by_length(self, batch: object, size: int, *, lengths: Lengths) -> Iterator[Any]:
+    def _cut_up_by_length(
+        self, batch: object, size: int, *, lengths: Lengths
+    ) -> Callable[[], Iterator[tuple[int, Any]]]:
         sizing = self._memory.sizing
         tokens = sizing.tokens if lengths.microbatch_tokens is None else lengths.microbatch_tokens
         now = lengths if tokens is None else replace(lengths, microbatch_tokens=sizing.halved(tokens))
@@ -357,8 +424,8 @@ class Window:
         self._know(cut_of_pieces(batch, pieces, self._memory.sizing, lengths=lengths), batch)
         self._order = [piece.rows for piece in pieces]
         self._planned = self._index + len(pieces)
-        cut = ((len(piece.rows), take_piece(batch, piece, lengths=lengths)) for piece in pieces)
-        return self._hand_out(feed(cut, self._settings.device))
+        device = self._settings.device
+        return lambda: feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
 
     def _know(self, cut: Cut, batch: object) -> None:
         self._cut = cut
@@ -371,16 +438,61 @@ class Window:
             yield microbatch
         self._rows = None
 
-    def _backward(self, losses: list[Tensor], seeds: list[Tensor]) -> None:
-        if self._settings.autocast is None:
-            self._fuse.run_backward(losses, seeds)
+    def _backward(self, shares: list[Share], *, microbatch: int | None) -> None:
+        """Add a loss to the tally, and its gradients to the sums."""
+        self._gradients.check_untouched()
+        if not shares:
+            return
+        tally = self._denominators.tally
+        seeds = tally.seeds(shares)
+        if (scaler := self._settings.grad_scaler) is not None:
+            seeds = [scaler.scale(seed) for seed in seeds]
+        tally.add(shares, microbatch=microbatch)
+        self._run_backward([share.value for share in shares], seeds)
+
+    def _backward_coupled(self, loss: LossLike, coupling: Coupling, *, count: float | None) -> None:
+        """Run the backward of the whole batch's loss, and then that of every microbatch."""
+        if not coupling.waiting:
+            raise WindowError("the batch that this window encoded has had its loss; open another window")
+        shares = shares_of(loss, rows=coupling.rows if count is None else check_number(count, "count"))
+        shares = self._denominators.whole(shares, rows=coupling.rows) if coupling.own else []
+        shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
+        self._backward(shares, microbatch=None)
+        gradients = coupling.gradients(shares)
+        if self._stopwatch is not None:
+            self._stopwatch.again()
+        for rows, tensors, seeds in coupling.push(gradients):
+            self._gradients.check_untouched()
+            self._run_backward(tensors, seeds)
+            self._done(rows)
+        if coupling.exchange is not None:
+            coupling.exchange.agree()
+
+    def _run_backward(self, tensors: list[Tensor], seeds: list[Tensor]) -> None:
+        if not tensors:
             return
         # Backward runs in the dtypes that forward recorded; under autocast its fp32 products would be cast again.
-        with torch.autocast(self._settings.device.type, enabled=False):
-            self._fuse.run_backward(losses, seeds)
+        autocast = self._settings.autocast is not None
+        with torch.autocast(self._settings.device.type, enabled=False) if autocast else nullcontext():
+            self._fuse.run_backward(tensors, seeds)
+        self._scratch.keep()
+        # What a loop does to the gradients it does after every microbatch: all are watched after the first and
+        # the last.
+        self._gradients.mark(some=self._planned is not None and 0 < self._index < self._planned - 1)
+
+    def _done(self, rows: float | None) -> None:
+        self._samples += rows or 0
+        self._largest = max(self._largest, rows or 0)
+        if self._stopwatch is not None:
+            self._stopwatch.lap(rows or 0)
+        done = MicrobatchDone(step=self._memory.windows, index=self._index, microbatches=self._planned, rows=rows)
+        self._index += 1
+        self._settings.emit(done)
 
     def _finish(self) -> None:
         self._inner.close()
+        if self._coupling is not None and self._coupling.waiting:
+            raise WindowError("the window encoded a batch, and was left without window.backward(loss) of it")
         self._gradients.check_untouched()
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
@@ -430,31 +542,60 @@ class Window:
             forget_unscaled(self._settings.grad_scaler, self._settings.optimizers)
         if is_out_of_memory(error):
             self._ran_out(error)
+        elif self._attempt is not None and self._can_run_again(error):
+            self._run_again(error, self._attempt)
         elif self._attempt is not None and self._attempt.retries:
             error.add_note(
                 "microbatch: memory had run out in this window, so that it was being run again, in microbatches of "
                 f"{self._memory.sizing.rows} rows"
             )
-        # An agreement that has been reached, or that failed, is not waited for. Nor is this rank out of it where the
-        # same window is run again: the others wait for what comes of that.
-        awaited = self._awaited and isinstance(error, Exception) and not isinstance(error, RankError)
+        # An agreement that has been reached, or that failed, is not waited for.
         retried = self.ran_out is not None and self.ran_out.again is not None
-        if self._ranks is not None and awaited and not retried:
-            agree(self._ranks, None, parameters=len(self._named))
+        if (
+            self._ranks is not None
+            and self._awaited
+            and isinstance(error, Exception)
+            and not isinstance(error, RankError)
+        ):
+            self._tell_failure(self._ranks, again=retried)
         if self.ran_out is not None and self.ran_out.event is not None and not retried:
             self._settings.emit(self.ran_out.event)
 
+    def _tell_failure(self, ranks: Ranks, *, again: bool) -> None:
+        exchange = None if self._coupling is None else self._coupling.exchange
+        if exchange is not None and not exchange.over:
+            exchange.fail(again=again)
+        elif not again:  # where the same window is run again, the others wait for what comes of that
+            agree(ranks, None, parameters=len(self._named))
+
     def _ran_out(self, error: BaseException) -> None:
         """Make the next cut smaller, if that is what can help, and say so."""
+        coupling, known, earlier = self._coupling, self._denominators.known, self._attempt
         # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
         late = self._stepped or (self._ranks is not None and not self._awaited)
-        known, earlier = self._denominators.known, self._attempt
-        again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known)
-        cut = None if late else self._cut
-        event = run_out(self._memory, error, index=self._index, cut=cut, again=again)
+        if coupling is not None and coupling.exchange is not None:
+            late = late or coupling.exchange.over
+        kept = coupling is not None and coupling.keeps and not late
+        # The loss of all representations is as large, however they were made.
+        waiting = coupling is not None and coupling.waiting
+        again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known, earlier.twice or kept)
+        cut = None if late or waiting else self._cut
+        event = run_out(self._memory, error, index=self._index, cut=cut, again=again, kept=kept)
         again = again if isinstance(event, Retry) else None
         largest = None if self._cut is None else self._cut.rows
-        self.ran_out = RanOut(again, event, largest, self._watch.budget, self._stepped)
+        self.ran_out = RanOut(again, event, largest, self._watch.budget, self._stepped, waiting)
+
+    def _can_run_again(self, error: BaseException) -> bool:
+        kept_in_vain = self._coupling is not None and self._coupling.kept_in_vain(error)
+        return kept_in_vain or isinstance(error, RankAgainError)
+
+    def _run_again(self, error: BaseException, earlier: Attempt) -> None:
+        """Go on with another attempt because another rank does, or because graphs cannot be kept."""
+        twice = earlier.twice or not isinstance(error, RankAgainError)
+        again = replace(earlier, retries=earlier.retries + 1, started=self._started, twice=twice)
+        rows = 0 if self._cut is None else self._cut.rows
+        event = Retry(step=self._memory.windows, index=self._index, before=rows, after=rows, error=str(error))
+        self.ran_out = RanOut(again, event, None, None, stepped=False)
 
     def _leave(self) -> None:
         self._outer.close()

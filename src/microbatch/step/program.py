@@ -1,0 +1,125 @@
+"""What is run in a window: microbatches with a loss each, or a batch that is encoded for one loss of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from microbatch.batch.tree import rows_of
+from microbatch.loss.coupled import stand_in
+from microbatch.loss.loss import LossLike
+from microbatch.step.compiled import LossFunction
+from microbatch.step.coupling import Encode
+from microbatch.step.foresee import room_for
+from microbatch.step.settings import Memory, Settings
+from microbatch.step.ways import Went
+from microbatch.step.window import Window
+
+Call: TypeAlias = Callable[..., Any]
+"""``call(function, microbatch)`` calls a function with the model, compiled and spilled where that was asked for; with
+``spill=True`` also where it was not."""
+
+
+class Plain:
+    """Run a batch in microbatches, each with its own part of the loss.
+
+    Args:
+        batch: The batch.
+        loss_fn: As for `Accumulator.step`.
+        call: Calls it.
+
+    Attributes:
+        alone: What a microbatch goes through.
+    """
+
+    def __init__(self, batch: object, loss_fn: LossFunction, *, call: Call) -> None:
+        self.batch, self.alone, self._call = batch, loss_fn, call
+
+    def run(self, window: Window) -> None:
+        """Do what the window is for.
+
+        Args:
+            window: Open.
+        """
+        for microbatch in window.split(self.batch):
+            window.backward(self._call(self.alone, microbatch))
+
+
+class Coupled:
+    """Encode a batch in microbatches, for one loss of the whole of it.
+
+    Args:
+        batch: The batch.
+        loss_fn: As for `Accumulator.step`.
+        encode: Likewise.
+        settings: The accumulator's.
+        memory: The accumulator's; it is told what the way of encoding costs.
+        call: Calls a function with a microbatch.
+    """
+
+    def __init__(
+        self,
+        batch: object,
+        loss_fn: LossFunction,
+        *,
+        encode: Encode,
+        settings: Settings,
+        memory: Memory,
+        call: Call,
+    ) -> None:
+        self.batch, self._loss_fn, self._encode = batch, loss_fn, encode
+        self._settings, self._memory, self._call = settings, memory, call
+        self._way = "twice"
+
+    def alone(self, model: nn.Module, microbatch: Any) -> LossLike:
+        """Put a microbatch through the encoder alone, to learn what that takes.
+
+        Args:
+            model: What it is called with.
+            microbatch: Likewise.
+
+        Returns:
+            Some loss.
+        """
+        return stand_in(self._encode(model, microbatch))
+
+    def run(self, window: Window) -> None:
+        """Do what the window is for.
+
+        Args:
+            window: Open.
+        """
+        memory, model = self._memory, self._settings.bare_model
+        # While sizes are tried, they are compared by what is the same for all of them.
+        trying = memory.sizing.open or memory.tuning is not None
+        self._way = memory.ways.next(0 if trying else rows_of(self.batch))
+        representations = window.encode(self.batch, self._encoded, keep=self._way != "twice")
+        window.backward(self._loss_fn(model, representations))
+
+    def learn(self, window: Window) -> None:
+        """Learn what the way of encoding took.
+
+        Args:
+            window: Closed, with a step.
+        """
+        memory, step, coupling = self._memory, window.step, window.coupling
+        if coupling is None or memory.tuning is not None or memory.ways.settled:
+            return
+        settings = self._settings
+        went = Went(
+            way="twice" if not coupling.keeps else self._way,
+            rows=coupling.own,
+            microbatches=step.microbatches,
+            seconds=step.seconds,
+            graph_bytes=coupling.graph_bytes,
+            peak_bytes=step.peak_bytes,
+            room=None if coupling.graph_bytes is None else room_for(settings, self.batch),
+            passing=settings.device.type == "cpu" and settings.memory_budget is None and step.peak_bytes is not None,
+        )
+        memory.ways.learn(went)
+
+    def _encoded(self, model: nn.Module, microbatch: Any) -> Any:
+        del model  # which is the accumulator's own
+        return self._call(self._encode, microbatch, spill=self._way == "spill")
