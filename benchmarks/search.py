@@ -6,10 +6,12 @@
     python -m benchmarks.search --case vit --repeats 5 --out /tmp/search
     python -m benchmarks.search --quick                does everything run?
 
-Every size runs in a process of its own, a window each in turn, round after round; then "auto" runs in fresh processes
-until it has chosen. A size is close enough if the median over the rounds of its time over the best size's is. What
-choosing costs is every second of the steps until the choice, rehearsals and warm-up included, beyond as many steps at
-the chosen size; it is compared with 200 such steps.
+Every size runs in a process of its own, a window each in turn, round after round, which tells the best. Then "auto"
+runs in fresh processes until it has chosen, and goes on there, in turn with the process of the best size: the choice
+is close enough if the median over these rounds of its time over the best size's is. So what a process remembers of the
+sizes that it tried (pages that the C library keeps) counts on the side where it happens. What choosing costs is every
+second of the steps until the choice, rehearsals and warm-up included, beyond as many steps after it; it is compared
+with 200 of these.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -56,7 +58,9 @@ class Auto:
         timed: Seconds per row by size, as it measured them.
         sizes: Microbatch size of each step until the choice.
         seconds: Of each of these steps, from the call to the return.
-        rehearsal_seconds: Of the first step, what went before its window.
+        rehearsal_seconds: Of the first two steps, what went before their windows.
+        after: Seconds of steps after the choice, in the same process.
+        best: Seconds of the best size's windows in its own process, in turn with ``after``.
     """
 
     microbatch_size: int
@@ -66,6 +70,19 @@ class Auto:
     sizes: list[int]
     seconds: list[float]
     rehearsal_seconds: float
+    after: list[float] = field(default_factory=list[float])
+    best: list[float] = field(default_factory=list[float])
+
+    @property
+    def against_best(self) -> float:
+        """Median over the rounds of what was chosen over the best size."""
+        return summarize_ratio(self.after, self.best).median
+
+    @property
+    def overhead(self) -> float:
+        """What choosing took beyond as many steps at the chosen size, as a part of 200 of them."""
+        step = summarize(self.after).median
+        return (sum(self.seconds) - len(self.seconds) * step) / (RUN * step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,53 +123,75 @@ class Row:
         """Return the median over the rounds of a size's time over the best size's."""
         return summarize_ratio(self.seconds[size], self.seconds[self.best]).median
 
-    def overhead(self, trial: Auto) -> float:
-        """Return what a run of "auto" took beyond as many steps at its size, as a part of 200 of them."""
-        step = self.times[trial.microbatch_size].median
-        return (sum(trial.seconds) - len(trial.seconds) * step) / (RUN * step)
 
-
-def run_auto(case: str, threads: int) -> Auto:
-    """Train with ``microbatch_size="auto"`` until it has chosen.
+class Choosing:
+    """A training run with ``microbatch_size="auto"``.
 
     Args:
         case: A key of `CASES`.
         threads: Threads of torch's operators.
-
-    Raises:
-        RuntimeError: It has not chosen within 80 steps.
     """
-    torch.set_num_threads(threads)
-    subject = make_subject(case, 1, device="cpu")
-    chosen: list[mb.PlanChosen] = []
 
-    def listen(event: object) -> None:
-        if isinstance(event, mb.PlanChosen):
-            chosen.append(event)
+    def __init__(self, case: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._subject = subject = make_subject(case, 1, device="cpu")
+        self._case = case
+        self._chosen: list[mb.PlanChosen] = []
+        self._accumulator = mb.Accumulator(
+            subject.model, subject.optimizer, microbatch_size="auto", listeners=[self._listen]
+        )
 
-    accumulator = mb.Accumulator(subject.model, subject.optimizer, microbatch_size="auto", listeners=[listen])
-    sizes: list[int] = []
-    seconds: list[float] = []
-    rehearsal = 0.0
-    while not chosen:
-        if len(sizes) == _MOST_STEPS:
-            raise RuntimeError(f'"auto" has chosen no size for {case} in {_MOST_STEPS} steps')
+    def step(self) -> tuple[float, mb.Step]:
+        """Take a step, and say how long it took from the call to the return."""
         gc.collect()  # as before every window that it is compared with
         started = time.perf_counter()
-        step = accumulator.step(subject.batch, _loss)
-        seconds.append(time.perf_counter() - started)
-        sizes.append(int(step.microbatch_size))
-        if len(sizes) == 1:
-            rehearsal = seconds[0] - step.seconds
-    return Auto(
-        microbatch_size=chosen[0].microbatch_size,
-        decided=chosen[0].decided,
-        why=chosen[0].why,
-        timed=dict(chosen[0].seconds),
-        sizes=sizes,
-        seconds=seconds,
-        rehearsal_seconds=rehearsal,
-    )
+        step = self._accumulator.step(self._subject.batch, _loss)
+        return time.perf_counter() - started, step
+
+    def choose(self) -> Auto:
+        """Train until it has chosen.
+
+        Raises:
+            RuntimeError: It has not chosen within 80 steps.
+        """
+        sizes: list[int] = []
+        seconds: list[float] = []
+        rehearsal = 0.0
+        while not self._chosen:
+            if len(sizes) == _MOST_STEPS:
+                raise RuntimeError(f'"auto" has chosen no size for {self._case} in {_MOST_STEPS} steps')
+            taken, step = self.step()
+            seconds.append(taken)
+            sizes.append(int(step.microbatch_size))
+            if len(sizes) <= 2:
+                rehearsal += taken - step.seconds
+        chosen = self._chosen[0]
+        return Auto(
+            microbatch_size=chosen.microbatch_size,
+            decided=chosen.decided,
+            why=chosen.why,
+            timed=dict(chosen.seconds),
+            sizes=sizes,
+            seconds=seconds,
+            rehearsal_seconds=rehearsal,
+        )
+
+    def _listen(self, event: object) -> None:
+        if isinstance(event, mb.PlanChosen):
+            self._chosen.append(event)
+
+
+_RUNS: list[Choosing] = []
+"""Of the process that a run of "auto" has for itself: it goes on after the choice."""
+
+
+def _begin(case: str, threads: int) -> Auto:
+    _RUNS.append(Choosing(case, threads))
+    return _RUNS[0].choose()
+
+
+def _go_on() -> float:
+    return _RUNS[0].step()[0]
 
 
 def _loss(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
@@ -183,17 +222,34 @@ def measure(case: str, *, repeats: int, trials: int, threads: int) -> Row:
                 seconds[size].append(workers[size].window("microbatch").seconds)
         elapsed, busy_now = time.perf_counter() - started, busy_seconds()
         mine = _spent(workers) - spent
+        others = None
+        if busy is not None and busy_now is not None:
+            others = max(0.0, (busy_now - busy - mine) / (elapsed * (os.cpu_count() or 1)))
+        row = Row(case=case, batch_size=rows, seconds=seconds, trials=[], others_cpu=others)
+        for _ in range(trials):
+            row.trials.append(_trial(row, workers[row.best], repeats=repeats, threads=threads))
     finally:
         for worker in workers.values():
             worker.close()
-    others = None
-    if busy is not None and busy_now is not None:
-        others = max(0.0, (busy_now - busy - mine) / (elapsed * (os.cpu_count() or 1)))
-    found: list[Auto] = []
-    for _ in range(trials):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            found.append(fresh.submit(run_auto, case, threads).result())
-    return Row(case=case, batch_size=rows, seconds=seconds, trials=found, others_cpu=others)
+    return row
+
+
+def _trial(row: Row, best: Worker, *, repeats: int, threads: int) -> Auto:
+    """Let "auto" choose, and hold what it chose against the best size."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        found = fresh.submit(_begin, row.case, threads).result()
+        turns = {
+            "auto": lambda: found.after.append(fresh.submit(_go_on).result()),
+            "best": lambda: found.best.append(best.window("microbatch").seconds),
+        }
+        for turn in turns.values():  # the meter may be on in the first window after the choice
+            turn()
+        found.after.clear()
+        found.best.clear()
+        for index in range(repeats):
+            for name in order_of_round(list(turns), index):
+                turns[name]()
+    return found
 
 
 def _spent(workers: Mapping[int, Worker]) -> float:
@@ -210,8 +266,8 @@ def verdicts(row: Row) -> list[tuple[str, str, str]]:
         Goal, what was measured, and ``"met"``, ``"missed"``, ``"refused"`` or, with another job running,
         ``"undecided"``; a goal that one trial misses is missed.
     """
-    close = [row.against_best(each.microbatch_size) for each in row.trials if each.decided]
-    costs = [row.overhead(each) for each in row.trials]
+    close = [each.against_best for each in row.trials if each.decided]
+    costs = [each.overhead for each in row.trials]
     probes = max(len(each.timed) for each in row.trials)
     refused = len(row.trials) - len(close)
 
@@ -242,7 +298,10 @@ def as_markdown(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
         record: On what.
     """
     on = "; ".join(f"{name} {value}" for each in ("hardware", "versions") for name, value in record[each].items())
-    how = f"Times are medians of {record['repeats']} windows, the sizes in turn, each in a process of its own."
+    how = (
+        f"Times are medians of {record['repeats']} windows, the sizes in turn, each in a process of its own; "
+        '"auto" goes on in the process that chose.'
+    )
     lines = [
         "# The chosen microbatch size",
         "",
@@ -264,16 +323,16 @@ def as_markdown(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
             lines.append(f"| {size} | {spread} | {row.against_best(size):.3f} | {mark} |")
         lines += [
             "",
-            '| "auto" | steps until then | of them rehearsal | costs | timed | why |',
-            "|---|---|---|---|---|---|",
+            '| "auto" | steps until then | of them rehearsal | costs | then | of the best | timed | why |',
+            "|---|---|---|---|---|---|---|---|",
         ]
         for each in row.trials:
             timed = ", ".join(f"{size}: {1000 * taken * row.batch_size:,.0f} ms" for size, taken in each.timed.items())
             took = f"{len(each.seconds)}, {sum(each.seconds):.1f} s"
             why = each.why if each.decided else f"refused: {each.why}"
             lines.append(
-                f"| {each.microbatch_size} | {took} | {each.rehearsal_seconds:.1f} s | {row.overhead(each):.1%} "
-                f"| {timed} | {why} |"
+                f"| {each.microbatch_size} | {took} | {each.rehearsal_seconds:.1f} s | {each.overhead:.1%} "
+                f"| {1000 * summarize(each.after).median:,.0f} ms | {each.against_best:.3f} | {timed} | {why} |"
             )
     return "\n".join(lines) + "\n"
 

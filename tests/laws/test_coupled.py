@@ -799,7 +799,7 @@ def test_the_time_of_a_microbatch_is_that_of_both_passes() -> None:
 def test_auto_finds_a_size_for_the_encoder() -> None:
     model, batch = towers(), pairs(16)
     chosen: list[Any] = []
-    it = coupled(model, "auto", "auto", memory_budget="1 GiB", listeners=[chosen.append])
+    it = coupled(model, "auto", "auto", memory_budget="32 KiB", listeners=[chosen.append])  # which is little
     for _ in range(40):
         it.accumulator.step(batch, clip, encode=encode)
         if any(isinstance(event, mb.PlanChosen) for event in chosen):

@@ -308,6 +308,9 @@ class Accumulator:
 
     def _take_step(self, program: Plain | Coupled, counts: Counts | None) -> Step:
         """Run a batch's window, as often as it takes."""
+        found = self._memory.tuning
+        if found is not None and found.unsure and not self._memory.open:
+            foresee(self._settings, self._memory, batch=program.batch, loss_fn=program.alone)
         sizing, tuning = replace(self._memory.sizing), self._memory.tuning
         if self._memory.checkpoint is None and not self._memory.open:
             batch, loss_fn = program.batch, program.alone

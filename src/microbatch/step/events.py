@@ -98,7 +98,7 @@ class PlanChosen:
         decided: Whether speed was measured; if not, the size is a default.
         why: Why this size, in words.
         seconds: What was measured, in seconds per row, by size.
-        predicted_bytes: Peak that was predicted for the size; `None` where nothing could be.
+        predicted_bytes: Peak that was predicted for the size; `None` where nothing could be, or had to be.
         peak_bytes: Peak that was measured at the size; `None` where nobody counted.
         microbatch_tokens: Tokens of a microbatch from now on, where rows are ragged: as many as that many rows of the
             first batch's longest; else `None`.

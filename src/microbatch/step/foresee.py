@@ -18,6 +18,9 @@ from microbatch.step.rehearse import rehearse
 from microbatch.step.settings import Memory, Settings, Watched
 from microbatch.step.tune import Tuning
 
+_COPIES, _LITTLE = 4, 0.1
+"""Of each weight: itself, its gradient and two numbers of the optimizer; and what part of the memory is little."""
+
 
 def begin_tuning(settings: Settings, memory: Memory, *, rows: int) -> None:
     """Begin to look for a microbatch size.
@@ -56,33 +59,48 @@ def watched_once(watched: Watched) -> Watched:
 
 
 def foresee(settings: Settings, memory: Memory, *, batch: object, loss_fn: LossFunction) -> Prediction | None:
-    """Begin to look for a microbatch size, with a prediction of what fits.
+    """Begin to look for a microbatch size; or go on, where the first window has left open what fits.
+
+    A model that is small beside the memory has a first window of a few rows, whose peak says what is sure to fit: for
+    most that is everything, and a prediction would cost more than it tells. A large one is rehearsed at once.
 
     Args:
         settings: The accumulator's.
         memory: The accumulator's; it is given the tuning and the first size.
-        batch: The first batch.
+        batch: The batch.
         loss_fn: As for `Accumulator.step`.
 
     Returns:
-        The prediction; `None` where the model or the loss could not be rehearsed, or the batch has no rows.
+        The prediction; `None` where none is needed, the model or the loss could not be rehearsed, or the batch has no
+        rows.
 
     Cost:
-        Some 0.1 milliseconds an operator of a fake window, for each of three sizes.
+        Where something is rehearsed, some 0.1 milliseconds an operator of a fake window, for each of three sizes.
     """
     rows = rows_of(batch)
     if not rows:
         return None
-    begin_tuning(settings, memory, rows=rows)
     if memory.tuning is None:
+        begin_tuning(settings, memory, rows=rows)
+        if _is_small(settings, room_for(settings, batch)):
+            return None
+    tuning = memory.tuning
+    if tuning is None:
         return None
+    tuning.rehearsed = True
     try:
         settled = replace(settings, checkpoint=memory.checkpoint)
         prediction = rehearse(settled, loss_fn, batch=batch, witness=())
     except Exception:  # noqa: BLE001 - then the sizes are felt for instead, and what is wrong shows in the real step
         return None
-    memory.tuning.foresee(prediction, budget=room_for(settings, batch))
+    tuning.foresee(prediction, budget=room_for(settings, batch))
     return prediction
+
+
+def _is_small(settings: Settings, room: int | None) -> bool:
+    """Tell whether weights, gradients and the optimizer's state are little beside what there is."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in settings.model.parameters())
+    return room is None or _COPIES * weights <= _LITTLE * room
 
 
 def room_for(settings: Settings, batch: object) -> int | None:

@@ -6,7 +6,7 @@ import warnings
 
 from microbatch.memory.budget import format_bytes
 from microbatch.step.events import BudgetPassed, Event, PlanChosen, SizeChanged
-from microbatch.step.foresee import watched_once
+from microbatch.step.foresee import room_for, watched_once
 from microbatch.step.pace import Pace
 from microbatch.step.record import Step
 from microbatch.step.recovery import Cut, shrink
@@ -100,7 +100,8 @@ def _tune(
         largest=0 if cut is None else cut.used,
         laps=laps,
         peak_bytes=step.peak_bytes,
-        budget=watch.budget,
+        # On CUDA nobody holds a budget that nobody gave, and the allocator counts all the same.
+        budget=room_for(settings, ()) if watch.budget is None and step.peak_bytes is not None else watch.budget,
         watched=watch.passing,
         tokens=None if cut is None else cut.tokens,
     )

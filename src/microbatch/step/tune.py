@@ -14,7 +14,18 @@ import torch
 
 from microbatch.memory.predict import Prediction
 from microbatch.step.events import PlanChosen
-from microbatch.step.search import SAMPLES, Found, fastest, next_size, settled, sizes_for, too_noisy, undecided
+from microbatch.step.search import (
+    NOISE,
+    SAMPLES,
+    Found,
+    fastest,
+    next_size,
+    noise,
+    settled,
+    sizes_for,
+    too_noisy,
+    undecided,
+)
 from microbatch.step.sizing import Sizing
 
 MOST_PROBES = 5
@@ -111,10 +122,12 @@ class Tuning:
         verdict: What was found, to be told at the window's end.
         seconds: What was measured, in seconds per row, by size.
         peaks: Peaks that were measured, by size.
-        samples: Samples of the size that is being tried.
+        samples: Seconds per row of parts of a window, at the size that is being tried: they tell whether to believe.
+        wholes: Seconds per row of its whole windows, which compare: the first microbatch of each has work of its own.
         windows: Windows at that size.
         bound: Rows that are sure to fit, where nothing is predicted; `None` while no peak is known.
         feeling: Whether the size is only tried for its peak.
+        rehearsed: Whether a prediction was asked for, and is not to be asked for again.
         again: Sizes that are still to be timed once more; `None` before it is known which.
         rerun: Whether the size that is being tried is one of them.
         default: Size to keep where nothing can be decided; `None` for a size that is rarely far from the best.
@@ -130,9 +143,11 @@ class Tuning:
     seconds: dict[int, float] = field(default_factory=dict[int, float])
     peaks: dict[int, int] = field(default_factory=dict[int, int])
     samples: list[float] = field(default_factory=list[float])
+    wholes: list[float] = field(default_factory=list[float])
     windows: int = 0
     bound: int | None = None
     feeling: bool = False
+    rehearsed: bool = False
     again: list[int] | None = None
     rerun: bool = False
     default: int | None = None
@@ -192,6 +207,7 @@ class Tuning:
         at = known.index(size)
         near = known[max(0, at - 1) : at + 2]
         made = Tuning(near, sizing, self.predicted, ragged=self.ragged, bound=self.bound, default=size)
+        made.rehearsed = True
         made.density = self.density
         made._move()
         return made
@@ -231,6 +247,13 @@ class Tuning:
         )
 
     @property
+    def unsure(self) -> bool:
+        """Whether only a prediction can tell if the larger sizes fit."""
+        if self.bound is None or self.feeling or self.rehearsed or self.verdict is not None:
+            return False
+        return self.sizes[-1] > self.bound
+
+    @property
     def warming(self) -> bool:
         """Whether the next window is the first at its size."""
         return self.windows == 0
@@ -245,6 +268,7 @@ class Tuning:
             "ragged": self.ragged,
             "bound": self.bound,
             "feeling": self.feeling,
+            "rehearsed": self.rehearsed,
             "again": self.again,
             "default": self.default,
             "density": self.density,
@@ -264,6 +288,7 @@ class Tuning:
         found = cls(list(state["sizes"]), sizing)
         found.predicted, found.seconds, found.peaks = (dict(state[name]) for name in ("predicted", "seconds", "peaks"))
         found.ragged, found.bound, found.feeling = state["ragged"], state["bound"], state["feeling"]
+        found.rehearsed = state["rehearsed"]
         found.again, found.default, found.density = state["again"], state["default"], state["density"]
         return found
 
@@ -275,23 +300,26 @@ class Tuning:
         if self.feeling:
             self.feeling = False
             self._move()
+            # Where the search begins with the same size, it has warmed up.
+            self.windows = int(self.verdict is None and self.sizing.most == size)
         elif self.windows > 1 and not (played.watched and self.windows <= 1 + _PATIENCE):
             self._sample(size, played)
 
     def _sample(self, size: int, played: Played) -> None:
-        if self.ragged and played.tokens and played.rows:
+        whole = sum(seconds for seconds, _ in played.laps) / played.rows
+        if self.ragged and played.tokens:
             # Batches are of unlike lengths: what a token takes compares, and is told for a row of the first one.
             self.density = self.density or played.tokens / played.rows
-            self.samples.append(sum(seconds for seconds, _ in played.laps) / played.tokens * self.density)
-        else:
-            self.samples += _samples(played, size)
-        if self.rerun and len(self.samples) >= 2:
-            self.seconds[size] = min(self.seconds[size], median(sorted(self.samples)[:2]))
+            whole *= self.density * played.rows / played.tokens
+        self.wholes.append(whole)
+        self.samples += [whole] if self.ragged else _samples(played, size)
+        if self.rerun:
+            self.seconds[size] = min(self.seconds[size], whole)
             self._move()
-        elif not self.rerun and len(self.samples) >= SAMPLES:
+        elif len(self.samples) >= SAMPLES:
             taken = settled(self.samples)
             if taken is not None:
-                self.seconds[size] = taken
+                self.seconds[size] = median(self.wholes) if noise(self.samples) <= NOISE else taken
                 self._move()
             elif self.windows > _PATIENCE:
                 why = too_noisy(size, self.samples)
@@ -328,7 +356,7 @@ class Tuning:
 
     def _try(self, size: int, *, rerun: bool = False) -> None:
         # Timed once more, a size needs no window to warm up: what that would cost is not taken.
-        self.samples, self.windows, self.rerun = [], int(rerun), rerun
+        self.samples, self.wholes, self.windows, self.rerun = [], [], int(rerun), rerun
         self.sizing.choose(size)
 
     def _decide(self, found: Found) -> None:
