@@ -10,8 +10,8 @@ Every size runs in a process of its own, a window each in turn, round after roun
 runs in fresh processes until it has chosen, and goes on there, in turn with the process of the best size: the choice
 is close enough if the median over these rounds of its time over the best size's is. So what a process remembers of the
 sizes that it tried (pages that the C library keeps) counts on the side where it happens. What choosing costs is every
-second of the steps until the choice, rehearsals and warm-up included, beyond as many steps after it; it is compared
-with 200 of these.
+second of the steps until the choice, rehearsals included, beyond as many steps of a run that has the size from the
+start; it is compared with 200 steps.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Auto:
         rehearsal_seconds: Of the first two steps, what went before their windows.
         after: Seconds of steps after the choice, in the same process.
         best: Seconds of the best size's windows in its own process, in turn with ``after``.
+        first: Seconds of the first windows of a process that had the chosen size from the start.
     """
 
     microbatch_size: int
@@ -72,6 +73,7 @@ class Auto:
     rehearsal_seconds: float
     after: list[float] = field(default_factory=list[float])
     best: list[float] = field(default_factory=list[float])
+    first: list[float] = field(default_factory=list[float])
 
     @property
     def against_best(self) -> float:
@@ -80,9 +82,11 @@ class Auto:
 
     @property
     def overhead(self) -> float:
-        """What choosing took beyond as many steps at the chosen size, as a part of 200 of them."""
+        """What choosing took beyond as many steps of a run that begins with the size, as a part of 200 steps."""
         step = summarize(self.after).median
-        return (sum(self.seconds) - len(self.seconds) * step) / (RUN * step)
+        # The first windows of any process are slower: memory is new, and the optimizer makes its state.
+        without = sum(self.first) + (len(self.seconds) - len(self.first)) * step
+        return (sum(self.seconds) - without) / (RUN * step)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,9 +217,9 @@ def measure(case: str, *, repeats: int, trials: int, threads: int) -> Row:
     workers = {size: Worker(spec(microbatch_size=size)) for size in sizes}
     seconds: dict[int, list[float]] = {size: [] for size in sizes}
     try:
-        for worker in workers.values():
-            for _ in range(_WARM_UP):
-                worker.window("microbatch")
+        first = {
+            size: [worker.window("microbatch").seconds for _ in range(_WARM_UP)] for size, worker in workers.items()
+        }
         spent, busy, started = _spent(workers), busy_seconds(), time.perf_counter()
         for index in range(repeats):
             for size in map(int, order_of_round([str(size) for size in sizes], index)):
@@ -227,7 +231,9 @@ def measure(case: str, *, repeats: int, trials: int, threads: int) -> Row:
             others = max(0.0, (busy_now - busy - mine) / (elapsed * (os.cpu_count() or 1)))
         row = Row(case=case, batch_size=rows, seconds=seconds, trials=[], others_cpu=others)
         for _ in range(trials):
-            row.trials.append(_trial(row, workers[row.best], repeats=repeats, threads=threads))
+            trial = _trial(row, workers[row.best], repeats=repeats, threads=threads)
+            trial.first.extend(first[trial.microbatch_size])
+            row.trials.append(trial)
     finally:
         for worker in workers.values():
             worker.close()

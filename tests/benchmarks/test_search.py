@@ -47,6 +47,9 @@ def test_a_close_size_is_close_enough_and_a_far_one_is_not() -> None:
 def test_what_choosing_costs_is_all_that_its_steps_took_beyond_those_at_the_size() -> None:
     free, dear = auto(2), auto(2, slower=0.03 * RUN + 1e-9)
     assert free.overhead == pytest.approx(0)
+    # What a process that had the size from the start takes as well is not the choice's.
+    begun = dataclasses.replace(free, seconds=[3.0, *free.seconds[1:]], first=[3.0, 1.0])
+    assert begun.overhead == pytest.approx(0)
     # At the speed that its own process has afterwards, whatever the size's own process needs.
     slow = dataclasses.replace(free, after=[0.5] * 3)
     assert slow.overhead == pytest.approx(10 * (1 - 0.5) / (RUN * 0.5))
@@ -77,5 +80,6 @@ def test_quick_mode_writes_what_it_measured(tmp_path: Path) -> None:
     assert {size: len(taken) for size, taken in found["seconds"].items()} == {"1": 2, "2": 2, "4": 2}
     (trial,) = found["trials"]
     assert len(trial["after"]) == len(trial["best"]) == 2
+    assert len(trial["first"]) > 1
     assert {"hardware", "versions", "threads", "verdicts"} <= record.keys()
     assert "## tiny, batch 4" in (tmp_path / "quick.md").read_text()

@@ -35,8 +35,8 @@ _FEELER = 4
 """Rows of the first microbatches where nothing is predicted; from their peak follows what larger ones take at most."""
 _PATIENCE = 3
 """Windows at a size before noise ends the search; and windows that a meter may spoil, which most go without."""
-_CLOSE = 2.0
-"""Times as slow as the fastest up to which a size is timed once more: another job makes it no slower than that."""
+_CLOSE = 1.7
+"""Times as slow as the fastest up to which a size is timed once more: another job seldom makes it slower than that."""
 _ONLY = "no other size fits"
 
 
