@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -34,9 +35,23 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif total.is_cuda and _accumulates_wide(total.device, left.dtype, total.dtype):
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
-        rows = max(1, PIECE // max(1, total.shape[1]))
-        for start in range(0, total.shape[0], rows):
-            total[start : start + rows].add_(left[:, start : start + rows].T @ right)
+        for rows, piece in product_pieces(left, right):
+            total[rows].add_(piece)
+
+
+def product_pieces(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Make ``left^T right`` some rows at a time.
+
+    Args:
+        left: Shape ``(k, m)``.
+        right: Shape ``(k, n)``.
+
+    Yields:
+        Which rows of the product, and these rows: shape ``(rows, n)``, at most 262,144 elements where a row is no more.
+    """
+    rows = max(1, PIECE // max(1, right.shape[1]))
+    for start in range(0, left.shape[1], rows):
+        yield slice(start, start + rows), left[:, start : start + rows].T @ right
 
 
 @cache

@@ -1,10 +1,9 @@
-"""Where gradients add up: in `.grad`, or in a wider buffer beside it."""
+"""Where gradients add up: in `.grad`, in a wider buffer beside it, or in the optimizer's own state."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.errors import GradientsTouchedError
+from microbatch.gradients.finish import scale_
+from microbatch.gradients.fold import Fold
+from microbatch.gradients.named import Named
+from microbatch.gradients.narrow import NarrowSum
 
 _SOME = 8  # gradients that are watched between two backwards in the middle of a window
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A trainable parameter and the name that messages call it by."""
-
-    name: str
-    parameter: nn.Parameter | Tensor
 
 
 def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:
@@ -49,22 +44,37 @@ class GradientSum:
 
     A parameter at least as wide as ``dtype`` adds up in its own `.grad`, as autograd does anyway. A narrower one
     would stop growing (a bf16 sum of ones stops at 256), so each microbatch's gradient is moved into a buffer of the
-    wider dtype as soon as autograd has written it, and cast back once, for the optimizer.
+    wider dtype as soon as autograd has written it, and cast back once, for the optimizer. Where there is no room for
+    that, a bfloat16 one's may go on growing in bfloat16; and where an optimizer's state is linear in the gradient, they
+    add up in there.
 
     Args:
         dtype: Precision in which gradients of narrower parameters add up.
+        narrow: Makes, of its first gradient, the sum of a bfloat16 parameter that does not widen; `None` where `.grad`
+            is that.
+        fold: Adds gradients up inside optimizers' states; `None` for none of them.
 
     Source:
         Laws B4, P1, P2.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        narrow: Callable[[Tensor], NarrowSum] | None = None,
+        fold: Fold | None = None,
+    ) -> None:
         self._dtype = dtype
+        self._narrow = narrow
+        self._fold = fold
+        self._narrow_sums: dict[int, NarrowSum] = {}
         self._named: list[Named] = []
         self._before: list[Tensor | None] = []
         self._buffers: dict[int, Tensor] = {}
         self._widened: dict[int, int] = {}
         self._hooks: list[RemovableHandle] = []
+        self._begun = False
         self._watched: Sequence[int] = ()
         self._turn = 0
         self._mark: list[Tensor | None] = []
@@ -79,14 +89,31 @@ class GradientSum:
         self._named = list(named)
         self._before = [each.parameter.grad for each in named]
         self._buffers = {}
+        self._narrow_sums = {}
+        self._begun = False
         self._watched = range(len(named))
         self._widened = {}
         self._mark = [None] * len(named)
         self._versions = [None] * len(named)
         for index, each in enumerate(named):
             each.parameter.grad = None
-            if torch.promote_types(each.parameter.dtype, self._dtype) != each.parameter.dtype:
+            widens = torch.promote_types(each.parameter.dtype, self._dtype) != each.parameter.dtype
+            if widens or self._is_narrow(each.parameter):
                 self._widen(index, each.parameter)
+
+    def begin(self, factor: float) -> None:
+        """Let sums begin that begin with an optimizer's state, before the first backward.
+
+        Args:
+            factor: What the finished gradient will be multiplied with, as far as that is known.
+
+        Cost:
+            Nothing, unless gradients add up in states: see `Fold.begin`.
+        """
+        if self._fold is not None and not self._begun:
+            self._begun = True
+            self._fold.begin((each.parameter for each in self._named), factor)
+            self.mark()
 
     def mark(self, *, some: bool = False) -> None:
         """Remember what the sums look like after a backward.
@@ -126,15 +153,15 @@ class GradientSum:
                 )
 
     def widens(self, parameter: Tensor) -> bool:
-        """Tell whether a parameter's gradients add up in a wider buffer.
+        """Tell whether a parameter's gradients add up where autograd does not put them.
 
         Args:
             parameter: One of the window's.
 
         Returns:
-            False where they add up in its own `.grad`.
+            False where they add up in its own `.grad`, and in nothing else.
         """
-        return id(parameter) in self._widened
+        return id(parameter) in self._widened or (self._fold is not None and self._fold.holds(parameter))
 
     def is_watched(self, parameter: Tensor) -> bool:
         """Tell whether somebody else waits for a parameter's gradient to have been accumulated.
@@ -145,10 +172,27 @@ class GradientSum:
         Returns:
             Whether it has hooks beside the window's own.
         """
-        return len(parameter._post_accumulate_grad_hooks or ()) > 1  # pyright: ignore[reportPrivateUsage]
+        own = int(id(parameter) in self._widened)
+        return len(parameter._post_accumulate_grad_hooks or ()) > own  # pyright: ignore[reportPrivateUsage]
+
+    def narrow_sum(self, parameter: Tensor) -> NarrowSum | None:
+        """Return the sum of a parameter whose gradients add up in bfloat16, made of zeros where there is none yet.
+
+        Args:
+            parameter: One that `widens`.
+
+        Returns:
+            What to add to, instead of `wide_sum`; `None` where that is it.
+        """
+        index = self._widened.get(id(parameter))
+        if index is None or self._narrow is None or not self._is_narrow(parameter):
+            return None
+        if index not in self._narrow_sums:
+            self._add_narrow(index, torch.zeros_like(parameter, requires_grad=False))
+        return self._narrow_sums[index]
 
     def wide_sum(self, parameter: Tensor) -> Tensor:
-        """Return the wider buffer of a parameter, made of zeros where there is none yet.
+        """Return the buffer of a parameter, made of zeros where there is none yet.
 
         Args:
             parameter: One that `widens`.
@@ -156,7 +200,10 @@ class GradientSum:
         Returns:
             The buffer, to be added to in place; shape of the parameter.
         """
-        index = self._widened[id(parameter)]
+        index = self._widened.get(id(parameter))
+        if index is None:
+            assert parameter.grad is not None  # noqa: S101 - the state that it `holds`
+            return parameter.grad
         if index not in self._buffers:
             self._buffers[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
         return self._buffers[index]
@@ -172,7 +219,10 @@ class GradientSum:
     @property
     def present(self) -> list[bool]:
         """Which parameters, in the order of `open`, have a gradient."""
-        return [total is not None for total in self._all()]
+        return [
+            total is not None and not (self._fold is not None and self._fold.is_untouched(each.parameter))
+            for each, total in zip(self._named, self._all(), strict=True)
+        ]
 
     def fill(self, wanted: Sequence[bool]) -> None:
         """Give a sum of zero, dense, to parameters that got no gradient here but did on another rank.
@@ -180,6 +230,7 @@ class GradientSum:
         Args:
             wanted: For each parameter in the order of `open`, whether any rank has a gradient for it.
         """
+        self.drop(wanted)
         for index, (each, want) in enumerate(zip(self._named, wanted, strict=True)):
             parameter = each.parameter
             wide = torch.promote_types(parameter.dtype, self._dtype)
@@ -191,6 +242,41 @@ class GradientSum:
                     self._buffers[index] = zeros
             elif parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = parameter.grad.to_dense()
+
+    def drop(self, wanted: Sequence[bool]) -> None:
+        """Leave out what began as an optimizer's state and got no gradient, here or on another rank.
+
+        Args:
+            wanted: For each parameter in the order of `open`, whether there is a gradient for it.
+        """
+        for each, want in zip(self._named, wanted, strict=True):
+            if not want and self._fold is not None and self._fold.is_untouched(each.parameter):
+                self._fold.drop(each.parameter)
+
+    def settle(self, factor: float) -> None:
+        """Learn what the finished gradient will be multiplied with.
+
+        Args:
+            factor: Known for certain, as `begin` may not have known it.
+        """
+        if self._fold is not None:
+            self._fold.settle(factor)
+
+    def scale_(self, factor: float) -> None:
+        """Multiply every sum with one number, in place.
+
+        Args:
+            factor: Normalisation, rank average and clipping folded into one.
+
+        Cost:
+            One pass over the gradients; none for a factor of 1.
+        """
+        if factor == 1.0:
+            return
+        for each in self._narrow_sums.values():
+            each.scale_(factor)
+        others = (total for index, total in enumerate(self._all()) if index not in self._narrow_sums)
+        scale_([total for total in others if total is not None], factor)
 
     def coalesce(self) -> None:
         """Add up the parts of sparse gradients, so that norms and factors see each value once."""
@@ -208,17 +294,41 @@ class GradientSum:
         for index in list(self._buffers):
             parameter = self._named[index].parameter
             parameter.grad = self._buffers.pop(index).to(parameter.dtype)
+        self._narrow_sums = {}
+        if self._fold is not None:
+            self._fold.finish()
+
+    def step(self, optimizer: Optimizer, step: Callable[[], object]) -> None:
+        """Let an optimizer step with what was handed over.
+
+        Args:
+            optimizer: The optimizer.
+            step: Takes its step.
+        """
+        if self._fold is None:
+            step()
+            return
+        with self._fold.stepping(optimizer):
+            step()
+
+    def put_states_back(self) -> None:
+        """Give the optimizers the states that they had, where gradients were added to them."""
+        if self._fold is not None:
+            self._fold.put_back()
 
     def clear(self) -> None:
         """End the window with no gradient anywhere."""
         self._end()
+        if self._fold is not None:
+            self._fold.end()
         for each in self._named:
             each.parameter.grad = None
         self._before = []
 
     def put_back(self) -> None:
-        """End the window with the gradients that were there before it."""
+        """End the window with the gradients, and the optimizer's states, that were there before it."""
         self._end()
+        self.put_states_back()
         for each, grad in zip(self._named, self._before, strict=True):
             each.parameter.grad = grad
         self._before = []
@@ -235,13 +345,26 @@ class GradientSum:
             grad, parameter.grad = parameter.grad, None
             if grad is None:
                 return
-            if index in self._buffers:
+            if self._is_narrow(parameter):
+                self._add_narrow(index, grad)
+            elif index in self._buffers:
                 self._buffers[index].add_(grad)
             else:
                 self._buffers[index] = grad.to(self._dtype)
 
         self._widened[id(parameter)] = index
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
+
+    def _is_narrow(self, parameter: Tensor) -> bool:
+        return self._narrow is not None and parameter.dtype == self._dtype == torch.bfloat16
+
+    def _add_narrow(self, index: int, grad: Tensor) -> None:
+        grad = grad.to_dense() if grad.is_sparse else grad
+        if index in self._narrow_sums:
+            self._narrow_sums[index].add_(grad)
+        elif self._narrow is not None:
+            self._narrow_sums[index] = self._narrow(grad)
+            self._buffers[index] = self._narrow_sums[index].total
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -250,7 +373,7 @@ class GradientSum:
 
     def _end(self) -> None:
         self._remove_hooks()
-        self._buffers = {}
+        self._buffers, self._narrow_sums = {}, {}
         self._watched, self._mark, self._versions = (), [], []
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from microbatch.gradients.add import Named
+from microbatch.gradients.named import Named
+
+_NARROW = {torch.bfloat16, torch.float16}
 
 
 def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -26,7 +28,16 @@ def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """
     if not gradients:
         return torch.zeros((), device=device)
-    return get_total_norm([_dense(gradient) for gradient in gradients]).to(device)
+    dense = [_dense(gradient) for gradient in gradients]
+    if any(gradient.dtype in _NARROW for gradient in dense):
+        # Torch gives each of these norms in its gradient's own dtype.
+        return torch.stack([_wide_norm(gradient).to(device) for gradient in dense]).norm()
+    return get_total_norm(dense).to(device)
+
+
+def _wide_norm(gradient: Tensor) -> Tensor:
+    dtype = torch.float32 if gradient.dtype in _NARROW else gradient.dtype
+    return torch.linalg.vector_norm(gradient, dtype=dtype).to(torch.float32)
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -16,8 +16,9 @@ from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
 from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
-from microbatch.gradients.add import GradientSum, Named
-from microbatch.products import add_product_
+from microbatch.gradients.add import GradientSum
+from microbatch.gradients.named import Named
+from microbatch.products import add_product_, product_pieces
 
 # Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
 SMALLEST = 1 << 18
@@ -233,13 +234,21 @@ class Fuse(TorchFunctionMode):
             for each, grad in zip(wanted, found, strict=True)
         )
 
-    def add(self, weight: Tensor, make: Callable[[], Tensor], add_: Callable[[Tensor], object]) -> Tensor | None:
+    def add(
+        self,
+        weight: Tensor,
+        make: Callable[[], Tensor],
+        add_: Callable[[Tensor], object],
+        *,
+        pieces: Callable[[], Iterator[tuple[slice, Tensor]]] | None = None,
+    ) -> Tensor | None:
         """Add one use of a weight to its gradient.
 
         Args:
             weight: The parameter.
             make: Makes the gradient of this use.
             add_: Adds it to a sum, in place.
+            pieces: Makes it some rows at a time; `None` where that would be more work.
 
         Returns:
             What autograd is to be told: the gradient of this use, or the whole sum, taken out of the parameter so
@@ -251,6 +260,13 @@ class Fuse(TorchFunctionMode):
         if self._gradients.widens(weight):
             if self._gradients.is_watched(weight):
                 return make()
+            if (narrow := self._gradients.narrow_sum(weight)) is not None:
+                if pieces is None:
+                    return make()
+                for rows, piece in pieces():
+                    narrow.add_(piece, rows=rows)
+                self._fused.add(id(weight))
+                return None
             self._fused.add(id(weight))
             add_(self._gradients.wide_sum(weight))
             return None
@@ -357,7 +373,8 @@ class _Product(torch.autograd.Function):
         db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
 
         make, add_ = partial(_product, weight.dtype, left, right), partial(add_product_, left=left, right=right)
-        return dx, ctx.fuse.add(weight, make, add_), db, None, None, None
+        pieces = partial(product_pieces, left, right)
+        return dx, ctx.fuse.add(weight, make, add_, pieces=pieces), db, None, None, None
 
 
 class _Rows(torch.autograd.Function):

@@ -47,6 +47,7 @@ class Tally:
         self.rows: int | None = None
         self.declared = declared
         self._terms: dict[str, _Term] = {}
+        self._means = False
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         if declared is not None:
             self._terms = {name: _Term(expected=count) for name, count in declared.items()}
@@ -163,6 +164,20 @@ class Tally:
         # A rank without microbatches has no terms: it has nothing to scale either.
         return self._terms[name].expected / count if name in self._terms else 1.0
 
+    def outlook(self, *, ranks: int = 1) -> float:
+        """Foretell `factor`, after the first `seeds`.
+
+        Args:
+            ranks: How many there are, each with about as many rows.
+
+        Returns:
+            The factor itself where the count is known beforehand; otherwise what it would be for the estimate.
+        """
+        if self.declared is not None:
+            return 1.0
+        count = float(self.rows * ranks) if self._means and self.rows else self.estimate
+        return next(iter(self._terms.values())).expected / count if self._terms else 1.0
+
     def first_nonfinite(self) -> int | None:
         """Find the first microbatch whose loss is infinite or NaN.
 
@@ -192,6 +207,7 @@ class Tally:
                 "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
                 f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
             )
+        self._means = not own
         # One number for all terms, since one factor is to correct them all.
         exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
         expected = float(self.rows) if exact and self.rows else _power_of_two(self.estimate)

@@ -15,7 +15,8 @@ BUCKET_BYTES = 25 * 1024 * 1024
 def reduce_(ranks: Ranks, gradients: Sequence[Tensor], factor: float) -> None:
     """Replace every gradient with the sum over all ranks of ``factor * gradient``.
 
-    Each rank brings its own factor, ``expected / count``, so the ranks need not have expected the same count.
+    Each rank brings its own factor, ``expected / count``, so the ranks need not have expected the same count. Gradients
+    narrower than float32 are added up in float32, and rounded once.
 
     Args:
         ranks: The ranks.
@@ -30,6 +31,7 @@ def reduce_(ranks: Ranks, gradients: Sequence[Tensor], factor: float) -> None:
     """
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         flat.mul_(factor)
         ranks.sum_(flat)
         pieces = flat.split([gradient.numel() for gradient in bucket])
@@ -49,7 +51,7 @@ def reserve(gradients: Sequence[Tensor]) -> None:
     buckets = [(sum(gradient.numel() for gradient in bucket), bucket[0]) for bucket in _buckets(gradients)]
     if buckets:
         numel, like = max(buckets, key=lambda bucket: bucket[0] * bucket[1].element_size())
-        torch.empty(numel, dtype=like.dtype, device=like.device)
+        torch.empty(numel, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
