@@ -72,6 +72,8 @@ class Piece:
         stop: One past the last.
         columns: Columns of the whole batch.
         tokens: Columns that its rows use themselves, all together: less than what goes through the model.
+        padded: Where the rows of the whole batch have padding: ``"right"`` if nowhere else, ``"left"`` likewise, or
+            ``"both"``.
     """
 
     rows: Tensor
@@ -79,6 +81,7 @@ class Piece:
     stop: int
     columns: int
     tokens: int
+    padded: str = "right"
 
 
 def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> list[Piece]:
@@ -113,6 +116,9 @@ def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> l
         _check_positions(batch, columns, lengths)
     order = sorted(range(rows), key=lambda row: (spans[row][0] - spans[row][1], spans[row][0], row))
     spans = _with_a_column([spans[row] for row in order], columns, side=lengths.side)
+    padded = "right" if not any(start for start, _ in spans) else "left"
+    if padded == "left" and any(stop < columns for _, stop in spans):
+        padded = "both"
     sizes = [stop - start for start, stop in spans]
     most = lengths.microbatch_tokens or microbatch_size * sizes[0]
     starts = [start for start, _ in spans]
@@ -123,6 +129,7 @@ def cut_by_length(batch: object, microbatch_size: int, *, lengths: Lengths) -> l
             stop=max(stop for _, stop in spans[begin:end]),
             columns=columns,
             tokens=sum(sizes[begin:end]),
+            padded=padded,
         )
         for begin, end in best_cuts(sizes, starts=starts, most=most, overhead=lengths.overhead)
     ]
