@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from microbatch.batch.lengths import Lengths
     from microbatch.batch.tree import Rows, Whole
     from microbatch.errors import MicrobatchError
+    from microbatch.gradients.fold import LinearState
     from microbatch.loss import losses
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
@@ -35,6 +36,7 @@ __all__ = [
     "Hyperparameters",
     "Job",
     "Lengths",
+    "LinearState",
     "Loss",
     "MemoryMeter",
     "MicrobatchDone",
@@ -69,6 +71,7 @@ _HOMES = {
     "BudgetPassed": "step.events",
     "Job": "train.job",
     "Lengths": "batch.lengths",
+    "LinearState": "gradients.fold",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",

@@ -17,6 +17,7 @@ PUBLIC = {
     "BudgetPassed",
     "Job",
     "Lengths",
+    "LinearState",
     "Loss",
     "MemoryMeter",
     "MicrobatchDone",

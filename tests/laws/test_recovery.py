@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import microbatch as mb
 from microbatch.errors import OutOfMemoryError
 from microbatch.gradients import fuse
+from microbatch.gradients.add import GradientSum
 from microbatch.memory import recover
 from microbatch.memory.recover import is_out_of_memory, let_go
 from microbatch.step import accumulator as accumulator_module
@@ -739,15 +740,15 @@ def count_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def put_back(self: Any) -> None:
         self._end()
 
-    def open_(self: Any, named: Any, was: Any = window_module.GradientSum.open) -> None:
+    def open_(self: Any, named: Any, was: Any = GradientSum.open) -> None:
         held = [each.parameter.grad for each in named]
         was(self, named)
         for each, grad in zip(named, held, strict=True):
             each.parameter.grad = grad
         self.mark()
 
-    monkeypatch.setattr(window_module.GradientSum, "put_back", put_back)
-    monkeypatch.setattr(window_module.GradientSum, "open", open_)
+    monkeypatch.setattr(GradientSum, "put_back", put_back)
+    monkeypatch.setattr(GradientSum, "open", open_)
 
 
 def halve_too_much(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,14 @@ class ByRow(TorchFunctionMode):
         self._index = 0
         self._sizes: set[int] = set()
 
-    def show(self, shown: Shown | None) -> None:
-        """Say which rows come next; calls are counted from the beginning.
+    def show(self, shown: Shown | None, *, first: int = 0) -> None:
+        """Say which rows come next; calls are counted anew.
 
         Args:
             shown: The next microbatch's rows; `None` where nobody knows.
+            first: The number of the first call.
         """
-        self._shown, self._index = shown, 0
+        self._shown, self._index = shown, first
         if shown is not None:
             self._sizes.add(len(shown.rows))
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
+from microbatch.gradients.fold import LinearState
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
 from microbatch.memory.recompute import named_blocks
@@ -74,6 +75,14 @@ class Accumulator:
         compile: Run ``step``'s loss functions (its encoders, with ``encode``) and the model in them through
             `torch.compile`; ``"reduce-overhead"``
             or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
+        accumulate: How gradients of bfloat16 parameters add up with ``accumulate_dtype=torch.bfloat16``: ``"plain"``,
+            as torch does; ``"compensated"``, in 3 bytes each; ``"stochastic"``, in 2, rounded at random. See
+            ``docs/precision.md``.
+        gradient_buffer: ``"none"`` to add gradients up inside the momentum of SGD or of Muon, without a buffer of their
+            own; ``"own"`` for an ordinary buffer; a `LinearState` for an optimizer of your own; or one for each
+            optimizer. See ``docs/precision.md``.
+        dropout: ``"by_row"`` to draw dropout's masks by row of the effective batch, so that they do not depend on the
+            cut; see ``docs/dropout.md``.
         listeners: Callables that are given every event.
 
     Raises:
@@ -111,6 +120,9 @@ class Accumulator:
         look_again: bool = False,
         coupled: str = "auto",
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
+        accumulate: str = "plain",
+        gradient_buffer: str | LinearState | Sequence[str | LinearState] = "own",
+        dropout: str | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._settings = Settings(
@@ -133,6 +145,9 @@ class Accumulator:
             look_again=look_again,
             coupled=coupled,
             listeners=_listed("listeners", listeners, ()),
+            accumulate=accumulate,
+            gradient_buffer=_for_each(gradient_buffer, optimizer),
+            dropout=dropout,
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
         self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
@@ -267,6 +282,7 @@ class Accumulator:
             "windows": memory.windows,
             "skipped": memory.skipped,
             "count": memory.count,
+            "seed": memory.seed,
             "sizing": memory.sizing.state(),
             "ways": memory.ways.state(),
             "tuning": None if tuning is None else tuning.state(),
@@ -296,6 +312,7 @@ class Accumulator:
                 count=state["count"],
                 pace=_pace(state.get("pace") if self._settings.look_again else None, sizing),
                 checkpoint=self._blocks(state.get("checkpoint")),
+                seed=state.get("seed"),
             )
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
@@ -393,7 +410,14 @@ class Accumulator:
         # The losses were finite, or the window would have told: only the gradients can.
         settings = replace(self._settings, listeners=[])
         now = self._memory
-        memory = Memory(sizing=replace(now.sizing), count=now.count, checkpoint=now.checkpoint)
+        memory = Memory(
+            sizing=replace(now.sizing),
+            count=now.count,
+            checkpoint=now.checkpoint,
+            windows=now.windows,
+            seed=now.seed,
+            aside=now.aside,
+        )
         found: int | None = None
         with suppress(_LeaveWithoutStep), Window(settings, memory, counts=counts) as window:
             for index, microbatch in enumerate(window.split(program.batch)):
@@ -424,6 +448,15 @@ def _listed(name: str, given: Any, kind: Any) -> list[Any]:
     if not isinstance(given, Iterable):
         raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
     return list(cast("Iterable[Any]", given))
+
+
+def _for_each(
+    given: str | LinearState | Sequence[str | LinearState], optimizer: Optimizer | Sequence[Optimizer]
+) -> list[str | LinearState]:
+    """Make one value for each optimizer of one for all of them."""
+    if isinstance(given, str | LinearState):
+        return [given] * len(_listed("optimizer", optimizer, Optimizer))
+    return list(given)
 
 
 def _take(source: Iterator[Any], microbatches: int) -> list[Any]:

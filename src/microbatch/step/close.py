@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.add import GradientSum
-from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm, scale_
+from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm
 from microbatch.loss.loss import wide_dtype
 from microbatch.loss.tally import Tally
 from microbatch.ranks.agree import Message, agree
@@ -147,17 +147,22 @@ def _take_step(closing: Closing, pooled: _Pooled) -> End:
     applied = pooled.contributed and pooled.finite
     if applied:
         clip = clip_factor(pooled.host_norm * factor, settings.max_grad_norm)
-        scale_([gradient for _, gradient in closing.gradients.gradients()], factor * clip)
+        if not pooled.normalised:
+            closing.gradients.settle(factor)
+        closing.gradients.scale_(factor * clip)
     elif settings.nonfinite == "raise":
         _refuse(closing, pooled)
     if applied:
         _step(closing)
-    return _end(pooled, factor, applied=applied)
+    else:
+        closing.gradients.put_states_back()
+    return _end(pooled, math.nan if any(settings.linear_states) else factor, applied=applied)
 
 
 def _pool(closing: Closing) -> _Pooled:
     device = closing.settings.device
     table = closing.tally.totals(device)
+    closing.gradients.drop(closing.gradients.present)
     norm = _norm(closing, device)
     # The one host synchronisation of the window: everything that the host has to decide on, in one copy.
     *flat, host_norm = torch.cat([table.flatten(), norm.to(table.dtype).reshape(1)]).tolist()
@@ -181,6 +186,7 @@ def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
     counts = dict(zip(agreed.names, agreed.counts, strict=True))
     factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
     gradients.fill(agreed.present)
+    gradients.settle(factor)
     reduce_(ranks, [gradient for _, gradient in gradients.gradients()], factor)
     norm = _norm(closing, device)
     sums = torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device)
@@ -225,7 +231,7 @@ def _step(closing: Closing) -> None:
     closing.gradients.hand_over()
     for optimizer in closing.settings.optimizers:
         step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
-        apply(optimizer, step, device=closing.settings.device)
+        apply(optimizer, partial(closing.gradients.step, optimizer, step), device=closing.settings.device)
 
 
 def _tidy_up(closing: Closing) -> None:

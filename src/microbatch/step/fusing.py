@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from microbatch.gradients.add import GradientSum, Named
+from microbatch.gradients.add import GradientSum
 from microbatch.gradients.fuse import Fuse
+from microbatch.gradients.named import Named
 from microbatch.loss.heads import cross_entropy
 from microbatch.memory.scratch import Scratch
 

@@ -16,7 +16,8 @@ class Step:
         index: Windows ended before this one, from 0.
         loss: The effective batch's loss, whatever the cut; shape ``()``, on the device. With several terms, their sum.
         terms: The mean of each named term of the loss; empty when the loss function returned a single loss.
-        grad_norm: Norm of the finished gradient, before clipping; shape ``()``, on the device.
+        grad_norm: Norm of the finished gradient, before clipping; shape ``()``, on the device. NaN with
+            ``gradient_buffer="none"``, where the gradient is nowhere by itself.
         count: What the loss is a mean over; with several terms, the first one's.
         counts: The count of each named term; empty when the loss function returned a single loss.
         samples: Rows of the effective batch.

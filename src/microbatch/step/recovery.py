@@ -23,12 +23,14 @@ class Attempt:
         declared: Rows, and the denominators of the loss's terms, where they are known: over several ranks nobody else
             would answer when asked again.
         twice: Whether a coupled batch is to be encoded twice, because the graphs of all its microbatches were too much.
+        masked: What masks are drawn from, and the number of this rank's first row, likewise.
     """
 
     retries: int = 0
     started: float | None = None
     declared: tuple[float, Mapping[str, float]] | None = None
     twice: bool = False
+    masked: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from microbatch.batch.tree import map_tensors
 from microbatch.errors import ConfigError
-from microbatch.gradients.add import GradientSum, trainable
-from microbatch.gradients.finish import scale_
+from microbatch.gradients.add import trainable
 from microbatch.loss.loss import shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
@@ -34,6 +33,7 @@ from microbatch.step.copies import Cast, Faked, LossFunction, Scene, copies_of, 
 from microbatch.step.fusing import fuse_for
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Settings
+from microbatch.step.sums import sums_for
 
 _LOOKS = 3  # real windows more, to find out from which size on other kernels are taken
 
@@ -211,7 +211,8 @@ def _window(cast: Cast, microbatches: Sequence[Any], meter: MemoryMeter) -> None
     model = settings.bare_model
     named = trainable(model, settings.optimizers)
     snapshot = Snapshot(model, settings.device)
-    gradients = GradientSum(settings.accumulate_dtype)
+    # States are put aside in the real window, off the device; here nothing is ever put back.
+    gradients = sums_for(settings, seed=0, aside=lambda state: lambda: state)
     gradients.open(named)
     scratch = Scratch()
     fuse = fuse_for(named if settings.fuse else [], gradients, scratch=scratch)
@@ -233,6 +234,7 @@ def _window(cast: Cast, microbatches: Sequence[Any], meter: MemoryMeter) -> None
             # With every denominator declared, terms of any kind are let through.
             tally = tally or Tally(estimate=1.0, declared=dict.fromkeys((share.name for share in shares), 1.0))
             seeds = tally.seeds(shares)
+            gradients.begin(1.0)
             tally.add(shares, microbatch=index)
             with torch.autocast(settings.device.type, enabled=False):
                 fuse.run_backward([share.value for share in shares], seeds)
@@ -244,14 +246,12 @@ def _window(cast: Cast, microbatches: Sequence[Any], meter: MemoryMeter) -> None
     if tally is not None:
         tally.totals(settings.device)
     gradients.coalesce()
-    sums = [total for _, total in gradients.gradients()]
     # The norm is left out: a few numbers, which fake tensors find by other operators.
-    scale_(sums, 0.5)
-    del sums
+    gradients.scale_(0.5)
     gradients.hand_over()
     with _Guess():
         for optimizer in settings.optimizers:
-            optimizer.step()
+            gradients.step(optimizer, optimizer.step)
     gradients.clear()
     for optimizer in settings.optimizers:
         optimizer.zero_grad()

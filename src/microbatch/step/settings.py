@@ -15,8 +15,11 @@ from torch.optim import LBFGS, Optimizer
 
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
+from microbatch.batch.masks import derive
 from microbatch.errors import ConfigError
+from microbatch.gradients.fold import LinearState, check_folds, linear_state
 from microbatch.loss.loss import Count
+from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
 from microbatch.step.events import Event, Listener
 from microbatch.step.pace import Pace
@@ -50,6 +53,9 @@ class Settings:
     checkpoint: str | Sequence[str] | None = None
     look_again: bool = False
     coupled: str = "auto"
+    accumulate: str = "plain"
+    gradient_buffer: Sequence[str | LinearState] = ()
+    dropout: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -67,9 +73,6 @@ class Settings:
             raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
         if not any(self.autocast is dtype for dtype in (None, torch.bfloat16, torch.float16)):
             raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
-        dtype = self.accumulate_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ConfigError(f"accumulate_dtype must be a floating-point torch.dtype, not {dtype!r}")
         if self.nonfinite not in ["raise", "skip"]:
             raise ConfigError(f'nonfinite must be "raise" or "skip", not {self.nonfinite!r}')
         if not isinstance(self.compile, bool) and self.compile not in _COMPILE_MODES:
@@ -87,6 +90,26 @@ class Settings:
                     f"listeners must be callables that take one event, not the {type(listener).__name__} {listener!r}"
                 )
         self._check_scaler()
+        self._check_sums()
+        self._check_buffers()
+        if self.dropout not in {None, "by_row"}:
+            raise ConfigError(f'dropout must be "by_row" or None, not {self.dropout!r}')
+        if self.dropout and self.compile:
+            raise ConfigError('dropout="by_row" draws its masks in Python, which compile= would leave out; use one')
+
+    @property
+    def linear_states(self) -> list[LinearState | None]:
+        """Where each optimizer's gradients add up inside its state; `None` where they have a buffer of their own.
+
+        Raises:
+            ConfigError: Nobody has described the state of an optimizer.
+        """
+        asked = self.gradient_buffer or ["own"] * len(self.optimizers)
+        pairs = zip(asked, self.optimizers, strict=True)
+        return [
+            each if isinstance(each, LinearState) else linear_state(optimizer) if each == "none" else None
+            for each, optimizer in pairs
+        ]
 
     @property
     def spill(self) -> Spill | None:
@@ -139,6 +162,50 @@ class Settings:
                 "checkpoint= and the compiler do not go together: it decides by itself what to keep for backward; "
                 "leave one of them out"
             )
+
+    def _check_sums(self) -> None:
+        dtype = self.accumulate_dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ConfigError(f"accumulate_dtype must be a floating-point torch.dtype, not {dtype!r}")
+        if self.accumulate not in {"plain", "compensated", "stochastic"}:
+            raise ConfigError(f'accumulate must be "plain", "compensated" or "stochastic", not {self.accumulate!r}')
+        if self.accumulate != "plain" and dtype != torch.bfloat16:
+            raise ConfigError(
+                f'accumulate="{self.accumulate}" is for sums in bfloat16: pass accumulate_dtype=torch.bfloat16 with '
+                f"it, not {dtype}, in which sums need no help"
+            )
+
+    def _check_buffers(self) -> None:
+        asked = self.gradient_buffer
+        if asked and len(asked) != len(self.optimizers):
+            raise ConfigError(f"gradient_buffer has {len(asked)} values for {len(self.optimizers)} optimizers")
+        for each in asked:
+            if not isinstance(each, LinearState) and each not in {"own", "none"}:
+                raise ConfigError(f'gradient_buffer must be "own", "none" or a LinearState, not {each!r}')
+        states = self.linear_states
+        if not any(states):
+            return
+        for given, name, why in [
+            (self.max_grad_norm, "max_grad_norm", "the gradient has no norm of its own once it is in the momentum"),
+            (self.grad_scaler, "grad_scaler", "it looks for infinities in gradients of their own"),
+            (self.accumulate != "plain", "accumulate", "the sum is the optimizer's state, in that state's precision"),
+        ]:
+            if given:
+                raise ConfigError(f'gradient_buffer="none" does not go with {name}=: {why}; leave one of them out')
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            if state is not None:
+                check_folds(optimizer, state)
+                self._check_width(optimizer)
+
+    def _check_width(self, optimizer: Optimizer) -> None:
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                if torch.promote_types(parameter.dtype, self.accumulate_dtype) != parameter.dtype:
+                    raise ConfigError(
+                        f'gradient_buffer="none": gradients would add up in the {parameter.dtype} state of group '
+                        f"{index}, and accumulate_dtype is {self.accumulate_dtype}; pass accumulate_dtype="
+                        f"{parameter.dtype} if that precision will do, or keep a gradient buffer"
+                    )
 
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:
@@ -202,6 +269,8 @@ class Memory:
         checkpoint: Blocks that are computed again in backward; `None` before ``"auto"`` has chosen them.
         clock: Seconds since some moment.
         ways: How batches are encoded whose loss couples samples.
+        seed: What masks and roundings are drawn from; the process's own seed when the first window opened.
+        aside: Where states are put while gradients add up in them.
     """
 
     sizing: Sizing
@@ -218,3 +287,11 @@ class Memory:
     checkpoint: tuple[str, ...] | None = ()
     clock: Callable[[], float] = time.perf_counter
     ways: Ways = field(default_factory=lambda: Ways("auto"))
+    seed: int | None = None
+    aside: Aside = field(default_factory=Aside)
+
+    def window_seed(self) -> int:
+        """Return the seed of the next window: the same for every attempt at it, and when a run is resumed."""
+        if self.seed is None:
+            self.seed = torch.initial_seed()
+        return derive(self.seed, self.windows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -25,7 +26,7 @@ from microbatch.errors import (
     WindowError,
     WindowOpenError,
 )
-from microbatch.gradients.add import GradientSum, trainable
+from microbatch.gradients.add import trainable
 from microbatch.gradients.finish import first_nonfinite
 from microbatch.loss.coupled import own_part
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
@@ -41,10 +42,12 @@ from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
 from microbatch.step.fusing import fuse_for
 from microbatch.step.lookback import look_back
+from microbatch.step.masking import Masking
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
 from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.sums import sums_for
 from microbatch.step.tune import Stopwatch
 from microbatch.step.watch import Watch
 
@@ -141,8 +144,10 @@ class Window:
             known=earlier.declared,
         )
         self._snapshot = Snapshot(settings.model, device)
-        self._gradients = GradientSum(settings.accumulate_dtype)
+        seed, rank = self._memory.window_seed(), 0 if self._ranks is None else self._ranks.index
+        self._gradients = sums_for(settings, seed=seed, aside=self._memory.aside.put, rank=rank)
         self._gradients.open(self._named)
+        self._masking = self._masking_for(seed, earlier) if settings.dropout else None
         self._scratch = Scratch()
         self._fuse = fuse_for(
             self._named if settings.fuse else [],
@@ -155,7 +160,7 @@ class Window:
         try:
             self._enter_contexts(device)
             if self._source is not None:
-                self._denominators.expect(self._source, begun=False)
+                self._expect(self._source)
         except BaseException as error:
             self._abort(error)
             raise
@@ -287,19 +292,29 @@ class Window:
             raise WindowError("counts= is not needed beside encode=: the loss of the whole batch says its denominators")
         settings, pieces = self._settings, self._cut_up(batch)
         keep = keep and not (self._attempt is not None and self._attempt.twice)
-        scheme = Scheme(encode, settings.bare_model, settings.device, pieces, keep, lambda: self._watch.live_bytes)
+        scheme = Scheme(
+            encode,
+            settings.bare_model,
+            settings.device,
+            lambda: iter(self._shown(pieces())),
+            keep,
+            lambda: self._watch.live_bytes,
+        )
         if keep:
             self._fuse.keep_casts()
         self._coupling = Coupling(scheme, self._ranks)
         stopwatch = self._stopwatch
-        return self._coupling.encode(self._order, (lambda _: None) if stopwatch is None else stopwatch.lap)
+        encoded = self._coupling.encode(self._order, (lambda _: None) if stopwatch is None else stopwatch.lap)
+        if self._masking is not None:
+            self._masking.show_whole(self._coupling.rows)
+        return encoded
 
     def _cut_up(self, batch: object) -> Callable[[], Iterator[tuple[int, Any]]]:
         """Cut a batch, and return what begins to hand out its microbatches, each with its rows."""
         rows = rows_of(batch)
         if rows == 0 and self._ranks is None:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
-        self._denominators.expect([batch], begun=self._index > 0)
+        self._expect([batch])
         if rows and self._memory.sizing.open:
             begin_tuning(self._settings, self._memory, rows=rows)
         size = self._memory.sizing.rows if rows else 1
@@ -399,7 +414,13 @@ class Window:
         if isinstance(settings.model, DistributedDataParallel):
             self._inner.enter_context(settings.model.no_sync())
         self._inner.enter_context(checkpointed(settings.bare_model, self._memory.checkpoint or ()))
-        if self._fuse.useful:
+        if self._masking is not None:
+            # What is compiled would draw masks of its own. And what checkpoints run again, inside of backward, runs
+            # under this mode only where another one, inside of it, has taken backward over: fused weights or not.
+            if "torch._dynamo" in sys.modules:
+                self._inner.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inner.enter_context(self._masking.mode)
+        if self._fuse.useful or self._masking is not None:
             self._inner.callback(self._fuse.forget)
             self._inner.callback(self._scratch.forget)
             self._inner.enter_context(self._fuse)
@@ -412,6 +433,18 @@ class Window:
             raise WindowOpenError("optimizer.step() was called inside a window; leaving the window takes the step")
         self._stepped = True
 
+    def _masking_for(self, seed: int, earlier: Attempt) -> Masking:
+        return Masking(seed, ranks=self._ranks, parameters=len(self._named), known=earlier.masked)
+
+    @property
+    def _masked(self) -> tuple[int, int] | None:
+        return None if self._masking is None else self._masking.known
+
+    def _expect(self, batches: Sequence[Any]) -> None:
+        self._denominators.expect(batches, begun=self._index > 0)
+        if self._masking is not None:
+            self._masking.expect(sum(rows_of(batch) for batch in batches), begun=self._index > 0)
+
     def _cut_up_by_length(
         self, batch: object, size: int, *, lengths: Lengths
     ) -> Callable[[], Iterator[tuple[int, Any]]]:
@@ -422,17 +455,22 @@ class Window:
         if sizing.asked == "auto" and sizing.width is None:
             sizing.width = pieces[0].stop - pieces[0].start
         self._know(cut_of_pieces(batch, pieces, self._memory.sizing, lengths=lengths), batch)
+        if self._masking is not None:
+            self._masking.cut(pieces)
         self._order = [piece.rows for piece in pieces]
         self._planned = self._index + len(pieces)
         device = self._settings.device
         return lambda: feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
+
+    def _shown(self, pieces: Iterable[tuple[int, Any]]) -> Iterable[tuple[int, Any]]:
+        return pieces if self._masking is None else self._masking.shown(pieces)
 
     def _know(self, cut: Cut, batch: object) -> None:
         self._cut = cut
         self._watch.expect(cut.extent, batch)
 
     def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
-        for rows, microbatch in pieces:
+        for rows, microbatch in self._shown(pieces):
             self._check_open("take microbatches from")
             self._rows = rows
             yield microbatch
@@ -445,6 +483,7 @@ class Window:
             return
         tally = self._denominators.tally
         seeds = tally.seeds(shares)
+        self._begin_sums()
         if (scaler := self._settings.grad_scaler) is not None:
             seeds = [scaler.scale(seed) for seed in seeds]
         tally.add(shares, microbatch=microbatch)
@@ -459,6 +498,7 @@ class Window:
         shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
         self._backward(shares, microbatch=None)
         gradients = coupling.gradients(shares)
+        self._begin_sums()
         if self._stopwatch is not None:
             self._stopwatch.again()
         for rows, tensors, seeds in coupling.push(gradients):
@@ -467,6 +507,11 @@ class Window:
             self._done(rows)
         if coupling.exchange is not None:
             coupling.exchange.agree()
+
+    def _begin_sums(self) -> None:
+        # A loss of the whole batch is one over all ranks already.
+        ranks = 1 if self._coupling is not None else self.ranks
+        self._gradients.begin(self._denominators.tally.outlook(ranks=ranks))
 
     def _run_backward(self, tensors: list[Tensor], seeds: list[Tensor]) -> None:
         if not tensors:
@@ -494,6 +539,8 @@ class Window:
         if self._coupling is not None and self._coupling.waiting:
             raise WindowError("the window encoded a batch, and was left without window.backward(loss) of it")
         self._gradients.check_untouched()
+        if self._ranks is not None:
+            self._gradients.begin(1.0)  # without one microbatch here, the first rank still brings what others add to
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
         self._watch.only_count()
@@ -578,7 +625,8 @@ class Window:
         kept = coupling is not None and coupling.keeps and not late
         # The loss of all representations is as large, however they were made.
         waiting = coupling is not None and coupling.waiting
-        again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known, earlier.twice or kept)
+        twice = kept or (earlier is not None and earlier.twice)
+        again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known, twice, self._masked)
         cut = None if late or waiting else self._cut
         event = run_out(self._memory, error, index=self._index, cut=cut, again=again, kept=kept)
         again = again if isinstance(event, Retry) else None
@@ -592,7 +640,7 @@ class Window:
     def _run_again(self, error: BaseException, earlier: Attempt) -> None:
         """Go on with another attempt because another rank does, or because graphs cannot be kept."""
         twice = earlier.twice or not isinstance(error, RankAgainError)
-        again = replace(earlier, retries=earlier.retries + 1, started=self._started, twice=twice)
+        again = Attempt(earlier.retries + 1, self._started, earlier.declared, twice, self._masked)
         rows = 0 if self._cut is None else self._cut.rows
         event = Retry(step=self._memory.windows, index=self._index, before=rows, after=rows, error=str(error))
         self.ran_out = RanOut(again, event, None, None, stepped=False)
