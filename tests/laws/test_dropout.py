@@ -194,6 +194,46 @@ def test_ordinary_dropout_is_rejected_by_the_same_comparison(device: str, seed: 
         assert relative_error(it.updates[0], reference) > WRONG
 
 
+def encoded(model: nn.Module, batch: Batch) -> Tensor:
+    return model(batch["x"]).mean(1)
+
+
+def contrasted(_: nn.Module, z: Tensor) -> Tensor:
+    """Return a loss that couples samples, and drops out itself."""
+    z = F.dropout(z, 0.3)
+    return (z @ z.T).logsumexp(1).mean()
+
+
+@on_each_device
+@pytest.mark.parametrize("way", ["twice", "keep"])
+@pytest.mark.parametrize("again", ["never", "not reentrant"])
+def test_a_loss_that_couples_samples(device: str, way: str, again: str) -> None:
+    model, batch, seen = net(0, device), batch_of(0, 6), list[list[Tensor]]()
+
+    def noted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapped(*args: Any) -> Tensor:
+            with Masks() as masks:
+                value = function(*args)
+            seen.append(masks.seen)
+            return value
+
+        return wrapped
+
+    alone = subject(model, dropout="by_row", coupled="keep")
+    alone.accumulator.step(batch, noted(contrasted), encode=noted(encoded))
+    *rows, own = seen
+    twin = copy.deepcopy(model)
+    with Masks([*(torch.cat(masks) for masks in zip(*rows, strict=True)), *own]):
+        contrasted(twin, encoded(twin, {"x": batch["x"].to(device)})).backward()
+    for size in (1, 4, 6):
+        it = subject(net(0, device, again=again), size=size, dropout="by_row", coupled=way)
+        it.accumulator.step(batch, contrasted, encode=encoded)
+        assert relative_error(it.updates[0], gradients_of(twin)) <= EXACT
+    ordinary = subject(model, size=4, coupled=way)
+    ordinary.accumulator.step(batch, contrasted, encode=encoded)
+    assert relative_error(ordinary.updates[0], gradients_of(twin)) > WRONG
+
+
 @through_each_door
 @on_each_device
 def test_through_every_door_that_hands_rows_out(door: Door, device: str) -> None:

@@ -167,6 +167,24 @@ def test_by_hand_it_goes_wrong(device: str) -> None:
     assert relative_error(weights(twin), weights(model)) > WRONG
 
 
+@on_each_device
+@pytest.mark.parametrize("way", ["twice", "keep"])
+def test_a_loss_that_couples_samples(device: str, way: str) -> None:
+    def spread(_: nn.Module, z: Tensor) -> Tensor:
+        return (1 - z.var(0)).square().sum()
+
+    def whole(model: nn.Module, batch: Batch) -> Tensor:
+        return spread(model, model(batch["x"]))
+
+    model = regressor(0, device)
+    it = folded(model, sgd, coupled=way)
+    plain = sgd(model.parameters())
+    for step in range(STEPS):
+        it.accumulator.step(points(step, 5 + step % 3), spread, encode=lambda model, batch: model(batch["x"]))
+        plain_step(model, plain, whole, points(step, 5 + step % 3))
+    assert relative_error(weights(it.model), weights(model)) <= EXACT
+
+
 class Sometimes(nn.Module):
     """A layer that only some batches use."""
 

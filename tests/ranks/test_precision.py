@@ -107,6 +107,41 @@ def case_dropout_out_of_memory(rank: int, ranks: int) -> Any:
     return {"weight": model.inside.weight.detach().clone(), "retries": record.retries}  # type: ignore[possibly-undefined]
 
 
+def spread(_: nn.Module, z: Tensor) -> Tensor:
+    return F.dropout(z, 0.3).var(0).log().sum()
+
+
+def coupled(rank: int, ranks: int, *, microbatch_size: int, fail: bool = False) -> dict[str, Tensor]:
+    """Train with a loss of all ranks' rows, of which one rank has to encode its own once more."""
+    model = net()
+    optimizer = sgd(model)
+    accumulator = Accumulator(
+        model,
+        optimizer,
+        microbatch_size=microbatch_size,
+        memory_budget="none",
+        dropout="by_row",
+        gradient_buffer="none",
+    )
+    torch.manual_seed(100 + rank)
+    failed = not fail
+
+    def encode(model: nn.Module, piece: Batch) -> Tensor:
+        nonlocal failed
+        if step == 1 and not failed:
+            failed = True
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return model(piece["x"]).flatten(1)
+
+    for step in range(3):
+        accumulator.step(share_of(batch_of(step), rank, ranks), spread, encode=encode)
+    return {name: each.detach().clone() for name, each in model.named_parameters()}
+
+
+def case_coupled(rank: int, ranks: int) -> Any:
+    return coupled(rank, ranks, microbatch_size=2, fail=rank == ranks - 1)
+
+
 def case_two_splits(rank: int, ranks: int) -> Any:
     model = net()
     accumulator = Accumulator(model, sgd(model), microbatch_size=2, memory_budget="none", dropout="by_row")
@@ -163,6 +198,7 @@ def case_all(rank: int, ranks: int) -> Any:
         "fold": case_fold(rank, ranks),
         "dropout": case_dropout(rank, ranks),
         "both": case_both(rank, ranks),
+        "coupled": case_coupled(rank, ranks),
         "memory": case_dropout_out_of_memory(rank, ranks),
         "splits": case_two_splits(rank, ranks),
         "fails": case_a_rank_fails_first(rank, ranks),
@@ -203,6 +239,12 @@ def test_masks_are_one_processs_under_the_first_ranks_seed(found: list[Any]) -> 
             assert far(each["dropout"], wanted) <= 1e-12
             assert far(each["both"], wanted) <= 1e-12
     assert far(found[0]["dropout"], trained(0, 1, seed=101, dropout="by_row")) > 1e-6
+
+
+def test_a_loss_that_couples_all_ranks_rows_is_one_processs(found: list[Any]) -> None:
+    wanted = coupled(0, 1, microbatch_size=7)
+    for each in found:
+        assert far(each["coupled"], wanted) <= 1e-12
 
 
 def test_running_again_asks_nobody_and_changes_nothing(found: list[Any]) -> None:
