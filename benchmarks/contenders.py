@@ -109,7 +109,11 @@ def trimmed_loop(subject: Subject) -> Window:
 def microbatch(subject: Subject) -> Window:
     """Let `microbatch` do it."""
     accumulator = mb.Accumulator(
-        subject.model, subject.optimizer, microbatch_size=subject.microbatch_size, lengths=subject.lengths
+        subject.model,
+        subject.optimizer,
+        microbatch_size=subject.microbatch_size,
+        lengths=subject.lengths,
+        batch_norm="microbatch",
     )
 
     def loss_fn(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from microbatch.errors import MicrobatchError
     from microbatch.gradients.fold import LinearState
     from microbatch.loss import losses
+    from microbatch.loss.convert import convert_batch_norm
     from microbatch.loss.heads import linear_cross_entropy
     from microbatch.loss.loss import Loss
+    from microbatch.loss.shared import batch_gather, batch_mean, batch_sum
     from microbatch.memory.meter import MemoryMeter
     from microbatch.memory.recompute import checkpointed
     from microbatch.memory.spill import Spill
@@ -52,7 +54,11 @@ __all__ = [
     "StepDone",
     "Whole",
     "Window",
+    "batch_gather",
+    "batch_mean",
+    "batch_sum",
     "checkpointed",
+    "convert_batch_norm",
     "cut",
     "divide_batch",
     "linear_cross_entropy",
@@ -87,7 +93,11 @@ _HOMES = {
     "StepDone": "step.events",
     "Whole": "batch.tree",
     "Window": "step.window",
+    "batch_gather": "loss.shared",
+    "batch_mean": "loss.shared",
+    "batch_sum": "loss.shared",
     "checkpointed": "memory.recompute",
+    "convert_batch_norm": "loss.convert",
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
     "linear_cross_entropy": "loss.heads",

@@ -18,6 +18,7 @@
     │   ├── WindowOpenError                     another window, or the optimizer, was called inside it
     │   ├── GradientsTouchedError               something else wrote to the gradients inside it
     │   └── EmptyWindowError                    nothing contributed, so there is no mean to minimise
+    ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
     ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
@@ -95,6 +96,10 @@ class GradientsTouchedError(WindowError):
 
 class EmptyWindowError(WindowError):
     """Nothing contributed to the window, so its mean does not exist."""
+
+
+class BatchStatisticsError(MicrobatchError, RuntimeError):
+    """The microbatches of a batch cannot share a statistic: they do not meet for it, or it cannot be seen."""
 
 
 class NonfiniteError(MicrobatchError, ArithmeticError):

@@ -134,6 +134,7 @@ def subject(model: nn.Module, optimizer: Optimizer | None = None, *, size: int =
         updates.append(gradients_of(model))
 
     optimizer.register_step_pre_hook(keep)
+    settings = {"batch_norm": "microbatch", **settings}  # without a warning
     return Subject(model, optimizer, mb.Accumulator(model, optimizer, microbatch_size=size, **settings), updates)
 
 

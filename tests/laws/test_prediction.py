@@ -91,7 +91,9 @@ def metered(
 ) -> mb.MemoryMeter:
     """Run two real windows of the real accumulator, on copies."""
     model, optimizers = copy.deepcopy((it.model, list(it.optimizers)))
-    accumulator = mb.Accumulator(model, optimizers, microbatch_size=size, autocast=it.autocast, fuse=it.fuse)
+    accumulator = mb.Accumulator(
+        model, optimizers, microbatch_size=size, autocast=it.autocast, fuse=it.fuse, batch_norm="microbatch"
+    )
     meter = meter or mb.MemoryMeter()
     meter.track(model, *optimizers, batch)
     with meter:

@@ -290,6 +290,7 @@ def run(case: Case, size: int, *at: int, error: BaseException | None = None, lis
     lengths = settings.get("lengths")
     if size != LARGE and isinstance(lengths, mb.Lengths):
         settings["lengths"] = mb.Lengths(of="mask", microbatch_tokens=24 * size // LARGE)
+    settings = {"batch_norm": "microbatch"} | settings
     accumulator = mb.Accumulator(model, optimizers, microbatch_size=size, **settings)
     mode, given = RunsOut(*at, error=error or FULL), list[Gradients]()
 

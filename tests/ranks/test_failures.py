@@ -25,7 +25,7 @@ class World:
         self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.0), nn.Linear(4, 1)).double()
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         settings.setdefault("microbatch_size", 2)
-        self.accumulator = Accumulator(self.model, self.optimizer, **settings)
+        self.accumulator = Accumulator(self.model, self.optimizer, batch_norm="microbatch", **settings)
         self.whole = torch.randn(4 * ranks, 3, dtype=torch.float64)
         self.rows = self.whole[4 * rank : 4 * rank + 4]
         self.last = next(iter(self.model[3].parameters()))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -208,6 +210,28 @@ class GradientSum:
             self._buffers[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
         return self._buffers[index]
 
+    def stand_in(self, parameter: Tensor) -> Tensor | None:
+        """Return what one microbatch uses in the place of a parameter, where one backward is for several of them.
+
+        Autograd adds up the gradients of one backward in the parameter's own dtype. What stands in for a narrow
+        parameter gives its microbatch's gradient to the wider buffer instead.
+
+        Args:
+            parameter: One of the window's.
+
+        Returns:
+            A view of it, or `None` where nothing is lost, or somebody else waits for its gradient.
+        """
+        index = self._widened.get(id(parameter))
+        if index is None or self.is_watched(parameter):
+            return None
+        view = cast("Tensor", _Tap.apply(parameter, partial(self._add_wide, index, parameter)))
+        node: Any = view.grad_fn
+        # As soon as it can, as autograd accumulates. Private to torch, and of memory alone.
+        if hasattr(node, "_set_sequence_nr"):
+            node._set_sequence_nr((1 << 64) - 1)
+        return view
+
     def gradients(self) -> list[tuple[Named, Tensor]]:
         """List what has added up.
 
@@ -343,14 +367,8 @@ class GradientSum:
     def _widen(self, index: int, parameter: Tensor) -> None:
         def move(parameter: Tensor) -> None:
             grad, parameter.grad = parameter.grad, None
-            if grad is None:
-                return
-            if self._is_narrow(parameter):
-                self._add_narrow(index, grad)
-            elif index in self._buffers:
-                self._buffers[index].add_(grad)
-            else:
-                self._buffers[index] = grad.to(self._dtype)
+            if grad is not None:
+                self._add_wide(index, parameter, grad)
 
         self._widened[id(parameter)] = index
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
@@ -366,6 +384,14 @@ class GradientSum:
             self._narrow_sums[index] = self._narrow(grad)
             self._buffers[index] = self._narrow_sums[index].total
 
+    def _add_wide(self, index: int, parameter: Tensor, grad: Tensor) -> None:
+        if self._is_narrow(parameter):
+            self._add_narrow(index, grad)
+        elif index in self._buffers:
+            self._buffers[index].add_(grad)
+        else:
+            self._buffers[index] = grad.to(self._dtype)
+
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
@@ -375,6 +401,20 @@ class GradientSum:
         self._remove_hooks()
         self._buffers, self._narrow_sums = {}, {}
         self._watched, self._mark, self._versions = (), [], []
+
+
+class _Tap(torch.autograd.Function):
+    """Passes a parameter on, and gives its gradient to somebody else than autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, take: Callable[[Tensor], None]) -> Tensor:
+        ctx.take = take
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.take(grads[0])
+        return None, None
 
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int | None]:

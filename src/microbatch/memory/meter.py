@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,6 +86,21 @@ class MemoryMeter(TorchDispatchMode):
                     self._ledger.where.name(thing)
             for tensor, kind, name in described(thing):
                 self._add(tensor, kind=category or kind, name=name)
+
+    def resized(self, storage: UntypedStorage) -> None:
+        """Learn that a storage has another size now, which no operator tells.
+
+        Args:
+            storage: One that may be counted already.
+        """
+        held = self._storages.get(storage._cdata)  # pyright: ignore[reportPrivateUsage] -- its identity
+        if held is None:
+            return
+        size = storage.nbytes()
+        size = size if self._block == 1 else -(-size // self._block) * self._block
+        self.live_bytes += size - held.size
+        held.size = size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def report(self) -> MemoryReport:
         """Say what is alive now and what was at the peak, by category, module and operator.

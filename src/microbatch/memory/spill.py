@@ -30,7 +30,12 @@ class Handle(ABC):
     """A tensor that was put away, or left where it was; made by `Store.put`.
 
     What it holds is given up with it, so keep it as long as the tensor may be asked for, and no longer.
+
+    Attributes:
+        moved: Whether the tensor was put away.
     """
+
+    moved = True
 
     @abstractmethod
     def get(self) -> Tensor:
@@ -227,10 +232,27 @@ class Spill:
             kinds = {torch.device(device).type}
         else:
             kinds = {"cuda"} if any(tensor.is_cuda for tensor in named) else {"cpu", "cuda"}
-        self._stay = weakref.WeakSet[UntypedStorage]()
+        self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
         self.leave(named)
         # The graph holds these two, and not this object.
-        self._hooks = saved_tensors_hooks(_Rule(self.store, self._stay, kinds, smallest).pack, _unpack)
+        self._hooks = saved_tensors_hooks(self._rule.pack, _unpack)
+
+    def put(self, tensor: Tensor) -> Handle:
+        """Put a tensor away as if autograd had saved it.
+
+        Args:
+            tensor: Any tensor.
+
+        Returns:
+            What brings it back; what is left where it is, the handle holds.
+
+        Raises:
+            SpillError: The disk is full, or the file cannot be made or written.
+
+        Cost:
+            As for `Store.put`.
+        """
+        return self._rule.pack(tensor)
 
     def __enter__(self) -> Self:
         """Begin to move what this thread's operators save.
@@ -254,7 +276,17 @@ class Spill:
             stay: What outlives the backwards to come: modules (for their buffers), tensors, nested structures. They are
                 not held.
         """
-        self._stay.update(each.untyped_storage() for thing in stay for each in _tensors(thing) if is_movable(each))
+        named = [tensor for thing in stay for tensor in _tensors(thing)]
+        self._rule.stay.update(each.untyped_storage() for each in named if is_movable(each))
+
+    @property
+    def room(self) -> int:
+        """Bytes that may stay on the device at once, all together, before anything is moved; 0 at first."""
+        return self._rule.room.bytes
+
+    @room.setter
+    def room(self, size: int) -> None:
+        self._rule.room.bytes = size
 
     @property
     def bytes_spilled(self) -> int:
@@ -294,6 +326,7 @@ class _Rule:
     stay: weakref.WeakSet[UntypedStorage]
     kinds: set[str]
     smallest: int
+    room: _Room
 
     def pack(self, tensor: Tensor) -> Handle:
         root = _root(tensor)
@@ -303,7 +336,30 @@ class _Rule:
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.smallest or storage in self.stay:
             return _Left(tensor)
-        return self.store.put(tensor)
+        return _Left(tensor) if self.room.takes(storage) else self.store.put(tensor)
+
+
+class _Room:
+    """Storages that stay although they could be moved, as long as they are few."""
+
+    def __init__(self) -> None:
+        self.bytes = self._taken = 0
+        self._here: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+
+    def takes(self, storage: UntypedStorage) -> bool:
+        """Tell whether a storage may stay."""
+        if storage in self._here:
+            return True
+        size = storage.nbytes()
+        if self._taken + size > self.bytes:
+            return False
+        self._taken += size
+        self._here.add(storage)
+        weakref.finalize(storage, self._gone, size).atexit = False
+        return True
+
+    def _gone(self, size: int) -> None:
+        self._taken -= size
 
 
 def _unpack(handle: Handle) -> Tensor:
@@ -387,6 +443,8 @@ class _Copy:
 
 class _Left(Handle):
     """A tensor that was left where it is."""
+
+    moved = False
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because a graph must not hold its own outputs.

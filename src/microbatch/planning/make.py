@@ -141,6 +141,7 @@ class _Trial:
             nonfinite="skip",
             fuse=settings.fuse,
             lengths=settings.lengths,
+            batch_norm="microbatch",
             listeners=(self._listen,),
         )
         for _ in range(_MOST_STEPS):

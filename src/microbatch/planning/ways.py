@@ -69,6 +69,7 @@ class Stage:
             lengths=settings.lengths,
             offload=settings.offload,
             checkpoint=settings.checkpoint,
+            batch_norm=settings.batch_norm,
         )
         gc.collect()
         try:

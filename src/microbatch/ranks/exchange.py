@@ -26,7 +26,8 @@ class Exchange:
         ranks: The ranks.
 
     Attributes:
-        over: Whether the last moment has passed.
+        begun: Whether the first moment has passed.
+        over: Whether the last one has.
 
     Source:
         Laws C3, R2, R7.
@@ -38,6 +39,11 @@ class Exchange:
         self._rows: list[int] = []
         self._sizes = 0
         self._dtype = torch.float32
+
+    @property
+    def begun(self) -> bool:
+        """Whether the first moment has passed."""
+        return self._moment > 0
 
     @property
     def over(self) -> bool:

@@ -23,13 +23,14 @@ from microbatch.memory.spill import Spill
 from microbatch.step.compiled import Compiled, Function
 from microbatch.step.coupling import Encode
 from microbatch.step.events import Listener
-from microbatch.step.foresee import foresee
+from microbatch.step.foresee import foresee, room_for
+from microbatch.step.in_turns import InTurns
 from microbatch.step.pace import Pace
 from microbatch.step.program import Coupled, Plain
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt
 from microbatch.step.relieve import relieve
-from microbatch.step.settings import Counts, Memory, Settings
+from microbatch.step.settings import EXACT, Counts, Memory, Settings
 from microbatch.step.sizing import Sizing
 from microbatch.step.suggest import suggestions
 from microbatch.step.tune import Tuning
@@ -72,6 +73,10 @@ class Accumulator:
         coupled: How `step` encodes a batch whose loss couples samples: ``"twice"``, first without a graph; or once,
             with the graphs of all microbatches in memory (``"keep"``) or off the device (``"spill"``). ``"auto"`` keeps
             them where they fit, and else takes the faster of the others.
+        batch_norm: What batch normalisation normalises by. ``"exact"``: the effective batch, gradient included, in
+            `step`, which runs all microbatches in turns. ``"microbatch"``: each microbatch, as everyone has it; the
+            default, `None`, does the same and warns. ``"pooled"``: each microbatch, and running statistics are moved
+            once, by those of the whole batch. ``"frozen"``: the running statistics. See ``docs/batchnorm.md``.
         compile: Run ``step``'s loss functions (its encoders, with ``encode``) and the model in them through
             `torch.compile`; ``"reduce-overhead"``
             or another of its modes, to say how. Microbatches of other shapes than the first two run uncompiled.
@@ -119,6 +124,7 @@ class Accumulator:
         checkpoint: str | Sequence[str] | None = None,
         look_again: bool = False,
         coupled: str = "auto",
+        batch_norm: str | None = None,
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         accumulate: str = "plain",
         gradient_buffer: str | LinearState | Sequence[str | LinearState] = "own",
@@ -144,6 +150,7 @@ class Accumulator:
             checkpoint=checkpoint,
             look_again=look_again,
             coupled=coupled,
+            batch_norm=batch_norm,
             listeners=_listed("listeners", listeners, ()),
             accumulate=accumulate,
             gradient_buffer=_for_each(gradient_buffer, optimizer),
@@ -151,9 +158,12 @@ class Accumulator:
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
         self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
-        if isinstance(offload, str):
+        self._memory.spilled = self._spilled
+        if isinstance(offload, str) or (offload is None and batch_norm == EXACT):
             self._settings = replace(self._settings, offload=Spill(self._settings.bare_model))
         self._graphs: Spill | None = None
+        spill = self._settings.spill
+        self._in_turns = InTurns(self._settings, spill) if spill is not None and batch_norm == EXACT else None
         self._compiled = Compiled(compile if isinstance(compile, str) else None) if compile else None
 
     @property
@@ -212,7 +222,8 @@ class Accumulator:
             one forward more, unless the graphs are kept: see ``coupled``.
         """
         if encode is None:
-            return self._take_step(Plain(batch, loss_fn, call=self._call), counts)
+            plain = Plain(batch, loss_fn, call=self._call, in_turns=self._in_turns is not None)
+            return self._take_step(plain, counts)
         coupled = Coupled(batch, loss_fn, encode=encode, settings=self._settings, memory=self._memory, call=self._call)
         return self._take_step(coupled, counts)
 
@@ -224,7 +235,11 @@ class Accumulator:
 
         Returns:
             A context manager; see `Window`.
+
+        Raises:
+            ConfigError: ``batch_norm="exact"``, which a hand-written loop cannot give.
         """
+        self._refuse_exact()
         return Window(self._settings, self._memory, counts=counts)
 
     def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Iterator[Window]:
@@ -241,7 +256,8 @@ class Accumulator:
             An iterator over windows to iterate over, each followed by one optimizer step.
 
         Raises:
-            ConfigError: ``microbatches`` is not a whole number of at least 1.
+            ConfigError: ``microbatches`` is not a whole number of at least 1, or ``batch_norm="exact"``, which a
+                hand-written loop cannot give.
 
         Cost:
             Holds one window's microbatches on the host.
@@ -249,6 +265,7 @@ class Accumulator:
         Source:
             Laws B1, B2, N1.
         """
+        self._refuse_exact()
         try:
             check_microbatch_size(microbatches)
         except ConfigError:
@@ -306,6 +323,8 @@ class Accumulator:
                 sizing=sizing,
                 tuning=None if tuning is None else Tuning.restored(tuning, sizing),
                 clock=self._memory.clock,
+                warned=self._memory.warned,
+                spilled=self._spilled,
                 ways=Ways(self._settings.coupled).restored(state.get("ways")),
                 windows=state["windows"],
                 skipped=state["skipped"],
@@ -334,16 +353,16 @@ class Accumulator:
             self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
         if sizing.open and not self._memory.open:
             foresee(self._settings, self._memory, batch=program.batch, loss_fn=program.alone)
-        window = Window(self._settings, self._memory, counts=counts, attempt=Attempt())
+        window = self._window(counts, Attempt())
         try:
             while (failure := self._attempt(window, program.run)) is not None:
                 # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
                 let_go(failure, self._settings.device)
                 window = self._start_over(window, counts)
         except NonfiniteError as error:
-            if error.microbatch is not None or window.ranks > 1:
-                raise
             coupling = window.coupling
+            if error.microbatch is not None or window.ranks > 1 or (self._in_turns is not None and coupling is None):
+                raise
             found = self._locate(program, counts) if coupling is None else coupling.first_nonfinite()
             raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
         except BaseException:
@@ -354,6 +373,9 @@ class Accumulator:
             raise
         if isinstance(program, Coupled):
             program.learn(window)
+        peak = window.step.peak_bytes
+        if self._in_turns is not None and peak is not None:
+            self._in_turns.learn(peak, room_for(self._settings, program.batch))
         return window.step
 
     def _attempt(self, window: Window, run: Callable[[Window], None]) -> Exception | None:
@@ -387,7 +409,12 @@ class Accumulator:
             self._memory.ways.too_much(window.coupling.own)
         if self._compiled is not None:
             self._compiled.start_over()
-        return Window(self._settings, self._memory, counts=counts, attempt=None if ran_out is None else ran_out.again)
+        if self._in_turns is not None:
+            self._in_turns.ran_out()
+        return self._window(counts, None if ran_out is None else ran_out.again)
+
+    def _window(self, counts: Counts | None, attempt: Attempt | None) -> Window:
+        return Window(self._settings, self._memory, counts=counts, attempt=attempt, in_turns=self._in_turns)
 
     def _call(self, function: Function, microbatch: Any, *, spill: bool = False) -> Any:
         model = self._settings.bare_model
@@ -398,6 +425,16 @@ class Accumulator:
             if self._compiled is None:
                 return function(model, microbatch)
             return self._compiled(function, model, microbatch)
+
+    def _spilled(self) -> int:
+        return sum(each.bytes_spilled for each in (self._settings.spill, self._graphs) if each is not None)
+
+    def _refuse_exact(self) -> None:
+        if self._settings.batch_norm == EXACT:
+            raise ConfigError(
+                'batch_norm="exact" needs all microbatches of a batch at once, and a hand-written loop runs one after '
+                "the other: use accumulator.step(batch, loss_fn), which takes the same batch"
+            )
 
     def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
         while held := _take(source, microbatches):
@@ -417,6 +454,7 @@ class Accumulator:
             windows=now.windows,
             seed=now.seed,
             aside=now.aside,
+            warned=True,
         )
         found: int | None = None
         with suppress(_LeaveWithoutStep), Window(settings, memory, counts=counts) as window:

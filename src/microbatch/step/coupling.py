@@ -1,8 +1,7 @@
 """The two passes of a coupled window: encode all microbatches, then push the gradient of their representations back.
 
-The seam for whoever runs all microbatches together, as exact batch statistics want it: with ``keep`` the loop of
-`Coupling.encode` becomes one call that returns every microbatch's representations with their graphs, and what
-`Coupling.push` yields is collected for one backward. To encode twice that way, both passes are that call.
+Where all microbatches are run in turns, for exact batch statistics, somebody else encodes them, once, and what
+`Coupling.push` yields is collected for one backward.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ class Scheme:
         device: Where that is.
         pieces: Begins to hand out the microbatches, with their rows, each time it is called.
         keep: Whether the graphs are kept until backward; if not, everything is encoded twice.
+        in_turns: Whether somebody else encodes, all microbatches together.
         live_bytes: Bytes in use now; `None` where nobody counts.
     """
 
@@ -43,6 +43,7 @@ class Scheme:
     device: torch.device
     pieces: Callable[[], Iterator[tuple[int, Any]]]
     keep: bool
+    in_turns: bool
     live_bytes: Callable[[], int | None]
 
 
@@ -84,8 +85,8 @@ class Coupling:
 
     @property
     def keeps(self) -> bool:
-        """Whether the graphs are kept until backward."""
-        return self._scheme.keep
+        """Whether the graphs are kept until backward, and need not be."""
+        return self._scheme.keep and not self._scheme.in_turns
 
     def encode(self, order: Sequence[Tensor] | None, lap: Callable[[int], object]) -> Any:
         """Encode every microbatch, and give the loss what it is a loss of.
@@ -101,7 +102,7 @@ class Coupling:
         Raises:
             EmptyBatchError: No rank has a row.
         """
-        scheme, self._order = self._scheme, order
+        scheme = self._scheme
         if not scheme.keep:
             self._start = Snapshot(scheme.model, scheme.device)
         encoded: list[Representations] = []
@@ -114,6 +115,28 @@ class Coupling:
                 self._kept.append(piece)
             self._sizes.append(rows)
             lap(rows)
+        return self._handed_over(encoded, order)
+
+    def take(self, values: Sequence[Any], rows: Sequence[int], *, order: Sequence[Tensor] | None) -> Any:
+        """Take what every microbatch was encoded to by somebody else, and give the loss what it is a loss of.
+
+        Args:
+            values: What ``encode`` returned for each.
+            rows: Rows of each.
+            order: As for `encode`.
+
+        Returns:
+            As `encode`.
+
+        Raises:
+            EmptyBatchError: No rank has a row.
+        """
+        self._kept = [taken_apart(value, rows=number) for value, number in zip(values, rows, strict=True)]
+        self._sizes = list(rows)
+        return self._handed_over([piece.copied() for piece in self._kept], order)
+
+    def _handed_over(self, encoded: Sequence[Representations], order: Sequence[Tensor] | None) -> Any:
+        self._order = order
         self.own = self.rows = sum(self._sizes)
         found = put_together(encoded, self._join) if encoded else Representations([], None)
         self._encoded = found.tensors
@@ -136,7 +159,7 @@ class Coupling:
             Whether it can go on by encoding twice.
         """
         overwritten = isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error)
-        return self._scheme.keep and (overwritten or isinstance(error, SpillError))
+        return self.keeps and (overwritten or isinstance(error, SpillError))
 
     def gradients(self, shares: Sequence[Share]) -> list[Tensor | None]:
         """Take the gradients that the loss's backward has left, over all ranks, for this rank's rows.

@@ -75,6 +75,15 @@ class Denominators:
         else:
             self._declare(self._counts, batches, rows=rows)
 
+    def share(self, rows: float) -> None:
+        """Expect what every rank expects, because the ranks' gradients meet before they are normalised.
+
+        Args:
+            rows: Of the effective batch, over all ranks.
+        """
+        if self.tally.declared is None:
+            self.tally.rows, self.tally.estimate = None, self._estimate or rows
+
     def need(self) -> None:
         """See to it that what must be known before a backward is.
 

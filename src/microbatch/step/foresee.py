@@ -15,7 +15,7 @@ from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.predict import Prediction
 from microbatch.step.compiled import LossFunction
 from microbatch.step.rehearse import rehearse
-from microbatch.step.settings import Memory, Settings, Watched
+from microbatch.step.settings import EXACT, Memory, Settings, Watched
 from microbatch.step.tune import Tuning
 
 _COPIES, _LITTLE = 4, 0.1
@@ -33,6 +33,8 @@ def begin_tuning(settings: Settings, memory: Memory, *, rows: int) -> None:
     hindrance = None
     if settings.compile:
         hindrance = "each size would have to be compiled before it could be timed"
+    elif settings.batch_norm == EXACT:
+        hindrance = "microbatches run in turns, so that no microbatch has a time of its own"
     elif any(isinstance(parameter, FakeTensor) for parameter in settings.model.parameters()):
         hindrance = "fake tensors take no time"
     elif settings.lengths is not None and settings.lengths.microbatch_tokens is not None:

@@ -13,7 +13,7 @@ from microbatch.loss.loss import LossLike
 from microbatch.step.compiled import LossFunction
 from microbatch.step.coupling import Encode
 from microbatch.step.foresee import room_for
-from microbatch.step.settings import Memory, Settings
+from microbatch.step.settings import EXACT, Memory, Settings
 from microbatch.step.ways import Went
 from microbatch.step.window import Window
 
@@ -29,13 +29,14 @@ class Plain:
         batch: The batch.
         loss_fn: As for `Accumulator.step`.
         call: Calls it.
+        in_turns: Whether the window runs all microbatches together.
 
     Attributes:
         alone: What a microbatch goes through.
     """
 
-    def __init__(self, batch: object, loss_fn: LossFunction, *, call: Call) -> None:
-        self.batch, self.alone, self._call = batch, loss_fn, call
+    def __init__(self, batch: object, loss_fn: LossFunction, *, call: Call, in_turns: bool) -> None:
+        self.batch, self.alone, self._call, self._in_turns = batch, loss_fn, call, in_turns
 
     def run(self, window: Window) -> None:
         """Do what the window is for.
@@ -43,6 +44,9 @@ class Plain:
         Args:
             window: Open.
         """
+        if self._in_turns:
+            window.backward_together(self.batch, self.alone)
+            return
         for microbatch in window.split(self.batch):
             window.backward(self._call(self.alone, microbatch))
 
@@ -91,12 +95,13 @@ class Coupled:
         Args:
             window: Open.
         """
-        memory, model = self._memory, self._settings.bare_model
+        memory, settings = self._memory, self._settings
         # While sizes are tried, they are compared by what is the same for all of them.
         trying = memory.sizing.open or memory.tuning is not None
         self._way = memory.ways.next(0 if trying else rows_of(self.batch))
-        representations = window.encode(self.batch, self._encoded, keep=self._way != "twice")
-        window.backward(self._loss_fn(model, representations))
+        encode = self._encode if settings.batch_norm == EXACT else self._encoded
+        representations = window.encode(self.batch, encode, keep=self._way != "twice")
+        window.backward(self._loss_fn(settings.bare_model, representations))
 
     def learn(self, window: Window) -> None:
         """Learn what the way of encoding took.
@@ -108,6 +113,8 @@ class Coupled:
         if coupling is None or memory.tuning is not None or memory.ways.settled:
             return
         settings = self._settings
+        if settings.batch_norm == EXACT:  # there is one way
+            return
         went = Went(
             way="twice" if not coupling.keeps else self._way,
             rows=coupling.own,

@@ -29,6 +29,7 @@ class Step:
         seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
         peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or
             the meter's on the CPU; `None` in windows that nobody watched, see ``docs/out-of-memory.md``.
+        spilled_bytes: Bytes that were moved off the device meanwhile, under ``offload=`` or ``batch_norm="exact"``.
     """
 
     index: int
@@ -45,3 +46,4 @@ class Step:
     applied: bool
     seconds: float
     peak_bytes: int | None
+    spilled_bytes: int = 0

@@ -29,6 +29,7 @@ from microbatch.step.ways import WAYS, Ways
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 
+EXACT, MICROBATCH, POOLED, FROZEN = "exact", "microbatch", "pooled", "frozen"
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -53,6 +54,7 @@ class Settings:
     checkpoint: str | Sequence[str] | None = None
     look_again: bool = False
     coupled: str = "auto"
+    batch_norm: str | None = None
     accumulate: str = "plain"
     gradient_buffer: Sequence[str | LinearState] = ()
     dropout: str | None = None
@@ -84,6 +86,7 @@ class Settings:
         if self.coupled not in {"auto", *WAYS}:
             ways = ", ".join(f'"{way}"' for way in ("auto", *WAYS))
             raise ConfigError(f"coupled must be one of {ways}, not {self.coupled!r}")
+        self._check_batch_norm()
         for listener in self.listeners:
             if not callable(listener):
                 raise ConfigError(
@@ -207,6 +210,40 @@ class Settings:
                         f"{parameter.dtype} if that precision will do, or keep a gradient buffer"
                     )
 
+    def _check_batch_norm(self) -> None:
+        how = self.batch_norm
+        if how not in {None, EXACT, MICROBATCH, POOLED, FROZEN}:
+            raise ConfigError(
+                f'batch_norm must be "{EXACT}", "{MICROBATCH}", "{POOLED}", "{FROZEN}" or None, not {how!r}'
+            )
+        if how in {EXACT, POOLED} and self.compile:
+            raise ConfigError(
+                f'batch_norm="{how}" looks into a forward pass at every statistic, which a compiled one does not '
+                "allow; leave compile= out, or compile modules without batch normalisation with torch.compile"
+            )
+        if how == EXACT and self.checkpoint == "auto":
+            raise ConfigError(
+                f'batch_norm="{EXACT}" does not go with checkpoint="auto": what microbatches keep for backward is '
+                "spilled while they wait for one another; leave checkpoint= out, or name blocks without batch "
+                "normalisation"
+            )
+        if how == EXACT and self.coupled not in {"auto", "spill"}:
+            raise ConfigError(
+                f'batch_norm="{EXACT}" encodes once, in turns, and spills what waits, whatever encode= returns; leave '
+                f"coupled={self.coupled!r} out"
+            )
+
+        if how == EXACT and self.dropout is not None:
+            raise ConfigError(
+                f'batch_norm="{EXACT}" does not go with dropout={self.dropout!r}: masks are told one microbatch at a '
+                "time, and microbatches run in turns; leave one of them out"
+            )
+        if how == EXACT and any(self.linear_states):
+            raise ConfigError(
+                f'batch_norm="{EXACT}" does not go with gradient_buffer="none": one backward is for all microbatches, '
+                "in which autograd adds up their gradients itself; leave one of them out"
+            )
+
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:
             return
@@ -261,6 +298,8 @@ class Memory:
         count: Count of the last window, which scales the next one; only a scale, never part of a result.
         open: Whether a window is open now.
         shared: Whether the ranks have been given the first one's weights.
+        warned: Whether the user has been told what batch normalisation does to microbatches.
+        spilled: Tells the bytes that have been moved off the device so far.
         fusion: Reports which weights the last window fused.
         watched: What need not be watched again.
         progress: What was done together with other ranks.
@@ -279,6 +318,8 @@ class Memory:
     count: float = 0.0
     open: bool = False
     shared: bool = False
+    warned: bool = False
+    spilled: Callable[[], int] = int
     fusion: Callable[[], Mapping[str, str]] = dict
     watched: Watched = field(default_factory=Watched)
     progress: Progress = field(default_factory=Progress)

@@ -28,12 +28,14 @@ from microbatch.errors import (
 )
 from microbatch.gradients.add import trainable
 from microbatch.gradients.finish import first_nonfinite
+from microbatch.loss.across import Across
 from microbatch.loss.coupled import own_part
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.memory.recompute import checkpointed
 from microbatch.memory.recover import is_out_of_memory
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
+from microbatch.ranks.exchange import Exchange
 from microbatch.ranks.group import Ranks
 from microbatch.step.close import Closing, close, get_ready
 from microbatch.step.coupling import Coupling, Encode, Scheme
@@ -41,8 +43,10 @@ from microbatch.step.denominators import Denominators
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
 from microbatch.step.fusing import fuse_for
+from microbatch.step.in_turns import InTurns, Passed, Pieces, across_ranks
 from microbatch.step.lookback import look_back
 from microbatch.step.masking import Masking
+from microbatch.step.norms import Norms
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
@@ -80,6 +84,7 @@ class Window:
         counts: Counts | None = None,
         source: Sequence[Any] | None = None,
         attempt: Attempt | None = None,
+        in_turns: InTurns | None = None,
     ) -> None:
         """Prepare a window; nothing happens before it is entered.
 
@@ -89,6 +94,7 @@ class Window:
             counts: Denominators of the loss's terms: a function of the whole batch, or its result.
             source: Microbatches to hand out, for windows over a loader.
             attempt: Which attempt this is, where whoever opens the window can run its batch again; `None` where not.
+            in_turns: Runs all microbatches together, for exact batch statistics; `None` to run one after the other.
         """
         self._settings = settings
         self._memory = memory
@@ -107,6 +113,9 @@ class Window:
         self._attempt = attempt
         self._cut: Cut | None = None
         self._coupling: Coupling | None = None
+        self._in_turns = in_turns
+        self._passed: Passed | None = None
+        self._talk: Across | Exchange | None = None  # where the other ranks wait before they come to the window's end
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
         self.ran_out: RanOut | None = None
@@ -135,6 +144,7 @@ class Window:
             if not isinstance(settings.model, DistributedDataParallel):  # which has done so itself
                 self._ranks.broadcast_(settings.model)
             self._memory.shared = True
+        self._spilled = self._memory.spilled()
         self._named = trainable(settings.model, settings.optimizers)
         self._denominators = Denominators(
             self._counts,
@@ -292,22 +302,46 @@ class Window:
             raise WindowError("counts= is not needed beside encode=: the loss of the whole batch says its denominators")
         settings, pieces = self._settings, self._cut_up(batch)
         keep = keep and not (self._attempt is not None and self._attempt.twice)
+        keep, in_turns = keep or self._in_turns is not None, self._in_turns is not None
         scheme = Scheme(
             encode,
             settings.bare_model,
             settings.device,
             lambda: iter(self._shown(pieces())),
             keep,
+            in_turns,
             lambda: self._watch.live_bytes,
         )
         if keep:
             self._fuse.keep_casts()
         self._coupling = Coupling(scheme, self._ranks)
-        stopwatch = self._stopwatch
-        encoded = self._coupling.encode(self._order, (lambda _: None) if stopwatch is None else stopwatch.lap)
+        if self._in_turns is not None:
+            self._passed = self._pass_together(pieces, encode, self._in_turns)
+            self._talk = self._coupling.exchange
+            values, rows = self._passed.values, self._passed.rows
+            representations = self._coupling.take(values, rows, order=self._order)
+            values.clear()
+            return representations
+        self._talk = self._coupling.exchange
+        representations = self._coupling.encode(self._order, self._encoded)
         if self._masking is not None:
             self._masking.show_whole(self._coupling.rows)
-        return encoded
+        return representations
+
+    def _encoded(self, rows: int) -> None:
+        self._norms.encoded()
+        if self._stopwatch is not None:
+            self._stopwatch.lap(rows)
+
+    def _pass_together(
+        self, begin: Callable[[], Iterator[tuple[int, Any]]], function: Callable[..., Any], in_turns: InTurns
+    ) -> Passed:
+        """Run all forward passes in turns."""
+        self._talk = across = across_ranks(self._ranks)
+        self._fuse.keep_casts()
+        handed = list(begin())
+        pieces = Pieces([each for _, each in handed], [rows for rows, _ in handed], self._gradients, across)
+        return in_turns.run(function, pieces)
 
     def _cut_up(self, batch: object) -> Callable[[], Iterator[tuple[int, Any]]]:
         """Cut a batch, and return what begins to hand out its microbatches, each with its rows."""
@@ -389,8 +423,27 @@ class Window:
         self._rows = None
         shares = shares_of(loss, rows=rows)
         self._denominators.need()
-        self._backward(shares, microbatch=self._index)
+        self._backward([shares], first=self._index)
         self._done(rows)
+
+    def backward_together(self, batch: object, loss_fn: Callable[..., LossLike]) -> None:
+        """Run all microbatches of a batch in turns, and one backward for all of them.
+
+        Args:
+            batch: As for `split`.
+            loss_fn: Called with a model and a microbatch.
+        """
+        assert self._in_turns is not None  # noqa: S101 - whoever calls this has given it
+        passed = self._pass_together(self._cut_up(batch), loss_fn, self._in_turns)
+        if self._ranks is not None:
+            self._denominators.share(passed.whole)
+        parts = [shares_of(loss, rows=rows) for loss, rows in zip(passed.values, passed.rows, strict=True)]
+        passed.values.clear()
+        self._denominators.need()
+        self._backward(parts, first=0, anchors=passed.anchors)
+        passed.end()
+        for rows in passed.rows:
+            self._done(rows)
 
     def first_nonfinite(self) -> str | None:
         """Name the first parameter whose gradient is infinite or NaN so far.
@@ -414,6 +467,8 @@ class Window:
         if isinstance(settings.model, DistributedDataParallel):
             self._inner.enter_context(settings.model.no_sync())
         self._inner.enter_context(checkpointed(settings.bare_model, self._memory.checkpoint or ()))
+        self._norms = Norms(settings, self._memory)
+        self._norms.open(self._inner)  # under fuse, which keeps what is under it on in backward
         if self._masking is not None:
             # What is compiled would draw masks of its own. And what checkpoints run again, inside of backward, runs
             # under this mode only where another one, inside of it, has taken backward over: fused weights or not.
@@ -476,18 +531,26 @@ class Window:
             yield microbatch
         self._rows = None
 
-    def _backward(self, shares: list[Share], *, microbatch: int | None) -> None:
-        """Add a loss to the tally, and its gradients to the sums."""
+    def _backward(self, parts: Sequence[list[Share]], *, first: int | None, anchors: Sequence[Tensor] = ()) -> None:
+        """Add losses to the tally, and their gradients to the sums.
+
+        Args:
+            parts: Of each microbatch.
+            first: Which microbatch the first one is; `None` for the loss of all of them.
+            anchors: Where backward has to begin as well, with a gradient of 0.
+        """
         self._gradients.check_untouched()
-        if not shares:
-            return
-        tally = self._denominators.tally
-        seeds = tally.seeds(shares)
-        self._begin_sums()
-        if (scaler := self._settings.grad_scaler) is not None:
-            seeds = [scaler.scale(seed) for seed in seeds]
-        tally.add(shares, microbatch=microbatch)
-        self._run_backward([share.value for share in shares], seeds)
+        tally, scaler = self._denominators.tally, self._settings.grad_scaler
+        tensors, seeds = list(anchors), [torch.zeros_like(each) for each in anchors]
+        for index, shares in enumerate(parts):
+            if shares:
+                own = tally.seeds(shares)
+                seeds += own if scaler is None else [scaler.scale(seed) for seed in own]
+                tally.add(shares, microbatch=None if first is None else first + index)
+                tensors += [share.value for share in shares]
+        if tensors:
+            self._begin_sums()
+        self._run_backward(tensors, seeds)
 
     def _backward_coupled(self, loss: LossLike, coupling: Coupling, *, count: float | None) -> None:
         """Run the backward of the whole batch's loss, and then that of every microbatch."""
@@ -496,22 +559,41 @@ class Window:
         shares = shares_of(loss, rows=coupling.rows if count is None else check_number(count, "count"))
         shares = self._denominators.whole(shares, rows=coupling.rows) if coupling.own else []
         shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
-        self._backward(shares, microbatch=None)
+        self._backward([shares], first=None)
         gradients = coupling.gradients(shares)
         self._begin_sums()
-        if self._stopwatch is not None:
-            self._stopwatch.again()
-        for rows, tensors, seeds in coupling.push(gradients):
-            self._gradients.check_untouched()
-            self._run_backward(tensors, seeds)
-            self._done(rows)
+        if self._passed is not None:
+            self._push_together(coupling, gradients, self._passed)
+        else:
+            if self._stopwatch is not None:
+                self._stopwatch.again()
+            self._norms.encode_again()
+            for rows, tensors, seeds in coupling.push(gradients):
+                self._gradients.check_untouched()
+                self._run_backward(tensors, seeds)
+                self._done(rows)
         if coupling.exchange is not None:
+            self._talk = coupling.exchange
             coupling.exchange.agree()
 
     def _begin_sums(self) -> None:
         # A loss of the whole batch is one over all ranks already.
         ranks = 1 if self._coupling is not None else self.ranks
         self._gradients.begin(self._denominators.tally.outlook(ranks=ranks))
+
+    def _push_together(self, coupling: Coupling, gradients: Sequence[Tensor | None], passed: Passed) -> None:
+        """Run one backward for all microbatches."""
+        self._talk = passed.across
+        passed.norm.look_away()
+        tensors, seeds = passed.anchors, [torch.zeros_like(each) for each in passed.anchors]
+        for _, own, given in coupling.push(gradients):
+            tensors += own
+            seeds += given
+        self._gradients.check_untouched()
+        self._run_backward(tensors, seeds)
+        passed.end()
+        for rows in passed.rows:
+            self._done(rows)
 
     def _run_backward(self, tensors: list[Tensor], seeds: list[Tensor]) -> None:
         if not tensors:
@@ -532,6 +614,7 @@ class Window:
             self._stopwatch.lap(rows or 0)
         done = MicrobatchDone(step=self._memory.windows, index=self._index, microbatches=self._planned, rows=rows)
         self._index += 1
+        self._norms.went(self._index)
         self._settings.emit(done)
 
     def _finish(self) -> None:
@@ -543,6 +626,7 @@ class Window:
             self._gradients.begin(1.0)  # without one microbatch here, the first rank still brings what others add to
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
+        self._norms.check()
         self._watch.only_count()
         closing = Closing(
             settings=self._settings,
@@ -555,7 +639,9 @@ class Window:
         message = get_ready(closing)
         self._stepping, self._awaited = True, False
         end = close(closing, message)
-        if not end.applied:
+        if end.applied:
+            self._norms.finish()
+        else:
             self._snapshot.restore_buffers()
             self._memory.skipped += 1
         self._step = Step(
@@ -573,6 +659,7 @@ class Window:
             applied=end.applied,
             seconds=time.perf_counter() - self._started,
             peak_bytes=self._watch.peak_bytes,
+            spilled_bytes=self._memory.spilled() - self._spilled,
         )
         self._memory.count = end.count
         self._memory.windows += 1
@@ -609,9 +696,8 @@ class Window:
             self._settings.emit(self.ran_out.event)
 
     def _tell_failure(self, ranks: Ranks, *, again: bool) -> None:
-        exchange = None if self._coupling is None else self._coupling.exchange
-        if exchange is not None and not exchange.over:
-            exchange.fail(again=again)
+        if self._talk is not None and not self._talk.over:
+            self._talk.fail(again=again)
         elif not again:  # where the same window is run again, the others wait for what comes of that
             agree(ranks, None, parameters=len(self._named))
 
@@ -620,8 +706,9 @@ class Window:
         coupling, known, earlier = self._coupling, self._denominators.known, self._attempt
         # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
         late = self._stepped or (self._ranks is not None and not self._awaited)
-        if coupling is not None and coupling.exchange is not None:
-            late = late or coupling.exchange.over
+        late = late or (self._talk is not None and self._talk.over)
+        # Nor where all have met for statistics, which another attempt would do once more, and wait to be told of more.
+        late = late or (self._passed is not None and isinstance(self._talk, Exchange) and not self._talk.begun)
         kept = coupling is not None and coupling.keeps and not late
         # The loss of all representations is as large, however they were made.
         waiting = coupling is not None and coupling.waiting

@@ -73,6 +73,7 @@ class Ways:
             grad_scaler=self._scaler(),
             nonfinite="skip",
             lengths=self._job.lengths,
+            batch_norm="microbatch",
         )
         step = accumulator.step(self._batch, self._job.loss_fn, counts=self._job.counts)
         self.microbatches = step.microbatches
