@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from microbatch.errors import DataError, MissingDependencyError
+from microbatch.train.config import load_settings
 from microbatch.train.job import Job
-from microbatch.train.jobs.images import class_loss, class_scores, images
+from microbatch.train.jobs.images import class_loss, class_scores, images, images_batchnorm
 from microbatch.train.jobs.pictures import SIDE, Pictures, hold_out, read_digits, read_folder
+from microbatch.train.loop import TrainingLoop
+from microbatch.train.resolve import resolve
+from microbatch.train.rundir import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +112,30 @@ def test_the_gradient_does_not_depend_on_the_cut(microbatch_size: int) -> None:
     if 12 % microbatch_size:  # a short last piece: the usual mean of means is off
         torch.stack(means).mean().backward()
         assert relative(gradients(model), wanted) > 1e-2
+
+
+def test_with_batch_normalisation_the_step_is_the_whole_batchs_and_the_plain_one_is_not(tmp_path: Path) -> None:
+    def weights(name: str, **flags: Any) -> Tensor:
+        job = images_batchnorm()
+        job.model.double()
+        assert isinstance(job.optimizer, torch.optim.Optimizer)
+        for group in job.optimizer.param_groups:
+            group["eps"] = 1e-3  # or Adam turns the rounding of a gradient that is nearly zero into a whole step
+        train = pictures_of(job.data)
+        data = Pictures(images=train.images[:24].double(), labels=train.labels[:24], classes=train.classes)
+        job = replace(job, data=data, validation=None)
+        config = resolve(
+            load_settings({"batch_size": 12, "steps": 2, "warmup_steps": 0} | flags), job, device=torch.device("cpu")
+        )
+        directory = RunDirectory(tmp_path / name)
+        directory.start(config="", files={})
+        assert TrainingLoop(job, config=config, run=directory).run() is None
+        return torch.cat([parameter.detach().flatten() for parameter in job.model.parameters()])
+
+    whole, exact = weights("whole", microbatch_size=12), weights("exact", microbatch_size=5)
+    plain = weights("plain", microbatch_size=5, accumulation="plain")
+    assert relative(exact, whole) < 1e-10
+    assert relative(plain, whole) > 1e-3
 
 
 def test_scores_are_pooled_to_the_accuracy(job: Job) -> None:

@@ -113,7 +113,7 @@ def _case(job: str, flags: Mapping[str, Any]) -> tuple[Case, int | None]:
     data: Any = made.data
     # Of ragged rows the longest: they are what may not fit.
     longest = max((data[index] for index in range(min(_LOOKED_AT, len(data)))), key=_elements)
-    return Case(name=job, model=made.model, batch=made.collate([longest]), loss_fn=made.loss_fn), made.batch_size
+    return Case(name=job, model=made.model, batch=made.collate([longest]), loss_fn=made.batch_loss), made.batch_size
 
 
 def _elements(sample: object) -> int:

@@ -58,7 +58,8 @@ def train(
         str | None,
         typer.Argument(
             metavar="JOB",
-            help="language (the default), images, or path/to/file.py:function that returns an mb.Job.",
+            help="language (the default), images, images-batchnorm, pairs, or path/to/file.py:function that returns "
+            "an mb.Job.",
             show_default=False,
         ),
     ] = None,
@@ -81,6 +82,14 @@ def train(
     max_grad_norm: Annotated[
         str | None,
         typer.Option(metavar="X|none", help="Clip the finished gradient to this norm.", rich_help_panel=_BATCH),
+    ] = None,
+    accumulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|plain",
+            help="plain couples samples within each microbatch alone, as usual, to compare.",
+            rich_help_panel=_BATCH,
+        ),
     ] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=_BATCH)
@@ -149,6 +158,7 @@ def train(
         "device": device,
         "seed": seed,
         "autocast": autocast,
+        "accumulation": accumulation,
         "learning_rate": lr,
         "warmup_steps": warmup_steps,
         "max_grad_norm": _number(max_grad_norm, float),
@@ -165,8 +175,8 @@ def plan(
         str | None,
         typer.Argument(
             metavar="JOB",
-            help="language (the default), images, path/to/file.py:function that returns an mb.Job, or a Transformers "
-            "config.json.",
+            help="language (the default), images, images-batchnorm, pairs, path/to/file.py:function that returns an "
+            "mb.Job, or a Transformers config.json.",
             show_default=False,
         ),
     ] = None,

@@ -96,7 +96,7 @@ def plan(
     """
     counts = asked = None
     if isinstance(job, Plannable):
-        optimizer, loss_fn = optimizer or job.optimizer, loss_fn or job.loss_fn
+        optimizer, loss_fn = optimizer or job.optimizer, loss_fn or job.batch_loss
         counts, asked = job.counts, job.microbatch_size
         if batch is None:
             batch = job.collate([job.data[index] for index in range(min(job.batch_size, len(job.data)))])

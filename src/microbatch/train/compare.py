@@ -149,7 +149,7 @@ class _Bench:
         first = next(iter(feed(cut(self.batch, self.config.microbatch_size)[:1], self.device)))
         before = _generator_states(self.device)
         with self.steps.autocast():
-            self.job.loss_fn(self.job.model, first)
+            self.job.batch_loss(self.job.model, first)
         return any(not torch.equal(old, new) for old, new in zip(before, _generator_states(self.device), strict=True))
 
     def _gradients(self) -> tuple[dict[str, list[Tensor]], dict[str, int]]:

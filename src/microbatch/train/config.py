@@ -40,6 +40,8 @@ class Settings(BaseModel):
         warmup_steps: Optimizer steps of linear warm-up.
         max_grad_norm: Clip the finished gradient to this norm.
         nonfinite: What to do with a window whose loss or gradient is not finite.
+        accumulation: ``"plain"`` couples samples within each microbatch alone, as accumulation usually does, for
+            comparison; ``"exact"`` over the whole batch.
         validate_every: Optimizer steps between validations.
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Checkpoints that are kept.
@@ -63,6 +65,7 @@ class Settings(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     max_grad_norm: Positive | Literal["none"] | None = None
     nonfinite: Literal["raise", "skip"] = "raise"
+    accumulation: Literal["exact", "plain"] = "exact"
     validate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3

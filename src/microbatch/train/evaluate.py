@@ -11,6 +11,7 @@ from torch import nn
 
 from microbatch.batch.feed import feed
 from microbatch.errors import DataError
+from microbatch.loss.coupled import Representations, put_together, taken_apart
 from microbatch.loss.loss import Loss
 from microbatch.step.replay import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
@@ -62,20 +63,32 @@ def evaluate(
         DataError: The set is empty, or nothing in it was counted.
 
     Cost:
-        One forward pass over the set; one host synchronisation for each microbatch.
+        One forward pass over the set; one host synchronisation for each microbatch. With ``encode``, the
+        representations of the whole set at once.
     """
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
-    lists = list(in_order(length_of(job.validation, role="validation"), microbatch_size=microbatch_size))
+    rows = length_of(job.validation, role="validation")
+    lists = list(in_order(rows, microbatch_size=microbatch_size))
     microbatches = feed((job.collate(fetch(job.validation, indices)) for indices in lists), device)
     score = job.evaluate or job.loss_fn
-    with untouched(job.model, device, training=False), torch.no_grad():
+    encoded: list[Representations] = []
+    with (
+        untouched(job.model, device, training=False),
+        torch.no_grad(),
+        torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+    ):
         for indices, microbatch in zip(lists, microbatches, strict=True):
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                scores = score(job.model, microbatch)
-            for name, loss in named_losses(scores, rows=len(indices)).items():
+            if job.encode is not None:
+                encoded.append(taken_apart(job.encode(job.model, microbatch), rows=len(indices)))
+                continue
+            for name, loss in named_losses(score(job.model, microbatch), rows=len(indices)).items():
                 sums[name] = sums.get(name, 0.0) + float(loss.sum)
                 counts[name] = counts.get(name, 0.0) + float(loss.count)
+        if encoded:
+            scores = score(job.model, put_together(encoded, lambda column: torch.cat(list(column))).structure)
+            for name, loss in named_losses(scores, rows=rows).items():
+                sums[name], counts[name] = float(loss.sum), float(loss.count)
     empty = [name for name, count in counts.items() if count == 0]
     if empty or not counts:
         raise DataError(f"the validation set has nothing to count for {', '.join(empty) or 'any score'}")

@@ -25,9 +25,12 @@ class Job:
     Attributes:
         model: The module to train, already on its device.
         optimizer: Optimizer over the model's parameters, or several of them.
-        loss_fn: ``loss_fn(model, microbatch)`` returns a 0-d mean, a `Loss`, or a dict of `Loss`.
+        loss_fn: ``loss_fn(model, microbatch)`` returns a 0-d mean, a `Loss`, or a dict of `Loss`; with ``encode``,
+            ``loss_fn(model, representations)`` of the whole batch does.
         data: Map-style training set: ``len(data)`` samples, ``data[i]`` is one of them.
         batch_size: Effective batch in samples, over all ranks; at least 1.
+        encode: For losses that couple samples: ``encode(model, microbatch)`` returns the representations of its rows.
+        batch_norm: What batch normalisation normalises by, as for `Accumulator`.
         scheduler: Learning-rate scheduler, stepped once per optimizer step; `None` lets the training loop make one.
         collate: Turns a list of samples into one batch (nested tensors whose leading dimension is the rows).
         lengths: For ragged rows: the name of the batch's mask or lengths, or a `Lengths`; rows of like length then go
@@ -36,7 +39,8 @@ class Job:
         microbatch_size: Samples that go through the model at once; `None` finds it in the first steps.
         validation: Map-style held-out set; `None` for no validation.
         evaluate: ``evaluate(model, microbatch)`` returns named `Loss` records (sum and count) to be pooled over the
-            validation set, for example the loss and the accuracy; `None` pools ``loss_fn``.
+            validation set, for example the loss and the accuracy; with ``encode`` it is given the representations of
+            the whole set at once. `None` takes ``loss_fn``.
         steps: Optimizer steps of a default run; `None` trains for ``epochs``.
         epochs: Passes over the data of a default run, used when ``steps`` is `None`.
         warmup_steps: Optimizer steps of linear warm-up of the scheduler that the loop makes.
@@ -54,6 +58,8 @@ class Job:
     loss_fn: Callable[[nn.Module, Any], Any]
     data: Sequence[Any] | torch.utils.data.Dataset[Any]
     batch_size: int
+    encode: Callable[[nn.Module, Any], Any] | None = None
+    batch_norm: str | None = None
     scheduler: LRScheduler | None = None
     collate: Callable[[list[Any]], Any] = default_collate
     lengths: Lengths | str | None = None
@@ -71,3 +77,15 @@ class Job:
     facts: Mapping[str, float] = field(default_factory=dict[str, float])
     show: Callable[[nn.Module], str] | None = None
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def batch_loss(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss of rows that go through the model at once, whatever the loss couples.
+
+        Args:
+            model: The job's, or a copy.
+            batch: The rows.
+
+        Returns:
+            What ``loss_fn`` does.
+        """
+        return self.loss_fn(model, batch if self.encode is None else self.encode(model, batch))

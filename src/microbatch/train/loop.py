@@ -42,6 +42,7 @@ from microbatch.train.state import (
     set_random_states,
 )
 from microbatch.train.stop import StopRequest
+from microbatch.train.ways import take_step
 
 _METERED_EVERY = 20
 """The meter costs a few percent of a step on the CPU, and the peak of a step hardly ever changes."""
@@ -108,6 +109,7 @@ class TrainingLoop:
             grad_scaler=self._scaler,
             nonfinite=config.nonfinite,
             lengths=job.lengths,
+            batch_norm=config.batch_norm,
             listeners=(self._on_core_event,),
         )
         self._stop = StopRequest()
@@ -254,12 +256,12 @@ class TrainingLoop:
         """Take a step; on the CPU, where no allocator counts, meter the first step and every 20th."""
         due = not self._metered or self.progress.step % _METERED_EVERY == 0
         if self.config.device.type != "cpu" or self.config.memory_budget is not None or not due:
-            step = self._accumulator.step(batch, self.job.loss_fn, counts=self.job.counts)
+            step = take_step(self._accumulator, self.job, batch, plain=self.config.plain)
             return step, step.peak_bytes
         self._metered = True
         with MemoryMeter() as meter:
             meter.track(self.job.model, *self._optimizers, batch)
-            step = self._accumulator.step(batch, self.job.loss_fn, counts=self.job.counts)
+            step = take_step(self._accumulator, self.job, batch, plain=self.config.plain)
         return step, meter.peak_bytes
 
     def _validate(self) -> dict[str, float]:

@@ -43,6 +43,8 @@ class RunConfig:
         warmup_steps: Steps of linear warm-up; below ``steps``.
         max_grad_norm: Norm that the finished gradient is clipped to, or `None`.
         nonfinite: ``"raise"`` or ``"skip"``.
+        plain: Whether samples are coupled within each microbatch alone.
+        batch_norm: What batch normalisation normalises by, as for `Accumulator`.
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Checkpoints that are kept.
@@ -76,6 +78,8 @@ class RunConfig:
     compare: bool
     parameters: int
     unit: str
+    plain: bool = False
+    batch_norm: str | None = None
     auto: bool = False
     ragged: bool = False
     notices: tuple[str, ...] = ()
@@ -196,6 +200,8 @@ def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
         compare=settings.compare,
         parameters=sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
+        plain=_is_plain(settings, job),
+        batch_norm="microbatch" if settings.accumulation == "plain" and job.batch_norm else job.batch_norm,
         auto=_is_auto(settings, job),
         ragged=job.lengths is not None,
         notices=tuple(notices),
@@ -261,6 +267,15 @@ def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[
             notices.append(f"a microbatch of {size} is more than the batch of {batch}: the batch goes through whole")
         size = batch
     return size
+
+
+def _is_plain(settings: Settings, job: Job) -> bool:
+    if settings.accumulation == "plain" and job.encode is None and job.batch_norm is None:
+        raise ConfigError(
+            "--accumulation plain: neither this job's loss nor its model couples samples, so its gradient is the same "
+            "either way; leave it out"
+        )
+    return settings.accumulation == "plain"
 
 
 def _is_auto(settings: Settings, job: Job) -> bool:

@@ -12,10 +12,28 @@ from microbatch.batch.cut import cut
 from microbatch.batch.feed import feed
 from microbatch.batch.tree import rows_of
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.record import Step
 from microbatch.train.evaluate import named_losses
 from microbatch.train.job import Job
 from microbatch.train.resolve import RunConfig
 from microbatch.train.state import optimizers_of
+
+
+def take_step(accumulator: Accumulator, job: Job, batch: Any, *, plain: bool = False) -> Step:
+    """Take a job's step on a batch.
+
+    Args:
+        accumulator: Over the job's model and optimizer.
+        job: Its loss.
+        batch: The whole batch, on the host.
+        plain: Whether samples are coupled within each microbatch alone.
+
+    Returns:
+        What the step did.
+    """
+    if job.encode is None or plain:
+        return accumulator.step(batch, job.batch_loss, counts=job.counts)
+    return accumulator.step(batch, job.loss_fn, encode=job.encode)
 
 
 class Ways:
@@ -73,10 +91,9 @@ class Ways:
             grad_scaler=self._scaler(),
             nonfinite="skip",
             lengths=self._job.lengths,
-            batch_norm="microbatch",
+            batch_norm=config.batch_norm or "microbatch",
         )
-        step = accumulator.step(self._batch, self._job.loss_fn, counts=self._job.counts)
-        self.microbatches = step.microbatches
+        self.microbatches = take_step(accumulator, self._job, self._batch, plain=config.plain).microbatches
 
     def _whole(self) -> None:
         scaler = self._scaler()
@@ -93,7 +110,7 @@ class Ways:
 
     def _backward(self, batch: Any, rows: int, *, share: float, scaler: torch.amp.GradScaler | None) -> None:
         with self.autocast():
-            losses = named_losses(self._job.loss_fn(self._job.model, batch), rows=rows)
+            losses = named_losses(self._job.batch_loss(self._job.model, batch), rows=rows)
             loss = torch.stack([loss.mean for loss in losses.values()]).sum() * share
         (loss if scaler is None else scaler.scale(loss)).backward()
 

@@ -12,6 +12,8 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
     {
         "language": "microbatch.train.jobs.language:language",
         "images": "microbatch.train.jobs.images:images",
+        "images-batchnorm": "microbatch.train.jobs.images:images_batchnorm",
+        "pairs": "microbatch.train.jobs.pairs:pairs",
     }
 )
 """Where the function lies that makes the job of a name."""

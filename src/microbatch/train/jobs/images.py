@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +37,56 @@ def images(
         DataError: The folder cannot be read as images in classes.
         MissingDependencyError: scikit-learn, or for a folder Pillow, is not installed.
     """
+    return _job(data, seed=seed, device=device, batch_size=batch_size, norm="group")
+
+
+def images_batchnorm(
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    batch_size: int | None = None,
+) -> Job:
+    """Make the job `images` with batch normalisation, over the effective batch: exact, whatever the microbatch size.
+
+    Args:
+        data: As for `images`.
+        seed: As for `images`.
+        device: Where the model is trained.
+        batch_size: Effective batch in images; `None` for 128.
+
+    Returns:
+        The job, in microbatches of 4, which alone are too few for statistics.
+
+    Raises:
+        DataError: The folder cannot be read as images in classes.
+        MissingDependencyError: scikit-learn, or for a folder Pillow, is not installed.
+    """
+    return _job(data, seed=seed, device=device, batch_size=batch_size, norm="batch")
+
+
+def _job(
+    data: Path | None,
+    *,
+    seed: int,
+    device: str | torch.device,
+    batch_size: int | None,
+    norm: Literal["group", "batch"],
+) -> Job:
     train, validation = hold_out(read_digits() if data is None else read_folder(data), share=0.2, seed=seed)
     train, validation = _standardise(train, validation)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = ResidualNetwork(channels=train.images.shape[1], classes=len(train.classes)).to(device)
+        model = ResidualNetwork(channels=train.images.shape[1], classes=len(train.classes), norm=norm)
+        model.to(device)
     return Job(
         model=model,
         optimizer=_optimizer(model),
         loss_fn=class_loss,
         data=train,
         batch_size=128 if batch_size is None else batch_size,
-        microbatch_size=16,
+        microbatch_size=16 if norm == "group" else 4,
+        batch_norm=None if norm == "group" else "exact",
         validation=validation,
         evaluate=class_scores,
         epochs=12,

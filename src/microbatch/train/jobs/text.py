@@ -178,7 +178,7 @@ def _members(parent: ast.Module | ast.ClassDef, lines: Sequence[str]) -> Iterato
 def _cut_file(path: Path) -> Iterator[str]:
     """Yield the documents of one file, by its ending."""
     suffix = path.suffix.lower()
-    text = _read_text(path)
+    text = read_text(path)
     if suffix == ".jsonl":
         yield from _json_documents(text, path=path)
     elif suffix == ".py":
@@ -206,8 +206,18 @@ def _json_documents(text: str, *, path: Path) -> Iterator[str]:
         yield found.strip()
 
 
-def _read_text(path: Path) -> str:
-    """Decode a file: as Python declares it, or as UTF-8."""
+def read_text(path: Path) -> str:
+    """Decode a file: as Python declares it, or as UTF-8.
+
+    Args:
+        path: Where it is.
+
+    Returns:
+        Its text, lines ending in a newline character.
+
+    Raises:
+        DataError: It cannot be opened or decoded.
+    """
     content = _read_bytes(path)
     encoding = "utf-8-sig"
     try:
