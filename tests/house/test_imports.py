@@ -124,18 +124,22 @@ def test_a_patch_or_a_thread_would_be_seen(code: str, key: str) -> None:
     assert any(key in change for change in changed_by(code))
 
 
-def test_the_package_costs_at_most_50_ms_over_torch() -> None:
+def test_the_whole_package_costs_at_most_a_tenth_of_what_torch_does() -> None:
     timed = f"""
-import time, torch, torch.distributed, torch.utils.data
+import gc, time
 start = time.process_time()
+import torch, torch.distributed, torch.utils.data
+torchs, start = time.process_time() - start, time.process_time()
+gc.disable()  # or a look at all of torch's objects falls into one of them by chance
 {USE_EVERY_NAME}
-print(time.process_time() - start)
+print((time.process_time() - start) / torchs)
 """
-    # The best of a few: another job on the machine can only make it slower.
-    seconds: list[float] = []
-    while len(seconds) < 4 and min(seconds, default=1.0) > 0.05:
-        seconds.append(float(fresh(timed)))
-    assert min(seconds) <= 0.05
+    # Of one process, so that a busy machine slows both; the best of a few, for the first one makes the byte code.
+    shares: list[float] = []
+    while len(shares) < 4 and min(shares, default=1.0) > 0.1:
+        shares.append(float(fresh(timed)))
+    assert min(shares) <= 0.1
+
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
