@@ -11,6 +11,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS) --build-constraint $(CONSTRAINTS)
 # Extra arguments: make train ARGS="--steps 50", make test ARGS="-k denominator".
 ARGS ?=
+# Tests run in one process a core, a file's tests in one of them; make test TESTERS= runs all in one.
+TESTERS ?= --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 # What is installed, as one stamp each: made again when the project file or a pinned version changes.
 RUNTIME := $(VENV)/.installed-runtime
@@ -26,7 +28,7 @@ train: $(RUNTIME) ## Set up, then train a small language model on real text.
 	$(BIN)/microbatch train $(ARGS)
 
 test: lint ## Set up, then lint, types, contracts between the rooms, and the whole suite.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TESTERS) $(ARGS)
 
 lint: $(DEV) ## Only the first three of those.
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What every test runs under: types checked while the code runs, one seed, two threads, deterministic kernels."""
+"""What every test runs under: types checked while the code runs, one seed, few threads, deterministic kernels."""
 
 import os
 import random
@@ -23,7 +23,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # This process only: the tests that start others let them choose.
 import torch  # noqa: E402 - after the line above, or it is too late
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# As many as the cores leave to each of the processes that the tests are spread over.
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
 torch.set_num_interop_threads(1)
 # Also fills fresh memory with NaN, so that a sum begun on uninitialised memory shows.
 torch.use_deterministic_algorithms(mode=True)
