@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
 # Operators that have to agree behind a place for it to count as the same one; how many may be passed over to find it in
-# one run, and in both.
-_AGREE, _SKIP, _OWN = 8, 4096, 64
+# one run, and in both; operators of a turn of a loop.
+_AGREE, _SKIP, _OWN, _TURN = 8, 4096, 64, 64
 
 
 def align(runs: Sequence[Sequence[str]]) -> list[list[int]] | None:
@@ -71,15 +71,27 @@ def _pairs(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _meet(left: Sequence[str], right: Sequence[str], i: int, j: int) -> tuple[int, int] | None:  # noqa: PLR0917
-    """Find the nearest two places behind which both go on alike."""
+    """Find the nearest two places behind which both go on alike, or those behind a loop that either is in."""
+    # What follows a loop may be nearer in the other run's next microbatch than behind all the turns.
+    behind = chain(((i, end) for end in _behind(right, j)), ((end, j) for end in _behind(left, i)))
     one_sided = ((a, b) for skip in range(1, _SKIP) for a, b in ((i, j + skip), (i + skip, j)))
     # Or both have something of their own here.
     two_sided = ((i + skip, j + other) for skip in range(1, _OWN) for other in range(1, _OWN))
-    for a, b in chain(one_sided, two_sided):
+    for a, b in chain(behind, one_sided, two_sided):
         ahead = left[a : a + _AGREE]
         if ahead and ahead == right[b : b + _AGREE]:
             return a, b
     return None
+
+
+def _behind(run: Sequence[str], at: int) -> Iterator[int]:
+    """Find where further turns of the loop that a place is in end, for each length that a turn may have."""
+    for length in range(1, min(_TURN, at) + 1):
+        if run[at - length : at] == run[at : at + length]:
+            end = at + length
+            while run[end - length : end] == run[end : end + length]:
+                end += length
+            yield end
 
 
 def spans(places: Sequence[int], length: int) -> list[range]:

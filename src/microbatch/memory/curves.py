@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,8 @@ from torch import Tensor
 from microbatch.memory.align import spans
 from microbatch.memory.ledger import ACTIVATIONS, INPUTS, TEMPORARIES, Timeline
 
+_ROUNDING = 256  # bytes that an allocation may be off its curve
+_BENT = 0.1  # of what a line misses, at most, is missed by a parabola where there is one
 # What grows with the microbatch; parameters, buffers, gradients and the optimizer's state do not.
 _GROWS = (ACTIVATIONS, INPUTS, TEMPORARIES)
 
@@ -21,8 +24,21 @@ _GROWS = (ACTIVATIONS, INPUTS, TEMPORARIES)
 class Curves(Protocol):
     """Live bytes by microbatch size."""
 
+    @property
+    def operators(self) -> Sequence[str]:
+        """What ran, by name."""
+        ...
+
     def at(self, size: int) -> Tensor:
         """Return the bytes alive after each operator, float64.
+
+        Args:
+            size: Rows; at least 1.
+        """
+        ...
+
+    def least(self, size: int) -> Tensor:
+        """Return the same where they are in doubt at the least, float64.
 
         Args:
             size: Rows; at least 1.
@@ -47,12 +63,15 @@ class Fitted:
     there the peak may have been at other operators in each run, so it is not taken to be lower than on the line through
     the peaks of the two nearest runs.
 
+    Real runs have kernels that pad rows, which would bend parabolas too: there an operator has one where it finds a
+    further size as well, and the line from the smallest to the largest size where it does not.
+
     Attributes:
         sizes: Ascending.
         runs: At these sizes.
         moments: For each run, which of its operators stands for each of the fitted ones.
         live: Bytes alive then; float64, shape ``(sizes, operators)``.
-        points: Sizes that each polynomial goes through, at most.
+        bent: Which operators have a parabola.
         same: Whether all runs ran the same operators.
     """
 
@@ -60,12 +79,12 @@ class Fitted:
     runs: Sequence[Timeline]
     moments: Sequence[Sequence[int]]
     live: Tensor
-    points: int
+    bent: Tensor
     same: bool
 
     @classmethod
     def through(
-        cls, sizes: Sequence[int], runs: Sequence[Timeline], places: Sequence[Sequence[int]], *, bent: bool = True
+        cls, sizes: Sequence[int], runs: Sequence[Timeline], places: Sequence[Sequence[int]], *, real: bool = False
     ) -> Fitted:
         """Fit runs whose operators have been matched.
 
@@ -73,7 +92,7 @@ class Fitted:
             sizes: Ascending.
             runs: At these sizes.
             places: What `align` returned for them.
-            bent: Whether three sizes may make a parabola.
+            real: Whether they are of real tensors, on kernels that may pad rows.
 
         Returns:
             The curves.
@@ -85,7 +104,21 @@ class Fitted:
         live = [[run.live[moment] for moment in each] for run, each in zip(runs, moments, strict=True)]
         same = all(len(each) == len(run.live) == len(runs[0].live) for run, each in zip(runs, moments, strict=True))
         table = torch.tensor(live, dtype=torch.float64, device="cpu")
-        return cls(sizes, runs, moments, table, points=3 if same and bent else 2, same=same)
+        bent = torch.full((table.shape[1],), same and len(sizes) > 2, dtype=torch.bool, device="cpu")
+        if real and same and len(sizes) > 2:
+            three = [0, len(sizes) // 2, len(sizes) - 1]
+            bent &= _confirmed(sizes, table, three)
+            sizes, runs, moments = [sizes[i] for i in three], [runs[i] for i in three], [moments[i] for i in three]
+            table = table[three]
+            # On the line from end to end.
+            between = torch.lerp(table[0], table[2], (sizes[1] - sizes[0]) / (sizes[2] - sizes[0]))
+            table[1] = torch.where(bent, table[1], between)
+        return cls(sizes, runs, moments, table, bent, same=same)
+
+    @property
+    def operators(self) -> Sequence[str]:
+        """Those that all runs have, by name."""
+        return [self.runs[0].operators[moment] for moment in self.moments[0]]
 
     def at(self, size: int) -> Tensor:
         """Return the bytes alive after each operator.
@@ -96,12 +129,35 @@ class Fitted:
         Returns:
             Float64, one for each operator that all runs have.
         """
-        found = _polynomial(self.sizes, list(self.live), size, points=self.points)
+        rows = list(self.live)
+        line = _polynomial(self.sizes, rows, size, points=2)
+        found = torch.where(self.bent, _polynomial(self.sizes, rows, size, points=3), line)
         if not self.same:
             line = _polynomial(self.sizes, list(self.live.amax(dim=1)), size, points=2)
             highest = int(found.argmax())
             found[highest] = torch.maximum(found[highest], line)
         return found
+
+    def least(self, size: int) -> Tensor:
+        """Return the bytes alive after each operator, at the least.
+
+        What bends upwards lies below the line between two sizes, and above those that come from either side.
+
+        Args:
+            size: Rows; at least 1.
+
+        Returns:
+            Float64, of the shape of `at`; the same but between two sizes of loops.
+        """
+        found, above = self.at(size), bisect_left(self.sizes, size)
+        if self.same or not 0 < above < len(self.sizes):
+            return found
+        lines = [
+            _polynomial(self.sizes[start : start + 2], list(self.live[start : start + 2]), size, points=2)
+            for start in (above - 2, above)
+            if 0 <= start < len(self.sizes) - 1
+        ]
+        return torch.minimum(found, torch.stack(lines).amax(dim=0)) if lines else found
 
     def parts(self, size: int, index: int) -> dict[str, float]:
         """Split the bytes alive after one operator by category.
@@ -116,7 +172,7 @@ class Fitted:
         found = [run.parts(each[index]) for run, each in zip(self.runs, self.moments, strict=True)]
         names = {name: None for each in found for name in each}
         tables = [torch.tensor([each.get(name, 0) for name in names], dtype=torch.float64) for each in found]
-        found = _polynomial(self.sizes, tables, size, points=self.points)
+        found = _polynomial(self.sizes, tables, size, points=3 if bool(self.bent[index]) else 2)
         return dict(zip(names, found.clamp(min=0).tolist(), strict=True))
 
 
@@ -135,6 +191,11 @@ class Bounded:
     sizes: Sequence[int]
     runs: Sequence[Timeline]
 
+    @property
+    def operators(self) -> Sequence[str]:
+        """The one that stands for all."""
+        return ["any"]
+
     def at(self, size: int) -> Tensor:
         """Return the bound.
 
@@ -152,6 +213,18 @@ class Bounded:
         if size > self.sizes[-1]:
             bound = max(sum(self._stretched(size, index).values()) for index in range(len(self.runs[-1].live)))
         return torch.tensor([bound], dtype=torch.float64, device="cpu")
+
+    def least(self, size: int) -> Tensor:
+        """Return the larger peak of the runs of fewer rows.
+
+        Args:
+            size: Rows; at least 1.
+
+        Returns:
+            One number, float64.
+        """
+        peaks = [float(run.peak_bytes) for at, run in zip(self.sizes, self.runs, strict=True) if at <= size]
+        return torch.tensor([max(peaks, default=0.0)], dtype=torch.float64, device="cpu")
 
     def parts(self, size: int, index: int) -> dict[str, float]:
         """Split the bound by category, as the peak of the next larger run was, or the largest one's.
@@ -178,7 +251,11 @@ class Bounded:
 
 def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, points: int) -> Tensor:
     """Evaluate the polynomial through the nearest sizes, two or three, in Newton's form."""
-    near = sorted(sorted(range(len(sizes)), key=lambda i: (abs(sizes[i] - size), sizes[i]))[:points])
+    at = min(max(1, bisect_left(sizes, size)), len(sizes) - 1)
+    near = [at - 1, at]
+    if points > 2 and len(sizes) > 2:
+        beside = [i for i in (at - 2, at + 1) if 0 <= i < len(sizes)]
+        near = sorted([*near, min(beside, key=lambda i: abs(sizes[i] - size))])
     x, y = [sizes[i] for i in near], [values[i] for i in near]
     first = (y[1] - y[0]) / (x[1] - x[0])
     found = y[0] + first * (size - x[0])
@@ -186,3 +263,16 @@ def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, po
         second = ((y[2] - y[1]) / (x[2] - x[1]) - first) / (x[2] - x[0])
         found = found + second * ((size - x[0]) * (size - x[1]))
     return found
+
+
+def _confirmed(sizes: Sequence[int], live: Tensor, three: Sequence[int]) -> Tensor:
+    """Tell which operators' parabola through three sizes finds the others too, far better than a line does."""
+    rest = [i for i in range(len(sizes)) if i not in three]
+    if not rest:
+        return torch.zeros(live.shape[1], dtype=torch.bool, device="cpu")
+    off = torch.zeros(2, live.shape[1], dtype=torch.float64, device="cpu")
+    for degree, chosen in enumerate((three, [three[0], three[-1]])):
+        for i in rest:
+            found = _polynomial([sizes[j] for j in chosen], [live[j] for j in chosen], sizes[i], points=3)
+            off[degree] = torch.maximum(off[degree], (found - live[i]).abs())
+    return off[0] <= (_BENT * off[1]).clamp(min=_ROUNDING)

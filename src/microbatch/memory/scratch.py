@@ -82,7 +82,7 @@ class Scratch:
 
     def _place(self, saved: Tensor, *, final: Callable[[], bool]) -> Tensor:
         ours = self._kept is not None and self._kept.holds(saved)
-        if final() and saved.is_contiguous() and _held_by(saved, ours=ours) in _only_by_the_graph(type(saved)):
+        if final() and saved.is_contiguous() and _held_by(saved, ours=ours) in learn_to_count(type(saved)):
             return saved.detach()
         return torch.empty_like(saved, memory_format=torch.contiguous_format)
 
@@ -137,8 +137,15 @@ def _held_by(tensor: Tensor, *, ours: bool) -> tuple[int, ...]:
 
 
 @cache
-def _only_by_the_graph(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
-    """Count what holds a tensor of a kind that nothing but a graph holds: one of its own, and a view."""
+def learn_to_count(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
+    """Count what holds a tensor that nothing but a graph holds: one of its own, and a view.
+
+    Args:
+        kind: The tensor's.
+
+    Returns:
+        Both counts; found out once, so that a meter that should not see that asks before it begins.
+    """
     observer = _Observer()
     place = observer.places(final=lambda: True)
     with torch.enable_grad():

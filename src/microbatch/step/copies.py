@@ -21,6 +21,9 @@ from microbatch.loss.loss import LossLike
 from microbatch.step.settings import Settings
 
 LossFunction = Callable[[nn.Module, Any], LossLike]
+_GIVEN_STORAGE = tuple(
+    getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads() if "Storage" in name
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,24 @@ class Cast:
     loss_fn: LossFunction
     batch: Any
     device: torch.device
+
+
+class Fakes(FakeTensorMode):
+    """Fake tensors that let go of their storages.
+
+    torch remembers what an operator returned, by what it was given; so a storage that `Tensor.set_` was given would be
+    held for good, and counted. That one operator is run anew each time.
+    """
+
+    def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operator."""
+        remembers, self.cache_enabled = self.cache_enabled, self.cache_enabled and func not in _GIVEN_STORAGE
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.cache_enabled = remembers
 
 
 class Faked(TorchFunctionMode):

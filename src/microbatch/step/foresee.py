@@ -77,7 +77,8 @@ def foresee(settings: Settings, memory: Memory, *, batch: object, loss_fn: LossF
         rows.
 
     Cost:
-        Where something is rehearsed, some 0.1 milliseconds an operator of a fake window, for each of three sizes.
+        Where something is rehearsed, some 0.1 milliseconds an operator of a fake window, for each of four sizes or
+        more.
     """
     rows = rows_of(batch)
     if not rows:

@@ -13,29 +13,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from microbatch.batch.tree import map_tensors
+from microbatch.batch.tree import map_tensors, rows_of
 from microbatch.errors import ConfigError
 from microbatch.gradients.add import trainable
 from microbatch.loss.loss import shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
+from microbatch.memory.doubt import doubtful, enough_of
 from microbatch.memory.ledger import GRADIENTS, INPUTS, Timeline
 from microbatch.memory.meter import READ, MemoryMeter
 from microbatch.memory.predict import Prediction, predict
 from microbatch.memory.recompute import checkpointed
-from microbatch.memory.scratch import Scratch
+from microbatch.memory.scratch import Scratch, learn_to_count
 from microbatch.memory.spill import Spill
 from microbatch.step.absent import Inside, absent
-from microbatch.step.copies import Cast, Faked, LossFunction, Scene, copies_of, some_rows
+from microbatch.step.copies import Cast, Faked, Fakes, LossFunction, Scene, copies_of, some_rows
 from microbatch.step.fusing import fuse_for
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Settings
 from microbatch.step.sums import sums_for
 
-_LOOKS = 3  # real windows more, to find out from which size on other kernels are taken
+_LARGEST, _LOOKS = 64, 3  # rows of a fake window; real windows more, where the prediction is in doubt
 
 
 def rehearse(
@@ -43,7 +44,7 @@ def rehearse(
     loss_fn: LossFunction,
     *,
     batch: object,
-    sizes: Sequence[int] = (2, 4, 8),
+    sizes: Sequence[int] | None = None,
     witness: Sequence[int] = (1, 2, 4, 8, 16),
 ) -> Prediction:
     """Predict the peak memory of an accumulator's windows by rehearsing them at a few microbatch sizes.
@@ -57,7 +58,8 @@ def rehearse(
         loss_fn: As for `Accumulator.step`.
         batch: Rows to rehearse with, repeated where there are too few; the memory of the whole batch counts where it
             lives on the model's device.
-        sizes: Microbatch sizes for the fake windows; two or more, ascending.
+        sizes: Microbatch sizes for the fake windows; two or more, ascending. By default a few small ones and, since
+            large tensors may be treated otherwise, the batch whole, or 64 rows of it.
         witness: Microbatch sizes for the real ones, ascending; none to leave them out, which saves time and a real copy
             of model and optimizer.
 
@@ -70,44 +72,40 @@ def rehearse(
     Cost:
         Some 0.1 milliseconds an operator of a fake window; a few times a step's time and memory for the real ones.
     """
+    rows = min(rows_of(batch), _LARGEST)
+    sizes = [2, 4, 8, *([rows] if rows > 8 else [])] if sizes is None else sizes
     with _undisturbed(settings) as gradients:
         scene = Scene(settings, loss_fn, batch, gradients)
-        fake = cache(partial(_fake, scene))
         notes: list[str] = []
+        fake, enough = _faked(scene, sizes, notes=notes)
         seen = _witness(scene, sizes=witness, notes=notes)
-        found = _predict(scene, fake, seen, sizes=sizes, notes=notes)
-        # Halve the gaps in which kernels change, until it is known from which size on.
+        if fake is None and sum(size > 1 for size, _ in seen) < 2:
+            seen = [(size, _real(scene, size)) for size in (2, 4, 8)]
+        told = partial(predict, fake, sizes=enough, beside=scene.beside)
+        found = told(witnessed=seen)
+        # Halve the gaps in which a padding or another kernel decides the peak.
         for _ in range(_LOOKS):
-            middles = [(low + high) // 2 for low, high in found.hidden.changes if high - low > 1]
-            more = _witness(scene, sizes=middles[-1:], notes=notes)
+            where = doubtful(found.hidden.sizes, partial(found.doubt, hidden=True))
+            more = _witness(scene, sizes=where, notes=notes)
             if not more:
                 break
             seen = sorted([*seen, *more], key=operator.itemgetter(0))
-            found = _predict(scene, fake, seen, sizes=sizes, notes=notes)
+            found = told(witnessed=seen)
     return replace(found, note="; ".join([found.note, *notes]))
 
 
-def _predict(
-    scene: Scene,
-    fake: Callable[[int], Timeline],
-    seen: Sequence[tuple[int, Witnessed]],
-    *,
-    sizes: Sequence[int],
-    notes: list[str],
-) -> Prediction:
-    """Predict from fake windows, or from real ones where fake tensors cannot run them."""
+def _faked(
+    scene: Scene, sizes: Sequence[int], *, notes: list[str]
+) -> tuple[Callable[[int], Timeline] | None, Sequence[int]]:
+    """Return what runs fake windows, and at which sizes; nothing where fake tensors cannot run them."""
+    fake = cache(partial(_fake, scene))
     try:
-        return predict(fake, sizes=sizes, witnessed=seen, beside=scene.beside)
+        return fake, enough_of(fake, sizes)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever a model or a loss does that fake tensors cannot do
-        words = f"fake tensors cannot run it ({type(error).__name__}), so real ones did"
-        if words not in notes:
-            notes.append(words)
-        real = {size: each.timeline for size, each in seen if size > 1}
-        if len(real) < 2:
-            real = {size: _real(scene, size).timeline for size in sizes}
-        return predict(real.__getitem__, sizes=list(real), witnessed=seen, beside=scene.beside)
+        notes.append(f"fake tensors cannot run it ({type(error).__name__}), so real ones did")
+        return None, sizes
 
 
 def rehearse_once(
@@ -147,7 +145,7 @@ def _fake(
     *,
     watch: Callable[[nn.Module, MemoryMeter], AbstractContextManager[object]] | None = None,
 ) -> Timeline:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = Fakes(allow_non_fake_inputs=True)
     cast = copies_of(scene, how=Faked(mode))
     if scene.settings.offload is not None:
         cast = replace(cast, loss_fn=Inside(cast.loss_fn, absent()))
@@ -200,6 +198,7 @@ def _play(cast: Cast, size: int, meter: MemoryMeter) -> None:
     # From the host microbatches come as copies, the next one while this one runs; else they are views of the batch.
     second = first if cast.device.type == "cpu" else map_tensors(torch.clone, first)
     meter.track(first, second, category=INPUTS)
+    learn_to_count(type(torch.empty(0, device="cpu")))
     with meter:
         for _ in range(1 if all(each.state for each in settings.optimizers) else 2):
             _window(cast, [first, second], meter)
