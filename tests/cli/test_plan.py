@@ -67,7 +67,8 @@ def made(microbatch_size: int, *, decided: bool = True) -> Plan:
             Candidate(
                 microbatch_size=size,
                 microbatches=4 // size,
-                predicted_bytes=101 * size,
+                predicted_bytes=120 * size,
+                counted_bytes=101 * size,
                 measured_bytes=100 * size,
                 fits=True,
                 seconds=seconds[size],
@@ -90,7 +91,7 @@ def test_a_plan_reads_back_as_it_was() -> None:
 def test_the_table_and_the_chart_mark_the_chosen_size() -> None:
     plan = made(2)
     marked = [line.split() for line in plan.table().splitlines() if line.startswith(">")]
-    assert marked == [[">", "2", "2", "202", "B", "200", "B", "+1.0%", "yes", "1.00", "s", "4"]]
+    assert marked == [[">", "2", "2", "240", "B", "202", "B", "200", "B", "+1.0%", "yes", "1.00", "s", "4"]]
     bars = {line.split()[0]: line.count("█") for line in plan.chart().splitlines()}
     assert bars == {"1": 12, "2": 24, "4": 16}
 
@@ -146,6 +147,26 @@ def test_training_finds_its_size_in_its_first_steps(job: str, tmp_path: Path) ->
     sizes = [event["microbatch_size"] for event in events if event["event"] == "step"]
     assert sizes[-1] == plan["microbatch_size"]
     assert 'microbatch_size = "auto"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_the_error_compares_like_with_like() -> None:
+    """A convolution allocates inside itself, which no meter sees."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2), nn.ReLU())
+    plan = mb.plan(
+        model,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        loss_fn=lambda model, x: model(x).square().mean(),
+        batch=torch.randn(16, 3, 24, 24),
+    )
+    # The batch whole has no second microbatch, with which a prediction counts.
+    ran = [each for each in plan.candidates if each.measured_bytes is not None and each.microbatches > 1]
+    assert ran
+    for each in ran:
+        assert each.error == pytest.approx(0, abs=0.005)
+        assert each.predicted_bytes is not None
+        assert each.counted_bytes is not None
+        assert each.predicted_bytes > 1.02 * each.counted_bytes
+    assert "tensors alone" in plan.rests_on
 
 
 def test_a_plan_changes_nothing() -> None:

@@ -217,6 +217,7 @@ def plan_of(size: int, *, seconds: dict[int, float], peak: int = 500, **changed:
             microbatch_size=each,
             microbatches=-(-32 // each),
             predicted_bytes=100 + each * 20,
+            counted_bytes=100 + each * 20,
             measured_bytes=None,
             fits=True,
             seconds=seconds.get(each),

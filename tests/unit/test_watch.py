@@ -20,7 +20,7 @@ from microbatch.step.sizing import PATIENCE, Sizing
 from microbatch.step.watch import Extent
 
 
-def accumulator(size: int = 4, *, model: nn.Module | None = None, **settings: Any) -> mb.Accumulator:
+def accumulator(size: int | str = 4, *, model: nn.Module | None = None, **settings: Any) -> mb.Accumulator:
     model = model or nn.Linear(8, 8)
     optimizer = settings.pop("optimizer", torch.optim.SGD)(model.parameters(), lr=0.01)
     return mb.Accumulator(model, optimizer, microbatch_size=size, **settings)
@@ -43,6 +43,17 @@ def test_the_first_two_windows_are_watched_and_then_larger_ones() -> None:
     assert watched(it, (8, 8), (8, 8), (8, 8), (64, 8), (3, 8)) == [True, True, False, False, False]
     assert watched(it, (8, 3, 8), (8, 3, 8), (8, 2, 8)) == [True, False, False]  # longer rows
     assert watched(it, (2, 5, 8), (2, 5, 8), (4, 5, 8), (4, 5, 8)) == [True, False, True, False]
+
+
+def test_the_first_window_with_the_optimizers_state_is_watched_where_only_one_would_be() -> None:
+    stateful = accumulator("auto", optimizer=torch.optim.AdamW)
+    peaks = [stateful.step(torch.randn(1, 500, 8), fit).peak_bytes for _ in range(3)]
+    weights = (8 * 8 + 8) * 4
+    assert peaks[0] is not None
+    assert peaks[1] is not None
+    assert peaks[1] >= peaks[0] + 2 * weights
+    assert peaks[2] is None
+    assert watched(accumulator("auto"), (1, 8), (1, 8)) == [True, False]
 
 
 def test_larger_microbatches_are_watched_also_by_length() -> None:

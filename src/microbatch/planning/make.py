@@ -32,6 +32,7 @@ from microbatch.step.search import sizes_for
 from microbatch.step.settings import Settings
 from microbatch.step.tune import MOST_PROBES
 
+_METERED = "what is counted, and the error, is of tensors alone, as the meter counts them on the CPU"
 _MOST_STEPS = 60
 """Steps after which five probes must have ended, each with its warm-up and as many again for a meter and for noise."""
 _CLEARLY = 1.03
@@ -201,7 +202,7 @@ def _made(settings: Settings, loss_fn: LossFunction, *, batch: Any, counts: Any,
         budget=budget,
         candidates=candidates,
         words=(),
-        rests_on=prediction.note,
+        rests_on=prediction.note if settings.device.type != "cpu" else f"{prediction.note}; {_METERED}",
         ways=tuple(found),
         way=best.name,
         microbatch_tokens=_tokens(chosen, best),
@@ -218,6 +219,8 @@ def _candidate(stage: Stage, trial: _Trial, prediction: Prediction, *, size: int
         microbatch_size=size,
         microbatches=-(-stage.rows // size),
         predicted_bytes=peak,
+        # On the CPU the meter measures, which sees no workspaces.
+        counted_bytes=prediction.metered_bytes(size) if stage.settings.device.type == "cpu" else peak,
         measured_bytes=trial.peaks.get(size),
         fits=None if stage.budget is None else peak <= stage.budget,
         seconds=trial.seconds.get(size) if timed else None,

@@ -23,7 +23,9 @@ class Candidate:
     Attributes:
         microbatch_size: Rows that go through the model at once.
         microbatches: Microbatches of the batch.
-        predicted_bytes: Predicted peak; `None` where nothing could be rehearsed.
+        predicted_bytes: Predicted peak, which has to fit; `None` where nothing could be rehearsed.
+        counted_bytes: Of this, what whoever measures will count: on the CPU the meter, and so tensors alone, without
+            what operators allocate inside themselves; on CUDA the allocator, and so all of it.
         measured_bytes: Measured peak; `None` where it was not run, or nobody counted.
         fits: Whether the prediction is within the budget; `None` where either is unknown.
         seconds: Seconds of a step, as timed; `None` where it was not run.
@@ -32,16 +34,17 @@ class Candidate:
     microbatch_size: int
     microbatches: int
     predicted_bytes: int | None
+    counted_bytes: int | None
     measured_bytes: int | None
     fits: bool | None
     seconds: float | None
 
     @property
     def error(self) -> float | None:
-        """By which part of the measured peak the prediction is above it (or, negative, below it)."""
-        if self.predicted_bytes is None or not self.measured_bytes:
+        """By which part of the measured peak the prediction of what is counted is above it (or, negative, below it)."""
+        if self.counted_bytes is None or not self.measured_bytes:
             return None
-        return self.predicted_bytes / self.measured_bytes - 1
+        return self.counted_bytes / self.measured_bytes - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +144,7 @@ class Plan:
         Returns:
             A line for each size: the chosen one is marked.
         """
-        head = ["", "microbatch", "microbatches", "predicted", "measured", "error", "fits", "step", "rows/s"]
+        head = ["", "microbatch", "microbatches", "predicted", "counted", "measured", "error", "fits", "step", "rows/s"]
         rows = [head, *(self._cells(each) for each in self.candidates)]
         return _aligned(rows)
 
@@ -241,6 +244,7 @@ class Plan:
             str(each.microbatch_size),
             str(each.microbatches),
             predicted,
+            "-" if each.counted_bytes is None else format_bytes(each.counted_bytes),
             measured,
             "-" if each.error is None else f"{each.error:+.1%}",
             "-" if each.fits is None else "yes" if each.fits else "no",

@@ -266,12 +266,14 @@ class Watched:
         row_bytes: Bytes of the widest row of a counted one.
         bytes: Bytes of the largest microbatch of a counted one.
         told: Most bytes by which a budget was said to be passed.
+        stateless: Whether the last window began before the optimizer had its state.
     """
 
     windows: int = 0
     row_bytes: float = 0.0
     bytes: float = 0.0
     told: int = 0
+    stateless: bool = False
 
 
 @dataclass(slots=True)

@@ -34,8 +34,8 @@ class Watch:
 
     A budget that the user gave is held in every window. What the device really has needs no watching on CUDA, whose
     allocator refuses by itself. On the CPU the system would end the process instead, so the meter is on where memory
-    can change: in the first two windows, and in every later one whose microbatches are larger, or of longer rows, than
-    those that went well before. In between it costs nothing.
+    can change: in the first two windows, in the first with the optimizer's state, and in every later one whose
+    microbatches are larger, or of longer rows, than those that went well before. In between it costs nothing.
 
     Args:
         settings: The accumulator's.
@@ -57,6 +57,7 @@ class Watch:
     def open(self) -> None:
         """Begin, before anything is known of the batch."""
         budget = self._settings.memory_budget
+        has_state = all(optimizer.state for optimizer in self._settings.optimizers)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._retries = _allocation_retries(self._device)
@@ -65,8 +66,9 @@ class Watch:
                 self._stack.callback(_limit_cuda(self._device, budget))
         elif isinstance(budget, int):
             self._meter_on(budget, beside_what_is_there=False)
-        elif self._watched.windows < 2:
+        elif self._watched.windows < 2 or (has_state and self._watched.stateless):
             self._meter_by_default()
+        self._watched.stateless = not has_state
 
     def expect(self, extent: Extent, batch: object) -> None:
         """Learn how large the microbatches will be, before the first of them.
