@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import hardware, versions
-from benchmarks.zoo import HELD_OUT, KINDS, Kind, made
+from benchmarks.unseen import HELD_OUT
+from benchmarks.zoo import KINDS, Kind, made
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.rehearse import rehearse
 from microbatch.step.settings import Settings

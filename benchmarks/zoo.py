@@ -370,9 +370,6 @@ KINDS = {
     "LSTM": Kind(Recurrent, lambda rows: tokens(rows, vocabulary=VOCABULARY // 8), next_token, ["layers"]),
     "contrastive pair": Kind(Pair, pairs, contrast, ["left", "right"]),
     "MLP": Kind(mlp, vectors, classify, ["0", "1", "2"]),
-}
-# Not looked at while the prediction was made; added afterwards, and left as they came out.
-HELD_OUT = {
     "T5": Kind(t5, tokens, translate, [f"{part}.block.{i}" for part in ("encoder", "decoder") for i in range(2)]),
     "ConvNeXt": Kind(
         convnext, lambda rows: images(rows, size=64), classify, [f"convnext.encoder.stages.{i}" for i in range(2)]
