@@ -148,6 +148,7 @@ def small_model() -> nn.Module:
 
 def accumulator_of(model: nn.Module, clock: Callable[[], float], **changed: Any) -> tuple[mb.Accumulator, list[Any]]:
     events: list[Any] = []
+    changed = {"batch_norm": "microbatch"} | changed
     accumulator = mb.Accumulator(
         model, torch.optim.SGD(model.parameters(), lr=0.1), listeners=[events.append], **changed
     )

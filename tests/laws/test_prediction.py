@@ -574,7 +574,7 @@ def test_a_rehearsal_leaves_everything_as_it_was(trained: bool, reaches_past: bo
     it, batch = described(model), torch.randn(8, 16)
     (optimizer,) = it.optimizers
     if trained:
-        mb.Accumulator(model, optimizer, microbatch_size=4).step(batch, fit)
+        mb.Accumulator(model, optimizer, microbatch_size=4, batch_norm="microbatch").step(batch, fit)
     parameters = list(model.parameters())
     parameters[0].grad = mine = torch.full_like(parameters[0], 3.0)
     original: list[nn.Module] = [model]

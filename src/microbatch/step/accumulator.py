@@ -299,7 +299,7 @@ class Accumulator:
             "windows": memory.windows,
             "skipped": memory.skipped,
             "count": memory.count,
-            "seed": memory.seed,
+            "seed": memory.first_seed(),
             "sizing": memory.sizing.state(),
             "ways": memory.ways.state(),
             "tuning": None if tuning is None else tuning.state(),

@@ -333,8 +333,11 @@ class Memory:
     seed: int | None = None
     aside: Aside = field(default_factory=Aside)
 
+    def first_seed(self) -> int:
+        """Return the seed that those of all windows are derived from."""
+        return torch.initial_seed() if self.seed is None else self.seed
+
     def window_seed(self) -> int:
         """Return the seed of the next window: the same for every attempt at it, and when a run is resumed."""
-        if self.seed is None:
-            self.seed = torch.initial_seed()
+        self.seed = self.first_seed()
         return derive(self.seed, self.windows)
