@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from microbatch.batch.cut import cut
     from microbatch.batch.lengths import Lengths
     from microbatch.batch.tree import Rows, Whole
+    from microbatch.checking.equal import check
+    from microbatch.checking.report import Cause, Check
     from microbatch.errors import MicrobatchError
     from microbatch.gradients.fold import LinearState
     from microbatch.loss import losses
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Accumulator",
     "BudgetPassed",
+    "Cause",
+    "Check",
     "Division",
     "Hyperparameters",
     "Job",
@@ -57,6 +61,7 @@ __all__ = [
     "batch_gather",
     "batch_mean",
     "batch_sum",
+    "check",
     "checkpointed",
     "convert_batch_norm",
     "cut",
@@ -72,6 +77,8 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
+    "Cause": "checking.report",
+    "Check": "checking.report",
     "Division": "planning.arithmetic",
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",
@@ -96,6 +103,7 @@ _HOMES = {
     "batch_gather": "loss.shared",
     "batch_mean": "loss.shared",
     "batch_sum": "loss.shared",
+    "check": "checking.equal",
     "checkpointed": "memory.recompute",
     "convert_batch_norm": "loss.convert",
     "cut": "batch.cut",

@@ -19,6 +19,7 @@
     │   ├── GradientsTouchedError               something else wrote to the gradients inside it
     │   └── EmptyWindowError                    nothing contributed, so there is no mean to minimise
     ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
+    ├── CheckError              (ValueError)    there is nothing that a gradient could be checked against
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
     ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
@@ -100,6 +101,10 @@ class EmptyWindowError(WindowError):
 
 class BatchStatisticsError(MicrobatchError, RuntimeError):
     """The microbatches of a batch cannot share a statistic: they do not meet for it, or it cannot be seen."""
+
+
+class CheckError(MicrobatchError, ValueError):
+    """There is nothing that a gradient could be checked against: no loss, no gradient, or no step."""
 
 
 class NonfiniteError(MicrobatchError, ArithmeticError):

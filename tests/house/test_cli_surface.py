@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"plan", "train"}
+COMMANDS = {"check", "plan", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -26,6 +26,7 @@ TRAIN_FLAGS = {
     "--data",
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
+CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--device", "--seed", "--config", "--json"}
 
 
 def flags(*path: str) -> dict[str, str]:
@@ -46,6 +47,10 @@ def test_every_flag_of_train_is_there() -> None:
 
 def test_every_flag_of_plan_is_there() -> None:
     assert set(flags("plan")) >= PLAN_FLAGS
+
+
+def test_every_flag_of_check_is_there() -> None:
+    assert set(flags("check")) >= CHECK_FLAGS
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -21,7 +21,7 @@ CORE = (
     "ranks",
     "memory",
     "step",
-    "check",
+    "checking",
     "planning",
     "train/job.py",
 )

@@ -176,6 +176,38 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int) -> Any:
     return map_leaves(leaf, batch)
 
 
+def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = False) -> Any:
+    """Copy some rows of a batch, in any order, any of them more than once.
+
+    Args:
+        batch: What `rows_of` accepts.
+        index: Which rows, from 0.
+        rows: ``rows_of(batch)``, counted once by the caller.
+        marked: Whether `Whole` and `Rows` are kept, so that the result can be cut again.
+
+    Returns:
+        The same structure.
+
+    Cost:
+        Copies the rows.
+    """
+    chosen = list(index)
+
+    def leaf(value: Any, path: str) -> Any:
+        if isinstance(value, Whole):
+            return value if marked else value.value
+        if isinstance(value, Rows):
+            items = [value.items[row] for row in chosen]
+            return Rows(items) if marked else items
+        if _leading(value, path) is not None:
+            return value[chosen]
+        if isinstance(value, list | tuple) and len(cast("Sequence[Any]", value)) == rows:
+            return type(value)(value[row] for row in chosen)
+        return value
+
+    return map_leaves(leaf, batch)
+
+
 def _leading(value: Any, path: str) -> int | None:
     """Return the leading dimension of a leaf that has rows, and `None` for one that does not."""
     if isinstance(value, Tensor):

@@ -291,6 +291,73 @@ def plan(
     raise typer.Exit(run_plan(flags, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color))
 
 
+@app.command(help="Check that accumulating gives the large batch's gradient, and if not, find out why.")
+def check(
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB",
+            help="language (the default), images, or path/to/file.py:function that returns an mb.Job.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=_BATCH)
+    ] = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Samples that go through the model at once.", rich_help_panel=_BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Most memory the check may use, such as "6 GiB"; none for what there is.',
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=_MACHINE)
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=_MACHINE)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=_MACHINE)
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=_FILES)
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=_FILES),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object, for machines.", rich_help_panel=_OUTPUT)
+    ] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Check that accumulating gives the large batch's gradient.
+
+    Raises:
+        Exit: Always, with the exit code: 0 equal, 1 not equal or failed, 2 bad input.
+    """
+    from microbatch.cli.check import run_check
+
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": _number(microbatch_size, int),
+        "memory": memory,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+    }
+    raise typer.Exit(run_check(flags, file=config, as_json=json, color=not no_color))
+
+
 def _number(text: str | None, kind: type[int | float]) -> int | float | str | None:
     """Read a number where a word is allowed as well; a wrong word is refused with the other settings."""
     if text is None:

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from microbatch.batch.tree import Rows, Whole, leaves, map_leaves, map_tensors, rows_of
+from microbatch.batch.tree import leaves, map_tensors, rows_of, take_rows
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
 from microbatch.step.settings import Settings
@@ -201,18 +201,4 @@ def some_rows(batch: object, size: int) -> Any:
         The same structure without marks.
     """
     rows = rows_of(batch)
-    index = [row % rows for row in range(size)]
-
-    def leaf(value: Any, path: str) -> Any:
-        del path
-        if isinstance(value, Whole):
-            return value.value
-        if isinstance(value, Rows):
-            return [value.items[i] for i in index]
-        if getattr(value, "shape", None):
-            return value[index]
-        if isinstance(value, list | tuple) and len(value) == rows:
-            return [value[i] for i in index]
-        return value
-
-    return map_leaves(leaf, batch)
+    return take_rows(batch, [row % rows for row in range(size)], rows=rows)

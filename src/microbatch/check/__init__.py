@@ -1,1 +1,0 @@
-"""Is it the large batch's gradient, and if it is not, why."""

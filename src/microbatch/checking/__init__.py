@@ -1,0 +1,1 @@
+"""Is it the large batch's gradient, and if not, why."""
