@@ -234,6 +234,22 @@ def test_a_loss_that_couples_samples(device: str, way: str, again: str) -> None:
     assert relative_error(ordinary.updates[0], gradients_of(twin)) > WRONG
 
 
+def test_a_loss_of_the_whole_batch_has_no_masks_of_an_encoders() -> None:
+    seen: list[Tensor] = []
+
+    def drop(z: Tensor) -> Tensor:
+        seen.append(F.dropout(torch.ones(len(z), 64)))
+        return z
+
+    it = subject(net(0, "cpu"), size=5, dropout="by_row", coupled="keep")
+    it.accumulator.step(
+        batch_of(0, 5),
+        lambda _, z: drop(z).square().mean(),
+        encode=lambda model, batch: model.head(model.inside(drop(batch["x"])))[:, 0],
+    )
+    assert 0.3 < (seen[0] == seen[1]).double().mean().item() < 0.7
+
+
 @through_each_door
 @on_each_device
 def test_through_every_door_that_hands_rows_out(door: Door, device: str) -> None:
@@ -246,6 +262,18 @@ def test_through_every_door_that_hands_rows_out(door: Door, device: str) -> None
             door(it, batch, loss, size=2)
         return
     door(it, batch, loss, size=2)
+    assert relative_error(it.updates[0], whole.updates[0]) <= EXACT
+
+
+@on_each_device
+def test_a_second_batch_in_the_window_is_numbered_on(device: str) -> None:
+    model, batch = net(0, device), batch_of(0, 5)
+    whole, it = subject(model, size=5, dropout="by_row"), subject(model, size=2, dropout="by_row")
+    whole.accumulator.step(batch, loss)
+    with it.accumulator.window() as window:
+        for rows in (slice(3), slice(3, 5)):
+            for piece in window.split({name: each[rows] for name, each in batch.items()}):
+                window.backward(loss(it.model, piece))
     assert relative_error(it.updates[0], whole.updates[0]) <= EXACT
 
 

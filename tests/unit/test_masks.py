@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from microbatch.batch.masks import derive, row_mask
+from microbatch.batch.masks import _mixed, derive, row_mask
 
 CPU = torch.device("cpu")
 SHAPE = (64, 32, 48)
@@ -79,6 +79,16 @@ def test_a_row_is_the_same_in_any_company_and_at_any_length(shape: tuple[int, ..
         assert torch.equal(drawn(0.7, shape=shorter), whole[:, :-2])
         ends = drawn(0.7, shape=shape, from_end=True)
         assert torch.equal(drawn(0.7, shape=shorter, from_end=True), ends[:, 2:])
+
+
+def test_rows_in_step_part_by_their_second_words() -> None:
+    # Two rows whose first words are alike, which is to be had by chance in one of four thousand million.
+    bits, later = (
+        torch.arange(4096, dtype=torch.int32).expand(2, -1).clone(),
+        torch.tensor([[1], [2]], dtype=torch.int32),
+    )
+    kept = _mixed(bits, later) < 0
+    assert 0.45 < (kept[0] == kept[1]).double().mean().item() < 0.55
 
 
 def test_no_row_and_no_element_are_no_trouble() -> None:
