@@ -62,7 +62,7 @@ def test_bad_input_ends_with_2(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["kind"] == "EmptyBatchError"
 
 
-@pytest.mark.parametrize(("name", "rows"), [("images", 24), ("language", 6)])
+@pytest.mark.parametrize(("name", "rows"), [("images", 24), ("images-batchnorm", 12), ("language", 6)])
 def test_the_built_in_jobs_hold(name: str, rows: int) -> None:
     result = invoke(name, "--batch-size", str(rows), "--microbatch-size", "4", "--json")
     assert result.exit_code == 0, result.output
@@ -71,3 +71,15 @@ def test_the_built_in_jobs_hold(name: str, rows: int) -> None:
     assert found["causes"] == []
     assert found["rows"] == rows
     assert found["relative_error"] <= found["limit"] < 1e-4
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_pairs_hold_over_the_whole_batch_and_not_within_microbatches(tmp_path: Path, plain: bool) -> None:
+    file = tmp_path / "pairs.jsonl"
+    words = [a + b for a in ("alpha", "beta", "gamma", "delta") for b in ("kappa", "lambda", "sigma", "omega")]
+    file.write_text("\n".join(json.dumps({"anchor": f"find {w}", "positive": f"{w} {w[::-1]}"}) for w in words))
+    flags = ["--accumulation", "plain"] if plain else []
+    result = invoke("pairs", "--data", str(file), "--batch-size", "12", "--microbatch-size", "4", *flags, "--json")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"]) == (int(plain), not plain), result.output
+    assert [cause["kind"] for cause in found["causes"]] == (["coupling"] if plain else [])

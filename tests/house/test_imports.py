@@ -141,7 +141,6 @@ print((time.process_time() - start) / torchs)
     assert min(shares) <= 0.1
 
 
-
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = f"""

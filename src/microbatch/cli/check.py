@@ -67,15 +67,19 @@ def _check(settings: Settings) -> Check:
         job = replace(job, epochs=1.0)
     config = resolve(settings, job, device=device)
     batch = job.collate(fetch(job.data, list(range(min(config.batch_size, config.samples)))))
+    encode = None if config.plain else job.encode
+    options = {} if config.batch_norm is None else {"batch_norm": config.batch_norm}
     return check(
         job.model,
-        job.loss_fn,
+        job.batch_loss if encode is None else job.loss_fn,
         batch,
         microbatch_size=config.microbatch_size,
+        encode=encode,
         counts=job.counts,
         memory_budget=settings.memory,  # not the job's own, which is for a step and not for a whole batch at once
         autocast=config.autocast,
         lengths=job.lengths,
+        **options,
     )
 
 

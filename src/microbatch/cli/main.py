@@ -297,7 +297,8 @@ def check(
         str | None,
         typer.Argument(
             metavar="JOB",
-            help="language (the default), images, or path/to/file.py:function that returns an mb.Job.",
+            help="language (the default), images, images-batchnorm, pairs, or path/to/file.py:function that returns "
+            "an mb.Job.",
             show_default=False,
         ),
     ] = None,
@@ -314,6 +315,14 @@ def check(
         typer.Option(
             metavar="BYTES",
             help='Most memory the check may use, such as "6 GiB"; none for what there is.',
+            rich_help_panel=_BATCH,
+        ),
+    ] = None,
+    accumulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|plain",
+            help="plain couples samples within each microbatch alone: what does that lose?",
             rich_help_panel=_BATCH,
         ),
     ] = None,
@@ -351,6 +360,7 @@ def check(
         "batch_size": batch_size,
         "microbatch_size": _number(microbatch_size, int),
         "memory": memory,
+        "accumulation": accumulation,
         "device": device,
         "seed": seed,
         "autocast": autocast,
