@@ -58,6 +58,7 @@ def small(*, device: torch.device) -> Job:
         validation=[(x, (x.sum() > 0).long()) for x in torch.randn(11, 6)],
         batch_size=8,
         microbatch_size=3,
+        batch_norm="microbatch",
         steps=40,
         warmup_steps=3,
         max_grad_norm=1.0,
