@@ -72,7 +72,9 @@ def after(model: nn.Module, x: Tensor, *, steps: int = 2, **options: Any) -> tup
     """Return weights and buffers after a few steps, a number drawn then, and the last step."""
     twin = copy.deepcopy(model)
     start_over()
-    accumulator = mb.Accumulator(twin, SGD(twin.parameters(), lr=0.1), microbatch_size=4, **options)
+    accumulator = mb.Accumulator(
+        twin, SGD(twin.parameters(), lr=0.1), microbatch_size=4, batch_norm="microbatch", **options
+    )
     step = [accumulator.step(x, loss_fn) for _ in range(steps)][-1]
     return dict(twin.state_dict()), torch.rand(1), step
 
@@ -433,7 +435,9 @@ def test_a_window_that_runs_out_of_memory_keeps_its_blocks() -> None:
     for size, loss in ((16, greedy), (4, loss_fn)):
         twin = copy.deepcopy(model)
         start_over()
-        mb.Accumulator(twin, SGD(twin.parameters(), lr=0.1), microbatch_size=size, checkpoint="all").step(x, loss)
+        mb.Accumulator(
+            twin, SGD(twin.parameters(), lr=0.1), microbatch_size=size, checkpoint="all", batch_norm="microbatch"
+        ).step(x, loss)
         results.append(dict(twin.state_dict()))
     assert failed == [16, 8]
     assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
@@ -464,7 +468,9 @@ def test_logits_inside_of_a_block() -> None:
     results: list[Any] = []
     for blocks in ((), "all"):
         twin = copy.deepcopy(model)
-        accumulator = mb.Accumulator(twin, SGD(twin.parameters(), lr=0.1), microbatch_size=3, checkpoint=blocks)
+        accumulator = mb.Accumulator(
+            twin, SGD(twin.parameters(), lr=0.1), microbatch_size=3, checkpoint=blocks, batch_norm="microbatch"
+        )
         accumulator.step(x, lambda model, x: model(x))
         results.append(twin.state_dict())
     for name, value in results[0].items():

@@ -236,7 +236,9 @@ def test_a_step_that_passes_its_budget_puts_everything_back(where: str) -> None:
 
     static = peak(lambda: None, model, optimizer)
     # With the first gradients in place, the second microbatch has less room; a byte below the peak fails in backward.
-    free = Accumulator(model, optimizer, microbatch_size=16, memory_budget="1 GiB").step(batch, loss_fn)
+    free = Accumulator(model, optimizer, microbatch_size=16, memory_budget="1 GiB", batch_norm="microbatch").step(
+        batch, loss_fn
+    )
     assert free.peak_bytes is not None
     budget = free.peak_bytes - 1 if where == "backward" else static + 8192
     last = list(model.parameters())[-1]
@@ -245,7 +247,7 @@ def test_a_step_that_passes_its_budget_puts_everything_back(where: str) -> None:
     buffers = [buffer.clone() for buffer in model.buffers()]
     state = torch.get_rng_state()
     reached.clear()
-    accumulator = Accumulator(model, optimizer, microbatch_size=16, memory_budget=budget)
+    accumulator = Accumulator(model, optimizer, microbatch_size=16, memory_budget=budget, batch_norm="microbatch")
 
     def loop() -> None:  # which cannot be run again, so that the error reaches it
         with accumulator.window() as window:
@@ -264,7 +266,11 @@ def test_a_step_that_passes_its_budget_puts_everything_back(where: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     # And the memory has come back with them: a smaller microbatch fits at once.
     if where == "backward":
-        assert Accumulator(model, optimizer, microbatch_size=4, memory_budget=budget).step(batch, loss_fn).applied
+        assert (
+            Accumulator(model, optimizer, microbatch_size=4, memory_budget=budget, batch_norm="microbatch")
+            .step(batch, loss_fn)
+            .applied
+        )
 
 
 def test_the_budget_is_off_when_the_window_is_over() -> None:
