@@ -241,12 +241,11 @@ def test_a_loss_of_the_whole_batch_has_no_masks_of_an_encoders() -> None:
         seen.append(F.dropout(torch.ones(len(z), 64)))
         return z
 
+    def encode(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return model.head(model.inside(drop(batch["x"])))[:, 0]
+
     it = subject(net(0, "cpu"), size=5, dropout="by_row", coupled="keep")
-    it.accumulator.step(
-        batch_of(0, 5),
-        lambda _, z: drop(z).square().mean(),
-        encode=lambda model, batch: model.head(model.inside(drop(batch["x"])))[:, 0],
-    )
+    it.accumulator.step(batch_of(0, 5), lambda _, z: drop(z).square().mean(), encode=encode)
     assert 0.3 < (seen[0] == seen[1]).double().mean().item() < 0.7
 
 

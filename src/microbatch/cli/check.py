@@ -68,7 +68,7 @@ def _check(settings: Settings) -> Check:
     config = resolve(settings, job, device=device)
     batch = job.collate(fetch(job.data, list(range(min(config.batch_size, config.samples)))))
     encode = None if config.plain else job.encode
-    options = {} if config.batch_norm is None else {"batch_norm": config.batch_norm}
+    options: dict[str, Any] = {} if config.batch_norm is None else {"batch_norm": config.batch_norm}
     return check(
         job.model,
         job.batch_loss if encode is None else job.loss_fn,

@@ -45,7 +45,7 @@ class Plannable(Protocol):
 
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
-    loss_fn: LossFunction
+    batch_loss: LossFunction
     data: Any
     batch_size: int
     collate: Callable[[list[Any]], Any]
