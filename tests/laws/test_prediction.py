@@ -300,11 +300,10 @@ def test_most_levels_that_are_rounded_up_to_pages_stay_under_the_bound() -> None
     assert under_bound > 0.85 * every
 
 
-@given(threshold=st.integers(9, 16), kernel=st.integers(100_000, 10_000_000), size=st.integers(2, 48))
+@given(threshold=st.integers(9, 16), kernel=st.integers(150_000, 10_000_000), size=st.integers(2, 48))
 @example(threshold=9, kernel=150_000, size=9)
 def test_another_kernel_with_as_many_allocations_is_bounded(threshold: int, kernel: int, size: int) -> None:
-    # With 144,000, its level at 16 rows is by chance what the first kernel's would be, and nothing tells them apart.
-    assume(abs(kernel - 144_000) > 5_000)
+    """One that takes less than the first takes of fewer rows could not be told, nor one that lies on its line."""
 
     def level(m: int) -> float:
         return kernel + 1_000 * m if m >= threshold else 10_000.0 * m
@@ -323,7 +322,7 @@ def test_a_kernel_that_changes_beside_the_largest_size_makes_no_slope() -> None:
 
     sizes = [2, 4, 8, 12, 14, 15, 16]
     hidden = Hidden.through(sizes, [[[level(m)]] for m in sizes])
-    assert level(24) <= float(hidden.at(24)[0]) <= 1.5 * level(24)
+    assert level(24) <= float(hidden.at(24)[0]) <= 2 * level(24)
     # And where none does, two sizes side by side are not what the slope is taken from.
     padded = [[[10_000.0 * m + 90 * (m % 2)]] for m in sizes]
     assert float(Hidden.through(sizes, padded).at(48)[0]) == pytest.approx(480_000, rel=0.01)
@@ -383,14 +382,14 @@ def test_padded_states_are_metered_as_real_ones_are() -> None:
 
 @given(
     pairs=st.integers(0, 50),
-    step=st.integers(0, 20_000),
+    step=st.integers(0, 1_000),
     offsets=st.lists(st.floats(0, 1), min_size=4, max_size=4),
     size=st.integers(17, 40),
 )
 def test_real_runs_that_are_bent_and_padded_are_followed(
     pairs: int, step: int, offsets: list[float], size: int
 ) -> None:
-    """A loss over pairs of rows behind a kernel that pads them, where fake tensors cannot run it."""
+    """A loss over pairs of rows behind a kernel that pads them by little, where fake tensors cannot run it."""
 
     def live(m: int) -> int:
         return 1_000_000 + 100_000 * m + 1_000 * pairs * m * m
@@ -402,11 +401,7 @@ def test_real_runs_that_are_bent_and_padded_are_followed(
     found = predict(
         None, witnessed=[(m, seen(m, at)) for m, at in zip((2, 4, 8, 16), offsets, strict=True)]
     ).peak_bytes(size)
-    # Where it bends less than padding hides, a line is as good.
-    assert found >= 0.97 * live(size)
-    assert found <= 1.2 * live(size)
-    if pairs > 5 and step < 100:
-        assert found == pytest.approx(live(size), rel=CLOSE)
+    assert found == pytest.approx(live(size), rel=CLOSE)
 
 
 # -- what fake tensors cannot do, and loops ----------------------------------------------------------------------------

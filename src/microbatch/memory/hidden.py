@@ -171,13 +171,12 @@ class _Gap:
             return torch.maximum(self.after, proportional)
         along = (size - self.low) / (self.high - self.low)
         line = torch.lerp(self.before, self.after, along)
+        if not bound:
+            return torch.where(self.kept, line, torch.minimum(self.before, self.after))
         changed = torch.maximum(self.before if size < self.high else self.after, proportional)
         most = torch.maximum(changed, self.after) if size > self.low else self.before
-        if not bound:
-            return torch.where(self.kept, torch.minimum(line, most), torch.minimum(self.before, self.after))
         padded = line + _UNSEEN * max(1.0, along, 1 - along) * self.height
-        padded = torch.where(self.height.isinf(), most, torch.maximum(line, torch.minimum(padded, most)))
-        return torch.where(self.kept, padded, changed)
+        return torch.where(self.kept, torch.maximum(line, torch.minimum(padded, most)), changed)
 
 
 def _height(low: tuple[int, float], high: tuple[int, float], other: tuple[int, float]) -> float:
