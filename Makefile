@@ -19,7 +19,7 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: help train test lint bench format clean
+.PHONY: help train test browser lint bench format clean
 
 help: ## List the commands.
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,8 +27,14 @@ help: ## List the commands.
 train: $(RUNTIME) ## Set up, then train a small language model on real text.
 	$(BIN)/microbatch train $(ARGS)
 
-test: lint ## Set up, then lint, types, contracts between the rooms, and the whole suite.
+test: lint browser ## Set up, then lint, types, contracts between the rooms, and the whole suite.
 	$(BIN)/python -m pytest $(TESTERS) $(ARGS)
+
+browser: ## Install Chromium for the guide's tests, where that may be done; they say so and are skipped where not.
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+		DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } || \
+		echo "There is no Chromium, and it may not be installed here: the guide's browser tests are skipped."
 
 lint: $(DEV) ## Only the first three of those.
 	$(BIN)/ruff check
@@ -55,7 +61,7 @@ $(BIN)/pip:
 $(RUNTIME): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 	@echo "Setting up $(VENV); the first time, this downloads PyTorch."
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) pip
-	$(INSTALL) --editable '.[jobs]'
+	$(INSTALL) --editable '.[jobs,guide]'
 	@touch $@
 
 $(DEV): $(RUNTIME)

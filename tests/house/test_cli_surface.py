@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"check", "plan", "train"}
+COMMANDS = {"check", "guide", "plan", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -27,6 +27,9 @@ TRAIN_FLAGS = {
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
 CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--device", "--seed", "--config", "--json"}
+
+
+GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 
 
 def flags(*path: str) -> dict[str, str]:
@@ -51,6 +54,10 @@ def test_every_flag_of_plan_is_there() -> None:
 
 def test_every_flag_of_check_is_there() -> None:
     assert set(flags("check")) >= CHECK_FLAGS
+
+
+def test_every_flag_of_guide_is_there() -> None:
+    assert set(flags("guide")) >= GUIDE_FLAGS
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -25,7 +25,7 @@ CORE = (
     "planning",
     "train/job.py",
 )
-COMMAND_LINE_ONLY = {"rich", "typer", "pydantic", "pydantic_core", "safetensors"}
+COMMAND_LINE_ONLY = {"rich", "typer", "pydantic", "pydantic_core", "safetensors", "starlette", "uvicorn"}
 JOBS_ONLY = {"tokenizers", "sklearn", "scipy", "PIL"}
 
 USE_EVERY_NAME = """
@@ -141,7 +141,7 @@ print((time.process_time() - start) / torchs)
     assert min(shares) <= 0.1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["guide", "--help"]])
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     code = f"""
 import sys

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from microbatch.train.job import Job
 
 
-class Noisy:
+class Noisy(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Samples that are drawn anew each time with Python's and NumPy's global generators."""
 
     def __init__(self, samples: int) -> None:
@@ -54,7 +54,7 @@ def small(*, device: torch.device) -> Job:
         model=model,
         optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
         loss_fn=loss_fn,
-        data=Noisy(53),  # pyright: ignore[reportArgumentType] -- what a map-style data set needs, and no more
+        data=Noisy(53),
         validation=[(x, (x.sum() > 0).long()) for x in torch.randn(11, 6)],
         batch_size=8,
         microbatch_size=3,

@@ -139,13 +139,19 @@ def train(
         bool, typer.Option("--json", help="One JSON object a line, for machines.", rich_help_panel=_OUTPUT)
     ] = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=_OUTPUT)] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Open the live view while it trains.", rich_help_panel=_OUTPUT)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.", rich_help_panel=_OUTPUT)
+    ] = False,
 ) -> None:
     """Train a job: its batch in microbatches, one exact optimizer step each.
 
     Raises:
         Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
-    from microbatch.cli.train import run_training
+    from microbatch.cli.train import Output, run_training
 
     flags = {
         "job": job,
@@ -166,7 +172,8 @@ def train(
         "checkpoint_every": checkpoint_every,
         "compare": False if no_compare else None,
     }
-    raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, as_json=json, color=not no_color))
+    output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
+    raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))
 
 
 @app.command(help="Find the fastest microbatch size that fits: predicted and measured memory, measured time.")
@@ -366,6 +373,34 @@ def check(
         "autocast": autocast,
     }
     raise typer.Exit(run_check(flags, file=config, as_json=json, color=not no_color))
+
+
+@app.command(help="Open the guide: an explanation, a playground that really trains, and the live view of runs.")
+def guide(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Run directories to look at, in progress or finished.", show_default=False
+        ),
+    ] = None,
+    *,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any that is free.", show_default=False)
+    ] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a copy for hosting, with recorded runs, and leave."),
+    ] = None,
+) -> None:
+    """Open the guide.
+
+    Raises:
+        Exit: Always, with the exit code: 0 ended as asked, 2 bad input.
+    """
+    from microbatch.cli.guide import run_guide
+
+    raise typer.Exit(run_guide(runs or (), port=port, browser=not no_browser, export=export))
 
 
 def _number(text: str | None, kind: type[int | float]) -> int | float | str | None:

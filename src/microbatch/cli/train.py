@@ -7,6 +7,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,10 +18,30 @@ from rich.console import Console
 from microbatch.cli.lines import JsonLines
 from microbatch.cli.show import Screen
 from microbatch.cli.views import resume_command
+from microbatch.cli.watch import Watch
 from microbatch.errors import MicrobatchError
+from microbatch.train.events import RunListener
 from microbatch.train.start import PreparedRun, prepare
+from microbatch.train.tensorboard import EventFile
 
 FAILED, BAD_INPUT = 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """Say what of a run is shown, and how.
+
+    Attributes:
+        as_json: Whether standard output is for machines.
+        color: Whether colours may be used; the variable ``NO_COLOR`` forbids them as well.
+        watch: Whether the live view is opened beside it.
+        tensorboard: Whether TensorBoard's event files are written.
+    """
+
+    as_json: bool
+    color: bool
+    watch: bool = False
+    tensorboard: bool = False
 
 
 def run_training(
@@ -28,8 +50,7 @@ def run_training(
     file: Path | None,
     run: Path | None,
     resume: bool,
-    as_json: bool,
-    color: bool,
+    output: Output,
 ) -> int:
     """Train, and say what happens.
 
@@ -38,15 +59,17 @@ def run_training(
         file: Configuration file, or `None`.
         run: Run directory, or `None`.
         resume: Whether to go on with a run.
-        as_json: Whether standard output is for machines.
-        color: Whether colours may be used; the variable ``NO_COLOR`` forbids them as well.
+        output: What is shown, and how.
 
     Returns:
         The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
-    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
-    shown: JsonLines | Screen
-    shown = JsonLines(sys.stdout) if as_json else Screen(Console(no_color=True if not color else None, highlight=False))
+    as_json, no_color = output.as_json, None if output.color else True
+    errors = Console(stderr=True, no_color=no_color, highlight=False, soft_wrap=True)
+    shown = JsonLines(sys.stdout) if as_json else Screen(Console(no_color=no_color, highlight=False))
+    listeners: list[RunListener] = [shown]
+    if output.tensorboard:
+        listeners.append(EventFile())
 
     def fail(message: str, *, kind: str, code: int) -> int:
         if as_json:
@@ -57,8 +80,10 @@ def run_training(
 
     prepared: PreparedRun | None = None
     try:
-        with shown:
-            prepared = prepare(flags, file=file, run=run, resume=resume, listeners=(shown,))
+        with shown, ExitStack() as beside:
+            if output.watch:
+                listeners.append(Watch(beside))
+            prepared = prepare(flags, file=file, run=run, resume=resume, listeners=tuple(listeners))
             summary = prepared.train()
     except MicrobatchError as error:
         hint = "" if prepared is None else _resume_hint(prepared)

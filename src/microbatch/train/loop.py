@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from microbatch.errors import CheckpointError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.events import Event, StepDone
+from microbatch.step.events import Event, MicrobatchDone, Retry, StepDone
 from microbatch.step.record import Step
 from microbatch.train.checkpoint import read_newest, write_checkpoint
 from microbatch.train.data import BatchOrder, Position, fetch, mix_seed
@@ -29,6 +29,7 @@ from microbatch.train.events import (
     Validated,
 )
 from microbatch.train.job import Job
+from microbatch.train.noise import NoiseScale
 from microbatch.train.resolve import RunConfig
 from microbatch.train.rundir import MetricsLog, RunDirectory
 from microbatch.train.schedule import make_schedulers
@@ -42,6 +43,7 @@ from microbatch.train.state import (
     set_random_states,
 )
 from microbatch.train.stop import StopRequest
+from microbatch.train.timeline import StepTimeline
 from microbatch.train.ways import take_step
 
 _METERED_EVERY = 20
@@ -99,6 +101,11 @@ class TrainingLoop:
         self._schedulers = self._make_schedulers()
         self._order = BatchOrder(config.samples, batch_size=config.batch_size, seed=config.seed)
         self._scaler = torch.amp.GradScaler(config.device.type) if config.autocast is torch.float16 else None
+        self._timeline = StepTimeline(self._optimizers)
+        self._timed = self._timeline.of(job, plain=config.plain)
+        self._noise = NoiseScale(job.model)
+        # Where samples are coupled, what a microbatch adds is no sample of the gradient.
+        self._independent = (job.encode is None or config.plain) and config.batch_norm != "exact"
         self._accumulator = Accumulator(
             job.model,
             job.optimizer,
@@ -114,7 +121,7 @@ class TrainingLoop:
         )
         self._stop = StopRequest()
         self._announced = False
-        self._metered = False
+        self._metered = 0
         self.saved_step: int | None = None
 
     @property
@@ -214,7 +221,11 @@ class TrainingLoop:
         started = time.perf_counter()
         chosen, following = self._order.take(progress.position)
         batch = self.job.collate(fetch(self.job.data, chosen))
-        step, peak_bytes = self._measured_step(batch)
+        self._timeline.begin(wait=time.perf_counter() - started)
+        # In other steps than those that are metered, so that its copy of the gradients is in no one's figure.
+        due = progress.step % _METERED_EVERY == _METERED_EVERY // 2
+        self._noise.begin(due=due and self._independent)
+        step, peak_bytes, memory = self._measured_step(batch)
         # Reading the loss waits for the device, so the time is that of work done and not of work queued.
         progress.loss = float(step.loss)
         seconds = time.perf_counter() - started
@@ -227,7 +238,7 @@ class TrainingLoop:
         progress.seconds += seconds
         if peak_bytes is not None:
             progress.peak_bytes = max(peak_bytes, progress.peak_bytes or 0)
-        last = progress.step == config.steps
+        last, timeline, noise = progress.step == config.steps, self._timeline.record(), self._noise.end(step)
         validated = self._validate() if last or progress.step % config.validate_every == 0 else {}
         metrics = {
             "step": progress.step,
@@ -245,6 +256,9 @@ class TrainingLoop:
             "seconds": seconds,
             "per_second": float(step.count) / seconds,
             "peak_bytes": peak_bytes,
+            **({"memory": memory} if memory else {}),
+            **({"timeline": timeline} if timeline else {}),
+            **({"noise_scale": noise} if noise else {}),
             **({"validation": validated} if validated else {}),
         }
         log.write(metrics)
@@ -252,17 +266,22 @@ class TrainingLoop:
         if progress.step % config.checkpoint_every == 0:
             self._save(log)
 
-    def _measured_step(self, batch: Any) -> tuple[Step, int | None]:
-        """Take a step; on the CPU, where no allocator counts, meter the first step and every 20th."""
-        due = not self._metered or self.progress.step % _METERED_EVERY == 0
-        if self.config.device.type != "cpu" or self.config.memory_budget is not None or not due:
-            step = take_step(self._accumulator, self.job, batch, plain=self.config.plain)
-            return step, step.peak_bytes
-        self._metered = True
-        with MemoryMeter() as meter:
-            meter.track(self.job.model, *self._optimizers, batch)
-            step = take_step(self._accumulator, self.job, batch, plain=self.config.plain)
-        return step, meter.peak_bytes
+    def _measured_step(self, batch: Any) -> tuple[Step, int | None, Mapping[str, int]]:
+        """Take a step; on the CPU, where no allocator counts, meter the first two and every 20th by category."""
+        # Two, because the first has no optimizer state yet.
+        due = self._metered < 2 or self.progress.step % _METERED_EVERY == 0
+        if self.config.device.type != "cpu" or not due:
+            step = take_step(self._accumulator, self._timed, batch, plain=self.config.plain)
+            return step, step.peak_bytes, {}
+        self._metered += 1
+        meter = MemoryMeter(detail=True)
+        meter.track(self.job.model, *self._optimizers, batch)
+        with meter:
+            step = take_step(self._accumulator, self._timed, batch, plain=self.config.plain)
+        if self.config.memory_budget is not None:
+            # The window's own meter counted each attempt alone; this one has seen those that failed as well.
+            return step, step.peak_bytes, {} if step.retries else meter.report().at_peak
+        return step, meter.peak_bytes, meter.report().at_peak
 
     def _validate(self) -> dict[str, float]:
         if self.job.validation is None:
@@ -319,6 +338,12 @@ class TrainingLoop:
     def _on_core_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
             return
+        if isinstance(event, MicrobatchDone):
+            self._timeline.microbatch_done()
+            self._noise.microbatch_done(event.rows)
+        elif isinstance(event, Retry):
+            self._timeline.start_over()
+            self._noise.start_over()
         if self._stop.signal is not None and not self._announced:
             self._announced = True
             self._tell(Stopping(signal=self._stop.signal.name))

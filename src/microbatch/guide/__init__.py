@@ -1,0 +1,1 @@
+"""The guide: a page that explains, a playground that really trains, a live view of runs."""

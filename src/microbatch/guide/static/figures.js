@@ -1,0 +1,379 @@
+// The guide's figures: pure functions of what was chosen, of one index, and of what was measured.
+// Each returns the picture, its table twin, and one sentence that says what is seen.
+
+import { events, indexOf, say, split, tally } from "./phases.js";
+import { plot } from "./plot.js";
+import { bar, bytes, count, el, figure, percent, power, ROLES, round, table, text } from "./svg.js";
+import { legend, MIB, overflowSign, parts, tank, total } from "./tank.js";
+
+// -- memory -----------------------------------------------------------------------------------------------------------
+
+export function hero(_, measured) {
+  const { reference, memory } = measured;
+  const whole = parts(memory.alone[reference.batch]);
+  const cut = parts(memory.window[reference.microbatch]);
+  const scale = 186 / total(whole);
+  const label =
+    `${reference.batch} rows at once take ${bytes(total(whole))}; ${reference.microbatches} times ` +
+    `${reference.microbatch} rows take ${bytes(total(cut))} and give the same gradient.`;
+  const passes = Array.from({ length: reference.microbatches }, (_, index) =>
+    el("g", { class: "microbatch" }, el("rect", { x: 324 + index * 12, y: 12, width: 9, height: 16, rx: 2 })));
+  const svg = figure(
+    330,
+    label,
+    el("g", { class: "microbatch" }, el("rect", { x: 25, y: 12, width: 93, height: 16, rx: 3 })),
+    passes,
+    text(72, 48, `${reference.batch} rows at once`, { "text-anchor": "middle" }),
+    text(370, 48, `${reference.microbatches} × ${reference.microbatch} rows`, { "text-anchor": "middle" }),
+    tank(32, 58, 80, 190, whole, { scale }),
+    tank(330, 58, 80, 190, cut, { scale }),
+    // In the order in which they lie in the tank.
+    legend(150, 84, whole.map(([role]) => [role]).reverse()),
+    text(72, 268, bytes(total(whole)), { "text-anchor": "middle", class: "number big" }),
+    text(370, 268, bytes(total(cut)), { "text-anchor": "middle", class: "number big" }),
+    el("path", { class: "arrow", d: "M72 278V294H204", "marker-end": "url(#head)" }),
+    el("path", { class: "arrow", d: "M370 278V294H238", "marker-end": "url(#head)" }),
+    bar(213, 286, 16, 16, "gradients"),
+    text(221, 322, `one gradient, ${power(reference.apart)} apart`, { "text-anchor": "middle", class: "label gradients" }),
+  );
+  const rows = whole.map(([role, size], index) => [role, bytes(size), bytes(cut[index][1])]);
+  rows.push(["together", bytes(total(whole)), bytes(total(cut))]);
+  return { svg, say: label, table: table(["part", `${reference.batch} rows at once`, `${reference.microbatches} × ${reference.microbatch} rows`], rows, "Memory at the peak of a step") };
+}
+
+export const TANKS = { low: 16, high: 192, step: 4 };
+
+export function tankFigure({ batch, tank: capacity }, measured) {
+  const list = parts(measured.memory.alone[batch]);
+  const sum = total(list), room = capacity * MIB;
+  const over = sum > room;
+  const most = total(parts(measured.memory.alone[64]));
+  const scale = 226 / Math.max(most, TANKS.high * MIB);
+  const said = over
+    ? `A batch of ${batch} takes ${bytes(sum)}: ${bytes(sum - room)} more than the tank of ${bytes(room)} holds.`
+    : `A batch of ${batch} takes ${bytes(sum)} of the tank’s ${bytes(room)}.`;
+  const none = list.find(([role]) => role === "gradients")[1] === 0;
+  const early = none ? " The peak comes before there is a gradient." : "";
+  const svg = figure(
+    300,
+    said,
+    tank(60, 28, 120, 232, list, { scale, capacity: room, label: `batch of ${batch}` }),
+    text(204, 44, bytes(sum), { class: "number big" }),
+    text(204, 64, `in a tank of ${bytes(room)}`, { class: "quiet" }),
+    legend(204, 92, list),
+    over ? overflowSign(204, 262, `overflow: ${bytes(sum - room)} too much`) : null,
+  );
+  const rows = [...list, ["together", sum]].map(([role, size]) => [role, bytes(size)]);
+  return { svg, say: said + early, table: table(["part", "at the peak"], rows, `A batch of ${batch} rows at once`) };
+}
+
+export function memoryFigure({ batch, microbatch }, measured) {
+  const { alone, window: cut } = measured.memory;
+  const size = Math.min(batch, microbatch);
+  const whole = parts(alone[batch]), small = parts(size === batch ? alone[batch] : cut[size]);
+  const scale = 200 / total(parts(alone[64]));
+  const fewer = (role) => (Object.fromEntries(whole)[role] / Object.fromEntries(small)[role]).toFixed(1);
+  const ratio = (total(whole) / total(small)).toFixed(1);
+  const said =
+    size === batch
+      ? `One microbatch of ${size} is the whole batch: ${bytes(total(whole))}.`
+      : `Activations fall ${fewer("activations")} times, the total ${ratio} times: what does not depend on rows stays.`;
+  const svg = figure(
+    280,
+    said,
+    tank(16, 14, 66, 206, whole, { scale, label: `${batch} at once` }),
+    tank(112, 14, 66, 206, small, { scale, label: `${Math.ceil(batch / size)} × ${size}` }),
+    text(49, 262, bytes(total(whole)), { "text-anchor": "middle", class: "number" }),
+    text(145, 262, bytes(total(small)), { "text-anchor": "middle", class: "number" }),
+    text(416, 24, `${Math.ceil(batch / size)} × ${size}`, { "text-anchor": "end", class: "quiet" }),
+    legend(196, 40, small),
+    text(196, 222, `activations ÷ ${fewer("activations")}`, { class: "label activations" }),
+    text(196, 246, `total ÷ ${ratio}`, { class: "number" }),
+  );
+  const rows = whole.map(([role, bytesOf], index) => [role, bytes(bytesOf), bytes(small[index][1])]);
+  rows.push(["together", bytes(total(whole)), bytes(total(small))]);
+  return { svg, say: said, table: table(["part", `${batch} at once`, `${Math.ceil(batch / size)} × ${size}`], rows, "Memory at the peak of a step") };
+}
+
+// The saw-tooth inside a step: what is alive after every stretch of operators, up to the index.
+export function saw(index, measured) {
+  const { series, microbatches, microbatch } = measured.inside;
+  const points = series.activations.length;
+  const at = Math.max(0, Math.min(index, points - 1));
+  const sums = Array.from({ length: points }, (_, point) => ROLES.reduce((sum, role) => sum + series[role][point], 0));
+  const most = Math.max(...sums);
+  const x = (point) => 14 + (point / (points - 1)) * 392;
+  const y = (value) => 190 - (value / most) * 170;
+  // The points of a curve, those left out that lie on a level one.
+  const edge = (values) => values.map((value) => y(value).toFixed(1))
+    .flatMap((top, point, tops) => (top === tops[point - 1] && top === tops[point + 1] ? [] : [`${x(point).toFixed(1)} ${top}`]));
+  let below = new Array(points).fill(0);
+  const areas = ROLES.map((role) => {
+    const above = below.map((value, point) => value + series[role][point]);
+    const path = `M${edge(above).join("L")}L${edge(below).reverse().join("L")}Z`;
+    below = above;
+    const pattern = { "optimizer state": "dots", gradients: "hatch", activations: "stripes" }[role];
+    return el("g", { class: `role ${role.replace(" ", "-")}` },
+      el("path", { d: path, class: "fill" }), pattern && el("path", { d: path, fill: `url(#${pattern})` }));
+  });
+  const now = ROLES.map((role) => [role, series[role][at] * 1024]);
+  const said = `${bytes(total(now))} are alive here, ${bytes(series.activations[at] * 1024)} of them activations; the peak is ${bytes(most * 1024)}.`;
+  const svg = figure(
+    270,
+    said,
+    areas,
+    el("rect", { class: "veil", x: x(at), y: 14, width: Math.max(0, 406 - x(at)), height: 177 }),
+    el("line", { class: "cursor", x1: x(at), x2: x(at), y1: 12, y2: 194 }),
+    el("line", { class: "axis", x1: 14, x2: 406, y1: 190.5, y2: 190.5 }),
+    text(14, 210, `one step: ${microbatches} × ${microbatch} rows`, { class: "quiet" }),
+    text(406, 210, `peak ${bytes(most * 1024)}`, { "text-anchor": "end", class: "number" }),
+    [["parameters", 14, 226], ["optimizer state", 142, 226], ["gradients", 14, 250], ["activations", 142, 250], ["other", 290, 250]].map(([role, left, top]) => [
+      bar(left, top, 12, 12, role), text(left + 18, top + 11, role, { class: `label ${role.replace(" ", "-")}` })]),
+  );
+  const rows = ROLES.map((role) => [role, bytes(series[role][at] * 1024), bytes(Math.max(...series[role]) * 1024)]);
+  return { svg, say: said, table: table(["part", "here", "most in the step"], rows, "Alive inside a step") };
+}
+
+// -- the split and the loop -------------------------------------------------------------------------------------------
+
+export function splitFigure({ batch, microbatch }) {
+  const sizes = split(batch, microbatch);
+  const columns = Math.min(8, Math.ceil(sizes.length / 8));
+  const lines = Math.ceil(sizes.length / columns);
+  const width = 412 / columns;
+  const numberWidth = 26;
+  const perLine = Math.min(microbatch, 32);
+  const cell = Math.min(22, (width - numberWidth - 10) / perLine);
+  const deep = Math.ceil(microbatch / perLine) * cell + 9;
+  const last = sizes.at(-1);
+  const said = `${batch} rows in microbatches of ${microbatch}: ${count(sizes.length, "microbatch", "microbatches")}` +
+    (last < microbatch ? `, the last with ${count(last, "row")}.` : ", all of one size.");
+  const drawn = sizes.map((size, index) => {
+    const x = 4 + Math.floor(index / lines) * width, y = 4 + (index % lines) * (deep + 6);
+    const wide = Math.min(size, perLine) * cell + 6;
+    return el("g", { class: size < microbatch ? "microbatch short" : "microbatch" },
+      text(x + numberWidth - 7, y + deep / 2 + 4, index + 1, { "text-anchor": "end", class: "number" }),
+      el("rect", { x: x + numberWidth, y, width: wide, height: Math.ceil(size / perLine) * cell + 6, rx: 4 }),
+      Array.from({ length: size }, (_, row) =>
+        el("rect", { class: "row", x: x + numberWidth + 3 + (row % perLine) * cell + cell * 0.12,
+          y: y + 3 + Math.floor(row / perLine) * cell + cell * 0.12, width: cell * 0.76, height: cell * 0.76 })));
+  });
+  const high = lines * (deep + 6) + 34;
+  const svg = figure(high, said, drawn,
+    text(4, high - 8, `⌈${batch} / ${microbatch}⌉ = ${sizes.length}`, { class: "number big" }),
+    last < microbatch ? text(416, high - 8, `the last: ${count(last, "row")}`, { "text-anchor": "end", class: "number" }) : null);
+  return { svg, say: said, table: table(["microbatch", "rows"], sizes.map((size, index) => [index + 1, size]), said) };
+}
+
+// Of a real run, `now` is what happened last, and what had happened in its step by then.
+export function loop(index, { microbatches, now } = { microbatches: 4 }) {
+  const list = events(microbatches);
+  const at = Math.max(0, Math.min(index, list.length - 1));
+  const event = now?.event ?? list[at];
+  const seen = now?.seen ?? tally(list, at);
+  const stepped = event.phase === "step";
+  const grown = stepped ? microbatches : seen.backwards;
+  const width = 408 / microbatches;
+  const gap = Math.min(6, width * 0.18);
+  const boxes = Array.from({ length: microbatches }, (_, number) => {
+    const state = number === event.microbatch ? "now" : number < seen.backwards || stepped ? "done" : "waiting";
+    const x = 6 + number * width;
+    return el("g", { class: `microbatch ${state}` },
+      el("rect", { x, y: 10, width: width - gap, height: 34, rx: 4 }),
+      width > 16 ? text(x + (width - gap) / 2, 32, number + 1, { "text-anchor": "middle", class: "number" }) : null);
+  });
+  const current = 6 + Math.max(0, Math.min(event.microbatch, microbatches - 1)) * width + (width - gap) / 2;
+  const full = { forward: 118 }[event.phase] ?? 0;
+  const segment = 118 / microbatches;
+  const said = say(event, microbatches);
+  const svg = figure(
+    268,
+    said,
+    boxes,
+    ["take", "forward", "encode"].includes(event.phase)
+      ? el("path", { class: "arrow", d: `M${round(current)} 48V64H210V80`, "marker-end": "url(#head)" }) : null,
+    el("rect", { class: "slot", x: 20, y: 84, width: 72, height: 120, rx: 4 }),
+    bar(21, 203 - full, 70, full, "activations"),
+    text(56, 224, "activations", { "text-anchor": "middle", class: "label activations" }),
+    el("rect", { class: stepped ? "model moved" : "model", x: 140, y: 84, width: 140, height: 120, rx: 8 }),
+    bar(152, 118, 116, 30, "parameters"),
+    text(210, 108, "parameters", { "text-anchor": "middle", class: "label parameters" }),
+    text(210, 169, stepped ? "moved, once" : "frozen", { "text-anchor": "middle" }),
+    stepped ? null : el("path", { class: "lock", d: "M204 186v-4a6 6 0 0 1 12 0v4M201 186h18v12h-18z" }),
+    stepped ? el("path", { class: "arrow thick", d: "M326 144H288", "marker-end": "url(#head)" }) : null,
+    event.phase === "forward" ? el("path", { class: "arrow", d: "M136 144H98", "marker-end": "url(#head)" }) : null,
+    event.phase === "backward" ? el("path", { class: "arrow", d: "M284 144H322", "marker-end": "url(#head)" }) : null,
+    el("rect", { class: "slot", x: 328, y: 84, width: 72, height: 120, rx: 4 }),
+    bar(329, 203 - grown * segment, 70, grown * segment, "gradients"),
+    microbatches <= 32 ? Array.from({ length: microbatches - 1 }, (_, line) =>
+      el("line", { class: "tick", x1: 329, x2: 399, y1: 203 - (line + 1) * segment, y2: 203 - (line + 1) * segment })) : null,
+    text(364, 224, `gradient ${grown}/${microbatches}`, { "text-anchor": "middle", class: "label gradients" }),
+    text(210, 258, `${count(seen.forwards, "forward")} · ${count(seen.backwards, "backward")} · ${count(seen.steps, "step")}`,
+      { "text-anchor": "middle", class: "number" }),
+  );
+  const rows = list.map((each, number) => [number, each.phase, each.microbatch >= 0 && each.microbatch < microbatches ? each.microbatch + 1 : "–",
+    number === at ? "now" : number < at ? "done" : "waiting"]);
+  return { svg, say: said, event, length: list.length, table: table(["event", "phase", "microbatch", "state"], rows, "The events of one step") };
+}
+
+export { indexOf };
+
+// -- the mathematics --------------------------------------------------------------------------------------------------
+
+export const RULES = { right: "divided by all tokens", none: "not divided", means: "mean of means", weighted: "means, weighted by tokens" };
+
+// What one token of each microbatch weighs in the gradient.
+export function weights(lengths, rule) {
+  const tokens = lengths.reduce((sum, length) => sum + length, 0);
+  const each = {
+    right: () => 1 / tokens,
+    none: (length) => 1 / length,
+    means: (length) => 1 / (lengths.length * length),
+    weighted: (length) => (length / tokens) * (1 / length),
+  }[rule];
+  return lengths.map(each);
+}
+
+export function mathematics({ lengths, rule }) {
+  const right = weights(lengths, "right")[0];
+  const ratios = weights(lengths, rule).map((weight) => weight / right);
+  const exact = ratios.every((ratio) => Math.abs(ratio - 1) < 1e-12);
+  const x = (ratio) => 318 + Math.max(-1, Math.min(1, Math.log2(ratio) / 5)) * 90;
+  const cell = 10;
+  const name = RULES[rule][0].toUpperCase() + RULES[rule].slice(1);
+  const said = exact
+    ? `${name}: every token weighs the same, so it is the batch’s gradient.`
+    : `${name}: tokens weigh from ${power(Math.min(...ratios))} to ${power(Math.max(...ratios))} times what they should.`;
+  const drawn = lengths.map((length, index) => {
+    const y = 34 + index * 46;
+    const ratio = ratios[index];
+    return [
+      el("g", { class: "microbatch" }, el("rect", { x: 26, y: y - 4, width: length * cell + 4, height: 18, rx: 4 }),
+        Array.from({ length }, (_, token) => el("rect", { class: "row", x: 28.5 + token * cell, y: y + 1, width: cell - 2.5, height: 8 }))),
+      text(14, y + 10, index + 1, { "text-anchor": "middle", class: "number" }),
+      el("line", { class: Math.abs(ratio - 1) < 1e-12 ? "stem right" : "stem wrong", x1: 318, x2: x(ratio), y1: y + 5, y2: y + 5 }),
+      el("circle", { class: Math.abs(ratio - 1) < 1e-12 ? "dot right" : "dot wrong", cx: x(ratio), cy: y + 5, r: 6 }),
+      text(318 + (ratio > 1.0001 ? -10 : 12), y + 10, `× ${power(ratio)}`, { class: "number", "text-anchor": ratio > 1.0001 ? "end" : "start" }),
+    ];
+  });
+  const high = 40 + lengths.length * 46;
+  const svg = figure(high + 10, said,
+    text(26, 18, "microbatches and their tokens", { class: "quiet" }),
+    text(318, 18, "weight of one token", { "text-anchor": "middle", class: "quiet" }),
+    el("line", { class: "axis", x1: 318, x2: 318, y1: 26, y2: high - 8 }),
+    drawn, text(318, high + 4, "as in the batch", { "text-anchor": "middle", class: "quiet" }));
+  const rows = lengths.map((length, index) => [index + 1, length, power(right), power(weights(lengths, rule)[index]), `× ${power(ratios[index])}`]);
+  return { svg, say: said, table: table(["microbatch", "tokens", "right weight", "this weight", "ratio"], rows, name) };
+}
+
+// -- what differs -----------------------------------------------------------------------------------------------------
+
+export const VIEWS = { norm: "normalisation", pairs: "contrastive loss", precision: "precision of the sum", speed: "speed by microbatch size" };
+
+export const differences = ({ view }, measured) => ({ norm, pairs: coupling, precision, speed: pace })[view](measured);
+
+// Microbatches of this many rows are spoken of; all of them are drawn.
+const SPOKEN = 8;
+
+function against({ sizes }, named, label, said) {
+  const of = sizes.at(-1), at = sizes.indexOf(SPOKEN);
+  const drawn = plot({ label, xs: sizes, x: `rows of a microbatch, of a batch of ${of}`, y: "relative error", log: true,
+    series: named.map(([name, { errors }]) => ({ name, ys: errors })), format: power });
+  return { ...drawn, say: `${said(...named.map(([, { errors }]) => errors[at]))} at ${SPOKEN} rows of ${of}. All ${of} at once are the batch itself.` };
+}
+
+const norm = ({ batch_norm, batch_norm_exact, group_norm }) =>
+  against(batch_norm, [["BatchNorm", batch_norm], ["exact BatchNorm", batch_norm_exact], ["GroupNorm", group_norm]], "Relative error of the gradient, by microbatch size",
+    (batch, exact, group) => `With BatchNorm the gradient is ${percent(batch)} off, in exact mode ${power(exact)}, with GroupNorm ${power(group)},`);
+
+const coupling = ({ pairs, pairs_coupled }) =>
+  against(pairs, [["cut plainly", pairs], ["coupled step", pairs_coupled]], "Relative error of a contrastive loss’s gradient, by microbatch size",
+    (plain, coupled) => `Cut plainly, the gradient is ${percent(plain)} off, by the coupled step ${power(coupled)},`);
+
+function precision({ sums }) {
+  const drawn = plot({ label: "Relative error of a sum of gradients of bfloat16 weights", xs: sums.counts, x: "gradients added", y: "relative error", log: true,
+    series: [{ name: "added in bfloat16", ys: sums.bfloat16 }, { name: "added in float32", ys: sums.float32 }], format: power });
+  return { ...drawn, say: `${sums.counts.at(-1)} gradients of bfloat16 weights: added in bfloat16 ${percent(sums.bfloat16.at(-1))} off, in float32 ${power(sums.float32.at(-1))}.` };
+}
+
+function pace({ speed }) {
+  const best = speed.per_second.indexOf(Math.max(...speed.per_second));
+  const drawn = plot({ label: "Rows a second of one step, by microbatch size", xs: speed.sizes, x: "rows of a microbatch", y: "rows a second",
+    series: [{ name: "reference transformer", ys: speed.per_second }], format: (value) => value.toFixed(0) });
+  return { ...drawn, say: `Fastest here in microbatches of ${count(speed.sizes[best], "row")}: ${speed.per_second[best].toFixed(0)} rows a second; one at a time, ${speed.per_second[0].toFixed(0)}.` };
+}
+
+// -- when -------------------------------------------------------------------------------------------------------------
+
+export const QUESTIONS = [
+  { ask: "Does the batch fit in memory?", no: "Accumulate: this is what it is for." },
+  { ask: "Do ranks wait for reductions?", yes: "Accumulate: one reduction a step." },
+  { ask: "Would less noise help?", yes: "Accumulate to a larger batch.", no: "Do not: it would only take time." },
+];
+
+// The path is the list of answers so far, each true for yes.
+export function decision({ path }) {
+  const drawn = [];
+  let open = true;
+  QUESTIONS.forEach((question, line) => {
+    const y = 8 + line * 86;
+    const answer = path[line];
+    const reached = open;
+    const leaves = ["yes", "no"].filter((side) => question[side]);
+    drawn.push(el("g", { class: reached ? "question reached" : "question" },
+      el("rect", { x: 4, y, width: 236, height: 38, rx: 19 }), text(122, y + 24, question.ask, { "text-anchor": "middle" })));
+    leaves.forEach((side, number) => {
+      const chosen = reached && answer === (side === "yes");
+      const top = y - 4 + number * 54;
+      drawn.push(el("path", { class: chosen ? "arrow thick" : "arrow faint", d: number ? `M122 ${y + 38}V${top + 22}H262` : `M240 ${y + 19}H262`, "marker-end": "url(#head)" }));
+      drawn.push(text(number ? 132 : 244, number ? top + 16 : y + 9, side, { class: "quiet small" }));
+      drawn.push(el("g", { class: chosen ? "answer reached" : "answer" }, el("rect", { x: 268, y: top, width: 148, height: 46, rx: 6 }), lines(342, top + 19, question[side])));
+    });
+    const on = { yes: question.no && !question.yes, no: question.yes && !question.no };
+    if (on.yes || on.no) {
+      const passed = reached && answer === Boolean(on.yes);
+      drawn.push(el("path", { class: passed ? "arrow thick" : "arrow faint", d: `M122 ${y + 38}V${y + 82}`, "marker-end": "url(#head)" }));
+      drawn.push(text(132, y + 64, on.yes ? "yes" : "no", { class: "quiet small" }));
+    }
+    open = reached && answer !== undefined && !question[answer ? "yes" : "no"];
+  });
+  const end = path.map((answer, line) => QUESTIONS[line]?.[answer ? "yes" : "no"]).find(Boolean);
+  const said = end ?? `Question ${path.length + 1} of ${QUESTIONS.length}: ${QUESTIONS[path.length].ask}`;
+  const rows = QUESTIONS.map((question) => [question.ask, question.yes ?? "the next question", question.no ?? "the next question"]);
+  return { svg: figure(286, said, drawn), say: said, end, table: table(["question", "yes", "no"], rows, "Whether to accumulate") };
+}
+
+// Two lines of a label, broken where it is nearest to the middle.
+function lines(x, y, words) {
+  const spaces = [...words.matchAll(/ /g)].map((match) => match.index);
+  const at = spaces.reduce((best, space) => (Math.abs(space - words.length / 2) < Math.abs(best - words.length / 2) ? space : best), spaces[0]);
+  return [text(x, y, words.slice(0, at), { "text-anchor": "middle", class: "small" }), text(x, y + 17, words.slice(at + 1), { "text-anchor": "middle", class: "small" })];
+}
+
+// -- all of them, as they stand in the page before anyone touches them ------------------------------------------------
+
+export const START = {
+  hero: {},
+  tank: { batch: 32, tank: 96 },
+  split: { batch: 50, microbatch: 8 },
+  loop: { index: 6 },
+  mathematics: { lengths: [8, 1, 2, 5], rule: "means" },
+  code: { index: 9, microbatches: 7 },
+  memory: { batch: 64, microbatch: 8 },
+  saw: { index: 40 },
+  differences: { view: "norm" },
+  decision: { path: [] },
+};
+
+export const FIGURES = {
+  hero,
+  tank: tankFigure,
+  split: splitFigure,
+  loop: (state) => loop(state.index, { microbatches: 4 }),
+  mathematics,
+  code: (state) => loop(state.index, { microbatches: state.microbatches }),
+  memory: memoryFigure,
+  saw: (state, measured) => saw(state.index, measured),
+  differences,
+  decision,
+};

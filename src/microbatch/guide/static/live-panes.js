@@ -1,0 +1,120 @@
+// The pictures of runs: pure functions of their lines of metrics.
+
+import { plot } from "./plot.js";
+import { bytes, el, figure, power, table, text } from "./svg.js";
+import { legend, parts, tank, total } from "./tank.js";
+
+const MOST = 400; // points of a curve; of a longer run, equally many steps share one
+
+const digits = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
+
+const nothing = (words) => ({ svg: figure(200, words, text(210, 100, words, { "text-anchor": "middle", class: "quiet" })), say: "", table: "" });
+
+// The same positions for all runs; in a long one, each stands for the newest value since the one before it, so that
+// what is measured in some steps only is not lost.
+function positions(runs) {
+  const last = Math.max(0, ...runs.map(({ lines }) => lines.at(-1)?.step ?? 0));
+  const stride = Math.max(1, Math.ceil(last / MOST));
+  const steps = Array.from({ length: Math.ceil(last / stride) }, (_, index) => Math.min(last, (index + 1) * stride));
+  return { stride, steps };
+}
+
+function curve(runs, take, words) {
+  const { stride, steps } = positions(runs);
+  const series = runs.map(({ name, lines }) => {
+    const ys = new Array(steps.length).fill(null);
+    for (const line of lines) ys[Math.ceil(line.step / stride) - 1] = take(line) ?? ys[Math.ceil(line.step / stride) - 1];
+    return { name, ys };
+  }).filter(({ ys }) => ys.some((value) => value !== null));
+  if (!series.length) return nothing(words.none);
+  const drawn = plot({ label: words.label, xs: steps, x: "step", y: words.y, series, format: words.format ?? digits, log: words.log, zero: words.zero ?? false, most: 12 });
+  const last = series.map(({ name, ys }) => `${series.length > 1 ? `${name}: ` : ""}${(words.format ?? digits)(ys.findLast((value) => value !== null))}`);
+  return { ...drawn, say: `${words.label}; now ${last.join(", ")}.` };
+}
+
+export const lossOf = (runs) => curve(runs, (line) => line.loss, { label: "Loss by step", y: "loss", none: "no step yet" });
+
+export function validationOf(runs) {
+  const lines = runs.flatMap(({ name, lines: all }) => all.filter((line) => line.validation).map((line) => ({ name, ...line })));
+  if (!lines.length) return nothing("not validated yet");
+  const names = [...new Set(lines.map(({ name }) => name))];
+  const steps = [...new Set(lines.map(({ step }) => step))].sort((one, other) => one - other);
+  const series = names.map((name) => ({ name, ys: steps.map((step) => lines.find((line) => line.name === name && line.step === step)?.validation.loss ?? null) }));
+  const drawn = plot({ label: "Validation loss by step", xs: steps, x: "step", y: "validation loss", zero: false, series, format: digits });
+  const last = series.map(({ name, ys }) => `${series.length > 1 ? `${name}: ` : ""}${digits(ys.findLast((value) => value !== null))}`);
+  return { ...drawn, say: `Validation loss by step; now ${last.join(", ")}.` };
+}
+
+export const rateOf = (runs) => curve(runs, (line) => line.lr, { label: "Learning rate by step", y: "learning rate", none: "no step yet", log: true, format: power });
+export const speedOf = (runs) => curve(runs, (line) => line.per_second, { label: "Samples or tokens a second by step", y: "a second", zero: true, none: "no step yet" });
+export const normOf = (runs) => curve(runs, (line) => line.grad_norm, { label: "Gradient norm by step, before clipping", y: "norm", none: "no step yet", log: true, format: power });
+export const noiseOf = (runs) => curve(runs, (line) => line.noise_scale, { label: "Gradient noise scale by step, in samples", y: "samples", none: "measured every 20th step, from two microbatches on", log: true, format: power });
+
+export function memoryOf(run) {
+  const line = run?.lines.findLast((each) => each.memory);
+  const peak = Math.max(0, ...(run?.lines ?? []).map((each) => each.peak_bytes ?? 0));
+  const limit = typeof run?.settings.memory === "number" ? run.settings.memory : undefined;
+  if (!line) return nothing(peak ? `peak ${bytes(peak)}` : "no step was metered yet");
+  const list = parts({ ...line.memory, total: Object.values(line.memory).reduce((sum, size) => sum + size, 0) });
+  const scale = 170 / (Math.max(total(list), limit ?? 0) * 1.06);
+  const said = `${bytes(total(list))} at the peak of step ${line.step}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
+  const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${line.step}` }), legend(170, 48, list, { step: 28 }));
+  return { svg, say: said, table: table(["part", `step ${line.step}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
+}
+
+// Times have tones and patterns, not the colours of what is in memory.
+const PHASES = { wait: null, forward: "stripes", backward: "hatch", finish: "dots", optimizer: null };
+
+const time = (x, y, width, height, kind) =>
+  el("g", { class: `time ${kind}` }, el("rect", { x, y, width, height, class: "fill" }),
+    PHASES[kind] && el("rect", { x, y, width, height, fill: `url(#${PHASES[kind]})` }));
+
+const WORDS = { wait: "wait for data", forward: "forward", backward: "backward", finish: "reduce, clip", optimizer: "optimizer" };
+
+// A step as a strip of time: waiting, each microbatch's forward and backward, the end of the window, the optimizer.
+export function timelineOf(run, step) {
+  const line = run?.lines.findLast((each) => each.timeline && (step === undefined || each.step <= step));
+  if (!line) return nothing("no timeline yet");
+  const { timeline } = line;
+  const pieces = [["wait", timeline.wait]];
+  timeline.forward.forEach((seconds, index) => pieces.push(["forward", seconds, index], ["backward", timeline.backward[index], index]));
+  pieces.push(["finish", timeline.finish], ["optimizer", timeline.optimizer]);
+  const sum = pieces.reduce((all, [, seconds]) => all + seconds, 0) || 1;
+  let left = 8;
+  const strip = pieces.map(([kind, seconds]) => {
+    const width = (seconds / sum) * 404, drawn = time(left, 30, width, 40, kind);
+    left += width;
+    return drawn;
+  });
+  const sums = Object.keys(PHASES).map((kind) => [kind, pieces.filter(([each]) => each === kind).reduce((all, [, seconds]) => all + seconds, 0)]);
+  const ms = (seconds) => (seconds >= 0.9995 ? `${seconds.toPrecision(3)} s` : `${(seconds * 1000).toPrecision(3)} ms`);
+  const said = `Step ${line.step}: ${timeline.forward.length} microbatches in ${ms(sum)}.`;
+  const svg = figure(214, said, text(8, 18, said, { class: "number" }), strip, el("rect", { class: "slot", x: 8, y: 30, width: 404, height: 40 }),
+    sums.map(([kind, seconds], row) => [time(8, 88 + row * 25, 15, 15, kind), text(32, 100 + row * 25, WORDS[kind]),
+      text(300, 100 + row * 25, ms(seconds), { "text-anchor": "end", class: "number" }), text(410, 100 + row * 25, `${Math.round((seconds / sum) * 100)} %`, { "text-anchor": "end", class: "number" })]));
+  const rows = sums.map(([kind, seconds]) => [WORDS[kind], ms(seconds), `${Math.round((seconds / sum) * 100)} %`]);
+  return { svg, say: said, table: table(["part", "time", "share"], rows, said) };
+}
+
+// What happened that is worth a line: retries, dropped windows, other cuts.
+export function happened(run) {
+  const found = [];
+  let before;
+  for (const line of run?.lines ?? []) {
+    if (line.retries) found.push(`Step ${line.step}: memory ran out ${line.retries} times; it ended in microbatches of ${line.microbatch_size}.`);
+    if (line.applied === false) found.push(`Step ${line.step} was dropped: its gradient is not finite.`);
+    if (before !== undefined && line.microbatch_size !== before) found.push(`Step ${line.step}: microbatches of ${line.microbatch_size} instead of ${before}.`);
+    before = line.microbatch_size;
+  }
+  return found;
+}
+
+export function standing(run) {
+  const last = run.lines.at(-1), steps = run.settings.steps;
+  const dropped = run.lines.filter((line) => line.applied === false).length;
+  const retries = run.lines.reduce((sum, line) => sum + (line.retries ?? 0), 0);
+  if (!last) return "waiting for its first step";
+  const of = steps ? ` of ${steps}` : "";
+  const how = run.summary ? (run.summary.finished && run.summary.step === last.step ? "finished" : run.summary.step === last.step ? `stopped by ${run.summary.stopped_by}` : "running") : "running";
+  return `${how}: step ${last.step}${of}, loss ${digits(last.loss)}, ${retries} retries, ${dropped} skipped windows`;
+}

@@ -1,0 +1,112 @@
+// The live view: run directories as the server reads them, drawn anew when there is news, and only then.
+
+import * as panes from "./live-panes.js";
+import { bytes } from "./svg.js";
+import { startTheme } from "./theme.js";
+
+startTheme();
+
+const find = (name) => document.querySelector(`[data-${name}]`);
+const state = { runs: [], chosen: 0, step: undefined };
+let dirty = false;
+
+const PANES = [
+  ["Loss", (s) => panes.lossOf(s.runs)], ["Validation", (s) => panes.validationOf(s.runs)],
+  ["A step’s time", (s) => panes.timelineOf(s.runs[s.chosen], s.step)], ["Memory", (s) => panes.memoryOf(s.runs[s.chosen])],
+  ["Throughput", (s) => panes.speedOf(s.runs)], ["Learning rate", (s) => panes.rateOf(s.runs)],
+  ["Gradient norm", (s) => panes.normOf(s.runs)], ["Noise scale", (s) => panes.noiseOf(s.runs)],
+].map(([title, draw]) => ({ draw, figure: make(title) }));
+
+function make(title) {
+  const figure = document.createElement("figure");
+  figure.className = "figure pane";
+  figure.dataset.pane = title;
+  figure.innerHTML = `<h2></h2><div class="controls" data-controls></div><div class="drawing" data-drawing></div><figcaption><p data-say></p>
+    <details class="twin"><summary>The same as a table</summary><div class="scroll" tabindex="0" role="region" data-table></div></details></figcaption>`;
+  figure.querySelector("h2").textContent = title;
+  figure.querySelector("[data-table]").setAttribute("aria-label", `Table: ${title}`);
+  figure.querySelector("details").addEventListener("toggle", redraw);
+  find("panes").append(figure);
+  return figure;
+}
+
+function draw() {
+  dirty = false;
+  for (const { draw: picture, figure } of PANES) {
+    const { svg, say, table } = picture(state);
+    figure.querySelector("[data-drawing]").innerHTML = svg;
+    figure.querySelector("[data-say]").textContent = say;
+    if (figure.querySelector("details").open) figure.querySelector("[data-table]").innerHTML = table;
+  }
+  state.runs.forEach((run) => (run.status.textContent = panes.standing(run)));
+  find("log").replaceChildren(...panes.happened(state.runs[state.chosen]).slice(-200).map((words) => Object.assign(document.createElement("li"), { textContent: words })));
+  scrub.max = Math.max(1, state.runs[state.chosen]?.lines.at(-1)?.step ?? 1);
+  if (state.step === undefined) scrub.value = scrub.max;
+  shown.textContent = state.step === undefined ? "newest" : `step ${state.step}`;
+}
+
+function redraw() {
+  if (dirty) return;
+  dirty = true;
+  requestAnimationFrame(draw);
+}
+
+const scrub = Object.assign(document.createElement("input"), { type: "range", min: 1, max: 1, step: 1, value: 1 });
+const shown = document.createElement("output");
+const label = document.createElement("label");
+label.append("Step", scrub, shown);
+PANES[2].figure.querySelector("[data-controls]").append(label);
+scrub.addEventListener("input", () => {
+  state.step = scrub.value === scrub.max ? undefined : Number(scrub.value);
+  redraw();
+});
+
+function list(run, number) {
+  const row = document.createElement("p");
+  const button = Object.assign(document.createElement("button"), { type: "button", textContent: run.name });
+  button.setAttribute("aria-pressed", String(number === state.chosen));
+  button.addEventListener("click", () => {
+    state.chosen = number;
+    state.runs.forEach((each, index) => each.button.setAttribute("aria-pressed", String(index === number)));
+    redraw();
+  });
+  run.button = button;
+  run.status = document.createElement("span");
+  run.status.setAttribute("role", "status");
+  const settings = Object.entries(run.settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${name === "memory" && typeof value === "number" ? bytes(value) : value}`).join(" · ");
+  if (state.runs.length > 1) row.append(button, " ");
+  row.append(run.status, document.createElement("br"), Object.assign(document.createElement("small"), { textContent: settings }));
+  find("runs").append(row);
+}
+
+function follow(run, number) {
+  const source = new EventSource(`api/live/${number}/events`);
+  source.onmessage = ({ data }) => {
+    for (const line of JSON.parse(data)) {
+      if (line.kind === "reset") run.lines = [];
+      else if (line.kind === "summary") run.summary = line.summary;
+      else if (line.id > (run.lines.at(-1)?.id ?? 0)) run.lines.push(line);
+    }
+    redraw();
+  };
+}
+
+async function described() {
+  try {
+    return (await (await fetch("api/live")).json()).runs;
+  } catch {
+    return null;
+  }
+}
+
+const runs = await described();
+if (!runs?.length) {
+  find("notice").hidden = false;
+  find("notice").textContent = runs ? "No run was named. Look at one with: microbatch guide path/to/run" : "The server does not answer.";
+} else {
+  state.runs = runs.map((run) => ({ ...run, lines: [] }));
+  document.querySelector("h1").textContent = runs.length === 1 ? runs[0].name : `${runs.length} runs`;
+  state.runs.forEach(list);
+  state.runs.forEach(follow);
+}
+redraw();

@@ -1,0 +1,59 @@
+// Play, pause, step and scrub one integer. Nothing runs while it is paused, hidden or off screen.
+
+const SECONDS = 0.9;
+
+export function makePlayer(place, { length, index, label, onChange }) {
+  let at = index, timer = null, visible = true;
+  const button = (name, words) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.textContent = name;
+    made.setAttribute("aria-label", `${words}: ${label}`);
+    return made;
+  };
+  const row = document.createElement("div");
+  row.className = "player";
+  const play = button("Play", "Play"), back = button("‹", "Back"), next = button("›", "Next");
+  const scrub = document.createElement("input");
+  Object.assign(scrub, { type: "range", min: 0, max: length - 1, step: 1, value: at });
+  scrub.setAttribute("aria-label", `Event of ${label}`);
+  const output = document.createElement("output");
+  row.append(play, back, next, scrub, output);
+  place.append(row);
+
+  function show(value, told = true) {
+    at = Math.max(0, Math.min(length - 1, value));
+    scrub.value = at;
+    output.textContent = `${at} / ${length - 1}`;
+    back.disabled = at === 0;
+    next.disabled = at === length - 1;
+    onChange(at, told);
+  }
+  function stop() {
+    clearTimeout(timer);
+    timer = null;
+    play.textContent = "Play";
+    play.setAttribute("aria-label", `Play: ${label}`);
+  }
+  function tick() {
+    if (at === length - 1 || !visible || document.hidden) return stop();
+    show(at + 1);
+    timer = setTimeout(tick, SECONDS * 1000 * Math.min(1, 24 / length));
+  }
+  play.addEventListener("click", () => {
+    if (timer !== null) return stop();
+    if (at === length - 1) show(0);
+    play.textContent = "Pause";
+    play.setAttribute("aria-label", `Pause: ${label}`);
+    timer = setTimeout(tick, 350);
+  });
+  back.addEventListener("click", () => (stop(), show(at - 1), back.disabled && next.focus()));
+  next.addEventListener("click", () => (stop(), show(at + 1), next.disabled && back.focus()));
+  scrub.addEventListener("input", () => (stop(), show(Number(scrub.value))));
+  new IntersectionObserver(([entry]) => {
+    visible = entry.isIntersecting;
+    if (!visible && timer !== null) stop();
+  }).observe(place.closest("figure"));
+  show(at, false);
+  return { show, stop, get index() { return at; } };
+}

@@ -1,0 +1,243 @@
+// The playground: a form, a run of the server's, and four pictures of what it tells.
+
+import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
+import { apply, badge, begin, ended, status } from "./runs.js";
+import { read, readAddress, writeAddress } from "./state.js";
+import { power } from "./svg.js";
+
+const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
+const OTHERS = ["loop", "code", "saw"]; // what the address says of figures
+
+export function startPlayground({ fields, presets, notices, recorded }) {
+  const place = document.getElementById("playground");
+  const find = (name) => place.querySelector(`[data-${name}]`);
+  find("play").hidden = false;
+  const form = find("form"), run = find("run"), stop = find("stop"), recover = find("recover"), notice = find("notice");
+  let view = null, source = null, name = null, dirty = false, replaying = 0;
+
+  // -- what is shown ------------------------------------------------------------------------------------------------
+
+  function draw() {
+    dirty = false;
+    for (const [pane, drawn] of Object.entries(PANES)) {
+      const figure = place.querySelector(`[data-pane="${pane}"]`);
+      const { svg, say, table } = drawn(view);
+      figure.querySelector("[data-drawing]").innerHTML = svg;
+      figure.querySelector("[data-say]").textContent = say;
+      const twin = figure.querySelector("[data-table]");
+      if (twin?.closest("details").open) twin.innerHTML = table;
+    }
+    const words = status(view);
+    if (find("status").textContent !== words) find("status").textContent = words;
+    const seen = badge(view);
+    find("badge").hidden = !seen;
+    if (seen) {
+      find("badge").classList.toggle("wrong", !seen.right);
+      find("badge").dataset.error = seen.error;
+      find("badge").dataset.tolerance = seen.tolerance;
+      const scale = Math.abs(seen.scale - 1) > 0.02 ? `, × ${seen.scale.toFixed(2)} along it` : "";
+      find("badge").textContent = seen.right
+        ? `✓ full batch’s gradient, to ${power(seen.error)}`
+        : `✗ not the full batch’s gradient: ${power(seen.error)} off${scale}`;
+    }
+    const log = find("log");
+    log.replaceChildren(...view.log.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
+    place.dataset.microbatches = view.done.microbatch;
+    place.dataset.steps = view.done.step;
+    place.dataset.kind = view.kind;
+    if (name) place.dataset.runName = name;
+    const running = !ended(view);
+    run.disabled = running && !recorded;
+    stop.disabled = !running;
+    recover.hidden = view.kind !== "overflow" || recorded;
+  }
+
+  // However much is told, a picture is drawn once a frame; while nothing is told, none is.
+  function redraw() {
+    if (dirty) return;
+    dirty = true;
+    requestAnimationFrame(draw);
+  }
+
+  for (const twin of place.querySelectorAll(".twin")) twin.addEventListener("toggle", () => view && redraw());
+
+  function say(words) {
+    notice.hidden = !words;
+    notice.textContent = words ?? "";
+  }
+
+  // -- the form and the address -------------------------------------------------------------------------------------
+
+  const control = (name) => form.elements.namedItem(name);
+
+  function fill(values) {
+    if (recorded) return;
+    for (const name of Object.keys(fields)) control(name).value = values[name];
+    fit();
+  }
+
+  // A field of one model alone is not there for the others.
+  function fit() {
+    for (const field of form.querySelectorAll("[data-of]")) {
+      const [{ name }] = field.querySelectorAll("select, input");
+      field.hidden = field.dataset.of !== control("model").value;
+      if (field.hidden) control(name).value = fields[name].default;
+    }
+  }
+
+  function values() {
+    const found = {}, problems = [];
+    for (const [name, field] of Object.entries(fields)) {
+      const { value, problem } = read(field, control(name).value);
+      control(name).setAttribute("aria-invalid", problem ? "true" : "false");
+      if (problem) problems.push(problem);
+      else found[name] = value;
+    }
+    return { found, problems };
+  }
+
+  function address() {
+    const { found } = values();
+    const kept = Object.fromEntries([...new URLSearchParams(location.search)].filter(([key]) => OTHERS.includes(key)));
+    const query = writeAddress(fields, found, kept);
+    history.replaceState(null, "", `${query ? `?${query}` : location.pathname}${location.hash}`);
+    program(writeAddress(fields, found));
+  }
+
+  async function program(query) {
+    const answer = await ask(`api/program?${query}`);
+    if (answer.program) document.querySelector('[data-copy-text="program"]').textContent = answer.program;
+  }
+
+  // -- the server ---------------------------------------------------------------------------------------------------
+
+  async function ask(url, body) {
+    const options = body === undefined ? {} : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+    try {
+      const answer = await fetch(url, options);
+      const told = await answer.json();
+      return answer.ok ? told : { problem: told.error };
+    } catch {
+      return { problem: "The server does not answer; start it again with: microbatch guide" };
+    }
+  }
+
+  function listen(started) {
+    source?.close();
+    name = started.name;
+    view = begin(started.settings);
+    source = new EventSource(`api/runs/${name}/events`);
+    source.onmessage = ({ data }) => {
+      for (const event of JSON.parse(data)) view = apply(view, event);
+      redraw();
+    };
+    source.addEventListener("end", () => source.close());
+    source.onerror = async () => {
+      if (source.readyState !== EventSource.CLOSED && (await ask("api/run")).problem) {
+        source.close();
+        view = { ...view, kind: "failed", error: "the server does not answer any more; start it again with: microbatch guide" };
+        redraw();
+      }
+    };
+    redraw();
+  }
+
+  async function start() {
+    const { found, problems } = values();
+    if (problems.length) {
+      say(problems.join(". "));
+      form.querySelector('[aria-invalid="true"]').focus();
+      return;
+    }
+    say(null);
+    address();
+    run.disabled = true;
+    const answer = await ask("api/runs", found);
+    run.disabled = Boolean(answer.run);
+    if (answer.problem) say(answer.problem);
+    else {
+      listen(answer.run);
+      stop.disabled = false;
+      stop.focus({ preventScroll: true });
+      reveal();
+    }
+  }
+
+  // Where the form takes the whole window, what it began is out of sight.
+  function reveal() {
+    const { top } = find("results").getBoundingClientRect();
+    if (top > innerHeight * 0.8) find("results").scrollIntoView();
+  }
+
+  // -- a recorded run -----------------------------------------------------------------------------------------------
+
+  async function replay(preset) {
+    const turn = ++replaying;
+    const answer = await ask(`recorded/${preset}.json`);
+    if (answer.problem) return say("This recording cannot be read.");
+    view = begin(answer.settings);
+    document.querySelector('[data-copy-text="program"]').textContent = answer.program;
+    for (const event of answer.events) {
+      if (turn !== replaying) return;
+      view = apply(view, event);
+      redraw();
+      await new Promise((done) => setTimeout(done, Math.min(60, 6000 / answer.events.length)));
+    }
+  }
+
+  // -- what the reader does -----------------------------------------------------------------------------------------
+
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!recorded) start();
+  });
+  form.addEventListener("change", () => !recorded && (fit(), address()));
+  stop.addEventListener("click", async () => {
+    if (recorded) {
+      replaying += 1;
+      view = apply(view, { id: view.last + 1, kind: "stopped" });
+      return redraw();
+    }
+    stop.disabled = true;
+    run.focus({ preventScroll: true });
+    const answer = await ask(`api/runs/${name}/stop`, {});
+    if (answer.problem) say(answer.problem);
+  });
+  recover.addEventListener("click", () => {
+    control("recover").value = "yes";
+    start();
+  });
+  for (const button of place.querySelectorAll("[data-preset]"))
+    button.addEventListener("click", () => {
+      const chosen = presets[button.dataset.preset];
+      for (const each of place.querySelectorAll("[data-preset]")) each.setAttribute("aria-pressed", String(each === button));
+      find("preset-text").textContent = chosen.text;
+      if (recorded) return replay(button.dataset.preset);
+      fill({ ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default])), ...chosen.settings });
+      values();
+      address();
+    });
+
+  // -- how it begins ------------------------------------------------------------------------------------------------
+
+  async function resume(read) {
+    if (recorded) {
+      run.hidden = true;
+      return;
+    }
+    const { run: under } = await ask("api/run");
+    if (!under) return;
+    listen(under);
+    if (under.running && !read) fill(under.settings);
+  }
+
+  view = begin({ ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default])), ...presets.fits?.settings });
+  view.kind = "idle";
+  draw();
+  const { values: asked, notices: unknown } = readAddress(fields, location.search, OTHERS);
+  fill(asked);
+  if (!recorded) program(writeAddress(fields, asked));
+  const all = [...notices, ...unknown];
+  if (all.length) say(all.join(" "));
+  resume(location.search.length > 1);
+}

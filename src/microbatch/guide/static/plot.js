@@ -1,0 +1,95 @@
+// One kind of chart: series over positions, on a plain or a logarithmic scale. Lines differ in dash and mark, not colour.
+
+import { el, figure, round, table, text } from "./svg.js";
+
+const LEFT = 12, RIGHT = 408, TOP = 44, BOTTOM = 214;
+
+const MARKS = [
+  (x, y) => el("circle", { cx: x, cy: y, r: 4.5 }),
+  (x, y) => el("path", { d: `M${x} ${y - 6}l6 6l-6 6l-6 -6z` }),
+  (x, y) => el("path", { d: `M${x} ${y - 6}l5.5 10h-11z` }),
+];
+
+// `most` marks are drawn: of a long series each point would hide the next.
+export function plot({ label, xs, x, y, series, log = false, format = String, evenly = true, limit, limitName, zero = true, most = 24, height = 276 }) {
+  const values = series.flatMap(({ ys }) => ys).filter((value) => Number.isFinite(value) && (!log || value > 0));
+  if (limit !== undefined) values.push(limit);
+  const [low, high] = log
+    ? logarithmic(values)
+    : linear(values, zero);
+  const span = high - low || 1;
+  const across = (index) => {
+    const share = evenly ? index / Math.max(1, xs.length - 1) : (xs[index] - xs[0]) / Math.max(1e-9, xs.at(-1) - xs[0]);
+    return LEFT + 44 + share * (RIGHT - LEFT - 58);
+  };
+  const up = (value) => BOTTOM - (((log ? Math.log10(Math.max(value, 10 ** low)) : value) - low) / span) * (BOTTOM - TOP);
+  const grid = (log ? decades(low, high) : quarters(low, high)).map((value) => [
+    el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
+    text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
+  ]);
+  const every = Math.max(1, Math.ceil(xs.length / 8));
+  const ticks = xs.map((value, index) =>
+    index % every === 0 ? text(across(index), BOTTOM + 18, value, { "text-anchor": "middle", class: "quiet small" }) : null);
+  const drawn = series.map(({ name, ys }, number) => {
+    const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => Number.isFinite(value) && (!log || value > 0))
+      .map(([left, value]) => [round(left), round(up(value))]);
+    const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
+    const stride = Math.max(1, Math.ceil(points.length / most));
+    return el("g", { class: `series s${number}` }, line && el("path", { d: line, class: "line" }),
+      points.filter((_, index) => index % stride === 0 || index === points.length - 1).map(([left, top]) => MARKS[number % 3](left, top)));
+  });
+  const named = places(series.map(({ name }) => short(name)));
+  const names = named.map(({ name, left, top }, number) =>
+    el("g", { class: `series s${number}` }, el("path", { d: `M${left} ${top}h22`, class: "line" }), MARKS[number % 3](left + 11, top),
+      text(left + 28, top + 5, name, { class: "name" })));
+  const below = named.at(-1).top - named[0].top; // what further lines of names take
+  const bound = limit === undefined ? null : [
+    el("line", { class: "rim", x1: LEFT + 34, x2: RIGHT, y1: up(limit), y2: up(limit) }),
+    text(RIGHT, up(limit) - 5, limitName, { "text-anchor": "end", class: "quiet small" })];
+  const picture = [grid, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
+  const svg = figure(height + below, label, names, below ? el("g", { transform: `translate(0 ${below})` }, picture) : picture);
+  const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))]);
+  return { svg, say: label, table: table([x, ...series.map(({ name }) => `${name}: ${y}`)], rows, label) };
+}
+
+const short = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);
+
+// Where each name stands, as many in a line as there is room for.
+function places(names) {
+  let left = LEFT + 4, top = 17;
+  return names.map((name) => {
+    const wide = 46 + name.length * 7.8;
+    if (left + wide > RIGHT + 16 && left > LEFT + 4) [left, top] = [LEFT + 4, top + 19];
+    const place = { name, left, top };
+    left += wide;
+    return place;
+  });
+}
+
+const logarithmic = (values) =>
+  values.length ? [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))] : [0, 1];
+
+// From zero where sizes are compared; else as far as the values go, and a little beyond.
+function linear(values, zero) {
+  const low = Math.min(...values, zero ? 0 : Infinity), high = Math.max(...values, zero ? 1e-20 : -Infinity);
+  if (!Number.isFinite(low)) return [0, 1];
+  const room = (high - low || Math.abs(high) || 1) * 0.08;
+  return [zero && low === 0 ? 0 : low - room, high + room];
+}
+
+const decades = (low, high) => {
+  const every = Math.max(1, Math.ceil((high - low) / 5));
+  return Array.from({ length: Math.floor((high - low) / every) + 1 }, (_, index) => 10 ** (low + index * every));
+};
+
+const quarters = (low, high) => {
+  const rough = (high - low) / 4, size = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * size).find((each) => each >= rough);
+  const list = [];
+  for (let value = Math.ceil(low / step) * step; value <= high; value += step) list.push(value);
+  return list;
+};
+
+const exponent = (value) => `10${String(Math.round(Math.log10(value))).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
+
+const tick = (value) => (Math.abs(value) >= 1000 ? `${round(value / 1000)}k` : String(round(value)));

@@ -1,0 +1,46 @@
+// The page's address holds the state: a typed table reads it, and what it cannot read is said, not guessed.
+
+export function read(field, value) {
+  const text = String(value).trim();
+  if (field.choices) return field.choices.includes(text) ? { value: text } : { problem: `${field.label} must be one of ${field.choices.join(", ")}` };
+  if (field.word !== null && text === field.word) return { value: text };
+  const number = text === "" ? NaN : Number(text);
+  const fine = Number.isFinite(number) && number >= field.low && number <= field.high && (!field.whole || Number.isInteger(number));
+  if (fine) return { value: number };
+  const kind = field.whole ? "a whole number" : "a number";
+  return { problem: `${field.label} must be ${kind} from ${field.low} to ${field.high}${field.word === null ? "" : ` or “${field.word}”`}` };
+}
+
+// Every field's value, and a notice for each name or value that is not known.
+export function readAddress(fields, search, others = []) {
+  const values = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default]));
+  const notices = [];
+  for (const [name, text] of new URLSearchParams(search)) {
+    if (others.includes(name)) continue;
+    if (!Object.hasOwn(fields, name)) {
+      notices.push(`The address names a setting that does not exist: ${name.slice(0, 40)}.`);
+      continue;
+    }
+    const { value, problem } = read(fields[name], text);
+    if (problem) notices.push(`${problem}, not “${text.slice(0, 40)}”; ${fields[name].default} is used.`);
+    else values[name] = value;
+  }
+  return { values, notices };
+}
+
+// Only what differs from the default is written.
+export function writeAddress(fields, values, others = {}) {
+  const query = new URLSearchParams();
+  for (const [name, field] of Object.entries(fields))
+    if (values[name] !== undefined && String(values[name]) !== String(field.default)) query.set(name, String(values[name]));
+  for (const [name, value] of Object.entries(others)) if (value !== undefined) query.set(name, String(value));
+  return query.toString();
+}
+
+export function readIndex(search, name, length) {
+  const text = new URLSearchParams(search).get(name);
+  if (text === null) return {};
+  const index = Number(text);
+  if (text !== "" && Number.isInteger(index) && index >= 0 && index < length) return { index };
+  return { notice: `The address asks for event ${text.slice(0, 20)} of “${name}”, which has the events 0 to ${length - 1}; it begins where it always does.` };
+}

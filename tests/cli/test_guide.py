@@ -1,0 +1,184 @@
+"""The command ``guide``, as people run it."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.guide.browser import launched, opened
+from typer.testing import CliRunner
+
+from microbatch.cli.main import app
+from microbatch.guide import export
+
+if not Path("/proc/self/task").is_dir():
+    pytest.skip("who was started is told by /proc, which this system does not have", allow_module_level=True)
+pytest.importorskip("uvicorn", reason="the guide's server comes with the extra: pip install 'microbatch[guide]'")
+
+
+@pytest.fixture
+def guide() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and its address."""
+    command = [sys.executable, "-W", "error", "-m", "microbatch", "guide", "--port", "0", "--no-browser"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"}
+    )
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://[\d.]+:\d+/", process.stdout.readline())
+        assert found is not None, process.stderr.read() if process.stderr else ""
+        yield process, found.group()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()]
+
+
+def ask(address: str, method: str, path: str, *, body: str | None = None) -> Any:
+    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=30)
+    try:
+        connection.request(method, path, body=body, headers={"content-type": "application/json"})
+        with connection.getresponse() as answer:
+            return json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_ctrl_c_ends_it_within_a_second_and_leaves_no_one_behind(guide: tuple[subprocess.Popen[str], str]) -> None:
+    process, address = guide
+    ends = time.monotonic() + 30
+    while True:  # the address is told before the first answer
+        try:
+            run = ask(address, "POST", "/api/runs", body='{"model": "mlp", "steps": 400, "pace": "0.6"}')["run"]
+            break
+        except ConnectionError:
+            assert time.monotonic() < ends
+            time.sleep(0.05)
+    below = children(process.pid)
+    assert below
+    # Somebody is looking on: a stream is open.
+    watching = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=30)
+    watching.request("GET", f"/api/runs/{run['name']}/events")
+    with watching.getresponse():
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(10)
+        assert time.monotonic() - began < 1
+    watching.close()
+    assert process.returncode == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    for pid in below:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_server_that_is_killed_leaves_no_trainer_behind(guide: tuple[subprocess.Popen[str], str]) -> None:
+    process, _ = guide
+    ends = time.monotonic() + 30
+    while not (below := children(process.pid)):
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+    process.kill()
+    process.wait(10)
+    for pid in below:
+        while Path(f"/proc/{pid}").exists():
+            assert time.monotonic() < ends
+            time.sleep(0.02)
+
+
+def test_what_cannot_be_is_refused_in_words(tmp_path: Path) -> None:
+    for arguments, words in (
+        ([str(tmp_path / "none")], "there is no run directory"),
+        (["--port", "70000"], "cannot be used"),
+        (["--export", str(tmp_path.parent)], "is not empty"),
+    ):
+        result = CliRunner().invoke(app, ["guide", "--no-browser", *arguments])
+        assert result.exit_code == 2
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = CliRunner().invoke(app, ["guide", "--no-browser", "--port", str(taken.getsockname()[1])])
+    assert result.exit_code == 2
+    assert "--port" in result.stderr
+
+
+def test_a_training_is_watched_while_it_runs(tmp_path: Path) -> None:
+    job = Path(__file__).parents[1] / "train" / "small_job.py"
+    command = [sys.executable, "-m", "microbatch", "train", f"{job}:small", "--run", str(tmp_path / "run"), "--watch"]
+    # The browser that is opened on it is a program that does nothing.
+    quiet = {**os.environ, "NO_COLOR": "1", "BROWSER": "true", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [*command, "--steps", "1000000", "--no-compare"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=quiet,
+    )
+    try:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        address = next(found.group(1) for line in lines if (found := re.search(r"(http://[\d.]+:\d+/)run", line)))
+        ends = time.monotonic() + 60
+        while True:
+            try:
+                runs = ask(address, "GET", "/api/live")["runs"]
+                break
+            except ConnectionError:
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+        assert [run["name"] for run in runs] == ["run"]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+        with pytest.raises(ConnectionError):
+            ask(address, "GET", "/api/live")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Any web server, without its log."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its own name for it
+        pass
+
+
+def test_a_copy_plays_recorded_runs_on_any_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {name: export.PRESETS[name] for name in ("drift", "pairs")}
+    monkeypatch.setattr(export, "PRESETS", chosen)
+    monkeypatch.setattr(export, "MOST_STEPS", 3)
+    folder = tmp_path / "copy"
+    assert CliRunner().invoke(app, ["guide", "--export", str(folder)]).exit_code == 0
+    recorded = json.loads((folder / "recorded" / "drift.json").read_text(encoding="utf-8"))
+    assert [event["kind"] for event in recorded["events"]].count("step") == 3
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with launched() as browser, opened(browser, f"http://127.0.0.1:{server.server_port}/") as page:
+            assert "recorded" in str(page.locator(".notice.recorded").text_content())
+            assert page.locator("[data-run]:visible").count() == 0
+            page.get_by_role("button", name="BatchNorm drifts").click()
+            page.wait_for_selector('#playground[data-kind="done"]', timeout=30_000)
+            assert page.get_attribute("#playground", "data-steps") == "3"
+            assert "✗" in str(page.locator("[data-badge]").text_content())
+        server.shutdown()

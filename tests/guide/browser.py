@@ -1,0 +1,85 @@
+"""A real browser: the machine's own Chromium, driven by Playwright."""
+
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def chromium() -> str:
+    """Find the machine's Chromium, or skip and say what to install."""
+    pytest.importorskip("playwright", reason="the browser tests need playwright, which `make test` installs")
+    found = next((path for name in NAMES if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is on the path; install one, for example: apt-get install chromium")
+    return found
+
+
+@contextmanager
+def launched() -> Generator[Any, None, None]:
+    """Start the browser."""
+    path = chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def until(page: Any, true: str) -> None:
+    """Wait until an expression is true of a page. Playwright's own waiting needs what the page's policy forbids."""
+    ends = time.monotonic() + 30
+    while not page.evaluate(true):
+        if time.monotonic() > ends:
+            pytest.fail(f"it never became true: {true}")
+        page.wait_for_timeout(20)
+
+
+@contextmanager
+def opened(browser: Any, url: str, **options: Any) -> Generator[Any, None, None]:
+    """Open a page of one's own, and fail if it complained or asked anyone else for anything."""
+    origin = "/".join(url.split("/")[:3])
+    expected = options.pop("expected", ())
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "reduced_motion": "reduce", **options})
+    complaints: list[str] = []
+    foreign: list[str] = []
+    page = context.new_page()
+    page.on("console", lambda told: complaints.append(told.text) if told.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(origin) else None)
+    # Counted before anything of the page runs: frames that were asked for, and what each of them took.
+    page.add_init_script(
+        """(() => {
+          const ask = window.requestAnimationFrame.bind(window);
+          window.frames_ = [];
+          window.requestAnimationFrame = (draw) => ask((now) => {
+            const began = performance.now();
+            draw(now);
+            window.frames_.push(performance.now() - began);
+          });
+        })()"""
+    )
+    try:
+        page.goto(url)
+        yield page
+        assert foreign == []
+        assert [words for words in complaints if not any(part in words for part in expected)] == []
+    finally:
+        context.close()
+
+
+def violations(page: Any, part: str) -> list[Any]:
+    """Return what axe finds wrong with a part of a page."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    # What it passes need not be described, which takes most of its time.
+    found = Axe().run(page, context=part, options={"resultTypes": ["violations"]}).response["violations"]
+    return [(each["id"], [node["html"][:160] for node in each["nodes"][:3]]) for each in found]

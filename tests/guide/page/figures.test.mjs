@@ -1,0 +1,76 @@
+import assert from "node:assert/strict";
+import { readFileSync } from "node:fs";
+import { test } from "node:test";
+import { decision, FIGURES, loop, START, weights } from "../../../src/microbatch/guide/static/figures.js";
+import { plot } from "../../../src/microbatch/guide/static/plot.js";
+import { power, percent } from "../../../src/microbatch/guide/static/svg.js";
+import { parts } from "../../../src/microbatch/guide/static/tank.js";
+
+const room = new URL("../../../src/microbatch/guide/", import.meta.url);
+const measured = JSON.parse(readFileSync(new URL("static/measured.json", room), "utf8"));
+const drawn = JSON.parse(readFileSync(new URL("drawn.json", room), "utf8"));
+
+for (const [name, draw] of Object.entries(FIGURES)) {
+  test(`${name}: the same choice gives the same picture, the one that the page shows without JavaScript`, () => {
+    const { svg, say, table } = draw(START[name], measured);
+    assert.equal(draw(structuredClone(START[name]), structuredClone(measured)).svg, svg);
+    assert.deepEqual(drawn[name], { svg, say, table });
+    assert.ok(!/NaN|undefined|null|Infinity/.test(svg + say + table), svg.match(/.{30}(NaN|undefined|null|Infinity)/)?.[0]);
+    assert.match(svg, /role="img" aria-label="[^"]+"/);
+    assert.match(table, /<caption>/);
+  });
+}
+
+test("the gradient grows with every backward, and nothing else makes it grow", () => {
+  const heights = Array.from({ length: 14 }, (_, index) => Number(/gradient (\d+)\/4/.exec(loop(index, { microbatches: 4 }).svg)[1]));
+  assert.deepEqual(heights, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]);
+});
+
+test("an index outside of the loop is its nearest end", () => {
+  assert.equal(loop(-5, { microbatches: 4 }).svg, loop(0, { microbatches: 4 }).svg);
+  assert.equal(loop(99, { microbatches: 4 }).svg, loop(13, { microbatches: 4 }).svg);
+});
+
+test("the tank overflows exactly when more is measured than it holds", () => {
+  for (const batch of Object.keys(measured.memory.alone))
+    for (const tank of [16, 64, 128, 192]) {
+      const { svg, say } = FIGURES.tank({ batch, tank }, measured);
+      const over = measured.memory.alone[batch].total > tank * 2 ** 20;
+      assert.equal(svg.includes("overflow"), over);
+      assert.equal(say.includes("more than the tank"), over);
+    }
+});
+
+test("the parts of a tank are all that was measured", () => {
+  for (const each of Object.values(measured.memory.window))
+    assert.equal(parts(each).reduce((sum, [, size]) => sum + size, 0), each.total);
+});
+
+test("one denominator weighs every token alike; others do so only where microbatches are alike", () => {
+  const lengths = [8, 1, 2, 5];
+  assert.deepEqual(weights(lengths, "right"), lengths.map(() => 1 / 16));
+  weights(lengths, "weighted").forEach((weight) => assert.ok(Math.abs(weight - 1 / 16) < 1e-15));
+  assert.deepEqual(weights(lengths, "means"), [1 / 32, 1 / 4, 1 / 8, 1 / 20]);
+  assert.deepEqual(weights(lengths, "none"), [1 / 8, 1, 1 / 2, 1 / 5]);
+  assert.deepEqual(weights([4, 4], "means"), weights([4, 4], "right"));
+});
+
+test("every path of answers ends in one advice", () => {
+  assert.equal(decision({ path: [false] }).end, "Accumulate: this is what it is for.");
+  assert.equal(decision({ path: [true, true] }).end, "Accumulate: one reduction a step.");
+  assert.equal(decision({ path: [true, false, true] }).end, "Accumulate to a larger batch.");
+  assert.equal(decision({ path: [true, false, false] }).end, "Do not: it would only take time.");
+  assert.equal(decision({ path: [true] }).end, undefined);
+});
+
+test("a chart stands values that are missing, equal or not finite", () => {
+  for (const ys of [[1], [0, 0, 0], [null, 2], [NaN, 1e-9, Infinity], []])
+    for (const log of [true, false])
+      assert.ok(!/NaN|Infinity/.test(plot({ label: "l", xs: ys.map((_, index) => index), x: "x", y: "y", log, series: [{ name: "s", ys }] }).svg));
+});
+
+test("numbers are written as people write them", () => {
+  assert.equal(power(1.26e-7), "1.3 × 10⁻⁷");
+  assert.equal(power(0), "0");
+  assert.equal(percent(0.204), "20 %");
+});

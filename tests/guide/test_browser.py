@@ -1,0 +1,354 @@
+"""What must be true of the page, in a real browser."""
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.guide.browser import launched, opened, until, violations
+from tests.guide.conftest import within_a_second
+
+FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
+SECTIONS = [*FIGURED, "quiz", "playground", "use"]
+WIDTHS = {"phone": {"width": 390, "height": 844}, "desk": {"width": 1280, "height": 860}}
+MANY = "?model=mlp&batch=32&microbatch=8&steps=5"
+SLOW = "?model=mlp&steps=300&pace=0.6"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as started:
+        yield started
+
+
+def wait_for_end(page: Any, kind: str = "done") -> None:
+    page.wait_for_selector(f'#playground[data-kind="{kind}"]', timeout=300_000)
+
+
+def press_run(page: Any, *, key: str = "") -> None:
+    """Begin a run, by its button or by a key, and wait until the page shows it: the one before may be there still."""
+    before = page.get_attribute("#playground", "data-run-name") or ""
+    if key:
+        page.keyboard.press(key)
+    else:
+        page.click("[data-run]")
+    until(page, f"(document.querySelector('#playground').dataset.runName ?? '') !== {before!r}")
+
+
+# -- the text ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_paints_within_a_second(browser: Any, idle: Any) -> None:
+    def paint() -> float:
+        with opened(browser, idle.url) as page:
+            until(page, "performance.getEntriesByName('first-contentful-paint').length")
+            return page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1000
+
+    assert within_a_second(paint)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_reads_without_javascript(browser: Any, idle: Any, width: str) -> None:
+    with opened(browser, idle.url, java_script_enabled=False, viewport=WIDTHS[width]) as page:
+        for name in SECTIONS:
+            section = page.locator(f"section#{name}")
+            assert section.locator("h1, h2").first.is_visible()
+        assert page.locator("[data-drawing] > svg:visible").count() == 10
+        assert page.locator(".remember:visible").count() == 9
+        assert page.locator("[data-controls]:visible").count() == 0
+        assert page.locator("noscript p").is_visible()
+        assert page.locator("#playground button:visible, #playground input:visible").count() == 0
+        page.locator("#quiz summary").first.click()
+        assert page.locator("#quiz details[open] p").is_visible()
+        page.locator("#tank summary").click()
+        assert page.locator("#tank table").is_visible()
+
+
+def test_it_prints_its_text_and_figures(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, color_scheme="dark") as page:
+        page.emulate_media(media="print")
+        assert page.locator("#split svg").is_visible()
+        assert not page.locator(".top").is_visible()
+        assert not page.locator("#playground").is_visible()
+        assert page.locator("#quiz details p").first.is_visible()
+        assert len(page.pdf()) > 20_000
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_is_wider_than_the_window(browser: Any, idle: Any, width: str) -> None:
+    with opened(browser, idle.url, viewport=WIDTHS[width]) as page:
+        for summary in page.locator("summary:visible").all():
+            summary.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]["width"]
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "index"), [("loop", 7), ("code", 3), ("saw", 11)])
+def test_a_link_leads_to_its_event_and_a_reload_too(browser: Any, idle: Any, name: str, index: int) -> None:
+    drawing = f'[data-figure="{name}"] [data-drawing]'
+    with opened(browser, idle.url) as page:
+        figure = page.locator(f'[data-figure="{name}"]')
+        figure.locator("input[type=range]").fill(str(index - 1))
+        figure.get_by_role("button", name="Next").click()
+        stepped = page.inner_html(drawing)
+        until(page, f"location.search.includes('{name}={index}')")
+        url = page.url
+        page.reload()
+        assert page.inner_html(drawing) == stepped
+    with opened(browser, url) as page:
+        assert page.inner_html(drawing) == stepped
+
+
+def test_the_code_lines_follow_the_event(browser: Any, idle: Any) -> None:
+    phases = {0: "begin", 1: "take", 2: "forward", 3: "backward", 22: "step"}
+    with opened(browser, idle.url) as page:
+        for index, phase in phases.items():
+            page.locator('[data-figure="code"] input[type=range]').fill(str(index))
+            now = page.locator("#code .line.now").evaluate_all("lines => lines.map(line => line.dataset.phase)")
+            assert len(now) == 2
+            assert all(phase in each.split() for each in now)
+
+
+def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, reduced_motion="no-preference") as page:
+        page.wait_for_timeout(300)
+        page.evaluate("window.frames_.length = 0")
+        page.wait_for_timeout(500)
+        assert page.evaluate("window.frames_.length") == 0
+        assert page.evaluate("document.getAnimations().length") == 0
+        player = page.locator('[data-figure="loop"]')
+        player.get_by_role("button", name="Play").click()
+        until(page, "document.querySelector('[data-figure=loop] output').textContent !== '6 / 13'")
+        page.evaluate("window.scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
+        player.locator("button", has_text="Play").wait_for(state="attached", timeout=5000)
+        stood = player.locator("output").text_content()
+        page.wait_for_timeout(1200)
+        assert player.locator("output").text_content() == stood
+        assert page.evaluate("window.frames_.length") == 0
+
+
+def test_reduced_motion_is_honoured(browser: Any, idle: Any) -> None:
+    unit = "getComputedStyle(document.documentElement).getPropertyValue('--1s').trim()"
+    scroll = "getComputedStyle(document.documentElement).scrollBehavior"
+    with opened(browser, idle.url, reduced_motion="reduce") as page:
+        assert (page.evaluate(unit), page.evaluate(scroll)) == ("1ms", "auto")
+    with opened(browser, idle.url, reduced_motion="no-preference") as page:
+        assert (page.evaluate(unit), page.evaluate(scroll)) == ("1s", "smooth")
+
+
+def test_turning_the_phone_keeps_what_was_chosen(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, viewport=WIDTHS["phone"]) as page:
+        page.locator('[data-figure="loop"] input[type=range]').fill("9")
+        page.locator("#f-batch").fill("48")
+        before = page.inner_html('[data-figure="loop"] [data-drawing]')
+        page.set_viewport_size({"width": 844, "height": 390})
+        assert page.inner_html('[data-figure="loop"] [data-drawing]') == before
+        assert page.input_value("#f-batch") == "48"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 844
+
+
+def test_the_tank_overflows_under_the_readers_hand(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        tank = page.locator('[data-figure="tank"]')
+        assert "overflow" not in tank.locator("svg").inner_html()
+        tank.locator("input").first.fill("6")
+        assert "overflow" in tank.locator("svg").inner_html()
+        assert "more than the tank" in str(tank.locator("[data-say]").text_content())
+
+
+# -- keyboard and other senses ----------------------------------------------------------------------------------------
+
+
+def test_everything_is_reached_by_keyboard_with_visible_focus(browser: Any, idle: Any) -> None:
+    """Tab meets every control, and each shows that it is met."""
+    seen = """() => {
+      const at = document.activeElement, style = getComputedStyle(at);
+      return { body: at === document.body, tag: at.tagName,
+        words: at.getAttribute('aria-label') ?? at.textContent.trim().slice(0, 30),
+        outlined: style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) >= 2 };
+    }"""
+    with opened(browser, idle.url) as page:
+        wanted = page.locator(":is(a[href], button:enabled, select, summary, input, [tabindex='0']):visible").count()
+        met: list[dict[str, Any]] = []
+        for _ in range(3 * wanted):
+            page.keyboard.press("Tab")
+            here = page.evaluate(seen)
+            if here["body"]:
+                break
+            met.append(here)
+        assert [each for each in met if not each["outlined"]] == []
+        # Radios of one question are one stop.
+        radios = (
+            page.locator("input[type=radio]:visible").count() - page.locator("fieldset:has(input[type=radio])").count()
+        )
+        assert len(met) >= wanted - radios
+
+
+def test_the_player_the_quiz_and_a_run_by_keyboard_alone(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + MANY) as page:
+        loop = page.locator('[data-figure="loop"]')
+        loop.get_by_role("button", name="Next").focus()
+        page.keyboard.press("Enter")
+        assert loop.locator("output").text_content() == "7 / 13"
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert loop.locator("output").text_content() == "5 / 13"
+        page.locator('#quiz input[name="q1"]').first.focus()
+        page.keyboard.press("ArrowDown")
+        assert page.locator("#quiz [data-verdict]").first.text_content() == "✓ Right."
+        assert page.locator("#quiz details").first.get_attribute("open") is not None
+        page.locator("#f-seed").focus()
+        press_run(page, key="Enter")
+        wait_for_end(page)
+
+
+def open_up(page: Any) -> None:
+    """Open, choose and answer whatever can be."""
+    for summary in page.locator("summary:visible").all():
+        summary.click()
+    page.locator('[data-figure="tank"] input').first.fill("6")
+    page.locator('#quiz input[name="q1"]').first.check()
+    page.locator('[data-figure="decision"]').get_by_role("button", name="No").click()
+    page.locator("[data-guess] input").first.check()
+
+
+CONV = {"model": "conv", "batch": 32, "microbatch": 32}
+AXE_STATES: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "everything open": (None, "idle"),
+    "overflow": ({**CONV, "tank": 0.3, "recover": "no"}, "overflow"),
+    "under way": ({**CONV, "microbatch": 2, "steps": 400, "pace": "0.6", "compare": "yes"}, "microbatch"),
+    "after a run": ({**CONV, "tank": 0.3, "steps": 3, "compare": "yes"}, "done"),
+}
+
+
+@pytest.mark.parametrize("state", AXE_STATES)
+def test_axe_finds_nothing(browser: Any, idle: Any, state: str) -> None:
+    """The whole page as a reader leaves it, and the playground in each of its states."""
+    settings, kind = AXE_STATES[state]
+    if settings is not None:
+        idle.wait_for(idle.start(**settings), kind)
+    with opened(browser, idle.url + "?batch=nonsense") as page:
+        open_up(page)
+        if settings is not None:
+            until(page, "Boolean(document.querySelector('#playground').dataset.runName)")
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for width, viewport in WIDTHS.items():
+                page.set_viewport_size(viewport)
+                assert violations(page, "html" if settings is None else "#playground") == [], (scheme, width)
+
+
+# -- the playground ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_counted_and_its_badge_is_the_logs(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + MANY) as page:
+        press_run(page)
+        wait_for_end(page)
+        assert page.get_attribute("#playground", "data-microbatches") == "20"
+        assert page.get_attribute("#playground", "data-steps") == "5"
+        last = [event for event in idle.events(idle.get("/api/run")[1]["run"]["name"]) if event["kind"] == "step"][-1]
+        badge = page.locator("[data-badge]")
+        assert float(badge.get_attribute("data-error")) == last["error"] <= last["tolerance"]
+        assert str(badge.text_content()).startswith("✓")
+
+
+def test_no_frame_takes_longer_than_a_frame_has_while_it_streams(browser: Any, idle: Any) -> None:
+    def slowest() -> float:
+        with opened(browser, idle.url + MANY) as page:
+            press_run(page)
+            wait_for_end(page)
+            frames = sorted(page.evaluate("window.frames_"))
+            return frames[int(len(frames) * 0.95)] / 20
+
+    assert within_a_second(slowest)
+
+
+def test_forgetting_to_divide_shows_how_many_times(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + MANY + "&divide=none&lr=0.01") as page:
+        press_run(page)
+        wait_for_end(page)
+        badge = page.locator("[data-badge]")
+        assert "✗" in str(badge.text_content())
+        assert "× 4.0" in str(badge.text_content())
+
+
+def test_a_preset_fills_the_form_the_address_and_the_program(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        page.get_by_role("button", name="BatchNorm drifts").click()
+        assert page.input_value("#f-model") == "conv"
+        assert "norm=batch" in page.url
+        until(page, "document.querySelector('[data-copy-text=program]').textContent.includes('norm=\"batch\"')")
+        page.reload()
+        assert page.input_value("#f-norm") == "batch"
+
+
+def test_an_address_that_cannot_be_falls_back_and_says_so(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + "?model=rocket&batch=-4&nonsense=1&loop=99") as page:
+        notice = page.locator("[data-notice]")
+        assert notice.is_visible()
+        words = str(notice.text_content())
+        assert all(part in words for part in ("Model", "Effective batch", "nonsense", "loop"))
+        assert page.input_value("#f-model") == "transformer"
+        assert page.input_value("#f-batch") == "32"
+
+
+def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + "?model=conv&norm=batch") as page:
+        assert page.locator("#f-norm").is_visible()
+        assert not page.locator("#f-coupling").is_visible()
+        page.select_option("#f-model", "pairs")
+        assert page.locator("#f-coupling").is_visible()
+        assert not page.locator("#f-norm").is_visible()
+        assert page.input_value("#f-norm") == "group"
+        assert "norm" not in page.url
+
+
+def test_a_setting_that_cannot_be_is_marked_and_explained(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, expected=("400",)) as page:
+        page.locator("#f-batch").fill("many")
+        page.click("[data-run]")
+        assert "Effective batch must be" in str(page.locator("[data-notice]").text_content())
+        assert page.get_attribute("#f-batch", "aria-invalid") == "true"
+        assert page.evaluate("document.activeElement.id") == "f-batch"
+        page.locator("#f-batch").fill("4")
+        page.click("[data-run]")
+        until(page, "document.querySelector('[data-notice]').textContent.includes('larger than')")
+
+
+def test_stop_a_reload_a_second_run_and_a_killed_trainer(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + SLOW) as page:
+        press_run(page)
+        page.wait_for_selector('#playground[data-steps="1"]', timeout=300_000)
+        page.reload()
+        page.wait_for_selector('#playground[data-steps]:not([data-steps="0"])', timeout=10_000)
+        run = idle.get("/api/run")[1]["run"]["name"]
+        with opened(browser, idle.url + SLOW, expected=("409",)) as other:
+            # Its button waits for the run that is under way; whoever asks all the same is refused.
+            other.evaluate("document.querySelector('[data-form]').requestSubmit()")
+            until(other, "document.querySelector('[data-notice]').textContent.includes('under way')")
+        page.locator("[data-stop]").click()
+        wait_for_end(page, "stopped")
+        told = [event["kind"] for event in idle.events(run)]
+        assert page.get_attribute("#playground", "data-microbatches") == str(told.count("microbatch"))
+        assert page.get_attribute("#playground", "data-steps") == str(told.count("step"))
+        press_run(page)
+        page.wait_for_selector('#playground[data-steps="1"]', timeout=300_000)
+        os.kill(idle.guide.playground.run.pid, signal.SIGKILL)
+        wait_for_end(page, "failed")
+        assert "ended by signal 9" in str(page.locator("[data-status]").text_content())
+        assert page.locator("[data-run]").is_enabled()
+
+
+def test_the_theme_is_kept(browser: Any, idle: Any) -> None:
+    paper = "getComputedStyle(document.body).backgroundColor"
+    with opened(browser, idle.url, color_scheme="light") as page:
+        assert page.evaluate(paper) == "rgb(255, 255, 255)"
+        page.locator("[data-theme-switch]").click()
+        page.locator("[data-theme-switch]").click()
+        assert page.evaluate(paper) == "rgb(16, 21, 28)"
+        page.reload()
+        assert page.evaluate(paper) == "rgb(16, 21, 28)"

@@ -1,0 +1,137 @@
+"""The live view, from files alone: runs that grow, that were cut, that are torn; and a real training, looked at."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.guide.browser import launched, opened, until, violations
+from tests.guide.conftest import serving
+from typer.testing import CliRunner
+
+from microbatch.cli.main import app
+from microbatch.errors import ConfigError
+from microbatch.guide import live
+from microbatch.guide.live import WatchedRun, open_runs
+from microbatch.guide.server import Guide
+
+JOB = Path(__file__).parents[1] / "train" / "small_job.py"
+
+
+def line(step: int, **more: Any) -> str:
+    return json.dumps({"step": step, "loss": 1 / step, **more}) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(live, "EVERY", 0.01)
+    (tmp_path / "config.toml").write_text('job = "language"\nsteps = 9\n', encoding="utf-8")
+    return tmp_path
+
+
+async def take(source: AsyncIterator[list[dict[str, Any]]], number: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    while len(found) < number:
+        found += await asyncio.wait_for(anext(source), 5)
+    return found
+
+
+def test_lines_come_as_they_are_written_whole_and_once(folder: Path) -> None:
+    async def follow() -> None:
+        metrics, run = folder / "metrics.jsonl", WatchedRun(folder)
+        source = run.since(0)
+        first = asyncio.create_task(take(source, 2))
+        await asyncio.sleep(0.03)
+        metrics.write_text(line(1) + line(2) + line(3)[:7], encoding="utf-8")
+        assert [(each["id"], each["step"]) for each in await first] == [(1, 1), (2, 2)]
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(line(3)[7:] + "not json\n" + line(4))
+        assert [(each["id"], each["step"]) for each in await take(source, 2)] == [(3, 3), (5, 4)]
+        assert [each["id"] for each in await take(run.since(3), 1)] == [5]
+
+    asyncio.run(follow())
+
+
+def test_a_run_that_was_cut_back_and_resumed_is_told_anew(folder: Path) -> None:
+    async def follow() -> None:
+        metrics = folder / "metrics.jsonl"
+        metrics.write_text(line(1) + line(2) + line(3), encoding="utf-8")
+        source = WatchedRun(folder).since(0)
+        await take(source, 3)
+        metrics.write_text(line(1) + line(2, lr=0.5), encoding="utf-8")
+        reset, first, second = await take(source, 3)
+        assert reset["kind"] == "reset"
+        assert (first["step"], second["step"], second["lr"]) == (1, 2, 0.5)
+
+    asyncio.run(follow())
+
+
+def test_the_end_of_a_run_is_told_and_that_it_goes_on(folder: Path) -> None:
+    async def follow() -> None:
+        summary = folder / "summary.json"
+        (folder / "metrics.jsonl").write_text(line(1), encoding="utf-8")
+        source = WatchedRun(folder).since(0)
+        assert [each["step"] for each in await take(source, 1)] == [1]
+        summary.write_text('{"finished": false, "step": 1, "stopped_by": "SIGINT"}', encoding="utf-8")
+        (told,) = await take(source, 1)
+        assert (told["kind"], told["id"], told["summary"]["stopped_by"]) == ("summary", 1, "SIGINT")
+        summary.unlink()
+        assert (await take(source, 1))[0]["summary"] is None
+
+    asyncio.run(follow())
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no run directory"):
+        open_runs([tmp_path / "none"])
+    with pytest.raises(ConfigError, match="no run directory: it has neither"):
+        open_runs([tmp_path])
+    with pytest.raises(ConfigError, match="at most"):
+        open_runs([tmp_path] * 7)
+
+
+def test_settings_that_cannot_be_read_leave_a_run_that_can(folder: Path) -> None:
+    (folder / "config.toml").write_bytes(b"\xff\xfe = ")
+    (folder / "summary.json").write_text("{", encoding="utf-8")
+    assert WatchedRun(folder).described() == {"name": folder.name, "settings": {}, "summary": None}
+
+
+def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
+    """Trained by the command line, beside another run of which a line was never finished."""
+    run, other = tmp_path / "mine", tmp_path / "other"
+    arguments = ["--steps", "6", "--no-compare", "--json", "--tensorboard"]
+    result = CliRunner().invoke(app, ["train", f"{JOB}:small", "--run", str(run), *arguments])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for each in lines:
+        timeline = each["timeline"]
+        assert len(timeline["forward"]) == len(timeline["backward"]) == each["microbatches"]
+        spent = sum(timeline["forward"]) + sum(timeline["backward"]) + timeline["finish"] + timeline["optimizer"]
+        assert 0 < spent + timeline["wait"] <= each["seconds"] + 1e-4
+    assert sum(lines[0]["memory"].values()) == lines[0]["peak_bytes"]
+    other.mkdir()
+    (other / "metrics.jsonl").write_text(line(1) + line(2, retries=2, microbatch_size=4) + '{"step"', encoding="utf-8")
+    with launched() as browser:
+        for client in serving(Guide(open_runs([run, other]))):
+            with opened(browser, f"{client.url}run") as page:
+                until(page, "document.querySelectorAll('[data-runs] p').length === 2")
+                until(page, "document.querySelector('[data-runs]').textContent.includes('finished: step 6 of 6')")
+                assert page.locator("[data-pane=Loss] svg").is_visible()
+                assert "Step 6: 3 microbatches" in str(page.locator("[data-pane^='A step'] [data-say]").text_content())
+                assert "at the peak of step 2" in str(page.locator("[data-pane=Memory] [data-say]").text_content())
+                page.get_by_role("button", name="other").click()
+                until(page, "document.querySelector('[data-log]').textContent.includes('memory ran out 2 times')")
+                with (other / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(': 3, "loss": 0.25}\n')
+                until(page, "document.querySelector('[data-runs]').textContent.includes('step 3, loss 0.25')")
+                page.set_viewport_size({"width": 390, "height": 844})
+                assert page.evaluate("document.documentElement.scrollWidth") <= 390
+                for summary in page.locator("summary:visible").all():
+                    summary.click()
+                for scheme in ("light", "dark"):
+                    page.emulate_media(color_scheme=scheme)
+                    for width in (390, 1280):
+                        page.set_viewport_size({"width": width, "height": 844})
+                        assert violations(page, "html") == [], (scheme, width)

@@ -1,0 +1,210 @@
+"""The page as text: short, whole, with no number that was not measured, and every picture with its table."""
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+
+from microbatch.errors import ConfigError
+from microbatch.guide import experiments, measure
+from microbatch.guide.page import POLICY, ROOM, STATIC, code_html, derived, example, load_drawn, load_measured, page
+
+SOURCES = ["page.html", "playground.html", "use.html", "guess.html", "quiz.json", "live.html"]
+FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
+SECTIONS = [*FIGURED, "quiz", "playground", "use"]
+
+
+class Reader(HTMLParser):
+    """Read a page's words, section by section; pictures, code, tables and formulas left out."""
+
+    SILENT = ("svg", "pre", "table", "math", "script", "code", "select", "noscript", "style", "title", "button")
+    VOID = ("meta", "link", "input", "br", "rect", "path", "line", "circle")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: dict[str, list[str]] = {}
+        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if not any(tag in self.SILENT for tag, _ in self.open):
+            self.words.setdefault(self.section, []).extend(data.split())
+
+    @property
+    def section(self) -> str:
+        return next((str(attributes.get("id")) for tag, attributes in self.open if tag == "section"), "")
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return page(load_measured(), load_drawn())
+
+
+def test_all_twelve_sections_are_there_in_order(text: str) -> None:
+    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_section_is_short(text: str, name: str) -> None:
+    source = (ROOM / "page.html").read_text(encoding="utf-8")
+    # The quiz and the form are lists of their own; what introduces them is held to the same length.
+    words = Reader(re.sub(r"\{\{(quiz|playground|use|figure:\w+|code|guess|patterns|data)\}\}", "", source)).words.get(
+        name, []
+    )
+    assert len(words) <= 120
+
+
+@pytest.mark.parametrize("name", FIGURED)
+def test_a_section_has_a_heading_a_figure_its_table_and_one_line_to_remember(text: str, name: str) -> None:
+    body = text.split(f'<section id="{name}"')[1].split("</section>", maxsplit=1)[0]
+    assert len(re.findall(r"<h[12] ", body)) == 1
+    assert body.count('class="remember"') == 1
+    assert body.count('<figure class="figure"') == body.count("<table>") >= 1
+    assert re.search(r'class="remember">[^<]*\d', body) or name == "code"
+
+
+def numbers(source: str) -> list[str]:
+    """Return the numbers of a source's words that no measurement put there; one inside of a name is none."""
+    plain = re.sub(r"<!--.*?-->|\{\{.*?\}\}|<(svg|script|math)\b.*?</\1>", " ", source, flags=re.DOTALL)
+    return re.findall(r"(?<!\w)\d[^\s<>]*", re.sub(r"<[^>]*>", " ", plain))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_number_of_the_text_was_typed_in(name: str) -> None:
+    source = (ROOM / name).read_text(encoding="utf-8")
+    if name.endswith(".json"):
+        source = " ".join(
+            str(value) for question in json.loads(source) for key, value in question.items() if key != "right"
+        )
+    assert numbers(source) == []
+
+
+def test_a_number_that_was_typed_in_would_be_seen() -> None:
+    assert numbers('<p class="x3">It is <b>5.2</b> times {{derived.total_ratio|times}} faster</p>') == ["5.2"]
+
+
+def test_a_number_that_was_not_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match="does not hold"):
+        page({**load_measured(), "sums": {}}, load_drawn())
+    with pytest.raises(ConfigError, match="no figure"):
+        page(load_measured(), {})
+
+
+def test_nothing_runs_from_within_the_page_and_nothing_comes_from_elsewhere(text: str) -> None:
+    assert not re.search(r'<script(?! type="application/json"| type="module" src="static/)', text)
+    assert not re.search(r'\s(style|on\w+)="', text)
+    assert "<style" not in text
+    assert f'<meta http-equiv="content-security-policy" content="{POLICY}">' in text
+    assert "unsafe" not in POLICY
+    outside = [url for url in re.findall(r'(?:src|href|action)="([^"]*)"', text) if re.match(r"\w+:|//", url)]
+    assert outside == []
+    for file in STATIC.glob("*.js"):
+        source = file.read_text(encoding="utf-8")
+        assert not re.search(r"""(import|fetch|EventSource)\(?[^"'`;]*["'`](https?:)?//""", source), file
+        assert "eval(" not in source
+        assert "new Function" not in source
+
+
+def test_the_static_files_and_the_page_are_small(text: str) -> None:
+    assert sum(file.stat().st_size for file in STATIC.iterdir()) + len(text.encode()) <= 200 * 1024
+
+
+# -- the code ---------------------------------------------------------------------------------------------------------
+
+
+def trained(name: str) -> list[torch.Tensor]:
+    made: dict[str, Any] = {}
+    exec(compile(example(name), name, "exec"), made)  # noqa: S102
+    return [parameter.detach() for parameter in made["model"].parameters()]
+
+
+@pytest.mark.parametrize("name", ["by_hand", "with_microbatch"])
+def test_the_code_that_is_shown_takes_the_full_batchs_step(name: str) -> None:
+    for ours, whole in zip(trained(name), trained("full_batch"), strict=True):
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["by_hand", "with_microbatch"])
+def test_every_phase_has_a_line(name: str) -> None:
+    shown = code_html([name])
+    phases = {phase for phases in re.findall(r'data-phase="([^"]*)"', shown) for phase in phases.split()}
+    assert phases == {"begin", "take", "forward", "backward", "step"}
+    assert "#:" not in shown
+
+
+def test_an_example_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no example"):
+        example("../pyproject")
+
+
+# -- the numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_the_numbers_say_where_they_come_from() -> None:
+    made = load_measured()["made"]
+    assert set(made) == {"by", "torch", "python", "processor", "cores", "threads"}
+    assert set(load_measured()) == {"made", *measure.EXPERIMENTS}
+
+
+def test_the_gradients_agree_as_they_did() -> None:
+    known, now = load_measured()["reference"], experiments.agreement()
+    for name in ("error", "own_error", "apart"):
+        assert known[name] / 4 <= now[name] <= known[name] * 4
+    assert {name: now[name] for name in ("batch", "microbatches", "parameters")} == {
+        name: known[name] for name in ("batch", "microbatches", "parameters")
+    }
+    assert now["error"] <= 2 * now["own_error"]
+
+
+def test_the_memory_is_as_it_was() -> None:
+    known, now = load_measured()["memory"], experiments.memory([1, 8])
+    for how in ("window", "alone"):
+        for size, parts in now[how].items():
+            for kind, found in parts.items():
+                assert found == pytest.approx(known[how][size][kind], rel=0.02, abs=2**16), (how, size, kind)
+
+
+def test_what_differs_differs_as_it_did() -> None:
+    known = load_measured()
+    for name, norm in (("batch_norm", "batch"), ("group_norm", "group")):
+        now = experiments.differences("conv", norm=norm)
+        for error, before in zip(now["errors"], known[name]["errors"], strict=True):
+            assert error == pytest.approx(before, rel=0.05, abs=1e-14)
+    for name, exact in (("pairs", "pairs_coupled"), ("conv", "batch_norm_exact")):
+        now = experiments.differences(name, norm="batch", exact=True)
+        assert max(now["errors"] + known[exact]["errors"]) < 1e-13
+    pairs = experiments.differences("pairs")
+    assert pairs["errors"] == pytest.approx(known["pairs"]["errors"], rel=0.05, abs=1e-14)
+
+
+def test_denominators_and_sums_are_as_wrong_as_they_were() -> None:
+    known, now = load_measured()["denominators"], experiments.denominators()
+    assert now["right"]["error"] < 1e-13
+    assert now["none"]["scale"] == pytest.approx(known["none"]["scale"], rel=0.05)
+    # Other versions of Python have other sources.
+    assert known["means"]["error"] / 3 <= now["means"]["error"] <= known["means"]["error"] * 3
+    assert experiments.sums()["bfloat16"] == pytest.approx(load_measured()["sums"]["bfloat16"], rel=0.1)
+    assert experiments.sums()["ones"] == load_measured()["sums"]["ones"]
+
+
+def test_the_inside_of_a_step_is_as_it_was() -> None:
+    known, inside = load_measured()["inside"]["series"], experiments.inside()["series"]
+    assert len(inside["activations"]) == len(known["activations"])
+    assert max(inside["activations"]) == pytest.approx(max(known["activations"]), rel=0.02)
+
+
+def test_what_is_derived_follows_from_what_was_measured() -> None:
+    found = derived(load_measured())
+    assert 0 < found["share"] < 1 < found["total_ratio"] < found["activations_ratio"]
+    assert found["total_ratio"] == pytest.approx(1 / found["share"])
