@@ -529,6 +529,7 @@ def test_operators_that_differ_altogether_are_bounded_from_above() -> None:
     lines=st.lists(st.tuples(st.just("op"), st.integers(0, 10**9), st.integers(0, 10**6)), min_size=1, max_size=20),
     budget=st.integers(0, 10**10),
 )
+@example(lines=[("op", 0, 1)], budget=(1 << 24) - 1)  # between the last two powers of two
 def test_the_largest_size_is_the_smallest_of_every_operators(lines: list[tuple[str, int, int]], budget: int) -> None:
     predicted = predict(run_of(*lines), sizes=(2, 4))
     limits = [(budget - a) // b if b else (1 << 24 if a <= budget else 0) for _, a, b in lines]

@@ -218,10 +218,10 @@ def largest_that_fits(fits: Callable[[int], bool]) -> int:
         16
     """
     most, fails = 0, 1
-    while fails < _MOST and fits(fails):
-        most, fails = fails, 2 * fails
-    if fails >= _MOST:
-        return _MOST
+    while fits(fails):
+        if fails == _MOST:
+            return _MOST
+        most, fails = fails, min(2 * fails, _MOST)
     while fails - most > 1:
         middle = (most + fails) // 2
         most, fails = (middle, fails) if fits(middle) else (most, middle)
