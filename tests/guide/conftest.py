@@ -34,7 +34,7 @@ class Client:
     def open(
         self, method: str, path: str, *, headers: dict[str, str] | None = None, body: Any = None
     ) -> Generator[http.client.HTTPResponse, None, None]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body=body, headers=headers or {})
             with connection.getresponse() as answer:

@@ -56,6 +56,7 @@ def test_the_parts_add_up_to_no_more_than_the_step(made: dict[str, Any], setting
     record, took = timed(job(**made), **settings)
     assert len(record["forward"]) == len(record["backward"]) == 3
     spent = sum(record["forward"]) + sum(record["backward"]) + record["finish"] + record["optimizer"]
+    assert min(record["forward"] + record["backward"]) >= 0
     passes = 6 if settings.get("coupled") == "twice" else 3
     assert passes * REST <= sum(record["forward"]) <= spent <= took + 1e-5
     assert record["optimizer"] > 0
