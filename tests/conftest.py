@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import pytest
 from beartype import BeartypeConf
@@ -54,6 +55,15 @@ def seed() -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on() -> Iterator[None]:
+    """Fail the test that leaves a mode or the compiler's stance behind, rather than one that runs after it."""
+    yield
+    assert (torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()) == (0, 0)
+    if "torch._dynamo" in sys.modules:
+        assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

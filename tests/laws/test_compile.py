@@ -75,3 +75,16 @@ def test_an_unknown_mode_is_refused() -> None:
     model = network()
     with pytest.raises(ConfigError, match="reduce-overhead"):
         mb.Accumulator(model, torch.optim.SGD(model.parameters()), microbatch_size=2, compile="fast")
+
+
+def test_windows_that_do_not_end_in_the_reverse_of_their_order_leave_the_compiler_as_it_was() -> None:
+    """The first windows run under the memory meter, uncompiled; two accumulators' may take turns."""
+    runs = [subject(network(), size=2) for _ in range(2)]
+    loaders = [it.accumulator.windows([points(0, 2)] * 4, microbatches=2) for it in runs]
+    for windows in zip(*loaders, strict=True):
+        for it, window in zip(runs, windows, strict=True):
+            for batch in window:
+                window.backward(squared(it.model, batch))
+    assert compiled_graphs() == 0
+    assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+    assert compiled_graphs() == 1

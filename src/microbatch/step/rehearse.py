@@ -35,6 +35,7 @@ from microbatch.step.fusing import fuse_for
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Settings
 from microbatch.step.sums import sums_for
+from microbatch.step.uncompiled import uncompiled
 
 _LARGEST, _LOOKS = 64, 3  # rows of a fake window; real windows more, where the prediction is in doubt
 
@@ -277,7 +278,7 @@ def _undisturbed(settings: Settings) -> Generator[list[tuple[Tensor, Tensor]]]:
     before = [parameter.grad for parameter in parameters]
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(uncompiled())
         try:
             for parameter in parameters:
                 parameter.grad = None

@@ -14,6 +14,7 @@ from microbatch.batch.tree import leaves
 from microbatch.memory.budget import available_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.settings import Settings, Watched
+from microbatch.step.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class Watch:
         self._budget, self._beside = budget, beside_what_is_there
         self._track(meter, self._settings.model, *self._settings.optimizers)
         # What is compiled would be tried under the meter, fail, and stay uncompiled for good.
-        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stack.enter_context(uncompiled())
         self._stack.enter_context(meter)
 
     def _track(self, meter: MemoryMeter, *things: object) -> None:

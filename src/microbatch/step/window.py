@@ -53,6 +53,7 @@ from microbatch.step.replay import Snapshot, forget_unscaled
 from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sums import sums_for
 from microbatch.step.tune import Stopwatch
+from microbatch.step.uncompiled import uncompiled
 from microbatch.step.watch import Watch
 
 
@@ -473,7 +474,7 @@ class Window:
             # What is compiled would draw masks of its own. And what checkpoints run again, inside of backward, runs
             # under this mode only where another one, inside of it, has taken backward over: fused weights or not.
             if "torch._dynamo" in sys.modules:
-                self._inner.enter_context(torch.compiler.set_stance("force_eager"))
+                self._inner.enter_context(uncompiled())
             self._inner.enter_context(self._masking.mode)
         if self._fuse.useful or self._masking is not None:
             self._inner.callback(self._fuse.forget)
