@@ -1,12 +1,24 @@
-"""What exact batch normalisation costs beside plain accumulation: time, memory on the device, bytes spilled."""
+"""What exact batch normalisation costs beside plain accumulation: time, memory on the device, bytes spilled.
+
+::
+
+    python -m benchmarks.lockstep                     three minutes on two cores
+    python -m benchmarks.lockstep --case resnet18 --repeats 15 --out /tmp/lockstep
+
+Each way runs in a process of its own, a window each in turn. *Exact* spills everything that is large enough, *in
+plain's memory* leaves as much on the device as plain accumulation takes there, and *not spilled* all.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,6 +106,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full batch": {"batch_norm": "microbatch"},
     "plain": {"batch_norm": "microbatch"},
     "exact": {"batch_norm": "exact"},
+    "exact, in plain's memory": {"batch_norm": "exact"},
     "exact, not spilled": {"batch_norm": "exact"},
 }
 
@@ -144,6 +157,15 @@ class Desk:
         self.accumulator.step(self.batch, loss)
         return time.perf_counter() - started
 
+    def leave(self, room: int) -> None:
+        """Leave so many bytes on the device that would be spilled."""
+        self.spill.room = room
+        self.window()
+
+    def first_gradient(self) -> Tensor:
+        """Return the first window's gradient, as one vector."""
+        return torch.cat([one.flatten() for one in self.gradient])
+
     def memory(self) -> tuple[int, int]:
         """Return the most bytes beside weights, buffers and the batch, and the bytes spilled."""
         meter = mb.MemoryMeter()
@@ -179,21 +201,58 @@ def desk(case: str, way: str, *, rows: int, size: int, side: int) -> Desk:
     return found
 
 
-def measure(case: str, *, rows: int, size: int, side: int, repeats: int) -> list[Entry]:
-    """Measure every way of a case, in turns."""
-    desks = {way: desk(case, way, rows=rows, size=size, side=side) for way in WAYS}
-    for each in desks.values():
-        each.window()  # the first one warms up
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for index in range(repeats):
-        for way in order_of_round(list(WAYS), index):
-            seconds[way].append(desks[way].window())
+_DESKS: list[Desk] = []  # of a process of its own: one
+
+
+def _sit_down(case: str, way: str, rows: int, size: int, side: int, threads: int) -> None:  # noqa: PLR0917 - by position
+    torch.set_num_threads(threads)
+    _DESKS.append(desk(case, way, rows=rows, size=size, side=side))
+
+
+def _ask(what: str, *given: Any) -> Any:
+    return getattr(_DESKS[0], what)(*given)
+
+
+def measure(case: str, *, rows: int, size: int, side: int, repeats: int, threads: int) -> list[Entry]:
+    """Measure every way of a case, in turns, each in a process of its own.
+
+    Args:
+        case: A key of `CASES`.
+        rows: Rows of the batch.
+        size: Rows of a microbatch.
+        side: Pixels of an image's side.
+        repeats: Rounds; at least 1.
+        threads: Threads of torch's operators.
+
+    Returns:
+        One entry for each of `WAYS`.
+    """
+    context = multiprocessing.get_context("spawn")
+    pools = {
+        way: ProcessPoolExecutor(1, context, initializer=_sit_down, initargs=(case, way, rows, size, side, threads))
+        for way in WAYS
+    }
+    try:
+        for way in WAYS:
+            for _ in range(2):
+                pools[way].submit(_ask, "window").result()  # warms up
+        plain, least = (pools[way].submit(_ask, "memory").result()[0] for way in ("plain", "exact"))
+        pools["exact, in plain's memory"].submit(_ask, "leave", max(0, plain - least)).result()
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for index in range(repeats):
+            for way in order_of_round(list(WAYS), index):
+                seconds[way].append(pools[way].submit(_ask, "window").result())
+        memory = {way: pools[way].submit(_ask, "memory").result() for way in WAYS}
+        gradients = {way: pools[way].submit(_ask, "first_gradient").result() for way in WAYS}
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
     entries: list[Entry] = []
-    reference = torch.cat([each.flatten() for each in desks["full batch"].gradient]).double()
-    for way, each in desks.items():
+    reference = gradients["full batch"].double()
+    for way in WAYS:
         ratio = summarize_ratio(seconds[way], seconds["plain"])
-        peak, spilled = each.memory()
-        gradient = torch.cat([one.flatten() for one in each.gradient]).double()
+        peak, spilled = memory[way]
+        gradient = gradients[way].double()
         entries.append(
             Entry(
                 case=case,
@@ -203,7 +262,7 @@ def measure(case: str, *, rows: int, size: int, side: int, repeats: int) -> list
                 seconds=seconds[way],
                 against_plain=(ratio.median, ratio.spread),
                 peak_bytes=peak,
-                gradient_bytes=sum(one.nbytes for one in each.model.parameters()),
+                gradient_bytes=gradients[way].nbytes,
                 spilled_bytes=spilled,
                 error=((gradient - reference).norm() / reference.norm()).item(),
             )
@@ -236,19 +295,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--microbatch-size", type=int, default=4)
     parser.add_argument("--side", type=int, default=64, help="pixels of an image's side")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch's operators")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args(arguments)
     entries: list[Entry] = []
     for case in given.case:
-        size = given.microbatch_size
-        entries += measure(case, rows=given.rows, size=size, side=given.side, repeats=given.repeats)
+        entries += measure(
+            case,
+            rows=given.rows,
+            size=given.microbatch_size,
+            side=given.side,
+            repeats=given.repeats,
+            threads=given.threads,
+        )
     text = table(entries)
     print(text)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"when": datetime.now(UTC).isoformat(), "machine": hardware("cpu"), "versions": versions()}
-    record["threads"] = torch.get_num_threads()
+    record["threads"] = given.threads
     given.out.with_suffix(".json").write_text(json.dumps({**record, "entries": [asdict(each) for each in entries]}))
-    given.out.with_suffix(".md").write_text(f"# Exact batch normalisation\n\n{text}\n")
+    given.out.with_suffix(".md").write_text(
+        f"# Exact batch normalisation\n\n`python -m benchmarks.lockstep --repeats {given.repeats}`, "
+        f"{given.threads} threads; "
+        + "; ".join(f"{name} {value}" for name, value in {**hardware("cpu"), **versions()}.items())
+        + f".\n\n{text}\n",
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import overrides
 from torch.overrides import (
     TorchFunctionMode,
     _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage]
 )
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode_stack,  # pyright: ignore[reportPrivateUsage]
 )
+
+_AUTOGRAD: Any = getattr(torch, "_C")._autograd  # noqa: B009 - it is private, and has no types
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,50 @@ class Carried:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._grad))
             yield
+
+
+class TakenOff:
+    """The same of a thread that goes on with something else, and the hooks for saved tensors; nothing of it is left on.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._grad, self._cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
+        self._autocasts = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in sorted({"cpu", device.type})
+        ]
+        self._function_modes: list[Any] = [
+            overrides._pop_mode()  # pyright: ignore[reportPrivateUsage]
+            for _ in range(torch._C._len_torch_function_stack())  # pyright: ignore[reportPrivateUsage]
+        ]
+        self._dispatch_modes: list[Any] = [
+            _python_dispatch._pop_mode()  # pyright: ignore[reportPrivateUsage]
+            for _ in range(len(_get_current_dispatch_mode_stack()))
+        ]
+        self._hooks: list[tuple[Any, Any]] = []
+        while (pair := _AUTOGRAD._top_saved_tensors_default_hooks(True)) is not None:
+            self._hooks.append(pair)
+            _AUTOGRAD._pop_saved_tensors_default_hooks()
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def put_on(self) -> None:
+        """Put everything back, on a thread that has nothing on."""
+        if self._stream is not None:
+            torch.cuda.set_stream(self._stream)
+        for mode in reversed(self._dispatch_modes):
+            _python_dispatch._push_mode(mode)  # pyright: ignore[reportPrivateUsage]
+        for mode in reversed(self._function_modes):
+            overrides._push_mode(mode)  # pyright: ignore[reportPrivateUsage]
+        for pair in reversed(self._hooks):
+            _AUTOGRAD._push_saved_tensors_default_hooks(*pair)
+        for kind, enabled, dtype in self._autocasts:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self._cache)
+        torch.set_grad_enabled(self._grad)
 
 
 def _push(stack: ExitStack, mode: Any, base: Any) -> None:

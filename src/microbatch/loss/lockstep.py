@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,9 +17,9 @@ from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
 
 from microbatch.errors import BatchStatisticsError
-from microbatch.loss.carry import Carried
 from microbatch.loss.order import Order
 from microbatch.loss.park import Park, Parking, is_parked
+from microbatch.loss.strands import Strand, strand
 
 Task: TypeAlias = Callable[[], Any]
 Around: TypeAlias = Callable[[], AbstractContextManager[object]]
@@ -87,18 +85,18 @@ class Topic:
 
 
 class Lockstep:
-    """Run forward passes as one: each on a thread of its own, one running at a time, and meeting at every statistic.
+    """Run forward passes as one: each on a strand of its own, one running at a time, and meeting at every statistic.
 
     A pass runs until it needs to know something of all of them, and waits. When the last one has come, what they
     brought is merged, in one node of the graph, and each goes on with the result. One backward over all of them then
     orders itself: the gradient of what was merged is complete when every pass has contributed to it.
 
-    The threads stay for the next time, because a new one pays milliseconds for its first parallel operator.
+    The strands stay for the next time.
     """
 
     def __init__(self) -> None:
-        self._threads: list[_Thread] = []
-        weakref.finalize(self, _dismiss, self._threads)
+        self._strands: list[Strand] = []
+        weakref.finalize(self, _dismiss, self._strands)
 
     def run(
         self,
@@ -126,16 +124,16 @@ class Lockstep:
                 one computed.
 
         Cost:
-            Two switches between threads for each task and meeting, some 50 microseconds.
+            Two switches between strands for each task and meeting, some 40 to 100 microseconds.
         """
-        self._threads += [_Thread() for _ in range(len(tasks) - len(self._threads))]
-        order, carried = Order(), Carried(device)
+        self._strands += [strand(device) for _ in range(len(tasks) - len(self._strands))]
+        order = Order()
         seats = [
-            Seat(index, thread=thread, order=order, puts=puts)
-            for index, thread in zip(range(len(tasks)), self._threads, strict=False)
+            Seat(index, strand=each, order=order, puts=puts)
+            for index, each in zip(range(len(tasks)), self._strands, strict=False)
         ]
         for seat, task in zip(seats, tasks, strict=True):
-            seat.begin(task, carried, rules=rules, around=around)
+            seat.begin(task, rules=rules, around=around)
         try:
             _take_turns(seats, order)
         except BaseException:
@@ -157,7 +155,7 @@ class Seat:
         next: Whether it has the next turn again, so that it keeps what it holds.
     """
 
-    def __init__(self, index: int, *, thread: _Thread, order: Order, puts: Puts) -> None:
+    def __init__(self, index: int, *, strand: Strand, order: Order, puts: Puts) -> None:
         self.index, self.away = index, puts.away
         self.parking = Parking(puts.park, puts.resized)
         self.calls: dict[Any, int] = {}
@@ -167,11 +165,11 @@ class Seat:
         self.given: Any = None
         self.grad = True
         self.ended = self.next = False
-        self._thread, self._order = thread, order
+        self._strand, self._order = strand, order
         self._error: BaseException | None = None
         self._dismissed = False
 
-    # -- in its own thread --------------------------------------------------------------------------------------------
+    # -- on its own strand --------------------------------------------------------------------------------------------
 
     def meet(self, topic: Topic, brought: Any, *, graph: Sequence[Tensor]) -> Any:
         """Wait for the others, and return what came of what all of them brought.
@@ -194,7 +192,7 @@ class Seat:
         del brought, graph
         if not self.next:
             self.parking.leave()
-        self._thread.pause()
+        self._strand.pause()
         self.parking.come_back()
         self._check_dismissed()
         given, self.given, self.topic = self.given, None, None
@@ -209,10 +207,10 @@ class Seat:
         if stranger is not None:
             raise _shared_tensor(self.index, f"microbatch {stranger}", place)
 
-    def _work(self, task: Task, carried: Carried, *, rules: Rules, around: Around) -> None:
+    def _work(self, task: Task, *, rules: Rules, around: Around) -> None:
         try:
             self._check_dismissed()
-            with carried.here(), around(), _Rules(self, rules):
+            with around(), _Rules(self, rules):
                 self.value = task()
             self._check_own(_with_graph(self.value), "the end")
         except _Dismissed:
@@ -222,16 +220,15 @@ class Seat:
         finally:
             self.ended = True
 
-    # -- in the thread that hands out the turns -----------------------------------------------------------------------
+    # -- for who hands out the turns -----------------------------------------------------------------------
 
-    def begin(self, task: Task, carried: Carried, *, rules: Rules, around: Around) -> None:
+    def begin(self, task: Task, *, rules: Rules, around: Around) -> None:
         """Prepare; nothing runs before the first `turn`."""
-        work = partial(self._work, task, carried, rules=rules, around=around)
-        self._thread.give(partial(copy_context().run, work))
+        self._strand.give(partial(self._work, task, rules=rules, around=around))
 
     def turn(self) -> None:
         """Let it run until it waits or ends, and raise what it raised."""
-        self._thread.resume()
+        self._strand.resume()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -241,7 +238,7 @@ class Seat:
         self._dismissed = True
         self.brought = self.given = self.value = None
         while not self.ended:
-            self._thread.resume()
+            self._strand.resume()
         self._error = None
 
 
@@ -329,60 +326,10 @@ class _Rules(TorchFunctionMode):
         return out
 
 
-class _Thread:
-    """A thread that runs only while the one that resumes it waits."""
-
-    def __init__(self) -> None:
-        self._box = _Box()
-        threading.Thread(target=_serve, args=(self._box,), name="microbatch", daemon=True).start()
-
-    def give(self, task: Callable[[], object]) -> None:
-        self._box.task = task
-
-    def leave(self) -> None:
-        """End it; it has no task now."""
-        self._box.go.release()
-
-    def resume(self) -> None:
-        """Let it run until it pauses or its task is done."""
-        self._box.go.release()
-        try:
-            self._box.back.acquire()
-        except KeyboardInterrupt:
-            self._box.back.acquire()  # it runs on until it waits; only then is there one thread again
-            raise
-
-    def pause(self) -> None:
-        """Let the other one run; to be called in this thread."""
-        self._box.back.release()
-        self._box.go.acquire()
-
-
-class _Box:
-    """What two threads pass to and fro: each waits for a lock that the other one opens."""
-
-    def __init__(self) -> None:
-        self.go, self.back = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.back.acquire()
-        self.task: Callable[[], object] | None = None
-
-
-def _serve(box: _Box) -> None:
-    while True:
-        box.go.acquire()
-        task, box.task = box.task, None
-        if task is None:
-            return
-        task()
-        del task
-        box.back.release()
-
-
-def _dismiss(threads: list[_Thread]) -> None:
-    """End threads that wait for a task."""
-    for thread in threads:
-        thread.leave()
+def _dismiss(strands: list[Strand]) -> None:
+    """End strands that wait for a task."""
+    for each in strands:
+        each.leave()
 
 
 def _with_graph(thing: object) -> list[Tensor]:
