@@ -27,6 +27,9 @@ def test_all_causes_are_named_and_no_other(name: str) -> None:
         part = program.planted[cause.kind]
         assert any(part in place for place in cause.where) or not part, (cause.kind, cause.where)
         assert cause.remedy
+    if {"batch_statistics", "randomness"} <= set(program.planted):
+        (randomness,) = (cause for cause in found.causes if cause.kind == "randomness")
+        assert "but not beside" in randomness.remedy  # the one excludes the other
 
 
 def test_there_are_programs_of_every_kind() -> None:

@@ -34,6 +34,11 @@ IN_MODEL = {
     COUPLING: "mb.batch_mean, mb.batch_sum or mb.batch_gather in the place of a statistic over the rows make it one "
     "over the whole batch",
 }
+_BESIDE_STATISTICS = (
+    'the same distribution, another sample. dropout="by_row" draws the same for a row however the batch is cut, but '
+    'not beside batch_norm="exact"; it needs layers without statistics of the batch, as '
+    'mb.convert_batch_norm(model, to="group") makes them'
+)
 
 
 @runtime_checkable
@@ -157,6 +162,8 @@ def _amounts(
     if rest > limit and all(each.switch for each in suspects):
         words = "an error is left with everything switched off that is known to make one"
         causes.append(Cause(kind=UNEXPLAINED, words=words, alone=rest, remedy=REMEDIES[UNEXPLAINED]))
+    if STATISTICS in {cause.kind for cause in causes}:  # whose first remedy excludes the other one's
+        causes = [replace(each, remedy=_BESIDE_STATISTICS) if each.kind == RANDOMNESS else each for each in causes]
     return sorted(causes, key=lambda cause: -(cause.alone or 0.0))
 
 
