@@ -340,6 +340,49 @@ class GradientSum:
         if self._fold is not None:
             self._fold.put_back()
 
+    @property
+    def number(self) -> int:
+        """How many parameters there are."""
+        return len(self._named)
+
+    def zeros(self, index: int) -> Tensor:
+        """Make a sum of nothing.
+
+        Args:
+            index: Of the parameter, in the order of `open`.
+
+        Returns:
+            Zeros of its shape, dense, in the dtype in which its gradients add up; expanded from one number.
+        """
+        parameter = self._named[index].parameter
+        dtype = torch.promote_types(parameter.dtype, self._dtype)
+        return torch.zeros((), dtype=dtype, device=parameter.device).expand(parameter.shape)
+
+    def take(self) -> list[Tensor | None]:
+        """Take away what has added up, so that what comes next begins a sum of its own.
+
+        Returns:
+            For each parameter in the order of `open`, the sum, dense; `None` where there is none.
+        """
+        found = [None if total is None else total.to_dense() if total.is_sparse else total for total in self._all()]
+        self._buffers = {}
+        for each in self._named:
+            each.parameter.grad = None
+        self.mark()
+        return found
+
+    def give(self, totals: Sequence[Tensor | None]) -> None:
+        """Put sums in the place of what has added up.
+
+        Args:
+            totals: As `take` returns them.
+        """
+        for index, (each, total) in enumerate(zip(self._named, totals, strict=True)):
+            if total is not None and total.dtype != each.parameter.dtype:
+                self._buffers[index] = total
+            else:
+                each.parameter.grad = total
+
     def clear(self) -> None:
         """End the window with no gradient anywhere."""
         self._end()

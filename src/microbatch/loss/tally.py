@@ -131,6 +131,25 @@ class Tally:
             row[1] = counts.sum()
         return total
 
+    def parts(self, name: str) -> list[tuple[int, float, float]]:
+        """List what the microbatches gave to one term.
+
+        Args:
+            name: The term.
+
+        Returns:
+            Of each microbatch its index in the window, its sum and its count.
+
+        Cost:
+            Reads every loss of the window: a host synchronisation.
+        """
+        term = self._terms.get(name)
+        if term is None:
+            return []
+        counts = [float(count) for count in term.counts]
+        sums = [float(v) * w if c else 0.0 for v, w, c in zip(term.values, term.weights, counts, strict=True)]
+        return [(index or 0, s, count) for index, s, count in zip(term.microbatches, sums, counts, strict=True)]
+
     def factor(self, counts: Mapping[str, float]) -> float:
         """Turn the accumulated gradient into the mean's: ``expected / count``.
 

@@ -88,6 +88,9 @@ class Accumulator:
             optimizer. See ``docs/precision.md``.
         dropout: ``"by_row"`` to draw dropout's masks by row of the effective batch, so that they do not depend on the
             cut; see ``docs/dropout.md``.
+        deterministic: Give the same bits on any number of ranks, dropout included: microbatches of ``microbatch_size``
+            rows are numbered through the effective batch, each has seeds of its own, and gradients add up in one
+            binary tree over them. See ``docs/ranks.md``.
         listeners: Callables that are given every event.
 
     Raises:
@@ -129,6 +132,7 @@ class Accumulator:
         accumulate: str = "plain",
         gradient_buffer: str | LinearState | Sequence[str | LinearState] = "own",
         dropout: str | None = None,
+        deterministic: bool = False,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._settings = Settings(
@@ -155,6 +159,7 @@ class Accumulator:
             accumulate=accumulate,
             gradient_buffer=_for_each(gradient_buffer, optimizer),
             dropout=dropout,
+            deterministic=deterministic,
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
         self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
@@ -212,6 +217,7 @@ class Accumulator:
 
         Raises:
             BatchError: The batch cannot be cut, or is empty.
+            ConfigError: ``encode`` and ``deterministic=True``.
             LossError: What ``loss_fn`` returned cannot be used.
             NonfiniteError: The loss or the gradient is infinite or NaN, and ``nonfinite="raise"``.
             OutOfMemoryError: Memory ran out even with a microbatch of one row, or where a smaller one cannot help.
@@ -221,6 +227,11 @@ class Accumulator:
             out, the window is run again with microbatches of half the size, and gives the same result. With ``encode``
             one forward more, unless the graphs are kept: see ``coupled``.
         """
+        if encode is not None and self._settings.deterministic:
+            raise ConfigError(
+                "deterministic=True adds up what microbatches give one by one, and with encode= the loss is of the "
+                "whole batch; leave one of them out"
+            )
         if encode is None:
             plain = Plain(batch, loss_fn, call=self._call, in_turns=self._in_turns is not None)
             return self._take_step(plain, counts)
@@ -257,7 +268,7 @@ class Accumulator:
 
         Raises:
             ConfigError: ``microbatches`` is not a whole number of at least 1, or ``batch_norm="exact"``, which a
-                hand-written loop cannot give.
+                hand-written loop cannot give, or ``deterministic=True``.
 
         Cost:
             Holds one window's microbatches on the host.
@@ -266,6 +277,11 @@ class Accumulator:
             Laws B1, B2, N1.
         """
         self._refuse_exact()
+        if self._settings.deterministic:
+            raise ConfigError(
+                "deterministic=True numbers the microbatches of a batch that it has cut itself: use "
+                "accumulator.step(batch, loss_fn), or window.split(batch)"
+            )
         try:
             check_microbatch_size(microbatches)
         except ConfigError:

@@ -20,6 +20,7 @@ from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.reduce import reduce_, reserve
 from microbatch.step.apply import apply
+from microbatch.step.canonical import Canonical
 from microbatch.step.settings import Progress, Settings
 from microbatch.step.together import together
 
@@ -34,6 +35,7 @@ class Closing:
     ranks: Ranks | None
     samples: int | float
     progress: Progress
+    canonical: Canonical | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ def get_ready(closing: Closing) -> Message | None:
         counts=flat[1::2] if spoke else [],
         samples=closing.samples,
         double=closing.tally.dtype == torch.float64,
-        present=closing.gradients.present,
+        present=closing.gradients.present if closing.canonical is None else closing.canonical.present,
         steps=closing.progress.steps,
     )
 
@@ -160,6 +162,12 @@ def _take_step(closing: Closing, pooled: _Pooled) -> End:
 
 
 def _pool(closing: Closing) -> _Pooled:
+    if closing.canonical is not None:
+        names = sorted(closing.tally.names)
+        double = closing.tally.dtype == torch.float64
+        present = closing.canonical.present
+        alone = Message(names=names, sums=[], counts=[], samples=closing.samples, double=double, present=present)
+        return _pool_in_order(closing, closing.canonical, alone)
     device = closing.settings.device
     table = closing.tally.totals(device)
     closing.gradients.drop(closing.gradients.present)
@@ -183,6 +191,8 @@ def _pool(closing: Closing) -> _Pooled:
 def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
     device, gradients = closing.settings.device, closing.gradients
     agreed = agree(ranks, message, parameters=len(message.present))
+    if closing.canonical is not None:
+        return _pool_in_order(closing, closing.canonical, agreed)
     counts = dict(zip(agreed.names, agreed.counts, strict=True))
     factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
     gradients.fill(agreed.present)
@@ -195,6 +205,29 @@ def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
         sums=sums,
         host_sums=agreed.sums,
         host_counts=agreed.counts,
+        samples=agreed.samples,
+        dtype=torch.float64 if agreed.double else torch.float32,
+        norm=norm,
+        host_norm=norm.item(),
+        normalised=True,
+        present=agreed.present,
+    )
+
+
+def _pool_in_order(closing: Closing, canonical: Canonical, agreed: Message) -> _Pooled:
+    """Pool so that no bit depends on the ranks, of which there may be one."""
+    device, tally = closing.settings.device, closing.tally
+    host_sums, host_counts = canonical.sums(tally, agreed.names)
+    known = tally.spoke and any(host_counts)
+    factor = canonical.factor(tally.factor(dict(zip(agreed.names, host_counts, strict=True))) if known else 0.0)
+    canonical.finish(agreed.present)
+    closing.gradients.scale_(factor)
+    norm = _norm(closing, device)
+    return _Pooled(
+        names=agreed.names,
+        sums=torch.tensor(host_sums, dtype=wide_dtype(device), device=device),
+        host_sums=host_sums,
+        host_counts=host_counts,
         samples=agreed.samples,
         dtype=torch.float64 if agreed.double else torch.float32,
         norm=norm,

@@ -10,8 +10,8 @@ import torch
 from microbatch.batch.by_row import ByRow, Shown
 from microbatch.batch.lengths import Piece
 from microbatch.errors import ConfigError, WindowError
-from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
+from microbatch.step.canonical import numbered
 
 # Calls of dropout by a loss of the whole batch are counted from here, so that they have no masks of an encoder's.
 _WHOLE = 1 << 32
@@ -67,7 +67,8 @@ class Masking:
                 'dropout="by_row" numbers the rows of all ranks before the first forward; call window.split once'
             )
         if self.known is None:
-            self.known = self._agreed(self._ranks, rows)
+            seed, shares = numbered(self._ranks, rows, seed=self.mode.seed, parameters=self._parameters)
+            self.known = seed, sum(shares[: self._ranks.index])
         self._begin()
 
     def cut(self, pieces: Sequence[Piece]) -> None:
@@ -121,15 +122,3 @@ class Masking:
     def _begin(self) -> None:
         if self.known is not None:
             self.mode.seed, self._first = self.known
-
-    def _agreed(self, ranks: Ranks, rows: int) -> tuple[int, int]:
-        # First that every rank is there: one that failed answers this, and not what follows.
-        message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * self._parameters)
-        agree(ranks, message, parameters=self._parameters)
-        told = torch.zeros(ranks.size + 1, dtype=torch.int64, device=ranks.device)
-        told[ranks.index] = rows
-        if ranks.index == 0:
-            told[-1] = self.mode.seed
-        ranks.sum_(told)
-        *shares, seed = told.tolist()
-        return seed, sum(shares[: ranks.index])

@@ -18,6 +18,7 @@ from microbatch.batch.lengths import Lengths
 from microbatch.batch.masks import derive
 from microbatch.errors import ConfigError
 from microbatch.gradients.fold import LinearState, check_folds, linear_state
+from microbatch.loss.batchnorm import layers_of
 from microbatch.loss.loss import Count
 from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
@@ -58,6 +59,7 @@ class Settings:
     accumulate: str = "plain"
     gradient_buffer: Sequence[str | LinearState] = ()
     dropout: str | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -99,6 +101,7 @@ class Settings:
             raise ConfigError(f'dropout must be "by_row" or None, not {self.dropout!r}')
         if self.dropout and self.compile:
             raise ConfigError('dropout="by_row" draws its masks in Python, which compile= would leave out; use one')
+        self._check_deterministic()
 
     @property
     def linear_states(self) -> list[LinearState | None]:
@@ -209,6 +212,26 @@ class Settings:
                         f"{index}, and accumulate_dtype is {self.accumulate_dtype}; pass accumulate_dtype="
                         f"{parameter.dtype} if that precision will do, or keep a gradient buffer"
                     )
+
+    def _check_deterministic(self) -> None:
+        if not self.deterministic:
+            return
+        if not isinstance(self.microbatch_size, int):
+            raise ConfigError(
+                "deterministic=True needs a microbatch_size that is a number: every size rounds in its own way, and "
+                f"{self.microbatch_size!r} may find another one elsewhere"
+            )
+        frozen = self.batch_norm == FROZEN or not layers_of(self.bare_model)
+        for given, name, why in [
+            (self.lengths, "lengths", "which rows go together would depend on the share that a rank has"),
+            (self.compile, "compile", "which shapes run compiled would depend on the share that a rank has"),
+            (self.grad_scaler, "grad_scaler", "its overflows are those of one rank's microbatches"),
+            (self.accumulate != "plain", "accumulate", "sums of microbatches are float32 or wider"),
+            (any(self.linear_states), "gradient_buffer", "a tree of sums needs buffers of its own"),
+            (not frozen, "batch_norm", 'running statistics move with each rank\'s microbatches; pass "frozen"'),
+        ]:
+            if given:
+                raise ConfigError(f"deterministic=True does not go with {name}=: {why}; leave one of them out")
 
     def _check_batch_norm(self) -> None:
         how = self.batch_norm

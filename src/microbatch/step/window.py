@@ -37,6 +37,7 @@ from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
 from microbatch.ranks.exchange import Exchange
 from microbatch.ranks.group import Ranks
+from microbatch.step.canonical import Canonical
 from microbatch.step.close import Closing, close, get_ready
 from microbatch.step.coupling import Coupling, Encode, Scheme
 from microbatch.step.denominators import Denominators
@@ -159,9 +160,11 @@ class Window:
         self._gradients = sums_for(settings, seed=seed, aside=self._memory.aside.put, rank=rank)
         self._gradients.open(self._named)
         self._masking = self._masking_for(seed, earlier) if settings.dropout else None
+        self._canonical = self._canonical_for(seed) if settings.deterministic else None
         self._scratch = Scratch()
+        # Where every microbatch's gradient is taken away, there is no sum to add to inside the product.
         self._fuse = fuse_for(
-            self._named if settings.fuse else [],
+            self._named if settings.fuse and not settings.deterministic else [],
             self._gradients,
             scratch=self._scratch,
             keep=None if settings.spill is None else settings.spill.leave,
@@ -299,6 +302,8 @@ class Window:
             raise WindowError(
                 "a window encodes one batch, and has no other loss than that batch's; open another window"
             )
+        if self._canonical is not None:
+            raise WindowError("deterministic=True adds up what microbatches give one by one; encode= is for the whole")
         if self._counts is not None:
             raise WindowError("counts= is not needed beside encode=: the loss of the whole batch says its denominators")
         settings, pieces = self._settings, self._cut_up(batch)
@@ -492,6 +497,11 @@ class Window:
     def _masking_for(self, seed: int, earlier: Attempt) -> Masking:
         return Masking(seed, ranks=self._ranks, parameters=len(self._named), known=earlier.masked)
 
+    def _canonical_for(self, seed: int) -> Canonical:
+        size = self._memory.sizing.rows
+        device = self._settings.device
+        return Canonical(seed, size=size, ranks=self._ranks, gradients=self._gradients, device=device)
+
     @property
     def _masked(self) -> tuple[int, int] | None:
         return None if self._masking is None else self._masking.known
@@ -500,6 +510,10 @@ class Window:
         self._denominators.expect(batches, begun=self._index > 0)
         if self._masking is not None:
             self._masking.expect(sum(rows_of(batch) for batch in batches), begun=self._index > 0)
+        if self._canonical is not None:
+            rows = sum(rows_of(batch) for batch in batches)
+            begun = self._index > 0
+            self._denominators.share(self._canonical.expect(rows, parameters=len(self._named), begun=begun))
 
     def _cut_up_by_length(
         self, batch: object, size: int, *, lengths: Lengths
@@ -519,6 +533,7 @@ class Window:
         return lambda: feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
 
     def _shown(self, pieces: Iterable[tuple[int, Any]]) -> Iterable[tuple[int, Any]]:
+        pieces = pieces if self._canonical is None else self._canonical.shown(pieces)
         return pieces if self._masking is None else self._masking.shown(pieces)
 
     def _know(self, cut: Cut, batch: object) -> None:
@@ -628,6 +643,8 @@ class Window:
         if self._index == 0 and self._ranks is None:
             raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
         self._norms.check()
+        if self._canonical is not None:
+            self._canonical.check()
         self._watch.only_count()
         closing = Closing(
             settings=self._settings,
@@ -636,6 +653,7 @@ class Window:
             ranks=self._ranks,
             samples=self._samples,
             progress=self._memory.progress,
+            canonical=self._canonical,
         )
         message = get_ready(closing)
         self._stepping, self._awaited = True, False
@@ -708,6 +726,8 @@ class Window:
         # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
         late = self._stepped or (self._ranks is not None and not self._awaited)
         late = late or (self._talk is not None and self._talk.over)
+        # What another size would give would be other bits.
+        late = late or self._canonical is not None
         # Nor where all have met for statistics, which another attempt would do once more, and wait to be told of more.
         late = late or (self._passed is not None and isinstance(self._talk, Exchange) and not self._talk.begun)
         kept = coupling is not None and coupling.keeps and not late
