@@ -49,6 +49,11 @@ class Ranks:
             return None
         return cls(None, device)
 
+    @property
+    def group(self) -> Any:
+        """The process group, for collectives that are not here; `None` for the default one."""
+        return self._group
+
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor with its sum over all ranks.
 

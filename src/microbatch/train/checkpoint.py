@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
+from microbatch.ranks.group import Ranks
 from microbatch.train.encode import decode, encode, own
+from microbatch.train.sharded import is_sharded, load_parts, own_part
 
-FORMAT = 1
+FORMAT, FORMAT_OF_PARTS = 1, 2
+"""The second one has tensors in parts, which a version that knows the first alone would take for wholes."""
 _NAME = re.compile(r"step-(\d{6,})")
 _MANIFEST = "manifest.json"
 
@@ -41,13 +44,53 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Copied:
+    """Hold what a checkpoint will be, in memory of its own, so that training can go on while it is written.
+
+    Attributes:
+        step: Optimizer steps taken.
+        weights: Parameters and buffers by name, each memory once.
+        tied: Further names of those, with the first name of each.
+        plain: The state's JSON.
+        tensors: The state's tensors, by path.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    tied: dict[str, str]
+    plain: Any
+    tensors: dict[str, Tensor]
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a tensor is spread over the ranks."""
+        return any(is_sharded(tensor) for tensor in (*self.weights.values(), *self.tensors.values()))
+
+
+def copied(*, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Copied:
+    """Copy what a checkpoint will be to the host.
+
+    Args:
+        step: Optimizer steps taken.
+        weights: Parameters and buffers by name; tensors that share memory are copied once.
+        state: Nested plain values and tensors, as `microbatch.train.encode.encode` takes them.
+
+    Returns:
+        The copy.
+
+    Raises:
+        CheckpointError: The state holds something that is not plain data.
+    """
+    plain, tensors = encode(state)
+    distinct, tied = _distinct(weights)
+    return Copied(step=step, weights=distinct, tied=tied, plain=plain, tensors=tensors)
+
+
 def write_checkpoint(
     folder: Path, *, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], keep: int
 ) -> Path:
     """Write one checkpoint so that a crash at any moment leaves either all of it or none.
-
-    Everything goes to a temporary folder, file by file to the disk's own memory, the manifest of hashes last; then one
-    rename makes it a checkpoint.
 
     Args:
         folder: Where the run keeps its checkpoints; made if missing.
@@ -65,27 +108,82 @@ def write_checkpoint(
     Cost:
         Copies the weights and the state to host memory, hashes them, and waits for the disk.
     """
-    plain, tensors = encode(state)
-    distinct, tied = _distinct(weights)
-    final = folder / _name(step)
-    temporary = folder / f".writing-{final.name}-{os.getpid()}"
-    try:
+    return store(folder, copied(step=step, weights=weights, state=state), keep=keep)
+
+
+def store(folder: Path, what: Copied, *, keep: int, ranks: Ranks | None = None) -> Path:
+    """Write what was copied, so that a crash of any rank at any moment leaves either all of it or none.
+
+    Everything goes to a temporary folder, file by file to the disk's own memory, the manifest of hashes last; then one
+    rename makes it a checkpoint. Over several ranks all of them call this: each writes what it alone holds, and the
+    first what all have, the manifest and the name.
+
+    Args:
+        folder: Where the run keeps its checkpoints, which all ranks see; made if missing.
+        what: The copy.
+        keep: Newest checkpoints that stay; at least 1. Older ones are removed after the new one is safe.
+        ranks: The ranks; `None` for a single process.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: The disk refused, on any rank.
+
+    Cost:
+        Hashes what it writes, and waits for the disk; over several ranks some five small messages.
+    """
+    final = folder / _name(what.step)
+
+    def begin() -> str:
+        temporary = folder / f".writing-{final.name}-{os.getpid()}"
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_file(distinct, temporary / "weights.safetensors", metadata={"tied": json.dumps(tied)})
-        save_file(tensors, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"tied": tied, "state": plain}), encoding="utf-8")
-        _seal(temporary, step)
+        return temporary.name
+
+    def seal() -> str:
+        document = json.dumps({"tied": what.tied, "state": what.plain})
+        (temporary / "state.json").write_text(document, encoding="utf-8")
+        _seal(temporary, what.step, version=FORMAT_OF_PARTS if what.in_parts else FORMAT)
         _replace(temporary, final)
         for _, old in _listed(folder)[keep:]:
             shutil.rmtree(old)
-    except OSError as error:
-        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
-    return final
+        return final.name
+
+    temporary = folder / _by_the_first(ranks, begin, final)
+    tied = json.dumps(what.tied)
+    if ranks is None:
+        _by_the_first(None, lambda: _save_alone(temporary, what, tied), final)
+    else:
+        from microbatch.train.parts import save_parts  # which takes half a second to import
+
+        save_parts(temporary, {"weights": what.weights, "state": what.tensors}, tied=tied, ranks=ranks)
+    return folder / _by_the_first(ranks, seal, final)
 
 
-def read_newest(folder: Path, *, notice: Callable[[str], object]) -> Checkpoint:
+def _save_alone(folder: Path, what: Copied, tied: str) -> str:
+    save_file(what.weights, folder / "weights.safetensors", metadata={"tied": tied})
+    save_file(what.tensors, folder / "state.safetensors")
+    return folder.name
+
+
+def _by_the_first(ranks: Ranks | None, work: Callable[[], str], final: Path) -> str:
+    """Let the first rank do what one can do for all, and all of them know how it went."""
+    result, refused = "", ""
+    if ranks is None or ranks.index == 0:
+        try:
+            result = work()
+        except OSError as error:
+            refused = str(error)
+    if ranks is not None:
+        result, refused = ranks.tell((result, refused))[0]
+    if refused:
+        raise CheckpointError(f"the checkpoint {final} could not be written: {refused}")
+    return result
+
+
+def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: Ranks | None = None) -> Checkpoint:
     """Read the newest checkpoint that is whole.
 
     A damaged one is named, set aside under another name, and the one before it is read.
@@ -93,6 +191,7 @@ def read_newest(folder: Path, *, notice: Callable[[str], object]) -> Checkpoint:
     Args:
         folder: Where the run keeps its checkpoints.
         notice: Called with one text for each checkpoint that is damaged.
+        ranks: Who else reads it: the first one chooses and checks it for all of them; `None` for a single process.
 
     Returns:
         The checkpoint.
@@ -100,6 +199,22 @@ def read_newest(folder: Path, *, notice: Callable[[str], object]) -> Checkpoint:
     Raises:
         CheckpointError: There is no checkpoint, or every one is damaged.
     """
+    if ranks is None:
+        return _newest(folder, notice)
+    found: Checkpoint | None = None
+    refused = ""
+    if ranks.index == 0:
+        try:
+            found = _newest(folder, notice)
+        except CheckpointError as error:
+            refused = str(error)
+    name, refused = ranks.tell((None if found is None else found.path.name, refused))[0]
+    if name is None:
+        raise CheckpointError(refused)
+    return _read(folder / name) if found is None else found
+
+
+def _newest(folder: Path, notice: Callable[[str], object]) -> Checkpoint:
     found = _listed(folder)
     if not found:
         raise CheckpointError(
@@ -135,11 +250,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
         Reads every file twice, once to hash it.
     """
     _verify(path)
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
     try:
-        weights = load_file(path / "weights.safetensors")
+        weights = load_parts(path, "weights")
         document = json.loads((path / "state.json").read_text(encoding="utf-8"))
         manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
-        state = decode(document["state"], load_file(path / "state.safetensors"))
+        state = decode(document["state"], load_parts(path, "state"))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint {path.name} cannot be read: {error}") from error
     for alias, name in cast("dict[str, str]", document["tied"]).items():
@@ -182,7 +301,7 @@ def _distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"the weight {name!r} is a {tensor.layout} tensor, which a checkpoint cannot hold")
         # Empty tensors all have the address 0 without sharing anything.
-        address = tensor.data_ptr() or name
+        address = own_part(tensor).data_ptr() or name
         key = (address, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key in first:
             tied[name] = first[key]
@@ -192,13 +311,13 @@ def _distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return distinct, tied
 
 
-def _seal(folder: Path, step: int) -> None:
+def _seal(folder: Path, step: int, *, version: int) -> None:
     """Bring every file to the disk and write the manifest that says what they are."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in sorted(folder.iterdir())}
     for name in files:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-    manifest = {"format": FORMAT, "step": step, "torch": str(torch.__version__), "files": files}
+    manifest = {"format": version, "step": step, "torch": str(torch.__version__), "files": files}
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
@@ -225,8 +344,10 @@ def _verify(path: Path) -> None:
         raise damaged(f"{_MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise damaged(f"{_MANIFEST} is not a manifest") from None
-    if version != FORMAT:
-        raise CheckpointError(f"the checkpoint {path.name} has format {version}, and this version reads {FORMAT}")
+    if version not in {FORMAT, FORMAT_OF_PARTS}:
+        raise CheckpointError(
+            f"the checkpoint {path.name} has format {version}, and this version reads {FORMAT} and {FORMAT_OF_PARTS}"
+        )
     if path.name != _name(step):
         raise damaged(f"{_MANIFEST} says that it is step {step}")
     for name, expected in files.items():

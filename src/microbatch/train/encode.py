@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
+from microbatch.train.sharded import own_part, with_part
 
 _SCALARS = (bool, int, str, type(None))
 
@@ -115,9 +116,11 @@ def own(tensor: Tensor) -> Tensor:
         tensor: Any dense tensor.
 
     Returns:
-        A contiguous CPU tensor that shares no memory with the argument.
+        A contiguous CPU tensor that shares no memory with the argument; of one that is sharded, with this rank's part
+        copied.
     """
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu").copy_(tensor.detach())
+    part = own_part(tensor.detach())
+    return with_part(tensor, torch.empty(part.shape, dtype=part.dtype, device="cpu").copy_(part))
 
 
 def _encode_numpy(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:

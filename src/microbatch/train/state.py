@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from microbatch.errors import CheckpointError
+from microbatch.train.sharded import dealt, is_sharded
 
 
 def optimizers_of(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -36,6 +39,36 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+@contextmanager
+def same_bits(device: torch.device, *, wanted: bool) -> Generator[None]:
+    """Let operators give the same bits every time, while the block runs.
+
+    On the CPU that takes one thread, as launchers give to each of several ranks: a sum's order depends on how many
+    share it.
+
+    Args:
+        device: Where the model is.
+        wanted: Whether to do anything.
+
+    Yields:
+        Nothing.
+    """
+    if not wanted:
+        yield
+        return
+    before, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.set_num_threads(threads)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
@@ -113,10 +146,10 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor], extra: Mapping[s
         found = "; ".join(f"{what}: {', '.join(names[:3])}" for what, names in parts if names)
         raise CheckpointError(f"the checkpoint is of another model than the job now makes ({found})")
     state_names = set(model.state_dict()) - set(extra_now)
-    model.load_state_dict({name: weights[name] for name in state_names} | dict(extra))
+    model.load_state_dict({name: dealt(weights[name], like=now[name]) for name in state_names} | dict(extra))
     for name, tensor in now.items():
         if name not in state_names:
-            tensor.copy_(weights[name])
+            tensor.copy_(dealt(weights[name], like=tensor))
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -132,11 +165,12 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: It has other parameter groups.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = _dealt(state, parameters)
     try:
         optimizer.load_state_dict(cast("dict[str, Any]", state))
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"the checkpoint's optimizer is not the job's: {error}") from error
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     saved = cast("Mapping[Any, Any]", state.get("state", {}))
     for index, values in saved.items():
         if not isinstance(index, int) or index >= len(parameters) or not isinstance(values, Mapping):
@@ -146,3 +180,19 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
             found = loaded.get(key)
             if isinstance(value, Tensor) and isinstance(found, Tensor) and found.dtype != value.dtype:
                 loaded[key] = value.to(found.device, copy=True)
+
+
+def _dealt(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> Mapping[str, Any]:
+    """Deal the states of parameters that are spread over ranks out as these are."""
+    if not any(is_sharded(parameter) for parameter in parameters):
+        return state
+    by_index = {
+        index: {
+            key: dealt(value, like=parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for key, value in cast("Mapping[str, Any]", values).items()
+        }
+        for index, values in cast("Mapping[int, Any]", state["state"]).items()
+    }
+    return {**state, "state": by_index}

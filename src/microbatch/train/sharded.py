@@ -1,0 +1,117 @@
+"""Tensors of which every rank holds a part: read as wholes, and dealt out again to any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from microbatch.errors import CheckpointError
+
+PARTS = "parts"
+"""In a file's metadata: which of its tensors are parts, of what, and where they belong."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether every rank holds a part of a tensor only.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        Whether it is a ``DTensor``.
+    """
+    # Whoever has made one has imported it, and nobody else need pay for that.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor.
+
+    Args:
+        tensor: Any.
+
+    Returns:
+        Its part of one that is sharded; any other as it is.
+    """
+    return cast("Any", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def with_part(tensor: Tensor, part: Tensor) -> Tensor:
+    """Make a tensor that is dealt out to the ranks as another one is.
+
+    Args:
+        tensor: The other one.
+        part: What this rank holds of the new one.
+
+    Returns:
+        The new one; ``part`` itself where the other is not sharded.
+    """
+    if not is_sharded(tensor):
+        return part
+    like = cast("Any", tensor)
+    return sys.modules["torch.distributed.tensor"].DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def dealt(whole: Tensor, *, like: Tensor) -> Tensor:
+    """Deal a whole tensor out to the ranks as another one is.
+
+    Args:
+        whole: The same on every rank.
+        like: The other one.
+
+    Returns:
+        ``whole`` itself where the other is not sharded.
+
+    Cost:
+        No communication: every rank takes its part of what it has.
+    """
+    if not is_sharded(like) or is_sharded(whole):
+        return whole
+    other = cast("Any", like)
+    local = whole.to(other.to_local().device)
+    return sys.modules["torch.distributed.tensor"].distribute_tensor(
+        local, other.device_mesh, other.placements, src_data_rank=None
+    )
+
+
+def load_parts(path: Path, stem: str) -> dict[str, Tensor]:
+    """Read all files of one stem and put parts together.
+
+    Args:
+        path: The checkpoint's folder.
+        stem: Such as ``"weights"``.
+
+    Returns:
+        Whole tensors by name, on the host.
+
+    Raises:
+        CheckpointError: A part is missing.
+    """
+    whole: dict[str, Tensor] = {}
+    filled: dict[str, int] = {}
+    for file in sorted(path.glob(f"{stem}*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            reader = cast("Any", opened)
+            parts = json.loads((reader.metadata() or {}).get(PARTS, "{}"))
+            for key in reader.keys():  # noqa: SIM118 - it is no dict
+                tensor = cast("Tensor", reader.get_tensor(key))
+                if key not in parts:
+                    whole[key] = tensor
+                    continue
+                name, shape, offsets = parts[key]["name"], parts[key]["shape"], parts[key]["offsets"]
+                place = tuple(slice(o, o + n) for o, n in zip(offsets, tensor.shape, strict=True))
+                whole.setdefault(name, torch.empty(shape, dtype=tensor.dtype))[place] = tensor
+                filled[name] = filled.get(name, 0) + tensor.numel()
+    for name, numbers in filled.items():
+        if numbers != whole[name].numel():
+            raise CheckpointError(f"{path.name} has {numbers} of the {whole[name].numel()} numbers of {name!r}")
+    return whole
