@@ -23,7 +23,7 @@
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
     ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
-    ├── RankError               (RuntimeError)  another rank failed, or the ranks disagree
+    ├── RankError               (RuntimeError)  another rank failed, died or did not come, or the ranks disagree
     │   └── RankAgainError                      another rank ran out of memory, and all have to run the batch again
     ├── DataError               (ValueError)    data that cannot be read or trained on
     ├── CheckpointError         (RuntimeError)  a checkpoint that is missing, damaged or of another run
@@ -160,7 +160,7 @@ class SpillError(MicrobatchError, OSError):
 
 
 class RankError(MicrobatchError, RuntimeError):
-    """Another rank failed inside the window, or the ranks do not agree about it."""
+    """Another rank failed, died or did not come, or the ranks do not agree about a window."""
 
 
 class RankAgainError(RankError):

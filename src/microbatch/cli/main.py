@@ -116,6 +116,22 @@ def train(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=_MACHINE)
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits on any number of ranks.", rich_help_panel=_MACHINE),
+    ] = False,
+    async_checkpoints: Annotated[
+        bool,
+        typer.Option("--async-checkpoints", help="Train on while a checkpoint is written.", rich_help_panel=_MACHINE),
+    ] = False,
+    rank_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a rank of several waits for the others before it says who is missing.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=_FILES)
     ] = None,
@@ -125,7 +141,14 @@ def train(
     ] = None,
     run: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Run directory; by default a new one under runs/.", rich_help_panel=_FILES),
+        typer.Option(
+            "--run",
+            # torchrun takes --run for the beginning of an option of its own.
+            "--run-dir",
+            metavar="DIR",
+            help="Run directory; by default a new one under runs/.",
+            rich_help_panel=_FILES,
+        ),
     ] = None,
     resume: Annotated[
         bool,
@@ -171,6 +194,9 @@ def train(
         "validate_every": validate_every,
         "checkpoint_every": checkpoint_every,
         "compare": False if no_compare else None,
+        "deterministic": deterministic or None,
+        "async_checkpoints": async_checkpoints or None,
+        "rank_timeout": rank_timeout,
     }
     output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
     raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))

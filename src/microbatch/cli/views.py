@@ -89,7 +89,9 @@ def plan_view(event: RunPlanned) -> Panel:
     batch = min(config.batch_size, config.samples)
     grid = _grid()
     cut_into = f"{config.microbatches} microbatches of {config.microbatch_size}"
-    if config.auto:
+    if config.ranks > 1:
+        cut_into = f"{config.ranks} ranks, each with up to {cut_into}"
+    elif config.auto:
         cut_into = "microbatches whose size the first steps find"
     elif config.ragged:
         cut_into = f"microbatches as large as {config.microbatch_size} of its longest"

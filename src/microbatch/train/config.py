@@ -46,6 +46,9 @@ class Settings(BaseModel):
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Checkpoints that are kept.
         compare: Whether the run ends with the comparison against the full batch.
+        deterministic: Whether the run has the same bits on any number of ranks, dropout included.
+        async_checkpoints: Whether training goes on while a checkpoint is written.
+        rank_timeout: Seconds that a rank waits for the others before it says who is missing and ends.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -70,6 +73,9 @@ class Settings(BaseModel):
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3
     compare: bool = True
+    deterministic: bool = False
+    async_checkpoints: bool = False
+    rank_timeout: Positive = 600.0
 
     @field_validator("memory")
     @classmethod

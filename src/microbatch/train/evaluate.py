@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from microbatch.batch.feed import feed
 from microbatch.errors import DataError
 from microbatch.loss.coupled import Representations, put_together, taken_apart
 from microbatch.loss.loss import Loss
+from microbatch.ranks.group import Ranks
 from microbatch.step.replay import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
 from microbatch.train.job import Job
@@ -46,15 +47,24 @@ def untouched(model: nn.Module, device: torch.device, *, training: bool) -> Gene
 
 
 def evaluate(
-    job: Job, *, microbatch_size: int, device: torch.device, autocast: torch.dtype | None = None
+    job: Job,
+    *,
+    microbatch_size: int,
+    device: torch.device,
+    autocast: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Pool sums and counts over a job's held-out set, so that the result does not depend on how it was cut.
 
+    Over several ranks each runs some of the microbatches, and all of them add up what each of these gave, in the order
+    of the set: the sums have the same bits on any number of ranks.
+
     Args:
         job: Its model is evaluated in evaluation mode, without gradients, and left as it was.
-        microbatch_size: Samples at once; at least 1.
+        microbatch_size: Samples at once; at least 1. The same on every rank, or the first one's counts.
         device: Where the model is.
         autocast: Precision of the forward pass, or `None`.
+        ranks: Who else evaluates it; `None` for a single process.
 
     Returns:
         Means by name. What is minimised is ``"loss"``, the sum of its terms if it has several.
@@ -64,36 +74,62 @@ def evaluate(
 
     Cost:
         One forward pass over the set; one host synchronisation for each microbatch. With ``encode``, the
-        representations of the whole set at once.
+        representations of the whole set at once. Over several ranks one or two messages.
     """
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
     rows = length_of(job.validation, role="validation")
-    lists = list(in_order(rows, microbatch_size=microbatch_size))
-    microbatches = feed((job.collate(fetch(job.validation, indices)) for indices in lists), device)
+    size = microbatch_size if ranks is None else ranks.tell(microbatch_size)[0]
+    lists = list(in_order(rows, microbatch_size=size))
+    own = lists if ranks is None else lists[ranks.index :: ranks.size]
+    microbatches = feed((job.collate(fetch(job.validation, indices)) for indices in own), device)
     score = job.evaluate or job.loss_fn
+    found: list[dict[str, tuple[float, float]]] = []
     encoded: list[Representations] = []
     with (
         untouched(job.model, device, training=False),
         torch.no_grad(),
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
     ):
-        for indices, microbatch in zip(lists, microbatches, strict=True):
+        if ranks is not None:
+            # Running statistics are each rank's own; the first one's are those that a checkpoint keeps.
+            ranks.copy_([*job.model.buffers()], source=0)
+        for indices, microbatch in zip(own, microbatches, strict=True):
             if job.encode is not None:
                 encoded.append(taken_apart(job.encode(job.model, microbatch), rows=len(indices)))
-                continue
-            for name, loss in named_losses(score(job.model, microbatch), rows=len(indices)).items():
-                sums[name] = sums.get(name, 0.0) + float(loss.sum)
-                counts[name] = counts.get(name, 0.0) + float(loss.count)
-        if encoded:
-            scores = score(job.model, put_together(encoded, lambda column: torch.cat(list(column))).structure)
-            for name, loss in named_losses(scores, rows=rows).items():
-                sums[name], counts[name] = float(loss.sum), float(loss.count)
+            else:
+                found.append(_numbers(named_losses(score(job.model, microbatch), rows=len(indices))))
+        if job.encode is not None:
+            whole = put_together(_all_of(encoded, ranks, device), lambda column: torch.cat(list(column)))
+            found = [_numbers(named_losses(score(job.model, whole.structure), rows=rows))]
+        elif ranks is not None:
+            found = _interleaved(ranks.tell(found))
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for each in found:
+        for name, (number, count) in each.items():
+            sums[name] = sums.get(name, 0.0) + number
+            counts[name] = counts.get(name, 0.0) + count
     empty = [name for name, count in counts.items() if count == 0]
     if empty or not counts:
         raise DataError(f"the validation set has nothing to count for {', '.join(empty) or 'any score'}")
     means = {name: sums[name] / counts[name] for name in sums}
     return means if job.evaluate is not None or "loss" in means else {"loss": sum(means.values()), **means}
+
+
+def _numbers(losses: Mapping[str, Loss]) -> dict[str, tuple[float, float]]:
+    return {name: (float(loss.sum), float(loss.count)) for name, loss in losses.items()}
+
+
+def _interleaved(dealt: Sequence[Sequence[Any]]) -> list[Any]:
+    """Undo the dealing out of every n-th to each of n."""
+    return [each[index] for index in range(len(dealt[0])) for each in dealt if index < len(each)]
+
+
+def _all_of(own: list[Representations], ranks: Ranks | None, device: torch.device) -> list[Representations]:
+    if ranks is None:
+        return own
+    # As numbers of the host: what is told is pickled.
+    told = ranks.tell([([tensor.cpu() for tensor in each.tensors], each.form) for each in own])
+    return [Representations([t.to(device) for t in tensors], form) for tensors, form in _interleaved(told)]
 
 
 def named_losses(value: Any, *, rows: int) -> dict[str, Loss]:

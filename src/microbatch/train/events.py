@@ -12,6 +12,17 @@ from microbatch.train.resolve import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
+class RunPlaced:
+    """It is known where the run keeps its files.
+
+    Attributes:
+        path: Its run directory.
+    """
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class RunPlanned:
     """The run is about to start, and this is what it will do.
 
@@ -102,7 +113,8 @@ class RunEnded:
 
 
 RunEvent: TypeAlias = (
-    RunPlanned
+    RunPlaced
+    | RunPlanned
     | MicrobatchDone
     | Retry
     | SizeChanged

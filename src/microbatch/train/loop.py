@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from microbatch.errors import CheckpointError
+from microbatch.batch.tree import slice_rows
+from microbatch.errors import CheckpointError, MicrobatchError, RankError
 from microbatch.memory.meter import MemoryMeter
+from microbatch.ranks.group import Ranks
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, Retry, StepDone
 from microbatch.step.record import Step
-from microbatch.train.checkpoint import read_newest, write_checkpoint
+from microbatch.train.background import CheckpointWriter
+from microbatch.train.checkpoint import read_newest
 from microbatch.train.data import BatchOrder, Position, fetch, mix_seed
 from microbatch.train.evaluate import evaluate
 from microbatch.train.events import (
@@ -28,17 +34,31 @@ from microbatch.train.events import (
     Stopping,
     Validated,
 )
+from microbatch.train.heartbeat import (
+    BEGINNING,
+    CHECKPOINTING,
+    COMPUTING,
+    DONE,
+    READING,
+    VALIDATING,
+    WAITING,
+    Heartbeat,
+    is_of_the_group,
+    who_is_missing,
+)
 from microbatch.train.job import Job
 from microbatch.train.noise import NoiseScale
 from microbatch.train.resolve import RunConfig
 from microbatch.train.rundir import MetricsLog, RunDirectory
 from microbatch.train.schedule import make_schedulers
+from microbatch.train.share import share
 from microbatch.train.state import (
     load_model,
     load_optimizer,
     model_tensors,
     optimizers_of,
     random_states,
+    same_bits,
     seed_everything,
     set_random_states,
 )
@@ -76,6 +96,10 @@ class TrainingLoop:
 
     What a step computes depends on the job, the configuration and the captured state alone, so a run that was stopped
     or killed and then resumed has the same losses, bit for bit, wherever the operators themselves are deterministic.
+    Random numbers are a function of the seed, the step and the rank.
+
+    Over several ranks each of them runs this loop on its share of the same batches. The first one writes what the run
+    leaves; all of them write the checkpoints.
     """
 
     def __init__(
@@ -96,6 +120,10 @@ class TrainingLoop:
         self.run_directory = run
         self.progress = Progress()
         self._listeners = tuple(listeners)
+        # Of what the loop itself says, which is on the CPU; gradients are the accumulator's.
+        self._ranks = Ranks.find(torch.device("cpu"))
+        self._rank = 0 if self._ranks is None else self._ranks.index
+        self._heartbeat = None if self._ranks is None else Heartbeat(run.logs, self._rank)
         self._optimizers = optimizers_of(job.optimizer)
         self._set_learning_rate()
         self._schedulers = self._make_schedulers()
@@ -117,11 +145,24 @@ class TrainingLoop:
             nonfinite=config.nonfinite,
             lengths=job.lengths,
             batch_norm=config.batch_norm,
+            dropout=job.dropout,
+            deterministic=config.deterministic,
             listeners=(self._on_core_event,),
         )
-        self._stop = StopRequest()
+        self._writer = CheckpointWriter(
+            run.checkpoints,
+            keep=config.keep_checkpoints,
+            ranks=self._ranks,
+            background=config.async_checkpoints,
+            patience=config.rank_timeout,
+            written=self._written,
+        )
+        # A launcher repeats what the terminal has said to all of its processes already.
+        self._stop = StopRequest(insist=self._ranks is None)
+        self._stopped_by: signal.Signals | None = None
         self._announced = False
         self._metered = 0
+        self._handed: int | None = None
         self.saved_step: int | None = None
 
     @property
@@ -138,25 +179,30 @@ class TrainingLoop:
         Raises:
             CheckpointError: A checkpoint could not be written.
             MicrobatchError: A step failed; the newest checkpoint is still there.
+            RankError: Another rank failed, died, or did not come.
             KeyboardInterrupt: Ctrl-C came a second time; nothing new was written.
         """
         if self.saved_step is None:
-            seed_everything(mix_seed(self.config.seed, "train"))
-        log = MetricsLog(self.run_directory.metrics, after_step=self.progress.step)
+            self._seed()
+        log = MetricsLog(self.run_directory.metrics, after_step=self.progress.step) if self._rank == 0 else None
         self._tell(RunPlanned(config=self.config, path=self.run_directory.path, step=self.progress.step))
         try:
-            with self._stop:
+            with self._stop, self._told_apart(), same_bits(self.config.device, wanted=self.config.deterministic):
                 # A state that cannot be stored is found now and not after hours, and a kill before the first regular
                 # checkpoint leaves something to resume.
                 self._save(log)
                 self.job.model.train()
-                while self.progress.step < self.config.steps and self._stop.signal is None:
+                while self.progress.step < self.config.steps and not self._asked_to_stop():
                     self._one_step(log)
                 self._save(log)
+                self._writer.wait()
+                self._at(DONE)
         finally:
-            log.close()
-        finished = self.progress.step >= self.config.steps
-        return None if finished or self._stop.signal is None else self._stop.signal.name
+            if log is not None:
+                log.close()
+            if self._heartbeat is not None:
+                self._heartbeat.close()
+        return None if self._stopped_by is None else self._stopped_by.name
 
     def restore(self) -> None:
         """Go on from the run directory's newest whole checkpoint.
@@ -164,7 +210,9 @@ class TrainingLoop:
         Raises:
             CheckpointError: There is nothing whole to resume from, or it belongs to another run.
         """
-        checkpoint = read_newest(self.run_directory.checkpoints, notice=lambda text: self._tell(Notice(text)))
+        checkpoint = read_newest(
+            self.run_directory.checkpoints, notice=lambda text: self._tell(Notice(text)), ranks=self._ranks
+        )
         state, config = checkpoint.state, self.config
         now = {"seed": config.seed, "batch_size": config.batch_size, "samples": config.samples}
         for key, value in now.items():
@@ -193,7 +241,7 @@ class TrainingLoop:
             loss=state["loss"],
             validation=state["validation"],
         )
-        self.saved_step = checkpoint.step
+        self.saved_step = self._handed = checkpoint.step
         # Last: making the job again drew random numbers of its own.
         set_random_states(state["random"], config.device)
 
@@ -214,13 +262,77 @@ class TrainingLoop:
         """
         return self._scaler.state_dict() if self._scaler is not None else None
 
-    def _one_step(self, log: MetricsLog) -> None:
+    @contextmanager
+    def _told_apart(self) -> Generator[None]:
+        """Tell an error of this rank's own from the loss of another one, and name that."""
+        try:
+            yield
+        except Exception as error:
+            if self._heartbeat is None or self._ranks is None:
+                raise
+            if isinstance(error, MicrobatchError) or not is_of_the_group(error):
+                self._heartbeat.failed(error)
+                raise
+            found = who_is_missing(self._heartbeat.folder, ranks=self._ranks.size, rank=self._rank)
+            told = RankError(f"{found}; its own log is in {self._heartbeat.folder}")
+            self._heartbeat.failed(told)
+            raise told from error
+
+    def _at(self, stage: int, detail: str = "") -> None:
+        if self._heartbeat is not None:
+            # Of the step that is being taken, which people count from 1.
+            self._heartbeat.at(self.progress.step + (stage in {BEGINNING, READING, COMPUTING, WAITING}), stage, detail)
+
+    def _asked_to_stop(self) -> bool:
+        """Agree with the other ranks on whether to stop: whoever was asked to, all stop after the same step."""
+        asked = 0 if self._stop.signal is None else int(self._stop.signal)
+        if self._ranks is not None:
+            self._at(BEGINNING)
+            asked = max(int(each) for each in self._ranks.gather(torch.tensor(asked)))
+        if asked:
+            self._stopped_by = signal.Signals(asked)
+            self._announce(self._stopped_by)
+        return asked > 0
+
+    def _announce(self, asked: signal.Signals) -> None:
+        if not self._announced:
+            self._announced = True
+            self._tell(Stopping(signal=asked.name))
+
+    def _seed(self) -> None:
+        """Seed a step, so that its random numbers do not depend on how often the run was interrupted before it."""
+        seed_everything(mix_seed(self.config.seed, "step", self.progress.step, self._rank))
+
+    def _own_share(self, chosen: list[int]) -> Any:
+        """Collate this rank's part of a batch."""
+        ranks = 1 if self._ranks is None else self._ranks.size
+        size = self.config.microbatch_size if self.config.deterministic else 1
+        rows = share(len(chosen), ranks=ranks, rank=self._rank, unit=size)
+        own = [chosen[row] for row in rows]
+        if own and self.config.deterministic:
+            samples = [sample for start in rows[::size] for sample in self._seeded(chosen, start, size)]
+            self._seed()
+            return self.job.collate(samples)
+        if own:
+            return self.job.collate(fetch(self.job.data, own))
+        # Of the same form, without a row: with more ranks than rows some only take part in what is agreed on.
+        return slice_rows(self.job.collate(fetch(self.job.data, chosen[:1])), 0, 0, rows=1)
+
+    def _seeded(self, chosen: list[int], start: int, size: int) -> list[Any]:
+        """Read a virtual microbatch's samples, whose random numbers are then no matter of who reads them."""
+        seed_everything(mix_seed(self.config.seed, "samples", self.progress.step, start))
+        return fetch(self.job.data, chosen[start : start + size])
+
+    def _one_step(self, log: MetricsLog | None) -> None:
         progress, config = self.progress, self.config
+        self._seed()
         epoch = progress.position.epoch
         rates = [float(group["lr"]) for optimizer in self._optimizers for group in optimizer.param_groups]
         started = time.perf_counter()
+        self._at(READING)
         chosen, following = self._order.take(progress.position)
-        batch = self.job.collate(fetch(self.job.data, chosen))
+        batch = self._own_share(chosen)
+        self._at(COMPUTING)
         self._timeline.begin(wait=time.perf_counter() - started)
         # In other steps than those that are metered, so that its copy of the gradients is in no one's figure.
         due = progress.step % _METERED_EVERY == _METERED_EVERY // 2
@@ -261,8 +373,10 @@ class TrainingLoop:
             **({"noise_scale": noise} if noise else {}),
             **({"validation": validated} if validated else {}),
         }
-        log.write(metrics)
+        if log is not None:
+            log.write(metrics)
         self._tell(StepLogged(metrics=metrics))
+        self._writer.look()
         if progress.step % config.checkpoint_every == 0:
             self._save(log)
 
@@ -287,18 +401,25 @@ class TrainingLoop:
         if self.job.validation is None:
             return {}
         config = self.config
+        self._at(VALIDATING)
         values = evaluate(
-            self.job, microbatch_size=self.microbatch_size, device=config.device, autocast=config.autocast
+            self.job,
+            microbatch_size=self.microbatch_size,
+            device=config.device,
+            autocast=config.autocast,
+            ranks=self._ranks,
         )
         self.progress.validation = values
         self._tell(Validated(step=self.progress.step, values=values))
         return values
 
-    def _save(self, log: MetricsLog) -> None:
+    def _save(self, log: MetricsLog | None) -> None:
         progress, config = self.progress, self.config
-        if self.saved_step == progress.step:
+        if self._handed == progress.step:
             return
-        log.sync()
+        self._at(CHECKPOINTING)
+        if log is not None:
+            log.sync()
         weights, extra = model_tensors(self.job.model)
         state = {
             "run": {"seed": config.seed, "batch_size": config.batch_size, "samples": config.samples},
@@ -314,10 +435,12 @@ class TrainingLoop:
             "accumulator": self._accumulator.state_dict(),
             "random": random_states(config.device),
         }
-        folder = self.run_directory.checkpoints
-        path = write_checkpoint(folder, step=progress.step, weights=weights, state=state, keep=config.keep_checkpoints)
-        self.saved_step = progress.step
-        self._tell(CheckpointWritten(step=progress.step, path=path))
+        self._handed = progress.step
+        self._writer.save(step=progress.step, weights=weights, state=state)
+
+    def _written(self, step: int, path: Path) -> None:
+        self.saved_step = step
+        self._tell(CheckpointWritten(step=step, path=path))
 
     def _set_learning_rate(self) -> None:
         """Bring the first group to the configured peak and every other one along in proportion."""
@@ -340,13 +463,14 @@ class TrainingLoop:
             return
         if isinstance(event, MicrobatchDone):
             self._timeline.microbatch_done()
+            last = event.index + 1 == event.microbatches
+            self._at(WAITING if last else COMPUTING, f"after microbatch {event.index + 1} of {event.microbatches}")
             self._noise.microbatch_done(event.rows)
         elif isinstance(event, Retry):
             self._timeline.start_over()
             self._noise.start_over()
-        if self._stop.signal is not None and not self._announced:
-            self._announced = True
-            self._tell(Stopping(signal=self._stop.signal.name))
+        if self._stop.signal is not None:
+            self._announce(self._stop.signal)
         self._tell(event)
 
     def _tell(self, event: RunEvent) -> None:

@@ -53,6 +53,10 @@ class RunConfig:
         unit: What throughput counts, in the plural.
         auto: Whether the run finds its microbatch size itself; ``microbatch_size`` is then what it would fall back to.
         ragged: Whether microbatches are cut by the lengths of their rows, so that their number depends on these.
+        ranks: Who share each batch.
+        deterministic: Whether the run has the same bits on any number of them.
+        async_checkpoints: Whether training goes on while a checkpoint is written.
+        rank_timeout: Seconds that a rank waits for the others.
         notices: What was decided in the user's place, one sentence each.
     """
 
@@ -82,12 +86,17 @@ class RunConfig:
     batch_norm: str | None = None
     auto: bool = False
     ragged: bool = False
+    ranks: int = 1
+    deterministic: bool = False
+    async_checkpoints: bool = False
+    rank_timeout: float = 600.0
     notices: tuple[str, ...] = ()
 
     @property
     def microbatches(self) -> int:
-        """Microbatches of a whole batch."""
-        return -(-min(self.batch_size, self.samples) // self.microbatch_size)
+        """Microbatches of a whole batch, on the rank that has most of them."""
+        rows = -(-min(self.batch_size, self.samples) // self.ranks)
+        return -(-rows // self.microbatch_size)
 
     @property
     def precision(self) -> str:
@@ -150,13 +159,14 @@ def check_data_path(settings: Settings) -> None:
         raise ConfigError(f"--data {settings.data}: there is no such file or folder")
 
 
-def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
+def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 1) -> RunConfig:
     """Fill what the settings leave out from the job, and check that it can work together.
 
     Args:
         settings: The user's settings.
         job: The job, with its own defaults.
         device: What `resolve_device` returned.
+        ranks: How many share each batch.
 
     Returns:
         The run's configuration.
@@ -174,6 +184,11 @@ def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
         notices.append(f"the data has {samples} samples, so every batch holds {samples} instead of {batch_size}")
     steps, epochs = _length(settings, job, batches_per_epoch=-(-samples // batch_size))
     every = max(1, -(-steps // 10))
+    if settings.deterministic:
+        _check_deterministic(settings, job, notices=notices)
+    compare = settings.compare and ranks == 1
+    if settings.compare and ranks > 1:
+        notices.append("the comparison with the full batch is left out: it is of one process")
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError("the job's model has no trainable parameters, so there is nothing to optimise")
@@ -197,13 +212,17 @@ def resolve(settings: Settings, job: Job, *, device: torch.device) -> RunConfig:
         validate_every=settings.validate_every or every,
         checkpoint_every=settings.checkpoint_every or every,
         keep_checkpoints=settings.keep_checkpoints,
-        compare=settings.compare,
+        compare=compare,
         parameters=sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
         plain=_is_plain(settings, job),
         batch_norm="microbatch" if settings.accumulation == "plain" and job.batch_norm else job.batch_norm,
-        auto=_is_auto(settings, job),
+        auto=_is_auto(settings, job) and not settings.deterministic,
         ragged=job.lengths is not None,
+        ranks=ranks,
+        deterministic=settings.deterministic,
+        async_checkpoints=settings.async_checkpoints,
+        rank_timeout=settings.rank_timeout,
         notices=tuple(notices),
     )
 
@@ -232,7 +251,8 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "memory": config.memory_budget if config.memory_budget is not None else "none",
             "steps": config.steps,
             "epochs": None,
-            "device": str(config.device),
+            # Of several ranks each has one of its own.
+            "device": str(config.device) if config.ranks == 1 else config.device.type,
             "autocast": names[config.autocast] if config.autocast is not None else "none",
             "warmup_steps": config.warmup_steps,
             "max_grad_norm": config.max_grad_norm if config.max_grad_norm is not None else "none",
@@ -267,6 +287,21 @@ def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[
             notices.append(f"a microbatch of {size} is more than the batch of {batch}: the batch goes through whole")
         size = batch
     return size
+
+
+def _check_deterministic(settings: Settings, job: Job, *, notices: list[str]) -> None:
+    for given, why in [
+        (job.encode is not None, "its loss is of the whole batch, and not a sum over microbatches"),
+        (job.lengths is not None, "which of its rows go together depends on the share that a rank has"),
+        (job.batch_norm not in {None, "frozen"}, "its running statistics move with each rank's microbatches"),
+    ]:
+        if given:
+            raise ConfigError(f"--deterministic cannot hold for this job: {why}; leave it out")
+    if _is_auto(settings, job):
+        notices.append(
+            "every microbatch size rounds in its own way, so a deterministic run looks for none; say one with "
+            "--microbatch-size"
+        )
 
 
 def _is_plain(settings: Settings, job: Job) -> bool:

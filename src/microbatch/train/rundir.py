@@ -22,6 +22,7 @@ class RunDirectory:
         metrics: One line of JSON for each optimizer step, ``metrics.jsonl``.
         checkpoints: Folder of checkpoints.
         summary: What came of the run, ``summary.json``.
+        logs: Folder of what every rank of a distributed run has said.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,6 +36,12 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.summary = path / "summary.json"
+        self.logs = path / "logs"
+
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(self.checkpoints.glob("step-*"))
 
     def check_new(self) -> None:
         """Refuse a directory that holds something already.
@@ -44,9 +51,9 @@ class RunDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"--run {self.path} is a file; name a directory")
-        if any(self.checkpoints.glob("step-*")):
+        if self.has_checkpoints:
             raise ConfigError(f"{self.path} already holds a run; add --resume to go on with it, or name another --run")
-        if self.path.is_dir() and not self.config.exists() and any(self.path.iterdir()):
+        if self.path.is_dir() and not self.config.exists() and any(each != self.logs for each in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no run; name a new directory with --run")
 
     def check_resumable(self) -> None:
@@ -59,7 +66,7 @@ class RunDirectory:
             raise CheckpointError(f"there is no run directory {self.path} to resume; check --run")
         if not self.config.is_file():
             raise CheckpointError(f"{self.path} is not a run directory: it has no {self.config.name}")
-        if not any(self.checkpoints.glob("step-*")):
+        if not self.has_checkpoints:
             raise CheckpointError(f"{self.path} holds no checkpoint to resume from; start it again without --resume")
 
     def start(self, *, config: str, files: Mapping[str, str]) -> None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.train.checkpoint import clear_unfinished, write_text
+from microbatch.ranks.group import Ranks
+from microbatch.train.checkpoint import write_text
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
 from microbatch.train.data import mix_seed
 from microbatch.train.evaluate import untouched
-from microbatch.train.events import Comparing, Notice, RunEnded, RunEvent, RunListener
+from microbatch.train.events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.find import call_job, find_job
 from microbatch.train.job import Job
+from microbatch.train.launch import Launch, own_device
 from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
 from microbatch.train.rundir import RunDirectory, jsonable
@@ -29,11 +31,22 @@ from microbatch.train.state import seed_everything
 _FIXED = ("job", "data", "batch_size", "seed")
 """Settings that a resumed run keeps: with others it would be another run."""
 
-_HARMLESS = ("validate_every", "checkpoint_every", "keep_checkpoints", "compare", "nonfinite")
+_HARMLESS = (
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "compare",
+    "nonfinite",
+    "async_checkpoints",
+    "rank_timeout",
+)
 """Settings that a resumed run may change and still have the same losses."""
 
 _SLOW_STEP = 20.0
 """Seconds of a step above which the comparison, some nine steps, would keep people waiting."""
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +59,7 @@ class PreparedRun:
         directory: Where its files go.
         loop: The loop, restored from a checkpoint if the run goes on.
         listeners: Who is told.
+        launch: Which of the ranks this is.
     """
 
     job: Job
@@ -53,6 +67,7 @@ class PreparedRun:
     directory: RunDirectory
     loop: TrainingLoop
     listeners: tuple[RunListener, ...]
+    launch: Launch
 
     def train(self) -> Mapping[str, Any]:
         """Train to the end, compare with the full batch, and write the summary.
@@ -68,7 +83,8 @@ class PreparedRun:
         compared = self._compare() if stopped_by is None and self.config.compare else None
         text = self._text() if stopped_by is None else None
         summary = self._summary(stopped_by=stopped_by, compared=compared, text=text)
-        write_text(self.directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        if self.launch.speaks:
+            write_text(self.directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         self.tell(RunEnded(summary=summary))
         return summary
 
@@ -99,6 +115,7 @@ class PreparedRun:
     def _text(self) -> str | None:
         if self.job.show is None:
             return None
+        # On every rank, although one is heard: a model that is spread over them takes all of them to run.
         with untouched(self.job.model, self.config.device, training=False):
             return self.job.show(self.job.model)
 
@@ -132,6 +149,7 @@ def prepare(
     run: Path | None = None,
     resume: bool = False,
     listeners: Sequence[RunListener] = (),
+    launch: Launch | None = None,
 ) -> PreparedRun:
     """Check everything that can be wrong with a run, before any of its work starts.
 
@@ -141,6 +159,7 @@ def prepare(
         run: Run directory; by default a new one under ``runs``, or when resuming the newest one there.
         resume: Whether to go on with a run.
         listeners: Called with every event.
+        launch: Which of several ranks this is, where the group of them has been joined; all of them call this.
 
     Returns:
         The run, ready to train; its directory exists.
@@ -151,30 +170,70 @@ def prepare(
         CheckpointError: There is nothing to resume, or it does not fit.
         MissingDependencyError: The job needs a package that is not installed.
     """
+    ranks, launch = Ranks.find(torch.device("cpu")), launch or Launch()
+    path, resume = _by_the_first(ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch))
+    directory, notices = RunDirectory(path), list[str]()
+    for listener in listeners:
+        listener(RunPlaced(path))
     if resume:
-        directory = RunDirectory(run if run is not None else _newest_run(flags.get("job")))
-        directory.check_resumable()
         before = load_settings(read_toml(directory.config))
         settings = load_settings(flags, file=file, base=before)
         notices = _check_changes(before, settings, directory=directory)
+        if launch.ranks > 1 and flags.get("device") is None:
+            # The kind alone: which one of its kind is not the run's to keep.
+            settings = settings.model_copy(update={"device": settings.device.partition(":")[0]})
     else:
         settings = load_settings(flags, file=file)
-        directory = RunDirectory(run if run is not None else _new_run(settings.job))
-        directory.check_new()
-        notices = []
     check_data_path(settings)
-    device = resolve_device(settings.device)
+    device = resolve_device(own_device(settings.device, launch))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     job = make_job(settings, device)
-    config = resolve(settings, job, device=device)
-    directory.start(config=resolved_settings(settings, config).toml(), files=job.files)
-    clear_unfinished(directory.checkpoints)
+    config = resolve(settings, job, device=device, ranks=launch.ranks)
+    text = resolved_settings(settings, config).toml()
+    _by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
     loop = TrainingLoop(job, config=config, run=directory, listeners=listeners)
-    prepared = PreparedRun(job, config, directory, loop, tuple(listeners))
+    prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch)
     for text in (*notices, *config.notices):
         prepared.tell(Notice(text))
     if resume:
         loop.restore()
     return prepared
+
+
+def _by_the_first(ranks: Ranks | None, work: Callable[[], Result]) -> Result:
+    """Let the first rank do what one can do for all, and give what came of it, or went wrong, to all of them."""
+    if ranks is None:
+        return work()
+    outcome: tuple[Any, MicrobatchError | None] = (None, None)
+    if ranks.index == 0:
+        try:
+            outcome = work(), None
+        except MicrobatchError as error:
+            outcome = None, error
+    result, refused = ranks.tell(outcome)[0]
+    if refused is not None:
+        raise refused
+    return result
+
+
+def _choose(
+    flags: Mapping[str, Any], *, file: Path | None, run: Path | None, resume: bool, launch: Launch
+) -> tuple[Path, bool]:
+    """Choose the run directory, and whether to go on with what is in it."""
+    if launch.restartable and run is None and not resume:
+        raise ConfigError(
+            "the launcher may start the ranks again (--max-restarts): say with --run DIR where they find what they had"
+        )
+    if launch.restartable and run is not None and RunDirectory(run).has_checkpoints:
+        resume = True
+    if resume:
+        directory = RunDirectory(run if run is not None else _newest_run(flags.get("job")))
+        directory.check_resumable()
+    else:
+        directory = RunDirectory(run if run is not None else _new_run(load_settings(flags, file=file).job))
+        directory.check_new()
+    return directory.path, resume
 
 
 def make_job(settings: Settings, device: torch.device) -> Job:

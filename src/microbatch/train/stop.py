@@ -25,8 +25,13 @@ class StopRequest:
         SIGTERM
     """
 
-    def __init__(self) -> None:
-        """Listen for nothing yet."""
+    def __init__(self, *, insist: bool = True) -> None:
+        """Listen for nothing yet.
+
+        Args:
+            insist: Whether a second Ctrl-C raises.
+        """
+        self._insist = insist
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -52,6 +57,6 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-        elif number == signal.SIGINT:
+        elif number == signal.SIGINT and self._insist:
             # Schedulers repeat SIGTERM; only a person at the keyboard means "now" by asking twice.
             raise KeyboardInterrupt

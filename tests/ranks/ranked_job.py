@@ -1,0 +1,74 @@
+"""A job for several ranks, in float64: exact sums, so that what differs is wrong."""
+
+import signal
+import time
+from dataclasses import replace
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from microbatch.train.job import Job
+
+ROWS = 29
+
+
+def loss_fn(model: nn.Module, microbatch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(microbatch[0]), microbatch[1])
+
+
+def make(*, device: torch.device, dropout: float = 0.0, batch_size: int = 7, dtype: torch.dtype = torch.float64) -> Job:
+    """29 samples in batches of 7, so that shares are uneven, an epoch's last batch has one row, and some have none."""
+    x = torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(3), dtype=dtype)
+    y = (x.sum(1) > 0).long()
+    model = nn.Sequential(nn.Linear(5, 9), nn.Tanh(), nn.Dropout(dropout), nn.Linear(9, 2)).to(device, dtype)
+    pairs = list(zip(x, y, strict=True))
+    return Job(
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        loss_fn=loss_fn,
+        data=pairs,
+        validation=pairs[:11],
+        batch_size=batch_size,
+        microbatch_size=2,
+        steps=12,
+        max_grad_norm=1.0,
+    )
+
+
+def plain(*, device: torch.device) -> Job:
+    return make(device=device)
+
+
+def dropping(*, device: torch.device) -> Job:
+    return make(device=device, dropout=0.3, dtype=torch.float32)
+
+
+def by_row(*, device: torch.device) -> Job:
+    """With dropout whose masks are the rows'."""
+    return replace(make(device=device, dropout=0.3), dropout="by_row")
+
+
+def slow(*, device: torch.device) -> Job:
+    """The first, with steps that take long enough to be killed in."""
+    job = make(device=device)
+
+    def slowly(model: nn.Module, microbatch: tuple[Tensor, Tensor]) -> Tensor:
+        time.sleep(0.03)
+        return loss_fn(model, microbatch)
+
+    return replace(job, loss_fn=slowly, steps=20)
+
+
+def stopping(*, device: torch.device) -> Job:
+    """The first, whose process is asked to stop in its third step; one that has a row in each."""
+    job = make(device=device)
+    calls = count(1)
+
+    def loss_then_signal(model: nn.Module, microbatch: tuple[Tensor, Tensor]) -> Tensor:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return loss_fn(model, microbatch)
+
+    return replace(job, loss_fn=loss_then_signal)

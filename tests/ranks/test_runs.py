@@ -1,0 +1,264 @@
+"""A run is the same on any number of ranks, goes on with another number of them, and outlives their deaths."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from microbatch.errors import CheckpointError
+from microbatch.ranks.group import Ranks
+from microbatch.train.checkpoint import copied, read_newest, store
+from microbatch.train.heartbeat import read_beat
+from microbatch.train.launch import Launch
+from microbatch.train.start import prepare
+from microbatch.train.state import load_model, load_optimizer
+
+CPU = torch.device("cpu")
+JOB = Path(__file__).with_name("ranked_job.py")
+FLAGS = {"device": "cpu", "compare": False, "checkpoint_every": 4, "validate_every": 6, "schedule": "constant"}
+
+
+def run(folder: Path, job: str, *, launch: Launch | None = None, resume: bool = False, **flags: Any) -> None:
+    flags = {**FLAGS, **flags} | ({} if resume else {"job": f"{JOB}:{job}"})
+    prepare(flags, run=folder, resume=resume, launch=launch).train()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return read_newest(folder / "checkpoints", notice=pytest.fail).weights
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def events_of(folder: Path, rank: int) -> list[dict[str, Any]]:
+    log = (folder / "logs" / f"rank-{rank}.log").read_text().splitlines()
+    return [json.loads(line) for line in log if line.startswith("{")]
+
+
+def curve(folder: Path) -> Tensor:
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in lines(folder)], dtype=torch.float64)
+
+
+def assert_close(a: Path, b: Path, *, tolerance: float) -> None:
+    assert (curve(a) - curve(b)).abs().max() <= tolerance
+    one, other = weights(a), weights(b)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) <= tolerance
+    last, last_of_other = (lines(each)[-1] for each in (a, b))
+    assert abs(last["validation"]["loss"] - last_of_other["validation"]["loss"]) <= tolerance
+    assert [(line["count"], line["samples"], line["epoch"]) for line in lines(a)] == [
+        (line["count"], line["samples"], line["epoch"]) for line in lines(b)
+    ]
+
+
+# -- on the ranks, each in a process of its own; the folder is told by the environment -------------------------------
+
+
+def begin(rank: int, ranks: int) -> None:
+    """Whole runs, one after the other, and the first part of one that goes on elsewhere."""
+    folder, launch = Path(os.environ["RUNS"]), Launch(rank=rank, ranks=ranks)
+    run(folder / f"plain-{ranks}", "plain", launch=launch)
+    run(folder / f"by-row-{ranks}", "by_row", launch=launch, steps=5)
+    run(folder / f"deterministic-{ranks}", "dropping", launch=launch, deterministic=True)
+    run(folder / f"first-{ranks}", "plain", launch=launch, steps=6, async_checkpoints=True)
+    run(folder / "stopped", "plain" if rank != 2 else "stopping", launch=launch)
+    model, optimizer = spread(seed=0)
+    model.weight.to_local().sum().backward()
+    optimizer.step()
+    what = copied(step=1, weights=dict(model.state_dict()), state={"optimizer": optimizer.state_dict()})
+    store(folder / "parts", what, keep=1, ranks=Ranks.find(CPU))
+    whole = model.weight.full_tensor(), optimizer.state[model.weight]["exp_avg"].full_tensor()
+    if rank == 0:
+        torch.save(whole, folder / "whole.pt")
+
+
+def spread(*, seed: int) -> tuple[Any, torch.optim.Optimizer]:
+    """A layer of ten rows that are spread over the ranks, as `fully_shard` would."""
+    torch.manual_seed(seed)
+    model: Any = nn.Linear(3, 10, bias=False)
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0)]))
+    return model, torch.optim.Adam(model.parameters(), lr=0.1)
+
+
+def go_on(rank: int, ranks: int) -> dict[str, Any]:
+    """The other part of runs that began with another number of ranks."""
+    folder, launch = Path(os.environ["RUNS"]), Launch(rank=rank, ranks=ranks)
+    run(folder / f"deterministic-{ranks}", "dropping", launch=launch, deterministic=True)
+    for name in ("1-to-3", "4-to-3"):
+        run(folder / name, "plain", launch=launch, resume=True, steps=12)
+    run(folder / "deterministic-1-to-3", "dropping", launch=launch, resume=True, steps=12)
+    read = read_newest(folder / "parts", notice=pytest.fail, ranks=Ranks.find(CPU))
+    model, optimizer = spread(seed=1)
+    load_model(model, read.weights, {})
+    load_optimizer(optimizer, read.state["optimizer"])
+    return {
+        "weight": model.weight.full_tensor(),
+        "moment": optimizer.state[model.weight]["exp_avg"].full_tensor(),
+        "own": model.weight.to_local().shape[0],
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list[Any]]) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RUNS", str(folder))
+        run(folder / "plain-1", "plain")
+        run(folder / "by-row-1", "by_row", steps=5)
+        run(folder / "deterministic-1", "dropping", deterministic=True)
+        run(folder / "first-1", "plain", steps=6)
+        run(folder / "deterministic-1-to-3", "dropping", deterministic=True, steps=6)
+        run_ranks(begin, 4, folder / "four")
+        shutil.copytree(folder / "first-1", folder / "1-to-3")
+        shutil.copytree(folder / "first-4", folder / "4-to-3")
+        shutil.copytree(folder / "first-4", folder / "4-to-1")
+        spread_again = run_ranks(go_on, 3, folder / "three")
+        run(folder / "4-to-1", "plain", resume=True, steps=12)
+        torch.save(spread_again, folder / "spread.pt")
+        yield folder
+
+
+def test_the_same_batches_losses_and_weights(runs: Path) -> None:
+    """Batches of 7 and of 1 over four ranks: uneven shares, and empty ones."""
+    assert_close(runs / "plain-1", runs / "plain-4", tolerance=1e-12)
+
+
+def test_masks_by_row_are_the_same_on_any_number_of_ranks(runs: Path) -> None:
+    assert_close(runs / "by-row-1", runs / "by-row-4", tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["1-to-3", "4-to-3", "4-to-1"])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
+    assert_close(runs / "plain-1", runs / name, tolerance=1e-12)
+
+
+def test_a_checkpoint_of_several_ranks_is_that_of_one(runs: Path) -> None:
+    """One format: the same files by the same names, and weights that any reader of safetensors reads."""
+    one, four = (max((runs / name / "checkpoints").iterdir()) for name in ("plain-1", "plain-4"))
+    assert [file.name for file in sorted(one.iterdir())] == [file.name for file in sorted(four.iterdir())]
+    assert json.loads((four / "manifest.json").read_text())["format"] == 1
+
+
+@pytest.mark.parametrize("name", ["deterministic-3", "deterministic-4", "deterministic-1-to-3"])
+def test_deterministic_runs_have_the_same_bits_with_dropout(runs: Path, name: str) -> None:
+    assert torch.equal(curve(runs / "deterministic-1"), curve(runs / name))
+    one, other = weights(runs / "deterministic-1"), weights(runs / name)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [line.get("validation") for line in lines(runs / "deterministic-1")] == [
+        line.get("validation") for line in lines(runs / name)
+    ]
+
+
+def test_one_rank_is_asked_to_stop_and_all_stop_at_the_same_step(runs: Path) -> None:
+    folder = runs / "stopped"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["finished"], summary["stopped_by"], summary["step"]) == (False, "SIGTERM", 3)
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000000", "step-000003"]
+    assert len(lines(folder)) == 3
+
+
+def test_what_is_spread_over_ranks_is_written_in_parts_and_spread_again(runs: Path) -> None:
+    weight, moment = torch.load(runs / "whole.pt", weights_only=True)
+    files = {file.name for file in (runs / "parts" / "step-000001").glob("*.safetensors")}
+    assert files == {f"{stem}{part}.safetensors" for stem in ("weights", "state") for part in ("", "-1", "-2", "-3")}
+    whole = read_newest(runs / "parts", notice=pytest.fail)
+    assert torch.equal(whole.weights["weight"], weight)
+    again = torch.load(runs / "spread.pt", weights_only=True)
+    assert [each["own"] for each in again] == [4, 4, 2]
+    for each in again:
+        assert torch.equal(each["weight"], weight)
+        assert torch.equal(each["moment"], moment)
+
+
+def test_a_missing_part_is_noticed(runs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step-000001"
+    shutil.copytree(runs / "parts" / path.name, path)
+    (path / "weights-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"weights-2\.safetensors is missing"):
+        read_newest(tmp_path, notice=pytest.fail)
+
+
+def test_nobody_leaves_half_a_checkpoint(runs: Path) -> None:
+    assert not list(runs.glob("*/checkpoints/.writing*"))
+    assert len(list((runs / "first-4" / "checkpoints").iterdir())) == 3
+
+
+# -- under torchrun ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def torchrun(ranks: int, folder: Path, *flags: str, launcher: tuple[str, ...] = ()) -> Generator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
+    command += ["--monitor-interval=0.05", "-m", "microbatch", "train", f"{JOB}:slow", f"--run-dir={folder}"]
+    command += ["--device=cpu", "--checkpoint-every=3", "--no-compare", "--json", *flags]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def process_of(folder: Path, rank: int, *, step: int) -> int:
+    """Wait until a rank is at a step, and return its process."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        beat = read_beat(folder / "logs", rank)
+        if beat is not None and beat.step >= step:
+            return beat.process
+        time.sleep(0.005)
+    raise AssertionError(f"rank {rank} never came to step {step}")
+
+
+def test_a_rank_is_killed_and_the_run_comes_to_the_same_end(tmp_path: Path) -> None:
+    killed, calm = tmp_path / "killed", tmp_path / "calm"
+    with torchrun(2, killed, launcher=("--max-restarts=2",)) as process:
+        os.kill(process_of(killed, 1, step=8), signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    run(calm, "plain", steps=20, schedule="cosine", checkpoint_every=3, validate_every=2)
+    assert_close(calm, killed, tolerance=1e-12)
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["step"] for event in events if event["event"] == "plan"] == [0, 6]
+    # The first rank alone speaks, and every one has its log, of both launches.
+    assert [event["event"] for event in events].count("summary") == 1
+    for rank in (0, 1):
+        log = events_of(killed, rank)
+        assert [event["restarts"] for event in log if event["event"] == "launch"] == [0, 1], err
+    assert "rank 1 has died" in (killed / "logs" / "rank-0.log").read_text()
+
+
+def test_a_rank_that_hangs_is_named_with_its_step(tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    with torchrun(2, run_folder, "--rank-timeout=2") as process:
+        stuck = process_of(run_folder, 1, step=4)
+        os.kill(stuck, signal.SIGSTOP)
+        assert process.stdout is not None
+        # The launcher waits for the one that hangs, so not to the end of what it says.
+        error = next(event for line in process.stdout if (event := json.loads(line))["event"] == "error")
+        os.kill(stuck, signal.SIGKILL)
+    assert error["kind"] == "RankError"
+    assert "rank 1 did not arrive: in step" in error["message"]
+    assert f"process {stuck}" in error["message"]
