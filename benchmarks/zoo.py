@@ -46,6 +46,10 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.inner = inner
 
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the module: torch's own transformer reads those of its layers."""
+        return super().__getattr__(name) if name in {"inner", "training"} else getattr(self.inner, name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the module returns."""
         return checkpoint(self.inner, *args, use_reentrant=False, **kwargs)
