@@ -2,18 +2,21 @@
 
 import asyncio
 import json
+import math
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.guide.browser import launched, opened, until, violations
+from tests.guide.browser import crowded, launched, opened, until, violations
 from tests.guide.conftest import serving
 from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 from microbatch.errors import ConfigError
 from microbatch.guide import live
+from microbatch.guide.lines import read_line
 from microbatch.guide.live import WatchedRun, open_runs
 from microbatch.guide.server import Guide
 
@@ -89,13 +92,72 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run directory: it has neither"):
         open_runs([tmp_path])
     with pytest.raises(ConfigError, match="at most"):
-        open_runs([tmp_path] * 7)
+        open_runs([tmp_path / str(number) for number in range(7)])
 
 
-def test_settings_that_cannot_be_read_leave_a_run_that_can(folder: Path) -> None:
-    (folder / "config.toml").write_bytes(b"\xff\xfe = ")
+def test_runs_of_one_name_are_told_apart_and_one_run_is_one(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a/run", "b/run", "b/other")]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "metrics.jsonl").touch()
+    runs = open_runs([*paths, tmp_path / "a" / ".." / "b" / "run"])
+    assert [run.name for run in runs] == ["a/run", "b/run", "other"]
+
+
+@pytest.mark.parametrize(
+    "config", [b"\xff\xfe = ", b"[" * 5000, b"seed = " + b"[" * 5000, b"seed = 2026-01-01\nmemory = inf\njob = [1]"]
+)
+def test_settings_that_cannot_be_read_leave_a_run_that_can(folder: Path, config: bytes) -> None:
+    (folder / "config.toml").write_bytes(config)
     (folder / "summary.json").write_text("{", encoding="utf-8")
     assert WatchedRun(folder).described() == {"name": folder.name, "settings": {}, "summary": None}
+
+
+def test_a_run_that_has_nothing_to_tell_for_long_is_silent_until_it_goes_on(folder: Path) -> None:
+    async def follow() -> None:
+        metrics = folder / "metrics.jsonl"
+        metrics.write_text(line(1), encoding="utf-8")
+        os.utime(metrics, (1e9, 1e9))
+        source = WatchedRun(folder).since(0)
+        first, silent = await take(source, 2)
+        assert (first["step"], silent["kind"], silent["since"]) == (1, "silent", 1e9)
+        with metrics.open("a", encoding="utf-8") as file:
+            file.write(line(2))
+        assert (await take(source, 1))[0]["step"] == 2
+        (folder / "summary.json").write_text('{"finished": true, "step": 2}', encoding="utf-8")
+        os.utime(metrics, (1e9, 1e9))
+        assert [each["kind"] for each in await take(source, 1)] == ["summary"]
+
+    asyncio.run(follow())
+
+
+TIMELINE = {"wait": 0.1, "forward": [0.1], "backward": [0.2], "finish": 0, "optimizer": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"loss": math.nan, "lr": math.inf, "grad_norm": "2", "retries": True, "peak_bytes": 10**400}, {}),
+        ({"timeline": TIMELINE, "memory": {"gradients": 8}}, {"timeline": TIMELINE, "memory": {"gradients": 8}}),
+        ({"timeline": {**TIMELINE, "forward": [0.1, 0.2]}}, {}),
+        ({"timeline": {**TIMELINE, "backward": [None]}, "memory": {"gradients": "all"}}, {}),
+        ({"timeline": [1], "memory": [1], "validation": 3, "applied": 0}, {}),
+        (
+            {"validation": {"loss": 0.0, "accuracy": 1}, "applied": False},
+            {"validation": {"loss": 0.0}, "applied": False},
+        ),
+    ],
+)
+def test_what_is_not_of_its_form_is_left_out_of_a_line(written: dict[str, Any], read: dict[str, Any]) -> None:
+    assert read_line(json.dumps({"step": 4, **written}).encode()) == {"step": 4, **read}
+
+
+STRANGE = [b"", b"{", b"3", b"[" * 9000, b"\xff", b'{"loss": 1}', b'{"step": 0}', b'{"step": "1"}']
+
+
+@pytest.mark.parametrize("text", [*STRANGE, b'{"step": 1' + b"0" * 99 + b"}"], ids=range(9))
+def test_what_is_no_line_is_left_out(text: bytes) -> None:
+    assert read_line(text) is None
 
 
 def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
@@ -135,3 +197,4 @@ def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
                     for width in (390, 1280):
                         page.set_viewport_size({"width": width, "height": 844})
                         assert violations(page, "html") == [], (scheme, width)
+                        assert crowded(page) == [], width

@@ -1,5 +1,6 @@
 """The server answers its own page and nobody else, says what is wrong, and outlives its trainer."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 from tests.guide.conftest import within_a_second
 
+from microbatch.guide.runner import Run
 from microbatch.guide.server import MOST_BODY, PER_SECOND
-from microbatch.guide.settings import FIELDS
+from microbatch.guide.settings import FIELDS, read_settings
 
 SLOW = {"model": "mlp", "steps": 400, "pace": "0.6"}
 
@@ -244,6 +246,22 @@ def test_a_trainer_that_is_killed_is_told_in_words(idle: Any) -> None:
     assert "the training process ended by signal 9" in last["error"]
     assert idle.get("/")[0] == 200
     assert idle.get("/api/run")[1]["run"]["running"] is False
+
+
+def test_an_event_that_its_trainer_did_not_live_to_end_is_left_out() -> None:
+    script = r"""read settings; printf '{"kind": "ready"}\n{"kind": "mic'; kill -9 $$"""
+
+    async def listen() -> list[tuple[str, str]]:
+        pipe = asyncio.subprocess.PIPE
+        run = Run(read_settings({}))
+        await run.start(await asyncio.create_subprocess_exec("sh", "-c", script, stdin=pipe, stdout=pipe, stderr=pipe))
+        await asyncio.wait_for(run.wait(), 20)
+        assert not run.running
+        return [(event["kind"], event.get("error", "")) for event in run.events]
+
+    ready, failed = asyncio.run(listen())
+    assert ready == ("ready", "")
+    assert failed == ("failed", "the training process ended by signal 9; run it again")
 
 
 def test_the_overflow_and_the_recovery_are_the_librarys(idle: Any) -> None:

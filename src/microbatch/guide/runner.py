@@ -105,7 +105,8 @@ class Run:
         errors = asyncio.create_task(_tail(process.stderr))
         if process.stdout is not None:
             async for line in process.stdout:
-                self._tell(json.loads(line))
+                with suppress(ValueError):  # the last line of one that was killed while it wrote is torn
+                    self._tell(json.loads(line))
         code = await process.wait()
         words = await errors
         if not self.running:

@@ -41,6 +41,8 @@ test("a run stands as its files say", () => {
   assert.match(panes.standing(run([line(3)], { summary: { finished: true, step: 3 } })), /^finished: step 3 of 3/);
   assert.match(panes.standing(run([line(2)], { summary: { finished: false, step: 2, stopped_by: "SIGINT" } })), /^stopped by SIGINT/);
   assert.match(panes.standing(run([line(4)], { summary: { finished: false, step: 2, stopped_by: "SIGINT" } })), /^running/);
+  assert.match(panes.standing(run([line(2, { retries: 1 })])), /^running: step 2 of 3, loss 0.5, 1 retry, 0 skipped windows$/);
+  assert.match(panes.standing(run([line(2)], { silent: 1e9 })), /^no news since .*2001/);
 });
 
 test("a long run is thinned out, evenly, and keeps its last step in sight", () => {

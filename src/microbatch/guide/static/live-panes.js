@@ -1,7 +1,7 @@
 // The pictures of runs: pure functions of their lines of metrics.
 
 import { plot } from "./plot.js";
-import { bytes, el, figure, power, table, text } from "./svg.js";
+import { bytes, count, el, figure, power, table, text } from "./svg.js";
 import { legend, parts, tank, total } from "./tank.js";
 
 const MOST = 400; // points of a curve; of a longer run, equally many steps share one
@@ -50,8 +50,8 @@ export const speedOf = (runs) => curve(runs, (line) => line.per_second, { label:
 export const normOf = (runs) => curve(runs, (line) => line.grad_norm, { label: "Gradient norm by step, before clipping", y: "norm", none: "no step yet", log: true, format: power });
 export const noiseOf = (runs) => curve(runs, (line) => line.noise_scale, { label: "Gradient noise scale by step, in samples", y: "samples", none: "measured every 20th step, from two microbatches on", log: true, format: power });
 
-export function memoryOf(run) {
-  const line = run?.lines.findLast((each) => each.memory);
+export function memoryOf(run, step) {
+  const line = run?.lines.findLast((each) => each.memory && (step === undefined || each.step <= step));
   const peak = Math.max(0, ...(run?.lines ?? []).map((each) => each.peak_bytes ?? 0));
   const limit = typeof run?.settings.memory === "number" ? run.settings.memory : undefined;
   if (!line) return nothing(peak ? `peak ${bytes(peak)}` : "no step was metered yet");
@@ -80,16 +80,21 @@ export function timelineOf(run, step) {
   timeline.forward.forEach((seconds, index) => pieces.push(["forward", seconds, index], ["backward", timeline.backward[index], index]));
   pieces.push(["finish", timeline.finish], ["optimizer", timeline.optimizer]);
   const sum = pieces.reduce((all, [, seconds]) => all + seconds, 0) || 1;
+  const begins = [];
   let left = 8;
-  const strip = pieces.map(([kind, seconds]) => {
-    const width = (seconds / sum) * 404, drawn = time(left, 30, width, 40, kind);
+  const strip = pieces.map(([kind, seconds, index]) => {
+    const width = (seconds / sum) * 404, from = left;
     left += width;
-    return drawn;
+    if (kind === "forward") begins[index] = from;
+    // Over each microbatch its number, where there is room for it.
+    const number = kind === "backward" && left - begins[index] > 26
+      ? text((begins[index] + left) / 2, 20, index + 1, { "text-anchor": "middle", class: "number" }) : null;
+    return [time(from, 30, width, 40, kind), number];
   });
   const sums = Object.keys(PHASES).map((kind) => [kind, pieces.filter(([each]) => each === kind).reduce((all, [, seconds]) => all + seconds, 0)]);
   const ms = (seconds) => (seconds >= 0.9995 ? `${seconds.toPrecision(3)} s` : `${(seconds * 1000).toPrecision(3)} ms`);
-  const said = `Step ${line.step}: ${timeline.forward.length} microbatches in ${ms(sum)}.`;
-  const svg = figure(214, said, text(8, 18, said, { class: "number" }), strip, el("rect", { class: "slot", x: 8, y: 30, width: 404, height: 40 }),
+  const said = `Step ${line.step}: ${count(timeline.forward.length, "microbatch", "microbatches")} in ${ms(sum)}.`;
+  const svg = figure(214, said, strip, el("rect", { class: "slot", x: 8, y: 30, width: 404, height: 40 }),
     sums.map(([kind, seconds], row) => [time(8, 88 + row * 25, 15, 15, kind), text(32, 100 + row * 25, WORDS[kind]),
       text(300, 100 + row * 25, ms(seconds), { "text-anchor": "end", class: "number" }), text(410, 100 + row * 25, `${Math.round((seconds / sum) * 100)} %`, { "text-anchor": "end", class: "number" })]));
   const rows = sums.map(([kind, seconds]) => [WORDS[kind], ms(seconds), `${Math.round((seconds / sum) * 100)} %`]);
@@ -101,7 +106,7 @@ export function happened(run) {
   const found = [];
   let before;
   for (const line of run?.lines ?? []) {
-    if (line.retries) found.push(`Step ${line.step}: memory ran out ${line.retries} times; it ended in microbatches of ${line.microbatch_size}.`);
+    if (line.retries) found.push(`Step ${line.step}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
     if (line.applied === false) found.push(`Step ${line.step} was dropped: its gradient is not finite.`);
     if (before !== undefined && line.microbatch_size !== before) found.push(`Step ${line.step}: microbatches of ${line.microbatch_size} instead of ${before}.`);
     before = line.microbatch_size;
@@ -115,6 +120,11 @@ export function standing(run) {
   const retries = run.lines.reduce((sum, line) => sum + (line.retries ?? 0), 0);
   if (!last) return "waiting for its first step";
   const of = steps ? ` of ${steps}` : "";
-  const how = run.summary ? (run.summary.finished && run.summary.step === last.step ? "finished" : run.summary.step === last.step ? `stopped by ${run.summary.stopped_by}` : "running") : "running";
-  return `${how}: step ${last.step}${of}, loss ${digits(last.loss)}, ${retries} retries, ${dropped} skipped windows`;
+  return `${ending(run, last)}: step ${last.step}${of}, loss ${digits(last.loss)}, ${count(retries, "retry", "retries")}, ${count(dropped, "skipped window")}`;
+}
+
+// A summary is of the step that it names; a run that goes on after it is running again. A killed one writes none.
+function ending({ summary, silent }, last) {
+  if (summary?.step === last.step) return summary.finished ? "finished" : `stopped by ${summary.stopped_by}`;
+  return silent ? `no news since ${new Date(silent * 1000).toLocaleString()}` : "running";
 }

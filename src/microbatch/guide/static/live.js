@@ -12,7 +12,7 @@ let dirty = false;
 
 const PANES = [
   ["Loss", (s) => panes.lossOf(s.runs)], ["Validation", (s) => panes.validationOf(s.runs)],
-  ["A step’s time", (s) => panes.timelineOf(s.runs[s.chosen], s.step)], ["Memory", (s) => panes.memoryOf(s.runs[s.chosen])],
+  ["A step’s time", (s) => panes.timelineOf(s.runs[s.chosen], s.step)], ["Memory", (s) => panes.memoryOf(s.runs[s.chosen], s.step)],
   ["Throughput", (s) => panes.speedOf(s.runs)], ["Learning rate", (s) => panes.rateOf(s.runs)],
   ["Gradient norm", (s) => panes.normOf(s.runs)], ["Noise scale", (s) => panes.noiseOf(s.runs)],
 ].map(([title, draw]) => ({ draw, figure: make(title) }));
@@ -36,6 +36,7 @@ function draw() {
     const { svg, say, table } = picture(state);
     figure.querySelector("[data-drawing]").innerHTML = svg;
     figure.querySelector("[data-say]").textContent = say;
+    figure.querySelector("details").hidden = !table;
     if (figure.querySelector("details").open) figure.querySelector("[data-table]").innerHTML = table;
   }
   state.runs.forEach((run) => (run.status.textContent = panes.standing(run)));
@@ -85,7 +86,11 @@ function follow(run, number) {
     for (const line of JSON.parse(data)) {
       if (line.kind === "reset") run.lines = [];
       else if (line.kind === "summary") run.summary = line.summary;
-      else if (line.id > (run.lines.at(-1)?.id ?? 0)) run.lines.push(line);
+      else if (line.kind === "silent") run.silent = line.since;
+      else if (line.id > (run.lines.at(-1)?.id ?? 0)) {
+        run.lines.push(line);
+        run.silent = undefined;
+      }
     }
     redraw();
   };
