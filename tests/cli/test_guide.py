@@ -196,4 +196,7 @@ def test_a_copy_plays_recorded_runs_on_any_server(tmp_path: Path, monkeypatch: p
             page.wait_for_selector('#playground[data-kind="done"]', timeout=30_000)
             assert page.get_attribute("#playground", "data-steps") == "3"
             assert "✗" in str(page.locator("[data-badge]").text_content())
+            page.goto(f"http://127.0.0.1:{server.server_port}/?preset=pairs")
+            page.wait_for_selector('#playground[data-kind="done"]', timeout=30_000)
+            assert 'lesson("pairs"' in str(page.locator("[data-copy-text=program]").text_content())
         server.shutdown()

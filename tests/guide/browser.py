@@ -83,3 +83,23 @@ def violations(page: Any, part: str) -> list[Any]:
     # What it passes need not be described, which takes most of its time.
     found = Axe().run(page, context=part, options={"resultTypes": ["violations"]}).response["violations"]
     return [(each["id"], [node["html"][:160] for node in each["nodes"][:3]]) for each in found]
+
+
+def crowded(page: Any) -> list[Any]:
+    """Return the words of pictures that are cut off, or that lie over others."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll('svg[role=img]')].flatMap((svg) => {
+          const room = svg.getBoundingClientRect();
+          if (!room.width) return [];
+          const boxes = [...svg.querySelectorAll('text')]
+            .map((each) => [each.textContent, each.getBoundingClientRect()]);
+          const cut = boxes.filter(([, box]) => box.left < room.left - 1 || box.right > room.right + 1
+            || box.top < room.top - 1 || box.bottom > room.bottom + 1).map(([words]) => ['cut off', words]);
+          // A line is as high as its font, which leaves room above and below what is written.
+          const over = (one, other) => Math.min(one.right, other.right) - Math.max(one.left, other.left) > 1
+            && Math.min(one.bottom, other.bottom) - Math.max(one.top, other.top) > one.height / 4;
+          const lies = boxes.flatMap(([words, box], index) => boxes.slice(index + 1)
+            .filter(([, other]) => over(box, other)).map(([others]) => ['one over the other', words, others]));
+          return [...cut, ...lies];
+        })"""
+    )

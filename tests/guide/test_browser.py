@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.guide.browser import launched, opened, until, violations
+from tests.guide.browser import crowded, launched, opened, until, violations
 from tests.guide.conftest import within_a_second
 
 FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
@@ -159,6 +159,38 @@ def test_the_tank_overflows_under_the_readers_hand(browser: Any, idle: Any) -> N
         assert "more than the tank" in str(tank.locator("[data-say]").text_content())
 
 
+CHOSEN = {
+    "tank": [(0, 16), (0, 192), (6, 16), (6, 192)],
+    "split": [(1, 1), (7, 2), (96, 1), (96, 5), (96, 96)],
+    "memory": [(0, 6), (3, 3), (6, 0), (6, 5)],
+    "loop": [(0,), (1,), (2,), (13,)],
+    "code": [(1,), (22,)],
+    "saw": [(0,), (93,)],
+    "mathematics": [(16, 1, 1, 16), (1, 16, 16, 16)],
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_words_of_a_picture_are_cut_off_or_lie_over_others(browser: Any, idle: Any, width: str) -> None:
+    with opened(browser, idle.url, viewport=WIDTHS[width]) as page:
+        assert crowded(page) == []
+        for figure, positions in CHOSEN.items():
+            place = page.locator(f'[data-figure="{figure}"]')
+            ranges = place.locator("input[type=range]").all()
+            for position in positions:
+                for at, where in zip(ranges, position, strict=True):
+                    at.fill(str(where))
+                for rule in range(place.locator("option").count() or 1):
+                    if place.locator("select").count():
+                        place.locator("select").select_option(index=rule)
+                    assert crowded(page) == [], (figure, position)
+        for view in range(4):
+            page.locator('[data-figure="differences"] select').select_option(index=view)
+            assert crowded(page) == [], view
+        page.evaluate("document.querySelector('[data-figure=hero] svg text').setAttribute('x', '-20')")
+        assert [why for why, *_ in crowded(page)] == ["cut off"]
+
+
 # -- keyboard and other senses ----------------------------------------------------------------------------------------
 
 
@@ -239,6 +271,7 @@ def test_axe_finds_nothing(browser: Any, idle: Any, state: str) -> None:
             for width, viewport in WIDTHS.items():
                 page.set_viewport_size(viewport)
                 assert violations(page, "html" if settings is None else "#playground") == [], (scheme, width)
+                assert crowded(page) == [], width
 
 
 # -- the playground ---------------------------------------------------------------------------------------------------
@@ -284,6 +317,15 @@ def test_a_preset_fills_the_form_the_address_and_the_program(browser: Any, idle:
         until(page, "document.querySelector('[data-copy-text=program]').textContent.includes('norm=\"batch\"')")
         page.reload()
         assert page.input_value("#f-norm") == "batch"
+        pressed = page.locator("[data-preset][aria-pressed=true]")
+        assert pressed.all_text_contents() == ["BatchNorm drifts"]
+        page.select_option("#f-norm", "exact")
+        assert pressed.all_text_contents() == ["BatchNorm, exact"]
+        page.locator("#f-seed").fill("7")
+        page.locator("#f-seed").press("Tab")
+        assert pressed.all_text_contents() == []
+    with opened(browser, idle.url + "?preset=recovers&seed=3") as page:
+        assert [page.input_value(f"#f-{name}") for name in ("microbatch", "tank", "seed")] == ["32", "10", "3"]
 
 
 def test_an_address_that_cannot_be_falls_back_and_says_so(browser: Any, idle: Any) -> None:

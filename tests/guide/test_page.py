@@ -74,10 +74,14 @@ def test_a_section_has_a_heading_a_figure_its_table_and_one_line_to_remember(tex
     assert re.search(r'class="remember">[^<]*\d', body) or name == "code"
 
 
+SPELT = "two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|hundred|thousand"
+
+
 def numbers(source: str) -> list[str]:
     """Return the numbers of a source's words that no measurement put there; one inside of a name is none."""
     plain = re.sub(r"<!--.*?-->|\{\{.*?\}\}|<(svg|script|math)\b.*?</\1>", " ", source, flags=re.DOTALL)
-    return re.findall(r"(?<!\w)\d[^\s<>]*", re.sub(r"<[^>]*>", " ", plain))
+    plain = re.sub(r"<[^>]*>", " ", plain)
+    return re.findall(rf"(?<!\w)\d[^\s<>]*|\b(?:{SPELT}) (?:times|per ?cent)\b", plain)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -92,6 +96,7 @@ def test_no_number_of_the_text_was_typed_in(name: str) -> None:
 
 def test_a_number_that_was_typed_in_would_be_seen() -> None:
     assert numbers('<p class="x3">It is <b>5.2</b> times {{derived.total_ratio|times}} faster</p>') == ["5.2"]
+    assert numbers("it falls eight times") == ["eight times"]
 
 
 def test_a_number_that_was_not_measured_is_refused() -> None:

@@ -213,6 +213,7 @@ def quiz_html(questions: Sequence[Mapping[str, Any]]) -> str:
     """
     items: list[str] = []
     for number, question in enumerate(questions, start=1):
+        right = question["answers"][question["right"]]
         choices = "".join(
             f'<label><input type="radio" name="q{number}" value="{index}"'
             f"{' data-right' if index == question['right'] else ''}> <span>{answer}</span></label>"
@@ -221,10 +222,14 @@ def quiz_html(questions: Sequence[Mapping[str, Any]]) -> str:
         items.append(
             f'<li class="question"><fieldset><legend>{question["ask"]}</legend>{choices}</fieldset>'
             f'<p class="verdict" role="status" data-verdict></p>'
-            f"<details><summary>Explanation</summary><p><strong>{question['answers'][question['right']]}.</strong> "
+            f"<details><summary>Explanation</summary><p><strong>{_begun(right)}.</strong> "
             f'{question["why"]} <a href="#{question["see"]}">Read on</a></p></details></li>'
         )
     return f'<ol class="quiz">{"".join(items)}</ol>'
+
+
+def _begun(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def data_html(measured: Mapping[str, Any]) -> str:

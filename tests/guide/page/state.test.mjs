@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { apply, badge, begin, ended, status } from "../../../src/microbatch/guide/static/runs.js";
 import { loopPane, lossPane, errorPane, tankPane } from "../../../src/microbatch/guide/static/panes.js";
-import { readAddress, readIndex, writeAddress } from "../../../src/microbatch/guide/static/state.js";
+import { filled, presetOf, readAddress, readIndex, writeAddress } from "../../../src/microbatch/guide/static/state.js";
 
 const fields = {
   model: { label: "Model", default: "mlp", choices: ["mlp", "conv"], word: null },
@@ -18,10 +18,19 @@ test("an address is read as it was written", () => {
 });
 
 test("what an address cannot mean falls back, and says so", () => {
-  const { values, notices } = readAddress(fields, "?batch=many&model=../x&lr=1e99&nonsense=1&microbatch=2.5&loop=3", ["loop"]);
+  const { values, notices } = readAddress(fields, "?batch=many&model=../x&lr=1e99&nonsense=1&microbatch=2.5&loop=3", { others: ["loop"] });
   assert.deepEqual(values, { model: "mlp", batch: 32, microbatch: 8, lr: 0.05 });
   assert.equal(notices.length, 5);
   assert.ok(notices.every((words) => words.length < 200));
+});
+
+test("an address may name a preset, and change it", () => {
+  const presets = { wide: { settings: { model: "conv", batch: 64 } } };
+  const { values, notices } = readAddress(fields, "?lr=0.3&preset=wide", { presets });
+  assert.deepEqual([values, notices], [{ model: "conv", batch: 64, microbatch: 8, lr: 0.3 }, []]);
+  assert.equal(presetOf(fields, presets, values), undefined);
+  assert.equal(presetOf(fields, presets, { ...filled(fields), model: "conv", batch: "64" }), "wide");
+  for (const unknown of ["none", "toString"]) assert.match(readAddress(fields, `?preset=${unknown}`, { presets }).notices[0], /preset that does not exist/);
 });
 
 test("an event's number is taken where there is such an event", () => {
@@ -90,5 +99,9 @@ test("a retry shows what overflowed until a step has gone well", () => {
   const view = [run[0], retry].reduce(apply, begin({ ...settings, microbatch: 32 }));
   assert.equal(view.planned, 2);
   assert.match(tankPane(view).svg, /overflow/);
-  assert.doesNotMatch(tankPane(apply(view, step(3, 0))).svg, /overflow/);
+  assert.match(tankPane({ ...view, ready: { budget: 8000 } }).say, /^1000 B more were asked for than the budget of 7.81 KiB/);
+  assert.match(loopPane(view).say, /everything is put back/);
+  const after = tankPane(apply(view, step(3, 0)));
+  assert.doesNotMatch(after.svg, /overflow by|sign/);
+  assert.match(after.say, /It overflowed in microbatches of 32, and goes on in microbatches of 16\./);
 });

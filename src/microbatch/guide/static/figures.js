@@ -57,11 +57,11 @@ export function tankFigure({ batch, tank: capacity }, measured) {
   const svg = figure(
     300,
     said,
-    tank(60, 28, 120, 232, list, { scale, capacity: room, label: `batch of ${batch}` }),
-    text(204, 44, bytes(sum), { class: "number big" }),
-    text(204, 64, `in a tank of ${bytes(room)}`, { class: "quiet" }),
-    legend(204, 92, list),
-    over ? overflowSign(204, 262, `overflow: ${bytes(sum - room)} too much`) : null,
+    tank(36, 28, 116, 232, list, { scale, capacity: room, label: `batch of ${batch}` }),
+    text(190, 44, bytes(sum), { class: "number big" }),
+    text(190, 64, `in a tank of ${bytes(room)}`, { class: "quiet" }),
+    legend(190, 92, list),
+    over ? overflowSign(190, 262, `overflow by ${bytes(sum - room)}`) : null,
   );
   const rows = [...list, ["together", sum]].map(([role, size]) => [role, bytes(size)]);
   return { svg, say: said + early, table: table(["part", "at the peak"], rows, `A batch of ${batch} rows at once`) };
@@ -81,14 +81,14 @@ export function memoryFigure({ batch, microbatch }, measured) {
   const svg = figure(
     280,
     said,
-    tank(16, 14, 66, 206, whole, { scale, label: `${batch} at once` }),
-    tank(112, 14, 66, 206, small, { scale, label: `${Math.ceil(batch / size)} × ${size}` }),
-    text(49, 262, bytes(total(whole)), { "text-anchor": "middle", class: "number" }),
-    text(145, 262, bytes(total(small)), { "text-anchor": "middle", class: "number" }),
+    tank(10, 14, 66, 206, whole, { scale, label: `${batch} at once` }),
+    tank(98, 14, 66, 206, small, { scale, label: `${Math.ceil(batch / size)} × ${size}` }),
+    text(43, 262, bytes(total(whole)), { "text-anchor": "middle", class: "number" }),
+    text(131, 262, bytes(total(small)), { "text-anchor": "middle", class: "number" }),
     text(416, 24, `${Math.ceil(batch / size)} × ${size}`, { "text-anchor": "end", class: "quiet" }),
-    legend(196, 40, small),
-    text(196, 222, `activations ÷ ${fewer("activations")}`, { class: "label activations" }),
-    text(196, 246, `total ÷ ${ratio}`, { class: "number" }),
+    legend(184, 40, small),
+    text(184, 222, `activations ÷ ${fewer("activations")}`, { class: "label activations" }),
+    text(184, 246, `total ÷ ${ratio}`, { class: "number" }),
   );
   const rows = whole.map(([role, bytesOf], index) => [role, bytes(bytesOf), bytes(small[index][1])]);
   rows.push(["together", bytes(total(whole)), bytes(total(small))]);
@@ -146,8 +146,8 @@ export function splitFigure({ batch, microbatch }) {
   const cell = Math.min(22, (width - numberWidth - 10) / perLine);
   const deep = Math.ceil(microbatch / perLine) * cell + 9;
   const last = sizes.at(-1);
-  const said = `${batch} rows in microbatches of ${microbatch}: ${count(sizes.length, "microbatch", "microbatches")}` +
-    (last < microbatch ? `, the last with ${count(last, "row")}.` : ", all of one size.");
+  const said = `${count(batch, "row")} in microbatches of ${microbatch}: ${count(sizes.length, "microbatch", "microbatches")}` +
+    (last < microbatch ? `, the last with ${count(last, "row")}.` : sizes.length > 1 ? ", all of one size." : ".");
   const drawn = sizes.map((size, index) => {
     const x = 4 + Math.floor(index / lines) * width, y = 4 + (index % lines) * (deep + 6);
     const wide = Math.min(size, perLine) * cell + 6;
@@ -185,7 +185,8 @@ export function loop(index, { microbatches, now } = { microbatches: 4 }) {
   const current = 6 + Math.max(0, Math.min(event.microbatch, microbatches - 1)) * width + (width - gap) / 2;
   const full = { forward: 118 }[event.phase] ?? 0;
   const segment = 118 / microbatches;
-  const said = say(event, microbatches);
+  const grownName = `gradient ${grown}/${microbatches}`;
+  const said = now?.say ?? say(event, microbatches);
   const svg = figure(
     268,
     said,
@@ -207,7 +208,7 @@ export function loop(index, { microbatches, now } = { microbatches: 4 }) {
     bar(329, 203 - grown * segment, 70, grown * segment, "gradients"),
     microbatches <= 32 ? Array.from({ length: microbatches - 1 }, (_, line) =>
       el("line", { class: "tick", x1: 329, x2: 399, y1: 203 - (line + 1) * segment, y2: 203 - (line + 1) * segment })) : null,
-    text(364, 224, `gradient ${grown}/${microbatches}`, { "text-anchor": "middle", class: "label gradients" }),
+    text(Math.min(364, 418 - grownName.length * 4.6), 224, grownName, { "text-anchor": "middle", class: "label gradients" }),
     text(210, 258, `${count(seen.forwards, "forward")} · ${count(seen.backwards, "backward")} · ${count(seen.steps, "step")}`,
       { "text-anchor": "middle", class: "number" }),
   );
@@ -258,7 +259,7 @@ export function mathematics({ lengths, rule }) {
   });
   const high = 40 + lengths.length * 46;
   const svg = figure(high + 10, said,
-    text(26, 18, "microbatches and their tokens", { class: "quiet" }),
+    text(26, 18, "tokens by microbatch", { class: "quiet" }),
     text(318, 18, "weight of one token", { "text-anchor": "middle", class: "quiet" }),
     el("line", { class: "axis", x1: 318, x2: 318, y1: 26, y2: high - 8 }),
     drawn, text(318, high + 4, "as in the batch", { "text-anchor": "middle", class: "quiet" }));

@@ -5,6 +5,7 @@ import { events } from "./phases.js";
 import { makePlayer } from "./player.js";
 import { startPlayground } from "./playground.js";
 import { readIndex } from "./state.js";
+import { count } from "./svg.js";
 import { startTheme } from "./theme.js";
 
 const { measured, fields, presets } = JSON.parse(document.getElementById("data").textContent);
@@ -98,7 +99,7 @@ function wireMathematics() {
 function wireMemory() {
   const { controls, show } = place("memory"), state = { ...START.memory };
   const draw = () => show(FIGURES.memory(state, measured));
-  const option = (name, key) => slider(controls, name, { min: 0, max: sizes.length - 1, value: sizes.indexOf(state[key]), name: (index) => `${sizes[index]} rows` },
+  const option = (name, key) => slider(controls, name, { min: 0, max: sizes.length - 1, value: sizes.indexOf(state[key]), name: (index) => count(sizes[index], "row") },
     (index) => ((state[key] = sizes[index]), draw()));
   option("Batch", "batch");
   option("Microbatch", "microbatch");

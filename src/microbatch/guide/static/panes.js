@@ -11,7 +11,11 @@ export function loopPane(view) {
   const event = view.event ?? { phase: "begin", microbatch: -1 };
   const last = events(view.planned).length - 1;
   const index = { begin: 0, encode: 0, step: last }[event.phase] ?? Math.min(last, indexOf(event.microbatch, event.phase));
-  return loop(index, { microbatches: view.planned, now: { event, seen: view.seen } });
+  const failed = {
+    overflow: "What it asked for did not fit: the window ends here, and no weight has moved.",
+    retry: "What it asked for did not fit: everything is put back as it was before the window.",
+  }[view.kind];
+  return loop(index, { microbatches: view.planned, now: { event, seen: view.seen, say: failed } });
 }
 
 export function tankPane(view) {
@@ -25,19 +29,23 @@ export function tankPane(view) {
   const scale = 190 / most;
   const over = budget !== undefined && total(list) > budget;
   const said = over
-    ? `${bytes(total(list))} were in use: more than the budget of ${bytes(budget)}.`
-    : `${bytes(total(list))} at the peak of a step${budget === undefined ? "" : `, of ${bytes(budget)} allowed`}${whole ? `; the full batch takes ${bytes(total(beside))}` : ""}.`;
+    ? `${bytes(total(list) - budget)} more were asked for than the budget of ${bytes(budget)}.`
+    : `${bytes(total(list))} at the peak of a step${budget === undefined ? "" : `, of ${bytes(budget)} allowed`}${whole ? `; the full batch takes ${bytes(total(beside))}` : ""}.${view.retry ? recovered(view) : ""}`;
   const svg = figure(
     260, said,
-    tank(18, 20, beside ? 62 : 84, 200, list, { scale, capacity: budget, label: view.retry && view.overflow ? "the attempt" : "this run" }),
-    beside ? tank(106, 20, 62, 200, beside, { scale, label: "full batch" }) : null,
-    legend(beside ? 196 : 150, 40, list, { step: 28 }),
-    over ? overflowSign(beside ? 196 : 150, 214, "overflow") : null,
+    tank(16, 20, beside ? 62 : 84, 200, list, { scale, capacity: budget, label: view.retry && view.overflow ? "the attempt" : "this run" }),
+    beside ? tank(100, 20, 62, 200, beside, { scale, label: "full batch" }) : null,
+    legend(beside ? 184 : 150, 40, list, { step: 28 }),
+    over ? overflowSign(beside ? 184 : 150, 214, `overflow by ${bytes(total(list) - budget)}`) : null,
   );
   const rows = [...list, ["together", total(list)]].map(([role, size], line) =>
     [role, bytes(size), ...(beside ? [bytes(line < beside.length ? beside[line][1] : total(beside))] : [])]);
   return { svg, say: said, table: table(["part", "this run", ...(beside ? ["full batch"] : [])], rows, "Memory at the peak of a step") };
 }
+
+// What the run went through to be in its tank.
+const recovered = ({ retry, settings, steps }) =>
+  ` It overflowed in microbatches of ${settings.microbatch === "auto" ? retry.before : settings.microbatch}, and goes on in microbatches of ${steps.at(-1)?.microbatch_size ?? retry.after}.`;
 
 const numbers = (view) => view.steps.map((step) => step.step + 1);
 
@@ -54,7 +62,7 @@ export function errorPane(view) {
   const last = view.steps.at(-1);
   const drawn = plot({ label: "Relative error of the gradient by step", xs: numbers(view), x: "step", y: "relative error", log: true, format: power,
     series: [{ name: "this run", ys: view.steps.map((step) => step.error) }, { name: "full batch’s rounding", ys: view.steps.map((step) => step.own_error) }] });
-  return { ...drawn, say: `${power(last.error)} from the full batch’s gradient in double precision; the full batch itself, in the run’s precision, ${power(last.own_error)}.` };
+  return { ...drawn, say: `A relative error of ${power(last.error)} against the full batch’s gradient in double precision; the full batch itself, in the run’s precision, ${power(last.own_error)}.` };
 }
 
 const empty = (words) => ({ svg: figure(150, words, text(210, 75, words, { "text-anchor": "middle", class: "quiet" })), say: "", table: "" });

@@ -2,8 +2,8 @@
 
 import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
 import { apply, badge, begin, ended, status } from "./runs.js";
-import { read, readAddress, writeAddress } from "./state.js";
-import { power } from "./svg.js";
+import { filled, presetOf, read, readAddress, writeAddress } from "./state.js";
+import { percent, power } from "./svg.js";
 
 const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
 const OTHERS = ["loop", "code", "saw"]; // what the address says of figures
@@ -25,7 +25,9 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       figure.querySelector("[data-drawing]").innerHTML = svg;
       figure.querySelector("[data-say]").textContent = say;
       const twin = figure.querySelector("[data-table]");
-      if (twin?.closest("details").open) twin.innerHTML = table;
+      if (!twin) continue;
+      twin.closest("details").hidden = !table;
+      if (twin.closest("details").open) twin.innerHTML = table;
     }
     const words = status(view);
     if (find("status").textContent !== words) find("status").textContent = words;
@@ -35,10 +37,10 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       find("badge").classList.toggle("wrong", !seen.right);
       find("badge").dataset.error = seen.error;
       find("badge").dataset.tolerance = seen.tolerance;
-      const scale = Math.abs(seen.scale - 1) > 0.02 ? `, × ${seen.scale.toFixed(2)} along it` : "";
+      const scale = Math.abs(seen.scale - 1) > 0.02 ? `, × ${seen.scale.toFixed(2)} as large` : "";
       find("badge").textContent = seen.right
         ? `✓ full batch’s gradient, to ${power(seen.error)}`
-        : `✗ not the full batch’s gradient: ${power(seen.error)} off${scale}`;
+        : `✗ not the full batch’s gradient: ${percent(seen.error)} off${scale}`;
     }
     const log = find("log");
     log.replaceChildren(...view.log.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
@@ -70,10 +72,16 @@ export function startPlayground({ fields, presets, notices, recorded }) {
 
   const control = (name) => form.elements.namedItem(name);
 
+  function mark(chosen) {
+    for (const each of place.querySelectorAll("[data-preset]")) each.setAttribute("aria-pressed", String(each.dataset.preset === chosen));
+    find("preset-text").textContent = presets[chosen]?.text ?? "";
+  }
+
   function fill(values) {
     if (recorded) return;
     for (const name of Object.keys(fields)) control(name).value = values[name];
     fit();
+    mark(presetOf(fields, presets, values));
   }
 
   // A field of one model alone is not there for the others.
@@ -98,6 +106,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
 
   function address() {
     const { found } = values();
+    mark(presetOf(fields, presets, found));
     const kept = Object.fromEntries([...new URLSearchParams(location.search)].filter(([key]) => OTHERS.includes(key)));
     const query = writeAddress(fields, found, kept);
     history.replaceState(null, "", `${query ? `?${query}` : location.pathname}${location.hash}`);
@@ -173,6 +182,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
 
   async function replay(preset) {
     const turn = ++replaying;
+    mark(preset);
     const answer = await ask(`recorded/${preset}.json`);
     if (answer.problem) return say("This recording cannot be read.");
     view = begin(answer.settings);
@@ -209,12 +219,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   });
   for (const button of place.querySelectorAll("[data-preset]"))
     button.addEventListener("click", () => {
-      const chosen = presets[button.dataset.preset];
-      for (const each of place.querySelectorAll("[data-preset]")) each.setAttribute("aria-pressed", String(each === button));
-      find("preset-text").textContent = chosen.text;
       if (recorded) return replay(button.dataset.preset);
-      fill({ ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default])), ...chosen.settings });
-      values();
+      fill(filled(fields, presets[button.dataset.preset].settings));
       address();
     });
 
@@ -231,12 +237,15 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     if (under.running && !read) fill(under.settings);
   }
 
-  view = begin({ ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default])), ...presets.fits?.settings });
+  view = begin(filled(fields));
   view.kind = "idle";
   draw();
-  const { values: asked, notices: unknown } = readAddress(fields, location.search, OTHERS);
+  const { values: asked, notices: unknown } = readAddress(fields, location.search, { others: OTHERS, presets });
   fill(asked);
-  if (!recorded) program(writeAddress(fields, asked));
+  if (recorded) {
+    const named = new URLSearchParams(location.search).get("preset");
+    if (Object.hasOwn(presets, named)) replay(named);
+  } else program(writeAddress(fields, asked));
   const all = [...notices, ...unknown];
   if (all.length) say(all.join(" "));
   resume(location.search.length > 1);

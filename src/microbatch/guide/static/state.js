@@ -11,12 +11,21 @@ export function read(field, value) {
   return { problem: `${field.label} must be ${kind} from ${field.low} to ${field.high}${field.word === null ? "" : ` or “${field.word}”`}` };
 }
 
-// Every field's value, and a notice for each name or value that is not known.
-export function readAddress(fields, search, others = []) {
-  const values = Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default]));
+// What a preset sets, and of the rest the defaults.
+export const filled = (fields, settings = {}) => ({ ...Object.fromEntries(Object.entries(fields).map(([name, field]) => [name, field.default])), ...settings });
+
+// The preset that values are; none where a reader has changed one of its settings.
+export const presetOf = (fields, presets, values) => Object.keys(presets).find((preset) =>
+  Object.entries(filled(fields, presets[preset].settings)).every(([name, value]) => String(values[name]) === String(value)));
+
+// Every field's value, and a notice for each name or value that is not known. A preset comes first, whatever the order.
+export function readAddress(fields, search, { others = [], presets = {} } = {}) {
+  const preset = new URLSearchParams(search).get("preset");
+  const values = filled(fields, Object.hasOwn(presets, preset) ? presets[preset].settings : {});
   const notices = [];
+  if (preset !== null && !Object.hasOwn(presets, preset)) notices.push(`The address names a preset that does not exist: ${preset.slice(0, 40)}.`);
   for (const [name, text] of new URLSearchParams(search)) {
-    if (others.includes(name)) continue;
+    if (name === "preset" || others.includes(name)) continue;
     if (!Object.hasOwn(fields, name)) {
       notices.push(`The address names a setting that does not exist: ${name.slice(0, 40)}.`);
       continue;
