@@ -69,6 +69,15 @@ test("a chart stands values that are missing, equal or not finite", () => {
       assert.ok(!/NaN|Infinity/.test(plot({ label: "l", xs: ys.map((_, index) => index), x: "x", y: "y", log, series: [{ name: "s", ys }] }).svg));
 });
 
+test("of few positions all are named, of many the round ones, where they are", () => {
+  const named = (xs) => [...plot({ label: "l", xs, x: "x", y: "y", series: [{ name: "s", ys: xs }] }).svg.matchAll(/<text x="([\d.]+)" y="232"[^>]*>(\d+)</g)].map(([, at, value]) => [Number(at), Number(value)]);
+  assert.deepEqual(named([1, 2, 4, 8]).map(([, value]) => value), [1, 2, 4, 8]);
+  const many = named(Array.from({ length: 60 }, (_, index) => 1 + index * 7));
+  assert.deepEqual(many.map(([, value]) => value), [100, 200, 300, 400]);
+  const between = many.slice(1).map(([at], index) => at - many[index][0]);
+  assert.ok(Math.max(...between) - Math.min(...between) < 0.1, between);
+});
+
 test("numbers are written as people write them", () => {
   assert.equal(power(1.26e-7), "1.3 × 10⁻⁷");
   assert.equal(power(0), "0");

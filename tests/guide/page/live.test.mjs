@@ -57,3 +57,11 @@ test("of a long run, what is measured now and then is not lost between the point
   assert.equal(table.match(/<td>7<\/td>/g).length, 45);
   assert.match(say, /now 7/);
 });
+
+test("a run looks the same in every chart, and like no other", () => {
+  const runs = Array.from({ length: 6 }, (_, index) => run([line(1, index ? { validation: { loss: 1 } } : {}), line(2)], { name: `run ${index}` }));
+  const looks = (svg) => [...svg.matchAll(/class="series (s\d)">(?:(?!<\/g>).)*class="name">([^<]*)</g)].map(([, look, name]) => [name, look]);
+  const known = looks(panes.lossOf(runs).svg);
+  assert.equal(new Set(known.map(([, look]) => look)).size, 6);
+  assert.deepEqual(looks(panes.validationOf(runs).svg), known.slice(1));
+});

@@ -21,10 +21,10 @@ function positions(runs) {
 
 function curve(runs, take, words) {
   const { stride, steps } = positions(runs);
-  const series = runs.map(({ name, lines }) => {
+  const series = runs.map(({ name, lines }, look) => {
     const ys = new Array(steps.length).fill(null);
     for (const line of lines) ys[Math.ceil(line.step / stride) - 1] = take(line) ?? ys[Math.ceil(line.step / stride) - 1];
-    return { name, ys };
+    return { name, ys, look };
   }).filter(({ ys }) => ys.some((value) => value !== null));
   if (!series.length) return nothing(words.none);
   const drawn = plot({ label: words.label, xs: steps, x: "step", y: words.y, series, format: words.format ?? digits, log: words.log, zero: words.zero ?? false, most: 12 });
@@ -35,11 +35,10 @@ function curve(runs, take, words) {
 export const lossOf = (runs) => curve(runs, (line) => line.loss, { label: "Loss by step", y: "loss", none: "no step yet" });
 
 export function validationOf(runs) {
-  const lines = runs.flatMap(({ name, lines: all }) => all.filter((line) => line.validation).map((line) => ({ name, ...line })));
-  if (!lines.length) return nothing("not validated yet");
-  const names = [...new Set(lines.map(({ name }) => name))];
-  const steps = [...new Set(lines.map(({ step }) => step))].sort((one, other) => one - other);
-  const series = names.map((name) => ({ name, ys: steps.map((step) => lines.find((line) => line.name === name && line.step === step)?.validation.loss ?? null) }));
+  const known = runs.map(({ lines }) => new Map(lines.filter((line) => line.validation).map((line) => [line.step, line.validation.loss])));
+  const steps = [...new Set(known.flatMap((losses) => [...losses.keys()]))].sort((one, other) => one - other);
+  if (!steps.length) return nothing("not validated yet");
+  const series = runs.map(({ name }, look) => ({ name, look, ys: steps.map((step) => known[look].get(step) ?? null) })).filter(({ look }) => known[look].size);
   const drawn = plot({ label: "Validation loss by step", xs: steps, x: "step", y: "validation loss", zero: false, series, format: digits });
   const last = series.map(({ name, ys }) => `${series.length > 1 ? `${name}: ` : ""}${digits(ys.findLast((value) => value !== null))}`);
   return { ...drawn, say: `Validation loss by step; now ${last.join(", ")}.` };

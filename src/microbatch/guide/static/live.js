@@ -40,7 +40,9 @@ function draw() {
     if (figure.querySelector("details").open) figure.querySelector("[data-table]").innerHTML = table;
   }
   state.runs.forEach((run) => (run.status.textContent = panes.standing(run)));
-  find("log").replaceChildren(...panes.happened(state.runs[state.chosen]).slice(-200).map((words) => Object.assign(document.createElement("li"), { textContent: words })));
+  const happened = panes.happened(state.runs[state.chosen]).slice(-200);
+  find("log").closest("details").hidden = !happened.length;
+  find("log").replaceChildren(...happened.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
   scrub.max = Math.max(1, state.runs[state.chosen]?.lines.at(-1)?.step ?? 1);
   if (state.step === undefined) scrub.value = scrub.max;
   shown.textContent = state.step === undefined ? "newest" : `step ${state.step}`;
@@ -107,6 +109,7 @@ async function described() {
 const runs = await described();
 if (!runs?.length) {
   find("notice").hidden = false;
+  find("panes").hidden = true;
   find("notice").textContent = runs ? "No run was named. Look at one with: microbatch guide path/to/run" : "The server does not answer.";
 } else {
   state.runs = runs.map((run) => ({ ...run, lines: [] }));

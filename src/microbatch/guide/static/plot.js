@@ -8,9 +8,13 @@ const MARKS = [
   (x, y) => el("circle", { cx: x, cy: y, r: 4.5 }),
   (x, y) => el("path", { d: `M${x} ${y - 6}l6 6l-6 6l-6 -6z` }),
   (x, y) => el("path", { d: `M${x} ${y - 6}l5.5 10h-11z` }),
+  (x, y) => el("path", { d: `M${x - 4.5} ${y - 4.5}h9v9h-9z` }),
+  (x, y) => el("circle", { class: "hollow", cx: x, cy: y, r: 4 }),
+  (x, y) => el("path", { class: "hollow", d: `M${x - 4} ${y - 4}h8v8h-8z` }),
 ];
 
-// `most` marks are drawn: of a long series each point would hide the next.
+// `most` marks are drawn: of a long series each point would hide the next. A series may say which `look` it has, so that
+// it has the same in every chart; else it is its number.
 export function plot({ label, xs, x, y, series, log = false, format = String, evenly = true, limit, limitName, zero = true, most = 24, height = 276 }) {
   const values = series.flatMap(({ ys }) => ys).filter((value) => Number.isFinite(value) && (!log || value > 0));
   if (limit !== undefined) values.push(limit);
@@ -27,27 +31,27 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
-  const every = Math.max(1, Math.ceil(xs.length / 8));
-  const ticks = xs.map((value, index) =>
-    index % every === 0 ? text(across(index), BOTTOM + 18, value, { "text-anchor": "middle", class: "quiet small" }) : null);
-  const drawn = series.map(({ name, ys }, number) => {
+  const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value, { "text-anchor": "middle", class: "quiet small" }));
+  const drawn = series.map(({ ys, look }, number) => {
     const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => Number.isFinite(value) && (!log || value > 0))
       .map(([left, value]) => [round(left), round(up(value))]);
     const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
     const stride = Math.max(1, Math.ceil(points.length / most));
-    return el("g", { class: `series s${number}` }, line && el("path", { d: line, class: "line" }),
-      points.filter((_, index) => index % stride === 0 || index === points.length - 1).map(([left, top]) => MARKS[number % 3](left, top)));
+    return el("g", { class: `series s${look ?? number}` }, line && el("path", { d: line, class: "line" }),
+      points.filter((_, index) => index % stride === 0 || index === points.length - 1).map(([left, top]) => MARKS[look ?? number](left, top)));
   });
   const named = places(series.map(({ name }) => short(name)));
-  const names = named.map(({ name, left, top }, number) =>
-    el("g", { class: `series s${number}` }, el("path", { d: `M${left} ${top}h22`, class: "line" }), MARKS[number % 3](left + 11, top),
-      text(left + 28, top + 5, name, { class: "name" })));
-  const below = named.at(-1).top - named[0].top; // what further lines of names take
+  const names = named.map(({ name, left, top }, number) => {
+    const look = series[number].look ?? number;
+    return el("g", { class: `series s${look}` }, el("path", { d: `M${left} ${top}h22`, class: "line" }), MARKS[look](left + 11, top),
+      text(left + 28, top + 5, name, { class: "name" }));
+  });
+  const further = named.at(-1).top - named[0].top; // what further lines of names take
   const bound = limit === undefined ? null : [
     el("line", { class: "rim", x1: LEFT + 34, x2: RIGHT, y1: up(limit), y2: up(limit) }),
     text(RIGHT, up(limit) - 5, limitName, { "text-anchor": "end", class: "quiet small" })];
   const picture = [grid, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
-  const svg = figure(height + below, label, names, below ? el("g", { transform: `translate(0 ${below})` }, picture) : picture);
+  const svg = figure(height + further, label, names, further ? el("g", { transform: `translate(0 ${further})` }, picture) : picture);
   const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))]);
   return { svg, say: label, table: table([x, ...series.map(({ name }) => `${name}: ${y}`)], rows, label) };
 }
@@ -66,6 +70,17 @@ function places(names) {
   });
 }
 
+// Which positions are named: all of a few, of many the round ones, which may lie between two points.
+function below(xs) {
+  if (xs.length <= 8) return xs.map((value, index) => [index, value]);
+  const step = rounded((xs.at(-1) - xs[0]) / 7), found = [];
+  for (let value = Math.ceil(xs[0] / step) * step; value <= xs.at(-1); value += step) {
+    const after = Math.max(1, xs.findIndex((each) => each >= value));
+    found.push([after - (xs[after] - value) / (xs[after] - xs[after - 1]), value]);
+  }
+  return found;
+}
+
 const logarithmic = (values) =>
   values.length ? [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))] : [0, 1];
 
@@ -82,10 +97,14 @@ const decades = (low, high) => {
   return Array.from({ length: Math.floor((high - low) / every) + 1 }, (_, index) => 10 ** (low + index * every));
 };
 
+// The next round number.
+function rounded(rough) {
+  const size = 10 ** Math.floor(Math.log10(rough));
+  return [1, 2, 2.5, 5, 10].map((factor) => factor * size).find((each) => each >= rough);
+}
+
 const quarters = (low, high) => {
-  const rough = (high - low) / 4, size = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * size).find((each) => each >= rough);
-  const list = [];
+  const step = rounded((high - low) / 4), list = [];
   for (let value = Math.ceil(low / step) * step; value <= high; value += step) list.push(value);
   return list;
 };
