@@ -22,10 +22,11 @@ class Dot(nn.Module):
         return x @ self.weight
 
 
-def estimate(*, batch_size: int, microbatch_size: int, max_grad_norm: float | None = None) -> list[float | None]:
-    length, spread = 50, 2.0
-    mean = torch.full((length,), 0.5)  # |G|^2 = 12.5, S = 50 * 4 = 200: a noise scale of 16 samples
-    model = Dot(length)
+def estimate(
+    batch: Tensor, *, microbatch_size: int, max_grad_norm: float | None = None, windows: int = 1
+) -> list[float | None]:
+    """Estimate in windows of a batch like this one, the first of them with it."""
+    model = Dot(batch.shape[1])
     found = NoiseScale(model)
     accumulator = mb.Accumulator(
         model,
@@ -35,22 +36,40 @@ def estimate(*, batch_size: int, microbatch_size: int, max_grad_norm: float | No
         listeners=[lambda event: found.microbatch_done(event.rows) if isinstance(event, MicrobatchDone) else None],
     )
     estimates: list[float | None] = []
-    for _ in range(40):
+    for _ in range(windows):
         found.begin(due=True)
-        batch = mean + spread * torch.randn(batch_size, length)
         estimates.append(found.end(accumulator.step(batch, lambda model, x: model(x).mean())))
+        batch = rows(len(batch))
     return estimates
 
 
-@pytest.mark.parametrize(("batch_size", "microbatch_size"), [(64, 8), (50, 8), (96, 32)])
-def test_it_is_found_whatever_the_cut_the_short_last_one_and_the_clip(batch_size: int, microbatch_size: int) -> None:
-    for clip in (None, 0.1):
-        last = estimate(batch_size=batch_size, microbatch_size=microbatch_size, max_grad_norm=clip)[-1]
-        assert last == pytest.approx(16, rel=0.3)
+def rows(number: int) -> Tensor:
+    return 0.5 + 2.0 * torch.randn(number, 50)  # |G|^2 = 12.5, S = 50 * 4 = 200: a noise scale of 16 samples
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize(("batch_size", "microbatch_size"), [(64, 8), (50, 8), (96, 64), (23, 1)])
+def test_it_is_the_formula_whatever_the_cut_the_short_last_one_and_the_clip(
+    batch_size: int, microbatch_size: int, clip: float | None
+) -> None:
+    batch = rows(batch_size)
+    means = [part.double().mean(0) for part in batch.split(microbatch_size)]
+    counts = [len(part) for part in batch.split(microbatch_size)]
+    whole = batch.double().mean(0).square().sum()
+    parts = sum(count * mean.square().sum() for count, mean in zip(counts, means, strict=True))
+    noise = (parts - batch_size * whole) / (len(counts) - 1)
+    expected = float(noise / (whole - noise / batch_size))
+    assert expected > 0
+    found = estimate(batch, microbatch_size=microbatch_size, max_grad_norm=clip)
+    assert found == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_it_is_what_the_rows_were_drawn_with() -> None:
+    assert estimate(rows(64), microbatch_size=8, windows=40)[-1] == pytest.approx(16, rel=0.2)
 
 
 def test_one_microbatch_tells_nothing() -> None:
-    assert estimate(batch_size=8, microbatch_size=8) == [None] * 40
+    assert estimate(rows(8), microbatch_size=8, windows=2) == [None, None]
 
 
 def test_a_window_that_is_not_measured_copies_nothing() -> None:
