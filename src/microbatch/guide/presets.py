@@ -61,7 +61,7 @@ PRESETS: Mapping[str, Preset] = {
     "sums": Preset(
         "bfloat16 sums",
         "One row at a time, added up in bfloat16: small gradients no longer move a large sum.",
-        {"microbatch": 1, "batch": 128, "precision": "bfloat16-sums", "steps": 8},
+        {"model": "mlp", "microbatch": 1, "batch": 128, "precision": "bfloat16-sums"},
     ),
     "pairs": Preset(
         "Contrastive, plainly cut",
