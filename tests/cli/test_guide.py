@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.guide.browser import launched, opened
+from tests.guide.browser import launched, opened, violations
 from tests.guide.conftest import within_a_second
 from typer.testing import CliRunner
 
@@ -198,5 +198,6 @@ def test_a_copy_plays_recorded_runs_on_any_server(tmp_path: Path, monkeypatch: p
             assert "✗" in str(page.locator("[data-badge]").text_content())
             page.goto(f"http://127.0.0.1:{server.server_port}/?preset=pairs")
             page.wait_for_selector('#playground[data-kind="done"]', timeout=30_000)
+            assert violations(page, "html") == []
             assert 'lesson("pairs"' in str(page.locator("[data-copy-text=program]").text_content())
         server.shutdown()

@@ -120,7 +120,19 @@ def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any)
         assert page.evaluate("window.frames_.length") == 0
         assert page.evaluate("document.getAnimations().length") == 0
         player = page.locator('[data-figure="loop"]')
-        player.get_by_role("button", name="Play").click()
+        # Out of sight it would not play; that it is in sight is told with the next frame.
+        page.evaluate("document.querySelector('[data-figure=loop]').scrollIntoView({ behavior: 'instant' })")
+        page.wait_for_timeout(300)
+        before = page.evaluate(
+            """new Promise((tell) => {
+              setTimeout(() => tell('nothing was said'), 5000);
+              const figure = document.querySelector('[data-figure=loop]'), words = figure.querySelector('[data-say]');
+              const heard = new MutationObserver(() => tell(figure.querySelector('output').textContent));
+              heard.observe(words, { childList: true });
+              figure.querySelector('.player button').click();
+            })"""
+        )
+        assert before == "6 / 13"  # the words come first, and then what they say
         until(page, "document.querySelector('[data-figure=loop] output').textContent !== '6 / 13'")
         page.evaluate("window.scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
         player.locator("button", has_text="Play").wait_for(state="attached", timeout=5000)
@@ -187,6 +199,11 @@ def test_no_words_of_a_picture_are_cut_off_or_lie_over_others(browser: Any, idle
         for view in range(4):
             page.locator('[data-figure="differences"] select').select_option(index=view)
             assert crowded(page) == [], view
+        for microbatches in (16, 256):
+            page.evaluate(f"""import('/static/figures.js').then(({{ loop }}) => {{
+                document.querySelector('[data-figure=loop] [data-drawing]').innerHTML =
+                    loop(9999, {{ microbatches: {microbatches} }}).svg; }})""")
+            assert crowded(page) == [], microbatches
         page.evaluate("document.querySelector('[data-figure=hero] svg text').setAttribute('x', '-20')")
         assert [why for why, *_ in crowded(page)] == ["cut off"]
 
@@ -251,9 +268,15 @@ CONV = {"model": "conv", "batch": 32, "microbatch": 32}
 AXE_STATES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "everything open": (None, "idle"),
     "overflow": ({**CONV, "tank": 0.3, "recover": "no"}, "overflow"),
-    "under way": ({**CONV, "microbatch": 2, "steps": 400, "pace": "0.6", "compare": "yes"}, "microbatch"),
-    "after a run": ({**CONV, "tank": 0.3, "steps": 3, "compare": "yes"}, "done"),
+    "under way, right": ({**CONV, "microbatch": 16, "steps": 400, "pace": "0.15", "compare": "yes"}, "step"),
+    "after a run, wrong": ({**CONV, "tank": 0.3, "steps": 3, "compare": "yes", "divide": "none"}, "done"),
 }
+
+
+def test_axe_finds_nothing_where_no_run_was_named(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + "run") as page:
+        until(page, "document.querySelector('[data-notice]').textContent.includes('No run was named')")
+        assert violations(page, "html") == []
 
 
 @pytest.mark.parametrize("state", AXE_STATES)

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from microbatch.errors import ConfigError
 from microbatch.guide import experiments, measure
 from microbatch.guide.page import POLICY, ROOM, STATIC, code_html, derived, example, load_drawn, load_measured, page
 
+REPOSITORY = Path(__file__).parents[2]
 SOURCES = ["page.html", "playground.html", "use.html", "guess.html", "quiz.json", "live.html"]
 FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
 SECTIONS = [*FIGURED, "quiz", "playground", "use"]
@@ -125,6 +127,12 @@ def test_the_static_files_and_the_page_are_small(text: str) -> None:
     assert sum(file.stat().st_size for file in STATIC.iterdir()) + len(text.encode()) <= 200 * 1024
 
 
+def test_the_readme_shows_one_picture_of_it_that_is_small() -> None:
+    picture = REPOSITORY / "docs" / "guide.png"
+    assert f"](docs/{picture.name})" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert picture.stat().st_size <= 200_000
+
+
 # -- the code ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +207,14 @@ def test_denominators_and_sums_are_as_wrong_as_they_were() -> None:
     assert now["none"]["scale"] == pytest.approx(known["none"]["scale"], rel=0.05)
     # Other versions of Python have other sources.
     assert known["means"]["error"] / 3 <= now["means"]["error"] <= known["means"]["error"] * 3
-    assert experiments.sums()["bfloat16"] == pytest.approx(load_measured()["sums"]["bfloat16"], rel=0.1)
-    assert experiments.sums()["ones"] == load_measured()["sums"]["ones"]
+    known, now = load_measured()["sums"], experiments.sums()
+    for name in ("bfloat16", "float32"):
+        assert now[name] == pytest.approx(known[name], rel=0.1, abs=1e-12)
+    assert (now["counts"], now["ones"]) == (known["counts"], known["ones"])
+
+
+def test_cuts_are_as_they_were() -> None:
+    assert experiments.cuts() == load_measured()["cuts"]
 
 
 def test_the_inside_of_a_step_is_as_it_was() -> None:

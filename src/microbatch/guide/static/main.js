@@ -142,12 +142,15 @@ function wireDecision() {
 // -- figures that are played ------------------------------------------------------------------------------------------
 
 function wirePlayer(name, { length, label, draw, start }) {
-  const { controls, show } = place(name);
+  const { figure, controls, show } = place(name);
   const { index, notice } = readIndex(location.search, name, length);
   if (notice) notices.push(notice);
   let waiting;
   return makePlayer(controls, {
     length, label, index: index ?? start,
+    onWords(at) {
+      figure.querySelector("[data-say]").textContent = draw(at).say;
+    },
     onChange(at, told) {
       show(draw(at));
       if (!told) return;

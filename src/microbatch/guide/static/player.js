@@ -1,9 +1,11 @@
 // Play, pause, step and scrub one integer. Nothing runs while it is paused, hidden or off screen.
 
-const SECONDS = 0.9;
+// Of an event while it is played: its words come first, then it happens, then there is a pause.
+const WORDS = 0.4, PAUSE = 0.7;
 
-export function makePlayer(place, { length, index, label, onChange }) {
-  let at = index, timer = null, visible = true;
+export function makePlayer(place, { length, index, label, onWords, onChange }) {
+  let at = index, timer = null, visible = true, ahead = false;
+  const later = (seconds, what) => { timer = setTimeout(what, seconds * 1000 * Math.min(1, 20 / length)); };
   const button = (name, words) => {
     const made = document.createElement("button");
     made.type = "button";
@@ -32,13 +34,20 @@ export function makePlayer(place, { length, index, label, onChange }) {
   function stop() {
     clearTimeout(timer);
     timer = null;
+    if (ahead) onWords(at);
+    ahead = false;
     play.textContent = "Play";
     play.setAttribute("aria-label", `Play: ${label}`);
   }
   function tick() {
     if (at === length - 1 || !visible || document.hidden) return stop();
-    show(at + 1);
-    timer = setTimeout(tick, SECONDS * 1000 * Math.min(1, 24 / length));
+    onWords(at + 1);
+    ahead = true;
+    later(WORDS, () => {
+      ahead = false;
+      show(at + 1);
+      later(PAUSE, tick);
+    });
   }
   play.addEventListener("click", () => {
     if (timer !== null) return stop();
