@@ -28,12 +28,13 @@ def wait_for_end(page: Any, kind: str = "done") -> None:
 
 def press_run(page: Any, *, key: str = "") -> None:
     """Begin a run, by its button or by a key, and wait until the page shows it: the one before may be there still."""
-    before = page.get_attribute("#playground", "data-run-name") or ""
+    # As the server knows it: the page may still be asking.
+    before = page.evaluate("fetch('api/run').then((answer) => answer.json()).then(({ run }) => run?.name ?? '')")
     if key:
         page.keyboard.press(key)
     else:
         page.click("[data-run]")
-    until(page, f"(document.querySelector('#playground').dataset.runName ?? '') !== {before!r}")
+    until(page, f"![{before!r}, ''].includes(document.querySelector('#playground').dataset.runName ?? '')")
 
 
 # -- the text ---------------------------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       return;
     }
     const { run: under } = await ask("api/run");
-    if (!under) return;
+    if (!under || name) return; // or a run was begun in the meantime
     listen(under);
     if (under.running && !read) fill(under.settings);
   }
