@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from microbatch.errors import RankError
 from microbatch.loss.loss import Loss
 from microbatch.ranks.group import Ranks
-from microbatch.ranks.reduce import reduce_
+from microbatch.ranks.reduce import Flat, reduce_
 from microbatch.step.accumulator import Accumulator
 
 ROWS, STEPS = 7, 6
@@ -182,7 +182,7 @@ def case_narrow(rank: int, ranks: int) -> Any:
     parts[rank::3] = 256
     together = Ranks.find(torch.device("cpu"))
     assert together is not None
-    reduce_(together, [parts], 1.0)
+    reduce_(together, [parts], 1.0, dtypes=[torch.float32], flat=Flat())
     found["parts"] = parts
     for way in ("compensated", "stochastic"):
         model = nn.Linear(64, 1, bias=False).to(torch.bfloat16)

@@ -277,6 +277,22 @@ class GradientSum:
             if not want and self._fold is not None and self._fold.is_untouched(each.parameter):
                 self._fold.drop(each.parameter)
 
+    @property
+    def named(self) -> Sequence[Named]:
+        """The window's parameters, in the order of `open`."""
+        return self._named
+
+    def leave_out(self, wanted: Sequence[bool]) -> None:
+        """Leave out sums of zeros, of parameters that no rank has a gradient for.
+
+        Args:
+            wanted: For each parameter in the order of `open`, whether any rank has one.
+        """
+        for index, (each, want) in enumerate(zip(self._named, wanted, strict=True)):
+            if not want:
+                self._buffers.pop(index, None)
+                each.parameter.grad = None
+
     def settle(self, factor: float) -> None:
         """Learn what the finished gradient will be multiplied with.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from microbatch.gradients.named import Named
+from microbatch.shards import is_shard, local_of, norm_of
 
 _NARROW = {torch.bfloat16, torch.float16}
 
@@ -17,15 +19,26 @@ def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the Euclidean norm of all gradients together; infinite or NaN if any of them is.
 
     Args:
-        gradients: Any shapes, dtypes and devices; sparse ones must be coalesced.
+        gradients: Any shapes, dtypes and devices; sparse ones must be coalesced. Those that are spread over ranks are
+            taken whole.
         device: Where the result should be.
 
     Returns:
         The norm; shape ``()``, 0 for no gradients.
 
     Cost:
-        Reads every gradient once; no host synchronisation.
+        Reads every gradient once; no host synchronisation. Where gradients are spread over ranks, one all-reduce of 8
+        bytes for each dimension of their mesh.
     """
+    shards = [gradient for gradient in gradients if is_shard(gradient)]
+    if shards:
+        norms = [norm_of(shards, norm=partial(_norm, device=device))]
+        norms += [_norm([gradient for gradient in gradients if not is_shard(gradient)], device=device)]
+        return torch.stack([norm.to(norms[0].dtype) for norm in norms]).norm()
+    return _norm(gradients, device=device)
+
+
+def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
     dense = [_dense(gradient) for gradient in gradients]
@@ -94,7 +107,5 @@ def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    # The values of a coalesced gradient are all of it, and alias it.
-    return (
-        gradient._values() if gradient.is_sparse else gradient
-    )  # values() is for sparse tensors known to be coalesced
+    # The values of a coalesced gradient are all of it, and alias it; values() is for tensors known to be coalesced.
+    return gradient._values() if gradient.is_sparse else local_of(gradient)

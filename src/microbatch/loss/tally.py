@@ -38,6 +38,9 @@ class Tally:
         estimate: What the count will be, roughly; only a scale, never part of the result.
         declared: Denominators by term, over all ranks, or `None`.
 
+    Attributes:
+        shared: Whether the ranks' gradients meet before they are normalised, so that all of them expect the same.
+
     Source:
         Laws N1 to N9.
     """
@@ -47,6 +50,7 @@ class Tally:
         self.rows: int | None = None
         self.declared = declared
         self._terms: dict[str, _Term] = {}
+        self.shared = False
         self._means = False
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
         if declared is not None:
@@ -180,8 +184,10 @@ class Tally:
                 "denominator before the first backward: pass counts=, a function of the whole batch that returns them"
             )
         name, count = next(iter(counts.items()))
-        # A rank without microbatches has no terms: it has nothing to scale either.
-        return self._terms[name].expected / count if name in self._terms else 1.0
+        if name in self._terms:
+            return self._terms[name].expected / count
+        # A rank without microbatches has no terms: it has nothing to scale either, unless it has part of the sum.
+        return _power_of_two(self.estimate) / count if self.shared else 1.0
 
     def outlook(self, *, ranks: int = 1) -> float:
         """Foretell `factor`, after the first `seeds`.

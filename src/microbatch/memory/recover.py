@@ -89,6 +89,19 @@ def let_go(error: BaseException, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def let_go_of_locals(error: BaseException, model: nn.Module) -> None:
+    """Free what the functions held that an error has left, where it is not known yet what will be tried next.
+
+    Args:
+        error: What was raised; it is told the module that it was in, which nobody could find out afterwards.
+        model: Whose module it is looked for in.
+    """
+    if getattr(error, "module", None) is None and isinstance(error, torch.OutOfMemoryError):
+        vars(error)["module"] = _module(error, model)
+    if error.__traceback__ is not None:
+        traceback.clear_frames(error.__traceback__)
+
+
 def _forget_frames(error: BaseException | None, seen: set[int]) -> None:
     if error is None or id(error) in seen:
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from microbatch.errors import LossError, RankError
+from microbatch.errors import LossError, RankAgainError, RankError
 from microbatch.ranks.group import Ranks
 
 MOST_TERMS = 16
@@ -38,7 +38,7 @@ class Message:
     steps: int = 0
 
 
-def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
+def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool = False) -> Message:
     """Add up what the ranks say, in one all-reduce of a fixed length.
 
     The length depends on nothing that ranks could disagree about, so a rank that failed, or had nothing to run, can
@@ -48,13 +48,16 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
         ranks: The ranks.
         message: What this rank says; `None` says that it failed.
         parameters: Number of trainable parameters, the same on every rank.
+        again: Whether this rank, which failed, will run the same batch again, so that all of them have to.
 
     Returns:
         The sums over all ranks, with the names in the order of those ranks that have them.
 
     Raises:
         LossError: The loss has more than 16 terms, or a name of more than 48 bytes.
-        RankError: A rank failed, or the ranks are at different steps, or have different terms.
+        RankError: A rank failed (where this one did: for good), or the ranks are at different steps, or have different
+            terms.
+        RankAgainError: Ranks failed, and all that did will run the batch again.
 
     Cost:
         One all-reduce of 8 bytes a parameter and about 6,500 more, and a host synchronisation.
@@ -62,10 +65,20 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int) -> Message:
     Source:
         Laws N3, N4, N9, R2.
     """
-    vector = torch.tensor(_encode(message, parameters), dtype=torch.float64, device=ranks.device)
+    vector = torch.tensor(_encode(message, parameters, again=again), dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
-    failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = vector.tolist()
-    if failed and message is not None:
+    told_again, failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = (
+        vector.tolist()
+    )
+    if message is None:
+        if again and failed != told_again:
+            raise RankError("another rank failed for good, so that there is nobody to run the batch again with")
+    elif failed and failed == told_again:
+        raise RankAgainError(
+            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks make together, so the "
+            "batch has to be run again on every rank; gradients, random state and buffers are as before the window"
+        )
+    elif failed:
         raise RankError(
             f"{int(failed)} of {ranks.size} ranks failed inside this window; its gradients are dropped here too "
             "(the failing rank's own error says why)"
@@ -111,10 +124,10 @@ def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
     return [[each > 0 for each in row] for row in said.tolist()]
 
 
-def _encode(message: Message | None, parameters: int) -> list[float]:
+def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:
     """Write a message as numbers that can be added up over the ranks."""
     if message is None:
-        return [1.0] + [0.0] * (8 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
+        return [float(again), 1.0] + [0.0] * (8 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
     names = sorted(message.names)
     if len(names) > MOST_TERMS or any(len(name.encode()) > NAME_BYTES for name in names):
         raise LossError(
@@ -126,6 +139,7 @@ def _encode(message: Message | None, parameters: int) -> list[float]:
     pairs = [number for name in names for number in said[name]]
     letters = [float(byte) for name in names for byte in name.encode().ljust(NAME_BYTES, b"\0")]
     return [
+        0.0,
         0.0,
         float(message.steps),
         float(message.steps**2),

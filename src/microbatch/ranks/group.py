@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from microbatch.errors import ConfigError
+from microbatch.shards import is_shard
+
 
 class Ranks:
     """The data-parallel ranks, and the few collectives that a step needs of them.
@@ -18,7 +21,7 @@ class Ranks:
         index: This rank, from 0.
         device: Where tensors have to be for these ranks to communicate.
         calls: Collectives started so far.
-        sent_bytes: Bytes handed to them so far, on this rank.
+        sent_bytes: Bytes that left this rank for them so far, if they went round in a ring, as large ones do.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -36,18 +39,31 @@ class Ranks:
         self.sent_bytes = 0
 
     @classmethod
-    def find(cls, device: torch.device) -> Ranks | None:
+    def find(cls, device: torch.device, group: Any = None) -> Ranks | None:
         """Find the ranks of this process, if it is one of several.
 
         Args:
             device: Where the model is.
+            group: Their process group; `None` for the default one.
 
         Returns:
-            The default process group's ranks, or `None` when there is only this process.
+            The ranks, or `None` when there is only this process.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
-        return cls(None, device)
+        return cls(group, device)
+
+    def count(self, kind: str, tensor: Tensor, *, size: int | None = None) -> None:
+        """Count a collective.
+
+        Args:
+            kind: ``"sum"``, ``"gather"``, ``"scatter"`` or ``"copy"``.
+            tensor: What is summed or copied, what every rank is to have of all, or has before the sum is scattered.
+            size: Ranks that take part; `None` for all of these.
+        """
+        size = size or self.size
+        self.calls += 1
+        self.sent_bytes += (2 if kind == "sum" else 1) * (size - 1) * tensor.numel() * tensor.element_size() // size
 
     @property
     def group(self) -> Any:
@@ -63,8 +79,7 @@ class Ranks:
         Cost:
             One all-reduce.
         """
-        self.calls += 1
-        self.sent_bytes += tensor.numel() * tensor.element_size()
+        self.count("sum", tensor)
         dist.all_reduce(tensor, group=self._group)
 
     def tell(self, what: Any) -> list[Any]:
@@ -96,14 +111,13 @@ class Ranks:
         Cost:
             One all-gather.
         """
-        self.calls += 1
-        self.sent_bytes += tensor.numel() * tensor.element_size()
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor, group=self._group)
-        return found
+        found = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+        self.count("gather", found)
+        dist.all_gather(list(found), tensor, group=self._group)
+        return list(found)
 
     def broadcast_(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of the first.
+        """Give every rank the parameters and buffers of the first, but for those that are spread over the ranks.
 
         Args:
             model: The same module on every rank.
@@ -111,7 +125,7 @@ class Ranks:
         Cost:
             One broadcast a tensor.
         """
-        self.copy_([*model.parameters(), *model.buffers()], source=0)
+        self.copy_([each for each in (*model.parameters(), *model.buffers()) if not is_shard(each)], source=0)
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor], *, source: int) -> None:
@@ -125,4 +139,34 @@ class Ranks:
             One broadcast a tensor.
         """
         for tensor in tensors:
+            self.count("copy", tensor)
             dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+
+
+def group_of(given: object) -> Any:
+    """Return the process group that ``process_group=`` names.
+
+    Args:
+        given: A process group, a `DeviceMesh` of one dimension, or `None` for the default group.
+
+    Returns:
+        The group; `None` for the default one.
+
+    Raises:
+        ConfigError: It is none of these, has several dimensions, or this process is not one of its ranks.
+    """
+    if given is None:
+        return None
+    mesh: Any = given
+    if hasattr(given, "get_group") and hasattr(given, "mesh_dim_names"):
+        if mesh.ndim != 1:
+            raise ConfigError(
+                f"process_group= takes one dimension of a DeviceMesh, not {mesh.ndim} ({mesh.mesh_dim_names}): pass "
+                'mesh["name"], or several flattened into one, for example mesh["replicate", "shard"]._flatten("dp")'
+            )
+        given = mesh.get_group()
+    if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ConfigError("process_group: this process is not one of its ranks; pass the group that it belongs to")
+    if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
+        raise ConfigError(f"process_group must be a process group, a DeviceMesh or None, not a {type(given).__name__}")
+    return given

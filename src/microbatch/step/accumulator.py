@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -91,6 +92,13 @@ class Accumulator:
         deterministic: Give the same bits on any number of ranks, dropout included: microbatches of ``microbatch_size``
             rows are numbered through the effective batch, each has seeds of its own, and gradients add up in one
             binary tree over them. See ``docs/ranks.md``.
+        process_group: Over whom counts and gradients add up: a process group, or a `DeviceMesh` of one dimension, with
+            tensor- or context-parallel ranks beside it. `None` for all ranks, or for those that a fully sharded model
+            is sharded over.
+        sync: When the gradients of a fully sharded model meet: after every microbatch (``"lean"``), or once, with whole
+            gradients in memory until then (``"fast"``). ``"auto"`` goes from the first to the second where a window has
+            shown that there is room. See ``docs/sharded.md``.
+        reduce_dtype: What narrow gradients of several ranks add up in: float32, or `None` for the parameter's own.
         listeners: Callables that are given every event.
 
     Raises:
@@ -133,6 +141,9 @@ class Accumulator:
         gradient_buffer: str | LinearState | Sequence[str | LinearState] = "own",
         dropout: str | None = None,
         deterministic: bool = False,
+        process_group: object = None,
+        sync: str = "auto",
+        reduce_dtype: torch.dtype | None = torch.float32,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._settings = Settings(
@@ -160,6 +171,9 @@ class Accumulator:
             gradient_buffer=_for_each(gradient_buffer, optimizer),
             dropout=dropout,
             deterministic=deterministic,
+            process_group=process_group,
+            sync=sync,
+            reduce_dtype=reduce_dtype,
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
         self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
@@ -235,6 +249,7 @@ class Accumulator:
         if encode is None:
             plain = Plain(batch, loss_fn, call=self._call, in_turns=self._in_turns is not None)
             return self._take_step(plain, counts)
+        self._settings.refuse_coupled()
         coupled = Coupled(batch, loss_fn, encode=encode, settings=self._settings, memory=self._memory, call=self._call)
         return self._take_step(coupled, counts)
 
@@ -321,6 +336,7 @@ class Accumulator:
             "tuning": None if tuning is None else tuning.state(),
             "pace": None if memory.pace is None else memory.pace.state(),
             "checkpoint": None if memory.checkpoint is None else list(memory.checkpoint),
+            "sharded": {"lean_bytes": memory.lean_bytes, "too_fast": memory.too_fast},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -348,6 +364,7 @@ class Accumulator:
                 pace=_pace(state.get("pace") if self._settings.look_again else None, sizing),
                 checkpoint=self._blocks(state.get("checkpoint")),
                 seed=state.get("seed"),
+                **state.get("sharded", {}),
             )
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
@@ -369,12 +386,12 @@ class Accumulator:
             self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
         if sizing.open and not self._memory.open:
             foresee(self._settings, self._memory, batch=program.batch, loss_fn=program.alone)
-        window = self._window(counts, Attempt())
+        window = self._window(counts, Attempt(), program)
         try:
             while (failure := self._attempt(window, program.run)) is not None:
                 # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
                 let_go(failure, self._settings.device)
-                window = self._start_over(window, counts)
+                window = self._start_over(window, counts, program)
         except NonfiniteError as error:
             coupling = window.coupling
             if error.microbatch is not None or window.ranks > 1 or (self._in_turns is not None and coupling is None):
@@ -416,7 +433,7 @@ class Accumulator:
             raise explained(error, model=model, device=device, budget=ran_out.budget, limit=limit) from error
         return None
 
-    def _start_over(self, window: Window, counts: Counts | None) -> Window:
+    def _start_over(self, window: Window, counts: Counts | None, program: Plain | Coupled) -> Window:
         """Make the window that runs the batch of another one again, in smaller microbatches."""
         ran_out = window.ran_out
         if ran_out is not None and ran_out.event is not None:
@@ -427,10 +444,11 @@ class Accumulator:
             self._compiled.start_over()
         if self._in_turns is not None:
             self._in_turns.ran_out()
-        return self._window(counts, None if ran_out is None else ran_out.again)
+        return self._window(counts, None if ran_out is None else ran_out.again, program)
 
-    def _window(self, counts: Counts | None, attempt: Attempt | None) -> Window:
-        return Window(self._settings, self._memory, counts=counts, attempt=attempt, in_turns=self._in_turns)
+    def _window(self, counts: Counts | None, attempt: Attempt | None, program: Plain | Coupled) -> Window:
+        run = partial(self._call, program.alone)
+        return Window(self._settings, self._memory, counts=counts, attempt=attempt, in_turns=self._in_turns, run=run)
 
     def _call(self, function: Function, microbatch: Any, *, spill: bool = False) -> Any:
         model = self._settings.bare_model

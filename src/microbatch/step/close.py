@@ -13,12 +13,14 @@ from torch import Tensor
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.add import GradientSum
-from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm
+from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm, scale_
 from microbatch.loss.loss import wide_dtype
 from microbatch.loss.tally import Tally
 from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
-from microbatch.ranks.reduce import reduce_, reserve
+from microbatch.ranks.reduce import Flat, reduce_, reserve
+from microbatch.ranks.sharded import Sharded
+from microbatch.shards import local_of
 from microbatch.step.apply import apply
 from microbatch.step.canonical import Canonical
 from microbatch.step.settings import Progress, Settings
@@ -35,7 +37,30 @@ class Closing:
     ranks: Ranks | None
     samples: int | float
     progress: Progress
+    flat: Flat
+    sharded: Sharded | None
     canonical: Canonical | None = None
+
+    @property
+    def present(self) -> list[bool]:
+        """Which parameters have a gradient of this rank's."""
+        sharded, present = self.sharded, self.gradients.present
+        if sharded is None:
+            return present
+        # A shard is of all ranks' gradients; whether this one had any, only its own backward could see.
+        pairs = zip(self.gradients.named, present, strict=True)
+        return [sharded.used(p.parameter) if sharded.holds(p.parameter) else has for p, has in pairs]
+
+    @property
+    def to_reduce(self) -> tuple[list[Tensor], list[torch.dtype]]:
+        """The gradients that have not met those of the other ranks yet, and what they add up in."""
+        sharded, narrow = self.sharded, self.settings.reduce_dtype is None
+        found = [
+            (local_of(total), each.parameter.dtype if narrow else torch.promote_types(total.dtype, torch.float32))
+            for each, total in self.gradients.gradients()
+            if sharded is None or not sharded.holds(each.parameter)
+        ]
+        return [total for total, _ in found], [dtype for _, dtype in found]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +120,15 @@ def get_ready(closing: Closing) -> Message | None:
         return None
     flat = closing.tally.totals(closing.settings.device).flatten().tolist()
     spoke = closing.tally.spoke
-    reserve([gradient for _, gradient in closing.gradients.gradients()])
+    totals, dtypes = closing.to_reduce
+    reserve(totals, dtypes=dtypes, flat=closing.flat)
     return Message(
         names=closing.tally.names if spoke else [],
         sums=flat[0::2] if spoke else [],
         counts=flat[1::2] if spoke else [],
         samples=closing.samples,
         double=closing.tally.dtype == torch.float64,
-        present=closing.gradients.present if closing.canonical is None else closing.canonical.present,
+        present=closing.present if closing.canonical is None else closing.canonical.present,
         steps=closing.progress.steps,
     )
 
@@ -197,7 +223,11 @@ def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
     factor = closing.tally.factor(counts) if any(agreed.counts) else 1.0
     gradients.fill(agreed.present)
     gradients.settle(factor)
-    reduce_(ranks, [gradient for _, gradient in gradients.gradients()], factor)
+    if closing.sharded is not None:
+        gradients.leave_out(agreed.present)
+        scale_([total for each, total in gradients.gradients() if closing.sharded.holds(each.parameter)], factor)
+    totals, dtypes = closing.to_reduce
+    reduce_(ranks, totals, factor, dtypes=dtypes, flat=closing.flat)
     norm = _norm(closing, device)
     sums = torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device)
     return _Pooled(

@@ -82,7 +82,7 @@ class Denominators:
             rows: Of the effective batch, over all ranks.
         """
         if self.tally.declared is None:
-            self.tally.rows, self.tally.estimate = None, self._estimate or rows
+            self.tally.rows, self.tally.estimate, self.tally.shared = None, self._estimate or rows, True
 
     def need(self) -> None:
         """See to it that what must be known before a backward is.

@@ -29,6 +29,11 @@ class Step:
         seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
         peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or
             the meter's on the CPU; `None` in windows that nobody watched, see ``docs/out-of-memory.md``.
+        comm_bytes: Bytes that left this rank for the other data-parallel ones in the window as it ended, by a ring's
+            count: an all-reduce of ``n`` bytes over ``r`` ranks is ``2 n (r - 1) / r``, a gather or scatter half of it.
+        comm_calls: Collectives that they went by.
+        sync: How a fully sharded model's gradients met: ``"lean"``, scattered after every microbatch, or ``"fast"``,
+            once; `None` for other models.
         spilled_bytes: Bytes that were moved off the device meanwhile, under ``offload=`` or ``batch_norm="exact"``.
     """
 
@@ -47,3 +52,6 @@ class Step:
     seconds: float
     peak_bytes: int | None
     spilled_bytes: int = 0
+    comm_bytes: int = 0
+    comm_calls: int = 0
+    sync: str | None = None

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,10 @@ from microbatch.loss.batchnorm import layers_of
 from microbatch.loss.loss import Count
 from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
+from microbatch.ranks.group import group_of
+from microbatch.ranks.reduce import Flat
+from microbatch.ranks.sharded import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
+from microbatch.shards import is_shard
 from microbatch.step.events import Event, Listener
 from microbatch.step.pace import Pace
 from microbatch.step.sizing import Sizing
@@ -60,6 +64,9 @@ class Settings:
     gradient_buffer: Sequence[str | LinearState] = ()
     dropout: str | None = None
     deterministic: bool = False
+    process_group: object = None
+    sync: str = "auto"
+    reduce_dtype: torch.dtype | None = torch.float32
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -102,6 +109,7 @@ class Settings:
         if self.dropout and self.compile:
             raise ConfigError('dropout="by_row" draws its masks in Python, which compile= would leave out; use one')
         self._check_deterministic()
+        self._check_ranks()
 
     @property
     def linear_states(self) -> list[LinearState | None]:
@@ -126,12 +134,37 @@ class Settings:
     def device(self) -> torch.device:
         """Where the model's first parameter is, and microbatches are sent."""
         first = next(self.model.parameters(), None)
+        if is_shard(first) and (shared := group_and_device(self.model)) is not None:
+            return shared[1]  # which may have its shards on the host
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parts of the model are fully sharded over ranks."""
+        return bool(fully_sharded(self.model))
+
+    @property
+    def group(self) -> Any:
+        """The process group over which counts and gradients add up; `None` for the default one."""
+        shared = group_and_device(self.model) if self.process_group is None else None
+        return group_of(self.process_group) if shared is None else shared[0]
 
     @property
     def bare_model(self) -> nn.Module:
         """The model without the wrapper of DistributedDataParallel, whose reductions the accumulator does itself."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def refuse_coupled(self) -> None:
+        """Refuse to encode a batch with a fully sharded model.
+
+        Raises:
+            ConfigError: The model is one.
+        """
+        if self.is_sharded:
+            raise ConfigError(
+                "encode= does not go with a fully sharded model, whose passes all ranks have to make alike, in both of "
+                "its rounds; use DistributedDataParallel or a bare model for losses that couple samples"
+            )
 
     def emit(self, event: Event) -> None:
         """Tell every listener.
@@ -233,6 +266,23 @@ class Settings:
             if given:
                 raise ConfigError(f"deterministic=True does not go with {name}=: {why}; leave one of them out")
 
+    def _check_ranks(self) -> None:
+        if self.sync not in {"auto", "lean", "fast"}:
+            raise ConfigError(f'sync must be "auto", "lean" or "fast", not {self.sync!r}')
+        if self.reduce_dtype not in {None, torch.float32}:
+            raise ConfigError(
+                "reduce_dtype must be torch.float32, or None for each parameter's own dtype, not "
+                f"{self.reduce_dtype!r}; float64 gradients add up in float64 anyway"
+            )
+        if (path := wrapped_by_the_older(self.model)) is not None:
+            raise ConfigError(
+                f"{path or 'the model'!r} is wrapped in FullyShardedDataParallel, which flattens parameters and "
+                "averages gradients by itself; apply torch.distributed.fsdp.fully_shard to its modules instead"
+            )
+        if self.is_sharded:
+            check_sharded(self)
+        _ = self.group  # which refuses what is none
+
     def _check_batch_norm(self) -> None:
         how = self.batch_norm
         if how not in {None, EXACT, MICROBATCH, POOLED, FROZEN}:
@@ -278,6 +328,38 @@ class Settings:
                     f"grad_scaler is for float32 parameters under autocast, and {name!r} is {parameter.dtype}; keep "
                     "the parameters in float32, or leave the scaler out: narrow gradients add up in accumulate_dtype"
                 )
+
+
+def check_sharded(settings: Settings) -> None:
+    """Refuse what does not go with a fully sharded model, before anything changes.
+
+    Args:
+        settings: The accumulator's.
+
+    Raises:
+        ConfigError: Something does not; the message says what to do.
+    """
+    for given, name, instead in [
+        (
+            settings.batch_norm in {EXACT, POOLED},
+            f'batch_norm="{settings.batch_norm}"',
+            'say "microbatch" or "frozen"',
+        ),
+        (any(settings.linear_states), 'gradient_buffer="none"', "leave it out: a rank holds a shard of each gradient"),
+        (settings.grad_scaler is not None, "grad_scaler=", "use bfloat16, which needs no scaler"),
+        (settings.deterministic, "deterministic=", "its sums are torch's own, in the order of the ranks"),
+        (settings.compile, "compile=", "compile its blocks with torch.compile before fully_shard"),
+        (settings.offload is not None, "offload=", "use fully_shard's CPUOffloadPolicy, or checkpoint blocks"),
+        (settings.checkpoint is not None, "checkpoint=", "apply torch's checkpoint wrapper before fully_shard"),
+    ]:
+        if given:
+            raise ConfigError(f"{name} does not go with a fully sharded model: {instead}")
+    dtype, wide = narrowest(settings.model), settings.accumulate_dtype
+    if settings.sync == "fast" and dtype is not None and torch.promote_types(dtype, wide) != dtype:
+        raise ConfigError(
+            f'sync="fast" would add gradients up in {dtype}, as the MixedPrecisionPolicy of the model says, and '
+            f'accumulate_dtype is {wide}; pass reduce_dtype={wide} to the policy, or sync="lean"'
+        )
 
 
 @dataclass(slots=True)
@@ -335,6 +417,9 @@ class Memory:
         ways: How batches are encoded whose loss couples samples.
         seed: What masks and roundings are drawn from; the process's own seed when the first window opened.
         aside: Where states are put while gradients add up in them.
+        flat: Memory in which the ranks' gradients meet.
+        lean_bytes: Most bytes of a window whose sharded gradients were scattered after every microbatch.
+        too_fast: Whether memory ended in a window that scattered them once.
     """
 
     sizing: Sizing
@@ -355,6 +440,9 @@ class Memory:
     ways: Ways = field(default_factory=lambda: Ways("auto"))
     seed: int | None = None
     aside: Aside = field(default_factory=Aside)
+    flat: Flat = field(default_factory=Flat)
+    lean_bytes: int | None = None
+    too_fast: bool = False
 
     def first_seed(self) -> int:
         """Return the seed that those of all windows are derived from."""

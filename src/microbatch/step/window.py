@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from microbatch.batch.feed import feed, is_there
-from microbatch.batch.lengths import Lengths, cut_by_length, in_order, take_piece
+from microbatch.batch.feed import feed
+from microbatch.batch.lengths import in_order
 from microbatch.batch.tree import rows_of, slice_rows
 from microbatch.errors import (
     EmptyBatchError,
@@ -32,14 +32,17 @@ from microbatch.loss.across import Across
 from microbatch.loss.coupled import own_part
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.memory.recompute import checkpointed
-from microbatch.memory.recover import is_out_of_memory
+from microbatch.memory.recover import is_out_of_memory, let_go_of_locals
 from microbatch.memory.scratch import Scratch
 from microbatch.ranks.agree import agree
 from microbatch.ranks.exchange import Exchange
 from microbatch.ranks.group import Ranks
+from microbatch.ranks.sharded import reshard
+from microbatch.step.alike import Alike, Plan
 from microbatch.step.canonical import Canonical
 from microbatch.step.close import Closing, close, get_ready
 from microbatch.step.coupling import Coupling, Encode, Scheme
+from microbatch.step.cutting import cut_up
 from microbatch.step.denominators import Denominators
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
@@ -49,7 +52,7 @@ from microbatch.step.lookback import look_back
 from microbatch.step.masking import Masking
 from microbatch.step.norms import Norms
 from microbatch.step.record import Step
-from microbatch.step.recovery import Attempt, Cut, RanOut, cut_of_pieces, cut_of_rows, run_out
+from microbatch.step.recovery import Attempt, Cut, RanOut, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
 from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sums import sums_for
@@ -87,6 +90,7 @@ class Window:
         source: Sequence[Any] | None = None,
         attempt: Attempt | None = None,
         in_turns: InTurns | None = None,
+        run: Callable[[Any], LossLike] | None = None,
     ) -> None:
         """Prepare a window; nothing happens before it is entered.
 
@@ -97,6 +101,7 @@ class Window:
             source: Microbatches to hand out, for windows over a loader.
             attempt: Which attempt this is, where whoever opens the window can run its batch again; `None` where not.
             in_turns: Runs all microbatches together, for exact batch statistics; `None` to run one after the other.
+            run: Calls the loss function with a microbatch; `None` where a loop of the user's does.
         """
         self._settings = settings
         self._memory = memory
@@ -116,7 +121,9 @@ class Window:
         self._cut: Cut | None = None
         self._coupling: Coupling | None = None
         self._in_turns = in_turns
+        self._run = run
         self._passed: Passed | None = None
+        self._alike: Alike | None = None
         self._talk: Across | Exchange | None = None  # where the other ranks wait before they come to the window's end
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
@@ -141,7 +148,11 @@ class Window:
         earlier = self._attempt or Attempt()
         self._started = time.perf_counter() if earlier.started is None else earlier.started
         settings, device = self._settings, self._settings.device
-        self._ranks = Ranks.find(device)
+        reshard(settings.model)
+        self._ranks = Ranks.find(device, settings.group)
+        self._alike = None
+        if self._ranks is not None and settings.is_sharded:
+            self._alike = Alike(settings, self._memory, self._ranks)
         if self._ranks is not None and not self._memory.shared:
             if not isinstance(settings.model, DistributedDataParallel):  # which has done so itself
                 self._ranks.broadcast_(settings.model)
@@ -172,6 +183,9 @@ class Window:
         self._memory.open, self._state = True, "open"
         self._outer, self._inner = ExitStack(), ExitStack()
         try:
+            if self._alike is not None:
+                self._outer.callback(self._alike.sharded.close)
+                self._alike.sharded.open()
             self._enter_contexts(device)
             if self._source is not None:
                 self._expect(self._source)
@@ -253,7 +267,7 @@ class Window:
         self._check_open("split")
         if self._coupling is not None:
             raise WindowError("a window that encodes its batch has no microbatches beside it; open another window")
-        return self._hand_out(self._cut_up(batch)())
+        return self._hand_out(self._cut_up(batch))
 
     def encode(self, batch: object, encode: Encode, *, keep: bool = False) -> Any:
         """Encode this rank's share of the effective batch for a loss that couples samples.
@@ -298,6 +312,7 @@ class Window:
             Laws C1 to C3.
         """
         self._check_open("encode in")
+        self._settings.refuse_coupled()
         if self._coupling is not None or self._index:
             raise WindowError(
                 "a window encodes one batch, and has no other loss than that batch's; open another window"
@@ -357,22 +372,21 @@ class Window:
         self._expect([batch])
         if rows and self._memory.sizing.open:
             begin_tuning(self._settings, self._memory, rows=rows)
-        size = self._memory.sizing.rows if rows else 1
         if self._memory.tuning is not None:
             self._stopwatch = Stopwatch(self._memory.clock, self._settings.device)
-        if self._settings.lengths is not None and rows:
-            return self._cut_up_by_length(batch, size, lengths=self._settings.lengths)
-        self._planned = self._index + -(-rows // size)
-        if rows:
-            self._know(cut_of_rows(batch, self._memory.sizing, rows=rows), batch)
-        there, device = is_there(batch, self._settings.device), self._settings.device
+        cutting = cut_up(batch, rows, settings=self._settings, sizing=self._memory.sizing)
+        self._planned, self._order = self._index + cutting.microbatches, cutting.order
+        if cutting.cut is not None:
+            self._cut = cutting.cut
+            self._watch.expect(cutting.cut.extent, batch)
+        if self._masking is not None and cutting.pieces is not None:
+            self._masking.cut(cutting.pieces)
+        self._agree_on(Plan(cutting.microbatches, rows, batch))
+        return cutting.begin
 
-        def begin() -> Iterator[tuple[int, Any]]:
-            pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
-            cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
-            return cut if there else feed(cut, device)
-
-        return begin
+    def _agree_on(self, plan: Plan) -> None:
+        if self._alike is not None:
+            self._denominators.share(self._alike.expect(plan, parameters=len(self._named)))
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:
         """Put what microbatches returned for each row into the order of the batch that `split` was given.
@@ -397,10 +411,15 @@ class Window:
         if self._source is None:
             raise WindowError("this window has no loader behind it; iterate over window.split(batch)")
         self._check_open("iterate over")
-        sizes = [rows_of(microbatch) for microbatch in self._source]
-        pieces = zip(sizes, self._source, strict=True)
-        whole = ((rows, slice_rows(batch, 0, rows, rows=rows)) for rows, batch in pieces)
-        yield from self._hand_out(feed(whole, self._settings.device))
+        source, device = self._source, self._settings.device
+        sizes = [rows_of(microbatch) for microbatch in source]
+        self._agree_on(Plan(len(source), sum(sizes), source[0]))
+
+        def begin() -> Iterable[tuple[int, Any]]:
+            pieces = zip(sizes, source, strict=True)
+            return feed(((rows, slice_rows(batch, 0, rows, rows=rows)) for rows, batch in pieces), device)
+
+        yield from self._hand_out(begin)
         if self._state == "open":
             self.__exit__(None, None, None)
 
@@ -425,11 +444,16 @@ class Window:
         if self._coupling is not None:
             self._backward_coupled(loss, self._coupling, count=count)
             return
+        if self._alike is not None:
+            self._alike.check_agreed()
         rows = self._rows if count is None else check_number(count, "count")
         self._rows = None
         shares = shares_of(loss, rows=rows)
         self._denominators.need()
-        self._backward([shares], first=self._index)
+        if self._alike is None:
+            self._backward([shares], first=self._index)
+        elif not self._backward_alike(loss, shares, self._alike):
+            return
         self._done(rows)
 
     def backward_together(self, batch: object, loss_fn: Callable[..., LossLike]) -> None:
@@ -515,33 +539,13 @@ class Window:
             begun = self._index > 0
             self._denominators.share(self._canonical.expect(rows, parameters=len(self._named), begun=begun))
 
-    def _cut_up_by_length(
-        self, batch: object, size: int, *, lengths: Lengths
-    ) -> Callable[[], Iterator[tuple[int, Any]]]:
-        sizing = self._memory.sizing
-        tokens = sizing.tokens if lengths.microbatch_tokens is None else lengths.microbatch_tokens
-        now = lengths if tokens is None else replace(lengths, microbatch_tokens=sizing.halved(tokens))
-        pieces = cut_by_length(batch, size, lengths=now)
-        if sizing.asked == "auto" and sizing.width is None:
-            sizing.width = pieces[0].stop - pieces[0].start
-        self._know(cut_of_pieces(batch, pieces, self._memory.sizing, lengths=lengths), batch)
-        if self._masking is not None:
-            self._masking.cut(pieces)
-        self._order = [piece.rows for piece in pieces]
-        self._planned = self._index + len(pieces)
-        device = self._settings.device
-        return lambda: feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
-
     def _shown(self, pieces: Iterable[tuple[int, Any]]) -> Iterable[tuple[int, Any]]:
         pieces = pieces if self._canonical is None else self._canonical.shown(pieces)
         return pieces if self._masking is None else self._masking.shown(pieces)
 
-    def _know(self, cut: Cut, batch: object) -> None:
-        self._cut = cut
-        self._watch.expect(cut.extent, batch)
-
-    def _hand_out(self, pieces: Iterable[tuple[int, Any]]) -> Iterator[Any]:
-        for rows, microbatch in self._shown(pieces):
+    def _hand_out(self, begin: Callable[[], Iterable[tuple[int, Any]]]) -> Iterator[Any]:
+        pieces = self._shown(begin()) if self._alike is None else self._alike.even(begin, self._shown)
+        for rows, microbatch in pieces:
             self._check_open("take microbatches from")
             self._rows = rows
             yield microbatch
@@ -567,6 +571,23 @@ class Window:
         if tensors:
             self._begin_sums()
         self._run_backward(tensors, seeds)
+
+    def _backward_alike(self, loss: LossLike, shares: list[Share], alike: Alike) -> bool:
+        """Run a backward that the other ranks run too, and return whether the microbatch was one of this rank's."""
+        sharded = alike.sharded
+        sharded.went_forward()
+        if shares and not alike.filling:
+            self._backward([shares], first=self._index)
+            sharded.went()
+            return True
+        self._gradients.check_untouched()
+        sharded.silent = True
+        tensors, seeds = alike.silence(loss)
+        if tensors:  # without any the model has not been called, and a pass is to be made yet
+            self._run_backward(tensors, seeds)
+            sharded.went()
+        sharded.silent = alike.filling
+        return not alike.filling
 
     def _backward_coupled(self, loss: LossLike, coupling: Coupling, *, count: float | None) -> None:
         """Run the backward of the whole batch's loss, and then that of every microbatch."""
@@ -646,6 +667,8 @@ class Window:
         if self._canonical is not None:
             self._canonical.check()
         self._watch.only_count()
+        if self._alike is not None:
+            reshard(self._settings.model)
         closing = Closing(
             settings=self._settings,
             gradients=self._gradients,
@@ -654,6 +677,8 @@ class Window:
             samples=self._samples,
             progress=self._memory.progress,
             canonical=self._canonical,
+            flat=self._memory.flat,
+            sharded=None if self._alike is None else self._alike.sharded,
         )
         message = get_ready(closing)
         self._stepping, self._awaited = True, False
@@ -679,7 +704,12 @@ class Window:
             seconds=time.perf_counter() - self._started,
             peak_bytes=self._watch.peak_bytes,
             spilled_bytes=self._memory.spilled() - self._spilled,
+            comm_bytes=0 if self._ranks is None else self._ranks.sent_bytes,
+            comm_calls=0 if self._ranks is None else self._ranks.calls,
+            sync=None if self._alike is None else self._alike.sync,
         )
+        if self._alike is not None:
+            self._alike.learn(self._watch.peak_bytes)
         self._memory.count = end.count
         self._memory.windows += 1
         self._memory.fusion = self._fuse.report
@@ -687,6 +717,9 @@ class Window:
 
     def _abort(self, error: BaseException) -> None:
         """Put back what was there before the window, and tell the other ranks, who would wait otherwise."""
+        awaited = self._awaited and isinstance(error, Exception) and not isinstance(error, RankError)
+        if self._alike is not None:
+            self._keep_step(self._alike, error, awaited=awaited)
         self._inner.close()
         self._leave()
         self._gradients.put_back()
@@ -703,19 +736,28 @@ class Window:
                 f"{self._memory.sizing.rows} rows"
             )
         # An agreement that has been reached, or that failed, is not waited for.
+        if self._ranks is not None and awaited:
+            self._tell_failure(self._ranks, again=self.ran_out is not None and self.ran_out.again is not None)
         retried = self.ran_out is not None and self.ran_out.again is not None
-        if (
-            self._ranks is not None
-            and self._awaited
-            and isinstance(error, Exception)
-            and not isinstance(error, RankError)
-        ):
-            self._tell_failure(self._ranks, again=retried)
         if self.ran_out is not None and self.ran_out.event is not None and not retried:
             self._settings.emit(self.ran_out.event)
 
+    def _keep_step(self, alike: Alike, error: BaseException, *, awaited: bool) -> None:
+        """Make the passes that the other ranks wait for, and leave nothing of them."""
+        self._watch.only_count()
+        if is_out_of_memory(error):
+            let_go_of_locals(error, self._settings.model)
+        if awaited and self._run is not None:
+            alike.keep_step(self._run)
+        alike.sharded.drop()
+
     def _tell_failure(self, ranks: Ranks, *, again: bool) -> None:
-        if self._talk is not None and not self._talk.over:
+        if self._alike is not None:
+            try:
+                agree(ranks, None, parameters=len(self._named), again=again)
+            except RankError:  # and the others' errors say so
+                self.ran_out = None if self.ran_out is None else replace(self.ran_out, again=None)
+        elif self._talk is not None and not self._talk.over:
             self._talk.fail(again=again)
         elif not again:  # where the same window is run again, the others wait for what comes of that
             agree(ranks, None, parameters=len(self._named))
@@ -731,9 +773,10 @@ class Window:
         # Nor where all have met for statistics, which another attempt would do once more, and wait to be told of more.
         late = late or (self._passed is not None and isinstance(self._talk, Exchange) and not self._talk.begun)
         kept = coupling is not None and coupling.keeps and not late
+        kept = kept or (self._alike is not None and self._alike.ran_out() and not late)
         # The loss of all representations is as large, however they were made.
         waiting = coupling is not None and coupling.waiting
-        twice = kept or (earlier is not None and earlier.twice)
+        twice = (kept and coupling is not None) or (earlier is not None and earlier.twice)
         again = None if earlier is None else Attempt(earlier.retries + 1, self._started, known, twice, self._masked)
         cut = None if late or waiting else self._cut
         event = run_out(self._memory, error, index=self._index, cut=cut, again=again, kept=kept)
