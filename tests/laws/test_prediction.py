@@ -18,7 +18,7 @@ import microbatch as mb
 from microbatch.errors import ConfigError, OutOfMemoryError
 from microbatch.memory.align import align
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
-from microbatch.memory.doubt import doubtful
+from microbatch.memory.doubt import between, doubtful
 from microbatch.memory.hidden import Hidden
 from microbatch.memory.ledger import Timeline
 from microbatch.memory.predict import Prediction, predict
@@ -637,3 +637,11 @@ def test_out_of_memory_in_a_real_run_is_noted_and_the_rest_goes_on() -> None:
 
     predicted: Prediction = rehearse(described(model), loss_fn, batch=batch, witness=(1, 2))
     assert "not measured on 1 rows (out of memory)" in predicted.note
+
+
+def test_close_sizes_that_go_round_a_loop_unlike_are_looked_at_between() -> None:
+    def run(turns: int) -> Timeline:
+        return Timeline(operators=["a", *["b"] * turns], live=[8] * (turns + 1), storages=[])
+
+    runs = [(2, run(1)), (4, run(2)), (8, run(2)), (12, run(3)), (13, run(4)), (48, run(9))]
+    assert between(runs) == [3, 10]

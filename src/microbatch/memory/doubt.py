@@ -11,6 +11,7 @@ from microbatch.memory.predict import predict
 
 _SURE = 0.005  # of the peak, by which it may be less than predicted without a look
 _LOOKS = 4  # fake windows more
+_NEAR = 4  # rows between two sizes, up to which a loop's tiles are a large part of the difference
 
 
 def doubtful(sizes: Sequence[int], doubt: Callable[[int], float]) -> list[int]:
@@ -32,6 +33,24 @@ def doubtful(sizes: Sequence[int], doubt: Callable[[int], float]) -> list[int]:
     return [size for size in doubts if doubts[size] == max(doubts.values()) > _SURE][:1]
 
 
+def between(runs: Sequence[tuple[int, Timeline]]) -> list[int]:
+    """Say where sizes lie close together and still go round a loop a different number of times.
+
+    A tile that both cut alike may be another one between them, on no line through the two.
+
+    Args:
+        runs: Sizes, ascending, and what ran at each.
+
+    Returns:
+        The middle of each such two.
+    """
+    return [
+        (low + high) // 2
+        for (low, one), (high, other) in pairwise(runs)
+        if 1 < high - low <= _NEAR and list(one.operators) != list(other.operators)
+    ]
+
+
 def enough_of(fake: Callable[[int], Timeline], sizes: Sequence[int]) -> list[int]:
     """Add sizes where loops that turn more often leave the peak of fake windows in doubt.
 
@@ -42,7 +61,7 @@ def enough_of(fake: Callable[[int], Timeline], sizes: Sequence[int]) -> list[int
     Returns:
         These and the ones that were added, ascending.
     """
-    enough = list(sizes)
+    enough = sorted([*sizes, *between([(size, fake(size)) for size in sizes])])
     for _ in range(_LOOKS):
         more = doubtful(enough, partial(predict(fake, sizes=enough).doubt, hidden=False))
         if not more:

@@ -22,7 +22,7 @@ from microbatch.gradients.add import trainable
 from microbatch.loss.loss import shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
-from microbatch.memory.doubt import doubtful, enough_of
+from microbatch.memory.doubt import between, doubtful, enough_of
 from microbatch.memory.ledger import GRADIENTS, INPUTS, Timeline
 from microbatch.memory.meter import READ, MemoryMeter
 from microbatch.memory.predict import Prediction, predict
@@ -80,6 +80,8 @@ def rehearse(
         notes: list[str] = []
         fake, enough = _faked(scene, sizes, notes=notes)
         seen = _witness(scene, sizes=witness, notes=notes)
+        more = between([(size, each.timeline) for size, each in seen if size > 1])
+        seen = sorted([*seen, *_witness(scene, sizes=more, notes=notes)], key=operator.itemgetter(0))
         if fake is None and sum(size > 1 for size, _ in seen) < 2:
             seen = [(size, _real(scene, size)) for size in (2, 4, 8)]
         told = partial(predict, fake, sizes=enough, beside=scene.beside)
