@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from microbatch.errors import CheckpointError
+from microbatch.step.replay import seed_everything
 from microbatch.train.checkpoint import clear_unfinished, read_checkpoint, read_newest, write_checkpoint
 from microbatch.train.encode import decode, encode
 from microbatch.train.state import (
@@ -23,7 +24,6 @@ from microbatch.train.state import (
     load_optimizer,
     model_tensors,
     random_states,
-    seed_everything,
     set_random_states,
 )
 

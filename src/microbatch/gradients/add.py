@@ -356,11 +356,6 @@ class GradientSum:
         if self._fold is not None:
             self._fold.put_back()
 
-    @property
-    def number(self) -> int:
-        """How many parameters there are."""
-        return len(self._named)
-
     def zeros(self, index: int) -> Tensor:
         """Make a sum of nothing.
 

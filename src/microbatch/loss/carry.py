@@ -43,11 +43,7 @@ class Carried:
 
     def __init__(self, device: torch.device) -> None:
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        cache = torch.is_autocast_cache_enabled()
-        self._autocasts = [
-            _Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache)
-            for kind in sorted({"cpu", device.type})
-        ]
+        self._autocasts = _autocasts(device)
         self._function_modes: list[Any] = _get_current_function_mode_stack()
         self._dispatch_modes: list[Any] = _get_current_dispatch_mode_stack()
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -84,11 +80,7 @@ class TakenOff:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._grad, self._cache = torch.is_grad_enabled(), torch.is_autocast_cache_enabled()
-        self._autocasts = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted({"cpu", device.type})
-        ]
+        self._grad, self._autocasts = torch.is_grad_enabled(), _autocasts(device)
         self._function_modes: list[Any] = [
             overrides._pop_mode()  # pyright: ignore[reportPrivateUsage]
             for _ in range(torch._C._len_torch_function_stack())  # pyright: ignore[reportPrivateUsage]
@@ -113,11 +105,19 @@ class TakenOff:
             overrides._push_mode(mode)  # pyright: ignore[reportPrivateUsage]
         for pair in reversed(self._hooks):
             _AUTOGRAD._push_saved_tensors_default_hooks(*pair)
-        for kind, enabled, dtype in self._autocasts:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
-        torch.set_autocast_cache_enabled(self._cache)
+        for each in self._autocasts:
+            torch.set_autocast_enabled(each.kind, each.enabled)
+            torch.set_autocast_dtype(each.kind, each.dtype)
+            torch.set_autocast_cache_enabled(each.cache)
         torch.set_grad_enabled(self._grad)
+
+
+def _autocasts(device: torch.device) -> list[_Autocast]:
+    cache = torch.is_autocast_cache_enabled()
+    return [
+        _Autocast(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), cache)
+        for kind in sorted({"cpu", device.type})
+    ]
 
 
 def _push(stack: ExitStack, mode: Any, base: Any) -> None:

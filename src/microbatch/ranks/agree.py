@@ -104,6 +104,29 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool
     )
 
 
+def attend(ranks: Ranks, rows: float, *, parameters: int) -> float:
+    """See to it that every rank is there, before they tell one another more.
+
+    One that failed answers this, and not what follows.
+
+    Args:
+        ranks: The ranks.
+        rows: This one's.
+        parameters: Number of trainable parameters, the same on every rank.
+
+    Returns:
+        Rows of all ranks.
+
+    Raises:
+        RankError: A rank failed.
+
+    Cost:
+        As `agree`.
+    """
+    message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * parameters)
+    return agree(ranks, message, parameters=parameters).samples
+
+
 def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
     """Let every rank know a few yes or no of every other.
 

@@ -249,22 +249,16 @@ class Sharded:
         self.passes += 1
         self.outputs = []
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Tell whether a parameter's gradient adds up over the ranks by itself.
-
-        Args:
-            parameter: Any.
-
-        Returns:
-            Whether it is one of the model's sharded ones.
-        """
-        return any(each.sharded_param is parameter for unit in self._units for each in unit.fsdp_params)
+    @property
+    def held(self) -> set[int]:
+        """The ids of the parameters whose gradients add up over the ranks by themselves."""
+        return {id(each.sharded_param) for unit in self._units for each in unit.fsdp_params}
 
     def used(self, parameter: Tensor) -> bool:
         """Tell whether a backward on this rank has reached a parameter.
 
         Args:
-            parameter: One that it `holds`.
+            parameter: One of those that are `held`.
 
         Returns:
             Whether one has.

@@ -13,7 +13,7 @@ from microbatch.batch.feed import feed
 from microbatch.batch.tree import map_tensors, rows_of, slice_rows
 from microbatch.errors import LossError, WindowError
 from microbatch.loss.loss import Loss
-from microbatch.ranks.agree import Message, agree
+from microbatch.ranks.agree import attend
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.sharded import Sharded, narrowest, unshared_bytes
 from microbatch.step.foresee import room_for
@@ -98,9 +98,7 @@ class Alike:
                 "another window"
             )
         ranks, fast = self._ranks, self._may_be_fast(plan)
-        # First that every rank is there: one that failed answers this, and not what follows.
-        message = Message(names=[], sums=[], counts=[], samples=plan.rows, double=False, present=[False] * parameters)
-        rows = agree(ranks, message, parameters=parameters).samples
+        rows = attend(ranks, plan.rows, parameters=parameters)
         told = torch.zeros(2, ranks.size, dtype=torch.float64, device=ranks.device)
         told[0, ranks.index], told[1, ranks.index] = plan.microbatches, fast
         ranks.sum_(told)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,10 +14,10 @@ from microbatch.errors import WindowError
 from microbatch.gradients.add import GradientSum
 from microbatch.gradients.tree import Node, Tree, shape_of, total
 from microbatch.loss.tally import Tally
-from microbatch.ranks.agree import Message, agree
+from microbatch.ranks.agree import attend
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.reduce import BUCKET_BYTES
-from microbatch.step.replay import RandomState
+from microbatch.step.replay import RandomState, seed_everything
 
 
 class Canonical:
@@ -93,7 +91,7 @@ class Canonical:
             The same.
         """
         for number, (rows, microbatch) in enumerate(microbatches, start=self._first):
-            _seed(derive(self._seed, number))
+            seed_everything(derive(self._seed, number))
             # In memory of its own, which begins where all memory does: products round by where a row stands, too.
             yield rows, map_tensors(torch.clone, microbatch)
             self._tree.add(self._gradients.take())
@@ -111,7 +109,7 @@ class Canonical:
     def present(self) -> list[bool]:
         """Which parameters have a gradient on this rank."""
         columns = [node.tensors for node in self._tree.nodes]
-        number = len(columns[0]) if columns else self._gradients.number
+        number = len(columns[0]) if columns else len(self._gradients.named)
         return [any(column[index] is not None for column in columns) for index in range(number)]
 
     def finish(self, present: Sequence[bool]) -> None:
@@ -192,14 +190,14 @@ class Canonical:
 
     def _buckets(self, wanted: Sequence[int]) -> Iterator[list[int]]:
         held: list[int] = []
+        size, dtype = 0, None
         for index in wanted:
-            if held and self._gradients.zeros(held[0]).dtype != self._gradients.zeros(index).dtype:
+            like = self._gradients.zeros(index)
+            if held and (size >= BUCKET_BYTES or like.dtype != dtype):
                 yield held
-                held = []
+                held, size = [], 0
             held.append(index)
-            if sum(self._gradients.zeros(each).nbytes for each in held) >= BUCKET_BYTES:
-                yield held
-                held = []
+            size, dtype = size + like.nbytes, like.dtype
         if held:
             yield held
 
@@ -222,9 +220,7 @@ def numbered(ranks: Ranks, rows: int, *, seed: int, parameters: int) -> tuple[in
     Cost:
         Two small all-reduces.
     """
-    # First that every rank is there: one that failed answers this, and not what follows.
-    message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * parameters)
-    agree(ranks, message, parameters=parameters)
+    attend(ranks, rows, parameters=parameters)
     told = torch.zeros(ranks.size + 1, dtype=torch.int64, device=ranks.device)
     told[ranks.index] = rows
     if ranks.index == 0:
@@ -232,10 +228,3 @@ def numbered(ranks: Ranks, rows: int, *, seed: int, parameters: int) -> tuple[in
     ranks.sum_(told)
     *shares, seed = told.tolist()
     return seed, shares
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)

@@ -48,17 +48,18 @@ class Closing:
         if sharded is None:
             return present
         # A shard is of all ranks' gradients; whether this one had any, only its own backward could see.
-        pairs = zip(self.gradients.named, present, strict=True)
-        return [sharded.used(p.parameter) if sharded.holds(p.parameter) else has for p, has in pairs]
+        held, pairs = sharded.held, zip(self.gradients.named, present, strict=True)
+        return [sharded.used(p.parameter) if id(p.parameter) in held else has for p, has in pairs]
 
     @property
     def to_reduce(self) -> tuple[list[Tensor], list[torch.dtype]]:
         """The gradients that have not met those of the other ranks yet, and what they add up in."""
-        sharded, narrow = self.sharded, self.settings.reduce_dtype is None
+        held: set[int] = set() if self.sharded is None else self.sharded.held
+        narrow = self.settings.reduce_dtype is None
         found = [
             (local_of(total), each.parameter.dtype if narrow else torch.promote_types(total.dtype, torch.float32))
             for each, total in self.gradients.gradients()
-            if sharded is None or not sharded.holds(each.parameter)
+            if id(each.parameter) not in held
         ]
         return [total for total, _ in found], [dtype for _, dtype in found]
 
@@ -215,7 +216,7 @@ def _pool(closing: Closing) -> _Pooled:
 
 
 def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
-    device, gradients = closing.settings.device, closing.gradients
+    gradients = closing.gradients
     agreed = agree(ranks, message, parameters=len(message.present))
     if closing.canonical is not None:
         return _pool_in_order(closing, closing.canonical, agreed)
@@ -225,39 +226,33 @@ def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
     gradients.settle(factor)
     if closing.sharded is not None:
         gradients.leave_out(agreed.present)
-        scale_([total for each, total in gradients.gradients() if closing.sharded.holds(each.parameter)], factor)
+        held = closing.sharded.held
+        scale_([total for each, total in gradients.gradients() if id(each.parameter) in held], factor)
     totals, dtypes = closing.to_reduce
     reduce_(ranks, totals, factor, dtypes=dtypes, flat=closing.flat)
-    norm = _norm(closing, device)
-    sums = torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device)
-    return _Pooled(
-        names=agreed.names,
-        sums=sums,
-        host_sums=agreed.sums,
-        host_counts=agreed.counts,
-        samples=agreed.samples,
-        dtype=torch.float64 if agreed.double else torch.float32,
-        norm=norm,
-        host_norm=norm.item(),
-        normalised=True,
-        present=agreed.present,
-    )
+    return _agreed(closing, agreed, agreed.sums, counts=agreed.counts)
 
 
 def _pool_in_order(closing: Closing, canonical: Canonical, agreed: Message) -> _Pooled:
     """Pool so that no bit depends on the ranks, of which there may be one."""
-    device, tally = closing.settings.device, closing.tally
+    tally = closing.tally
     host_sums, host_counts = canonical.sums(tally, agreed.names)
     known = tally.spoke and any(host_counts)
     factor = canonical.factor(tally.factor(dict(zip(agreed.names, host_counts, strict=True))) if known else 0.0)
     canonical.finish(agreed.present)
     closing.gradients.scale_(factor)
+    return _agreed(closing, agreed, host_sums, counts=host_counts)
+
+
+def _agreed(closing: Closing, agreed: Message, sums: Sequence[float], *, counts: Sequence[float]) -> _Pooled:
+    """Put together what is known once the ranks have agreed and the gradients are the mean's."""
+    device = closing.settings.device
     norm = _norm(closing, device)
     return _Pooled(
         names=agreed.names,
-        sums=torch.tensor(host_sums, dtype=wide_dtype(device), device=device),
-        host_sums=host_sums,
-        host_counts=host_counts,
+        sums=torch.tensor(sums, dtype=wide_dtype(device), device=device),
+        host_sums=sums,
+        host_counts=counts,
         samples=agreed.samples,
         dtype=torch.float64 if agreed.double else torch.float32,
         norm=norm,

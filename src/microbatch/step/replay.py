@@ -73,6 +73,18 @@ def forget_unscaled(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer
         stages.pop(id(optimizer), None)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python, PyTorch on every device, and NumPy where it is in use.
+
+    Args:
+        seed: Any number in ``[0, 2**63)``.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
 class RandomState:
     """Hold the state of every global generator of this moment.
 

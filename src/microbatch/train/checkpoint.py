@@ -18,8 +18,10 @@ from torch import Tensor
 
 from microbatch.errors import CheckpointError
 from microbatch.ranks.group import Ranks
+from microbatch.shards import is_shard, local_of
 from microbatch.train.encode import decode, encode, own
-from microbatch.train.sharded import is_sharded, load_parts, own_part
+from microbatch.train.first import by_the_first
+from microbatch.train.sharded import load_parts
 
 FORMAT, FORMAT_OF_PARTS = 1, 2
 """The second one has tensors in parts, which a version that knows the first alone would take for wholes."""
@@ -65,7 +67,7 @@ class Copied:
     @property
     def in_parts(self) -> bool:
         """Whether a tensor is spread over the ranks."""
-        return any(is_sharded(tensor) for tensor in (*self.weights.values(), *self.tensors.values()))
+        return any(is_shard(tensor) for tensor in (*self.weights.values(), *self.tensors.values()))
 
 
 def copied(*, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Copied:
@@ -151,15 +153,15 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: Ranks | None = None) 
             shutil.rmtree(old)
         return final.name
 
-    temporary = folder / _by_the_first(ranks, begin, final)
+    temporary = folder / by_the_first(ranks, lambda: _written(begin, final))
     tied = json.dumps(what.tied)
     if ranks is None:
-        _by_the_first(None, lambda: _save_alone(temporary, what, tied), final)
+        _written(lambda: _save_alone(temporary, what, tied), final)
     else:
         from microbatch.train.parts import save_parts  # which takes half a second to import
 
         save_parts(temporary, {"weights": what.weights, "state": what.tensors}, tied=tied, ranks=ranks)
-    return folder / _by_the_first(ranks, seal, final)
+    return folder / by_the_first(ranks, lambda: _written(seal, final))
 
 
 def _save_alone(folder: Path, what: Copied, tied: str) -> str:
@@ -168,19 +170,11 @@ def _save_alone(folder: Path, what: Copied, tied: str) -> str:
     return folder.name
 
 
-def _by_the_first(ranks: Ranks | None, work: Callable[[], str], final: Path) -> str:
-    """Let the first rank do what one can do for all, and all of them know how it went."""
-    result, refused = "", ""
-    if ranks is None or ranks.index == 0:
-        try:
-            result = work()
-        except OSError as error:
-            refused = str(error)
-    if ranks is not None:
-        result, refused = ranks.tell((result, refused))[0]
-    if refused:
-        raise CheckpointError(f"the checkpoint {final} could not be written: {refused}")
-    return result
+def _written(work: Callable[[], str], final: Path) -> str:
+    try:
+        return work()
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
 
 
 def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: Ranks | None = None) -> Checkpoint:
@@ -199,19 +193,14 @@ def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: Ranks |
     Raises:
         CheckpointError: There is no checkpoint, or every one is damaged.
     """
-    if ranks is None:
-        return _newest(folder, notice)
-    found: Checkpoint | None = None
-    refused = ""
-    if ranks.index == 0:
-        try:
-            found = _newest(folder, notice)
-        except CheckpointError as error:
-            refused = str(error)
-    name, refused = ranks.tell((None if found is None else found.path.name, refused))[0]
-    if name is None:
-        raise CheckpointError(refused)
-    return _read(folder / name) if found is None else found
+    found: list[Checkpoint] = []
+
+    def choose() -> str:
+        found.append(_newest(folder, notice))
+        return found[0].path.name
+
+    name = by_the_first(ranks, choose)
+    return found[0] if found else _read(folder / name)
 
 
 def _newest(folder: Path, notice: Callable[[str], object]) -> Checkpoint:
@@ -301,7 +290,7 @@ def _distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"the weight {name!r} is a {tensor.layout} tensor, which a checkpoint cannot hold")
         # Empty tensors all have the address 0 without sharing anything.
-        address = own_part(tensor).data_ptr() or name
+        address = local_of(tensor).data_ptr() or name
         key = (address, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key in first:
             tied[name] = first[key]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
-from microbatch.train.sharded import own_part, with_part
+from microbatch.shards import local_of
+from microbatch.train.sharded import with_part
 
 _SCALARS = (bool, int, str, type(None))
 
@@ -119,7 +120,7 @@ def own(tensor: Tensor) -> Tensor:
         A contiguous CPU tensor that shares no memory with the argument; of one that is sharded, with this rank's part
         copied.
     """
-    part = own_part(tensor.detach())
+    part = local_of(tensor.detach())
     return with_part(tensor, torch.empty(part.shape, dtype=part.dtype, device="cpu").copy_(part))
 
 

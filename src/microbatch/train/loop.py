@@ -20,6 +20,7 @@ from microbatch.ranks.group import Ranks
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, Retry, StepDone
 from microbatch.step.record import Step
+from microbatch.step.replay import seed_everything
 from microbatch.train.background import CheckpointWriter
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.data import BatchOrder, Position, fetch, mix_seed
@@ -59,7 +60,6 @@ from microbatch.train.state import (
     optimizers_of,
     random_states,
     same_bits,
-    seed_everything,
     set_random_states,
 )
 from microbatch.train.stop import StopRequest

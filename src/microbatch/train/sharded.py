@@ -12,35 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
+from microbatch.shards import is_shard, local_of
 
 PARTS = "parts"
 """In a file's metadata: which of its tensors are parts, of what, and where they belong."""
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether every rank holds a part of a tensor only.
-
-    Args:
-        tensor: Any.
-
-    Returns:
-        Whether it is a ``DTensor``.
-    """
-    # Whoever has made one has imported it, and nobody else need pay for that.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor.
-
-    Args:
-        tensor: Any.
-
-    Returns:
-        Its part of one that is sharded; any other as it is.
-    """
-    return cast("Any", tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def with_part(tensor: Tensor, part: Tensor) -> Tensor:
@@ -53,7 +28,7 @@ def with_part(tensor: Tensor, part: Tensor) -> Tensor:
     Returns:
         The new one; ``part`` itself where the other is not sharded.
     """
-    if not is_sharded(tensor):
+    if not is_shard(tensor):
         return part
     like = cast("Any", tensor)
     return sys.modules["torch.distributed.tensor"].DTensor.from_local(
@@ -74,10 +49,10 @@ def dealt(whole: Tensor, *, like: Tensor) -> Tensor:
     Cost:
         No communication: every rank takes its part of what it has.
     """
-    if not is_sharded(like) or is_sharded(whole):
+    if not is_shard(like) or is_shard(whole):
         return whole
     other = cast("Any", like)
-    local = whole.to(other.to_local().device)
+    local = whole.to(local_of(like).device)
     return sys.modules["torch.distributed.tensor"].distribute_tensor(
         local, other.device_mesh, other.placements, src_data_rank=None
     )

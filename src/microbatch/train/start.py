@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
 from microbatch.ranks.group import Ranks
+from microbatch.step.replay import seed_everything
 from microbatch.train.checkpoint import write_text
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
@@ -21,12 +22,12 @@ from microbatch.train.data import mix_seed
 from microbatch.train.evaluate import untouched
 from microbatch.train.events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.find import call_job, find_job
+from microbatch.train.first import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
 from microbatch.train.rundir import RunDirectory, jsonable
-from microbatch.train.state import seed_everything
 
 _FIXED = ("job", "data", "batch_size", "seed")
 """Settings that a resumed run keeps: with others it would be another run."""
@@ -44,9 +45,6 @@ _HARMLESS = (
 
 _SLOW_STEP = 20.0
 """Seconds of a step above which the comparison, some nine steps, would keep people waiting."""
-
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +169,7 @@ def prepare(
         MissingDependencyError: The job needs a package that is not installed.
     """
     ranks, launch = Ranks.find(torch.device("cpu")), launch or Launch()
-    path, resume = _by_the_first(ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch))
+    path, resume = by_the_first(ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch))
     directory, notices = RunDirectory(path), list[str]()
     for listener in listeners:
         listener(RunPlaced(path))
@@ -191,7 +189,7 @@ def prepare(
     job = make_job(settings, device)
     config = resolve(settings, job, device=device, ranks=launch.ranks)
     text = resolved_settings(settings, config).toml()
-    _by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
+    by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
     loop = TrainingLoop(job, config=config, run=directory, listeners=listeners)
     prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch)
     for text in (*notices, *config.notices):
@@ -199,22 +197,6 @@ def prepare(
     if resume:
         loop.restore()
     return prepared
-
-
-def _by_the_first(ranks: Ranks | None, work: Callable[[], Result]) -> Result:
-    """Let the first rank do what one can do for all, and give what came of it, or went wrong, to all of them."""
-    if ranks is None:
-        return work()
-    outcome: tuple[Any, MicrobatchError | None] = (None, None)
-    if ranks.index == 0:
-        try:
-            outcome = work(), None
-        except MicrobatchError as error:
-            outcome = None, error
-    result, refused = ranks.tell(outcome)[0]
-    if refused is not None:
-        raise refused
-    return result
 
 
 def _choose(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from microbatch.errors import CheckpointError
-from microbatch.train.sharded import dealt, is_sharded
+from microbatch.shards import is_shard
+from microbatch.train.sharded import dealt
 
 
 def optimizers_of(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
@@ -27,18 +28,6 @@ def optimizers_of(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]
         All of them.
     """
     return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, PyTorch on every device, and NumPy where it is in use.
-
-    Args:
-        seed: Any number in ``[0, 2**63)``.
-    """
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
 
 
 @contextmanager
@@ -184,7 +173,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
 
 def _dealt(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> Mapping[str, Any]:
     """Deal the states of parameters that are spread over ranks out as these are."""
-    if not any(is_sharded(parameter) for parameter in parameters):
+    if not any(is_shard(parameter) for parameter in parameters):
         return state
     by_index = {
         index: {
