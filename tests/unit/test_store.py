@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microbatch.errors import SpillError
 from microbatch.memory.places import File, Piece
-from microbatch.memory.spill import Handle, Store, is_movable
+from microbatch.memory.spill import Handle, Spill, Store, is_movable
 
 # Some kinds of tensors are not there yet, others no longer.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|quantized tensor|Sparse CSR tensor):UserWarning")
@@ -375,3 +375,52 @@ def test_a_child_that_ends_gives_nothing_back_in_its_parent() -> None:
     os.waitpid(child, 0)
     assert store.bytes_held == 400
     assert torch.equal(handle.get(), torch.arange(100.0))
+
+
+# -- what may stay -----------------------------------------------------------------------------------------------------
+
+KIB = 1 << 10
+
+
+def block() -> Tensor:
+    """Return a kibibyte."""
+    return torch.ones(KIB // 4)
+
+
+def test_what_is_put_away_briefly_has_the_first_claim_to_the_room() -> None:
+    spill = Spill(smallest=KIB)
+    first = [spill.put(block(), briefly=True) for _ in range(2)]
+    del first
+    spill.room = 3 * KIB
+    for_long = [spill.put(block()) for _ in range(2)]
+    assert [each.moved for each in for_long] == [False, True]
+    briefly = [spill.put(block(), briefly=True) for _ in range(3)]
+    assert [each.moved for each in briefly] == [False, False, True]
+    del for_long, briefly
+    # Three were asked for at once, so that nothing is left for others.
+    spill.room = 3 * KIB
+    assert spill.put(block()).moved
+    assert not spill.put(block(), briefly=True).moved
+    # And none since.
+    spill.room = 3 * KIB
+    spill.room = 3 * KIB
+    assert [each.moved for each in [spill.put(block()) for _ in range(4)]] == [False, False, False, True]
+
+
+def test_what_came_back_may_stay_as_long_as_there_is_room() -> None:
+    spill = Spill(smallest=KIB)
+    handles = [spill.put(block()) for _ in range(2)]
+    spill.room = KIB
+    back = [handle.get() for handle in handles]
+    assert [spill.spares(each) for each in back] == [True, False]
+    assert spill.spares(back[0])
+    del back, handles[0]
+    assert spill.spares(handles[0].get())
+
+
+def test_what_stayed_briefly_does_not_stay_for_long() -> None:
+    spill = Spill(smallest=KIB)
+    spill.room = KIB
+    x = block()
+    assert not spill.put(x, briefly=True).moved
+    assert spill.put(x).moved

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 from microbatch.errors import BatchStatisticsError
 from microbatch.loss.across import Across
 from microbatch.loss.lockstep import Call, Rule, Seat, Topic
-from microbatch.loss.moments import Moments, Running, merged
+from microbatch.loss.moments import Moments, Narrowed, Running, merged
 from microbatch.loss.normalise import Measure, Normalise, Visit
 from microbatch.loss.places import caller
 
@@ -136,17 +136,19 @@ class ExactBatchNorm:
         place = self._place(running_mean, weight)
         running = None if running_mean is None else Running(running_mean, running_var, momentum)
         topic = Topic("batch_norm", place, partial(self._merge, running=running, place=place, shape=input.shape))
-        visit = Visit(input, seat.away)
+        visit = Visit(input, seat.puts)
         mean, squares = cast("tuple[Tensor, Tensor]", Measure.apply(input, visit))
         moments = (input.numel() / max(1, input.shape[1]), mean, squares)
-        mean, variance = seat.meet(topic, moments, graph=[each for each in (mean, squares) if each.requires_grad])
-        out = cast("Tensor", Normalise.apply(input.detach(), mean, variance, weight, bias, eps, visit))
+        graph = [each for each in (mean, squares) if each.requires_grad]
+        mean, variance, narrowed = seat.meet(topic, moments, graph=graph)
+        narrow = narrowed.to(visit.dtype, eps)
+        out = cast("Tensor", Normalise.apply(input.detach(), mean, variance, narrow, weight, bias, visit))
         seat.parking.saw(out)
         return out
 
     def _merge(
         self, parts: Sequence[Moments], *, running: Running | None, place: str, shape: torch.Size
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Narrowed]:
         moments = merged(parts)
         if self._across is not None:
             moments = self._across.merge(moments, f"batch_norm at {place}")
@@ -158,7 +160,7 @@ class ExactBatchNorm:
             key = id(running.mean)
             self._meetings[key] = self._meetings.get(key, 0) + 1
             running.move(mean.detach(), squares.detach() / (count - 1))
-        return mean, variance
+        return mean, variance, Narrowed(mean, variance)
 
     def _place(self, *tensors: Tensor | None) -> str:
         found = (self._names.get(id(each)) for each in tensors if each is not None)

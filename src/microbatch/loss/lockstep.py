@@ -56,11 +56,15 @@ class Puts:
 
     Attributes:
         away: Puts away what waits for its backward.
+        aside: Puts away what waits for the other microbatches only.
+        spares: Tells whether what came back may stay until it is asked for once more.
         park: Puts away what a microbatch holds while it waits for its turn; `None` leaves it there.
         resized: Called with every storage whose memory went or came back.
     """
 
     away: Away
+    aside: Away
+    spares: Callable[[Tensor], bool]
     park: Park | None
     resized: Callable[[UntypedStorage], None]
 
@@ -148,7 +152,7 @@ class Seat:
 
     Attributes:
         index: Which microbatch it is, from 0.
-        away: Puts away what waits for its backward.
+        puts: Puts away what waits.
         calls: For rules to count what this microbatch did, by anything.
         value: What its task returned.
         parking: Where what it holds goes while it waits.
@@ -156,7 +160,7 @@ class Seat:
     """
 
     def __init__(self, index: int, *, strand: Strand, order: Order, puts: Puts) -> None:
-        self.index, self.away = index, puts.away
+        self.index, self.puts = index, puts
         self.parking = Parking(puts.park, puts.resized)
         self.calls: dict[Any, int] = {}
         self.value: Any = None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microbatch.loss.lockstep import Away
-from microbatch.loss.loss import wide_dtype
-from microbatch.loss.moments import moments_of
+from microbatch.loss.lockstep import Puts
+from microbatch.loss.moments import Narrow, moments_of
 
 
 class Visit:
     """What two nodes of one microbatch and layer tell each other: the input, and the gradient of the output."""
 
-    def __init__(self, x: Tensor, away: Away) -> None:
-        self._away = away
+    def __init__(self, x: Tensor, puts: Puts) -> None:
+        self._puts = puts
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.needs_input = x.requires_grad and torch.is_grad_enabled()
         self.x: Callable[[], Tensor] | None = None
@@ -31,7 +31,19 @@ class Visit:
             x: The input.
         """
         if self.x is None:
-            self.x = self._away(x)
+            self.x = self._puts.away(x)
+
+    def input_for_sums(self) -> Tensor:
+        """Bring the input back, for the first of two times.
+
+        Returns:
+            The input.
+        """
+        assert self.x is not None  # noqa: S101 - as forward left it
+        x = self.x()
+        if self.needs_input and self._puts.spares(x):
+            self.x = partial(_same, x)
+        return x
 
     def keep_gradient(self, dy: Tensor, scale: Tensor) -> None:
         """Put the gradient of the output away, until that of the input can be made.
@@ -40,7 +52,7 @@ class Visit:
             dy: The gradient of the output.
             scale: What the input was multiplied with, for each channel.
         """
-        self.dy, self.scale = self._away(dy), scale
+        self.dy, self.scale = self._puts.aside(dy), scale
 
 
 class Measure(torch.autograd.Function):
@@ -48,7 +60,7 @@ class Measure(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
-        """Measure, in the widest dtype.
+        """Measure.
 
         Args:
             ctx: Autograd's.
@@ -58,16 +70,15 @@ class Measure(torch.autograd.Function):
         Returns:
             Mean and sum of squares, shapes ``(channels,)``; zeros of no rows.
         """
-        wide = wide_dtype(x.device)
         if not x.numel():
-            zeros = x.new_zeros(x.shape[1], dtype=wide)
+            zeros = x.new_zeros(x.shape[1], dtype=visit.dtype)
             return zeros, zeros.clone()
-        mean, variance = moments_of(x)
+        mean, squares = moments_of(x)
         if visit.needs_input:
             visit.keep_input(x)
-        ctx.visit, ctx.mean, ctx.count = visit, mean, x.numel() // x.shape[1]
-        # A copy, because a node that holds its own output is never given up.
-        return mean.to(wide, copy=True), variance.to(wide) * ctx.count
+        # Detached, because a node that holds its own output is never given up.
+        ctx.visit, ctx.mean, ctx.count = visit, mean.detach(), x.numel() // x.shape[1]
+        return mean, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -85,7 +96,7 @@ class Measure(torch.autograd.Function):
         assert visit.x is not None  # noqa: S101 - as forward left it
         x, visit.x = visit.x(), None
         # d_mean / n + 2 (x - mean) d_squares, as one pass of the kernel that normalises.
-        slope, shift = (2 * d_squares).to(visit.dtype), (d_mean / ctx.count).to(visit.dtype)
+        slope, shift = 2 * d_squares, d_mean / ctx.count
         ones = torch.ones_like(slope)
         wide = x.to(visit.dtype)
         dx = torch.batch_norm(wide, slope, shift, ctx.mean, ones, False, 0.0, 0.0, False)
@@ -108,9 +119,9 @@ class Normalise(torch.autograd.Function):
         x: Tensor,
         mean: Tensor,
         variance: Tensor,
+        narrow: Narrow,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
         visit: Visit,
     ) -> Tensor:
         """Normalise.
@@ -118,26 +129,26 @@ class Normalise(torch.autograd.Function):
         Args:
             ctx: Autograd's.
             x: Shape ``(rows, channels, ...)``, detached.
-            mean: Of all microbatches; shape ``(channels,)``, as all that follow but the last two.
+            mean: Of all microbatches; shape ``(channels,)``, as of all that follow. It is here for its gradient.
             variance: Likewise.
+            narrow: What the kernel takes of them.
             weight: Of the layer, or `None`.
             bias: Of the layer, or `None`.
-            eps: Added to the variance.
             visit: Where the input is kept, and the gradient of the output will be.
 
         Returns:
             Shape and dtype of ``x``.
         """
+        del mean, variance
         dtype = visit.dtype
-        mean, inverse = mean.detach().to(dtype), (variance + eps).rsqrt().to(dtype)
         if any(ctx.needs_input_grad):
             visit.keep_input(x)
-        ctx.visit, ctx.mean, ctx.inverse = visit, mean, inverse
+        ctx.visit, ctx.narrow = visit, narrow
         ctx.save_for_backward(weight)
         scale = None if weight is None else weight.to(dtype)
         shift = None if bias is None else bias.to(dtype)
         return torch.batch_norm(
-            x, scale, shift, mean, variance.to(dtype), False, 0.0, eps, torch.backends.cudnn.enabled
+            x, scale, shift, narrow.mean, narrow.variance, False, 0.0, narrow.eps, torch.backends.cudnn.enabled
         )
 
     @staticmethod
@@ -154,23 +165,19 @@ class Normalise(torch.autograd.Function):
         visit: Visit = ctx.visit
         (dy,) = grads
         (weight,) = ctx.saved_tensors
-        assert visit.x is not None  # noqa: S101 - as forward left it
-        x, inverse = visit.x(), ctx.inverse
-        slope, shift = _sums(dy, x, ctx.mean, inverse)
+        x, inverse = visit.input_for_sums(), ctx.narrow.inverse
+        slope, shift = _sums(dy, x, ctx.narrow.mean, inverse)
         scale = inverse if weight is None else inverse * weight.to(inverse.dtype)
         if visit.needs_input:
             visit.keep_gradient(dy, scale)
-        wide = wide_dtype(dy.device)
-        d_mean = -(scale.to(wide) * shift.to(wide))
-        d_variance = -0.5 * (scale * inverse).to(wide) * slope.to(wide)
         needs = ctx.needs_input_grad
         return (
             None,
-            d_mean if needs[1] else None,
-            d_variance if needs[2] else None,
-            slope if needs[3] else None,
-            shift if needs[4] else None,
+            (scale * shift).neg_() if needs[1] else None,
+            (scale * slope).mul_(inverse).mul_(-0.5) if needs[2] else None,
             None,
+            slope if needs[4] else None,
+            shift if needs[5] else None,
             None,
         )
 
@@ -181,6 +188,10 @@ def _sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor,
         dy, x, None, None, None, mean, inverse, True, 0.0, [False, True, True]
     )
     return slope, shift
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _over_channels(vector: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -237,11 +237,13 @@ class Spill:
         # The graph holds these two, and not this object.
         self._hooks = saved_tensors_hooks(self._rule.pack, _unpack)
 
-    def put(self, tensor: Tensor) -> Handle:
+    def put(self, tensor: Tensor, *, briefly: bool = False) -> Handle:
         """Put a tensor away as if autograd had saved it.
 
         Args:
             tensor: Any tensor.
+            briefly: Whether it is asked for again long before backward comes to it; such ones have the first claim to
+                the `room`.
 
         Returns:
             What brings it back; what is left where it is, the handle holds.
@@ -252,7 +254,21 @@ class Spill:
         Cost:
             As for `Store.put`.
         """
-        return self._rule.pack(tensor)
+        handle = self._rule.pack(tensor, briefly=briefly)
+        if briefly and handle.moved:
+            self._rule.room.missed(handle, tensor.untyped_storage().nbytes())
+        return handle
+
+    def spares(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor that was brought back may stay until it is asked for once more, which is soon.
+
+        Args:
+            tensor: As a handle returned it.
+
+        Returns:
+            Whether there is `room`, which it then has until it is gone.
+        """
+        return self._rule.room.takes(tensor.untyped_storage(), briefly=True)
 
     def __enter__(self) -> Self:
         """Begin to move what this thread's operators save.
@@ -281,12 +297,16 @@ class Spill:
 
     @property
     def room(self) -> int:
-        """Bytes that may stay on the device at once, all together, before anything is moved; 0 at first."""
+        """Bytes that may stay on the device at once, all together, before anything is moved; 0 at first.
+
+        What is put away briefly comes first: it frees its bytes for the next of its kind, where what waits for backward
+        has them until then. How much that takes is seen between one setting and the next.
+        """
         return self._rule.room.bytes
 
     @room.setter
     def room(self, size: int) -> None:
-        self._rule.room.bytes = size
+        self._rule.room.set(size)
 
     @property
     def bytes_spilled(self) -> int:
@@ -328,7 +348,7 @@ class _Rule:
     smallest: int
     room: _Room
 
-    def pack(self, tensor: Tensor) -> Handle:
+    def pack(self, tensor: Tensor, *, briefly: bool = False) -> Handle:
         root = _root(tensor)
         parameter = isinstance(root, nn.Parameter) or (root.is_leaf and root.requires_grad)
         if parameter or tensor.device.type not in self.kinds or not is_movable(tensor):
@@ -336,30 +356,66 @@ class _Rule:
         storage = tensor.untyped_storage()
         if storage.nbytes() < self.smallest or storage in self.stay:
             return _Left(tensor)
-        return _Left(tensor) if self.room.takes(storage) else self.store.put(tensor)
+        return _Left(tensor) if self.room.takes(storage, briefly=briefly) else self.store.put(tensor)
 
 
 class _Room:
-    """Storages that stay although they could be moved, as long as they are few."""
+    """Storages that stay although they could be moved, as long as they are few.
+
+    Attributes:
+        bytes: That they may have.
+    """
 
     def __init__(self) -> None:
-        self.bytes = self._taken = 0
-        self._here: weakref.WeakSet[UntypedStorage] = weakref.WeakSet()
+        self.bytes = 0
+        # Of those, what stays for long may have no more than what stays briefly has not asked for.
+        self._for_long = self._most = 0
+        self._long, self._brief, self._missed = _Stay(), _Stay(), _Stay()
 
-    def takes(self, storage: UntypedStorage) -> bool:
+    def set(self, size: int) -> None:
+        """Change it, by what was asked for since the last time."""
+        self.bytes = size
+        self._for_long = size - self._most
+        self._most = self._brief.bytes
+
+    def takes(self, storage: UntypedStorage, *, briefly: bool = False) -> bool:
         """Tell whether a storage may stay."""
-        if storage in self._here:
+        if storage in self._brief.here:
+            return briefly
+        if storage in self._long.here:
             return True
         size = storage.nbytes()
-        if self._taken + size > self.bytes:
-            return False
-        self._taken += size
-        self._here.add(storage)
-        weakref.finalize(storage, self._gone, size).atexit = False
-        return True
+        fits = self._long.bytes + self._brief.bytes + size <= self.bytes
+        if not briefly:
+            fits = fits and self._long.bytes + size <= self._for_long
+        if fits:
+            (self._brief if briefly else self._long).add(storage, size)
+            self._note()
+        return fits
+
+    def missed(self, handle: Handle, size: int) -> None:
+        """Learn of one that would have stayed briefly, and for as long as its handle."""
+        self._missed.add(handle, size)
+        self._note()
+
+    def _note(self) -> None:
+        self._most = max(self._most, self._brief.bytes + self._missed.bytes)
+
+
+class _Stay:
+    """Things with bytes, for as long as they are there."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.here: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def add(self, thing: Any, size: int) -> None:
+        self.bytes += size
+        self.here.add(thing)
+        weakref.finalize(thing, self._gone, size).atexit = False
 
     def _gone(self, size: int) -> None:
-        self._taken -= size
+        self.bytes -= size
 
 
 def _unpack(handle: Handle) -> Tensor:

@@ -96,6 +96,7 @@ class InTurns:
         self._spill = spill
         self._lockstep = Lockstep()
         self._most: int | None = None
+        self._least = 0
 
     def run(self, function: Callable[[nn.Module, Any], Any], pieces: Pieces) -> Passed:
         """Run all forward passes.
@@ -127,7 +128,7 @@ class InTurns:
             device=self._settings.device,
             rules={**norm.rules(), **sharing_rules(pieces.rows, across), **_REFUSED},
             around=lambda: self._spill,
-            puts=Puts(self._away, self._park, self._resized),
+            puts=Puts(self._away, self._aside, self._spill.spares, self._park, self._resized),
         )
         replicas.put_back()
         norm.check()
@@ -145,7 +146,8 @@ class InTurns:
         """
         if allowed is not None:
             # What stays raises the peak by no more than itself.
-            room = max(0, self._spill.room + int(_MARGIN * allowed) - peak_bytes)
+            self._least = max(self._least, peak_bytes - self._spill.room)
+            room = max(0, int(_MARGIN * allowed) - self._least)
             self._spill.room = room if self._most is None else min(room, self._most)
 
     def ran_out(self) -> None:
@@ -156,8 +158,11 @@ class InTurns:
     def _away(self, tensor: Tensor) -> Callable[[], Tensor]:
         return self._spill.put(tensor).get
 
+    def _aside(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return self._spill.put(tensor, briefly=True).get
+
     def _park(self, tensor: Tensor) -> Callable[[], Tensor] | None:
-        handle = self._spill.put(tensor)
+        handle = self._spill.put(tensor, briefly=True)
         return handle.get if handle.moved else None
 
     def _resized(self, storage: UntypedStorage) -> None:
