@@ -42,8 +42,7 @@ class Order:
         Returns:
             Another microbatch that some of it belongs to; `None` if, as it should be, there is none.
         """
-        nodes: list[tuple[int, Any]] = []
-        seen: set[Any] = set()
+        found: dict[Any, int] = {}
         strangers: set[int] = set()
         waiting: list[Any] = [each.grad_fn for each in tensors if each.grad_fn is not None]
         if not all(hasattr(node, "_set_sequence_nr") for node in waiting):
@@ -54,16 +53,14 @@ class Order:
             if number >= _FIRST:
                 if number < _LAST and (other := self._owner(number)) is not None:
                     strangers.add(other)
-            elif node not in seen:
-                seen.add(node)
-                nodes.append((number, node))
+            elif node not in found:
+                found[node] = number
                 waiting += [each for each, _ in node.next_functions if each is not None]
-        nodes.sort(key=lambda each: each[0])
         self._starts.append(self._next)
         self._owners.append(owner)
-        for _, node in nodes:
-            node._set_sequence_nr(self._next)
-            self._next += 1
+        for number, node in enumerate(sorted(found, key=found.__getitem__), start=self._next):
+            node._set_sequence_nr(number)
+        self._next += len(found)
         return next(iter(sorted(strangers - {owner})), None) if owner is not None else None
 
     def _owner(self, number: int) -> int | None:

@@ -41,7 +41,7 @@ class Replicas:
             The replica.
         """
         twins: dict[nn.Module, nn.Module] = {}
-        for module in self._model.modules():
+        for _, module, _ in self._before:
             # Scripted modules keep their state elsewhere.
             twins[module] = module if isinstance(module, torch.jit.ScriptModule) else _bare(module, self._kinds)
         pairs = [(module, twin) for module, twin in twins.items() if twin is not module]

@@ -350,11 +350,11 @@ class _Rule:
 
     def pack(self, tensor: Tensor, *, briefly: bool = False) -> Handle:
         root = _root(tensor)
-        parameter = isinstance(root, nn.Parameter) or (root.is_leaf and root.requires_grad)
-        if parameter or tensor.device.type not in self.kinds or not is_movable(tensor):
+        if (root.is_leaf and root.requires_grad) or tensor.device.type not in self.kinds or not is_movable(tensor):
             return _Left(tensor)
         storage = tensor.untyped_storage()
-        if storage.nbytes() < self.smallest or storage in self.stay:
+        # Frozen parameters are asked for last, because that question is slow.
+        if storage.nbytes() < self.smallest or storage in self.stay or isinstance(root, nn.Parameter):
             return _Left(tensor)
         return _Left(tensor) if self.room.takes(storage, briefly=briefly) else self.store.put(tensor)
 
@@ -504,7 +504,7 @@ class _Left(Handle):
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because a graph must not hold its own outputs.
-        self._tensor = tensor.detach()
+        self._tensor = tensor.detach() if tensor.requires_grad else tensor
         self._version = 0 if tensor.is_inference() else tensor._version
 
     def get(self) -> Tensor:
