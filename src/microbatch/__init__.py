@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from microbatch.planning.make import plan
     from microbatch.planning.plan import Plan
     from microbatch.planning.scaling import Scaling, scale_hyperparameters
+    from microbatch.ranks.pipeline import Pipeline
     from microbatch.step.accumulator import Accumulator
     from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, StepDone
     from microbatch.step.record import Step
@@ -47,6 +48,7 @@ __all__ = [
     "MemoryMeter",
     "MicrobatchDone",
     "MicrobatchError",
+    "Pipeline",
     "Plan",
     "PlanChosen",
     "Retry",
@@ -89,6 +91,7 @@ _HOMES = {
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
     "MicrobatchError": "errors",
+    "Pipeline": "ranks.pipeline",
     "Plan": "planning.plan",
     "PlanChosen": "step.events",
     "Retry": "step.events",

@@ -24,6 +24,7 @@ PUBLIC = {
     "MemoryMeter",
     "MicrobatchDone",
     "MicrobatchError",
+    "Pipeline",
     "Plan",
     "PlanChosen",
     "Retry",

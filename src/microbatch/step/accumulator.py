@@ -47,7 +47,7 @@ class Accumulator:
     learning-rate scheduler stays the user's, once per step.
 
     Args:
-        model: The module to train, on its device.
+        model: The module to train, on its device; or a `Pipeline` of this rank's stages of one that is split.
         optimizer: Optimizer over its parameters, or several of them.
         microbatch_size: Rows that go through the model at once; at least 1. Fewer do while memory is too small.
             ``"auto"`` takes the fastest that fits: the first steps, exact like all, are run at several sizes and timed.
@@ -93,8 +93,8 @@ class Accumulator:
             rows are numbered through the effective batch, each has seeds of its own, and gradients add up in one
             binary tree over them. See ``docs/ranks.md``.
         process_group: Over whom counts and gradients add up: a process group, or a `DeviceMesh` of one dimension, with
-            tensor- or context-parallel ranks beside it. `None` for all ranks, or for those that a fully sharded model
-            is sharded over.
+            tensor- or context-parallel ranks, or the other stages of a `Pipeline`, beside it. `None` for all ranks, or
+            for those that a fully sharded model is sharded over.
         sync: When the gradients of a fully sharded model meet: after every microbatch (``"lean"``), or once, with whole
             gradients in memory until then (``"fast"``). ``"auto"`` goes from the first to the second where a window has
             shown that there is room. See ``docs/sharded.md``.
@@ -247,7 +247,8 @@ class Accumulator:
                 "whole batch; leave one of them out"
             )
         if encode is None:
-            plain = Plain(batch, loss_fn, call=self._call, in_turns=self._in_turns is not None)
+            in_turns, piped = self._in_turns is not None, self._settings.pipeline is not None
+            plain = Plain(batch, loss_fn, call=self._call, in_turns=in_turns, piped=piped)
             return self._take_step(plain, counts)
         self._settings.refuse_coupled()
         coupled = Coupled(batch, loss_fn, encode=encode, settings=self._settings, memory=self._memory, call=self._call)
@@ -263,9 +264,9 @@ class Accumulator:
             A context manager; see `Window`.
 
         Raises:
-            ConfigError: ``batch_norm="exact"``, which a hand-written loop cannot give.
+            ConfigError: ``batch_norm="exact"``, or a `Pipeline`, which a hand-written loop cannot run.
         """
-        self._refuse_exact()
+        self._refuse_loops()
         return Window(self._settings, self._memory, counts=counts)
 
     def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Iterator[Window]:
@@ -282,8 +283,8 @@ class Accumulator:
             An iterator over windows to iterate over, each followed by one optimizer step.
 
         Raises:
-            ConfigError: ``microbatches`` is not a whole number of at least 1, or ``batch_norm="exact"``, which a
-                hand-written loop cannot give, or ``deterministic=True``.
+            ConfigError: ``microbatches`` is not a whole number of at least 1, or ``batch_norm="exact"`` or a
+                `Pipeline`, which a hand-written loop cannot run, or ``deterministic=True``.
 
         Cost:
             Holds one window's microbatches on the host.
@@ -291,7 +292,7 @@ class Accumulator:
         Source:
             Laws B1, B2, N1.
         """
-        self._refuse_exact()
+        self._refuse_loops()
         if self._settings.deterministic:
             raise ConfigError(
                 "deterministic=True numbers the microbatches of a batch that it has cut itself: use "
@@ -386,7 +387,9 @@ class Accumulator:
             self._memory.checkpoint = relieve(self._settings, sizing, batch=batch, loss_fn=loss_fn)
         if sizing.open and not self._memory.open:
             foresee(self._settings, self._memory, batch=program.batch, loss_fn=program.alone)
-        window = self._window(counts, Attempt(), program)
+        piped = self._settings.pipeline is not None
+        # A pipeline's batch is run once: the stages that do not fail do not know by how much less would fit.
+        window = self._window(counts, None if piped else Attempt(), program)
         try:
             while (failure := self._attempt(window, program.run)) is not None:
                 # What it did has been put back; here, where no `except` block holds it, its tensors can be freed.
@@ -394,7 +397,8 @@ class Accumulator:
                 window = self._start_over(window, counts, program)
         except NonfiniteError as error:
             coupling = window.coupling
-            if error.microbatch is not None or window.ranks > 1 or (self._in_turns is not None and coupling is None):
+            together = piped or (self._in_turns is not None and coupling is None)
+            if error.microbatch is not None or window.ranks > 1 or together:
                 raise
             found = self._locate(program, counts) if coupling is None else coupling.first_nonfinite()
             raise NonfiniteError(microbatch=found, parameter=error.parameter) from None
@@ -418,7 +422,7 @@ class Accumulator:
                 run(window)
         except Exception as error:
             ran_out = window.ran_out
-            if ran_out is None or ran_out.stepped:
+            if ran_out is None or ran_out.stepped or self._settings.pipeline is not None:
                 raise
             if ran_out.again is not None:
                 return error
@@ -463,7 +467,12 @@ class Accumulator:
     def _spilled(self) -> int:
         return sum(each.bytes_spilled for each in (self._settings.spill, self._graphs) if each is not None)
 
-    def _refuse_exact(self) -> None:
+    def _refuse_loops(self) -> None:
+        if self._settings.pipeline is not None:
+            raise ConfigError(
+                "the microbatches of a Pipeline are run by its schedule, several at once, and a hand-written loop runs "
+                "one after the other: use accumulator.step(batch, loss_fn), which takes the same batch"
+            )
         if self._settings.batch_norm == EXACT:
             raise ConfigError(
                 'batch_norm="exact" needs all microbatches of a batch at once, and a hand-written loop runs one after '

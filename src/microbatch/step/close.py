@@ -20,6 +20,7 @@ from microbatch.ranks.agree import Message, agree
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.reduce import Flat, reduce_, reserve
 from microbatch.ranks.sharded import Sharded
+from microbatch.ranks.stages import Stages
 from microbatch.shards import local_of
 from microbatch.step.apply import apply
 from microbatch.step.canonical import Canonical
@@ -40,6 +41,13 @@ class Closing:
     flat: Flat
     sharded: Sharded | None
     canonical: Canonical | None = None
+    stages: Stages | None = None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is for this rank to say which rows there were: of a pipeline's, which have the same, one does."""
+        pipeline = self.settings.pipeline
+        return pipeline is None or pipeline.is_last
 
     @property
     def present(self) -> list[bool]:
@@ -117,17 +125,18 @@ def get_ready(closing: Closing) -> Message | None:
     Raises:
         OutOfMemoryError: There is no memory to reduce the gradients in.
     """
-    if closing.ranks is None:
+    if closing.ranks is None and closing.stages is None:
         return None
     flat = closing.tally.totals(closing.settings.device).flatten().tolist()
     spoke = closing.tally.spoke
-    totals, dtypes = closing.to_reduce
-    reserve(totals, dtypes=dtypes, flat=closing.flat)
+    if closing.ranks is not None:
+        totals, dtypes = closing.to_reduce
+        reserve(totals, dtypes=dtypes, flat=closing.flat)
     return Message(
         names=closing.tally.names if spoke else [],
         sums=flat[0::2] if spoke else [],
         counts=flat[1::2] if spoke else [],
-        samples=closing.samples,
+        samples=closing.samples if closing.speaks else 0,
         double=closing.tally.dtype == torch.float64,
         present=closing.present if closing.canonical is None else closing.canonical.present,
         steps=closing.progress.steps,
@@ -156,13 +165,14 @@ def close(closing: Closing, message: Message | None) -> End:
         step that gives a parameter its first update.
     """
     ranks = closing.ranks
-    if ranks is None or message is None:
+    if message is None:
         end = _take_step(closing, _pool(closing))
     else:
-        pooled = _pool_ranks(closing, ranks, message)
+        pooled = _pool_ranks(closing, message)
         met = {index for index, present in enumerate(pooled.present) if present}
         # The optimizer makes state for those that it meets for the first time: memory that was never asked for before.
-        with together(ranks, closing.settings.optimizers) if met - closing.progress.met else nullcontext():
+        new = ranks is not None and met - closing.progress.met
+        with together(ranks, closing.settings.optimizers) if ranks and new else nullcontext():
             end = _take_step(closing, pooled)
         closing.progress.met.update(met if end.applied else ())
         closing.progress.steps += 1
@@ -215,9 +225,8 @@ def _pool(closing: Closing) -> _Pooled:
     )
 
 
-def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
-    gradients = closing.gradients
-    agreed = agree(ranks, message, parameters=len(message.present))
+def _pool_ranks(closing: Closing, message: Message) -> _Pooled:
+    gradients, ranks, agreed = closing.gradients, closing.ranks, _agree(closing, message)
     if closing.canonical is not None:
         return _pool_in_order(closing, closing.canonical, agreed)
     counts = dict(zip(agreed.names, agreed.counts, strict=True))
@@ -228,9 +237,19 @@ def _pool_ranks(closing: Closing, ranks: Ranks, message: Message) -> _Pooled:
         gradients.leave_out(agreed.present)
         held = closing.sharded.held
         scale_([total for each, total in gradients.gradients() if id(each.parameter) in held], factor)
-    totals, dtypes = closing.to_reduce
-    reduce_(ranks, totals, factor, dtypes=dtypes, flat=closing.flat)
+    if ranks is None:
+        gradients.scale_(factor)
+    else:
+        totals, dtypes = closing.to_reduce
+        reduce_(ranks, totals, factor, dtypes=dtypes, flat=closing.flat)
     return _agreed(closing, agreed, agreed.sums, counts=agreed.counts)
+
+
+def _agree(closing: Closing, message: Message) -> Message:
+    parameters = len(message.present)
+    if closing.stages is not None:
+        return closing.stages.agree(message, parameters=parameters)
+    return message if closing.ranks is None else agree(closing.ranks, message, parameters=parameters)
 
 
 def _pool_in_order(closing: Closing, canonical: Canonical, agreed: Message) -> _Pooled:
@@ -268,7 +287,8 @@ def _norm(closing: Closing, device: torch.device) -> Tensor:
     if scaler is not None:
         for optimizer in closing.settings.optimizers:
             scaler.unscale_(optimizer)
-    return gradient_norm([gradient for _, gradient in closing.gradients.gradients()], device)
+    norm = gradient_norm([gradient for _, gradient in closing.gradients.gradients()], device)
+    return norm if closing.stages is None else closing.stages.norm(norm)
 
 
 def _refuse(closing: Closing, pooled: _Pooled) -> None:

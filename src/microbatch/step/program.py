@@ -30,13 +30,14 @@ class Plain:
         loss_fn: As for `Accumulator.step`.
         call: Calls it.
         in_turns: Whether the window runs all microbatches together.
+        piped: Whether a schedule runs them, through the stages of a pipeline.
 
     Attributes:
         alone: What a microbatch goes through.
     """
 
-    def __init__(self, batch: object, loss_fn: LossFunction, *, call: Call, in_turns: bool) -> None:
-        self.batch, self.alone, self._call, self._in_turns = batch, loss_fn, call, in_turns
+    def __init__(self, batch: object, loss_fn: LossFunction, *, call: Call, in_turns: bool, piped: bool) -> None:
+        self.batch, self.alone, self._call, self._in_turns, self._piped = batch, loss_fn, call, in_turns, piped
 
     def run(self, window: Window) -> None:
         """Do what the window is for.
@@ -44,6 +45,9 @@ class Plain:
         Args:
             window: Open.
         """
+        if self._piped:
+            window.backward_by_schedule(self.batch, self.alone)
+            return
         if self._in_turns:
             window.backward_together(self.batch, self.alone)
             return

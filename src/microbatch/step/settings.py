@@ -22,9 +22,11 @@ from microbatch.loss.batchnorm import layers_of
 from microbatch.loss.loss import Count
 from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
-from microbatch.ranks.group import group_of
+from microbatch.ranks.group import Ranks, group_of
+from microbatch.ranks.pipeline import Pipeline, Scheduled
 from microbatch.ranks.reduce import Flat
 from microbatch.ranks.sharded import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
+from microbatch.ranks.stages import check_beside
 from microbatch.shards import is_shard
 from microbatch.step.events import Event, Listener
 from microbatch.step.pace import Pace
@@ -133,10 +135,17 @@ class Settings:
     @property
     def device(self) -> torch.device:
         """Where the model's first parameter is, and microbatches are sent."""
+        if self.pipeline is not None:
+            return self.pipeline.device
         first = next(self.model.parameters(), None)
         if is_shard(first) and (shared := group_and_device(self.model)) is not None:
             return shared[1]  # which may have its shards on the host
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """This rank's stages of a model that is split into some; `None` for other models."""
+        return self.model if isinstance(self.model, Pipeline) else None
 
     @property
     def is_sharded(self) -> bool:
@@ -150,16 +159,27 @@ class Settings:
         return group_of(self.process_group) if shared is None else shared[0]
 
     @property
+    def ranks(self) -> Ranks | None:
+        """The data-parallel ranks; `None` if there is only this one."""
+        alone = self.pipeline is not None and self.process_group is None
+        return None if alone else Ranks.find(self.device, self.group)
+
+    @property
     def bare_model(self) -> nn.Module:
         """The model without the wrapper of DistributedDataParallel, whose reductions the accumulator does itself."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def refuse_coupled(self) -> None:
-        """Refuse to encode a batch with a fully sharded model.
+        """Refuse to encode a batch with a fully sharded model, or with a pipeline.
 
         Raises:
             ConfigError: The model is one.
         """
+        if self.pipeline is not None:
+            raise ConfigError(
+                "encode= does not go with a Pipeline, whose schedule runs each microbatch once, forward and backward; "
+                "use DistributedDataParallel or a bare model for losses that couple samples"
+            )
         if self.is_sharded:
             raise ConfigError(
                 "encode= does not go with a fully sharded model, whose passes all ranks have to make alike, in both of "
@@ -281,7 +301,10 @@ class Settings:
             )
         if self.is_sharded:
             check_sharded(self)
-        _ = self.group  # which refuses what is none
+        group = self.group  # which refuses what is none
+        if self.pipeline is not None:
+            check_piped(self)
+            check_beside(self.pipeline, group, given=self.process_group is not None)
 
     def _check_batch_norm(self) -> None:
         how = self.batch_norm
@@ -362,6 +385,40 @@ def check_sharded(settings: Settings) -> None:
         )
 
 
+def check_piped(settings: Settings) -> None:
+    """Refuse what does not go with a pipeline, before anything changes.
+
+    Args:
+        settings: The accumulator's.
+
+    Raises:
+        ConfigError: Something does not; the message says what to do.
+    """
+    how = settings.batch_norm
+    moving = how in {EXACT, POOLED} or (how != FROZEN and bool(layers_of(settings.model)))
+    limited = settings.memory_budget not in {None, "none"}
+    for given, name, instead in [
+        (settings.microbatch_size == "auto", 'microbatch_size="auto"', "say how many rows the stages hand on at once"),
+        (limited, "memory_budget=", "leave it out: a stage that stopped would leave the others waiting"),
+        (
+            moving,
+            f"batch_norm={how!r}",
+            'passes are filled up with rows that statistics would see; say "frozen", or use mb.convert_batch_norm',
+        ),
+        (any(settings.linear_states), 'gradient_buffer="none"', "leave it out: counts are known on the last stage"),
+        (settings.grad_scaler is not None, "grad_scaler=", "use bfloat16, which needs no scaler"),
+        (settings.deterministic, "deterministic=", "its sums are torch's own, in the order of its schedule"),
+        (settings.compile, "compile=", "compile each stage's module with torch.compile"),
+        (settings.offload is not None, "offload=", "split into more stages, or checkpoint blocks"),
+        (settings.checkpoint is not None, "checkpoint=", "apply torch's checkpoint wrapper to blocks of the stages"),
+        (settings.lengths is not None, "lengths=", "stages hand on equal shapes, so pad all rows to one length"),
+        (settings.dropout is not None, "dropout=", "each rank draws the masks of its own stages"),
+        (settings.is_sharded, "fully_shard", "keep each stage whole on its rank, or split into more stages"),
+    ]:
+        if given:
+            raise ConfigError(f"{name} does not go with a Pipeline: {instead}")
+
+
 @dataclass(slots=True)
 class Watched:
     """How large windows have been while somebody counted their bytes, and went well.
@@ -420,6 +477,7 @@ class Memory:
         flat: Memory in which the ranks' gradients meet.
         lean_bytes: Most bytes of a window whose sharded gradients were scattered after every microbatch.
         too_fast: Whether memory ended in a window that scattered them once.
+        scheduled: The schedule of a pipeline's passes.
     """
 
     sizing: Sizing
@@ -443,6 +501,7 @@ class Memory:
     flat: Flat = field(default_factory=Flat)
     lean_bytes: int | None = None
     too_fast: bool = False
+    scheduled: Scheduled = field(default_factory=Scheduled)
 
     def first_seed(self) -> int:
         """Return the seed that those of all windows are derived from."""

@@ -51,6 +51,7 @@ from microbatch.step.in_turns import InTurns, Passed, Pieces, across_ranks
 from microbatch.step.lookback import look_back
 from microbatch.step.masking import Masking
 from microbatch.step.norms import Norms
+from microbatch.step.piped import Piped
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt, Cut, RanOut, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
@@ -124,6 +125,7 @@ class Window:
         self._run = run
         self._passed: Passed | None = None
         self._alike: Alike | None = None
+        self._piped: Piped | None = None
         self._talk: Across | Exchange | None = None  # where the other ranks wait before they come to the window's end
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
@@ -149,14 +151,14 @@ class Window:
         self._started = time.perf_counter() if earlier.started is None else earlier.started
         settings, device = self._settings, self._settings.device
         reshard(settings.model)
-        self._ranks = Ranks.find(device, settings.group)
-        self._alike = None
+        self._ranks = settings.ranks
+        self._alike = self._piped = None
         if self._ranks is not None and settings.is_sharded:
             self._alike = Alike(settings, self._memory, self._ranks)
-        if self._ranks is not None and not self._memory.shared:
-            if not isinstance(settings.model, DistributedDataParallel):  # which has done so itself
-                self._ranks.broadcast_(settings.model)
-            self._memory.shared = True
+        if settings.pipeline is not None:
+            self._piped = Piped(settings, settings.pipeline, ranks=self._ranks, scheduled=self._memory.scheduled)
+        if not self._memory.shared and (self._ranks is not None or self._piped is not None):
+            self._share()
         self._spilled = self._memory.spilled()
         self._named = trainable(settings.model, settings.optimizers)
         self._denominators = Denominators(
@@ -173,9 +175,11 @@ class Window:
         self._masking = self._masking_for(seed, earlier) if settings.dropout else None
         self._canonical = self._canonical_for(seed) if settings.deterministic else None
         self._scratch = Scratch()
-        # Where every microbatch's gradient is taken away, there is no sum to add to inside the product.
+        # Where every microbatch's gradient is taken away, there is no sum to add to inside the product; a pipeline's
+        # backward is its schedule's.
+        fuse = settings.fuse and not settings.deterministic and self._piped is None
         self._fuse = fuse_for(
-            self._named if settings.fuse and not settings.deterministic else [],
+            self._named if fuse else [],
             self._gradients,
             scratch=self._scratch,
             keep=None if settings.spill is None else settings.spill.leave,
@@ -366,9 +370,7 @@ class Window:
 
     def _cut_up(self, batch: object) -> Callable[[], Iterator[tuple[int, Any]]]:
         """Cut a batch, and return what begins to hand out its microbatches, each with its rows."""
-        rows = rows_of(batch)
-        if rows == 0 and self._ranks is None:
-            raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
+        rows = self._rows_of(batch)
         self._expect([batch])
         if rows and self._memory.sizing.open:
             begin_tuning(self._settings, self._memory, rows=rows)
@@ -383,6 +385,12 @@ class Window:
             self._masking.cut(cutting.pieces)
         self._agree_on(Plan(cutting.microbatches, rows, batch))
         return cutting.begin
+
+    def _rows_of(self, batch: object) -> int:
+        rows = rows_of(batch)
+        if rows == 0 and self._ranks is None:
+            raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
+        return rows
 
     def _agree_on(self, plan: Plan) -> None:
         if self._alike is not None:
@@ -475,6 +483,31 @@ class Window:
         for rows in passed.rows:
             self._done(rows)
 
+    def backward_by_schedule(self, batch: object, loss_fn: Callable[..., LossLike]) -> None:
+        """Run all microbatches of a batch through the stages of a pipeline, forward and backward.
+
+        Args:
+            batch: As for `split`; the same on every rank of the pipeline.
+            loss_fn: Called with a model and a microbatch.
+        """
+        assert self._piped is not None  # noqa: S101 - whoever calls this has a pipeline
+        piped, parameters = self._piped, len(self._named)
+        rows = self._rows_of(batch)
+        piped.line_up(batch, loss_fn, size=self._memory.sizing.rows, seed=self._memory.window_seed())
+        piped.stages.attend(rows, piped.passes, first=piped.first, parameters=parameters)
+        self._expect([batch])
+        self._denominators.share(float(rows))
+        self._planned = len(piped.rows)
+        self._gradients.check_untouched()
+        # A stage that stops inside of a pass has nobody who would listen: the others wait for what it was to compute.
+        self._awaited = False
+        piped.run(self._denominators.tally)
+        self._awaited = True
+        piped.finish(self._denominators.tally)
+        self._gradients.mark()
+        for each in piped.rows:
+            self._done(each)
+
     def first_nonfinite(self) -> str | None:
         """Name the first parameter whose gradient is infinite or NaN so far.
 
@@ -492,6 +525,8 @@ class Window:
         settings = self._settings
         self._watch = Watch(settings, self._memory.watched, self._outer)
         self._watch.open()
+        if self._piped is not None:
+            self._watch.only_count()
         for optimizer in settings.optimizers:
             self._outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         if isinstance(settings.model, DistributedDataParallel):
@@ -509,9 +544,18 @@ class Window:
             self._inner.callback(self._fuse.forget)
             self._inner.callback(self._scratch.forget)
             self._inner.enter_context(self._fuse)
-        if settings.autocast is not None:
+        if settings.autocast is not None and self._piped is None:  # which has its own, around what is forward
             # Without the cache: it would last as long as the block, and what else runs inside it would share it.
             self._inner.enter_context(torch.autocast(device.type, settings.autocast, cache_enabled=False))
+
+    def _share(self) -> None:
+        """Give every rank what the first one begins with."""
+        if self._piped is not None:  # whose ranks draw the same numbers, and have different weights
+            self._piped.stages.warn_of_twins(self._settings.model)
+            self._memory.seed = self._piped.stages.first_of(self._memory.first_seed())
+        if self._ranks is not None and not isinstance(self._settings.model, DistributedDataParallel):
+            self._ranks.broadcast_(self._settings.model)  # which the wrapper has done itself
+        self._memory.shared = True
 
     def _guard(self, *_: object) -> None:
         if not self._stepping:
@@ -679,6 +723,7 @@ class Window:
             canonical=self._canonical,
             flat=self._memory.flat,
             sharded=None if self._alike is None else self._alike.sharded,
+            stages=None if self._piped is None else self._piped.stages,
         )
         message = get_ready(closing)
         self._stepping, self._awaited = True, False
@@ -736,7 +781,9 @@ class Window:
                 f"{self._memory.sizing.rows} rows"
             )
         # An agreement that has been reached, or that failed, is not waited for.
-        if self._ranks is not None and awaited:
+        if awaited and self._piped is not None:
+            self._piped.stages.agree(None, parameters=len(self._named))
+        elif self._ranks is not None and awaited:
             self._tell_failure(self._ranks, again=self.ran_out is not None and self.ran_out.again is not None)
         retried = self.ran_out is not None and self.ran_out.again is not None
         if self.ran_out is not None and self.ran_out.event is not None and not retried:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
+from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.search import middle_size, sizes_for
 from microbatch.train.config import Settings
 from microbatch.train.data import length_of
@@ -175,6 +176,11 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
         ConfigError: A value cannot work with this job, this data or this machine.
         DataError: The data has no length or no samples.
     """
+    if isinstance(job.model, Pipeline):
+        raise ConfigError(
+            "the job's model is a Pipeline, which takes a loop of your own, accumulator.step(batch, loss_fn): a run "
+            "gives every rank rows of its own, and keeps the weights that all of them have"
+        )
     notices: list[str] = []
     samples = length_of(job.data, role="data")
     batch_size = settings.batch_size or job.batch_size
