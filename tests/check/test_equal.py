@@ -49,6 +49,23 @@ def test_the_numbers_are_those_of_plain_pytorch() -> None:
     assert {each.name for each in found.parameters} == {name for name, _ in model.named_parameters()}
 
 
+def test_both_gradients_draw_from_the_state_that_there_was() -> None:
+    model, given = network(nn.Dropout(0.5)).double(), {name: each.double() for name, each in batch().items()}
+    torch.manual_seed(3)
+    found = mb.check(model, squared, given, microbatch_size=SIZE)
+    torch.manual_seed(3)
+    squared(model, given).backward()
+    whole = gradient(model)
+    model.zero_grad()
+    torch.manual_seed(3)
+    torch.rand((), dtype=torch.float64)  # a cut draws other numbers, which one layer on the CPU would not
+    for piece in mb.cut(given, SIZE):
+        (squared(model, piece) * SIZE / ROWS).backward()
+    expected = ((gradient(model) - whole).norm() / whole.norm()).item()
+    assert expected > 0.1
+    assert found.relative_error == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_error_of_a_mean_of_means_is_the_one_that_it_makes() -> None:
     model, given = network(), batch()
     found = mb.check(model, masked, given, microbatch_size=SIZE)
