@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -80,10 +81,13 @@ def svg(job: str, curves: Mapping[str, Mapping[str, Curve]]) -> str:
 
 
 def _panel(name: str, curves: Mapping[str, Curve], *, left: int) -> Iterator[str]:
+    # A loss falls by factors, and what one way gains on the other is one.
+    of = math.log if name.endswith("loss") else float
     values = [value for curve in curves.values() for _, value in curve]
     last = max(step for curve in curves.values() for step, _ in curve)
-    low, high = min(0.0, *values), max(values)
-    yield f'<text x="{left}" y="30" font-weight="bold">{name}</text>'
+    low, high = min(values), max(values)
+    note = ", on a logarithmic scale" if of is math.log else ""
+    yield f'<text x="{left}" y="30"><tspan font-weight="bold">{name}</tspan>{note}</text>'
     frame = f'x="{left}" y="{_GAP}" width="{_WIDTH}" height="{_HEIGHT}"'
     yield f'<rect {frame} fill="none" stroke="#cbd5e1"/>'
     yield f'<text x="{left - 4}" y="{_GAP + 4}" text-anchor="end">{high:.3g}</text>'
@@ -91,7 +95,7 @@ def _panel(name: str, curves: Mapping[str, Curve], *, left: int) -> Iterator[str
     yield f'<text x="{left + _WIDTH}" y="{_GAP + _HEIGHT + 16}" text-anchor="end">step {last}</text>'
     for way, curve in curves.items():
         points = " ".join(
-            f"{left + _WIDTH * step / last:.1f},{_GAP + _HEIGHT * (high - value) / (high - low):.1f}"
+            f"{left + _WIDTH * step / last:.1f},{_GAP + _HEIGHT * (of(high) - of(value)) / (of(high) - of(low)):.1f}"
             for step, value in curve
         )
         yield f'<polyline points="{points}" fill="none" stroke="{WAYS[way]}" stroke-width="1.5"/>'
