@@ -1,5 +1,6 @@
 """A run is the same on any number of ranks, goes on with another number of them, and outlives their deaths."""
 
+import io
 import json
 import os
 import shutil
@@ -10,15 +11,19 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from microbatch.cli.views import step_line, summary_view
 from microbatch.errors import CheckpointError
+from microbatch.memory.budget import format_bytes
 from microbatch.ranks.group import Ranks
 from microbatch.train.checkpoint import copied, read_newest, store
 from microbatch.train.heartbeat import read_beat
@@ -135,6 +140,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list
 def test_the_same_batches_losses_and_weights(runs: Path) -> None:
     """Batches of 7 and of 1 over four ranks: uneven shares, and empty ones."""
     assert_close(runs / "plain-1", runs / "plain-4", tolerance=1e-12)
+
+
+def test_what_left_a_rank_is_in_the_metrics_and_on_screen(runs: Path) -> None:
+    said, summary = lines(runs / "plain-4"), json.loads((runs / "plain-4" / "summary.json").read_text())
+    (sent,) = {(line["comm_bytes"], line["comm_calls"]) for line in said[1:]}
+    assert sent[0] > 0
+    assert sent[1] == 2  # the agreement, and the only bucket
+    assert summary["communication"] == {"bytes": sent[0], "calls": sent[1]}
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(step_line(said[-1], config=SimpleNamespace(steps=9, unit="rows"), rate=1.0))  # pyright: ignore[reportArgumentType] - the rest is not read
+    shown.print(summary_view(summary))
+    assert f"sent {format_bytes(sent[0])}" in (text := shown.export_text())
+    assert f"{format_bytes(sent[0])} from each rank in 2 calls a step" in text
+    assert "comm_bytes" not in lines(runs / "plain-1")[0]
 
 
 def test_masks_by_row_are_the_same_on_any_number_of_ranks(runs: Path) -> None:

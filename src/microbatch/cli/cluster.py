@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.planning.cluster import ClusterPlan, Simulation
+from microbatch.planning.communication import Assumed
 from microbatch.planning.hardware import find_device, is_hardware
 from microbatch.planning.models import Case, case_from_config
 from microbatch.planning.sharding import PRECISIONS, Setup
@@ -48,8 +49,9 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
     Args:
         job: A Transformers configuration (``.json``), or a job as for ``train``.
         flags: ``device``, ``ranks`` (``"8"``, or ``"1,2,4,8"`` to compare), ``strategy``, ``checkpointing``,
-            ``offload``, ``precision``, ``reduce``, ``sequence_length``, ``batch_size``, ``microbatch_size``; `None`
-            or left out for what was not given.
+            ``offload``, ``precision``, ``reduce``, ``sequence_length``, ``batch_size``, ``microbatch_size``,
+            ``bandwidth``, ``latency``, ``utilisation``, ``microbatch_seconds``; `None` or left out for what was not
+            given.
         as_json: Whether to print one JSON object a plan.
 
     Returns:
@@ -79,6 +81,8 @@ def _plans(job: str, flags: Mapping[str, Any]) -> list[ClusterPlan]:
         raise ConfigError("say which effective batch: --batch-size 512")
     offload = flags.get("offload", "none")
     kept = {name: flags[name] for name in ("strategy", "checkpointing", "reduce") if name in flags}
+    told = ("bandwidth", "latency", "utilisation", "microbatch_seconds")
+    assumed = Assumed(**{name: flags[name] for name in told if name in flags})
     simulation = Simulation(case)
     return [
         simulation.plan(
@@ -91,6 +95,7 @@ def _plans(job: str, flags: Mapping[str, Any]) -> list[ClusterPlan]:
             ),
             batch_size=batch_size,
             microbatch_size=flags.get("microbatch_size"),
+            assumed=assumed,
         )
         for ranks in _ranks(str(flags.get("ranks", 1)))
     ]
@@ -144,10 +149,19 @@ def _comparison(plans: Sequence[ClusterPlan]) -> str:
         fits = f"fits, up to {plan.largest} at once" if plan.fits else "does not fit"
         lines.append(
             f"  {plan.setup.ranks:>4} x {cut.microbatches:>4} x {cut.microbatch_size:<4} rows"
-            f"  {format_bytes(plan.peak_bytes):>9} on each  {fits}"
+            f"  {format_bytes(plan.peak_bytes):>9} on each  {fits}{_communicates(plan)}"
         )
     lines += [f"! {each}" for each in first.warnings]  # of the fewest ranks, which have the most microbatches
     return "\n".join(lines)
+
+
+def _communicates(plan: ClusterPlan) -> str:
+    """Say what the step communicates, in the way that the setup's memory is of."""
+    found = plan.communication
+    if found is None:
+        return ""
+    way = found.ways[plan.setup.shares_gradients and plan.setup.reduce == "window"]
+    return f", {way.words} communicated ({way.name})"
 
 
 def _but_ranks(plan: ClusterPlan) -> str:

@@ -277,6 +277,24 @@ def plan(
     sequence_length: Annotated[
         int | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=_ELSEWHERE)
     ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT/s", help='What leaves a rank: "25 GB/s", "10 Gbit/s".', rich_help_panel=_ELSEWHERE
+        ),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help='Of a collective: "20 us", "0.5 ms".', rich_help_panel=_ELSEWHERE),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of the device's peak arithmetic; 0.4.", rich_help_panel=_ELSEWHERE),
+    ] = None,
+    microbatch_seconds: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help='Of a microbatch there, if measured: "0.25 s".', rich_help_panel=_ELSEWHERE),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Write a figure.", rich_help_panel=_OUTPUT)
     ] = None,
@@ -307,6 +325,10 @@ def plan(
             "precision": precision,
             "reduce": reduce,
             "sequence_length": sequence_length,
+            "bandwidth": bandwidth,
+            "latency": latency,
+            "utilisation": utilisation,
+            "microbatch_seconds": microbatch_seconds,
             "batch_size": batch_size,
             "microbatch_size": _number(microbatch_size, int),
         }

@@ -135,6 +135,8 @@ def step_line(metrics: Mapping[str, Any], *, config: RunConfig, rate: float) -> 
         shown = f"{value:.4f}"
         line += Text.assemble(("  validation ", QUIET), (f"{name} " if name != "loss" else "", QUIET), (shown, ACCENT))
     line += Text.assemble(("  lr ", QUIET), f"{metrics['lr']:.2e}", f"  {rate:,.0f} {config.unit}/s")
+    if "comm_bytes" in metrics:
+        line += Text.assemble(("  sent ", QUIET), format_bytes(metrics["comm_bytes"]))
     return line
 
 
@@ -212,6 +214,8 @@ def summary_view(summary: Mapping[str, Any]) -> Group:
     if summary["peak_bytes"] is not None:
         of = "" if summary["memory_budget"] is None else f" of the {format_bytes(summary['memory_budget'])} allowed"
         grid.add_row("peak memory", f"{format_bytes(summary['peak_bytes'])}{of}")
+    if (said := summary.get("communication")) is not None:
+        grid.add_row("communication", f"{format_bytes(said['bytes'])} from each rank in {said['calls']} calls a step")
     finished = summary["finished"]
     title = "finished" if finished else f"stopped by {summary['stopped_by']}"
     parts: list[RenderableType] = [_framed(grid, title=title, color="green" if finished else "yellow")]

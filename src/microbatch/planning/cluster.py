@@ -12,6 +12,7 @@ import torch
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import format_bytes
 from microbatch.planning.arithmetic import Division, divide_batch
+from microbatch.planning.communication import Assumed, Communication, communication
 from microbatch.planning.models import Case
 from microbatch.planning.moments import HELD, Model, Place, Profile
 from microbatch.planning.sharding import OFFLOADS, PRECISIONS, STRATEGIES, Precision, Setup, State
@@ -66,6 +67,7 @@ class ClusterPlan:
         largest: Rows of the largest microbatch that fits; 0 if none does.
         alternatives: Setups that fit, where this does not, cheapest change first.
         warnings: What to beware of.
+        communication: What the ranks tell one another, and how long that takes; `None` for one rank.
     """
 
     name: str
@@ -79,6 +81,7 @@ class ClusterPlan:
     largest: int
     alternatives: tuple[Alternative, ...]
     warnings: tuple[str, ...]
+    communication: Communication | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -118,7 +121,8 @@ class ClusterPlan:
         """Write the plan for people.
 
         Returns:
-            Several lines: the setup, the batch, where the bytes are, the answer, and what would fit.
+            Several lines: the setup, the batch, where the bytes are, the answer, what is communicated, and what would
+            fit.
         """
         peak, usable = self.peak_bytes, self.setup.device.usable_bytes
         lines = [
@@ -132,6 +136,8 @@ class ClusterPlan:
         if self.host_bytes:
             lines.append(f"        {format_bytes(self.host_bytes):>9}  on the host, all ranks together")
         lines += ["", self.words]
+        if self.communication is not None:
+            lines += ["", *self.communication.lines()]
         if self.alternatives:
             lines += ["", "what fits, cheapest change first"]
             lines += [f"  {index}. {each.words}" for index, each in enumerate(self.alternatives, 1)]
@@ -150,10 +156,18 @@ class ClusterPlan:
             written["setup"] = _plain(each.setup)
             written["changes"] = list(each.changes)
         found["alternatives"], found["warnings"] = list(found["alternatives"]), list(self.warnings)
+        found["communication"] = None if self.communication is None else self.communication.as_dict()
         return {**found, "peak_bytes": self.peak_bytes, "fits": self.fits, "words": self.words}
 
 
-def cluster_plan(case: Case, setup: Setup, *, batch_size: int, microbatch_size: int | None = None) -> ClusterPlan:
+def cluster_plan(
+    case: Case,
+    setup: Setup,
+    *,
+    batch_size: int,
+    microbatch_size: int | None = None,
+    assumed: Assumed | None = None,
+) -> ClusterPlan:
     """Say whether a model can be trained on hardware that one may not have, where the bytes are, and what it takes.
 
     The state is counted from the parameters: ``share of elements * bytes``. What a microbatch holds is measured with
@@ -167,6 +181,7 @@ def cluster_plan(case: Case, setup: Setup, *, batch_size: int, microbatch_size: 
         setup: Devices, ranks, and how the state is shared.
         batch_size: Effective batch in rows, over all ranks.
         microbatch_size: Rows that go through the model at once; `None` for the largest that fits.
+        assumed: How fast links and devices are; `None` for what their data sheets say.
 
     Returns:
         The plan.
@@ -177,7 +192,7 @@ def cluster_plan(case: Case, setup: Setup, *, batch_size: int, microbatch_size: 
     Cost:
         A few seconds, and the memory of a few thousand Python objects for each block.
     """
-    return Simulation(case).plan(setup, batch_size=batch_size, microbatch_size=microbatch_size)
+    return Simulation(case).plan(setup, batch_size=batch_size, microbatch_size=microbatch_size, assumed=assumed)
 
 
 class Simulation:
@@ -192,13 +207,16 @@ class Simulation:
         self._profiles: dict[tuple[str, torch.dtype], Profile] = {}
         self._tops: dict[tuple[str, torch.dtype, int], dict[Place, tuple[int, ...]]] = {}
 
-    def plan(self, setup: Setup, *, batch_size: int, microbatch_size: int | None = None) -> ClusterPlan:
+    def plan(
+        self, setup: Setup, *, batch_size: int, microbatch_size: int | None = None, assumed: Assumed | None = None
+    ) -> ClusterPlan:
         """Plan one setup; see `cluster_plan`.
 
         Args:
             setup: Devices, ranks, and how the state is shared.
             batch_size: Effective batch in rows, over all ranks.
             microbatch_size: Rows that go through the model at once; `None` for the largest that fits.
+            assumed: How fast links and devices are; `None` for what their data sheets say.
 
         Returns:
             The plan.
@@ -224,6 +242,13 @@ class Simulation:
             largest=largest,
             alternatives=(),
             warnings=tuple(_warnings(setup, division)),
+            communication=communication(
+                self.model,
+                setup,
+                microbatches=division.microbatches,
+                flops=self._profile(setup).row_flops * division.microbatch_size,
+                assumed=assumed or Assumed(),
+            ),
         )
         return plan if plan.fits else replace(plan, alternatives=self._alternatives(setup, division))
 
@@ -279,13 +304,17 @@ class Simulation:
     def _held(self, setup: Setup, size: int) -> dict[Place, tuple[int, ...]]:
         """Say what is held at the fullest moment of every stretch: the state is the same all through one."""
         key = setup.checkpointing, setup.precision.dtype
-        if key not in self._profiles:
-            self._profiles[key] = Profile(self.model, checkpointing=key[0] == "blocks", dtype=key[1])
         if (*key, size) not in self._tops:
-            stretches = self._profiles[key].at(size)
+            stretches = self._profile(setup).at(size)
             fullest = {place: held[held.sum(1).argmax()] for place, held in stretches.items() if len(held)}
             self._tops[*key, size] = {place: tuple(map(int, held)) for place, held in fullest.items()}
         return self._tops[*key, size]
+
+    def _profile(self, setup: Setup) -> Profile:
+        key = setup.checkpointing, setup.precision.dtype
+        if key not in self._profiles:
+            self._profiles[key] = Profile(self.model, checkpointing=key[0] == "blocks", dtype=key[1])
+        return self._profiles[key]
 
     # -- what would have to change -------------------------------------------------------------------------------------
 

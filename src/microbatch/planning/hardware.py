@@ -21,12 +21,19 @@ class Device:
         memory_bytes: What PyTorch finds on it, which is less than the number on the box.
         reserved_bytes: What is gone before the first tensor is there.
         source: Where the number comes from.
+        half_flops: Most floating-point operations a second in bfloat16 (float16 where it has none), dense, summed in
+            float32; `None` where nobody said.
+        single_flops: Likewise in float32, without TF32.
+        link: What joins it to others of a machine, and bytes a second that leave by it, one way; `None` likewise.
     """
 
     name: str
     memory_bytes: int
     reserved_bytes: int
     source: str
+    half_flops: float | None = None
+    single_flops: float | None = None
+    link: tuple[str, float] | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -56,8 +63,41 @@ _STATED = {
     "v100-16gb": 15.7,
     "v100-32gb": 31.7,
 }
+_PCIE3, _PCIE4, _PCIE5 = ("PCIe 3 x16", 15.75e9), ("PCIe 4 x16", 31.5e9), ("PCIe 5 x16", 63e9)
+# From data sheets: 10^12 operations a second in 16 bits, without sparsity, and in float32; and half of what a link is
+# said to carry in both directions together. Of devices sold with several links, the one with the fastest (SXM).
+_SPEEDS: dict[str, tuple[float, float, tuple[str, float]]] = {
+    "a100": (312, 19.5, ("NVLink 3", 300e9)),
+    "a10g": (70, 31.2, _PCIE4),
+    "b200": (2250, 80, ("NVLink 5", 900e9)),
+    "h100": (989, 67, ("NVLink 4", 450e9)),
+    "h200": (989, 67, ("NVLink 4", 450e9)),
+    "l4": (121, 30.3, _PCIE4),
+    "l40s": (362, 91.6, _PCIE4),
+    "rtx-3090": (71, 35.6, _PCIE4),
+    "rtx-4090": (165, 82.6, _PCIE4),
+    "rtx-5090": (209, 104.8, _PCIE5),
+    "rtx-a6000": (155, 38.7, _PCIE4),
+    "t4": (65, 8.1, _PCIE3),
+    "v100": (125, 15.7, ("NVLink 2", 150e9)),
+}
+
+
+def _device(name: str, told: float, source: str) -> Device:
+    half, single, link = _SPEEDS[name.rpartition("-")[0]]
+    return Device(
+        name=name,
+        memory_bytes=int(told * _GIB),
+        reserved_bytes=RESERVED_BYTES,
+        source=source,
+        half_flops=half * 1e12,
+        single_flops=single * 1e12,
+        link=link,
+    )
+
+
 DEVICES = {
-    name: Device(name=name, memory_bytes=int(told * _GIB), reserved_bytes=RESERVED_BYTES, source=source)
+    name: _device(name, told, source)
     for table, source in ((_SEEN, "PyTorch's own messages"), (_STATED, "data sheet, rounded down"))
     for name, told in table.items()
 }

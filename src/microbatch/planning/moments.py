@@ -19,6 +19,7 @@ from microbatch.batch.tree import map_tensors
 from microbatch.loss.loss import shares_of
 from microbatch.memory.ledger import ACTIVATIONS, BUFFERS, GRADIENTS, INPUTS, PARAMETERS, TEMPORARIES, Timeline
 from microbatch.memory.meter import MemoryMeter, is_question
+from microbatch.planning.flops import flops_of
 from microbatch.planning.models import Case
 from microbatch.step.copies import Faked, some_rows
 
@@ -126,6 +127,17 @@ class Profile:
         self._multiply = multiply and model.depth > _CHECKED
         self._confirmed = False
         self._known: dict[int, Stretches] = {}
+        self._flops: dict[tuple[int, int], int] = {}
+
+    @property
+    def row_flops(self) -> float:
+        """Floating-point operations of one row, forward and backward, as matrix products and convolutions have them."""
+        size, depth = _SIZES[0], self._model.depth
+        self.at(size)
+        if (size, depth) not in self._flops:
+            (few, more), (low, high) = (self._flops[size, each] for each in _DEPTHS), _DEPTHS
+            self._flops[size, depth] = few + (more - few) * (depth - low) // (high - low)
+        return self._flops[size, depth] / size
 
     def at(self, size: int) -> Stretches:
         """Say what is held.
@@ -170,7 +182,8 @@ class Profile:
         return _line(few, more, low=low, high=high, to=self._model.depth)
 
     def _run(self, size: int, depth: int) -> Stretches:
-        timeline, marks = _play(self._model, size, depth=depth, options=(self._checkpointing, self._dtype))
+        options = (self._checkpointing, self._dtype)
+        timeline, marks, self._flops[size, depth] = _play(self._model, size, depth=depth, options=options)
         return _stretches(self._model, timeline, marks, depth=depth)
 
 
@@ -205,8 +218,8 @@ _Mark = tuple[int, Literal["forward", "backward"], int]  # operators before it, 
 
 def _play(
     model: Model, size: int, *, depth: int, options: tuple[bool, torch.dtype | None]
-) -> tuple[Timeline, list[_Mark]]:
-    """Run one microbatch on fake copies, with so many blocks."""
+) -> tuple[Timeline, list[_Mark], int]:
+    """Run one microbatch on fake copies, with so many blocks, and count its floating-point operations."""
     checkpointing, dtype = options
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     case = model.case
@@ -232,13 +245,14 @@ def _play(
             shares = shares_of(case.loss_fn(copied, batch), rows=size)
             torch.autograd.backward([share.value for share in shares])
         timeline = meter.timeline
-    return timeline, marks
+    return timeline, marks, meter.flops
 
 
 class _Counting(MemoryMeter):
-    """A meter that says at any time how long its timeline is."""
+    """A meter that says at any time how long its timeline is, and how much arithmetic there was."""
 
     operators = 0
+    flops = 0
 
     def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -246,6 +260,7 @@ class _Counting(MemoryMeter):
         """Count the operator, once it has run."""
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self.operators += not is_question(func)
+        self.flops += flops_of(func, args, out)
         return out
 
 

@@ -104,6 +104,18 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool
     )
 
 
+def message_bytes(parameters: int) -> int:
+    """Say how long the message is that `agree` and `attend` add up.
+
+    Args:
+        parameters: Number of trainable parameters.
+
+    Returns:
+        Bytes.
+    """
+    return 8 * len(_encode(None, parameters, again=False))
+
+
 def attend(ranks: Ranks, rows: float, *, parameters: int) -> float:
     """See to it that every rank is there, before they tell one another more.
 

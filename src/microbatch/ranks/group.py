@@ -61,9 +61,8 @@ class Ranks:
             tensor: What is summed or copied, what every rank is to have of all, or has before the sum is scattered.
             size: Ranks that take part; `None` for all of these.
         """
-        size = size or self.size
         self.calls += 1
-        self.sent_bytes += (2 if kind == "sum" else 1) * (size - 1) * tensor.numel() * tensor.element_size() // size
+        self.sent_bytes += ring_bytes(kind, tensor.numel() * tensor.element_size(), ranks=size or self.size)
 
     @property
     def group(self) -> Any:
@@ -141,6 +140,24 @@ class Ranks:
         for tensor in tensors:
             self.count("copy", tensor)
             dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+
+
+def ring_bytes(kind: str, size: int, *, ranks: int) -> int:
+    """Say how many bytes leave a rank for a collective that goes round in a ring.
+
+    Args:
+        kind: ``"sum"``, ``"gather"``, ``"scatter"`` or ``"copy"``.
+        size: Bytes that are summed or copied, that every rank is to have, or has before the sum is scattered.
+        ranks: How many take part; at least 1.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> ring_bytes("sum", 1000, ranks=4), ring_bytes("gather", 1000, ranks=4)
+        (1500, 750)
+    """
+    return (2 if kind == "sum" else 1) * (ranks - 1) * size // ranks
 
 
 def group_of(given: object) -> Any:

@@ -57,7 +57,7 @@ def reduce_(
     Source:
         Law R4.
     """
-    for bucket, dtype in _buckets(gradients, dtypes):
+    for bucket, dtype in buckets_of(gradients, dtypes):
         if (alone := _alone(bucket, dtype)) is not None:
             alone.mul_(factor)
             ranks.sum_(alone)
@@ -82,7 +82,7 @@ def reserve(gradients: Sequence[Tensor], *, dtypes: Sequence[torch.dtype], flat:
         dtypes: Likewise.
         flat: Likewise.
     """
-    for bucket, dtype in _buckets(gradients, dtypes):
+    for bucket, dtype in buckets_of(gradients, dtypes):
         if _alone(bucket, dtype) is None:
             flat.take(sum(gradient.numel() for gradient in bucket), dtype, bucket[0].device)
 
@@ -93,8 +93,18 @@ def _alone(bucket: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     return bucket[0] if fits else None
 
 
-def _buckets(gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Iterator[tuple[list[Tensor], torch.dtype]]:
-    """Group gradients of one dtype and device, in order, into buckets of about the same bytes."""
+def buckets_of(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[list[Tensor], torch.dtype]]:
+    """Group gradients of one dtype and device, in order, into buckets of about the same bytes.
+
+    Args:
+        gradients: What is to be reduced; where they are does not matter.
+        dtypes: In which each is added up.
+
+    Yields:
+        The gradients of a bucket, and the dtype in which they are added up.
+    """
     open_: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor]] = {}
     sizes: dict[tuple[torch.dtype, torch.dtype, torch.device], int] = {}
     for gradient, dtype in zip(gradients, dtypes, strict=True):

@@ -81,6 +81,8 @@ class Progress:
         peak_bytes: Most memory that a measured step used, or `None`.
         loss: Last step's loss, in the loss function's unit.
         validation: Last validation's means by name; empty before the first.
+        communicated: Bytes that left this rank in the last step, and the collectives that they went by; `None` where
+            there is no other rank. No checkpoint has it.
     """
 
     step: int = 0
@@ -89,6 +91,7 @@ class Progress:
     peak_bytes: int | None = None
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict[str, float])
+    communicated: tuple[int, int] | None = None
 
 
 class TrainingLoop:
@@ -350,6 +353,7 @@ class TrainingLoop:
         progress.seconds += seconds
         if peak_bytes is not None:
             progress.peak_bytes = max(peak_bytes, progress.peak_bytes or 0)
+        progress.communicated = (step.comm_bytes, step.comm_calls) if step.comm_calls else None
         last, timeline, noise = progress.step == config.steps, self._timeline.record(), self._noise.end(step)
         validated = self._validate() if last or progress.step % config.validate_every == 0 else {}
         metrics = {
@@ -368,6 +372,7 @@ class TrainingLoop:
             "seconds": seconds,
             "per_second": float(step.count) / seconds,
             "peak_bytes": peak_bytes,
+            **({"comm_bytes": step.comm_bytes, "comm_calls": step.comm_calls} if step.comm_calls else {}),
             **({"memory": memory} if memory else {}),
             **({"timeline": timeline} if timeline else {}),
             **({"noise_scale": noise} if noise else {}),
