@@ -29,11 +29,12 @@ from benchmarks.memory import ResidentPeak, resident_bytes
 from benchmarks.models import GPT
 from benchmarks.network import sent_bytes
 
-LOOP, LIBRARY, SHARDED = "loop", "library", "sharded"
+LOOP, LIBRARY, EARLY, SHARDED = "loop", "library", "early", "sharded"
 EVERY, ONCE, NEVER = "DDP, every microbatch", "DDP, no_sync by hand", "loop, no other rank"
 OURS, ALONE = "microbatch", "microbatch, no other rank"
+OVERLAPPED = "microbatch, overlap=True"
 LEAN, FAST = "fully_shard, lean", "fully_shard, fast"
-KINDS = {LOOP: (EVERY, ONCE, NEVER), LIBRARY: (OURS, ALONE), SHARDED: (LEAN, FAST)}
+KINDS = {LOOP: (EVERY, ONCE, NEVER), LIBRARY: (OURS, ALONE), EARLY: (OVERLAPPED,), SHARDED: (LEAN, FAST)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +98,17 @@ class Desk:
         self.gradient = [0.0, 0.0]
         self.looks = False
         own = [dist.new_group([rank]) for rank in range(seat.ranks)][seat.rank]
+        settings: dict[str, dict[str, Any]] = {
+            OURS: {},
+            ALONE: {"process_group": own},
+            OVERLAPPED: {"overlap": True},
+            LEAN: {"sync": "lean"},
+            FAST: {"sync": "fast"},
+        }
         self.ways: dict[str, Callable[[], tuple[int, int]]] = {
-            LOOP: {name: partial(self._loop, syncs=name) for name in KINDS[LOOP]},
-            LIBRARY: {OURS: self._library(), ALONE: self._library(process_group=own)},
-            SHARDED: {LEAN: self._library(sync="lean"), FAST: self._library(sync="fast")},
-        }[seat.kind]
+            name: partial(self._loop, syncs=name) if seat.kind == LOOP else self._library(**settings[name])
+            for name in KINDS[seat.kind]
+        }
 
     def step(self, way: str) -> dict[str, float]:
         """Take one, together with the other ranks, and say what it took."""

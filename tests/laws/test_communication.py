@@ -107,7 +107,7 @@ def test_time_is_bytes_over_bandwidth_and_calls():
     found = plan(setup, bandwidth="1 MB/s", latency="10 ms", microbatch_seconds="2 s")
     once, every = found.ways
     assert once.seconds == pytest.approx(once.bytes / 1e6 + once.calls * 0.01)
-    assert once.least_seconds == once.most_seconds == pytest.approx(4 * 2 + once.seconds)
+    assert once.least_seconds == once.most_seconds == pytest.approx(4 * 2 + (once.seconds or 0))
     assert every.least_seconds == pytest.approx(max(8, every.seconds or 0))
     assert (every.bytes, every.depth) == (4 * (every.bytes // 4), None)
     # Of a loop that communicates as much with every microbatch the share is the same at any depth.

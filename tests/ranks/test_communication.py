@@ -58,7 +58,8 @@ def really_sent(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
             model = Net(8)
             for unit in units(model):
                 fully_shard(unit, reshard_after_forward=after)
-            found[f"{strategy} {sync}"] = told(fully_shard(model, reshard_after_forward=False), sync=sync)
+            fully_shard(model, reshard_after_forward=False)
+            found[f"{strategy} {sync}"] = told(model, sync=sync)
     return found
 
 

@@ -183,9 +183,9 @@ class Communication:
         else:
             yield f"arithmetic: {_time(self.microbatch_seconds)} a microbatch ({self.source})"
         if any(each.name == ONCE for each in self.ways):
-            yield "what meets once does so after the last backward, beside nothing; the rest, during backward or after it"
+            yield "what meets once does so after the last backward, beside nothing; the rest may during backward"
         else:
-            yield "the shorter time of a step is with gathers and scatters beside arithmetic, the longer with nothing so"
+            yield "the shorter time is with gathers and scatters beside arithmetic, the longer with nothing beside it"
         yield f"gradients travel in {self.gradient_bytes} bytes a number; counted as a ring, as step.comm_bytes is"
 
 

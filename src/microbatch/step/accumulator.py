@@ -99,6 +99,8 @@ class Accumulator:
             gradients in memory until then (``"fast"``). ``"auto"`` goes from the first to the second where a window has
             shown that there is room. See ``docs/sharded.md``.
         reduce_dtype: What narrow gradients of several ranks add up in: float32, or `None` for the parameter's own.
+        overlap: Add the gradients of several ranks up while the last microbatch's backward still makes the rest of
+            them, with memory for a copy of all gradients. See ``docs/ranks.md``.
         listeners: Callables that are given every event.
 
     Raises:
@@ -144,6 +146,7 @@ class Accumulator:
         process_group: object = None,
         sync: str = "auto",
         reduce_dtype: torch.dtype | None = torch.float32,
+        overlap: bool = False,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._settings = Settings(
@@ -174,6 +177,7 @@ class Accumulator:
             process_group=process_group,
             sync=sync,
             reduce_dtype=reduce_dtype,
+            overlap=overlap,
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
         self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))

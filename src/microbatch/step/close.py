@@ -24,6 +24,7 @@ from microbatch.ranks.stages import Stages
 from microbatch.shards import local_of
 from microbatch.step.apply import apply
 from microbatch.step.canonical import Canonical
+from microbatch.step.early import Early
 from microbatch.step.settings import Progress, Settings
 from microbatch.step.together import together
 
@@ -42,6 +43,7 @@ class Closing:
     sharded: Sharded | None
     canonical: Canonical | None = None
     stages: Stages | None = None
+    early: Early | None = None
 
     @property
     def speaks(self) -> bool:
@@ -129,7 +131,9 @@ def get_ready(closing: Closing) -> Message | None:
         return None
     flat = closing.tally.totals(closing.settings.device).flatten().tolist()
     spoke = closing.tally.spoke
-    if closing.ranks is not None:
+    if closing.early is not None:
+        closing.early.reserve()
+    elif closing.ranks is not None:
         totals, dtypes = closing.to_reduce
         reserve(totals, dtypes=dtypes, flat=closing.flat)
     return Message(
@@ -226,6 +230,9 @@ def _pool(closing: Closing) -> _Pooled:
 
 
 def _pool_ranks(closing: Closing, message: Message) -> _Pooled:
+    if closing.early is not None:
+        agreed = closing.early.finish()
+        return _agreed(closing, agreed, agreed.sums, counts=agreed.counts)
     gradients, ranks, agreed = closing.gradients, closing.ranks, _agree(closing, message)
     if closing.canonical is not None:
         return _pool_in_order(closing, closing.canonical, agreed)

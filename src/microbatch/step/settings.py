@@ -23,6 +23,7 @@ from microbatch.loss.loss import Count
 from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
 from microbatch.ranks.group import Ranks, group_of
+from microbatch.ranks.overlap import Overlap
 from microbatch.ranks.pipeline import Pipeline, Scheduled
 from microbatch.ranks.reduce import Flat
 from microbatch.ranks.sharded import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
@@ -69,6 +70,7 @@ class Settings:
     process_group: object = None
     sync: str = "auto"
     reduce_dtype: torch.dtype | None = torch.float32
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Refuse every value that cannot work, before any work starts.
@@ -170,15 +172,20 @@ class Settings:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def refuse_coupled(self) -> None:
-        """Refuse to encode a batch with a fully sharded model, or with a pipeline.
+        """Refuse to encode a batch with a fully sharded model, with a pipeline, or while gradients are reduced.
 
         Raises:
-            ConfigError: The model is one.
+            ConfigError: The model is one, or ``overlap=True``.
         """
         if self.pipeline is not None:
             raise ConfigError(
                 "encode= does not go with a Pipeline, whose schedule runs each microbatch once, forward and backward; "
                 "use DistributedDataParallel or a bare model for losses that couple samples"
+            )
+        if self.overlap:
+            raise ConfigError(
+                "encode= does not go with overlap=True: in the backward of a loss of the whole batch the ranks talk of "
+                "other things than gradients; leave one of them out"
             )
         if self.is_sharded:
             raise ConfigError(
@@ -305,6 +312,8 @@ class Settings:
         if self.pipeline is not None:
             check_piped(self)
             check_beside(self.pipeline, group, given=self.process_group is not None)
+        if self.overlap:
+            check_overlap(self)
 
     def _check_batch_norm(self) -> None:
         how = self.batch_norm
@@ -419,6 +428,37 @@ def check_piped(settings: Settings) -> None:
             raise ConfigError(f"{name} does not go with a Pipeline: {instead}")
 
 
+def check_overlap(settings: Settings) -> None:
+    """Refuse what does not go with gradients that are reduced while the last backward runs.
+
+    Args:
+        settings: The accumulator's.
+
+    Raises:
+        ConfigError: Something does not; the message says what to do.
+    """
+    parameters = [each for group in settings.optimizers for each in _parameters(group)]
+    wide = settings.accumulate_dtype
+    narrow = any(torch.promote_types(each.dtype, wide) != each.dtype for each in parameters)
+    for given, name, instead in [
+        (settings.pipeline is not None, "a Pipeline", "its schedule runs the backward of all microbatches"),
+        (settings.is_sharded, "a fully sharded model", "torch scatters its gradients during backward by itself"),
+        (any(map(is_shard, parameters)), "parameters that are spread over ranks", "leave overlap= out"),
+        (settings.deterministic, "deterministic=", "its sums are made in one order, at the end"),
+        (settings.batch_norm == EXACT, f'batch_norm="{EXACT}"', "one backward is for all microbatches"),
+        (any(settings.linear_states), 'gradient_buffer="none"', "gradients are inside the optimizer's state"),
+        (settings.accumulate != "plain", "accumulate=", "leave one of them out"),
+        (settings.dropout is not None, "dropout=", "leave one of them out"),
+        (narrow, f"parameters narrower than accumulate_dtype={wide}", "their sums are beside them; leave overlap= out"),
+    ]:
+        if given:
+            raise ConfigError(f"overlap=True does not go with {name}: {instead}")
+
+
+def _parameters(optimizer: Optimizer) -> list[torch.Tensor]:
+    return [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
+
+
 @dataclass(slots=True)
 class Watched:
     """How large windows have been while somebody counted their bytes, and went well.
@@ -499,6 +539,7 @@ class Memory:
     seed: int | None = None
     aside: Aside = field(default_factory=Aside)
     flat: Flat = field(default_factory=Flat)
+    overlap: Overlap | None = None
     lean_bytes: int | None = None
     too_fast: bool = False
     scheduled: Scheduled = field(default_factory=Scheduled)

@@ -44,6 +44,7 @@ from microbatch.step.close import Closing, close, get_ready
 from microbatch.step.coupling import Coupling, Encode, Scheme
 from microbatch.step.cutting import cut_up
 from microbatch.step.denominators import Denominators
+from microbatch.step.early import Early
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
 from microbatch.step.foresee import begin_tuning
 from microbatch.step.fusing import fuse_for
@@ -126,6 +127,7 @@ class Window:
         self._passed: Passed | None = None
         self._alike: Alike | None = None
         self._piped: Piped | None = None
+        self._early: Early | None = None
         self._talk: Across | Exchange | None = None  # where the other ranks wait before they come to the window's end
         self._stopwatch: Stopwatch | None = None
         self._stepping = self._stepped = False
@@ -172,6 +174,9 @@ class Window:
         seed, rank = self._memory.window_seed(), 0 if self._ranks is None else self._ranks.index
         self._gradients = sums_for(settings, seed=seed, aside=self._memory.aside.put, rank=rank)
         self._gradients.open(self._named)
+        if self._ranks is not None and settings.overlap:
+            narrow = settings.reduce_dtype is None
+            self._early = Early(self._ranks, self._gradients, self._memory, narrow=narrow)
         self._masking = self._masking_for(seed, earlier) if settings.dropout else None
         self._canonical = self._canonical_for(seed) if settings.deterministic else None
         self._scratch = Scratch()
@@ -442,11 +447,14 @@ class Window:
 
         Raises:
             WindowClosedError: The window is not open.
+            WindowError: With ``overlap=True``, the last microbatch has been already.
             LossError: The loss cannot be used; the subclasses of it say why.
             GradientsTouchedError: Something else wrote to the gradients since the last backward.
+            RankError: With ``overlap=True``, in the last microbatch: another rank failed.
 
         Cost:
-            One backward; no host synchronisation and no communication between ranks.
+            One backward; no host synchronisation and no communication between ranks, but for the last microbatch's with
+            ``overlap=True``.
         """
         self._check_open("backward in")
         if self._coupling is not None:
@@ -454,12 +462,17 @@ class Window:
             return
         if self._alike is not None:
             self._alike.check_agreed()
+        if self._early is not None and self._early.begun:
+            raise WindowError(
+                "overlap=True reduces gradients in the backward of the last microbatch that window.split hands out, "
+                "and this is one more: split one batch a window, or leave overlap= out"
+            )
         rows = self._rows if count is None else check_number(count, "count")
         self._rows = None
         shares = shares_of(loss, rows=rows)
         self._denominators.need()
         if self._alike is None:
-            self._backward([shares], first=self._index)
+            self._backward([shares], first=self._index, rows=rows)
         elif not self._backward_alike(loss, shares, self._alike):
             return
         self._done(rows)
@@ -595,13 +608,21 @@ class Window:
             yield microbatch
         self._rows = None
 
-    def _backward(self, parts: Sequence[list[Share]], *, first: int | None, anchors: Sequence[Tensor] = ()) -> None:
+    def _backward(
+        self,
+        parts: Sequence[list[Share]],
+        *,
+        first: int | None,
+        anchors: Sequence[Tensor] = (),
+        rows: float | None = None,
+    ) -> None:
         """Add losses to the tally, and their gradients to the sums.
 
         Args:
             parts: Of each microbatch.
             first: Which microbatch the first one is; `None` for the loss of all of them.
             anchors: Where backward has to begin as well, with a gradient of 0.
+            rows: Of the microbatch, where it is one.
         """
         self._gradients.check_untouched()
         tally, scaler = self._denominators.tally, self._settings.grad_scaler
@@ -614,7 +635,16 @@ class Window:
                 tensors += [share.value for share in shares]
         if tensors:
             self._begin_sums()
+        if tensors and self._early is not None and self._index + 1 == self._planned:
+            self._agree_early(self._early, rows or 0)
+            self._early.watch()
         self._run_backward(tensors, seeds)
+
+    def _agree_early(self, early: Early, rows: float) -> None:
+        closing = self._closing(self._samples + rows)
+        message = get_ready(closing)
+        if message is not None:
+            early.agree(message, closing.tally)
 
     def _backward_alike(self, loss: LossLike, shares: list[Share], alike: Alike) -> bool:
         """Run a backward that the other ranks run too, and return whether the microbatch was one of this rank's."""
@@ -713,20 +743,11 @@ class Window:
         self._watch.only_count()
         if self._alike is not None:
             reshard(self._settings.model)
-        closing = Closing(
-            settings=self._settings,
-            gradients=self._gradients,
-            tally=self._denominators.tally,
-            ranks=self._ranks,
-            samples=self._samples,
-            progress=self._memory.progress,
-            canonical=self._canonical,
-            flat=self._memory.flat,
-            sharded=None if self._alike is None else self._alike.sharded,
-            stages=None if self._piped is None else self._piped.stages,
-        )
-        message = get_ready(closing)
-        self._stepping, self._awaited = True, False
+        if self._early is not None and not self._early.begun:
+            self._agree_early(self._early, 0)
+        closing = self._closing(self._samples)
+        message = get_ready(closing) if self._early is None else self._early.message
+        self._stepping, self._awaited = True, self._early is not None and self._early.waits
         end = close(closing, message)
         if end.applied:
             self._norms.finish()
@@ -760,9 +781,29 @@ class Window:
         self._memory.fusion = self._fuse.report
         self._leave()
 
+    def _closing(self, samples: float) -> Closing:
+        return Closing(
+            settings=self._settings,
+            gradients=self._gradients,
+            tally=self._denominators.tally,
+            ranks=self._ranks,
+            samples=samples,
+            progress=self._memory.progress,
+            canonical=self._canonical,
+            flat=self._memory.flat,
+            sharded=None if self._alike is None else self._alike.sharded,
+            stages=None if self._piped is None else self._piped.stages,
+            early=self._early,
+        )
+
+    @property
+    def _waited_for(self) -> bool:
+        """Whether the other ranks wait for what this one says of its window."""
+        return self._awaited and not (self._early is not None and self._early.deaf)
+
     def _abort(self, error: BaseException) -> None:
         """Put back what was there before the window, and tell the other ranks, who would wait otherwise."""
-        awaited = self._awaited and isinstance(error, Exception) and not isinstance(error, RankError)
+        awaited = self._waited_for and isinstance(error, Exception) and not isinstance(error, RankError)
         if self._alike is not None:
             self._keep_step(self._alike, error, awaited=awaited)
         self._inner.close()
@@ -804,6 +845,9 @@ class Window:
                 agree(ranks, None, parameters=len(self._named), again=again)
             except RankError:  # and the others' errors say so
                 self.ran_out = None if self.ran_out is None else replace(self.ran_out, again=None)
+        elif self._early is not None and self._early.waits:
+            if not self._early.fail(again=again) and self.ran_out is not None:
+                self.ran_out = replace(self.ran_out, again=None)
         elif self._talk is not None and not self._talk.over:
             self._talk.fail(again=again)
         elif not again:  # where the same window is run again, the others wait for what comes of that
@@ -813,7 +857,7 @@ class Window:
         """Make the next cut smaller, if that is what can help, and say so."""
         coupling, known, earlier = self._coupling, self._denominators.known, self._attempt
         # Once the ranks have agreed, or the optimizer has begun, a smaller microbatch comes too late.
-        late = self._stepped or (self._ranks is not None and not self._awaited)
+        late = self._stepped or (self._ranks is not None and not self._waited_for)
         late = late or (self._talk is not None and self._talk.over)
         # What another size would give would be other bits.
         late = late or self._canonical is not None

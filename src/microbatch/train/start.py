@@ -134,7 +134,8 @@ class PreparedRun:
             "seconds": progress.seconds,
             "peak_bytes": progress.peak_bytes,
             "memory_budget": config.memory_budget,
-            "communication": progress.communicated and dict(zip(("bytes", "calls"), progress.communicated, strict=True)),
+            "communication": progress.communicated
+            and dict(zip(("bytes", "calls"), progress.communicated, strict=True)),
             "comparison": dataclasses.asdict(compared) if compared is not None else None,
             "text": text,
         }
