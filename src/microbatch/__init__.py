@@ -29,7 +29,15 @@ if TYPE_CHECKING:
     from microbatch.planning.scaling import Scaling, scale_hyperparameters
     from microbatch.ranks.pipeline import Pipeline
     from microbatch.step.accumulator import Accumulator
-    from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, StepDone
+    from microbatch.step.events import (
+        BudgetPassed,
+        MicrobatchDone,
+        PlanChosen,
+        Retry,
+        SizeChanged,
+        StepDone,
+        SyncChosen,
+    )
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
@@ -58,6 +66,7 @@ __all__ = [
     "Spill",
     "Step",
     "StepDone",
+    "SyncChosen",
     "Whole",
     "Window",
     "batch_gather",
@@ -101,6 +110,7 @@ _HOMES = {
     "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
+    "SyncChosen": "step.events",
     "Whole": "batch.tree",
     "Window": "step.window",
     "batch_gather": "loss.shared",

@@ -34,6 +34,7 @@ PUBLIC = {
     "Spill",
     "Step",
     "StepDone",
+    "SyncChosen",
     "Whole",
     "Window",
     "batch_gather",

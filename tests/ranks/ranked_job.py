@@ -6,8 +6,10 @@ from dataclasses import replace
 from itertools import count
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from microbatch.train.job import Job
 
@@ -48,6 +50,24 @@ def dropping(*, device: torch.device) -> Job:
 def by_row(*, device: torch.device) -> Job:
     """With dropout whose masks are the rows'."""
     return replace(make(device=device, dropout=0.3), dropout="by_row")
+
+
+def blocks(*, device: torch.device, own: bool = False) -> Job:
+    """With a model of repeated blocks, two of which share a weight, and two groups of parameters."""
+    job = make(device=device)
+    middle = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(4)]
+    middle[3][0].weight = middle[2][0].weight
+    model = nn.Sequential(nn.Linear(5, 6), *middle, nn.Linear(6, 2)).to(device, torch.float64)
+    if own:
+        for block in [*middle[:2], model]:
+            fully_shard(block)
+    groups = [{"params": model[:3].parameters(), "lr": 2e-2}, {"params": model[3:].parameters()}]
+    return replace(job, model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2))
+
+
+def own_shards(*, device: torch.device) -> Job:
+    """The same, which shards its model itself where there are several ranks."""
+    return blocks(device=device, own=dist.is_initialized())
 
 
 def slow(*, device: torch.device) -> Job:

@@ -25,7 +25,9 @@ from microbatch.cli.views import step_line, summary_view
 from microbatch.errors import CheckpointError
 from microbatch.memory.budget import format_bytes
 from microbatch.ranks.group import Ranks
+from microbatch.step.events import SyncChosen
 from microbatch.train.checkpoint import copied, read_newest, store
+from microbatch.train.events import RunEvent
 from microbatch.train.heartbeat import read_beat
 from microbatch.train.launch import Launch
 from microbatch.train.start import prepare
@@ -36,9 +38,12 @@ JOB = Path(__file__).with_name("ranked_job.py")
 FLAGS = {"device": "cpu", "compare": False, "checkpoint_every": 4, "validate_every": 6, "schedule": "constant"}
 
 
-def run(folder: Path, job: str, *, launch: Launch | None = None, resume: bool = False, **flags: Any) -> None:
+def run(folder: Path, job: str, *, launch: Launch | None = None, resume: bool = False, **flags: Any) -> list[RunEvent]:
+    """Run a job, and return what it has told."""
     flags = {**FLAGS, **flags} | ({} if resume else {"job": f"{JOB}:{job}"})
-    prepare(flags, run=folder, resume=resume, launch=launch).train()
+    told: list[RunEvent] = []
+    prepare(flags, run=folder, resume=resume, launch=launch, listeners=[told.append]).train()
+    return told
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -72,7 +77,11 @@ def assert_close(a: Path, b: Path, *, tolerance: float) -> None:
 # -- on the ranks, each in a process of its own; the folder is told by the environment -------------------------------
 
 
-def begin(rank: int, ranks: int) -> None:
+def chosen(told: list[RunEvent]) -> list[tuple[int, str]]:
+    return [(event.step, event.sync) for event in told if isinstance(event, SyncChosen)]
+
+
+def begin(rank: int, ranks: int) -> list[tuple[int, str]]:
     """Whole runs, one after the other, and the first part of one that goes on elsewhere."""
     folder, launch = Path(os.environ["RUNS"]), Launch(rank=rank, ranks=ranks)
     run(folder / f"plain-{ranks}", "plain", launch=launch)
@@ -80,6 +89,8 @@ def begin(rank: int, ranks: int) -> None:
     run(folder / f"deterministic-{ranks}", "dropping", launch=launch, deterministic=True)
     run(folder / f"first-{ranks}", "plain", launch=launch, steps=6, async_checkpoints=True)
     run(folder / "stopped", "plain" if rank != 2 else "stopping", launch=launch)
+    run(folder / "own-4", "own_shards", launch=launch, sync="lean")
+    told = run(folder / "zero3-first", "blocks", launch=launch, shard="zero3", steps=6, async_checkpoints=True)
     model, optimizer = spread(seed=0)
     model.weight.to_local().sum().backward()
     optimizer.step()
@@ -88,6 +99,7 @@ def begin(rank: int, ranks: int) -> None:
     whole = model.weight.full_tensor(), optimizer.state[model.weight]["exp_avg"].full_tensor()
     if rank == 0:
         torch.save(whole, folder / "whole.pt")
+    return chosen(told)
 
 
 def spread(*, seed: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -106,6 +118,8 @@ def go_on(rank: int, ranks: int) -> dict[str, Any]:
     for name in ("1-to-3", "4-to-3"):
         run(folder / name, "plain", launch=launch, resume=True, steps=12)
     run(folder / "deterministic-1-to-3", "dropping", launch=launch, resume=True, steps=12)
+    told = run(folder / "zero3-4-to-3", "blocks", launch=launch, resume=True, steps=12)
+    run(folder / "whole-to-zero2", "blocks", launch=launch, resume=True, steps=12, shard="zero2")
     read = read_newest(folder / "parts", notice=pytest.fail, ranks=Ranks.find(CPU))
     model, optimizer = spread(seed=1)
     load_model(model, read.weights, {})
@@ -114,6 +128,7 @@ def go_on(rank: int, ranks: int) -> dict[str, Any]:
         "weight": model.weight.full_tensor(),
         "moment": optimizer.state[model.weight]["exp_avg"].full_tensor(),
         "own": model.weight.to_local().shape[0],
+        "sync": chosen(told),
     }
 
 
@@ -124,16 +139,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list
         patch.setenv("RUNS", str(folder))
         run(folder / "plain-1", "plain")
         run(folder / "by-row-1", "by_row", steps=5)
+        run(folder / "blocks-1", "blocks")
+        run(folder / "whole-to-zero2", "blocks", steps=6)
         run(folder / "deterministic-1", "dropping", deterministic=True)
         run(folder / "first-1", "plain", steps=6)
         run(folder / "deterministic-1-to-3", "dropping", deterministic=True, steps=6)
-        run_ranks(begin, 4, folder / "four")
+        began = run_ranks(begin, 4, folder / "four")
         shutil.copytree(folder / "first-1", folder / "1-to-3")
         shutil.copytree(folder / "first-4", folder / "4-to-3")
         shutil.copytree(folder / "first-4", folder / "4-to-1")
+        for name in ("zero3-4-to-3", "zero3-4-to-1"):
+            shutil.copytree(folder / "zero3-first", folder / name)
         spread_again = run_ranks(go_on, 3, folder / "three")
         run(folder / "4-to-1", "plain", resume=True, steps=12)
+        run(folder / "zero3-4-to-1", "blocks", resume=True, steps=12)
         torch.save(spread_again, folder / "spread.pt")
+        torch.save(began, folder / "began.pt")
         yield folder
 
 
@@ -163,6 +184,19 @@ def test_masks_by_row_are_the_same_on_any_number_of_ranks(runs: Path) -> None:
 @pytest.mark.parametrize("name", ["1-to-3", "4-to-3", "4-to-1"])
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
     assert_close(runs / "plain-1", runs / name, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["own-4", "zero3-4-to-3", "zero3-4-to-1", "whole-to-zero2"])
+def test_fully_sharded_runs_are_the_same_and_go_on_sharded_or_whole(runs: Path, name: str) -> None:
+    assert_close(runs / "blocks-1", runs / name, tolerance=1e-12)
+
+
+def test_a_sharded_run_says_how_it_meets(runs: Path) -> None:
+    assert {line["sync"] for line in lines(runs / "own-4")} == {"lean"}
+    assert torch.load(runs / "began.pt", weights_only=True) == [[(0, "lean"), (1, "fast")]] * 4
+    assert [each["sync"] for each in torch.load(runs / "spread.pt", weights_only=True)] == [[(6, "fast")]] * 3
+    assert [line.get("sync") for line in lines(runs / "zero3-4-to-3")] == ["lean", *["fast"] * 11]
+    assert "sync" not in lines(runs / "zero3-4-to-1")[-1]
 
 
 def test_a_checkpoint_of_several_ranks_is_that_of_one(runs: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged
+from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.events import (
     CheckpointWritten,
     Notice,
@@ -65,6 +65,8 @@ class JsonLines:
                 self._write("size", dataclasses.asdict(event))
             case PlanChosen():
                 self._write("plan chosen", {**dataclasses.asdict(event), "error": event.error})
+            case SyncChosen():
+                self._write("sync chosen", dataclasses.asdict(event))
             case BudgetPassed():
                 self._write("budget passed", dataclasses.asdict(event))
             case CheckpointWritten():

@@ -132,6 +132,22 @@ def train(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|zero2|zero3",
+            help="What each of several ranks holds a share of: gradients and optimizer state, or weights too.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    sync: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|lean|fast",
+            help="When gradients of a sharded model meet: after every microbatch, or once a step.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=_FILES)
     ] = None,
@@ -197,6 +213,8 @@ def train(
         "deterministic": deterministic or None,
         "async_checkpoints": async_checkpoints or None,
         "rank_timeout": rank_timeout,
+        "shard": shard,
+        "sync": sync,
     }
     output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
     raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))

@@ -22,9 +22,10 @@ from microbatch.cli.views import (
     step_line,
     stop_text,
     summary_view,
+    sync_text,
 )
 from microbatch.memory.budget import format_bytes
-from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged
+from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.events import (
     Comparing,
     Notice,
@@ -87,6 +88,8 @@ class Screen:
                 self._say(Text.assemble(("memory  ", WARN), memory_text(event)))
             case PlanChosen():
                 self._say(Text.assemble(("plan  ", WARN), plan_text(event)))
+            case SyncChosen():
+                self._say(Text.assemble(("sync  ", WARN), sync_text(event)))
             case StepLogged():
                 self._step(event.metrics)
             case Notice():

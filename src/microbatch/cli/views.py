@@ -15,11 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 from microbatch.memory.budget import format_bytes
-from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged
+from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.events import RunPlanned
 from microbatch.train.resolve import RunConfig
 
 ACCENT, GOOD, QUIET, WARN = "bold cyan", "bold green", "dim", "yellow"
+_SHARDED = {
+    "zero2": "gradients and optimizer state, over all ranks (ZeRO-2)",
+    "zero3": "weights, gradients and optimizer state, over all ranks (ZeRO-3)",
+    "job": "as the job has sharded its model itself",
+}
+_SYNC = {
+    "auto": "lean or fast, as memory allows",
+    "lean": "lean: gradients meet after every microbatch",
+    "fast": "fast: gradients meet once a step",
+}
 _MOST_CELLS = 16
 """Microbatches that are drawn one cell each; more share the cells."""
 
@@ -54,6 +64,19 @@ def plan_text(event: PlanChosen) -> str:
         predicted, measured = format_bytes(event.predicted_bytes), format_bytes(event.peak_bytes)
         text += f"; peak memory predicted {predicted}, measured {measured} ({event.error:+.1%})"
     return text
+
+
+def sync_text(event: SyncChosen) -> str:
+    """Say when gradients of a sharded model meet, and why then.
+
+    Args:
+        event: What happened.
+
+    Returns:
+        One sentence, without a full stop.
+    """
+    when = {"lean": "after every microbatch, in shards", "fast": "once a step, whole until then"}[event.sync]
+    return f"from step {event.step + 1} on {event.sync}: gradients meet {when}, because {event.why}"
 
 
 def memory_text(event: Retry | SizeChanged | BudgetPassed) -> str:
@@ -102,6 +125,8 @@ def plan_view(event: RunPlanned) -> Panel:
     grid.add_row("batch", Text.assemble((f"{batch:,}", ACCENT), " samples a step = ", (cut_into, ACCENT)))
     grid.add_row("model", f"{config.parameters:,} parameters, {config.precision}")
     grid.add_row("device", config.device_name)
+    if config.shard != "none":
+        grid.add_row("sharded", f"{_SHARDED[config.shard]}; {_SYNC[config.sync]}")
     limit = (
         "what the device has"
         if config.memory_budget is None
@@ -137,6 +162,8 @@ def step_line(metrics: Mapping[str, Any], *, config: RunConfig, rate: float) -> 
     line += Text.assemble(("  lr ", QUIET), f"{metrics['lr']:.2e}", f"  {rate:,.0f} {config.unit}/s")
     if "comm_bytes" in metrics:
         line += Text.assemble(("  sent ", QUIET), format_bytes(metrics["comm_bytes"]))
+    if "sync" in metrics:
+        line += Text.assemble(("  sync ", QUIET), metrics["sync"])
     return line
 
 

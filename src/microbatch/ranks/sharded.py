@@ -121,6 +121,20 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
+def gather_roots(model: nn.Module) -> None:
+    """Gather the weights that are in none of a model's inner units, such as a temperature, to compute with.
+
+    Args:
+        model: The module, after a forward pass; nothing happens where it is not sharded.
+
+    Cost:
+        One all-gather where they are not there already; all ranks call this.
+    """
+    for module in fully_sharded(model):
+        if module._get_fsdp_state()._is_root:
+            module.unshard()
+
+
 @dataclass(slots=True)
 class _Line:
     """What a pass has said to the other ranks so far."""

@@ -13,9 +13,11 @@ from microbatch.batch.feed import feed
 from microbatch.batch.tree import map_tensors, rows_of, slice_rows
 from microbatch.errors import LossError, WindowError
 from microbatch.loss.loss import Loss
+from microbatch.memory.budget import format_bytes
 from microbatch.ranks.agree import attend
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.sharded import Sharded, narrowest, unshared_bytes
+from microbatch.step.events import SyncChosen
 from microbatch.step.foresee import room_for
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Memory, Settings
@@ -97,7 +99,8 @@ class Alike:
                 "a window over a fully sharded model has one batch: the ranks have agreed on its microbatches; open "
                 "another window"
             )
-        ranks, fast = self._ranks, self._may_be_fast(plan)
+        ranks = self._ranks
+        fast, why = self._may_be_fast(plan)
         rows = attend(ranks, plan.rows, parameters=parameters)
         told = torch.zeros(2, ranks.size, dtype=torch.float64, device=ranks.device)
         told[0, ranks.index], told[1, ranks.index] = plan.microbatches, fast
@@ -105,6 +108,7 @@ class Alike:
         numbers, fasts = told.tolist()
         self._agreed = True
         self.sharded.expect(int(max(numbers)), fast=all(fasts))
+        self._say(why if all(fasts) or not fast else "another rank cannot hold whole gradients")
         if plan.rows:
             self._few = slice_rows(plan.batch, 0, min(_FEW, rows_of(plan.batch)), rows=rows_of(plan.batch))
         if rows and not all(numbers):
@@ -217,17 +221,30 @@ class Alike:
         self._memory.too_fast = self._memory.too_fast or given_up
         return given_up
 
-    def _may_be_fast(self, plan: Plan) -> bool:
+    def _may_be_fast(self, plan: Plan) -> tuple[bool, str]:
+        """Say whether whole gradients may be kept on this rank, and why or why not."""
         settings, memory = self._settings, self._memory
-        if settings.sync != "auto" or memory.too_fast:
-            return settings.sync == "fast"
+        if settings.sync != "auto":
+            return settings.sync == "fast", "it was asked for"
+        if memory.too_fast:
+            return False, "memory ended in a window that held whole gradients"
         dtype = narrowest(settings.model)
         if dtype is None or torch.promote_types(dtype, settings.accumulate_dtype) != dtype:
-            return False
-        room = room_for(settings, plan.batch)
+            return False, f"whole gradients would add up in {dtype}, as the model's MixedPrecisionPolicy says"
+        room, whole = room_for(settings, plan.batch), unshared_bytes(settings.model)
         if room is None:
-            return True
-        return memory.lean_bytes is not None and memory.lean_bytes + unshared_bytes(settings.model) <= _SAFE * room
+            return True, "nothing limits memory"
+        if memory.lean_bytes is None:
+            return False, "a first window measures what it takes"
+        fits = memory.lean_bytes + whole <= _SAFE * room
+        sizes = f"beside a peak of {format_bytes(memory.lean_bytes)} in {format_bytes(room)}"
+        return fits, f"whole gradients, {format_bytes(whole)}, {'fit' if fits else 'do not fit'} {sizes}"
+
+    def _say(self, why: str) -> None:
+        memory, settings = self._memory, self._settings
+        if settings.sync == "auto" and memory.sync != self.sync:
+            memory.sync = self.sync
+            settings.emit(SyncChosen(step=memory.windows, sync=self.sync, why=why))
 
     def _filler(self, begin: Callable[[], Iterable[Piece]]) -> Piece:
         """Return a microbatch of this rank's, or what it was lent."""

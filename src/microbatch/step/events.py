@@ -121,5 +121,20 @@ class PlanChosen:
         return self.predicted_bytes / self.peak_bytes - 1
 
 
-Event: TypeAlias = MicrobatchDone | StepDone | Retry | SizeChanged | BudgetPassed | PlanChosen
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncChosen:
+    """``sync="auto"`` has chosen when a fully sharded model's gradients meet, or has changed its mind.
+
+    Attributes:
+        step: Index of the first window that it is for, from 0.
+        sync: ``"lean"``, after every microbatch, or ``"fast"``, once a window.
+        why: Why, in words.
+    """
+
+    step: int
+    sync: str
+    why: str
+
+
+Event: TypeAlias = MicrobatchDone | StepDone | Retry | SizeChanged | BudgetPassed | PlanChosen | SyncChosen
 Listener: TypeAlias = Callable[[Event], object]

@@ -518,6 +518,7 @@ class Memory:
         lean_bytes: Most bytes of a window whose sharded gradients were scattered after every microbatch.
         too_fast: Whether memory ended in a window that scattered them once.
         scheduled: The schedule of a pipeline's passes.
+        sync: How the last window scattered them, where that is left to the windows; `None` before the first.
     """
 
     sizing: Sizing
@@ -543,6 +544,7 @@ class Memory:
     lean_bytes: int | None = None
     too_fast: bool = False
     scheduled: Scheduled = field(default_factory=Scheduled)
+    sync: str | None = None
 
     def first_seed(self) -> int:
         """Return the seed that those of all windows are derived from."""

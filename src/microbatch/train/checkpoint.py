@@ -289,9 +289,10 @@ def _distinct(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     for name, tensor in weights.items():
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"the weight {name!r} is a {tensor.layout} tensor, which a checkpoint cannot hold")
-        # Empty tensors all have the address 0 without sharing anything.
-        address = local_of(tensor).data_ptr() or name
-        key = (address, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        # Empty tensors all have the address 0 without sharing anything, and the part of a tied one may be empty here.
+        part = local_of(tensor)
+        place = part.untyped_storage()._cdata, part.storage_offset()  # pyright: ignore[reportPrivateUsage]
+        key = (place, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key in first:
             tied[name] = first[key]
         else:

@@ -49,6 +49,9 @@ class Settings(BaseModel):
         deterministic: Whether the run has the same bits on any number of ranks, dropout included.
         async_checkpoints: Whether training goes on while a checkpoint is written.
         rank_timeout: Seconds that a rank waits for the others before it says who is missing and ends.
+        shard: What each of several ranks holds a share of: ``"zero2"`` of the gradients and the optimizer's state,
+            ``"zero3"`` of the weights too; ``"none"`` of nothing that the job has not sharded itself.
+        sync: When the gradients of a sharded model meet, as for `Accumulator`.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -76,6 +79,8 @@ class Settings(BaseModel):
     deterministic: bool = False
     async_checkpoints: bool = False
     rank_timeout: Positive = 600.0
+    shard: Literal["none", "zero2", "zero3"] = "none"
+    sync: Literal["auto", "lean", "fast"] = "auto"
 
     @field_validator("memory")
     @classmethod

@@ -14,6 +14,7 @@ from microbatch.errors import DataError
 from microbatch.loss.coupled import Representations, put_together, taken_apart
 from microbatch.loss.loss import Loss
 from microbatch.ranks.group import Ranks
+from microbatch.ranks.sharded import fully_sharded, gather_roots, reshard
 from microbatch.step.replay import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
 from microbatch.train.job import Job
@@ -80,7 +81,10 @@ def evaluate(
     size = microbatch_size if ranks is None else ranks.tell(microbatch_size)[0]
     lists = list(in_order(rows, microbatch_size=size))
     own = lists if ranks is None else lists[ranks.index :: ranks.size]
-    microbatches = feed((job.collate(fetch(job.validation, indices)) for indices in own), device)
+    # Passes of a sharded model are made by all ranks together: who has fewer makes some that are not looked at.
+    more = -(-len(lists) // ranks.size) - len(own) if ranks is not None and fully_sharded(job.model) else 0
+    read = (job.collate(fetch(job.validation, indices)) for indices in [*own, *lists[:1] * more])
+    microbatches = feed(read, device)
     score = job.evaluate or job.loss_fn
     found: list[dict[str, tuple[float, float]]] = []
     encoded: list[Representations] = []
@@ -92,16 +96,20 @@ def evaluate(
         if ranks is not None:
             # Running statistics are each rank's own; the first one's are those that a checkpoint keeps.
             ranks.copy_([*job.model.buffers()], source=0)
-        for indices, microbatch in zip(own, microbatches, strict=True):
-            if job.encode is not None:
+        for indices, microbatch in zip([*own, *[None] * more], microbatches, strict=True):
+            if indices is None:
+                (job.encode or score)(job.model, microbatch)
+            elif job.encode is not None:
                 encoded.append(taken_apart(job.encode(job.model, microbatch), rows=len(indices)))
             else:
                 found.append(_numbers(named_losses(score(job.model, microbatch), rows=len(indices))))
         if job.encode is not None:
+            gather_roots(job.model)  # which the score may take more from
             whole = put_together(_all_of(encoded, ranks, device), lambda column: torch.cat(list(column)))
             found = [_numbers(named_losses(score(job.model, whole.structure), rows=rows))]
         elif ranks is not None:
             found = _interleaved(ranks.tell(found))
+    reshard(job.model)
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for each in found:

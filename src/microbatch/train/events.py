@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged
+from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.resolve import RunConfig
 
 
@@ -120,6 +120,7 @@ RunEvent: TypeAlias = (
     | SizeChanged
     | BudgetPassed
     | PlanChosen
+    | SyncChosen
     | StepLogged
     | Validated
     | CheckpointWritten

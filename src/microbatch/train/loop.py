@@ -135,8 +135,10 @@ class TrainingLoop:
         self._timeline = StepTimeline(self._optimizers)
         self._timed = self._timeline.of(job, plain=config.plain)
         self._noise = NoiseScale(job.model)
-        # Where samples are coupled, what a microbatch adds is no sample of the gradient.
-        self._independent = (job.encode is None or config.plain) and config.batch_norm != "exact"
+        # Where samples are coupled, what a microbatch adds is no sample of the gradient; nor where the ranks add theirs
+        # up in each.
+        alone = (job.encode is None or config.plain) and config.batch_norm != "exact"
+        self._independent = alone and config.shard == "none"
         self._accumulator = Accumulator(
             job.model,
             job.optimizer,
@@ -150,6 +152,7 @@ class TrainingLoop:
             batch_norm=config.batch_norm,
             dropout=job.dropout,
             deterministic=config.deterministic,
+            sync=config.sync,
             listeners=(self._on_core_event,),
         )
         self._writer = CheckpointWriter(
@@ -373,6 +376,7 @@ class TrainingLoop:
             "per_second": float(step.count) / seconds,
             "peak_bytes": peak_bytes,
             **({"comm_bytes": step.comm_bytes, "comm_calls": step.comm_calls} if step.comm_calls else {}),
+            **({"sync": step.sync} if step.sync else {}),
             **({"memory": memory} if memory else {}),
             **({"timeline": timeline} if timeline else {}),
             **({"noise_scale": noise} if noise else {}),

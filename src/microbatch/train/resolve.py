@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
 from microbatch.ranks.pipeline import Pipeline
+from microbatch.ranks.sharded import fully_sharded
 from microbatch.step.search import middle_size, sizes_for
 from microbatch.train.config import Settings
 from microbatch.train.data import length_of
@@ -58,6 +59,9 @@ class RunConfig:
         deterministic: Whether the run has the same bits on any number of them.
         async_checkpoints: Whether training goes on while a checkpoint is written.
         rank_timeout: Seconds that a rank waits for the others.
+        shard: What each of several ranks holds a share of: ``"zero2"``, ``"zero3"``, ``"job"`` for what the job has
+            sharded itself, or ``"none"``.
+        sync: When the gradients of a sharded model meet.
         notices: What was decided in the user's place, one sentence each.
     """
 
@@ -91,6 +95,8 @@ class RunConfig:
     deterministic: bool = False
     async_checkpoints: bool = False
     rank_timeout: float = 600.0
+    shard: str = "none"
+    sync: str = "auto"
     notices: tuple[str, ...] = ()
 
     @property
@@ -192,9 +198,10 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
     every = max(1, -(-steps // 10))
     if settings.deterministic:
         _check_deterministic(settings, job, notices=notices)
-    compare = settings.compare and ranks == 1
-    if settings.compare and ranks > 1:
-        notices.append("the comparison with the full batch is left out: it is of one process")
+    sharded = bool(fully_sharded(job.model))
+    compare = settings.compare and ranks == 1 and not sharded
+    if settings.compare and not compare:
+        notices.append("the comparison with the full batch is left out: it is of one process, and a whole model")
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ConfigError("the job's model has no trainable parameters, so there is nothing to optimise")
@@ -229,6 +236,8 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
         deterministic=settings.deterministic,
         async_checkpoints=settings.async_checkpoints,
         rank_timeout=settings.rank_timeout,
+        shard=_shard(settings, job, ranks=ranks, notices=notices),
+        sync=settings.sync,
         notices=tuple(notices),
     )
 
@@ -308,6 +317,15 @@ def _check_deterministic(settings: Settings, job: Job, *, notices: list[str]) ->
             "every microbatch size rounds in its own way, so a deterministic run looks for none; say one with "
             "--microbatch-size"
         )
+
+
+def _shard(settings: Settings, job: Job, *, ranks: int, notices: list[str]) -> str:
+    if settings.shard != "none" and ranks == 1:
+        notices.append(f"--shard {settings.shard}: one process holds everything; start several with torchrun")
+        return "none"
+    if settings.shard == "none" and fully_sharded(job.model):
+        return "job"
+    return settings.shard
 
 
 def _is_plain(settings: Settings, job: Job) -> bool:

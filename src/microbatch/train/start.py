@@ -28,6 +28,7 @@ from microbatch.train.launch import Launch, own_device
 from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
 from microbatch.train.rundir import RunDirectory, jsonable
+from microbatch.train.spread import spread
 
 _FIXED = ("job", "data", "batch_size", "seed")
 """Settings that a resumed run keeps: with others it would be another run."""
@@ -40,6 +41,8 @@ _HARMLESS = (
     "nonfinite",
     "async_checkpoints",
     "rank_timeout",
+    "shard",
+    "sync",
 )
 """Settings that a resumed run may change and still have the same losses."""
 
@@ -115,6 +118,8 @@ class PreparedRun:
             return None
         # On every rank, although one is heard: a model that is spread over them takes all of them to run.
         with untouched(self.job.model, self.config.device, training=False):
+            if self.launch.ranks > 1:  # alike, so that all of them make the same passes
+                seed_everything(mix_seed(self.config.seed, "show"))
             return self.job.show(self.job.model)
 
     def _summary(self, *, stopped_by: str | None, compared: Comparison | None, text: str | None) -> dict[str, Any]:
@@ -189,6 +194,8 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     job = make_job(settings, device)
+    if settings.shard != "none" and launch.ranks > 1:
+        spread(job, how=settings.shard)
     config = resolve(settings, job, device=device, ranks=launch.ranks)
     text = resolved_settings(settings, config).toml()
     by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
