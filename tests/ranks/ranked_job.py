@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from microbatch.loss import losses
+from microbatch.loss.loss import Loss
 from microbatch.train.job import Job
 
 ROWS = 29
@@ -68,6 +70,36 @@ def blocks(*, device: torch.device, own: bool = False) -> Job:
 def own_shards(*, device: torch.device) -> Job:
     """The same, which shards its model itself where there are several ranks."""
     return blocks(device=device, own=dist.is_initialized())
+
+
+class Two(nn.Module):
+    """Two encoders of one input, and a temperature of the loss's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(nn.Sequential(nn.Linear(5, 4), nn.Tanh()) for _ in range(2))
+        self.scale = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [tower(x) for tower in self.towers]
+
+
+def pairs(*, device: torch.device) -> Job:
+    """One whose loss couples all samples of a batch."""
+    model = Two().to(device, torch.float64)
+
+    def clip(model: nn.Module, encoded: list[Tensor]) -> Loss:
+        return losses.clip(*encoded, scale=model.get_parameter("scale").exp())
+
+    return replace(
+        make(device=device),
+        model=model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        encode=lambda model, microbatch: model(microbatch[0]),
+        loss_fn=clip,
+        batch_size=9,
+        steps=3,
+    )
 
 
 def slow(*, device: torch.device) -> Job:

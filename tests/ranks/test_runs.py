@@ -90,6 +90,7 @@ def begin(rank: int, ranks: int) -> list[tuple[int, str]]:
     run(folder / f"first-{ranks}", "plain", launch=launch, steps=6, async_checkpoints=True)
     run(folder / "stopped", "plain" if rank != 2 else "stopping", launch=launch)
     run(folder / "own-4", "own_shards", launch=launch, sync="lean")
+    run(folder / "pairs-4", "pairs", launch=launch, shard="zero3")
     told = run(folder / "zero3-first", "blocks", launch=launch, shard="zero3", steps=6, async_checkpoints=True)
     model, optimizer = spread(seed=0)
     model.weight.to_local().sum().backward()
@@ -140,6 +141,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: Callable[..., list
         run(folder / "plain-1", "plain")
         run(folder / "by-row-1", "by_row", steps=5)
         run(folder / "blocks-1", "blocks")
+        run(folder / "pairs-1", "pairs")
         run(folder / "whole-to-zero2", "blocks", steps=6)
         run(folder / "deterministic-1", "dropping", deterministic=True)
         run(folder / "first-1", "plain", steps=6)
@@ -189,6 +191,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(runs: Path, name: str
 @pytest.mark.parametrize("name", ["own-4", "zero3-4-to-3", "zero3-4-to-1", "whole-to-zero2"])
 def test_fully_sharded_runs_are_the_same_and_go_on_sharded_or_whole(runs: Path, name: str) -> None:
     assert_close(runs / "blocks-1", runs / name, tolerance=1e-12)
+
+
+def test_a_fully_sharded_run_whose_loss_couples_samples(runs: Path) -> None:
+    assert_close(runs / "pairs-1", runs / "pairs-4", tolerance=1e-12)
 
 
 def test_a_sharded_run_says_how_it_meets(runs: Path) -> None:

@@ -443,6 +443,7 @@ def case_refused(rank: int, ranks: int) -> Any:
         "compile": {"compile": True},
         "offload": {"offload": "activations"},
         "checkpoint": {"checkpoint": "all"},
+        "coupled": {"coupled": "keep"},
         "sync": {"sync": "slow"},
         "reduce_dtype": {"reduce_dtype": torch.bfloat16},
         "process_group": {"process_group": "dp"},
@@ -451,7 +452,6 @@ def case_refused(rank: int, ranks: int) -> Any:
         found[name] = _error(lambda settings=settings: Accumulator(model, optimizer, microbatch_size=1, **settings))
     accumulator = Accumulator(model, optimizer, microbatch_size=1)
     mine = share(rank, ranks)
-    found["encode"] = _error(lambda: accumulator.step(mine, lambda model, x: x.sum(), encode=lambda model, x: x["x"]))
     narrow = sharded(make_model().bfloat16())
     found["fast"] = _error(lambda: Accumulator(narrow, torch.optim.SGD(narrow.parameters()), sync="fast"))
 
@@ -725,10 +725,10 @@ REFUSED = {
     "compile": "compile= does not go",
     "offload": "offload= does not go",
     "checkpoint": "checkpoint= does not go",
+    "coupled": 'coupled="keep" does not go',
     "sync": 'sync must be "auto", "lean" or "fast"',
     "reduce_dtype": "reduce_dtype must be",
     "process_group": "process_group must be",
-    "encode": "encode= does not go",
     "fast": 'pass reduce_dtype=torch.float32 to the policy, or sync="lean"',
     "by hand": "window.split",
 }

@@ -175,5 +175,5 @@ def stand_in(encoded: object) -> Tensor:
     Returns:
         Their sum; shape ``()``.
     """
-    tensors = [leaf for leaf in tree_flatten(encoded)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+    tensors = [leaf for leaf in tree_flatten(encoded)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).sum()

@@ -12,6 +12,7 @@ from microbatch.errors import RankAgainError, RankError
 from microbatch.ranks.group import Ranks
 
 # Of a rank: its rows, the form of its representations, and each one's dtype and shape without the rows.
+_AGAIN = "again"
 _Said: TypeAlias = tuple[int, Any, list[tuple[torch.dtype, tuple[int, ...]]]]
 
 
@@ -24,6 +25,8 @@ class Exchange:
 
     Args:
         ranks: The ranks.
+        together: Whether the ranks make their representations together, so that one which ran out of memory before the
+            first moment cannot make its own again while the others wait for them.
 
     Attributes:
         begun: Whether the first moment has passed.
@@ -33,8 +36,8 @@ class Exchange:
         Laws C3, R2, R7.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, *, together: bool = False) -> None:
+        self._ranks, self._together = ranks, together
         self._moment = 0
         self._rows: list[int] = []
         self._sizes = 0
@@ -67,6 +70,7 @@ class Exchange:
 
         Raises:
             RankError: A rank failed, or the ranks' representations are of different kinds.
+            RankAgainError: A rank will run its batch again, and cannot do so alone.
 
         Cost:
             One message of a few hundred bytes with a host synchronisation, and one all-gather of all representations.
@@ -136,36 +140,40 @@ class Exchange:
 
         Args:
             again: Whether it will run the same batch again.
+
+        Raises:
+            RankError: It would, and another one has failed for good.
         """
         if self._moment == 0:
             # The others wait for this batch's representations, and it does not matter in which attempt they are made.
-            if not again:
-                self._tell(None, failed=True)
+            if not again or self._together:
+                self._tell(_AGAIN if again else None, failed=True)
         else:
             self._sum(self._zeros(self._sizes if self._moment == 1 else 0), failed=not again, again=again)
 
-    def _tell(self, said: _Said | None, *, failed: bool = False) -> list[_Said]:
+    def _tell(self, said: _Said | str | None, *, failed: bool = False) -> list[_Said]:
         self._moment += 1
         told = self._ranks.tell(said)
-        number = told.count(None)
-        if number and not failed:
-            raise RankError(_failed(number, self._ranks.size))
+        self._check(told.count(None), told.count(_AGAIN), failed=failed and said is None, again=said == _AGAIN)
         return told
+
+    def _check(self, failed_there: float, again_there: float, *, failed: bool, again: bool) -> None:
+        """Raise what the others' word means, where this rank has not failed itself."""
+        if failed:
+            return
+        if failed_there:
+            raise RankError(_failed(int(failed_there), self._ranks.size))
+        if again_there and not again:
+            raise RankAgainError(
+                "another rank ran out of memory in what all ranks of this window need, so the batch has to be run "
+                "again on every rank; gradients, random state and buffers are as before the window"
+            )
 
     def _sum(self, numbers: Tensor, *, failed: bool = False, again: bool = False) -> Tensor:
         self._moment += 1
         vector = torch.cat([numbers.new_tensor([float(failed), float(again)]), numbers])
         self._ranks.sum_(vector)
-        told_failed, told_again = vector[:2].tolist()
-        if failed or again:
-            return vector[2:]
-        if told_failed:
-            raise RankError(_failed(int(told_failed), self._ranks.size))
-        if told_again:
-            raise RankAgainError(
-                "another rank ran out of memory after the representations of all ranks had been put together, so the "
-                "batch has to be run again on every rank; gradients, random state and buffers are as before the window"
-            )
+        self._check(*vector[:2].tolist(), failed=failed, again=again)
         return vector[2:]
 
     def _zeros(self, number: int) -> Tensor:

@@ -239,9 +239,21 @@ class Sharded:
             # Partial sums can wait only where each pass lays them out alike.
             unit.all_reduce_grads = unit.reduce_grads and (last or not hasattr(unit, "reduce_scatter_unused_params"))
             unit.reshard_after_backward = last or not self._keeps(unit)
-        self._held = [unit for unit in self._units if unit.is_unsharded]
-        self._line.done, self._line.skip, self._line.scattered = 0, 0, []
-        self.outputs = []
+        self._nothing_said()
+
+    def start_over(self) -> None:
+        """Begin with the passes once more."""
+        self.passes = 0
+        self._nothing_said()
+
+    def between(self) -> None:
+        """Set the flags of a loss that is computed between two rounds of passes, and gather what it may take."""
+        for unit in self._units:
+            # What it leaves in a unit is scattered with the first pass that does so.
+            unit.reduce_grads = unit.all_reduce_grads = False
+            unit.reshard_after_backward = not self._keeps(unit)
+        gather_roots(self._model)
+        self.went_forward()
 
     @property
     def said(self) -> bool:
@@ -261,7 +273,7 @@ class Sharded:
     def went(self) -> None:
         """Count a pass, after its backward."""
         self.passes += 1
-        self.outputs = []
+        self._nothing_said()
 
     @property
     def held(self) -> set[int]:
@@ -316,6 +328,12 @@ class Sharded:
             for name, value in flags.items():
                 setattr(unit, name, value)
         self._hooks, self._wires, self.outputs = [], [], []
+
+    def _nothing_said(self) -> None:
+        """Come to where a pass that fails would begin again."""
+        self._held = [unit for unit in self._units if unit.is_unsharded]
+        self._line.done, self._line.skip, self._line.scattered = 0, 0, []
+        self.outputs = []
 
     def _keeps(self, unit: Any) -> bool:
         # All of these are there when forward ends: to keep them until the next costs nothing at the peak.

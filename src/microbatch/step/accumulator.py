@@ -180,7 +180,7 @@ class Accumulator:
             overlap=overlap,
         )
         blocks = None if checkpoint == "auto" else named_blocks(self._settings.bare_model, checkpoint or ())
-        self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(coupled))
+        self._memory = Memory(sizing=Sizing(asked=microbatch_size), checkpoint=blocks, ways=Ways(self._settings.way))
         self._memory.spilled = self._spilled
         if isinstance(offload, str) or (offload is None and batch_norm == EXACT):
             self._settings = replace(self._settings, offload=Spill(self._settings.bare_model))
@@ -362,7 +362,7 @@ class Accumulator:
                 clock=self._memory.clock,
                 warned=self._memory.warned,
                 spilled=self._spilled,
-                ways=Ways(self._settings.coupled).restored(state.get("ways")),
+                ways=Ways(self._settings.way).restored(state.get("ways")),
                 windows=state["windows"],
                 skipped=state["skipped"],
                 count=state["count"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from microbatch.step.replay import Snapshot
 from microbatch.step.settings import Memory, Settings
 
 Piece: TypeAlias = tuple[int, Any]
+Backward: TypeAlias = Callable[[list[Any], list[Tensor]], object]
 _SAFE = 0.9  # of the memory that there is
 _FEW = 2  # rows of a pass that counts for nothing: of one, batch normalisation has no variance
 
@@ -64,6 +66,7 @@ class Alike:
         self._settings, self._memory, self._ranks = settings, memory, ranks
         self.sharded = Sharded(settings.model, ranks)
         self._filling = self._agreed = False
+        self._forward_only = self._between = False
         self._few: Any = None
         self._lent: Any = None
 
@@ -118,6 +121,45 @@ class Alike:
             self._few = self._lent if self._few is None else self._few
         return rows
 
+    def begin_round(self, *, graph: bool) -> None:
+        """Begin with the passes once more, of a window that makes them twice.
+
+        Args:
+            graph: Whether they go backward as well.
+        """
+        self.sharded.start_over()
+        self._forward_only, self._between = not graph, False
+
+    def end_round(self) -> None:
+        """Let the loss of all representations be computed, with what it takes from the model's outermost units.
+
+        Cost:
+            One all-gather of these, where they are not there already.
+        """
+        self._between = True
+        self.sharded.between()
+
+    def fill_up(
+        self,
+        begin: Callable[[], Iterable[Piece]],
+        shown: Callable[..., Iterable[Piece]],
+        *,
+        run: Callable[[Any], object],
+        backward: Backward,
+    ) -> None:
+        """Make a pass that the other ranks make, and this one has no microbatch for.
+
+        Args:
+            begin: Begins to hand out this rank's microbatches.
+            shown: Shows microbatches to whoever needs to know of them.
+            run: Returns some loss of a microbatch.
+            backward: Runs backward from tensors with their gradients.
+        """
+        with self._nothing():
+            for _, microbatch in shown([self._filler(begin)]):
+                self.sharded.begin()
+                self._pass(run, microbatch, backward=backward)
+
     def check_agreed(self) -> None:
         """Refuse a microbatch that the window did not hand out.
 
@@ -147,13 +189,11 @@ class Alike:
             self.sharded.begin()
             yield piece
         while self.sharded.passes < self.sharded.planned:
-            before, passes = Snapshot(self._settings.model, self._settings.device), self.sharded.passes
-            self._filling = self.sharded.silent = True
-            for piece in shown([self._filler(begin)]):
-                self.sharded.begin()
-                yield piece
-            self._filling = self.sharded.silent = False
-            before.restore()
+            passes = self.sharded.passes
+            with self._nothing():
+                for piece in shown([self._filler(begin)]):
+                    self.sharded.begin()
+                    yield piece
             if self.sharded.passes == passes:
                 raise WindowError(
                     "a microbatch of a fully sharded model had no backward, which the other ranks wait for: call "
@@ -190,10 +230,10 @@ class Alike:
             run: Calls the loss function with a microbatch.
 
         Cost:
-            The rest of the window's passes, with two rows.
+            The rest of the window's passes, or of one of its two rounds of them, with two rows.
         """
         sharded, failed = self.sharded, True
-        while self._few is not None and sharded.passes < sharded.planned:
+        while not self._between and self._few is not None and sharded.passes < sharded.planned:
             if failed:
                 sharded.rejoin()
             else:
@@ -246,13 +286,31 @@ class Alike:
             memory.sync = self.sync
             settings.emit(SyncChosen(step=memory.windows, sync=self.sync, why=why))
 
+    @contextmanager
+    def _nothing(self) -> Generator[None]:
+        """Let a pass leave nothing behind."""
+        before = Snapshot(self._settings.model, self._settings.device)
+        self._filling = self.sharded.silent = True
+        yield
+        # Not after an error, which puts back what was before the window.
+        self._filling = self.sharded.silent = False
+        before.restore()
+
     def _filler(self, begin: Callable[[], Iterable[Piece]]) -> Piece:
         """Return a microbatch of this rank's, or what it was lent."""
         if self._lent is None or self._lent is not self._few:
             return next(iter(begin()))
         return next(iter(feed([(rows_of(self._lent), self._lent)], self._settings.device)))
 
-    def _pass(self, run: Callable[[Any], object], microbatch: Any) -> None:
+    def _pass(
+        self, run: Callable[[Any], object], microbatch: Any, *, backward: Backward = torch.autograd.backward
+    ) -> None:
+        """Make a pass that counts for nothing."""
+        if self._forward_only:
+            with torch.no_grad():
+                run(microbatch)
+            self.sharded.went()
+            return
         try:
             loss = run(microbatch)
         except Exception:
@@ -261,7 +319,7 @@ class Alike:
                 raise
             loss = None
         tensors, seeds = self.silence(loss)
-        torch.autograd.backward(tensors, seeds)
+        backward(tensors, seeds)
         self.sharded.went()
 
 

@@ -36,6 +36,7 @@ class Scheme:
         keep: Whether the graphs are kept until backward; if not, everything is encoded twice.
         in_turns: Whether somebody else encodes, all microbatches together.
         live_bytes: Bytes in use now; `None` where nobody counts.
+        together: Whether all ranks make the same passes, so that none can make its own again.
     """
 
     encode: Encode
@@ -45,6 +46,7 @@ class Scheme:
     keep: bool
     in_turns: bool
     live_bytes: Callable[[], int | None]
+    together: bool = False
 
 
 class Coupling:
@@ -71,7 +73,7 @@ class Coupling:
 
     def __init__(self, scheme: Scheme, ranks: Ranks | None) -> None:
         self._scheme = scheme
-        self.exchange = None if ranks is None else Exchange(ranks)
+        self.exchange = None if ranks is None else Exchange(ranks, together=scheme.together)
         self.waiting = False
         self.rows = self.own = 0
         self.graph_bytes: int | None = None

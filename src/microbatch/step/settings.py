@@ -171,8 +171,14 @@ class Settings:
         """The model without the wrapper of DistributedDataParallel, whose reductions the accumulator does itself."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
+    @property
+    def way(self) -> str:
+        """How batches are encoded whose loss couples samples."""
+        # What each rank would choose by its own clock, all have to do alike.
+        return "twice" if self.coupled == "auto" and self.is_sharded else self.coupled
+
     def refuse_coupled(self) -> None:
-        """Refuse to encode a batch with a fully sharded model, with a pipeline, or while gradients are reduced.
+        """Refuse to encode a batch with a pipeline, or while gradients are reduced.
 
         Raises:
             ConfigError: The model is one, or ``overlap=True``.
@@ -186,11 +192,6 @@ class Settings:
             raise ConfigError(
                 "encode= does not go with overlap=True: in the backward of a loss of the whole batch the ranks talk of "
                 "other things than gradients; leave one of them out"
-            )
-        if self.is_sharded:
-            raise ConfigError(
-                "encode= does not go with a fully sharded model, whose passes all ranks have to make alike, in both of "
-                "its rounds; use DistributedDataParallel or a bare model for losses that couple samples"
             )
 
     def emit(self, event: Event) -> None:
@@ -382,6 +383,11 @@ def check_sharded(settings: Settings) -> None:
         (settings.deterministic, "deterministic=", "its sums are torch's own, in the order of the ranks"),
         (settings.compile, "compile=", "compile its blocks with torch.compile before fully_shard"),
         (settings.offload is not None, "offload=", "use fully_shard's CPUOffloadPolicy, or checkpoint blocks"),
+        (
+            settings.coupled not in {"auto", "twice"},
+            f'coupled="{settings.coupled}"',
+            "leave it out: batches are encoded twice, since graphs would hold the weights of every pass",
+        ),
         (settings.checkpoint is not None, "checkpoint=", "apply torch's checkpoint wrapper before fully_shard"),
     ]:
         if given:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -29,7 +29,7 @@ from microbatch.errors import (
 from microbatch.gradients.add import trainable
 from microbatch.gradients.finish import first_nonfinite
 from microbatch.loss.across import Across
-from microbatch.loss.coupled import own_part
+from microbatch.loss.coupled import own_part, stand_in
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.memory.recompute import checkpointed
 from microbatch.memory.recover import is_out_of_memory, let_go_of_locals
@@ -56,6 +56,7 @@ from microbatch.step.piped import Piped
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt, Cut, RanOut, run_out
 from microbatch.step.replay import Snapshot, forget_unscaled
+from microbatch.step.rounds import Rounds
 from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sums import sums_for
 from microbatch.step.tune import Stopwatch
@@ -337,10 +338,11 @@ class Window:
             encode,
             settings.bare_model,
             settings.device,
-            lambda: iter(self._shown(pieces())),
+            self._rounds(pieces, encode),
             keep,
             in_turns,
             lambda: self._watch.live_bytes,
+            together=self._alike is not None,
         )
         if keep:
             self._fuse.keep_casts()
@@ -354,9 +356,24 @@ class Window:
             return representations
         self._talk = self._coupling.exchange
         representations = self._coupling.encode(self._order, self._encoded)
+        if self._alike is not None:  # where no rank has failed so far: it takes all of them
+            self._alike.end_round()
         if self._masking is not None:
             self._masking.show_whole(self._coupling.rows)
         return representations
+
+    def _rounds(
+        self, pieces: Callable[[], Iterator[tuple[int, Any]]], encode: Encode
+    ) -> Callable[[], Iterator[tuple[int, Any]]]:
+        """Return what begins to hand out microbatches each time that they are encoded."""
+        if self._alike is None:
+            return lambda: iter(self._shown(pieces()))
+        model = self._settings.bare_model
+
+        def fill(microbatch: Any) -> Tensor:
+            return stand_in(encode(model, microbatch))
+
+        return Rounds(self._alike, pieces, self._shown, fill=fill, backward=self._run_backward)
 
     def _encoded(self, rows: int) -> None:
         self._norms.encoded()
@@ -668,10 +685,14 @@ class Window:
         if not coupling.waiting:
             raise WindowError("the batch that this window encoded has had its loss; open another window")
         shares = shares_of(loss, rows=coupling.rows if count is None else check_number(count, "count"))
-        shares = self._denominators.whole(shares, rows=coupling.rows) if coupling.own else []
+        # What passes through a sharded model is a part of all ranks' sums, also where nothing is this one's.
+        taking_part = coupling.own or self._alike is not None
+        shares = self._denominators.whole(shares, rows=coupling.rows) if taking_part else []
         shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
         self._backward([shares], first=None)
         gradients = coupling.gradients(shares)
+        if self._alike is not None:  # from here on the others make passes, and wait for this rank's
+            self._alike.begin_round(graph=True)
         self._begin_sums()
         if self._passed is not None:
             self._push_together(coupling, gradients, self._passed)
@@ -681,6 +702,8 @@ class Window:
             self._norms.encode_again()
             for rows, tensors, seeds in coupling.push(gradients):
                 self._gradients.check_untouched()
+                if self._alike is not None:
+                    self._alike.sharded.went_forward()
                 self._run_backward(tensors, seeds)
                 self._done(rows)
         if coupling.exchange is not None:
@@ -840,18 +863,25 @@ class Window:
         alike.sharded.drop()
 
     def _tell_failure(self, ranks: Ranks, *, again: bool) -> None:
-        if self._alike is not None:
-            try:
+        if self._talk is not None and not self._talk.over:
+            with self._nobody_left():
+                self._talk.fail(again=again)
+        elif self._alike is not None:
+            with self._nobody_left():
                 agree(ranks, None, parameters=len(self._named), again=again)
-            except RankError:  # and the others' errors say so
-                self.ran_out = None if self.ran_out is None else replace(self.ran_out, again=None)
         elif self._early is not None and self._early.waits:
             if not self._early.fail(again=again) and self.ran_out is not None:
                 self.ran_out = replace(self.ran_out, again=None)
-        elif self._talk is not None and not self._talk.over:
-            self._talk.fail(again=again)
         elif not again:  # where the same window is run again, the others wait for what comes of that
             agree(ranks, None, parameters=len(self._named))
+
+    @contextmanager
+    def _nobody_left(self) -> Generator[None]:
+        """Do not run a batch again that another rank has given up; the others' errors say why."""
+        try:
+            yield
+        except RankError:
+            self.ran_out = None if self.ran_out is None else replace(self.ran_out, again=None)
 
     def _ran_out(self, error: BaseException) -> None:
         """Make the next cut smaller, if that is what can help, and say so."""
