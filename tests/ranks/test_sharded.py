@@ -438,7 +438,7 @@ def case_refused(rank: int, ranks: int) -> Any:
     before, optimizer = flags(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     found: dict[str, str] = {}
     asked: dict[str, dict[str, Any]] = {
-        "batch_norm": {"batch_norm": "exact"},
+        "batch_norm": {"batch_norm": "exact", "sync": "lean"},
         "gradient_buffer": {"gradient_buffer": "none"},
         "compile": {"compile": True},
         "offload": {"offload": "activations"},
@@ -720,7 +720,7 @@ def test_hand_written_loops(two: list[Any], loop: str, way: str) -> None:
 
 
 REFUSED = {
-    "batch_norm": 'batch_norm="exact" does not go',
+    "batch_norm": 'batch_norm="exact" with sync="lean" does not go',
     "gradient_buffer": 'gradient_buffer="none" does not go',
     "compile": "compile= does not go",
     "offload": "offload= does not go",

@@ -99,16 +99,17 @@ def unshared_bytes(model: nn.Module) -> int:
     return sum(each.numel() * dtype.itemsize for each, dtype in _trained(model))
 
 
-def narrowest(model: nn.Module) -> torch.dtype | None:
+def narrowest(model: nn.Module, *, alone: bool = False) -> torch.dtype | None:
     """Say in what a model's gradients would add up between microbatches, before they are scattered.
 
     Args:
         model: Fully sharded.
+        alone: Whether all of them are in one backward, which adds up in what it computes in.
 
     Returns:
         The narrowest dtype; `None` where nothing is trained.
     """
-    return min((dtype for _, dtype in _trained(model)), key=lambda dtype: dtype.itemsize, default=None)
+    return min((dtype for _, dtype in _trained(model, alone=alone)), key=lambda dtype: dtype.itemsize, default=None)
 
 
 def reshard(model: nn.Module) -> None:
@@ -191,6 +192,7 @@ class Sharded:
         fast: Whether gradients are scattered in the last one only.
         outputs: What the pass's forward has returned, as nodes of the graph, with what makes zeros like them.
         silent: Whether the pass is to add nothing to any gradient.
+        whole: Whether all passes of the window are made as those of a plain module.
 
     Source:
         Laws R2, R4, R6, R7.
@@ -207,7 +209,7 @@ class Sharded:
         self._watched: set[int] = set()
         self._used: set[int] = set()
         self.passes = self.planned = 0
-        self.fast = self.silent = False
+        self.fast = self.silent = self.whole = False
         self.outputs: list[tuple[GradientEdge, Callable[[], Tensor]]] = []
 
     def open(self) -> None:
@@ -233,7 +235,7 @@ class Sharded:
 
     def begin(self) -> None:
         """Set the flags of the next pass, before its forward."""
-        last = self.passes >= self.planned - 1
+        last = self.whole or self.passes >= self.planned - 1
         for unit in self._units:
             unit.reduce_grads = last or not self.fast
             # Partial sums can wait only where each pass lays them out alike.
@@ -341,7 +343,7 @@ class Sharded:
 
     def _went_forward(self, module: nn.Module, given: Any, output: Any) -> None:
         del module, given
-        for each in tree_leaves(output):
+        for each in () if self.whole else tree_leaves(output):
             if isinstance(each, Tensor) and each.requires_grad:
                 zeros = partial(torch.zeros, each.shape, dtype=each.dtype, device=each.device)
                 self.outputs.append((get_gradient_edge(each), zeros))
@@ -356,23 +358,31 @@ class Sharded:
         return torch.zeros_like(gradient) if self.silent else None
 
 
-def _trained(model: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
+def _trained(model: nn.Module, *, alone: bool = False) -> Iterator[tuple[Tensor, torch.dtype]]:
     """Walk over the sharded parameters that are trained, each with the dtype of its gradient before it is scattered."""
     for unit in _units(model):
         policy = unit.mp_policy
         for parameter in (each.sharded_param for each in unit.fsdp_params):
             if parameter.requires_grad:
-                yield parameter, policy.reduce_dtype or policy.param_dtype or parameter.dtype
+                wider = None if alone else policy.reduce_dtype
+                yield parameter, wider or policy.param_dtype or parameter.dtype
 
 
 def _units(model: nn.Module) -> Iterator[Any]:
     for module in fully_sharded(model):
-        yield from _units_of(module)
+        yield from units_of(module._get_fsdp_state())
 
 
-def _units_of(module: Any) -> Sequence[Any]:
+def units_of(state: Any) -> Sequence[Any]:
+    """List the groups of parameters that one `fully_shard` has made.
+
+    Args:
+        state: What it keeps of its module.
+
+    Returns:
+        Each is gathered, and its gradients are scattered, at once.
+    """
     # Private to torch, like the flags' values, which can be set and not be asked for. Until 2.11 there was one.
-    state = module._get_fsdp_state()
     units = getattr(state, "_fsdp_param_groups", None)
     if units is not None:
         return list(units)

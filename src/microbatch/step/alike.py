@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,10 +18,11 @@ from microbatch.memory.budget import format_bytes
 from microbatch.ranks.agree import attend
 from microbatch.ranks.group import Ranks
 from microbatch.ranks.sharded import Sharded, narrowest, unshared_bytes
+from microbatch.ranks.whole import hold_whole, let_go, scatter_whole
 from microbatch.step.events import SyncChosen
 from microbatch.step.foresee import room_for
 from microbatch.step.replay import Snapshot
-from microbatch.step.settings import Memory, Settings
+from microbatch.step.settings import EXACT, Memory, Settings
 
 Piece: TypeAlias = tuple[int, Any]
 Backward: TypeAlias = Callable[[list[Any], list[Tensor]], object]
@@ -57,6 +58,7 @@ class Alike:
 
     Attributes:
         sharded: What is set in the model, and watched.
+        aside: Around passes that come to nothing, for whoever measures what passes do.
 
     Source:
         Laws N3, N4, R2, R7.
@@ -67,6 +69,7 @@ class Alike:
         self.sharded = Sharded(settings.model, ranks)
         self._filling = self._agreed = False
         self._forward_only = self._between = False
+        self.aside: Callable[[], AbstractContextManager[object]] = nullcontext
         self._few: Any = None
         self._lent: Any = None
 
@@ -120,6 +123,28 @@ class Alike:
             self._lent = ranks.tell(given)[lender]
             self._few = self._lent if self._few is None else self._few
         return rows
+
+    def hold_whole(self) -> list[Any]:
+        """Gather all weights, for passes that are no longer one after the other.
+
+        Returns:
+            The weights.
+
+        Cost:
+            One all-gather a unit.
+        """
+        self._between, self.sharded.whole = True, True
+        return hold_whole(self._settings.model)
+
+    def scatter_whole(self) -> None:
+        """Scatter what one backward of all passes has left.
+
+        Cost:
+            One reduce-scatter a unit.
+        """
+        self.sharded.begin()
+        scatter_whole(self._settings.model)
+        self.sharded.went()
 
     def begin_round(self, *, graph: bool) -> None:
         """Begin with the passes once more, of a window that makes them twice.
@@ -242,6 +267,12 @@ class Alike:
             for _, microbatch in feed([(0, self._few)], self._settings.device):
                 self._pass(run, microbatch)
 
+    def drop(self) -> None:
+        """Leave nothing of a window that has failed."""
+        if self.sharded.whole:
+            let_go(self._settings.model)
+        self.sharded.drop()
+
     def learn(self, peak_bytes: int | None) -> None:
         """Learn what a window took.
 
@@ -257,7 +288,7 @@ class Alike:
         Returns:
             Whether there is another way to try, with microbatches as large as before.
         """
-        given_up = self.sharded.fast and self._settings.sync == "auto"
+        given_up = self.sharded.fast and self._settings.sync == "auto" and self._settings.batch_norm != EXACT
         self._memory.too_fast = self._memory.too_fast or given_up
         return given_up
 
@@ -266,6 +297,8 @@ class Alike:
         settings, memory = self._settings, self._memory
         if settings.sync != "auto":
             return settings.sync == "fast", "it was asked for"
+        if settings.batch_norm == EXACT:
+            return True, 'batch_norm="exact" has one backward for all microbatches'
         if memory.too_fast:
             return False, "memory ended in a window that held whole gradients"
         dtype = narrowest(settings.model)
@@ -291,7 +324,8 @@ class Alike:
         """Let a pass leave nothing behind."""
         before = Snapshot(self._settings.model, self._settings.device)
         self._filling = self.sharded.silent = True
-        yield
+        with self.aside():
+            yield
         # Not after an error, which puts back what was before the window.
         self._filling = self.sharded.silent = False
         before.restore()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -62,6 +63,16 @@ class Norms:
         """Learn that a microbatch has been encoded, without a graph or with one that is kept."""
         if self._pooled is not None:
             self._pooled.next()
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Measure nothing of the passes inside the block."""
+        if self._pooled is None:
+            yield
+            return
+        before, self._pooled.done = self._pooled.done, True
+        yield
+        self._pooled.done = before
 
     def encode_again(self) -> None:
         """Measure nothing more: what comes has been measured."""

@@ -374,15 +374,19 @@ def check_sharded(settings: Settings) -> None:
     """
     for given, name, instead in [
         (
-            settings.batch_norm in {EXACT, POOLED},
-            f'batch_norm="{settings.batch_norm}"',
-            'say "microbatch" or "frozen"',
+            settings.batch_norm == EXACT and settings.sync == "lean",
+            'batch_norm="exact" with sync="lean"',
+            'one backward is for all microbatches, which leaves whole gradients; say sync="fast" or "auto"',
         ),
         (any(settings.linear_states), 'gradient_buffer="none"', "leave it out: a rank holds a shard of each gradient"),
         (settings.grad_scaler is not None, "grad_scaler=", "use bfloat16, which needs no scaler"),
         (settings.deterministic, "deterministic=", "its sums are torch's own, in the order of the ranks"),
         (settings.compile, "compile=", "compile its blocks with torch.compile before fully_shard"),
-        (settings.offload is not None, "offload=", "use fully_shard's CPUOffloadPolicy, or checkpoint blocks"),
+        (
+            settings.offload is not None and settings.batch_norm != EXACT,
+            "offload=",
+            "use fully_shard's CPUOffloadPolicy, or checkpoint blocks",
+        ),
         (
             settings.coupled not in {"auto", "twice"},
             f'coupled="{settings.coupled}"',
@@ -392,7 +396,14 @@ def check_sharded(settings: Settings) -> None:
     ]:
         if given:
             raise ConfigError(f"{name} does not go with a fully sharded model: {instead}")
-    dtype, wide = narrowest(settings.model), settings.accumulate_dtype
+    wide = settings.accumulate_dtype
+    dtype = narrowest(settings.model, alone=True)
+    if settings.batch_norm == EXACT and dtype is not None and torch.promote_types(dtype, wide) != dtype:
+        raise ConfigError(
+            f'batch_norm="{EXACT}" with a fully sharded model adds gradients up in {dtype}, in which it computes, and '
+            f"accumulate_dtype is {wide}; keep the weights in {wide} and use autocast="
+        )
+    dtype = narrowest(settings.model)
     if settings.sync == "fast" and dtype is not None and torch.promote_types(dtype, wide) != dtype:
         raise ConfigError(
             f'sync="fast" would add gradients up in {dtype}, as the MixedPrecisionPolicy of the model says, and '

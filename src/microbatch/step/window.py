@@ -385,6 +385,9 @@ class Window:
     ) -> Passed:
         """Run all forward passes in turns."""
         self._talk = across = across_ranks(self._ranks)
+        if self._alike is not None and self._settings.spill is not None:
+            self._settings.spill.leave(self._alike.hold_whole())
+            self._alike.sharded.went_forward()
         self._fuse.keep_casts()
         handed = list(begin())
         pieces = Pieces([each for _, each in handed], [rows for rows, _ in handed], self._gradients, across)
@@ -509,7 +512,7 @@ class Window:
         passed.values.clear()
         self._denominators.need()
         self._backward(parts, first=0, anchors=passed.anchors)
-        passed.end()
+        self._end_together(passed)
         for rows in passed.rows:
             self._done(rows)
 
@@ -563,6 +566,8 @@ class Window:
             self._inner.enter_context(settings.model.no_sync())
         self._inner.enter_context(checkpointed(settings.bare_model, self._memory.checkpoint or ()))
         self._norms = Norms(settings, self._memory)
+        if self._alike is not None:
+            self._alike.aside = self._norms.aside
         self._norms.open(self._inner)  # under fuse, which keeps what is under it on in backward
         if self._masking is not None:
             # What is compiled would draw masks of its own. And what checkpoints run again, inside of backward, runs
@@ -691,7 +696,7 @@ class Window:
         shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
         self._backward([shares], first=None)
         gradients = coupling.gradients(shares)
-        if self._alike is not None:  # from here on the others make passes, and wait for this rank's
+        if self._alike is not None and self._passed is None:  # the others make passes now, and wait for this rank's
             self._alike.begin_round(graph=True)
         self._begin_sums()
         if self._passed is not None:
@@ -725,9 +730,16 @@ class Window:
             seeds += given
         self._gradients.check_untouched()
         self._run_backward(tensors, seeds)
-        passed.end()
+        self._end_together(passed)
         for rows in passed.rows:
             self._done(rows)
+
+    def _end_together(self, passed: Passed) -> None:
+        """Come to the end of the one backward, and after it scatter what it has left of a sharded model's gradients."""
+        passed.end()
+        if self._alike is not None:
+            self._alike.scatter_whole()
+            self._gradients.mark(some=False)
 
     def _run_backward(self, tensors: list[Tensor], seeds: list[Tensor]) -> None:
         if not tensors:
@@ -860,7 +872,7 @@ class Window:
             let_go_of_locals(error, self._settings.model)
         if awaited and self._run is not None:
             alike.keep_step(self._run)
-        alike.sharded.drop()
+        alike.drop()
 
     def _tell_failure(self, ranks: Ranks, *, again: bool) -> None:
         if self._talk is not None and not self._talk.over:
