@@ -55,6 +55,13 @@ def jobs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_one_process_has_nothing_to_share_out(jobs: Path) -> None:
+    result = train(jobs, "jobs.py:good", "--shard", "zero3", "--no-compare")
+    assert result.returncode == 0
+    assert "--shard zero3: one process holds everything; start several with torchrun" in result.stdout
+    assert "sharded" not in result.stdout
+
+
 def train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
     return subprocess.run(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from microbatch.cli.show import Screen
 from microbatch.cli.views import step_line, summary_view
 from microbatch.errors import CheckpointError
 from microbatch.memory.budget import format_bytes
@@ -81,7 +82,16 @@ def chosen(told: list[RunEvent]) -> list[tuple[int, str]]:
     return [(event.step, event.sync) for event in told if isinstance(event, SyncChosen)]
 
 
-def begin(rank: int, ranks: int) -> list[tuple[int, str]]:
+def shown(told: list[RunEvent]) -> str:
+    """Return what people see of it."""
+    text = io.StringIO()
+    screen = Screen(Console(file=text, width=200))
+    for event in told:
+        screen(event)
+    return text.getvalue()
+
+
+def begin(rank: int, ranks: int) -> dict[str, Any]:
     """Whole runs, one after the other, and the first part of one that goes on elsewhere."""
     folder, launch = Path(os.environ["RUNS"]), Launch(rank=rank, ranks=ranks)
     run(folder / f"plain-{ranks}", "plain", launch=launch)
@@ -100,7 +110,7 @@ def begin(rank: int, ranks: int) -> list[tuple[int, str]]:
     whole = model.weight.full_tensor(), optimizer.state[model.weight]["exp_avg"].full_tensor()
     if rank == 0:
         torch.save(whole, folder / "whole.pt")
-    return chosen(told)
+    return {"sync": chosen(told), "screen": shown(told)}
 
 
 def spread(*, seed: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -199,7 +209,13 @@ def test_a_fully_sharded_run_whose_loss_couples_samples(runs: Path) -> None:
 
 def test_a_sharded_run_says_how_it_meets(runs: Path) -> None:
     assert {line["sync"] for line in lines(runs / "own-4")} == {"lean"}
-    assert torch.load(runs / "began.pt", weights_only=True) == [[(0, "lean"), (1, "fast")]] * 4
+    began = torch.load(runs / "began.pt", weights_only=True)
+    assert [each["sync"] for each in began] == [[(0, "lean"), (1, "fast")]] * 4
+    screen = began[0]["screen"]
+    assert "over all ranks (ZeRO-3); lean or fast, as memory allows" in screen
+    assert "from step 1 on lean: gradients meet after every microbatch, in shards, because a first window" in screen
+    assert "from step 2 on fast: gradients meet once a step, whole until then, because whole gradients" in screen
+    assert "sync fast" in screen
     assert [each["sync"] for each in torch.load(runs / "spread.pt", weights_only=True)] == [[(6, "fast")]] * 3
     assert [line.get("sync") for line in lines(runs / "zero3-4-to-3")] == ["lean", *["fast"] * 11]
     assert "sync" not in lines(runs / "zero3-4-to-1")[-1]

@@ -255,7 +255,6 @@ class Sharded:
             unit.reduce_grads = unit.all_reduce_grads = False
             unit.reshard_after_backward = not self._keeps(unit)
         gather_roots(self._model)
-        self.went_forward()
 
     @property
     def said(self) -> bool:

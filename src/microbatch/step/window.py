@@ -694,6 +694,8 @@ class Window:
         taking_part = coupling.own or self._alike is not None
         shares = self._denominators.whole(shares, rows=coupling.rows) if taking_part else []
         shares = [own_part(share, own=coupling.own, whole=coupling.rows) for share in shares]
+        if self._alike is not None:  # what the loss has called may be gathered for the first time
+            self._alike.sharded.went_forward()
         self._backward([shares], first=None)
         gradients = coupling.gradients(shares)
         if self._alike is not None and self._passed is None:  # the others make passes now, and wait for this rank's
