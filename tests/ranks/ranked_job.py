@@ -78,7 +78,7 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.towers = nn.ModuleList(nn.Sequential(nn.Linear(5, 4), nn.Tanh()) for _ in range(2))
-        self.scale = nn.Parameter(torch.tensor([0.3]))
+        self.scale = nn.Parameter(torch.tensor(0.3))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [tower(x) for tower in self.towers]

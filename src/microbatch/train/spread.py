@@ -19,7 +19,8 @@ def spread(job: Job, *, how: str) -> None:
     """Apply `torch.distributed.fsdp.fully_shard` to a job's model, and let its optimizers have the shards.
 
     The blocks that the model repeats are gathered one at a time, and what is left, such as embeddings and heads, is
-    gathered as a whole. What blocks share with others, such as tied weights, is part of that rest.
+    gathered as a whole. What blocks share with others, such as tied weights, is part of that rest. Parameters of no
+    dimension, such as a temperature, cannot be shared out: every rank keeps them.
 
     Args:
         job: Its model and its optimizers are changed in place, before the first step.
@@ -45,11 +46,12 @@ def spread(job: Job, *, how: str) -> None:
             )
     before = dict(model.named_parameters(remove_duplicate=False))
     policy = MixedPrecisionPolicy(reduce_dtype=_wide(before.values()))
-    blocks = _units(model)
+    blocks, numbers = _units(model), {each for each in model.parameters() if each.ndim == 0}
     for unit in [*blocks, model]:
         inside = [] if unit is not model else [each for block in blocks for each in block.parameters()]
-        _check_dtypes(unit, without={id(each) for each in inside})
-        fully_shard(unit, reshard_after_forward=None if how == "zero3" else False, mp_policy=policy)
+        _check_dtypes(unit, without={id(each) for each in (*inside, *numbers)})
+        after_forward = None if how == "zero3" else False
+        fully_shard(unit, reshard_after_forward=after_forward, mp_policy=policy, ignored_params=numbers)
     after = dict(model.named_parameters(remove_duplicate=False))
     shards = {id(whole): after[name] for name, whole in before.items()}
     for optimizer in optimizers_of(job.optimizer):

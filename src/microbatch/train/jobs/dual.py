@@ -38,6 +38,18 @@ class DualEncoder(nn.Module):
         self.positives = Tower(channels, width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
+    def forward(self, anchor_BT: Tensor, positive_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Represent both texts of every pair.
+
+        Args:
+            anchor_BT: As for `anchor`.
+            positive_BT: As for `positive`.
+
+        Returns:
+            What these return.
+        """
+        return self.anchor(anchor_BT), self.positive(positive_BT)
+
     def anchor(self, tokens_BT: Tensor) -> Tensor:
         """Represent what is looked for by.
 

@@ -131,7 +131,8 @@ def encode(model: nn.Module, microbatch: dict[str, Tensor]) -> dict[str, Tensor]
     Returns:
         ``"anchor"`` and ``"positive"``, each of shape ``(B, D)``, of length 1.
     """
-    return {name: getattr(model, name)(microbatch[name]) for name in FIELDS}
+    # One call of the model itself, as sharded ones need it.
+    return dict(zip(FIELDS, model(*(microbatch[name] for name in FIELDS)), strict=True))
 
 
 def pairs_loss(model: nn.Module, found: dict[str, Tensor]) -> Loss:
