@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from microbatch.batch.tree import Rows, Whole
     from microbatch.checking.equal import check
     from microbatch.checking.report import Cause, Check
+    from microbatch.engines.deepspeed import DeepSpeed
     from microbatch.errors import MicrobatchError
     from microbatch.gradients.fold import LinearState
     from microbatch.loss import losses
@@ -47,6 +48,7 @@ __all__ = [
     "BudgetPassed",
     "Cause",
     "Check",
+    "DeepSpeed",
     "Division",
     "Hyperparameters",
     "Job",
@@ -90,6 +92,7 @@ _HOMES = {
     "Accumulator": "step.accumulator",
     "Cause": "checking.report",
     "Check": "checking.report",
+    "DeepSpeed": "engines.deepspeed",
     "Division": "planning.arithmetic",
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",

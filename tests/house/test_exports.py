@@ -17,6 +17,7 @@ PUBLIC = {
     "BudgetPassed",
     "Cause",
     "Check",
+    "DeepSpeed",
     "Job",
     "Lengths",
     "LinearState",

@@ -307,6 +307,11 @@ class Settings:
                 f"{path or 'the model'!r} is wrapped in FullyShardedDataParallel, which flattens parameters and "
                 "averages gradients by itself; apply torch.distributed.fsdp.fully_shard to its modules instead"
             )
+        if any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(self.model).__mro__):
+            raise ConfigError(
+                "a DeepSpeed engine adds gradients up, reduces and steps by itself: mb.DeepSpeed(engine) gives it the "
+                "one denominator"
+            )
         if self.is_sharded:
             check_sharded(self)
         group = self.group  # which refuses what is none
