@@ -25,7 +25,7 @@ def test_as_good_as_in_more_digits(shape: tuple[int, ...], dtype: torch.dtype, l
     around = (exact - expected.view(-1, *[1] * (x.dim() - 2))).square().sum(over)
     rounding = torch.finfo(mean.dtype).eps
     torch.testing.assert_close(mean.double(), expected, rtol=4 * rounding, atol=0)
-    torch.testing.assert_close(squares.double(), around, rtol=20 * rounding, atol=1e-9)
+    torch.testing.assert_close(squares.double(), around, rtol=100 * rounding, atol=1e-9)
 
 
 def test_parts_are_merged_in_the_widest_dtype() -> None:
