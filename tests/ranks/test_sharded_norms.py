@@ -134,6 +134,25 @@ def case_failures(rank: int, ranks: int) -> Any:
     return found
 
 
+def case_gathering(rank: int, ranks: int) -> Any:
+    """Memory that ends while weights are gathered: before a unit has said anything, and after."""
+    found: dict[str, Any] = {}
+    for name in ("unshard", "wait_for_unshard"):
+        world = World("ZeRO-3", batch_norm="exact")
+        unit = list(_units(world.model))[1]
+        inner, calls = getattr(unit, name), list[int]()
+
+        def once(*given: Any, inner: Any = inner, calls: Any = calls) -> Any:
+            calls.append(0)
+            if len(calls) == 1 and rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+            return inner(*given)
+
+        setattr(unit, name, once)
+        found[name] = world.step(rank)
+    return found
+
+
 CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
 
 
@@ -224,6 +243,15 @@ def test_failures(told: list[Any], way: str) -> None:
         assert found[way]["retried"]["retries"] == 1
         assert found[way]["said"] == ("KeyError" if rank == 1 else "RankError")
         check(found[way]["after"], theirs, model)
+
+
+@pytest.mark.parametrize("place", ["unshard", "wait_for_unshard"])
+def test_memory_that_ends_while_weights_are_gathered(told: list[Any], place: str) -> None:
+    model, batch = make()
+    theirs = reference(lambda model: loss_fn(model, batch), model)
+    for found in result(told, "gathering"):
+        check(found[place], theirs, model)
+        assert found[place]["retries"] == 1
 
 
 @pytest.mark.parametrize("way", AFTER)

@@ -96,6 +96,7 @@ class DeepSpeed:
         try:
             step = window.run(batch, loss_fn, counts=counts)
         except BaseException as error:
+            self._spoilt = True  # should that fail, too
             self._spoilt = not window.abort(error)
             raise
         self._steps += 1

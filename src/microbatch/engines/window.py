@@ -106,7 +106,7 @@ class EngineWindow:
         """
         heard = isinstance(error, RankError) or not isinstance(error, Exception)
         if self._ranks is not None and self._awaited and not heard:
-            with suppress(RankError):
+            with suppress(RankError, RuntimeError):  # the others may have died
                 agree(self._ranks, None, parameters=len(self._parameters))
         self._snapshot.restore()
         optimizer = self._engine.optimizer

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from microbatch.ranks.sharded import fully_sharded, units_of
+from microbatch.ranks.sharded import fully_sharded, reshard, units_of
 
 
 def hold_whole(model: nn.Module) -> list[Any]:
@@ -23,16 +23,33 @@ def hold_whole(model: nn.Module) -> list[Any]:
     Returns:
         The gathered weights.
 
+    Raises:
+        Exception: What went wrong on this rank, memory that ended most of all. The others wait for its part of every
+            unit, so it gathers the rest one by one, and lets go of each.
+
     Cost:
         One all-gather a unit; memory for all weights.
     """
     weights: list[Any] = []
+    failure: Exception | None = None
     for state in _states(model):
         for unit in units_of(state):
-            unit.unshard()
-            unit.wait_for_unshard()
-            weights += [each._unsharded_param for each in unit.fsdp_params]
+            try:
+                _gather(unit)
+            except Exception as error:
+                if failure is not None:
+                    raise
+                failure = error
+                weights.clear()
+                reshard(model)
+                _gather(unit)
+            if failure is None:
+                weights += [each._unsharded_param for each in unit.fsdp_params]
+            else:
+                unit.reshard()
         state._training_state = type(state._training_state).PRE_BACKWARD
+    if failure is not None:
+        raise failure
     return weights
 
 
@@ -59,6 +76,11 @@ def let_go(model: nn.Module) -> None:
     """
     for state in _states(model):
         state._training_state = type(state._training_state).IDLE
+
+
+def _gather(unit: Any) -> None:
+    unit.unshard()
+    unit.wait_for_unshard()
 
 
 def _roots(model: nn.Module) -> Iterator[Any]:

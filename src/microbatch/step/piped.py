@@ -122,7 +122,7 @@ class Piped:
         with ExitStack() as stack:
             for part in self._pipeline.parts:
                 self._under_autocast(part, stack)
-            self._scheduled.run(self._pipeline, calls, self._loss, key=(len(calls), _shapes(calls[0])))
+            self._scheduled.run(self._pipeline, calls, self._loss, key=_key(calls))
 
     def finish(self, tally: Tally) -> None:
         """Add the losses up, once all passes have been made.
@@ -310,6 +310,12 @@ def _told_by(row: object) -> int:
         # A row that is longer by zeros is another one.
         found = (found * 31 + int((read * (torch.arange(len(read)) % 251 + 1)).sum()) + len(read)) % 65_521
     return found
+
+
+def _key(calls: Sequence[Pass]) -> tuple[Any, ...]:
+    """Say what the shapes that stages hand on can depend on, alike on every rank."""
+    settled = [x for call in calls for x in _leaves(call) if isinstance(x, bool | int | str)]
+    return len(calls), _shapes(calls[0]), settled
 
 
 def _flat(call: Pass) -> tuple[list[Any], Any]:

@@ -462,6 +462,7 @@ def check_overlap(settings: Settings) -> None:
     parameters = [each for group in settings.optimizers for each in _parameters(group)]
     wide = settings.accumulate_dtype
     narrow = any(torch.promote_types(each.dtype, wide) != each.dtype for each in parameters)
+    talks = any(isinstance(each, nn.SyncBatchNorm) for each in settings.model.modules())
     for given, name, instead in [
         (settings.pipeline is not None, "a Pipeline", "its schedule runs the backward of all microbatches"),
         (settings.is_sharded, "a fully sharded model", "torch scatters its gradients during backward by itself"),
@@ -471,6 +472,7 @@ def check_overlap(settings: Settings) -> None:
         (any(settings.linear_states), 'gradient_buffer="none"', "gradients are inside the optimizer's state"),
         (settings.accumulate != "plain", "accumulate=", "leave one of them out"),
         (settings.dropout is not None, "dropout=", "leave one of them out"),
+        (talks, "SyncBatchNorm", "its backward talks to the other ranks, too; leave overlap= out"),
         (narrow, f"parameters narrower than accumulate_dtype={wide}", "their sums are beside them; leave overlap= out"),
     ]:
         if given:

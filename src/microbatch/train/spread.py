@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from microbatch.errors import ConfigError
@@ -33,6 +34,7 @@ def spread(job: Job, *, how: str) -> None:
     Cost:
         A copy of this rank's share.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = job.model
@@ -47,16 +49,18 @@ def spread(job: Job, *, how: str) -> None:
     before = dict(model.named_parameters(remove_duplicate=False))
     policy = MixedPrecisionPolicy(reduce_dtype=_wide(before.values()))
     blocks, numbers = _units(model), {each for each in model.parameters() if each.ndim == 0}
+    # Where the model is, which may not be the machine's accelerator.
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
     for unit in [*blocks, model]:
         inside = [] if unit is not model else [each for block in blocks for each in block.parameters()]
         _check_dtypes(unit, without={id(each) for each in (*inside, *numbers)})
         after_forward = None if how == "zero3" else False
-        fully_shard(unit, reshard_after_forward=after_forward, mp_policy=policy, ignored_params=numbers)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=after_forward, mp_policy=policy, ignored_params=numbers)
     after = dict(model.named_parameters(remove_duplicate=False))
     shards = {id(whole): after[name] for name, whole in before.items()}
     for optimizer in optimizers_of(job.optimizer):
         for group in optimizer.param_groups:
-            group["params"] = [shards.get(id(each), each) for each in group["params"]]
+            group["params"][:] = [shards.get(id(each), each) for each in group["params"]]
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
