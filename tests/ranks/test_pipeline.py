@@ -697,9 +697,9 @@ def test_an_output_without_rows_is_refused_where_a_microbatch_is_filled_up(alone
         accumulator.step(torch.ones(5, 3), lambda model, x: model(x))
 
 
-def test_a_run_that_gives_each_rank_its_own_rows_is_refused(alone: Any) -> None:
+def test_a_command_of_one_process_is_refused_a_pipeline(alone: Any) -> None:
     model = Pipeline(alone())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     job = Job(model=model, optimizer=optimizer, loss_fn=row_mean, data=[torch.zeros(3)], batch_size=1)
-    with pytest.raises(ConfigError, match="takes a loop of your own"):
+    with pytest.raises(ConfigError, match="only a run has all of its stages"):
         resolve(Settings(job="mine"), job, device=CPU)

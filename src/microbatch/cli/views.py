@@ -112,7 +112,11 @@ def plan_view(event: RunPlanned) -> Panel:
     batch = min(config.batch_size, config.samples)
     grid = _grid()
     cut_into = f"{config.microbatches} microbatches of {config.microbatch_size}"
-    if config.ranks > 1:
+    if config.pipelines is not None:
+        cut_into = (
+            f"{config.pipelines} pipelines of {config.ranks // config.pipelines} ranks, each with up to {cut_into}"
+        )
+    elif config.ranks > 1:
         cut_into = f"{config.ranks} ranks, each with up to {cut_into}"
     elif config.auto:
         cut_into = "microbatches whose size the first steps find"

@@ -40,6 +40,7 @@ class Pipeline(nn.Module):
     Attributes:
         stages: The stages, in order.
         parts: Their modules, whose parameters are this one's.
+        scheduled: The schedule that they last ran by.
 
     Raises:
         ConfigError: These are no stages, or not those that this rank has to have, or the schedule cannot be used.
@@ -69,6 +70,7 @@ class Pipeline(nn.Module):
         _check_stages(self.stages)
         self.parts = nn.ModuleList(stage.submod for stage in self.stages)
         self._schedule: Any = _schedule_class(schedule, len(self.stages))
+        self.scheduled = Scheduled()
 
     @property
     def group(self) -> Any:
@@ -140,7 +142,7 @@ class Pass:
 
 
 class Scheduled:
-    """A schedule, kept as long as passes are as many, and as large, as before.
+    """A schedule, kept as long as passes are as many, as large, and go the same way, as before.
 
     A new one costs torch a pass of the first microbatch, in which the stages tell one another their shapes.
     """
@@ -151,7 +153,13 @@ class Scheduled:
         self._loss_fn: Callable[[Any, Tensor], Tensor] | None = None
 
     def run(
-        self, pipeline: Pipeline, passes: Sequence[Pass], loss_fn: Callable[[Any, Tensor], Tensor], *, key: object
+        self,
+        pipeline: Pipeline,
+        passes: Sequence[Pass],
+        *,
+        loss_fn: Callable[[Any, Tensor], Tensor],
+        key: object,
+        backward: bool = True,
     ) -> None:
         """Run passes forward and backward.
 
@@ -161,15 +169,17 @@ class Scheduled:
             loss_fn: Called on the last stage with the model's output and the number of the pass, from 0, as a tensor;
                 what it returns is what backward begins from.
             key: The number of the passes, and their shapes; the same on every rank of the pipeline.
+            backward: Whether they go backward too.
 
         Raises:
             RankError: Another stage did not answer.
         """
-        if key != self._key:
-            self._schedule, self._key = pipeline.schedule(len(passes), self._call), key
+        if (key, backward) != self._key:
+            self._schedule, self._key = pipeline.schedule(len(passes), self._call), (key, backward)
+            self._schedule._has_backward = backward  # as its `eval` does, which cuts the batch itself
         self._loss_fn = loss_fn
         for stage in pipeline.stages:
-            stage.has_backward = True
+            stage.has_backward = backward
             stage.clear_runtime_states()
         first = any(stage.is_first for stage in pipeline.stages)
         try:

@@ -18,10 +18,9 @@ from microbatch.errors import BatchError, LossError
 from microbatch.loss.loss import LossLike, Share, shares_of
 from microbatch.loss.tally import Tally
 from microbatch.ranks.group import Ranks
-from microbatch.ranks.pipeline import Pass, Pipeline, Scheduled
+from microbatch.ranks.pipeline import Pass, Pipeline
 from microbatch.ranks.stages import Stages
 from microbatch.step.replay import RandomState, seed_everything
-from microbatch.step.settings import Settings
 
 LossFn = Callable[[nn.Module, Any], LossLike]
 
@@ -48,10 +47,9 @@ class Piped:
     without a loss: both have a gradient of zero.
 
     Args:
-        settings: The accumulator's.
         pipeline: This rank's stages.
         ranks: The data-parallel ranks; `None` if there is only this one.
-        scheduled: The accumulator's schedule.
+        autocast: Precision of the forward passes, or `None`.
 
     Attributes:
         stages: Who has the other stages.
@@ -62,10 +60,10 @@ class Piped:
         Laws N1 to N9, R2.
     """
 
-    def __init__(self, settings: Settings, pipeline: Pipeline, *, ranks: Ranks | None, scheduled: Scheduled) -> None:
-        self._settings = settings
+    def __init__(self, pipeline: Pipeline, *, ranks: Ranks | None, autocast: torch.dtype | None) -> None:
         self._pipeline = pipeline
-        self._scheduled = scheduled
+        self._device = pipeline.device
+        self._dtype = autocast
         self.stages = Stages(pipeline, ranks)
         self.first = 0
         self.rows: list[int] = []
@@ -86,9 +84,10 @@ class Piped:
             LossError: The loss function does not call its model, or gives it what has a graph.
             BatchError: The model is called with other shapes for one microbatch than for another.
         """
-        rows, device = rows_of(batch), self._settings.device
+        rows, device = rows_of(batch), self._device
         pieces = [(start, min(start + size, rows)) for start in range(0, rows, size)]
         self._loss_fn, self._seed, self._size = loss_fn, seed, size
+        self._waiting, self._found = [], {}
         self.rows = [stop - start for start, stop in pieces]
         self.first = _told_by(slice_rows(batch, 0, 1, rows=rows)) if rows else 0
         cut = feed((slice_rows(batch, *piece, rows=rows) for piece in pieces), device)
@@ -114,15 +113,8 @@ class Piped:
         Raises:
             RankError: Another stage did not answer.
         """
-        if not self._waiting:
-            return
         self._tally = tally
-        calls = [each.call for each in self._waiting]
-        calls += [calls[0]] * (self.passes - len(calls))
-        with ExitStack() as stack:
-            for part in self._pipeline.parts:
-                self._under_autocast(part, stack)
-            self._scheduled.run(self._pipeline, calls, self._loss, key=_key(calls))
+        self._go(self._loss, backward=True)
 
     def finish(self, tally: Tally) -> None:
         """Add the losses up, once all passes have been made.
@@ -142,6 +134,17 @@ class Piped:
     def passes(self) -> int:
         """How many passes the schedule makes."""
         return self._pipeline.passes(len(self._waiting)) if self._waiting else 0
+
+    def _go(self, loss: Callable[[Any, Tensor], Tensor], *, backward: bool) -> None:
+        """Run all passes; the last stage calls ``loss`` with the output and the number of each."""
+        if not self._waiting:
+            return
+        calls = [each.call for each in self._waiting]
+        calls += [calls[0]] * (self.passes - len(calls))
+        with ExitStack() as stack:
+            for part in self._pipeline.parts:
+                self._under_autocast(part, stack)
+            self._pipeline.scheduled.run(self._pipeline, calls, loss_fn=loss, key=_key(calls), backward=backward)
 
     def _take_down(self, microbatch: Any, index: int) -> Pass | None:
         """Return what the model is called with; `None` for a microbatch that contributes nothing."""
@@ -195,7 +198,7 @@ class Piped:
     @contextmanager
     def _seeded(self, index: int) -> Generator[None]:
         """Draw a microbatch's random numbers, outside of the stages, from a state of their own."""
-        before = RandomState(self._settings.device)
+        before = RandomState(self._device)
         seed_everything(derive(self._seed, index))
         try:
             yield
@@ -203,13 +206,13 @@ class Piped:
             before.restore()
 
     def _autocast(self) -> Any:
-        dtype, kind = self._settings.autocast, self._settings.device.type
+        dtype, kind = self._dtype, self._device.type
         # Without the cache, which would last as long as whatever is around it.
         return nullcontext() if dtype is None else torch.autocast(kind, dtype, cache_enabled=False)
 
     def _under_autocast(self, part: nn.Module, stack: ExitStack) -> None:
         """Run a stage's forward passes under autocast, and not the backward passes in between."""
-        if self._settings.autocast is None:
+        if self._dtype is None:
             return
         inside: list[Any] = []
 
@@ -222,6 +225,62 @@ class Piped:
 
         stack.callback(part.register_forward_pre_hook(enter, prepend=True).remove)
         stack.callback(part.register_forward_hook(leave, always_call=True).remove)
+
+
+class Scored(Piped):
+    """Run a held-out batch's microbatches through a pipeline, forward only, for what a score makes of each.
+
+    ``score(model, microbatch)`` keeps to what a loss function does.
+
+    Args:
+        pipeline: This rank's stages, in the mode that they are to be run in.
+        autocast: Precision of the forward passes, or `None`.
+
+    Attributes:
+        failure: What the score has raised on the last stage, if anything; the passes go on, as other stages wait.
+    """
+
+    def __init__(self, pipeline: Pipeline, *, autocast: torch.dtype | None) -> None:
+        super().__init__(pipeline, ranks=None, autocast=autocast)
+        self._scores: dict[int, Any] = {}
+
+    @property
+    def failure(self) -> Exception | None:
+        """What the score has raised so far."""
+        return self._failure
+
+    @torch.no_grad()
+    def score(self, batch: object, score: Callable[[nn.Module, Any], Any], *, size: int) -> dict[int, Any]:
+        """Run one batch.
+
+        Args:
+            batch: The whole of it, the same on every rank of the pipeline.
+            score: Called on the last stage with a model that returns what the stages have made.
+            size: Rows of a microbatch.
+
+        Returns:
+            What it returned by the number of the microbatch, on the last stage; elsewhere nothing.
+
+        Raises:
+            LossError: The score does not call its model.
+            BatchError: The ranks of the pipeline were given different batches.
+            RankError: Another stage did not answer.
+        """
+        self._scores = {}
+        self.line_up(batch, score, size=size, seed=0)
+        self.stages.attend(sum(self.rows), self.passes, first=self.first, parameters=0)
+        self._go(self._take, backward=False)
+        return self._scores
+
+    def _take(self, output: Any, number: Tensor) -> Tensor:
+        place = int(number)
+        if place < len(self._waiting) and self._failure is None:
+            each = self._waiting[place]
+            try:
+                self._scores[each.index] = self._call(output, each)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other stages wait for these passes
+                self._failure = error
+        return torch.zeros((), device=self._device)
 
 
 class _Called(BaseException):

@@ -24,7 +24,7 @@ from microbatch.memory.aside import Aside
 from microbatch.memory.spill import Spill
 from microbatch.ranks.group import Ranks, group_of
 from microbatch.ranks.overlap import Overlap
-from microbatch.ranks.pipeline import Pipeline, Scheduled
+from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.reduce import Flat
 from microbatch.ranks.sharded import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
 from microbatch.ranks.stages import check_beside
@@ -541,7 +541,6 @@ class Memory:
         flat: Memory in which the ranks' gradients meet.
         lean_bytes: Most bytes of a window whose sharded gradients were scattered after every microbatch.
         too_fast: Whether memory ended in a window that scattered them once.
-        scheduled: The schedule of a pipeline's passes.
         sync: How the last window scattered them, where that is left to the windows; `None` before the first.
     """
 
@@ -567,7 +566,6 @@ class Memory:
     overlap: Overlap | None = None
     lean_bytes: int | None = None
     too_fast: bool = False
-    scheduled: Scheduled = field(default_factory=Scheduled)
     sync: str | None = None
 
     def first_seed(self) -> int:

@@ -159,7 +159,7 @@ class Window:
         if self._ranks is not None and settings.is_sharded:
             self._alike = Alike(settings, self._memory, self._ranks)
         if settings.pipeline is not None:
-            self._piped = Piped(settings, settings.pipeline, ranks=self._ranks, scheduled=self._memory.scheduled)
+            self._piped = Piped(settings.pipeline, ranks=self._ranks, autocast=settings.autocast)
         if not self._memory.shared and (self._ranks is not None or self._piped is not None):
             self._share()
         self._spilled = self._memory.spilled()

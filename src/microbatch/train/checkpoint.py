@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from microbatch.ranks.group import Ranks
 from microbatch.shards import is_shard, local_of
 from microbatch.train.encode import decode, encode, own
 from microbatch.train.first import by_the_first
+from microbatch.train.place import STAGES
 from microbatch.train.sharded import load_parts
 
 FORMAT, FORMAT_OF_PARTS = 1, 2
@@ -66,8 +67,10 @@ class Copied:
 
     @property
     def in_parts(self) -> bool:
-        """Whether a tensor is spread over the ranks."""
-        return any(is_shard(tensor) for tensor in (*self.weights.values(), *self.tensors.values()))
+        """Whether a tensor is spread over the ranks, or they have tensors of their own, as stages have."""
+        return STAGES in self.plain or any(
+            is_shard(tensor) for tensor in (*self.weights.values(), *self.tensors.values())
+        )
 
 
 def copied(*, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Copied:
@@ -136,6 +139,8 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: Ranks | None = None) 
         Hashes what it writes, and waits for the disk; over several ranks some five small messages.
     """
     final = folder / _name(what.step)
+    if ranks is not None and STAGES in what.plain:
+        what = _of_all_stages(what, ranks)
 
     def begin() -> str:
         temporary = folder / f".writing-{final.name}-{os.getpid()}"
@@ -162,6 +167,15 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: Ranks | None = None) 
 
         save_parts(temporary, {"weights": what.weights, "state": what.tensors}, tied=tied, ranks=ranks)
     return folder / by_the_first(ranks, lambda: _written(seal, final))
+
+
+def _of_all_stages(what: Copied, ranks: Ranks) -> Copied:
+    """Bring together what each stage's rank says of its own tensors; the tensors are written where they are."""
+    told = ranks.tell((what.tied, what.plain[STAGES]))
+    # Ranks with the same stages have the same to say.
+    tied = {name: first for each, _ in told for name, first in each.items()}
+    stages = {stage: said for _, each in told for stage, said in each.items()}
+    return replace(what, tied=tied, plain={**what.plain, STAGES: stages})
 
 
 def _save_alone(folder: Path, what: Copied, tied: str) -> str:

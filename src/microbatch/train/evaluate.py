@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from microbatch.batch.feed import feed
-from microbatch.errors import DataError
+from microbatch.errors import DataError, RankError
 from microbatch.loss.coupled import Representations, put_together, taken_apart
 from microbatch.loss.loss import Loss
 from microbatch.ranks.group import Ranks
+from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.sharded import fully_sharded, gather_roots, reshard
+from microbatch.step.piped import Scored
 from microbatch.step.replay import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
 from microbatch.train.job import Job
+from microbatch.train.place import Place
 
 
 @contextmanager
@@ -54,6 +57,7 @@ def evaluate(
     device: torch.device,
     autocast: torch.dtype | None = None,
     ranks: Ranks | None = None,
+    place: Place | None = None,
 ) -> dict[str, float]:
     """Pool sums and counts over a job's held-out set, so that the result does not depend on how it was cut.
 
@@ -66,12 +70,14 @@ def evaluate(
         device: Where the model is.
         autocast: Precision of the forward pass, or `None`.
         ranks: Who else evaluates it; `None` for a single process.
+        place: Where this rank stands, for a pipeline; a single process has all of its stages.
 
     Returns:
         Means by name. What is minimised is ``"loss"``, the sum of its terms if it has several.
 
     Raises:
         DataError: The set is empty, or nothing in it was counted.
+        RankError: The score failed on another rank of a pipeline.
 
     Cost:
         One forward pass over the set; one host synchronisation for each microbatch. With ``encode``, the
@@ -80,6 +86,10 @@ def evaluate(
     rows = length_of(job.validation, role="validation")
     size = microbatch_size if ranks is None else ranks.tell(microbatch_size)[0]
     lists = list(in_order(rows, microbatch_size=size))
+    if isinstance(job.model, Pipeline):
+        with untouched(job.model, device, training=False):
+            piped = _through_stages(job, lists, autocast=autocast, ranks=ranks, place=place or Place())
+        return _means(piped, job)
     own = lists if ranks is None else lists[ranks.index :: ranks.size]
     # Passes of a sharded model are made by all ranks together: who has fewer makes some that are not looked at.
     more = -(-len(lists) // ranks.size) - len(own) if ranks is not None and fully_sharded(job.model) else 0
@@ -110,6 +120,35 @@ def evaluate(
         elif ranks is not None:
             found = _interleaved(ranks.tell(found))
     reshard(job.model)
+    return _means(found, job)
+
+
+def _through_stages(
+    job: Job, lists: list[list[int]], *, autocast: torch.dtype | None, ranks: Ranks | None, place: Place
+) -> list[dict[str, tuple[float, float]]]:
+    """Score the set's microbatches, of which each pipeline has some, and return what all last stages found."""
+    model, size, score = cast("Pipeline", job.model), len(lists[0]), job.evaluate or job.loss_fn
+    scored, found = Scored(model, autocast=autocast), dict[int, dict[str, tuple[float, float]]]()
+    # So many that the stages work side by side, and that what they hand on fits where training does.
+    at_once = 2 * model.stages[0].num_stages
+    for start in range(place.share * at_once, len(lists), place.shares * at_once):
+        group = lists[start : start + at_once]
+        batch = job.collate(fetch(job.validation, [index for indices in group for index in indices]))
+        for number, value in scored.score(batch, score, size=size).items():
+            found[start + number] = _numbers(named_losses(value, rows=len(group[number])))
+    told = [(found, "")] if ranks is None else ranks.tell((found, str(scored.failure or "")))
+    if scored.failure is not None:
+        raise scored.failure
+    failed = {rank: error for rank, (_, error) in enumerate(told) if error}
+    if failed:
+        rank, error = next(iter(failed.items()))
+        raise RankError(f"the validation score failed on rank {rank}: {error}")
+    everything = {number: each for numbered, _ in told for number, each in numbered.items()}
+    return [everything[number] for number in sorted(everything)]
+
+
+def _means(found: Sequence[Mapping[str, tuple[float, float]]], job: Job) -> dict[str, float]:
+    """Add sums and counts up."""
     sums: dict[str, float] = {}
     counts: dict[str, float] = {}
     for each in found:

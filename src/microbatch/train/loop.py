@@ -17,6 +17,7 @@ from microbatch.batch.tree import slice_rows
 from microbatch.errors import CheckpointError, MicrobatchError, RankError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.ranks.group import Ranks
+from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, Retry, StepDone
 from microbatch.step.record import Step
@@ -49,6 +50,7 @@ from microbatch.train.heartbeat import (
 )
 from microbatch.train.job import Job
 from microbatch.train.noise import NoiseScale
+from microbatch.train.place import STAGES, Place, named_by_rank, named_by_stage, own_state
 from microbatch.train.resolve import RunConfig
 from microbatch.train.rundir import MetricsLog, RunDirectory
 from microbatch.train.schedule import make_schedulers
@@ -101,12 +103,19 @@ class TrainingLoop:
     or killed and then resumed has the same losses, bit for bit, wherever the operators themselves are deterministic.
     Random numbers are a function of the seed, the step and the rank.
 
-    Over several ranks each of them runs this loop on its share of the same batches. The first one writes what the run
-    leaves; all of them write the checkpoints.
+    Over several ranks each of them runs this loop on its share of the same batches; those of a pipeline, which have the
+    model's stages between them, on the same share. The first one writes what the run leaves; all of them write the
+    checkpoints.
     """
 
     def __init__(
-        self, job: Job, *, config: RunConfig, run: RunDirectory, listeners: Sequence[RunListener] = ()
+        self,
+        job: Job,
+        *,
+        config: RunConfig,
+        run: RunDirectory,
+        listeners: Sequence[RunListener] = (),
+        place: Place | None = None,
     ) -> None:
         """Make what the run needs; nothing is trained or written yet.
 
@@ -117,6 +126,7 @@ class TrainingLoop:
             config: What `microbatch.train.resolve.resolve` returned for it.
             run: Where files go; it has been started.
             listeners: Called with every event.
+            place: Where this rank stands, as `microbatch.train.place.find_place` said; `None` for a single process.
         """
         self.job = job
         self.config = config
@@ -126,6 +136,8 @@ class TrainingLoop:
         # Of what the loop itself says, which is on the CPU; gradients are the accumulator's.
         self._ranks = Ranks.find(torch.device("cpu"))
         self._rank = 0 if self._ranks is None else self._ranks.index
+        self._place = place or Place()
+        self._pipeline = job.model if isinstance(job.model, Pipeline) else None
         self._heartbeat = None if self._ranks is None else Heartbeat(run.logs, self._rank)
         self._optimizers = optimizers_of(job.optimizer)
         self._set_learning_rate()
@@ -138,7 +150,7 @@ class TrainingLoop:
         # Where samples are coupled, what a microbatch adds is no sample of the gradient; nor where the ranks add theirs
         # up in each.
         alone = (job.encode is None or config.plain) and config.batch_norm != "exact"
-        self._independent = alone and config.shard == "none"
+        self._independent = alone and config.shard == "none" and self._pipeline is None
         self._accumulator = Accumulator(
             job.model,
             job.optimizer,
@@ -153,6 +165,7 @@ class TrainingLoop:
             dropout=job.dropout,
             deterministic=config.deterministic,
             sync=config.sync,
+            process_group=self._place.group,
             listeners=(self._on_core_event,),
         )
         self._writer = CheckpointWriter(
@@ -227,14 +240,17 @@ class TrainingLoop:
                     f"the run was started with {key} {state['run'][key]} and would go on with {value}; a resumed run "
                     "keeps its data, its batch and its seed"
                 )
-        if len(state["optimizers"]) != len(self._optimizers) or len(state["schedulers"]) != len(self._schedulers):
+        own, weights = own_state(state, self._place), checkpoint.weights
+        if len(own["optimizers"]) != len(self._optimizers) or len(own["schedulers"]) != len(self._schedulers):
             raise CheckpointError(
                 "the checkpoint has another number of optimizers or schedulers than the job now makes"
             )
-        load_model(self.job.model, checkpoint.weights, state["extra"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+        if self._pipeline is not None:
+            weights = named_by_rank(self._pipeline, weights)
+        load_model(self.job.model, weights, own["extra"])
+        for optimizer, saved in zip(self._optimizers, own["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
-        for scheduler, saved in zip(self._schedulers, state["schedulers"], strict=True):
+        for scheduler, saved in zip(self._schedulers, own["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
@@ -307,13 +323,17 @@ class TrainingLoop:
 
     def _seed(self) -> None:
         """Seed a step, so that its random numbers do not depend on how often the run was interrupted before it."""
-        seed_everything(mix_seed(self.config.seed, "step", self.progress.step, self._rank))
+        seed_everything(mix_seed(self.config.seed, "step", self.progress.step, self._place.share))
+
+    def _seed_stage(self) -> None:
+        """Seed a pipeline's stages apart: they read the same rows, and their layers draw masks of their own."""
+        if self._pipeline is not None:
+            seed_everything(mix_seed(self.config.seed, "stage", self.progress.step, self._rank))
 
     def _own_share(self, chosen: list[int]) -> Any:
         """Collate this rank's part of a batch."""
-        ranks = 1 if self._ranks is None else self._ranks.size
         size = self.config.microbatch_size if self.config.deterministic else 1
-        rows = share(len(chosen), ranks=ranks, rank=self._rank, unit=size)
+        rows = share(len(chosen), ranks=self._place.shares, rank=self._place.share, unit=size)
         own = [chosen[row] for row in rows]
         if own and self.config.deterministic:
             samples = [sample for start in rows[::size] for sample in self._seeded(chosen, start, size)]
@@ -338,6 +358,7 @@ class TrainingLoop:
         self._at(READING)
         chosen, following = self._order.take(progress.position)
         batch = self._own_share(chosen)
+        self._seed_stage()
         self._at(COMPUTING)
         self._timeline.begin(wait=time.perf_counter() - started)
         # In other steps than those that are metered, so that its copy of the gradients is in no one's figure.
@@ -417,6 +438,7 @@ class TrainingLoop:
             device=config.device,
             autocast=config.autocast,
             ranks=self._ranks,
+            place=self._place,
         )
         self.progress.validation = values
         self._tell(Validated(step=self.progress.step, values=values))
@@ -430,6 +452,13 @@ class TrainingLoop:
         if log is not None:
             log.sync()
         weights, extra = model_tensors(self.job.model)
+        own = {
+            "extra": extra,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+        }
+        if self._pipeline is not None:
+            weights, own = named_by_stage(self._pipeline, weights), {STAGES: {self._place.stages: own}}
         state = {
             "run": {"seed": config.seed, "batch_size": config.batch_size, "samples": config.samples},
             "position": {"epoch": progress.position.epoch, "start": progress.position.start},
@@ -437,9 +466,7 @@ class TrainingLoop:
             "peak_bytes": progress.peak_bytes,
             "loss": progress.loss,
             "validation": progress.validation,
-            "extra": extra,
-            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "schedulers": [scheduler.state_dict() for scheduler in self._schedulers],
+            **own,
             "scaler": self.scaler_state(),
             "accumulator": self._accumulator.state_dict(),
             "random": random_states(config.device),

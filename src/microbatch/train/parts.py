@@ -30,7 +30,8 @@ def save_parts(folder: Path, files: Mapping[str, Mapping[str, Tensor]], *, tied:
 
     Args:
         folder: Where; it exists.
-        files: Tensors by name, by the stem of the file that they go to; the same names on every rank.
+        files: Tensors by name, by the stem of the file that they go to; the same stems on every rank. A name that
+            several ranks have is one tensor.
         tied: Further names of the first file's tensors, as JSON.
         ranks: All of which call this.
 

@@ -19,6 +19,7 @@ from microbatch.train.config import Settings
 from microbatch.train.data import length_of
 from microbatch.train.job import Job
 from microbatch.train.jobs import BUILT_IN
+from microbatch.train.place import Place, check_piped_job
 from microbatch.train.state import optimizers_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +57,7 @@ class RunConfig:
         auto: Whether the run finds its microbatch size itself; ``microbatch_size`` is then what it would fall back to.
         ragged: Whether microbatches are cut by the lengths of their rows, so that their number depends on these.
         ranks: Who share each batch.
+        pipelines: Pipelines that they are, each with a share of it; `None` where each rank has a whole model.
         deterministic: Whether the run has the same bits on any number of them.
         async_checkpoints: Whether training goes on while a checkpoint is written.
         rank_timeout: Seconds that a rank waits for the others.
@@ -92,6 +94,7 @@ class RunConfig:
     auto: bool = False
     ragged: bool = False
     ranks: int = 1
+    pipelines: int | None = None
     deterministic: bool = False
     async_checkpoints: bool = False
     rank_timeout: float = 600.0
@@ -102,7 +105,7 @@ class RunConfig:
     @property
     def microbatches(self) -> int:
         """Microbatches of a whole batch, on the rank that has most of them."""
-        rows = -(-min(self.batch_size, self.samples) // self.ranks)
+        rows = -(-min(self.batch_size, self.samples) // (self.pipelines or self.ranks))
         return -(-rows // self.microbatch_size)
 
     @property
@@ -166,14 +169,14 @@ def check_data_path(settings: Settings) -> None:
         raise ConfigError(f"--data {settings.data}: there is no such file or folder")
 
 
-def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 1) -> RunConfig:
+def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place | None = None) -> RunConfig:
     """Fill what the settings leave out from the job, and check that it can work together.
 
     Args:
         settings: The user's settings.
         job: The job, with its own defaults.
         device: What `resolve_device` returned.
-        ranks: How many share each batch.
+        place: Where this rank stands in the run; `None` for a single process.
 
     Returns:
         The run's configuration.
@@ -182,11 +185,14 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
         ConfigError: A value cannot work with this job, this data or this machine.
         DataError: The data has no length or no samples.
     """
-    if isinstance(job.model, Pipeline):
+    piped, place = isinstance(job.model, Pipeline), place or Place()
+    if piped and not place.stages:
         raise ConfigError(
-            "the job's model is a Pipeline, which takes a loop of your own, accumulator.step(batch, loss_fn): a run "
-            "gives every rank rows of its own, and keeps the weights that all of them have"
+            "the job's model is a Pipeline, and only a run has all of its stages: give this command the model whole, "
+            "on one device"
         )
+    if piped:
+        check_piped_job(settings, job)
     notices: list[str] = []
     samples = length_of(job.data, role="data")
     batch_size = settings.batch_size or job.batch_size
@@ -199,11 +205,11 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
     if settings.deterministic:
         _check_deterministic(settings, job, notices=notices)
     sharded = bool(fully_sharded(job.model))
-    compare = settings.compare and ranks == 1 and not sharded
+    compare = settings.compare and place.ranks == 1 and not sharded and not piped
     if settings.compare and not compare:
         notices.append("the comparison with the full batch is left out: it is of one process, and a whole model")
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not parameters and not place.parameters:
         raise ConfigError("the job's model has no trainable parameters, so there is nothing to optimise")
     return RunConfig(
         job=settings.job,
@@ -226,17 +232,18 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, ranks: int = 
         checkpoint_every=settings.checkpoint_every or every,
         keep_checkpoints=settings.keep_checkpoints,
         compare=compare,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        parameters=place.parameters or sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
         plain=_is_plain(settings, job),
         batch_norm="microbatch" if settings.accumulation == "plain" and job.batch_norm else job.batch_norm,
         auto=_is_auto(settings, job) and not settings.deterministic,
         ragged=job.lengths is not None,
-        ranks=ranks,
+        ranks=place.ranks,
+        pipelines=place.shares if piped else None,
         deterministic=settings.deterministic,
         async_checkpoints=settings.async_checkpoints,
         rank_timeout=settings.rank_timeout,
-        shard=_shard(settings, job, ranks=ranks, notices=notices),
+        shard=_shard(settings, job, ranks=place.ranks, notices=notices),
         sync=settings.sync,
         notices=tuple(notices),
     )

@@ -26,6 +26,7 @@ from microbatch.train.first import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.loop import TrainingLoop
+from microbatch.train.place import find_place
 from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
 from microbatch.train.rundir import RunDirectory, jsonable
 from microbatch.train.spread import spread
@@ -194,12 +195,13 @@ def prepare(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     job = make_job(settings, device)
-    if settings.shard != "none" and launch.ranks > 1:
+    place = find_place(job, ranks, patience=settings.rank_timeout)
+    if settings.shard != "none" and launch.ranks > 1 and not place.stages:
         spread(job, how=settings.shard)
-    config = resolve(settings, job, device=device, ranks=launch.ranks)
+    config = resolve(settings, job, device=device, place=place)
     text = resolved_settings(settings, config).toml()
     by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
-    loop = TrainingLoop(job, config=config, run=directory, listeners=listeners)
+    loop = TrainingLoop(job, config=config, run=directory, listeners=listeners, place=place)
     prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch)
     for text in (*notices, *config.notices):
         prepared.tell(Notice(text))
