@@ -1,7 +1,6 @@
 """Law C3: a loss that couples samples couples those of all ranks, with uneven rows and one reduction of gradients."""
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tests.cases import cases_in, run_cases
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -234,18 +234,11 @@ def case_forgotten_backward(rank: int, ranks: int) -> Any:
     return refused(act)
 
 
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = "failed: " + traceback.format_exc()
-    return found
+    return run_cases(CASES, rank, ranks)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=["2 ranks", "3 ranks"])

@@ -1,7 +1,6 @@
 """Several ranks make one batch: the same gradient, loss and weights as one process that has it all."""
 
 import copy
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tests.cases import cases_in, result, run_cases
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -271,24 +271,11 @@ def case_window(rank: int, ranks: int) -> Any:
     return record(window.step) | {"weights": weights(model)}
 
 
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = traceback.format_exc()
-    return found
-
-
-def result(told: list[Any], case: str) -> list[Any]:
-    """Return what a case gave on every rank."""
-    assert [rank[case] for rank in told if isinstance(rank[case], str)] == []
-    return [rank[case] for rank in told]
+    return run_cases(CASES, rank, ranks)
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=["1 rank", "2 ranks", "4 ranks"])

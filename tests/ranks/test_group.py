@@ -1,12 +1,12 @@
 """Over whom gradients add up, in what, and with whose optimizer."""
 
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from tests.cases import cases_in, run_cases
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -144,18 +144,11 @@ def case_figures(rank: int, ranks: int) -> Any:
     return found["comm"]
 
 
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = "failed: " + traceback.format_exc()
-    return found
+    return run_cases(CASES, rank, ranks)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tests.cases import cases_in, result, run_cases
 from tests.faults import FULL
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -481,22 +481,15 @@ def case_auto(rank: int, ranks: int) -> Any:
 
 
 ON_FOUR = {"uneven", "masked", "rare", "hybrid", "calls", "out_of_memory_hybrid"}
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 ON_TWO = set(CASES) - {"out_of_memory_hybrid"}
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
     gc.freeze()  # what is imported by now is collected once for each time that memory ends
-    for name, case in CASES.items():
-        if name not in (ON_FOUR if ranks == 4 else ON_TWO):
-            continue
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = traceback.format_exc()
-    return found
+    return run_cases(
+        {name: case for name, case in CASES.items() if name in (ON_FOUR if ranks == 4 else ON_TWO)}, rank, ranks
+    )
 
 
 @pytest.fixture(scope="module")
@@ -524,12 +517,6 @@ def four(runs: Callable[[int], list[Any]]) -> list[Any]:
 @pytest.fixture(params=[2, 4], ids=["2 ranks", "4 ranks"])
 def told(request: pytest.FixtureRequest, runs: Callable[[int], list[Any]]) -> list[Any]:
     return runs(request.param)
-
-
-def result(told: list[Any], case: str) -> list[Any]:
-    """Return what a case gave on every rank."""
-    assert [rank[case] for rank in told if isinstance(rank[case], str)] == []
-    return [rank[case] for rank in told]
 
 
 # -- what plain PyTorch says on the whole batch -----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What goes with fully sharded models: lengths, sizes that are found, checkpointed blocks, tensor parallelism."""
 
 import gc
-import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.cases import cases_in, result, run_cases
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -150,21 +150,12 @@ def case_tensor_parallel(rank: int, ranks: int) -> Any:
 
 
 ON_FOUR = {"tensor_parallel"}
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
     gc.freeze()
-    for name, case in CASES.items():
-        if (name in ON_FOUR) != (ranks == 4):
-            continue
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = "failed: " + traceback.format_exc()
-    return found
+    return run_cases({name: case for name, case in CASES.items() if (name in ON_FOUR) == (ranks == 4)}, rank, ranks)
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +168,6 @@ def runs(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         return run_ranks(all_cases, ranks, folder, timeout=120)
 
     return run
-
-
-def result(told: list[Any], case: str) -> list[Any]:
-    assert [rank[case] for rank in told if isinstance(rank[case], str)] == []
-    return [rank[case] for rank in told]
 
 
 def reference() -> tuple[dict[str, Tensor], Tensor]:

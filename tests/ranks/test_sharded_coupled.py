@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tests.cases import cases_in, result, run_cases
 from tests.faults import FULL
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -274,30 +274,18 @@ def refused(act: Callable[[], Any]) -> str:
     return "nothing"
 
 
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
     gc.freeze()  # what is imported by now is collected once for each time that memory ends
-    for name, case in CASES.items():
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = "failed: " + traceback.format_exc()
-    return found
+    return run_cases(CASES, rank, ranks)
 
 
 @pytest.fixture(scope="module")
 def told(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder: Path = tmp_path_factory.mktemp("sharded-coupled")
     return run_ranks(all_cases, 2, folder, timeout=120)
-
-
-def result(told: list[Any], case: str) -> list[Any]:
-    assert [rank[case] for rank in told if isinstance(rank[case], str)] == []
-    return [rank[case] for rank in told]
 
 
 # -- what plain PyTorch says on the whole batch -----------------------------------------------------------------------

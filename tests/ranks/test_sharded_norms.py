@@ -2,13 +2,13 @@
 
 import copy
 import gc
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.cases import cases_in, result, run_cases
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -153,31 +153,19 @@ def case_gathering(rank: int, ranks: int) -> Any:
     return found
 
 
-CASES = {name.removeprefix("case_"): value for name, value in list(globals().items()) if name.startswith("case_")}
+CASES = cases_in(globals())
 
 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
-    """Run every case; what one raises is told instead of its result, so that the others still run."""
-    found: dict[str, Any] = {}
     warnings.simplefilter("error")
     gc.freeze()
-    for name, case in CASES.items():
-        try:
-            found[name] = case(rank, ranks)
-        except Exception:  # noqa: BLE001 - told to the test, which fails with it
-            found[name] = "failed: " + traceback.format_exc()
-    return found
+    return run_cases(CASES, rank, ranks)
 
 
 @pytest.fixture(scope="module")
 def told(run_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder: Path = tmp_path_factory.mktemp("sharded-norms")
     return run_ranks(all_cases, 2, folder, timeout=120)
-
-
-def result(told: list[Any], case: str) -> list[Any]:
-    assert [rank[case] for rank in told if isinstance(rank[case], str)] == []
-    return [rank[case] for rank in told]
 
 
 def reference(loss: Any, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
