@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from microbatch.batch.feed import feed
-from microbatch.batch.tree import leaves, map_tensors, rows_of, slice_rows
+from microbatch.batch.tree import leaves, rows_of, slice_rows
 from microbatch.loss.loss import Loss, Share
 from microbatch.loss.tally import Tally
 from microbatch.ranks.group import Ranks
+from microbatch.step.lend import few_of, lend
 
 Pass: TypeAlias = tuple[int, Any]
-_FEW = 2  # rows of a pass that counts for nothing: of one, batch normalisation has no variance
 
 
 def engine_loss(shares: Sequence[Share], tally: Tally, *, divisor: int) -> Tensor:
@@ -120,9 +120,7 @@ class Passes:
         ranks.sum_(numbers)
         counts, lent = [int(each) for each in numbers.tolist()], None
         if not all(counts):
-            lender = next(index for index, number in enumerate(counts) if number)
-            given = map_tensors(lambda each: each.cpu(), _few(batch)) if ranks.index == lender else None
-            lent = ranks.tell(given)[lender]
+            lent = lend(ranks, batch, microbatches=counts)
         return cls(batch, size, max(counts), lent)
 
     @property
@@ -152,7 +150,7 @@ class Passes:
         Returns:
             0 rows that count, and a microbatch of few rows.
         """
-        few = _few(self.batch) if self.own else self.lent
+        few = few_of(self.batch) if self.own else self.lent
         return next(iter(feed([(0, few)], device)))
 
 
@@ -189,8 +187,3 @@ class Order:
         """
         own = torch.tensor([self._sum], dtype=torch.float64, device=ranks.device)
         return len({each.item() for each in ranks.gather(own)}) == 1
-
-
-def _few(batch: Any) -> Any:
-    rows = rows_of(batch)
-    return slice_rows(batch, 0, min(_FEW, rows), rows=rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.batch.feed import feed
-from microbatch.batch.tree import map_tensors, rows_of, slice_rows
+from microbatch.batch.tree import rows_of
 from microbatch.errors import LossError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.memory.budget import format_bytes
@@ -21,13 +21,13 @@ from microbatch.ranks.sharded import Sharded, narrowest, unshared_bytes
 from microbatch.ranks.whole import hold_whole, let_go, scatter_whole
 from microbatch.step.events import SyncChosen
 from microbatch.step.foresee import room_for
+from microbatch.step.lend import few_of, lend
 from microbatch.step.replay import Snapshot
 from microbatch.step.settings import EXACT, Memory, Settings
 
 Piece: TypeAlias = tuple[int, Any]
 Backward: TypeAlias = Callable[[list[Any], list[Tensor]], object]
 _SAFE = 0.9  # of the memory that there is
-_FEW = 2  # rows of a pass that counts for nothing: of one, batch normalisation has no variance
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,9 @@ class Alike:
         self.sharded.expect(int(max(numbers)), fast=all(fasts))
         self._say(why if all(fasts) or not fast else "another rank cannot hold whole gradients")
         if plan.rows:
-            self._few = slice_rows(plan.batch, 0, min(_FEW, rows_of(plan.batch)), rows=rows_of(plan.batch))
+            self._few = few_of(plan.batch)
         if rows and not all(numbers):
-            lender = next(index for index, number in enumerate(numbers) if number)
-            given = map_tensors(lambda each: each.cpu(), self._few) if ranks.index == lender else None
-            self._lent = ranks.tell(given)[lender]
+            self._lent = lend(ranks, plan.batch, microbatches=numbers)
             self._few = self._lent if self._few is None else self._few
         return rows
 
