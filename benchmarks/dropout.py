@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import microbatch as mb
 from benchmarks.machine import hardware, versions
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
-from microbatch.batch.by_row import ByRow, Shown
+from microbatch.batch.dropout_mode import ByRow, Shown
 
 OUT = Path(__file__).parent / "results" / "dropout"
 SHAPES = ((1, 128, 384), (4, 128, 384), (16, 128, 384), (4, 6, 128, 128), (64, 256))

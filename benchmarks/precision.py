@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.machine import hardware, versions
 from benchmarks.summary import order_of_round, summarize
-from microbatch.gradients.narrow import Compensated, NarrowSum, Stochastic
+from microbatch.gradients.bfloat16_sums import Compensated, NarrowSum, Stochastic
 
 OUT = Path(__file__).parent / "results" / "precision"
 MICROBATCHES = (8, 64, 512, 1024)

@@ -30,7 +30,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.unseen import HELD_OUT
 from benchmarks.zoo import KINDS, Kind, made
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.rehearse import rehearse
+from microbatch.step.dry_run import rehearse
 from microbatch.step.settings import Settings
 
 # None but the first is among the sizes that are rehearsed for real.

@@ -7,25 +7,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from microbatch.batch.batch_tree import Rows, Whole
     from microbatch.batch.cut import cut
     from microbatch.batch.lengths import Lengths
-    from microbatch.batch.tree import Rows, Whole
+    from microbatch.checking.check_report import Cause, Check
     from microbatch.checking.equal import check
-    from microbatch.checking.report import Cause, Check
     from microbatch.engines.deepspeed import DeepSpeed
     from microbatch.errors import MicrobatchError
-    from microbatch.gradients.fold import LinearState
+    from microbatch.gradients.momentum_buffer import LinearState
     from microbatch.loss import losses
-    from microbatch.loss.convert import convert_batch_norm
-    from microbatch.loss.heads import linear_cross_entropy
+    from microbatch.loss.batch_reductions import batch_gather, batch_mean, batch_sum
+    from microbatch.loss.convert_batch_norm import convert_batch_norm
     from microbatch.loss.loss import Loss
-    from microbatch.loss.shared import batch_gather, batch_mean, batch_sum
+    from microbatch.loss.tiled_cross_entropy import linear_cross_entropy
     from microbatch.memory.meter import MemoryMeter
     from microbatch.memory.recompute import checkpointed
     from microbatch.memory.spill import Spill
     from microbatch.planning.arithmetic import Division, divide_batch
     from microbatch.planning.hyperparameters import Hyperparameters
-    from microbatch.planning.make import plan
+    from microbatch.planning.make_plan import plan
     from microbatch.planning.plan import Plan
     from microbatch.planning.scaling import Scaling, scale_hyperparameters
     from microbatch.ranks.pipeline import Pipeline
@@ -90,15 +90,15 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
-    "Cause": "checking.report",
-    "Check": "checking.report",
+    "Cause": "checking.check_report",
+    "Check": "checking.check_report",
     "DeepSpeed": "engines.deepspeed",
     "Division": "planning.arithmetic",
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",
     "Job": "train.job",
     "Lengths": "batch.lengths",
-    "LinearState": "gradients.fold",
+    "LinearState": "gradients.momentum_buffer",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
@@ -107,25 +107,25 @@ _HOMES = {
     "Plan": "planning.plan",
     "PlanChosen": "step.events",
     "Retry": "step.events",
-    "Rows": "batch.tree",
+    "Rows": "batch.batch_tree",
     "Scaling": "planning.scaling",
     "SizeChanged": "step.events",
     "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
     "SyncChosen": "step.events",
-    "Whole": "batch.tree",
+    "Whole": "batch.batch_tree",
     "Window": "step.window",
-    "batch_gather": "loss.shared",
-    "batch_mean": "loss.shared",
-    "batch_sum": "loss.shared",
+    "batch_gather": "loss.batch_reductions",
+    "batch_mean": "loss.batch_reductions",
+    "batch_sum": "loss.batch_reductions",
     "check": "checking.equal",
     "checkpointed": "memory.recompute",
-    "convert_batch_norm": "loss.convert",
+    "convert_batch_norm": "loss.convert_batch_norm",
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
-    "linear_cross_entropy": "loss.heads",
-    "plan": "planning.make",
+    "linear_cross_entropy": "loss.tiled_cross_entropy",
+    "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",
 }
 _MODULES = {"losses": "loss.losses"}

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from microbatch.cli.main import app
 from microbatch.errors import ConfigError
 from microbatch.guide import live
-from microbatch.guide.lines import read_line
 from microbatch.guide.live import WatchedRun, open_runs
+from microbatch.guide.metrics_lines import read_line
 from microbatch.guide.server import Guide
 
 JOB = Path(__file__).parents[1] / "train" / "small_job.py"

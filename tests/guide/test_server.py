@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from tests.guide.conftest import within_a_second
 
+from microbatch.guide.playground_settings import FIELDS, read_settings
 from microbatch.guide.runner import Run
 from microbatch.guide.server import MOST_BODY, PER_SECOND
-from microbatch.guide.settings import FIELDS, read_settings
 
 SLOW = {"model": "mlp", "steps": 400, "pace": "0.6"}
 

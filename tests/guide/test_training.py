@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from microbatch.guide.lessons import LESSONS, lesson
+from microbatch.guide.playground_settings import FIELDS, read_settings
 from microbatch.guide.presets import PRESETS
-from microbatch.guide.program import program
-from microbatch.guide.settings import FIELDS, read_settings
+from microbatch.guide.python_code import program
 from microbatch.guide.training import Training
 
 

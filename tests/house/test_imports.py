@@ -175,7 +175,7 @@ def core_files() -> list[Path]:
 @pytest.mark.parametrize("file", core_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_the_core_imports_torch_alone(file: Path) -> None:
     # What makes turns cheaper, where it is there; without it threads take them.
-    optional = {"greenlet"} if file == PACKAGE / "loss" / "strands.py" else set[str]()
+    optional = {"greenlet"} if file == PACKAGE / "loss" / "fibers.py" else set[str]()
     assert imports(file.read_text(encoding="utf-8")) - sys.stdlib_module_names <= {"torch", "microbatch"} | optional
 
 

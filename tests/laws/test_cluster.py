@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from microbatch.batch.tree import map_tensors
-from microbatch.cli.cluster import is_for_a_cluster, run_cluster_plan
+from microbatch.batch.batch_tree import map_tensors
+from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
 from microbatch.errors import ConfigError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.planning.arithmetic import divide_batch
-from microbatch.planning.cluster import ClusterPlan, Simulation, cluster_plan
+from microbatch.planning.block_profile import FORWARD, Model, Place, Profile
+from microbatch.planning.cluster_plan import ClusterPlan, Simulation, cluster_plan
 from microbatch.planning.hardware import Device, find_device
-from microbatch.planning.models import Case, Embedding, Shape, case_from_config, next_token_loss
-from microbatch.planning.moments import FORWARD, Model, Place, Profile
+from microbatch.planning.model_shapes import Case, Embedding, Shape, case_from_config, next_token_loss
 from microbatch.planning.sharding import PRECISIONS, STRATEGIES, Setup, State
-from microbatch.step.copies import some_rows
+from microbatch.step.dry_run_copies import some_rows
 
 GIB = 1024**3
 SEVENTY = {

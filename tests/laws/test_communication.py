@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from microbatch.cli.cluster import run_cluster_plan
+from microbatch.cli.cluster_command import run_cluster_plan
 from microbatch.errors import ConfigError
-from microbatch.planning.cluster import Simulation
+from microbatch.planning.block_profile import Model, Profile
+from microbatch.planning.cluster_plan import Simulation
 from microbatch.planning.communication import LITTLE, Assumed, Communication, enough_microbatches
 from microbatch.planning.flops import flops_of
 from microbatch.planning.hardware import DEVICES, Device, find_device
 from microbatch.planning.links import Link, find_link, parse_bandwidth, parse_duration
-from microbatch.planning.models import Case, case_from_config
-from microbatch.planning.moments import Model, Profile
+from microbatch.planning.model_shapes import Case, case_from_config
 from microbatch.planning.sharding import PRECISIONS, Setup
 
 GPT2 = {"model_type": "gpt2", "n_embd": 48, "n_layer": 8, "n_head": 4, "vocab_size": 300, "n_positions": 32}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
 from microbatch.errors import ConfigError
-from microbatch.gradients import fuse
+from microbatch.gradients import fused_matmul
 
 from .reference import (
     EXACT,
@@ -179,7 +179,7 @@ def test_the_full_batchs_gradient_under_the_same_masks(
 @contextmanager
 def smallest(elements: int) -> Generator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fuse, "SMALLEST", elements)
+        patch.setattr(fused_matmul, "SMALLEST", elements)
         yield
 
 

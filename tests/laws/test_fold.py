@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import microbatch as mb
 from microbatch.errors import ConfigError, NonfiniteError
-from microbatch.gradients import fuse
+from microbatch.gradients import fused_matmul
 
 from .reference import (
     EXACT,
@@ -215,7 +215,7 @@ def test_a_parameter_without_a_gradient_keeps_its_momentum_and_its_place(device:
 
 @on_each_device
 def test_inside_the_matrix_product(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "SMALLEST", 1)
+    monkeypatch.setattr(fused_matmul, "SMALLEST", 1)
     model = tagger(1, device)
     it, held = folded(model, sgd), list[Tensor]()
     plain = sgd(model.parameters())

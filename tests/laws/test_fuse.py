@@ -66,8 +66,8 @@ LONG, WIDE, WORDS = 8, 4, 7
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fuse the small weights too, and replace the cross-entropy of few logits."""
-    monkeypatch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
-    monkeypatch.setattr("microbatch.loss.heads._IN_CACHE", 1)
+    monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
+    monkeypatch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 1)
 
 
 # -- networks of covered and uncovered layers ----------------------------------------------------------------------
@@ -1119,15 +1119,15 @@ def test_the_peak_is_lower_by_the_largest_weight(count: Any, as_it_is: None) -> 
 def test_memory_used_again_is_part_of_the_peak_anyway(
     count: Any, tokens: int, as_it_is: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microbatch.gradients.fuse._MANY_OUTPUTS", 2 * SIDE)
-    monkeypatch.setattr("microbatch.loss.heads._IN_CACHE", 2 * SIDE)
+    monkeypatch.setattr("microbatch.gradients.fused_matmul._MANY_OUTPUTS", 2 * SIDE)
+    monkeypatch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 2 * SIDE)
     model, batch = large(3, torch.float32), ids(tokens)
     batch = {name: each.view(4, tokens) for name, each in batch.items()}
     peaks: list[int] = []
     for used_again in (True, False):
         monkeypatch.setattr("microbatch.memory.scratch.SMALLEST", 1 if used_again else 1 << 60)
         if not used_again:
-            monkeypatch.setattr("microbatch.gradients.fuse.Fuse.final", False)
+            monkeypatch.setattr("microbatch.gradients.fused_matmul.Fuse.final", False)
         twin = copy.deepcopy(model)
         optimizer = SGD(twin.parameters(), lr=0.0)
         accumulator = mb.Accumulator(twin, optimizer, microbatch_size=1, listeners=[tidy])

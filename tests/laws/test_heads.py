@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
 from microbatch.errors import LossError
-from microbatch.loss.heads import linear_cross_entropy
 from microbatch.loss.loss import Loss
+from microbatch.loss.tiled_cross_entropy import linear_cross_entropy
 
 from .reference import (
     EXACT,
@@ -274,7 +274,7 @@ def test_in_a_window(
     model, batch = filled(Writer(tied=tied, bias=bias), seed, device), sentences(seed, targets)
     reference = full_batch(model, plainly, batch)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
+        patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
         it = subject(model, size=size, fuse=fuse)
         step = door(it, batch, in_tiles(tile, again=again), size=size)
     assert relative_error(it.updates[0], reference) <= EXACT
@@ -284,7 +284,7 @@ def test_in_a_window(
 
 @pytest.mark.parametrize("tile", [None, 100])
 def test_one_tile_is_fused(tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
+    monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     model, batch = filled(Writer(tied=False), 0, "cpu"), sentences(0, [4, 1], width=4)
     it = subject(model, size=1, fuse=True)
     it.accumulator.step(batch, in_tiles(tile))
@@ -296,7 +296,7 @@ def test_one_tile_is_fused(tile: int | None, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("tile", [None, 3])
 def test_in_a_window_no_worse_than_plain(precision: str, tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
+    monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     dtype, autocast = NARROW[precision]
     model, batch = filled(Writer(tied=True), 0, "cpu", dtype), sentences(0, [8, 1, 0, 5])
     reference = full_batch(model, plainly, batch)
@@ -565,8 +565,8 @@ def test_cross_entropy_in_a_window(
     model, batch = filled(Writer(tied=True), seed, "cpu"), sentences(seed, targets)
     twin = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
-        patch.setattr("microbatch.loss.heads._IN_CACHE", 1)
+        patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
+        patch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 1)
         it = subject(model, size=size, fuse=True)
         step = door(it, batch, loss_fn, size=size)
     want = full_batch(twin, reference, batch)

@@ -199,7 +199,7 @@ def test_several_terms_and_their_counts(sizes: list[int], size: int, seed: int) 
 @given(sizes=LENGTHS, size=SIZES, fuse=st.booleans(), seed=SEEDS)
 def test_with_everything_else(sizes: list[int], size: int, fuse: bool, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
+        patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
         model, batch = reader(seed), ragged(seed, sizes)
         it = subject(model, size=size, lengths="mask", fuse=fuse, max_grad_norm=0.01)
         step = it.accumulator.step(batch, token_loss)

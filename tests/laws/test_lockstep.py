@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
 from microbatch.errors import BatchStatisticsError, ConfigError
-from microbatch.loss.order import Order
+from microbatch.loss.backward_order import Order
 
 from .networks import WIDTH, Residual, classify, convolution, double, drawn, head, images
 from .reference import Batch, numbers, relative_error, subject
@@ -54,7 +54,7 @@ class Watching(TorchDispatchMode):
 @pytest.fixture(autouse=True, params=["greenlets", "threads"])
 def strands(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run microbatches in turns either way."""
-    monkeypatch.setattr("microbatch.loss.strands._has_greenlet", lambda: request.param == "greenlets")
+    monkeypatch.setattr("microbatch.loss.fibers._has_greenlet", lambda: request.param == "greenlets")
     return request.param
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import microbatch as mb
 from microbatch import products
 from microbatch.errors import ConfigError, NonfiniteError
-from microbatch.gradients import fuse
-from microbatch.gradients.narrow import PIECE, Compensated, NarrowSum, Stochastic
+from microbatch.gradients import fused_matmul
+from microbatch.gradients.bfloat16_sums import PIECE, Compensated, NarrowSum, Stochastic
 from microbatch.memory.meter import MemoryMeter
 
 from .reference import (
@@ -231,7 +231,7 @@ def size_of(model: Any, batch: Batch) -> Tensor:
 
 @on_each_device
 def test_fused_and_not_they_add_up_to_the_same_bits(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "SMALLEST", 1)
+    monkeypatch.setattr(fused_matmul, "SMALLEST", 1)
     monkeypatch.setattr(products, "PIECE", 16)
     updates: list[dict[str, Tensor]] = []
     for fused in (True, False):
@@ -244,7 +244,7 @@ def test_fused_and_not_they_add_up_to_the_same_bits(device: str, monkeypatch: py
 
 @on_each_device
 def test_at_random_and_fused_it_is_as_close(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "SMALLEST", 1)
+    monkeypatch.setattr(fused_matmul, "SMALLEST", 1)
     model = layers(device)
     reference = full_batch(model, size_of, words(9))
     it = subject(model, accumulate="stochastic", **NARROW)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import microbatch as mb
 from microbatch.errors import ConfigError
+from microbatch.step.dry_run import rehearse
 from microbatch.step.pace import Pace
-from microbatch.step.rehearse import rehearse
 from microbatch.step.search import MOST_SIZES, NOISE, Found, noise, search, sizes_for
 from microbatch.step.settings import Memory
 from microbatch.step.sizing import Sizing

@@ -13,11 +13,11 @@ from torch.optim import SGD
 
 import microbatch as mb
 from microbatch.errors import OutOfMemoryError
-from microbatch.planning import make, ways
+from microbatch.planning import make_plan, memory_options
 from microbatch.planning.plan import CHECKPOINTED, KEPT, OFFLOADED, Candidate, Plan, Way
-from microbatch.planning.words import words_for
-from microbatch.step.rehearse import rehearse_once
-from microbatch.step.relieve import fewest
+from microbatch.planning.plan_words import words_for
+from microbatch.step.auto_checkpoint import fewest
+from microbatch.step.dry_run import rehearse_once
 
 ROWS, TOKENS, BLOCKS = 8, 64, 4
 
@@ -67,7 +67,7 @@ def planned(budget: int | str) -> Plan:
 def on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let spilled tensors lie where that is worth something, wherever the tests run; and believe any clock."""
     monkeypatch.setattr("microbatch.step.tune.settled", median)
-    monkeypatch.setattr("microbatch.memory.places._IN_MEMORY", set())
+    monkeypatch.setattr("microbatch.memory.offload_targets._IN_MEMORY", set())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
@@ -142,8 +142,8 @@ def test_where_memory_does_not_limit_the_price_is_told_at_the_same_size() -> Non
 
 
 def test_where_spilled_tensors_would_be_in_memory_offloading_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microbatch.memory.places._filesystem", lambda _: "tmpfs")
-    monkeypatch.setattr("microbatch.memory.places._IN_MEMORY", {"tmpfs"})
+    monkeypatch.setattr("microbatch.memory.offload_targets._filesystem", lambda _: "tmpfs")
+    monkeypatch.setattr("microbatch.memory.offload_targets._IN_MEMORY", {"tmpfs"})
     assert OFFLOADED not in {way.name for way in planned("1 GiB").ways}
 
 
@@ -279,17 +279,19 @@ def test_what_pays_is_told_and_what_does_not() -> None:
 
 def test_another_way_has_to_be_clearly_faster() -> None:
     kept, again = way(KEPT, 4, 1.0), way(CHECKPOINTED, 8, 0.98)
-    assert make._best([kept, again], kept) is kept
+    assert make_plan._best([kept, again], kept) is kept
     faster = dataclasses.replace(again, seconds=0.9)
-    assert make._best([kept, faster], kept) is faster
+    assert make_plan._best([kept, faster], kept) is faster
     untimed = dataclasses.replace(kept, seconds=None)
-    assert make._best([untimed, faster], untimed) is untimed
-    assert make._best([again, faster], None) is faster
+    assert make_plan._best([untimed, faster], untimed) is untimed
+    assert make_plan._best([again, faster], None) is faster
 
 
 def test_the_settings_of_a_way_are_what_its_name_says() -> None:
     model = deep()
     settings = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1).settings
-    stage = ways.Stage(settings=settings, loss_fn=loss_fn, batch=torch.zeros(4, 8), counts=None, rows=4, budget=None)
-    assert ways._settings(stage, way(OFFLOADED, 4, 1.0)).offload == "activations"
-    assert ways._settings(stage, way(CHECKPOINTED, 4, 1.0, blocks=2)).checkpoint == ("0", "1")
+    stage = memory_options.Stage(
+        settings=settings, loss_fn=loss_fn, batch=torch.zeros(4, 8), counts=None, rows=4, budget=None
+    )
+    assert memory_options._settings(stage, way(OFFLOADED, 4, 1.0)).offload == "activations"
+    assert memory_options._settings(stage, way(CHECKPOINTED, 4, 1.0, blocks=2)).checkpoint == ("0", "1")

@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
 from microbatch.errors import ConfigError, OutOfMemoryError
-from microbatch.memory.align import align
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
-from microbatch.memory.doubt import between, doubtful
-from microbatch.memory.hidden import Hidden
 from microbatch.memory.ledger import Timeline
+from microbatch.memory.match_operators import align
 from microbatch.memory.predict import Prediction, predict
 from microbatch.memory.scratch import SMALLEST, learn_to_count
-from microbatch.step.rehearse import rehearse
+from microbatch.memory.uncertainty import between, doubtful
+from microbatch.memory.workspace import Hidden
+from microbatch.step.dry_run import rehearse
 from microbatch.step.settings import Settings
 
 # The profiler says so of every build without a GPU.

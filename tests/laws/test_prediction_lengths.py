@@ -15,9 +15,9 @@ import microbatch as mb
 from microbatch.errors import ConfigError
 from microbatch.memory.allocator import AllocatorMeter
 from microbatch.memory.ledger import Timeline
-from microbatch.memory.lengthwise import Lengthwise
+from microbatch.memory.length_curves import Lengthwise
 from microbatch.memory.predict import predict
-from microbatch.step.lengthwise import rehearse_lengths, some_columns
+from microbatch.step.dry_run_lengths import rehearse_lengths, some_columns
 from microbatch.step.settings import Settings
 
 # The profiler says so of every build without a GPU.

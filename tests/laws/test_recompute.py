@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import microbatch as mb
 from microbatch.errors import ConfigError, OutOfMemoryError
 from microbatch.memory.recompute import blocks_of, checkpointed
-from microbatch.step.rehearse import rehearse_once
-from microbatch.step.relieve import Weight, by_worth, fewest, weigh
+from microbatch.step.auto_checkpoint import Weight, by_worth, fewest, weigh
+from microbatch.step.dry_run import rehearse_once
 
 WIDTH = 32
 
@@ -88,7 +88,7 @@ def after(model: nn.Module, x: Tensor, *, steps: int = 2, **options: Any) -> tup
 def test_every_step_is_the_same_to_the_last_bit(
     fuse: bool, blocks: Any, autocast: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microbatch.gradients.fuse.SMALLEST", 1)
+    monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     model, x = Net(), torch.randn(10, 8)
     expected, drawn, plain = after(model, x, fuse=fuse, autocast=autocast)
     found, drawn_too, again = after(model, x, fuse=fuse, autocast=autocast, checkpoint=blocks)
@@ -342,7 +342,7 @@ def test_where_the_last_block_only_makes_it_worse_it_is_left_out(monkeypatch: py
         taken.append(len(settings.checkpoint))
         return peaks[taken[-1]]
 
-    monkeypatch.setattr("microbatch.step.relieve.rehearse_once", rehearsed)
+    monkeypatch.setattr("microbatch.step.auto_checkpoint.rehearse_once", rehearsed)
     names = [f"{index}" for index in range(4)]
     find = partial(fewest, settings_of(layers(4)), loss_fn, batch=torch.zeros(4, 64), size=4, ranked=names)
     assert find(budget=3) == tuple(names[:3])

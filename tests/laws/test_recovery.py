@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 import microbatch as mb
 from microbatch.errors import OutOfMemoryError
-from microbatch.gradients import fuse
-from microbatch.gradients.add import GradientSum
-from microbatch.memory import recover
-from microbatch.memory.recover import is_out_of_memory, let_go
+from microbatch.gradients import fused_matmul
+from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.memory import out_of_memory
+from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 from microbatch.step import accumulator as accumulator_module
 from microbatch.step import window as window_module
 from microbatch.step.sizing import PATIENCE
@@ -241,7 +241,7 @@ def quick_collections() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fuse_small_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuse, "SMALLEST", 1)
+    monkeypatch.setattr(fused_matmul, "SMALLEST", 1)
 
 
 @dataclass(frozen=True)
@@ -553,7 +553,7 @@ def engine_keeps() -> int:
                 sum(losses, torch.zeros(())).backward()
         except torch.OutOfMemoryError as error:
             failure = error
-            recover._forget_frames(error, set())
+            out_of_memory._forget_frames(error, set())
         del losses, model, first, last
         gc.collect()
         kept += sum(each() is not None for each in storages)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from microbatch.planning.cluster import cluster_plan
+from microbatch.planning.cluster_plan import cluster_plan
 from microbatch.planning.hardware import Device
-from microbatch.planning.models import Case
+from microbatch.planning.model_shapes import Case
 from microbatch.planning.sharding import PRECISIONS, Setup
 from microbatch.step.accumulator import Accumulator
 

@@ -12,7 +12,7 @@ from tests.faults import RunsOut
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from microbatch.gradients import fuse
+from microbatch.gradients import fused_matmul
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
 
@@ -94,7 +94,7 @@ def run(case: Case, rank: int, size: int, *at: int) -> tuple[list[Tensor], int, 
 def all_cases(rank: int, ranks: int) -> dict[str, Any]:
     assert ranks == 2
     gc.freeze()  # each recovery collects garbage
-    fuse.SMALLEST = 1
+    fused_matmul.SMALLEST = 1
     told: dict[str, Any] = {}
     for name, case in CASES.items():
         large, _, asked = run(case, rank, LARGE)

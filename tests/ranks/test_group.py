@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import Loss
 from microbatch.ranks import reduce
-from microbatch.ranks.group import group_of
+from microbatch.ranks.process_group import group_of
 from microbatch.step.accumulator import Accumulator
 
 

@@ -15,12 +15,12 @@ from tests.ranks.piped_job import two
 from torch import Tensor, nn
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.config import Settings
-from microbatch.train.events import RunEvent, RunPlanned
 from microbatch.train.launch import Launch
 from microbatch.train.place import STAGES, Place, check_piped_job, find_place, own_state
+from microbatch.train.run_events import RunEvent, RunPlanned
 from microbatch.train.start import prepare
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from microbatch.errors import RankError
 from microbatch.loss.loss import Loss
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.ranks.reduce import Flat, reduce_
 from microbatch.step.accumulator import Accumulator
 

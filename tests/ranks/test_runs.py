@@ -21,16 +21,16 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from microbatch.cli.show import Screen
-from microbatch.cli.views import step_line, summary_view
+from microbatch.cli.progress import Screen
+from microbatch.cli.run_views import step_line, summary_view
 from microbatch.errors import CheckpointError
 from microbatch.memory.budget import format_bytes
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.events import SyncChosen
 from microbatch.train.checkpoint import copied, read_newest, store
-from microbatch.train.events import RunEvent
 from microbatch.train.heartbeat import read_beat
 from microbatch.train.launch import Launch
+from microbatch.train.run_events import RunEvent
 from microbatch.train.start import prepare
 from microbatch.train.state import load_model, load_optimizer
 

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from microbatch.loss.loss import Loss
-from microbatch.ranks.sharded import _FLAGS, _units
+from microbatch.ranks.fsdp import _FLAGS, _units
 from microbatch.step.accumulator import Accumulator
 
 Batch = dict[str, Tensor]

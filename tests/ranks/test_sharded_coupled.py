@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from microbatch.loss import losses
 from microbatch.loss.loss import Loss
-from microbatch.ranks.sharded import _FLAGS, _units
+from microbatch.ranks.fsdp import _FLAGS, _units
 from microbatch.step.accumulator import Accumulator
 
 ROWS = 9

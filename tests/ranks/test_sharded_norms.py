@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import microbatch as mb
-from microbatch.ranks.sharded import _FLAGS, _units
+from microbatch.ranks.fsdp import _FLAGS, _units
 
 ROWS, FIRST = 11, 7
 Batch = dict[str, Tensor]

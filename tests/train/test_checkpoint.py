@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from microbatch.errors import CheckpointError
-from microbatch.step.replay import seed_everything
+from microbatch.step.saved_state import seed_everything
 from microbatch.train.checkpoint import clear_unfinished, read_checkpoint, read_newest, write_checkpoint
 from microbatch.train.encode import decode, encode
 from microbatch.train.state import (

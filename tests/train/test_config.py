@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from microbatch.errors import ConfigError, DataError
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.find import call_job, find_job
+from microbatch.train.find_job import call_job, find_job
 from microbatch.train.job import Job
 from microbatch.train.resolve import RunConfig, resolve, resolve_device, resolved_settings
 

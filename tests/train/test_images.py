@@ -16,9 +16,9 @@ from microbatch.train.config import load_settings
 from microbatch.train.job import Job
 from microbatch.train.jobs.images import class_loss, class_scores, images, images_batchnorm
 from microbatch.train.jobs.pictures import SIDE, Pictures, hold_out, read_digits, read_folder
-from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import resolve
 from microbatch.train.rundir import RunDirectory
+from microbatch.train.training_loop import TrainingLoop
 
 
 @pytest.fixture(autouse=True)

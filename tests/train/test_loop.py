@@ -19,12 +19,12 @@ from microbatch.train.compare import compare
 from microbatch.train.config import load_settings
 from microbatch.train.data import BatchOrder, Position
 from microbatch.train.evaluate import evaluate
-from microbatch.train.events import RunEvent, StepLogged
 from microbatch.train.job import Job
-from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import resolve
+from microbatch.train.run_events import RunEvent, StepLogged
 from microbatch.train.rundir import MetricsLog, RunDirectory
 from microbatch.train.schedule import make_schedulers, warmup_cosine
+from microbatch.train.training_loop import TrainingLoop
 
 CPU = torch.device("cpu")
 

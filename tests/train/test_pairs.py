@@ -16,9 +16,9 @@ from microbatch.train.job import Job
 from microbatch.train.jobs.dual import DualEncoder
 from microbatch.train.jobs.functions import Pair, described_functions, read_pairs
 from microbatch.train.jobs.pairs import TokenPairs, encode, pad_pairs, pairs, pairs_scores
-from microbatch.train.loop import TrainingLoop
 from microbatch.train.resolve import resolve
 from microbatch.train.rundir import RunDirectory
+from microbatch.train.training_loop import TrainingLoop
 
 CPU = torch.device("cpu")
 VERBS = ("open", "close", "count", "sort", "merge", "split", "read", "write")

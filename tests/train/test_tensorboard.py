@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from microbatch.train.events import StepLogged
+from microbatch.train.run_events import StepLogged
 from microbatch.train.tensorboard import EventFile, crc32c, event_message, record
 
 

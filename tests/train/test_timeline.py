@@ -9,9 +9,9 @@ from torch import nn
 
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone
+from microbatch.train.baselines import take_step
 from microbatch.train.job import Job
 from microbatch.train.timeline import StepTimeline
-from microbatch.train.ways import take_step
 
 REST = 0.002
 

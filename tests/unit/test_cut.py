@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from microbatch.batch.batch_tree import Rows, Whole, leaves, map_leaves
 from microbatch.batch.cut import check_microbatch_size, cut
-from microbatch.batch.tree import Rows, Whole, leaves, map_leaves
 from microbatch.errors import BatchError, ConfigError, EmptyBatchError, RowsDisagreeError
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from microbatch.engines.deepspeed import DeepSpeed
-from microbatch.engines.passes import Passes, engine_loss, graphs_of, silent_loss
+from microbatch.engines.engine_passes import Passes, engine_loss, graphs_of, silent_loss
 from microbatch.errors import ConfigError, UnknownTermError
 from microbatch.loss.loss import Loss, shares_of
 from microbatch.loss.tally import Tally

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from microbatch.batch.feed import feed
-from microbatch.batch.tree import leaves
+from microbatch.batch.batch_tree import leaves
+from microbatch.batch.prefetch import feed
 
 CPU = torch.device("cpu")
 

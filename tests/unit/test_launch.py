@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import HashStore
 from microbatch.errors import ConfigError, RankError
 from microbatch.train.heartbeat import COMPUTING, WAITING, Heartbeat, is_of_the_group, who_is_missing
 from microbatch.train.launch import Launch, launch_of, own_device
-from microbatch.train.meet import fresh
+from microbatch.train.rendezvous import fresh
 from microbatch.train.share import share
 
 SAID = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "node", "MASTER_PORT": "29500"}

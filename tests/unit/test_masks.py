@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from microbatch.batch.masks import _mixed, derive, row_mask
+from microbatch.batch.random_masks import _mixed, derive, row_mask
 
 CPU = torch.device("cpu")
 SHAPE = (64, 32, 48)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from microbatch.loss.moments import merged, moments_of
+from microbatch.loss.channel_stats import merged, moments_of
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 7), (4, 6, 8, 8), (1, 4, 70), (2, 3, 5, 4, 6)])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microbatch.errors import SpillError
-from microbatch.memory.places import File, Piece
+from microbatch.memory.offload_targets import File, Piece
 from microbatch.memory.spill import Handle, Spill, Store, is_movable
 
 # Some kinds of tensors are not there yet, others no longer.

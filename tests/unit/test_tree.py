@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from microbatch.gradients.tree import Node, Tree, shape_of, total
+from microbatch.gradients.sum_tree import Node, Tree, shape_of, total
 
 
 def parts(number: int, seed: int) -> list[list[Tensor | None]]:

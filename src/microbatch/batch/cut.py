@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from microbatch.batch.tree import rows_of, slice_rows
+from microbatch.batch.batch_tree import rows_of, slice_rows
 from microbatch.errors import ConfigError, EmptyBatchError
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from microbatch.batch.tree import Rows, Whole, leaves, map_leaves, rows_of
+from microbatch.batch.batch_tree import Rows, Whole, leaves, map_leaves, rows_of
 from microbatch.errors import BatchError, ConfigError
 
 # Layouts that hold several documents in a row, or rows end to end: their boundaries are not the rows'.

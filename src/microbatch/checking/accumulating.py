@@ -15,8 +15,8 @@ from torch.optim import SGD
 
 from microbatch.checking.boundary import Outputs
 from microbatch.checking.gradient import Gradient, taken
-from microbatch.checking.stage import REMEDIED, Play, Stage, mean_of
 from microbatch.checking.survey import draw_apart
+from microbatch.checking.trial_runs import REMEDIED, Play, Stage, mean_of
 from microbatch.errors import NonfiniteError
 from microbatch.loss.loss import Count, Loss, shares_of
 from microbatch.step.accumulator import Accumulator

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from microbatch.batch.tree import leaves, map_tensors
-from microbatch.memory.where import current_node
+from microbatch.batch.batch_tree import leaves, map_tensors
+from microbatch.memory.module_of_op import current_node
 
 
 class Boundary:

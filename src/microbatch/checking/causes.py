@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from microbatch.checking.accumulating import COUNTS, COUPLING, LENGTHS, ROW_ORDER, Term
+from microbatch.checking.check_report import Cause
 from microbatch.checking.gradient import Gradient, combined, norm, relative_error
-from microbatch.checking.report import Cause
 from microbatch.checking.samples import TOLERANCE, Found, Samples
-from microbatch.checking.stage import RANDOMNESS, STATE, STATISTICS, Stage
+from microbatch.checking.trial_runs import RANDOMNESS, STATE, STATISTICS, Stage
 
 PRECISION, UNEXPLAINED = "precision", "unexplained"
 _LOSS, _MODEL, _LOOP = "the loss", "the model", "the loop"

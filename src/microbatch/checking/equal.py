@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
-from microbatch.batch.tree import rows_of, take_rows
 from microbatch.checking.accumulating import LENGTHS, Accumulating
 from microbatch.checking.causes import PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
+from microbatch.checking.check_copies import Given
+from microbatch.checking.check_report import Cause, Check, ParameterError
 from microbatch.checking.gradient import Gradient, difference, norm, relative_error
-from microbatch.checking.loop import Looping
-from microbatch.checking.replica import Given
-from microbatch.checking.report import Cause, Check, ParameterError
-from microbatch.checking.stage import RANDOMNESS, REMEDIED, Play, Stage
+from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, Play, Stage
+from microbatch.checking.user_loop import Looping
 from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
 from microbatch.memory.budget import available_bytes, parse_bytes
 from microbatch.memory.meter import MemoryMeter
-from microbatch.memory.recover import is_out_of_memory, let_go
-from microbatch.step.replay import Snapshot
+from microbatch.memory.out_of_memory import is_out_of_memory, let_go
+from microbatch.step.saved_state import Snapshot
 
 EXACT = 1e-9
 """Relative error in float64 that rounding may make in a deep network, and that no cause worth naming stays below."""

@@ -16,7 +16,7 @@ from microbatch.batch.cut import cut
 from microbatch.checking.accumulating import COUNTS, COUPLING, ROW_ORDER, Slopes, Term, outputs_of, slopes_at
 from microbatch.checking.boundary import trace
 from microbatch.checking.gradient import Gradient, fit, relative_error
-from microbatch.checking.stage import Play, Stage
+from microbatch.checking.trial_runs import Play, Stage
 from microbatch.loss.loss import shares_of
 
 TOLERANCE = 1e-7

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from microbatch.checking.switches import Frozen, Statistics, is_random
-from microbatch.memory.where import Where
+from microbatch.memory.module_of_op import Where
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from microbatch.checking.boundary import Boundary
-from microbatch.memory.where import Where, current_node
-from microbatch.step.replay import RandomState
+from microbatch.memory.module_of_op import Where, current_node
+from microbatch.step.saved_state import RandomState
 
 Statistics = Mapping[str, list[tuple[Tensor, Tensor]]]
 

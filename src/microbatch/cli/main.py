@@ -190,7 +190,7 @@ def train(
     Raises:
         Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
-    from microbatch.cli.train import Output, run_training
+    from microbatch.cli.train_command import Output, run_training
 
     flags = {
         "job": job,
@@ -330,8 +330,8 @@ def plan(
     Raises:
         Exit: Always, with the exit code: 0 planned, 1 failed or does not fit, 2 bad input.
     """
-    from microbatch.cli.cluster import is_for_a_cluster, run_cluster_plan
-    from microbatch.cli.plan import run_plan
+    from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
+    from microbatch.cli.plan_command import run_plan
 
     if is_for_a_cluster(job or "", device):
         elsewhere = {
@@ -425,7 +425,7 @@ def check(
     Raises:
         Exit: Always, with the exit code: 0 equal, 1 not equal or failed, 2 bad input.
     """
-    from microbatch.cli.check import run_check
+    from microbatch.cli.check_command import run_check
 
     flags = {
         "job": job,
@@ -464,7 +464,7 @@ def guide(
     Raises:
         Exit: Always, with the exit code: 0 ended as asked, 2 bad input.
     """
-    from microbatch.cli.guide import run_guide
+    from microbatch.cli.guide_command import run_guide
 
     raise typer.Exit(run_guide(runs or (), port=port, browser=not no_browser, export=export))
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from microbatch.batch.cut import check_microbatch_size
-from microbatch.engines.window import EngineWindow, LossFunction
+from microbatch.engines.engine_window import EngineWindow, LossFunction
 from microbatch.errors import ConfigError, WindowError
 from microbatch.step.events import Event, Listener, StepDone
 from microbatch.step.record import Step

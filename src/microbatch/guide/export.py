@@ -10,9 +10,9 @@ from typing import Any
 
 from microbatch.errors import ConfigError
 from microbatch.guide.page import RECORDED, STATIC, load_drawn, load_measured, page
+from microbatch.guide.playground_settings import Settings, read_settings
 from microbatch.guide.presets import PRESETS
-from microbatch.guide.program import program
-from microbatch.guide.settings import Settings, read_settings
+from microbatch.guide.python_code import program
 from microbatch.guide.training import Training
 from microbatch.train.rundir import jsonable
 

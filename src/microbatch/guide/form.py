@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from microbatch.guide.playground_settings import FIELDS, Field
 from microbatch.guide.presets import PRESETS
-from microbatch.guide.settings import FIELDS, Field
 
 GROUPS = {
     "What": ("model", "norm", "coupling", "precision"),

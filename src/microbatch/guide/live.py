@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from microbatch.errors import ConfigError
-from microbatch.guide.lines import read_line, read_object
+from microbatch.guide.metrics_lines import read_line, read_object
 from microbatch.train.rundir import RunDirectory, jsonable
 
 EVERY = 0.5

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from microbatch.errors import MicrobatchError
-from microbatch.guide.settings import Settings
+from microbatch.guide.playground_settings import Settings
 
 LINE_LIMIT = 1 << 20
 ENDS = ("done", "overflow", "failed", "stopped")

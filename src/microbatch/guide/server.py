@@ -20,9 +20,9 @@ from microbatch.errors import ConfigError
 from microbatch.guide.guard import Guard
 from microbatch.guide.live import WatchedRun
 from microbatch.guide.page import STATIC, live_page, load_drawn, load_measured, page
-from microbatch.guide.program import program
+from microbatch.guide.playground_settings import read_settings
+from microbatch.guide.python_code import program
 from microbatch.guide.runner import BusyError, Playground, Run
-from microbatch.guide.settings import read_settings
 
 MOST_BODY = 16 * 1024
 """Bytes of a request's body."""

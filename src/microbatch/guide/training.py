@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from microbatch.errors import OutOfMemoryError
 from microbatch.guide.lessons import lesson
-from microbatch.guide.settings import Settings
+from microbatch.guide.playground_settings import Settings
 from microbatch.guide.truth import WholeBatch, flat, relative_error, scale_of, truth_of
 from microbatch.guide.wrong import Divide
 from microbatch.loss.loss import Loss
 from microbatch.memory.meter import MemoryMeter
-from microbatch.memory.report import MemoryReport
+from microbatch.memory.meter_report import MemoryReport
 from microbatch.planning.scaling import scale_hyperparameters
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import BudgetPassed, Event, MicrobatchDone, PlanChosen, Retry, SizeChanged

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from microbatch.errors import MicrobatchError
-from microbatch.guide.settings import read_settings
+from microbatch.guide.playground_settings import read_settings
 from microbatch.guide.training import Training
 from microbatch.train.rundir import jsonable
 

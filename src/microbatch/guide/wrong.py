@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microbatch.batch.tree import rows_of
+from microbatch.batch.batch_tree import rows_of
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import Loss
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from microbatch.errors import BatchStatisticsError
-from microbatch.loss.across import Across
-from microbatch.loss.lockstep import Call, Rule, Seat, Topic
-from microbatch.loss.moments import Moments, Narrowed, Running, merged
-from microbatch.loss.normalise import Measure, Normalise, Visit
-from microbatch.loss.places import caller
+from microbatch.loss.batchnorm_nodes import Measure, Normalise, Visit
+from microbatch.loss.caller import caller
+from microbatch.loss.channel_stats import Moments, Narrowed, Running, merged
+from microbatch.loss.rank_stats import Across
+from microbatch.loss.round_robin import Call, Rule, Seat, Topic
 
 _NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _NAMES_OF_TORCH = (

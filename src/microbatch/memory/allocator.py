@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from microbatch.memory.align import spans
 from microbatch.memory.ledger import Timeline
+from microbatch.memory.match_operators import spans
 from microbatch.memory.meter import MemoryMeter, is_question
 
 # Bytes of two allocations, each freed at once, that mark the beginning of an operator among the profiler's events.

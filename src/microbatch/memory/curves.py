@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from microbatch.memory.align import spans
 from microbatch.memory.ledger import ACTIVATIONS, INPUTS, TEMPORARIES, Timeline
+from microbatch.memory.match_operators import spans
 
 _ROUNDING = 256  # bytes that an allocation may be off its curve
 _BENT = 0.1  # of what a line misses, at most, is missed by a parabola where there is one

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from microbatch.memory.report import MemoryReport, Part
-from microbatch.memory.where import BACKWARD, FORWARD, Where, current_node, is_accumulating
+from microbatch.memory.meter_report import MemoryReport, Part
+from microbatch.memory.module_of_op import BACKWARD, FORWARD, Where, current_node, is_accumulating
 
 PARAMETERS, BUFFERS, GRADIENTS = "parameters", "buffers", "gradients"
 OPTIMIZER_STATE, INPUTS = "optimizer state", "inputs"

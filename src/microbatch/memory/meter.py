@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from microbatch.errors import ConfigError, OutOfMemoryError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.ledger import CATEGORIES, GRADIENTS, Ledger, Storage, Timeline, described
-from microbatch.memory.report import MemoryReport
-from microbatch.memory.where import current_node, is_accumulating, running_module
+from microbatch.memory.meter_report import MemoryReport
+from microbatch.memory.module_of_op import current_node, is_accumulating, running_module
 
 READ = torch.ops.aten._local_scalar_dense.default  # what `item()` is
 

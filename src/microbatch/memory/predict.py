@@ -9,11 +9,11 @@ from functools import partial
 from torch import Tensor
 
 from microbatch.errors import ConfigError
-from microbatch.memory.align import align
 from microbatch.memory.allocator import Witnessed
 from microbatch.memory.curves import Bounded, Curves, Fitted
-from microbatch.memory.hidden import Hidden
 from microbatch.memory.ledger import INPUTS, Timeline
+from microbatch.memory.match_operators import align
+from microbatch.memory.workspace import Hidden
 
 WORKSPACES = "workspaces"
 _ALIKE = 0.005  # of the peak, what fake and real tensors may differ by

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
-from microbatch.memory.places import File, Piece, Pinned, Place
+from microbatch.memory.offload_targets import File, Piece, Pinned, Place
 
 # A copy starts where vectors do, as its original did: what is computed from it is then the same to the last bit.
 _ALIGNMENT = 64

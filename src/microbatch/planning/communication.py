@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from microbatch.errors import ConfigError
+from microbatch.planning.block_profile import Model
 from microbatch.planning.links import Link, find_link, parse_duration
-from microbatch.planning.moments import Model
 from microbatch.planning.sharding import Setup
-from microbatch.ranks.agree import message_bytes
-from microbatch.ranks.group import ring_bytes
+from microbatch.ranks.agreement import message_bytes
+from microbatch.ranks.process_group import ring_bytes
 from microbatch.ranks.reduce import buckets_of
 
 LITTLE = 0.05

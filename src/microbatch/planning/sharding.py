@@ -9,8 +9,8 @@ import torch
 
 from microbatch.errors import ConfigError
 from microbatch.memory.ledger import GRADIENTS, OPTIMIZER_STATE, PARAMETERS
+from microbatch.planning.block_profile import BACKWARD, FORWARD, Model, Place
 from microbatch.planning.hardware import Device
-from microbatch.planning.moments import BACKWARD, FORWARD, Model, Place
 
 GATHERED, UNSHARDED = "gathered layers", "unsharded gradients"
 STATE = (PARAMETERS, GRADIENTS, OPTIMIZER_STATE, GATHERED, UNSHARDED)

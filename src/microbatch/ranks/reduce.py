@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 
 BUCKET_BYTES = 25 * 1024 * 1024
 

@@ -15,13 +15,15 @@ from torch.optim import Optimizer
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
-from microbatch.gradients.fold import LinearState
+from microbatch.gradients.momentum_buffer import LinearState
 from microbatch.loss.loss import LossLike
 from microbatch.memory.budget import parse_bytes
+from microbatch.memory.out_of_memory import explained, let_go
 from microbatch.memory.recompute import named_blocks
-from microbatch.memory.recover import explained, let_go
 from microbatch.memory.spill import Spill
+from microbatch.step.auto_checkpoint import relieve
 from microbatch.step.compiled import Compiled, Function
+from microbatch.step.coupled_way import Ways
 from microbatch.step.coupling import Encode
 from microbatch.step.events import Listener
 from microbatch.step.foresee import foresee, room_for
@@ -30,12 +32,10 @@ from microbatch.step.pace import Pace
 from microbatch.step.program import Coupled, Plain
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt
-from microbatch.step.relieve import relieve
 from microbatch.step.settings import EXACT, Counts, Memory, Settings
 from microbatch.step.sizing import Sizing
 from microbatch.step.suggest import suggestions
 from microbatch.step.tune import Tuning
-from microbatch.step.ways import Ways
 from microbatch.step.window import Window
 
 

@@ -10,19 +10,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from microbatch.batch.feed import feed
-from microbatch.batch.tree import rows_of
+from microbatch.batch.batch_tree import rows_of
+from microbatch.batch.prefetch import feed
 from microbatch.errors import LossError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.memory.budget import format_bytes
-from microbatch.ranks.agree import attend
-from microbatch.ranks.group import Ranks
-from microbatch.ranks.sharded import Sharded, narrowest, unshared_bytes
-from microbatch.ranks.whole import hold_whole, let_go, scatter_whole
+from microbatch.ranks.agreement import attend
+from microbatch.ranks.fsdp import Sharded, narrowest, unshared_bytes
+from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.unsharded import hold_whole, let_go, scatter_whole
 from microbatch.step.events import SyncChosen
 from microbatch.step.foresee import room_for
 from microbatch.step.lend import few_of, lend
-from microbatch.step.replay import Snapshot
+from microbatch.step.saved_state import Snapshot
 from microbatch.step.settings import EXACT, Memory, Settings
 
 Piece: TypeAlias = tuple[int, Any]

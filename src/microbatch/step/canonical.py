@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.batch.masks import derive
-from microbatch.batch.tree import map_tensors
+from microbatch.batch.batch_tree import map_tensors
+from microbatch.batch.random_masks import derive
 from microbatch.errors import WindowError
-from microbatch.gradients.add import GradientSum
-from microbatch.gradients.tree import Node, Tree, shape_of, total
+from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.gradients.sum_tree import Node, Tree, shape_of, total
 from microbatch.loss.tally import Tally
-from microbatch.ranks.agree import attend
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.agreement import attend
+from microbatch.ranks.process_group import Ranks
 from microbatch.ranks.reduce import BUCKET_BYTES
-from microbatch.step.replay import RandomState, seed_everything
+from microbatch.step.saved_state import RandomState, seed_everything
 
 
 class Canonical:

@@ -12,21 +12,21 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
-from microbatch.gradients.add import GradientSum
-from microbatch.gradients.finish import clip_factor, first_nonfinite, gradient_norm, scale_
+from microbatch.gradients.clipping import clip_factor, first_nonfinite, gradient_norm, scale_
+from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.loss.loss import wide_dtype
 from microbatch.loss.tally import Tally
-from microbatch.ranks.agree import Message, agree
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.agreement import Message, agree
+from microbatch.ranks.fsdp import Sharded
+from microbatch.ranks.process_group import Ranks
 from microbatch.ranks.reduce import Flat, reduce_, reserve
-from microbatch.ranks.sharded import Sharded
-from microbatch.ranks.stages import Stages
+from microbatch.ranks.stage_ranks import Stages
 from microbatch.shards import local_of
-from microbatch.step.apply import apply
+from microbatch.step.all_or_none import together
 from microbatch.step.canonical import Canonical
 from microbatch.step.early import Early
+from microbatch.step.optimizer_step import apply
 from microbatch.step.settings import Progress, Settings
-from microbatch.step.together import together
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microbatch.batch.tree import leaves
+from microbatch.batch.batch_tree import leaves
 from microbatch.loss.loss import LossLike
 
 LossFunction = Callable[[nn.Module, Any], LossLike]

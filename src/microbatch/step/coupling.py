@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from microbatch.batch.lengths import in_order
 from microbatch.errors import EmptyBatchError, SpillError
-from microbatch.loss.coupled import Representations, check_reached, put_together, seeds_for, taken_apart
 from microbatch.loss.loss import Share
-from microbatch.ranks.exchange import Exchange
-from microbatch.ranks.group import Ranks
-from microbatch.step.replay import RandomState, Snapshot
+from microbatch.loss.representations import Representations, check_reached, put_together, seeds_for, taken_apart
+from microbatch.ranks.gather_representations import Exchange
+from microbatch.ranks.process_group import Ranks
+from microbatch.step.saved_state import RandomState, Snapshot
 
 Encode: TypeAlias = Callable[[nn.Module, Any], Any]
 

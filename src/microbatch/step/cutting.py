@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from microbatch.batch.feed import feed, is_there
+from microbatch.batch.batch_tree import slice_rows
 from microbatch.batch.lengths import Lengths, Piece, cut_by_length, take_piece
-from microbatch.batch.tree import slice_rows
+from microbatch.batch.prefetch import feed, is_there
 from microbatch.step.recovery import Cut, cut_of_pieces, cut_of_rows
 from microbatch.step.settings import Settings
 from microbatch.step.sizing import Sizing

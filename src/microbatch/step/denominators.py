@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from microbatch.batch.tree import rows_of
+from microbatch.batch.batch_tree import rows_of
 from microbatch.errors import MissingCountError, WindowError
 from microbatch.loss.loss import Count, Share, check_number
 from microbatch.loss.tally import Tally
-from microbatch.ranks.agree import Message, agree
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.agreement import Message, agree
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.settings import Counts
 
 

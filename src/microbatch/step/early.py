@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from microbatch.gradients.add import GradientSum
+from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.loss.tally import Tally
-from microbatch.ranks.agree import Message, agree
-from microbatch.ranks.group import Ranks
-from microbatch.ranks.overlap import Overlap
+from microbatch.ranks.agreement import Message, agree
+from microbatch.ranks.bucketed_reduce import Overlap
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.settings import Memory
 
 

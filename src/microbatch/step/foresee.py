@@ -9,12 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
 
-from microbatch.batch.tree import leaves, rows_of
+from microbatch.batch.batch_tree import leaves, rows_of
 from microbatch.memory.budget import available_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.predict import Prediction
 from microbatch.step.compiled import LossFunction
-from microbatch.step.rehearse import rehearse
+from microbatch.step.dry_run import rehearse
 from microbatch.step.settings import EXACT, Memory, Settings, Watched
 from microbatch.step.tune import Tuning
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from microbatch.gradients.add import GradientSum
-from microbatch.gradients.fuse import Fuse
-from microbatch.gradients.named import Named
-from microbatch.loss.heads import cross_entropy
+from microbatch.gradients.fused_matmul import Fuse
+from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.gradients.parameters import Named
+from microbatch.loss.tiled_cross_entropy import cross_entropy
 from microbatch.memory.scratch import Scratch
 
 

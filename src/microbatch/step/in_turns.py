@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import (
 )
 
 from microbatch.errors import BatchStatisticsError
-from microbatch.gradients.add import GradientSum
-from microbatch.loss.across import Across
+from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.loss.batch_reductions import sharing_rules
 from microbatch.loss.batchnorm import ExactBatchNorm, OneOfMany
-from microbatch.loss.lockstep import Call, Lockstep, Puts, Rule, Seat
-from microbatch.loss.replica import Replicas
-from microbatch.loss.shared import sharing_rules
+from microbatch.loss.module_replicas import Replicas
+from microbatch.loss.rank_stats import Across
+from microbatch.loss.round_robin import Call, Lockstep, Puts, Rule, Seat
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.spill import Spill
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.settings import Settings
 
 _MARGIN = 0.97  # of a budget: operators allocate inside themselves what nobody counts

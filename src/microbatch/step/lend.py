@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from microbatch.batch.tree import map_tensors, rows_of, slice_rows
-from microbatch.ranks.group import Ranks
+from microbatch.batch.batch_tree import map_tensors, rows_of, slice_rows
+from microbatch.ranks.process_group import Ranks
 
 _FEW = 2  # of one, batch normalisation has no variance
 

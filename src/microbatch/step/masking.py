@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from microbatch.batch.by_row import ByRow, Shown
+from microbatch.batch.dropout_mode import ByRow, Shown
 from microbatch.batch.lengths import Piece
 from microbatch.errors import ConfigError, WindowError
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.canonical import numbered
 
 # Calls of dropout by a loss of the whole batch are counted from here, so that they have no masks of an encoder's.

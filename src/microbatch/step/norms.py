@@ -12,7 +12,7 @@ from torch import nn
 
 from microbatch.errors import ConfigError
 from microbatch.loss.batchnorm import layers_of
-from microbatch.loss.pooled import Pooled
+from microbatch.loss.pooled_stats import Pooled
 from microbatch.step.settings import FROZEN, POOLED, Memory, Settings
 
 _OURS = (str(Path(__file__).parents[1]), "<@")  # files of the package, and functions that beartype made of its own

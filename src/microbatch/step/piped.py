@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from microbatch.batch.feed import feed
-from microbatch.batch.masks import derive
-from microbatch.batch.tree import leaves, rows_of, slice_rows, take_rows
+from microbatch.batch.batch_tree import leaves, rows_of, slice_rows, take_rows
+from microbatch.batch.prefetch import feed
+from microbatch.batch.random_masks import derive
 from microbatch.errors import BatchError, LossError
 from microbatch.loss.loss import LossLike, Share, shares_of
 from microbatch.loss.tally import Tally
-from microbatch.ranks.group import Ranks
 from microbatch.ranks.pipeline import Pass, Pipeline
-from microbatch.ranks.stages import Stages
-from microbatch.step.replay import RandomState, seed_everything
+from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.stage_ranks import Stages
+from microbatch.step.saved_state import RandomState, seed_everything
 
 LossFn = Callable[[nn.Module, Any], LossLike]
 

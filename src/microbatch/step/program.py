@@ -7,14 +7,14 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from microbatch.batch.tree import rows_of
-from microbatch.loss.coupled import stand_in
+from microbatch.batch.batch_tree import rows_of
 from microbatch.loss.loss import LossLike
+from microbatch.loss.representations import stand_in
 from microbatch.step.compiled import LossFunction
+from microbatch.step.coupled_way import Went
 from microbatch.step.coupling import Encode
 from microbatch.step.foresee import room_for
 from microbatch.step.settings import EXACT, Memory, Settings
-from microbatch.step.ways import Went
 from microbatch.step.window import Window
 
 Call: TypeAlias = Callable[..., Any]

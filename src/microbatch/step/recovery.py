@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from microbatch.batch.batch_tree import Rows, leaves
 from microbatch.batch.lengths import Lengths, Piece
-from microbatch.batch.tree import Rows, leaves
 from microbatch.step.events import Retry, SizeChanged
 from microbatch.step.settings import Memory, Watched
 from microbatch.step.sizing import Sizing

@@ -15,25 +15,25 @@ from torch.optim import LBFGS, Optimizer
 
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
-from microbatch.batch.masks import derive
+from microbatch.batch.random_masks import derive
 from microbatch.errors import ConfigError
-from microbatch.gradients.fold import LinearState, check_folds, linear_state
+from microbatch.gradients.momentum_buffer import LinearState, check_folds, linear_state
 from microbatch.loss.batchnorm import layers_of
 from microbatch.loss.loss import Count
-from microbatch.memory.aside import Aside
+from microbatch.memory.saved_values import Aside
 from microbatch.memory.spill import Spill
-from microbatch.ranks.group import Ranks, group_of
-from microbatch.ranks.overlap import Overlap
+from microbatch.ranks.bucketed_reduce import Overlap
+from microbatch.ranks.fsdp import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
 from microbatch.ranks.pipeline import Pipeline
+from microbatch.ranks.process_group import Ranks, group_of
 from microbatch.ranks.reduce import Flat
-from microbatch.ranks.sharded import fully_sharded, group_and_device, narrowest, wrapped_by_the_older
-from microbatch.ranks.stages import check_beside
+from microbatch.ranks.stage_ranks import check_beside
 from microbatch.shards import is_shard
+from microbatch.step.coupled_way import WAYS, Ways
 from microbatch.step.events import Event, Listener
 from microbatch.step.pace import Pace
 from microbatch.step.sizing import Sizing
 from microbatch.step.tune import Tuning
-from microbatch.step.ways import WAYS, Ways
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 

@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from microbatch.batch.masks import derive
-from microbatch.gradients.add import GradientSum
-from microbatch.gradients.fold import Fold, PutAside
-from microbatch.gradients.narrow import Compensated, NarrowSum, Stochastic
+from microbatch.batch.random_masks import derive
+from microbatch.gradients.bfloat16_sums import Compensated, NarrowSum, Stochastic
+from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.gradients.momentum_buffer import Fold, PutAside
 from microbatch.step.settings import Settings
 
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses import FakeTensor
 
-from microbatch.batch.tree import leaves
+from microbatch.batch.batch_tree import leaves
 from microbatch.memory.budget import available_bytes
 from microbatch.memory.meter import MemoryMeter
+from microbatch.step.force_eager import uncompiled
 from microbatch.step.settings import Settings, Watched
-from microbatch.step.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from microbatch.batch.feed import feed
+from microbatch.batch.batch_tree import rows_of, slice_rows
 from microbatch.batch.lengths import in_order
-from microbatch.batch.tree import rows_of, slice_rows
+from microbatch.batch.prefetch import feed
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
@@ -26,18 +26,18 @@ from microbatch.errors import (
     WindowError,
     WindowOpenError,
 )
-from microbatch.gradients.add import trainable
-from microbatch.gradients.finish import first_nonfinite
-from microbatch.loss.across import Across
-from microbatch.loss.coupled import own_part, stand_in
+from microbatch.gradients.clipping import first_nonfinite
+from microbatch.gradients.gradient_sum import trainable
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
+from microbatch.loss.rank_stats import Across
+from microbatch.loss.representations import own_part, stand_in
+from microbatch.memory.out_of_memory import is_out_of_memory, let_go_of_locals
 from microbatch.memory.recompute import checkpointed
-from microbatch.memory.recover import is_out_of_memory, let_go_of_locals
 from microbatch.memory.scratch import Scratch
-from microbatch.ranks.agree import agree
-from microbatch.ranks.exchange import Exchange
-from microbatch.ranks.group import Ranks
-from microbatch.ranks.sharded import reshard
+from microbatch.ranks.agreement import agree
+from microbatch.ranks.fsdp import reshard
+from microbatch.ranks.gather_representations import Exchange
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.alike import Alike, Plan
 from microbatch.step.canonical import Canonical
 from microbatch.step.close import Closing, close, get_ready
@@ -46,6 +46,7 @@ from microbatch.step.cutting import cut_up
 from microbatch.step.denominators import Denominators
 from microbatch.step.early import Early
 from microbatch.step.events import MicrobatchDone, Retry, StepDone
+from microbatch.step.force_eager import uncompiled
 from microbatch.step.foresee import begin_tuning
 from microbatch.step.fusing import fuse_for
 from microbatch.step.in_turns import InTurns, Passed, Pieces, across_ranks
@@ -55,12 +56,11 @@ from microbatch.step.norms import Norms
 from microbatch.step.piped import Piped
 from microbatch.step.record import Step
 from microbatch.step.recovery import Attempt, Cut, RanOut, run_out
-from microbatch.step.replay import Snapshot, forget_unscaled
 from microbatch.step.rounds import Rounds
+from microbatch.step.saved_state import Snapshot, forget_unscaled
 from microbatch.step.settings import Counts, Memory, Settings
 from microbatch.step.sums import sums_for
 from microbatch.step.tune import Stopwatch
-from microbatch.step.uncompiled import uncompiled
 from microbatch.step.watch import Watch
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.train.checkpoint import copied, store
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
-from microbatch.ranks.group import Ranks
+from microbatch.ranks.process_group import Ranks
 from microbatch.shards import is_shard, local_of
 from microbatch.train.encode import decode, encode, own
-from microbatch.train.first import by_the_first
+from microbatch.train.first_rank import by_the_first
 from microbatch.train.place import STAGES
-from microbatch.train.sharded import load_parts
+from microbatch.train.sharded_tensors import load_parts
 
 FORMAT, FORMAT_OF_PARTS = 1, 2
 """The second one has tensors in parts, which a version that knows the first alone would take for wholes."""
@@ -163,7 +163,7 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: Ranks | None = None) 
     if ranks is None:
         _written(lambda: _save_alone(temporary, what, tied), final)
     else:
-        from microbatch.train.parts import save_parts  # which takes half a second to import
+        from microbatch.train.distributed_checkpoint import save_parts  # which takes half a second to import
 
         save_parts(temporary, {"weights": what.weights, "state": what.tensors}, tied=tied, ranks=ranks)
     return folder / by_the_first(ranks, lambda: _written(seal, final))

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from microbatch.batch.cut import cut
-from microbatch.batch.feed import feed
+from microbatch.batch.prefetch import feed
 from microbatch.errors import MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.meter import MemoryMeter
+from microbatch.train.baselines import Ways
 from microbatch.train.encode import own
 from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
 from microbatch.train.resolve import RunConfig
 from microbatch.train.state import load_model, load_optimizer, model_tensors
-from microbatch.train.ways import Ways
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from microbatch.errors import CheckpointError
 from microbatch.shards import local_of
-from microbatch.train.sharded import with_part
+from microbatch.train.sharded_tensors import with_part
 
 _SCALARS = (bool, int, str, type(None))
 

@@ -9,15 +9,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from microbatch.batch.feed import feed
+from microbatch.batch.prefetch import feed
 from microbatch.errors import DataError, RankError
-from microbatch.loss.coupled import Representations, put_together, taken_apart
 from microbatch.loss.loss import Loss
-from microbatch.ranks.group import Ranks
+from microbatch.loss.representations import Representations, put_together, taken_apart
+from microbatch.ranks.fsdp import fully_sharded, gather_roots, reshard
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.ranks.sharded import fully_sharded, gather_roots, reshard
+from microbatch.ranks.process_group import Ranks
 from microbatch.step.piped import Scored
-from microbatch.step.replay import Snapshot
+from microbatch.step.saved_state import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
 from microbatch.train.job import Job
 from microbatch.train.place import Place

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from microbatch.errors import ConfigError
-from microbatch.train.meet import fresh
+from microbatch.train.rendezvous import fresh
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TELLING = _NEEDED[:3]

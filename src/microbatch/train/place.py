@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from microbatch.errors import CheckpointError, ConfigError
-from microbatch.ranks.group import Ranks
 from microbatch.ranks.pipeline import Pipeline
+from microbatch.ranks.process_group import Ranks
 from microbatch.train.config import Settings
 from microbatch.train.job import Job
 

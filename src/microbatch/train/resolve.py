@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
+from microbatch.ranks.fsdp import fully_sharded
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.ranks.sharded import fully_sharded
 from microbatch.step.search import middle_size, sizes_for
 from microbatch.train.config import Settings
 from microbatch.train.data import length_of

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.ranks.group import Ranks
-from microbatch.step.replay import seed_everything
+from microbatch.ranks.process_group import Ranks
+from microbatch.step.saved_state import seed_everything
 from microbatch.train.checkpoint import write_text
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
 from microbatch.train.data import mix_seed
 from microbatch.train.evaluate import untouched
-from microbatch.train.events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
-from microbatch.train.find import call_job, find_job
-from microbatch.train.first import by_the_first
+from microbatch.train.find_job import call_job, find_job
+from microbatch.train.first_rank import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
-from microbatch.train.loop import TrainingLoop
 from microbatch.train.place import find_place
 from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.rundir import RunDirectory, jsonable
-from microbatch.train.spread import spread
+from microbatch.train.shard_model import spread
+from microbatch.train.training_loop import TrainingLoop
 
 _FIXED = ("job", "data", "batch_size", "seed")
 """Settings that a resumed run keeps: with others it would be another run."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from microbatch.errors import CheckpointError
 from microbatch.shards import is_shard
-from microbatch.train.sharded import dealt
+from microbatch.train.sharded_tensors import dealt
 
 
 def optimizers_of(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from microbatch.train.events import RunEvent, RunPlanned, StepLogged
+from microbatch.train.run_events import RunEvent, RunPlanned, StepLogged
 
 _POLYNOMIAL = 0x82F63B78  # CRC-32C, reflected
 

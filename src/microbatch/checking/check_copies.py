@@ -1,0 +1,238 @@
+"""Copies of everything that takes part in a check, so that nothing of the user's is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import CellType, CodeType, FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from microbatch.batch.batch_tree import Rows, Whole, map_leaves
+from microbatch.errors import ConfigError
+from microbatch.memory.out_of_memory import is_out_of_memory
+
+_TORCHS = (nn.Module, Tensor, Optimizer, LRScheduler, torch.amp.GradScaler)
+_CONTAINERS = (list, dict, set)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """Hold what the user gave.
+
+    Attributes:
+        model: The module, with what wraps it.
+        loss_fn: As for `Accumulator.step`.
+        batch: The rows that are compared; marks are kept.
+        encode: As for `Accumulator.step`, or `None`.
+        loop: The user's own loop, ``loop(model, optimizer, batch)``; `None` for the accumulator.
+        optimizer: What the loop is given.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[..., Any]
+    batch: Any
+    encode: Callable[..., Any] | None = None
+    loop: Callable[..., Any] | None = None
+    optimizer: Any = None
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The module that knows nothing of ranks or of the compiler."""
+        model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return getattr(model, "_orig_mod", model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((each.device for each in self.model.parameters()), torch.device("cpu"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """Hold copies of what the user gave, as `Given` names it.
+
+    Attributes:
+        model: The bare module.
+        loss_fn: ``loss_fn(model, batch)``; with an encoder, the two of them as one.
+        given: What the accumulator and a loop are called with: the functions as they came, the batch with its marks.
+        schedulers: Learning-rate schedulers that a loop reaches.
+        wrapper: The user's own model, where a wrapper was taken off its copy; for its kind alone.
+    """
+
+    model: nn.Module
+    loss_fn: Callable[[nn.Module, Any], Any]
+    given: Given
+    schedulers: Sequence[LRScheduler]
+    wrapper: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Jitter:
+    """Say how numbers are moved, to see how much depends on their rounding.
+
+    Attributes:
+        seed: Draws for each weight and input whether it is made smaller or larger, or let alone.
+        unit: By how much, as a part of it.
+    """
+
+    seed: int
+    unit: float
+
+
+def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter | None = None) -> Replica:
+    """Copy everything, in another precision if asked for.
+
+    Functions are copied with the modules, tensors, optimizers and schedulers that they reach by name, so that a loss
+    function's teacher, or a loop's scheduler, is a copy too.
+
+    Args:
+        given: The user's own.
+        dtype: Precision of every floating-point tensor of the copies; `None` keeps each one's own.
+        jitter: How weights and inputs are moved; `None` leaves them.
+
+    Returns:
+        The copies, without gradients; with ``dtype``, also without the optimizer's state.
+
+    Raises:
+        ConfigError: Something cannot be copied.
+
+    Cost:
+        The memory of model, optimizer state and batch once more.
+    """
+    memo: dict[int, Any] = {}
+    try:
+        model = copy.deepcopy(given.bare_model, memo)
+        memo[id(given.model)] = model
+        optimizer = copy.deepcopy(given.optimizer, memo)
+        functions = [_rebound(each, memo) for each in (given.loss_fn, given.encode, given.loop)]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"the model, or what the loss function or the loop use, cannot be copied, so that nothing can be tried "
+            f"without touching it ({type(error).__name__}: {error}); make it work with copy.deepcopy"
+        ) from error
+    copies = list({id(value): value for value in memo.values()}.values())
+    tensors = [value for value in copies if isinstance(value, Tensor) and value.is_floating_point()]
+    for tensor in tensors:
+        tensor.grad = None
+    loss_fn, encode, loop = functions
+    place = partial(_placed, device=given.device, dtype=dtype)
+    batch = map_leaves(partial(_map_leaf, place), given.batch)
+    if dtype is not None:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        for each in _optimizers(optimizer):
+            each.state.clear()
+    if jitter is not None:
+        batch = map_leaves(partial(_map_leaf, partial(_jittered, jitter=jitter)), batch)
+        for tensor in tensors:
+            tensor.data = _jittered(tensor.data, jitter=jitter)
+    return Replica(
+        model=model,
+        loss_fn=loss_fn if encode is None else _composed(encode, loss_fn),
+        given=Given(model=model, loss_fn=loss_fn, batch=batch, encode=encode, loop=loop, optimizer=optimizer),
+        schedulers=[value for value in copies if isinstance(value, LRScheduler)],
+        wrapper=given.model,
+    )
+
+
+def _composed(encode: Callable[..., Any], loss_fn: Callable[..., Any]) -> Callable[[nn.Module, Any], Any]:
+    return lambda model, batch: loss_fn(model, encode(model, batch))
+
+
+def _optimizers(optimizer: Any) -> list[Optimizer]:
+    found = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [])
+    return [each for each in found if isinstance(each, Optimizer)]
+
+
+def _placed(tensor: Tensor, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    wide = dtype if tensor.is_floating_point() else None
+    return tensor.detach().to(device, wide, copy=True).requires_grad_(tensor.requires_grad)
+
+
+def _jittered(tensor: Tensor, *, jitter: Jitter) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    generator = torch.Generator().manual_seed(jitter.seed + tensor.numel())
+    steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
+    return (tensor * (1 + steps * jitter.unit)).to(tensor.dtype)
+
+
+def _map_leaf(function: Callable[[Tensor], Tensor], value: Any, _path: str) -> Any:
+    """Apply a function to the tensors of a leaf, inside its mark."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Whole):
+        return Whole(map_leaves(partial(_map_leaf, function), value.value))
+    if isinstance(value, Rows):
+        return Rows([map_leaves(partial(_map_leaf, function), item) for item in value.items])
+    return value
+
+
+# -- functions --------------------------------------------------------------------------------------------------------
+
+
+def _rebound(function: Any, memo: dict[int, Any]) -> Any:
+    """Copy a function with what it reaches by name."""
+    if isinstance(function, partial):
+        kept = cast("partial[Any]", function)
+        return partial(_rebound(kept.func, memo), *_copied(kept.args, memo), **_copied(kept.keywords, memo))
+    if not isinstance(function, FunctionType):
+        return copy.deepcopy(function, memo)
+    if id(function) in memo:
+        return memo[id(function)]
+    # Of the module's own names only those are other ones that the function reads; its writes stay in the copy.
+    names = dict(function.__globals__)
+    cells = tuple(memo.setdefault(id(cell), CellType()) for cell in function.__closure__ or ())
+    made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
+    made.__kwdefaults__ = function.__kwdefaults__
+    memo[id(function)] = made
+    for name in set(_names(function.__code__)):
+        if name in names:
+            names[name] = _value(names[name], memo, home=function)
+    for old, new in zip(function.__closure__ or (), cells, strict=True):
+        if old is not new and not _is_full(new) and _is_full(old):
+            new.cell_contents = _value(old.cell_contents, memo, home=function)
+    return made
+
+
+def _value(value: Any, memo: dict[int, Any], *, home: FunctionType) -> Any:
+    if isinstance(value, FunctionType) and value.__module__ == home.__module__:
+        return _rebound(value, memo)
+    if isinstance(value, Tensor) and not value.is_leaf:  # left over from something else, with its graph
+        return value.detach().clone()
+    if isinstance(value, _TORCHS):
+        return copy.deepcopy(value, memo)
+    return _copied(value, memo) if type(value) in _CONTAINERS else value
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy a container; one that holds what cannot be copied is shared."""
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # noqa: BLE001 - a generator, a file, a tensor with a graph: whatever the user keeps there
+        return value
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_full(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,104 @@
+"""The command ``check``: is the accumulated gradient the large batch's, and if not, why."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from microbatch.checking.check_report import Check
+from microbatch.checking.equal import check
+from microbatch.cli.run_views import ACCENT, QUIET, WARN
+from microbatch.errors import MicrobatchError
+from microbatch.train.config import Settings, load_settings
+from microbatch.train.data import fetch
+from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.start import make_job
+
+DIFFERENT, BAD_INPUT = 1, 2
+
+
+def run_check(flags: Mapping[str, Any], *, file: Path | None, as_json: bool, color: bool) -> int:
+    """Check a job, and say what was found.
+
+    Args:
+        flags: Settings given on the command line; `None` for those that were not.
+        file: Configuration file, or `None`.
+        as_json: Whether standard output is for machines.
+        color: Whether colours may be used.
+
+    Returns:
+        The exit code: 0 the large batch's gradient, 1 not, or the check failed, 2 bad input.
+    """
+    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
+    try:
+        settings = load_settings(flags, file=file)
+        found = _check(settings)
+    except (MicrobatchError, OSError) as error:
+        if as_json:
+            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False)
+        return DIFFERENT if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
+    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
+        traceback.print_exc()
+        return DIFFERENT
+    if as_json:
+        sys.stdout.write(json.dumps({"event": "check", "job": settings.job, **found.as_dict()}) + "\n")
+    else:
+        _show(found, Console(no_color=True if not color else None, highlight=False))
+    return 0 if found.ok else DIFFERENT
+
+
+def _check(settings: Settings) -> Check:
+    check_data_path(settings)
+    device = resolve_device(settings.device)
+    job = make_job(settings, device)
+    if job.steps is None and job.epochs is None:  # how long a run would be says nothing here
+        job = replace(job, epochs=1.0)
+    config = resolve(settings, job, device=device)
+    batch = job.collate(fetch(job.data, list(range(min(config.batch_size, config.samples)))))
+    encode = None if config.plain else job.encode
+    options: dict[str, Any] = {} if config.batch_norm is None else {"batch_norm": config.batch_norm}
+    return check(
+        job.model,
+        job.batch_loss if encode is None else job.loss_fn,
+        batch,
+        microbatch_size=config.microbatch_size,
+        encode=encode,
+        counts=job.counts,
+        memory_budget=settings.memory,  # not the job's own, which is for a step and not for a whole batch at once
+        autocast=config.autocast,
+        lengths=job.lengths,
+        **options,
+    )
+
+
+def _show(found: Check, console: Console) -> None:
+    style = ACCENT if found.ok else WARN
+    console.print(Text(found.verdict, style=style), soft_wrap=True)
+    cut = f"{found.rows} rows in {found.microbatches} microbatches of {found.microbatch_size}"
+    console.print(Text(f"{cut}, {found.precision} against {found.yardstick}", style=QUIET))
+    console.print()
+    head, *lines = found.table().splitlines()
+    console.print(Text(head, style=QUIET), soft_wrap=True)
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+    if found.causes:
+        grid = Table.grid(padding=(0, 1))
+        for cause in found.causes:
+            grid.add_row("-", Text.assemble((cause.kind, "bold"), f": {cause.words}"))
+            grid.add_row("", Text(cause.remedy, style=QUIET))
+        console.print()
+        console.print(grid)
+    for note in found.notes:
+        console.print(Text(f"note  {note}", style=QUIET), soft_wrap=True)

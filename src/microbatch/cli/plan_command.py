@@ -1,0 +1,145 @@
+"""The command ``plan``: which microbatch size, what memory, what time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import microbatch.planning.plan as plans
+from microbatch.cli.run_views import ACCENT, QUIET
+from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.planning.figure import svg
+from microbatch.planning.make_plan import plan
+from microbatch.train.config import Settings, load_settings
+from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.start import make_job
+
+FAILED, BAD_INPUT = 1, 2
+
+
+def run_plan(
+    flags: Mapping[str, Any], *, file: Path | None, plot: Path | None, cache: bool, as_json: bool, color: bool
+) -> int:
+    """Plan a job, and say what was found.
+
+    Args:
+        flags: Settings given on the command line; `None` for those that were not.
+        file: Configuration file, or `None`.
+        plot: Where to write a figure, or `None`.
+        cache: Whether an earlier plan of the same job, device and versions will do.
+        as_json: Whether standard output is for machines.
+        color: Whether colours may be used.
+
+    Returns:
+        The exit code: 0 planned, 1 failed, 2 bad input.
+    """
+    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
+    try:
+        settings = load_settings(flags, file=file)
+        _check_plot(plot)
+        found, cached = _plan(settings, cache=cache)
+        if plot is not None:
+            plot.write_text(svg(found), encoding="utf-8")
+    except (MicrobatchError, OSError) as error:
+        if as_json:
+            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False)
+        return FAILED if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
+    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
+        traceback.print_exc()
+        return FAILED
+    if as_json:
+        sys.stdout.write(json.dumps({"event": "plan", "job": settings.job, "cached": cached, **found.as_dict()}) + "\n")
+    else:
+        _show(found, Console(no_color=True if not color else None, highlight=False), cached=cached)
+    return 0
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None and plot.suffix != ".svg":
+        raise ConfigError(f"--plot {plot}: the figure is an SVG; give it a name that ends with .svg")
+
+
+def _plan(settings: Settings, *, cache: bool) -> tuple[plans.Plan, bool]:
+    check_data_path(settings)
+    device = resolve_device(settings.device)
+    file = _cache_file(settings, device)
+    if cache and (kept := _kept(file)) is not None:
+        return kept, True
+    job = make_job(settings, device)
+    config = resolve(settings, job, device=device)
+    job = replace(
+        job,
+        batch_size=config.batch_size,
+        autocast=config.autocast,
+        memory_budget=config.memory_budget,
+        microbatch_size=None if config.auto else config.microbatch_size,
+    )
+    found = plan(job)
+    if cache and found.decided:  # a busy machine may be quiet next time
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found.as_dict()), encoding="utf-8")
+    return found, False
+
+
+def _kept(file: Path) -> plans.Plan | None:
+    try:
+        return plans.Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cache_file(settings: Settings, device: torch.device) -> Path:
+    """Name the file by everything that a plan depends on and that can be known without running the job."""
+    from importlib.metadata import version
+
+    source = Path(settings.job.rpartition(":")[0]).expanduser()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    told = {
+        "settings": settings.model_dump(mode="json"),
+        "source": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else None,
+        "folder": str(source.resolve()) if source.is_file() else None,
+        "device": [str(device), name, platform.node(), torch.get_num_threads()],
+        "versions": [version("microbatch"), torch.__version__, platform.python_version()],
+    }
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "microbatch" / "plans" / f"{digest[:32]}.json"
+
+
+def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
+    head, *lines = found.table().splitlines()
+    console.print(Text(head, style=QUIET))
+    for line in lines:
+        console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
+    if chart := found.chart():
+        console.print()
+        console.print(Text(chart))
+    if len(found.ways) > 1:
+        console.print()
+        head, *lines = found.ways_table().splitlines()
+        console.print(Text(head, style=QUIET))
+        for line in lines:
+            console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
+    grid = Table.grid(padding=(0, 1))
+    for sentence in found.words:
+        grid.add_row("-", Text(sentence))
+    console.print()
+    console.print(grid)
+    console.print(Text(f"prediction: {found.rests_on}", style=QUIET))
+    if cached:
+        console.print(Text("an earlier plan of the same job, device and versions; --no-cache plans again", style=QUIET))

@@ -1,0 +1,177 @@
+"""Output for people, as the run goes: a live line on a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.status import Status
+from rich.text import Text
+
+from microbatch.cli.run_views import (
+    QUIET,
+    WARN,
+    cells,
+    duration,
+    memory_text,
+    plan_text,
+    plan_view,
+    step_line,
+    stop_text,
+    summary_view,
+    sync_text,
+)
+from microbatch.memory.budget import format_bytes
+from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
+from microbatch.train.resolve import RunConfig
+from microbatch.train.run_events import (
+    Comparing,
+    Notice,
+    RunEnded,
+    RunEvent,
+    RunPlanned,
+    StepLogged,
+    Stopping,
+)
+
+
+class Screen:
+    """Show a run as it goes: a live line on a terminal, a few plain lines elsewhere.
+
+    Use it as a context manager, which puts the terminal back however the run ends.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Draw on a console.
+
+        Args:
+            console: Where; its own settings decide about colours and width.
+        """
+        self._console = console
+        self._config: RunConfig | None = None
+        self._progress: Progress | None = None
+        self._status: Status | None = None
+        self._peak: int | None = None
+        self._rate: float | None = None
+        self._seconds: float | None = None
+        self._last_line = 0
+
+    def __enter__(self) -> Self:
+        """Start.
+
+        Returns:
+            Itself.
+        """
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the live line away."""
+        self._end_progress()
+
+    def __call__(self, event: RunEvent) -> None:
+        """Show one event.
+
+        Args:
+            event: What happened.
+        """
+        match event:
+            case RunPlanned():
+                self._plan(event)
+            case MicrobatchDone():
+                self._microbatch(event)
+            case Retry() | SizeChanged() | BudgetPassed():
+                self._say(Text.assemble(("memory  ", WARN), memory_text(event)))
+            case PlanChosen():
+                self._say(Text.assemble(("plan  ", WARN), plan_text(event)))
+            case SyncChosen():
+                self._say(Text.assemble(("sync  ", WARN), sync_text(event)))
+            case StepLogged():
+                self._step(event.metrics)
+            case Notice():
+                self._say(Text.assemble(("note  ", WARN), event.text))
+            case Stopping():
+                self._say(Text.assemble(("stopping  ", WARN), stop_text(event.signal)))
+            case Comparing():
+                self._end_progress()
+                if self._console.is_terminal:
+                    # Drawn rarely: what is measured now is time.
+                    text = Text("measuring the first batch against the full batch", style=QUIET)
+                    self._status = Status(text, console=self._console, refresh_per_second=1)
+                    self._status.start()
+            case RunEnded():
+                self._end_progress()
+                self._console.print(summary_view(event.summary))
+            case _:
+                pass
+
+    def _plan(self, event: RunPlanned) -> None:
+        self._config = event.config
+        self._last_line = event.step
+        self._console.print(plan_view(event))
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("  [bold]{task.completed}[/]/{task.total}"),
+            BarColumn(bar_width=None, style="bright_black", complete_style="cyan", finished_style="green"),
+            TextColumn("{task.fields[cells]}", style="cyan"),
+            TextColumn("{task.fields[figures]}"),
+            console=self._console,
+            expand=True,
+            refresh_per_second=8,
+            transient=True,
+        )
+        self._progress.add_task("", total=event.config.steps, completed=event.step, cells="", figures="")
+        self._progress.start()
+
+    def _microbatch(self, event: MicrobatchDone) -> None:
+        if self._progress is not None and event.microbatches is not None:
+            self._progress.update(self._progress.task_ids[0], cells=self._cells(event.index + 1, event.microbatches))
+
+    def _cells(self, done: int, microbatches: int) -> str:
+        """Keep the width of a whole batch, so that an epoch's short batch does not move the line about."""
+        whole = self._config.microbatches if self._config is not None else microbatches
+        return cells(done, microbatches).ljust(len(cells(0, whole)))
+
+    def _step(self, metrics: Mapping[str, Any]) -> None:
+        config = self._config
+        if config is None:
+            return
+        self._peak = max(self._peak or 0, metrics["peak_bytes"] or 0) or None
+        # Steps differ in length, so what is shown is smoothed; the metrics file has the exact figures.
+        self._rate = _smooth(self._rate, metrics["per_second"])
+        self._seconds = _smooth(self._seconds, metrics["seconds"])
+        step = metrics["step"]
+        if self._progress is not None:
+            figures = Text.assemble(
+                ("loss ", QUIET), (f"{metrics['loss']:.3f}", "bold"), "  ",
+                f"{self._rate:,.0f} {config.unit}/s", "  ",
+                (f"{duration((config.steps - step) * self._seconds)} left", QUIET),
+                ("" if self._peak is None else f"  peak {format_bytes(self._peak)}", QUIET),
+            )  # fmt: skip
+            self._progress.update(self._progress.task_ids[0], completed=step, figures=figures.markup)
+        if not metrics["applied"]:
+            self._say(Text.assemble(("note  ", WARN), f"step {step} was dropped: its gradient is not finite"))
+        spacing = max(1, config.steps // 10)
+        if "validation" in metrics or step - self._last_line >= spacing or step == config.steps:
+            self._last_line = step
+            self._say(step_line(metrics, config=config, rate=self._rate))
+
+    def _say(self, text: Text) -> None:
+        self._console.print(Text("  ") + text, soft_wrap=True)
+
+    def _end_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _smooth(before: float | None, now: float) -> float:
+    return now if before is None else 0.9 * before + 0.1 * now

@@ -1,0 +1,111 @@
+"""Finish the gradient: its norm in one pass, then every factor in one more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from microbatch.gradients.parameters import Named
+from microbatch.shards import is_shard, local_of, norm_of
+
+_NARROW = {torch.bfloat16, torch.float16}
+
+
+def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return the Euclidean norm of all gradients together; infinite or NaN if any of them is.
+
+    Args:
+        gradients: Any shapes, dtypes and devices; sparse ones must be coalesced. Those that are spread over ranks are
+            taken whole.
+        device: Where the result should be.
+
+    Returns:
+        The norm; shape ``()``, 0 for no gradients.
+
+    Cost:
+        Reads every gradient once; no host synchronisation. Where gradients are spread over ranks, one all-reduce of 8
+        bytes for each dimension of their mesh.
+    """
+    shards = [gradient for gradient in gradients if is_shard(gradient)]
+    if shards:
+        norms = [norm_of(shards, norm=partial(_norm, device=device))]
+        norms += [_norm([gradient for gradient in gradients if not is_shard(gradient)], device=device)]
+        return torch.stack([norm.to(norms[0].dtype) for norm in norms]).norm()
+    return _norm(gradients, device=device)
+
+
+def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=device)
+    dense = [_dense(gradient) for gradient in gradients]
+    if any(gradient.dtype in _NARROW for gradient in dense):
+        # Torch gives each of these norms in its gradient's own dtype.
+        return torch.stack([_wide_norm(gradient).to(device) for gradient in dense]).norm()
+    return get_total_norm(dense).to(device)
+
+
+def _wide_norm(gradient: Tensor) -> Tensor:
+    dtype = torch.float32 if gradient.dtype in _NARROW else gradient.dtype
+    return torch.linalg.vector_norm(gradient, dtype=dtype).to(torch.float32)
+
+
+def clip_factor(norm: float, max_norm: float | None) -> float:
+    """Return what a gradient of norm ``norm`` is multiplied with so that it is at most ``max_norm``.
+
+    Args:
+        norm: Norm of the finished gradient.
+        max_norm: Largest norm wanted, or `None`.
+
+    Returns:
+        At most 1; the same rule as `torch.nn.utils.clip_grad_norm_`.
+
+    Example:
+        >>> round(clip_factor(4.0, 1.0), 4), clip_factor(0.5, 1.0)
+        (0.25, 1.0)
+    """
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def scale_(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply every gradient with one number, in place.
+
+    Args:
+        gradients: Any shapes, dtypes and devices.
+        factor: Normalisation, rank average and clipping folded into one.
+
+    Cost:
+        One pass over the gradients; none for a factor of 1.
+    """
+    if factor == 1.0 or not gradients:
+        return
+    # Private by name, and what torch's own optimizers and clip_grad_norm_ are made of.
+    torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        [_dense(gradient) for gradient in gradients], factor
+    )
+
+
+def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
+    """Name the first parameter whose gradient is infinite or NaN.
+
+    Args:
+        gradients: Parameters with their gradients.
+
+    Returns:
+        Its name, or `None`.
+
+    Cost:
+        Reads gradients back to the host one by one: for the error path only.
+    """
+    for named, gradient in gradients:
+        if not bool(torch.isfinite(_dense(gradient)).all()):
+            return named.name
+    return None
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    # The values of a coalesced gradient are all of it, and alias it; values() is for tensors known to be coalesced.
+    return gradient._values() if gradient.is_sparse else local_of(gradient)
