@@ -1,1 +1,1 @@
-"""A batch as data: walk it, cut it into microbatches, send each one to the device."""
+"""Treat a batch as data: count its rows, cut it into microbatches, and copy each microbatch to the device."""

@@ -1,4 +1,4 @@
-"""A batch as a tree: walk it, count its rows, map its tensors."""
+"""Walk a batch as a tree: count its rows, slice them, and map its tensors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from microbatch.errors import BatchError, RowsDisagreeError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Whole:
-    """Mark a value of a batch that belongs to the whole batch, so that every microbatch gets all of it.
+    """Mark a value of a batch that has no rows, so that every microbatch gets the complete value.
 
-    Needed only for tensors of one or more dimensions, such as class weights: 0-d tensors, numbers, texts and `None`
-    are whole by nature. The loss function receives the value itself, without the mark.
+    The mark is needed only for tensors of one or more dimensions, such as class weights. 0-d tensors, numbers, strings
+    and `None` never have rows. The loss function receives the value without the mark.
 
     Attributes:
         value: Any object.
@@ -34,13 +34,14 @@ class Whole:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
-    """Mark a sequence of a batch that holds one item for every row, so that it is sliced and not walked into.
+    """Mark a sequence that holds one item per row of the batch, so that the sequence is sliced.
 
-    Needed for lists that hold tensors, such as images of different sizes: a list of tensors without the mark is a
-    structure whose tensors have rows of their own. The loss function receives the slice, without the mark.
+    The mark is needed for lists of tensors, such as images of different sizes. Without the mark, each tensor in such a
+    list is taken as a tensor with rows of its own. The loss function receives the slice of the sequence, without the
+    mark.
 
     Attributes:
-        items: A sequence of one item per row, of any kind.
+        items: A sequence with one item per row; items of any type.
 
     Example:
         >>> rows_of({"images": Rows([torch.zeros(3, 8, 8), torch.zeros(3, 5, 9)])})
@@ -51,26 +52,26 @@ class Rows:
 
 
 def map_leaves(function: Callable[[Any, str], Any], node: object, path: str = "batch") -> Any:
-    """Rebuild a nested structure with ``function(leaf, path)`` in the place of every leaf.
+    """Rebuild a nested structure with ``function(leaf, path)`` in place of every leaf.
 
-    Mappings, lists, tuples, named tuples and dataclasses are walked into and keep their type; everything else is a
-    leaf, and so are lists without any tensor in them, such as one text per row.
+    Mappings, lists, tuples, named tuples and dataclasses are traversed, and the result has the same types. Everything
+    else is a leaf. A list without any tensor in it, such as one string per row, is a leaf too.
 
     Args:
-        function: Called with each leaf and where it stands, for example ``"batch['tokens'][0]"``.
+        function: Called with each leaf and its path, for example ``"batch['tokens'][0]"``.
         node: The structure.
-        path: How the structure itself is named in paths.
+        path: Name of the structure itself, with which every path begins.
 
     Returns:
-        A structure of the same types.
+        A structure of the same types as ``node``.
     """
-    # What most batches are made of comes first: this runs once a microbatch, and asking for a Mapping is slow.
+    # Tensors and dicts are tested first, because isinstance(node, Mapping) is slow and this runs for every microbatch.
     if isinstance(node, Tensor):
         return function(node, path)
     if isinstance(node, dict | Mapping):
         items = cast("Mapping[Any, Any]", node)
         return _mapping_like(items, {key: map_leaves(function, items[key], f"{path}[{key!r}]") for key in items})
-    if isinstance(node, list | tuple) and not _is_column(node):
+    if isinstance(node, list | tuple) and not _is_list_of_values(node):
         children = [map_leaves(function, child, f"{path}[{i}]") for i, child in enumerate(cast("Sequence[Any]", node))]
         if hasattr(node, "_fields"):
             return type(node)(*children)
@@ -81,20 +82,20 @@ def map_leaves(function: Callable[[Any, str], Any], node: object, path: str = "b
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], node: object) -> Any:
-    """Rebuild a nested structure with ``function(tensor)`` in the place of every tensor.
+    """Rebuild a nested structure with ``function(tensor)`` in place of every tensor.
 
     Args:
-        function: What to do with each tensor, for example move it.
+        function: Called with each tensor, for example to copy the tensor to a device.
         node: The structure.
 
     Returns:
-        A structure of the same types.
+        A structure of the same types as ``node``.
     """
     return map_leaves(lambda value, _path: function(value) if isinstance(value, Tensor) else value, node)
 
 
 def leaves(node: object) -> list[tuple[str, Any]]:
-    """List every leaf of a structure with its path, in order.
+    """List every leaf of a nested structure with its path, in order.
 
     Args:
         node: The structure.
@@ -113,59 +114,60 @@ def leaves(node: object) -> list[tuple[str, Any]]:
 
 
 def rows_of(batch: object) -> int:
-    """Count the rows of a batch: the leading dimension that all its tensors share.
+    """Count the rows of a batch: the size of the first dimension, which all its tensors share.
 
     Args:
         batch: Nested dict, list, tuple, named tuple, dataclass or Mapping of tensors and NumPy arrays of shape
-            ``(rows, ...)``, beside 0-d tensors and plain values that belong to the whole batch.
+            ``(rows, ...)``. 0-d tensors and plain values belong to the whole batch and are not counted. In a batch
+            without any tensor with rows, lists of plain values are counted instead.
 
     Returns:
         The number of rows; 0 or more.
 
     Raises:
-        BatchError: There is nothing with rows in it, or a nested or sparse tensor, which cannot be sliced by rows.
-        RowsDisagreeError: Two tensors have different leading dimensions.
+        BatchError: Nothing in the batch has rows, or a tensor is nested or sparse and cannot be sliced by rows.
+        RowsDisagreeError: Two tensors have different sizes in their first dimension.
 
     Example:
         >>> rows_of({"x": torch.zeros(10, 3), "y": torch.zeros(10), "temperature": torch.tensor(0.7)})
         10
     """
     found = leaves(batch)
-    sizes = {path: size for path, value in found if (size := _leading(value, path)) is not None}
+    sizes = {path: size for path, value in found if (size := _leading_size(value, path)) is not None}
     if not sizes:
         sizes = {path: len(value) for path, value in found if isinstance(value, list | tuple)}
     if not sizes:
         raise BatchError(
-            f"the batch has no rows: no tensor of one or more dimensions was found in a {type(batch).__name__}; "
-            "pass tensors of shape (rows, ...), nested in dicts, lists, tuples or dataclasses as you like"
+            f"the batch has no rows: a {type(batch).__name__} without any tensor of one or more dimensions was given; "
+            "pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
         )
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{path} has {size}" for path, size in sizes.items())
         raise RowsDisagreeError(
             f"the tensors of one batch have different numbers of rows: {listed}; wrap a value that belongs to the "
-            "whole batch in mb.Whole(...), and a list of one item per row in mb.Rows(...)"
+            "whole batch in mb.Whole(...), and a list with one item per row in mb.Rows(...)"
         )
     return next(iter(sizes.values()))
 
 
 def slice_rows(batch: object, start: int, stop: int, *, rows: int) -> Any:
-    """Take the rows from ``start`` to ``stop`` of a batch, as views.
+    """Slice the rows from ``start`` to ``stop`` of a batch, as views.
 
     Args:
-        batch: What `rows_of` accepts.
+        batch: A batch as `rows_of` accepts it.
         start: First row, from 0.
         stop: One past the last row.
         rows: ``rows_of(batch)``, counted once by the caller.
 
     Returns:
-        The same structure with sliced tensors; marks are taken off.
+        The same structure with sliced tensors, and without the marks `Whole` and `Rows`.
 
     Cost:
         No tensor is copied.
     """
 
     def leaf(value: Any, path: str) -> Any:
-        if _leading(value, path) is not None:
+        if _leading_size(value, path) is not None:
             return value.items[start:stop] if isinstance(value, Rows) else value[start:stop]
         if isinstance(value, Whole):
             return value.value
@@ -177,19 +179,19 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int) -> Any:
 
 
 def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = False) -> Any:
-    """Copy some rows of a batch, in any order, any of them more than once.
+    """Copy selected rows of a batch, in any order and with repetition.
 
     Args:
-        batch: What `rows_of` accepts.
-        index: Which rows, from 0.
+        batch: A batch as `rows_of` accepts it.
+        index: Numbers of the rows to copy, from 0.
         rows: ``rows_of(batch)``, counted once by the caller.
-        marked: Whether `Whole` and `Rows` are kept, so that the result can be cut again.
+        marked: Whether the marks `Whole` and `Rows` are kept, so that the result can be cut again.
 
     Returns:
-        The same structure.
+        The same structure with ``len(index)`` rows.
 
     Cost:
-        Copies the rows.
+        Copies the selected rows.
     """
     chosen = list(index)
 
@@ -199,7 +201,7 @@ def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = 
         if isinstance(value, Rows):
             items = [value.items[row] for row in chosen]
             return Rows(items) if marked else items
-        if _leading(value, path) is not None:
+        if _leading_size(value, path) is not None:
             return value[chosen]
         if isinstance(value, list | tuple) and len(cast("Sequence[Any]", value)) == rows:
             return type(value)(value[row] for row in chosen)
@@ -208,8 +210,8 @@ def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = 
     return map_leaves(leaf, batch)
 
 
-def _leading(value: Any, path: str) -> int | None:
-    """Return the leading dimension of a leaf that has rows, and `None` for one that does not."""
+def _leading_size(value: Any, path: str) -> int | None:
+    """Return the size of a leaf's first dimension, or `None` for a leaf without rows."""
     if isinstance(value, Tensor):
         if value.is_nested or value.layout is not torch.strided:
             kind = "nested" if value.is_nested else str(value.layout)
@@ -219,17 +221,17 @@ def _leading(value: Any, path: str) -> int | None:
         return value.shape[0] if value.ndim else None
     if isinstance(value, Rows):
         return len(value.items)
-    # NumPy arrays are sliced like tensors, without importing NumPy to recognise them.
+    # NumPy arrays are recognised by their attributes, because this library must not import NumPy.
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and hasattr(value, "dtype") and hasattr(value, "__getitem__"):
         return int(cast("tuple[int, ...]", shape)[0]) if shape else None
     return None
 
 
-def _is_column(node: Sequence[Any]) -> bool:
-    """Tell whether a list is data (one value per row, say) rather than a structure that holds tensors."""
-    # `default_collate` leaves texts as lists or tuples. A tuple of numbers is a size or a shape far more often than a
-    # column, so of tuples only those of texts count.
+def _is_list_of_values(node: Sequence[Any]) -> bool:
+    """Return whether a list or tuple holds plain values, such as one string per row, and no tensor."""
+    # `default_collate` returns strings as a list or a tuple. A tuple of numbers is usually a size or a shape, so only
+    # tuples of strings count as one value per row.
     if isinstance(node, tuple):
         return bool(node) and not hasattr(node, "_fields") and all(isinstance(item, str | bytes) for item in node)
     return not any(_holds_tensor(item) for item in node)
@@ -251,7 +253,7 @@ def _mapping_like(old: Mapping[Any, Any], new: dict[Any, Any]) -> Mapping[Any, A
     if type(old) is dict:
         return new
     if isinstance(old, MutableMapping):
-        # A copy keeps what a tokenizer's output carries beside its items; a constructor call would lose it.
+        # A tokenizer's output has attributes beside its items, which a constructor call would lose.
         made = copy.copy(old)
         for key, value in new.items():
             made[key] = value
@@ -266,6 +268,6 @@ def _dataclass_like(node: Any, function: Callable[[Any, str], Any], path: str) -
     made = copy.copy(node)
     for field in dataclasses.fields(node):
         child = map_leaves(function, getattr(node, field.name), f"{path}.{field.name}")
-        # Frozen dataclasses, and fields that the constructor does not take, are set past the front door.
+        # `object.__setattr__` also works for frozen dataclasses and for fields that the constructor does not take.
         object.__setattr__(made, field.name, child)
     return made

@@ -1,4 +1,4 @@
-"""Cut a batch into microbatches."""
+"""Cut a batch into microbatches of a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from microbatch.errors import ConfigError, EmptyBatchError
 
 
 def cut(batch: object, microbatch_size: int) -> list[Any]:
-    """Cut a batch into microbatches of ``microbatch_size`` rows, the last one shorter if it does not divide.
+    """Cut a batch into microbatches of ``microbatch_size`` rows; the last microbatch may be shorter.
 
-    Rows keep their order, and every row is in exactly one microbatch, so sums over the microbatches are sums over
+    Rows keep their order, and every row is in exactly one microbatch. So a sum over the microbatches is the sum over
     the batch.
 
     Args:
-        batch: Nested dict, list, tuple, named tuple, dataclass or Mapping whose tensors have shape ``(rows, ...)``.
-            0-d tensors, numbers, texts and `None` belong to the whole batch and are given to every microbatch;
-            `Whole` says so of other tensors, and `Rows` marks a list that holds one item per row. Lists of plain
-            values (and tuples of texts) as long as the batch has rows are sliced with it.
-        microbatch_size: Rows of a microbatch; at least 1. More than the batch has gives one microbatch.
+        batch: Nested dict, list, tuple, named tuple, dataclass or Mapping whose tensors have shape ``(rows, ...)``. 0-d
+            tensors, numbers, strings and `None` belong to the whole batch, and every microbatch gets them. Mark other
+            tensors without rows with `Whole`, and a list with one item per row with `Rows`. A list of plain values, or
+            a tuple of strings, is sliced if its length is the number of rows.
+        microbatch_size: Rows of a microbatch; at least 1. A size larger than the batch gives one microbatch.
 
     Returns:
-        ``ceil(rows / microbatch_size)`` structures of the batch's own types, holding views.
+        ``ceil(rows / microbatch_size)`` structures of the batch's types, whose tensors are views.
 
     Raises:
         ConfigError: ``microbatch_size`` is not a whole number of at least 1.
-        BatchError: Nothing in the batch has rows, or a tensor in it cannot be sliced by rows.
+        BatchError: Nothing in the batch has rows, or a tensor cannot be sliced by rows.
         RowsDisagreeError: Two tensors have different numbers of rows.
         EmptyBatchError: The batch has 0 rows.
 
@@ -55,10 +55,10 @@ def check_microbatch_size(size: object) -> None:
     """Refuse a microbatch size that is not a whole number of at least 1.
 
     Args:
-        size: What the user gave.
+        size: The value that the user passed.
 
     Raises:
-        ConfigError: It cannot be a number of rows.
+        ConfigError: ``size`` is not an integer, is a bool, or is below 1.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ConfigError(f"microbatch_size must be a whole number of at least 1, not {size!r}")

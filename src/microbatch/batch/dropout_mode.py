@@ -1,4 +1,4 @@
-"""Dropout that does not depend on the cut: the same rows get the same masks, whatever microbatch they come in."""
+"""Draw dropout masks by row, so that a row has the same masks in whichever microbatch it is."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch.overrides import TorchFunctionMode
 from microbatch.batch.random_masks import derive, row_mask
 from microbatch.errors import ConfigError
 
-_SELU_FLOOR = -1.7580993408473766  # what SELU tends to, far to the left
+_SELU_LIMIT = -1.7580993408473766  # limit of SELU(x) for x -> -inf
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """Which rows of the effective batch are going through the model.
+    """The rows of the effective batch that are in the current pass.
 
     Attributes:
-        rows: Their numbers in the effective batch, over all ranks; shape ``(rows,)``, int64.
-        from_end: Whether they were trimmed at their beginning, so that places count from the end.
+        rows: Numbers of the rows in the effective batch, over all ranks; shape ``(rows,)``, int64.
+        from_end: Whether the rows were trimmed at their beginning, so that coordinates count from the end.
     """
 
     rows: Tensor
@@ -33,28 +33,33 @@ class Shown:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of dropout: which it was of its microbatch, and of which rows."""
+class _DropoutCall:
+    """One call of a dropout function: its number within the microbatch, and the rows of that microbatch."""
 
     index: int
     shown: Shown
 
 
 class ByRow(TorchFunctionMode):
-    """Draw the masks of dropout by row of the effective batch.
+    """Replace torch's dropout functions by versions whose masks depend on the row and not on the microbatch.
 
-    An element is kept or dropped by a function of the step's seed, the number of the call within the microbatch, the
-    number of its row, and its place in the row. So the full batch's masks are the microbatches' masks put together, and
-    with them the gradient is the full batch's.
+    Whether an element is kept depends on the step's seed, the call's number in the microbatch, the row's number, and
+    the element's coordinates. So the microbatches' masks, put together, are the full batch's masks, and the accumulated
+    gradient is the full batch's gradient.
 
-    Covered are `F.dropout` and its kin, `Tensor.bernoulli_` with one number a row (stochastic depth), and attention,
-    which takes the mathematical path while it drops out. The first dimension must be the microbatch's rows.
+    The mode covers `F.dropout` and its variants, attention with dropout, and `Tensor.bernoulli_` with one number per
+    row (stochastic depth). While attention drops out, it uses the mathematical implementation. The first dimension of
+    each tensor must be the microbatch's rows.
 
-    A checkpoint that runs its part of the model again finds the masks of the first time: each call also draws one
-    number from the CPU's generator, whose state a checkpoint puts back.
+    A checkpoint that runs a part of the model again in backward gets the masks of the first run. For this, each call
+    also draws one number from the CPU generator as a tag. A checkpoint restores the generator, so the second run draws
+    the same tag.
 
     Args:
-        seed: Of the step; the same on every rank.
+        seed: Seed of the step; the same on every rank.
+
+    Attributes:
+        seed: Seed of the step.
 
     Source:
         Laws N2, M1, R1, with dropout.
@@ -64,29 +69,30 @@ class ByRow(TorchFunctionMode):
         super().__init__()
         self.seed = seed
         self._shown: Shown | None = None
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, _DropoutCall] = {}
         self._index = 0
         self._sizes: set[int] = set()
 
     def show(self, shown: Shown | None, *, first: int = 0) -> None:
-        """Say which rows come next; calls are counted anew.
+        """Set the rows of the next pass, and restart the count of dropout calls.
 
         Args:
-            shown: The next microbatch's rows; `None` where nobody knows.
-            first: The number of the first call.
+            shown: The rows of the next microbatch; `None` if they are not known.
+            first: Number of the first call.
         """
         self._shown, self._index = shown, first
         if shown is not None:
             self._sizes.add(len(shown.rows))
 
-    def is_row_for_row(self, x: Tensor) -> bool:
-        """Tell whether a tensor has one element for each row.
+    def has_one_element_per_row(self, x: Tensor) -> bool:
+        """Return whether a tensor has exactly one element for each row of the microbatch.
 
         Args:
-            x: Any.
+            x: Any tensor.
 
         Returns:
-            Whether it has; of what is run again in backward, for the rows of any microbatch.
+            True if it has. In backward, where a checkpoint runs a pass again, the number of rows of any microbatch
+            counts.
         """
         if x.ndim == 0 or x.numel() != x.shape[0]:
             return False
@@ -99,27 +105,28 @@ class ByRow(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take over what drops out; everything else runs as it is."""
+        """Replace calls that drop elements out; run every other call unchanged."""
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
-        out = None if rule is None else rule(self, *args, **kwargs)
+        replacement = _REPLACEMENTS.get(func)
+        out = None if replacement is None else replacement(self, *args, **kwargs)
         return func(*args, **kwargs) if out is None else out
 
     def mask(self, x: Tensor, p: float, *, channels: bool = False) -> Tensor:
-        """Draw which elements of a tensor are kept.
+        """Draw the mask of kept elements for the next dropout call.
 
         Args:
-            x: Shape ``(rows, ...)``.
-            p: Probability of dropping.
-            channels: Whether the elements of a channel share their lot.
+            x: The tensor to drop out; shape ``(rows, ...)``.
+            p: Probability that an element is dropped.
+            channels: Whether all elements of a channel are kept or dropped together.
 
         Returns:
-            Shape of ``x``, or ``(rows, channels, 1, ...)``; bool.
+            True where an element is kept; shape of ``x``, or ``(rows, channels, 1, ...)`` with ``channels``; bool.
 
         Raises:
-            ConfigError: The rows are not known, or are not the first dimension.
+            ConfigError: The rows are not known, or are not the first dimension of ``x``. Or a checkpoint runs this call
+                again in backward with another random state.
         """
-        shown, index = self._call(x)
+        shown, index = self._find_call(x)
         shape = (*x.shape[:2], *[1] * (x.ndim - 2)) if channels else x.shape
         return row_mask(
             1 - p,
@@ -130,36 +137,36 @@ class ByRow(TorchFunctionMode):
             device=x.device,
         )
 
-    def _call(self, x: Tensor) -> tuple[Shown, int]:
-        """Find which call this is: the next one, or one that is being run again."""
+    def _find_call(self, x: Tensor) -> tuple[Shown, int]:
+        """Return the rows and the number of this call: the next call, or one that a checkpoint runs again."""
         tag = int(torch.randint(2**62, (), device="cpu"))
-        found, again = self._calls.get(tag), _in_backward()
-        if found is None and again:
+        call, in_backward = self._calls.get(tag), _in_backward()
+        if call is None and in_backward:
             raise ConfigError(
-                'dropout="by_row": a part of the model is run again in backward with another random state than the '
-                "first time, so its masks cannot be found; checkpoint with preserve_rng_state=True, its default"
+                'dropout="by_row": a checkpoint runs a part of the model again in backward with another random state '
+                "than in forward, so its masks cannot be found; checkpoint with preserve_rng_state=True, the default"
             )
-        if found is not None and (again or found.shown is self._shown):
-            return found.shown, found.index
+        if call is not None and (in_backward or call.shown is self._shown):
+            return call.shown, call.index
         if self._shown is None:
             raise ConfigError(
-                'dropout="by_row" has to know which rows of the batch go through the model: let the window hand them '
-                "out (accumulator.step, window.split, or iterating over the window)"
+                'dropout="by_row" has to know which rows of the batch are in the microbatch, and this microbatch does '
+                "not come from the window; use accumulator.step, window.split, or iterate over the window"
             )
         rows = len(self._shown.rows)
         if x.ndim == 0 or x.shape[0] != rows:
             raise ConfigError(
-                f'dropout="by_row" needs the microbatch\'s {rows} rows in the first dimension of what is dropped out, '
-                f"and was given the shape {tuple(x.shape)}; put the rows first (batch_first=True), or give them a "
-                "dimension of their own before the dropout: x.unflatten(0, (rows, -1))"
+                f'dropout="by_row" needs the microbatch\'s {rows} rows in the first dimension of the tensor that is '
+                f"dropped out, and its shape is {tuple(x.shape)}; put the rows first (batch_first=True), or split them "
+                "from the first dimension before the dropout: x.unflatten(0, (rows, -1))"
             )
-        self._calls[tag] = _Call(self._index, self._shown)
+        self._calls[tag] = _DropoutCall(self._index, self._shown)
         self._index += 1
         return self._shown, self._index - 1
 
 
 def _in_backward() -> bool:
-    # Private by name; nothing public tells.
+    # There is no public function for this.
     return bool(torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
 
 
@@ -170,62 +177,62 @@ def _dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> Tensor | None:
-    return _dropped(mode, input, p, inplace=inplace) if training and p else None
+    return _apply_dropout(mode, input, p, inplace=inplace) if training and p else None
 
 
-def _dropout_c(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
-    return _dropped(mode, input, p) if train and p else None
+def _torch_dropout(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
+    return _apply_dropout(mode, input, p) if train and p else None
 
 
-def _dropout_c_(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
-    return _dropped(mode, input, p, inplace=True) if train and p else None
+def _torch_dropout_(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
+    return _apply_dropout(mode, input, p, inplace=True) if train and p else None
 
 
-def _channels(
+def _channel_dropout(
     mode: ByRow,
     input: Tensor,
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
 ) -> Tensor | None:
-    return _dropped(mode, input, p, inplace=inplace, channels=True) if training and p else None
+    return _apply_dropout(mode, input, p, inplace=inplace, channels=True) if training and p else None
 
 
-def _alpha(
+def _alpha_dropout(
     mode: ByRow,
     input: Tensor,
     p: float = 0.5,
     training: bool = False,
     inplace: bool = False,
 ) -> Tensor | None:
-    return _alpha_dropped(mode, input, p, inplace=inplace) if training and p else None
+    return _apply_alpha_dropout(mode, input, p, inplace=inplace) if training and p else None
 
 
-def _alpha_channels(
+def _alpha_channel_dropout(
     mode: ByRow,
     input: Tensor,
     p: float = 0.5,
     training: bool = False,
     inplace: bool = False,
 ) -> Tensor | None:
-    return _alpha_dropped(mode, input, p, inplace=inplace, channels=True) if training and p else None
+    return _apply_alpha_dropout(mode, input, p, inplace=inplace, channels=True) if training and p else None
 
 
-def _dropped(mode: ByRow, x: Tensor, p: float, *, inplace: bool = False, channels: bool = False) -> Tensor:
+def _apply_dropout(mode: ByRow, x: Tensor, p: float, *, inplace: bool = False, channels: bool = False) -> Tensor:
     if not 0 <= p <= 1:
-        raise ConfigError(f"the probability of dropout has to be between 0 and 1, not {p}")
+        raise ConfigError(f"the probability of dropout must be between 0 and 1, not {p}")
     if p == 1:
         return x.mul_(0) if inplace else x * 0
     kept = mode.mask(x, p, channels=channels)
     return (x.mul_(kept) if inplace else x * kept).mul_(1 / (1 - p))
 
 
-def _alpha_dropped(mode: ByRow, x: Tensor, p: float, *, inplace: bool = False, channels: bool = False) -> Tensor:
+def _apply_alpha_dropout(mode: ByRow, x: Tensor, p: float, *, inplace: bool = False, channels: bool = False) -> Tensor:
     if not 0 <= p < 1:
-        raise ConfigError(f"the probability of alpha dropout has to be at least 0 and below 1, not {p}")
-    scale = 1 / math.sqrt((1 - p) * (1 + p * _SELU_FLOOR**2))
+        raise ConfigError(f"the probability of alpha dropout must be at least 0 and below 1, not {p}")
+    scale = 1 / math.sqrt((1 - p) * (1 + p * _SELU_LIMIT**2))
     kept = mode.mask(x, p, channels=channels).to(x.dtype)
-    shift = (kept - 1).mul_(-_SELU_FLOOR).add_(-_SELU_FLOOR * p).mul_(scale)
+    shift = (kept - 1).mul_(-_SELU_LIMIT).add_(-_SELU_LIMIT * p).mul_(scale)
     kept.mul_(scale)
     return x.mul_(kept).add_(shift) if inplace else x * kept + shift
 
@@ -254,18 +261,18 @@ def _attention(  # noqa: PLR0913 - torch's own signature
         logits = logits.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
         logits = logits + attn_mask
-    # A query that may look nowhere sees zeros, as in torch.
-    nowhere = (logits == -math.inf).all(-1, keepdim=True)
-    weights = logits.masked_fill(nowhere, 0).softmax(-1).masked_fill(nowhere, 0)
-    return _dropped(mode, weights, dropout_p).to(value.dtype) @ value
+    # As in torch, a query that may attend to no key gets zeros.
+    fully_masked = (logits == -math.inf).all(-1, keepdim=True)
+    weights = logits.masked_fill(fully_masked, 0).softmax(-1).masked_fill(fully_masked, 0)
+    return _apply_dropout(mode, weights, dropout_p).to(value.dtype) @ value
 
 
 def _multi_head_attention(mode: ByRow, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-    # A copy of torch's function, whose calls of dropout are ours: the mode that sees the call is off inside of it, and
-    # would see nothing but the same call again if it were on.
+    # Torch switches the mode off inside this call, and with the mode on, the function would dispatch to the mode again.
+    # So this runs a copy of torch's function, in which the names of the dropout functions are bound to our versions.
     rows = query.shape[1] if query.ndim == 3 else 1  # (queries, rows, width)
 
-    def weights_dropped(weights: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    def dropout_of_weights(weights: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
         out = _dropout(mode, weights.unflatten(0, (rows, -1)), p, training)  # (rows * heads, queries, keys)
         return weights if out is None else out.flatten(0, 1)
 
@@ -273,12 +280,12 @@ def _multi_head_attention(mode: ByRow, query: Tensor, *args: Any, **kwargs: Any)
         out = _attention(mode, *args, **kwargs)
         return F.scaled_dot_product_attention(*args, **kwargs) if out is None else out
 
-    of = F.multi_head_attention_forward
-    stand_ins = {"has_torch_function": _is_overridden, "dropout": weights_dropped}
-    names = {**of.__globals__, **stand_ins, "scaled_dot_product_attention": attention}
-    made = FunctionType(of.__code__, names, of.__name__, of.__defaults__)
-    made.__kwdefaults__ = of.__kwdefaults__
-    return made(query, *args, **kwargs)
+    original = F.multi_head_attention_forward
+    replaced = {"has_torch_function": _is_overridden, "dropout": dropout_of_weights}
+    namespace = {**original.__globals__, **replaced, "scaled_dot_product_attention": attention}
+    copied = FunctionType(original.__code__, namespace, original.__name__, original.__defaults__)
+    copied.__kwdefaults__ = original.__kwdefaults__
+    return copied(query, *args, **kwargs)
 
 
 def _is_overridden(tensors: Any) -> bool:
@@ -287,38 +294,40 @@ def _is_overridden(tensors: Any) -> bool:
 
 
 def _bernoulli_(mode: ByRow, input: Tensor, p: Any = 0.5, *, generator: Any = None) -> Tensor | None:
-    # One number a row: what stochastic depth draws.
-    if generator is not None or isinstance(p, Tensor) or not 0 < p < 1 or not mode.is_row_for_row(input):
+    # Stochastic depth draws one number per row.
+    if generator is not None or isinstance(p, Tensor) or not 0 < p < 1 or not mode.has_one_element_per_row(input):
         return None
     return input.copy_(mode.mask(input, 1 - p))
 
 
-def _recurrent(mode: ByRow, *args: Any, **kwargs: Any) -> None:
+def _refuse_recurrent(mode: ByRow, *args: Any, **kwargs: Any) -> None:
     del mode
     # (input, [batch_sizes,] hidden, weights, has_biases, num_layers, dropout, train, ...)
-    named = [each for each in args if isinstance(each, bool | int | float)]
-    dropout, train = (named[2], named[3]) if len(named) > 3 else (kwargs.get("dropout", 0), kwargs.get("train", False))
+    numbers = [each for each in args if isinstance(each, bool | int | float)]
+    dropout, train = (
+        (numbers[2], numbers[3]) if len(numbers) > 3 else (kwargs.get("dropout", 0), kwargs.get("train", False))
+    )
     if dropout and train:
         raise ConfigError(
-            f'dropout="by_row" cannot reach the dropout={dropout} inside of a recurrent module: give it dropout=0, or '
-            "make its layers one by one, with nn.Dropout and batch_first=True between them"
+            f'dropout="by_row" cannot replace the dropout={dropout} inside of a recurrent module; set its dropout=0, '
+            "or build its layers one by one, with batch_first=True and nn.Dropout between them"
         )
 
 
-_RULES: dict[Any, Callable[..., Any]] = {
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout_c,
-    torch.dropout_: _dropout_c_,
-    F.dropout1d: _channels,
-    F.dropout2d: _channels,
-    F.dropout3d: _channels,
-    F.alpha_dropout: _alpha,
-    F.feature_alpha_dropout: _alpha_channels,
+    torch.dropout: _torch_dropout,
+    torch.dropout_: _torch_dropout_,
+    F.dropout1d: _channel_dropout,
+    F.dropout2d: _channel_dropout,
+    F.dropout3d: _channel_dropout,
+    F.alpha_dropout: _alpha_dropout,
+    F.feature_alpha_dropout: _alpha_channel_dropout,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     Tensor.bernoulli_: _bernoulli_,
-    torch.lstm: _recurrent,
-    torch.gru: _recurrent,
-    torch.rnn_tanh: _recurrent,
-    torch.rnn_relu: _recurrent,
+    torch.lstm: _refuse_recurrent,
+    torch.gru: _refuse_recurrent,
+    torch.rnn_tanh: _refuse_recurrent,
+    torch.rnn_relu: _refuse_recurrent,
 }

@@ -1,4 +1,4 @@
-"""Send microbatches to the device, the next one while this one computes."""
+"""Copy microbatches to the device, the next one while the current one computes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from microbatch.batch.batch_tree import leaves, map_tensors
 
 
 def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Yield each microbatch on ``device``.
+    """Yield each microbatch with its tensors on ``device``.
 
-    On CUDA the next microbatch travels from pinned memory on a stream of its own while this one computes, so the
-    device holds two microbatches of inputs and never waits for the host. Elsewhere a microbatch is moved when its
-    turn comes, and one that is there already is yielded as it is.
+    On CUDA, the next microbatch is copied from pinned memory on its own stream while the current one computes. So the
+    device holds the inputs of two microbatches, and never waits for the host. On other devices, a microbatch is copied
+    when its turn comes. Tensors that are already on ``device`` are not copied.
 
     Args:
         microbatches: Structures of tensors, usually on the host.
-        device: Where the model is.
+        device: The model's device.
 
     Yields:
         The same structures with their tensors on ``device``.
 
     Cost:
-        No host synchronisation. On CUDA one pinned host copy and one copy on the device of each microbatch.
+        No host synchronisation. On CUDA, one pinned copy on the host and one copy on the device for each microbatch.
     """
     if device.type == "cuda":
         yield from _feed_cuda(microbatches, device)
@@ -38,15 +38,14 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
 
 
 def is_there(batch: object, device: torch.device) -> bool:
-    """Tell whether a batch is on ``device``, so that its microbatches need no feeding.
+    """Return whether a batch is already on ``device``, so that its microbatches need no copy.
 
     Args:
-        batch: What `cut` accepts.
-        device: Where the model is.
+        batch: A batch as `cut` accepts it.
+        device: The model's device.
 
     Returns:
-        Whether it is made of tensors on the device, numbers and texts alone; `feed` would yield its microbatches as
-        they are.
+        True if every leaf is a tensor on ``device``, a number, a string or `None`. `feed` then has nothing to copy.
     """
     return all(
         leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str | None)
@@ -55,30 +54,31 @@ def is_there(batch: object, device: torch.device) -> bool:
 
 
 @functools.cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
-    # One for the whole process: the allocator keeps the memory of each stream apart.
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the CUDA stream for copies to ``device``."""
+    # One stream for the whole process, because the caching allocator has a separate memory pool for each stream.
     return torch.cuda.Stream(device)
 
 
 def _feed_cuda(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    stream, current = _copying(device), torch.cuda.current_stream(device)
+    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
 
-    def send(tensor: Tensor) -> Tensor:
+    def copy_tensor(tensor: Tensor) -> Tensor:
         if tensor.device == device:
             return tensor
         source = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
         return source.to(device, non_blocking=True)
 
-    def start(microbatch: Any) -> Any:
-        # The copy waits for the work that was queued before it. So the memory that it is given, freed by an earlier
-        # microbatch, has been read by then, and two microbatches of inputs are all that the device ever holds.
+    def copy_microbatch(microbatch: Any) -> Any:
+        # The copy may reuse memory that an earlier microbatch freed. It waits for the work queued so far, so that this
+        # work has read that memory. So the device never holds the inputs of more than two microbatches.
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            return map_tensors(send, microbatch)
+            return map_tensors(copy_tensor, microbatch)
 
     source = iter(microbatches)
-    held = [start(microbatch) for microbatch in islice(source, 1)]
-    while held:
+    queue = [copy_microbatch(microbatch) for microbatch in islice(source, 1)]
+    while queue:
         current.wait_stream(stream)
-        held += [start(microbatch) for microbatch in islice(source, 1)]
-        yield held.pop(0)
+        queue += [copy_microbatch(microbatch) for microbatch in islice(source, 1)]
+        yield queue.pop(0)
