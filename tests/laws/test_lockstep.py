@@ -118,7 +118,7 @@ def test_a_microbatch_that_ends_while_others_wait() -> None:
     model = first_sign(maybe, nn.BatchNorm2d(3))
     refused(
         model,
-        "microbatch 0 waits for batch_norm at '0.parts.0', and microbatch 2 has come to its end",
+        "microbatch 0 waits for batch_norm at '0.parts.0', and microbatch 2 has reached its end",
         batch=signed(1, 1, -1),
     )
 
@@ -190,7 +190,7 @@ def test_what_one_microbatch_leaves_for_another() -> None:
         return x
 
     model = nn.Sequential(network(leave), Do(lambda x: x * left[0].mean()))
-    refused(model, "microbatch 1 used what microbatch 0 computed")
+    refused(model, "microbatch 1 used a tensor that microbatch 0 computed")
 
 
 def test_a_compiled_window_is_refused_at_once() -> None:

@@ -195,8 +195,8 @@ def test_the_batch_of_two_ranks(failures: list[Any]) -> None:
         ("loss", "RankError: 1 of 2 ranks failed", "KeyError: 'loss'"),
         ("after", "RankError: 1 of 2 ranks failed", "KeyError: 'after'"),
         ("push", "RankError: rank 1 failed before the end of the backward pass", "KeyError: 'push'"),
-        ("no rows", "RankError: rank 0 has come to batch_norm at 'first'", "RankError: rank 1 has come to the end of"),
-        ("order", "RankError: rank 0 has come to batch_norm at", "RankError: rank 1 has come to batch_sum at"),
+        ("no rows", "RankError: rank 0 has reached batch_norm at 'first'", "RankError: rank 1 has reached the end of"),
+        ("order", "RankError: rank 0 has reached batch_norm at", "RankError: rank 1 has reached batch_sum at"),
         # The loss of all representations is as large in smaller microbatches.
         ("loss, full", "RankError: 1 of 2 ranks failed", "OutOfMemoryError: "),
         ("after, full", "RankError: 1 of 2 ranks failed", "OutOfMemoryError: "),

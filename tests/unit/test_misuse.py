@@ -422,7 +422,7 @@ def test_the_same_loss_only_in_the_last_microbatch(house: House, name: str) -> N
 
 
 def test_a_loss_of_a_frozen_model(house: House) -> None:
-    with refused(house, NoGraphError, "reaches no parameter"), torch.no_grad():
+    with refused(house, NoGraphError, "depends on no parameter"), torch.no_grad():
         house.accumulator.step(house.batch, lambda _, microbatch: house.loss(microbatch))
 
 
@@ -495,19 +495,22 @@ def test_counts_of_a_batch_that_comes_after_the_first_backward(house: House) -> 
 
 
 def test_a_plain_mean_for_a_microbatch_that_the_window_did_not_hand_out(house: House) -> None:
-    with refused(house, MissingCountError, "plain mean", "did not hand", "count=rows"), house.window() as window:
+    with (
+        refused(house, MissingCountError, "plain mean", "does not come from the window", "count=rows"),
+        house.window() as window,
+    ):
         window.backward(house.loss(house.batch))
 
 
 def test_two_backwards_for_one_microbatch(house: House) -> None:
-    with refused(house, MissingCountError, "has counted it already", "count=rows"), house.window() as window:
+    with refused(house, MissingCountError, "has been counted already", "count=rows"), house.window() as window:
         for microbatch in window.split(house.batch):
             window.backward(house.loss(microbatch))
             window.backward(house.loss(microbatch))
 
 
 def test_a_plain_mean_after_the_last_microbatch(house: House) -> None:
-    with refused(house, MissingCountError, "did not hand"), house.window() as window:
+    with refused(house, MissingCountError, "does not come from the window"), house.window() as window:
         for microbatch in window.split(house.batch):
             house.loss(microbatch)
         window.backward(house.loss(house.batch))

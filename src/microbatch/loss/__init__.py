@@ -1,1 +1,1 @@
-"""What is minimised: a sum, the count it is a sum over, and losses that couple samples."""
+"""Define losses as a sum and a count, losses that couple samples, and statistics over the effective batch."""

@@ -1,4 +1,4 @@
-"""One's own statistics over the effective batch, from inside of a model or a loss function."""
+"""Compute a mean, sum or concatenation over the effective batch, called inside a model or a loss function."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from microbatch.errors import BatchStatisticsError
 from microbatch.loss.caller import caller
 from microbatch.loss.loss import Count, wide_dtype
 from microbatch.loss.rank_stats import Across
-from microbatch.loss.round_robin import Call, Rule, Seat, Topic
+from microbatch.loss.round_robin import Call, Rule, Seat, SyncPoint
 
 
 def batch_mean(x: Tensor, *, count: Count | None = None) -> Tensor:
-    """Turn a mean over a microbatch into the mean over the effective batch.
+    """Turn the mean over a microbatch into the mean over the effective batch.
 
-    Under ``batch_norm="exact"`` every microbatch brings its own mean, and is given ``sum_i c_i x_i / sum_i c_i``, the
-    gradient of all included. Anywhere else there is one batch, and its mean is the mean: ``x`` comes back as it is.
+    Under ``batch_norm="exact"``, every microbatch contributes its own mean ``x_i``, and each one gets
+    ``sum_i c_i x_i / sum_i c_i`` with the complete gradient. In every other case the function returns ``x`` unchanged.
 
     Args:
-        x: A mean over the rows of this microbatch, or over ``count`` things in it; of any shape, the same in every
+        x: A mean over this microbatch's rows, or over ``count`` other items in it; any shape, the same in every
             microbatch.
-        count: What it is a mean over; by default this microbatch's rows. Where it may be 0, bring sums instead:
-            ``batch_sum(total) / batch_sum(count)``, because a mean over nothing is NaN, and so is its gradient.
+        count: Number of items that ``x`` is a mean over; by default the number of this microbatch's rows. Where the
+            number may be 0, use ``batch_sum(total) / batch_sum(count)`` instead: a mean over nothing is NaN, and so is
+            its gradient.
 
     Returns:
         The mean over the effective batch; shape and dtype of ``x``.
 
     Raises:
-        BatchStatisticsError: The microbatches do not all come here, or bring other shapes.
+        BatchStatisticsError: Not every microbatch calls this function at this point, or their shapes differ.
 
     Cost:
-        One meeting of the microbatches; nothing elsewhere.
+        One sync point of all microbatches under ``batch_norm="exact"``; nothing otherwise.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -52,20 +53,20 @@ def batch_mean(x: Tensor, *, count: Count | None = None) -> Tensor:
 
 
 def batch_sum(x: Tensor) -> Tensor:
-    """Turn a sum over a microbatch into the sum over the effective batch.
+    """Turn the sum over a microbatch into the sum over the effective batch.
 
     Args:
-        x: A sum over this microbatch; of any shape, the same in every microbatch.
+        x: A sum over this microbatch; any shape, the same in every microbatch.
 
     Returns:
-        Under ``batch_norm="exact"`` the sum of what all microbatches brought, with the gradient of all; elsewhere
-        ``x`` itself. Shape and dtype of ``x``.
+        Under ``batch_norm="exact"`` the sum over all microbatches, with the complete gradient; otherwise ``x`` itself.
+        Shape and dtype of ``x``.
 
     Raises:
-        BatchStatisticsError: The microbatches do not all come here, or bring other shapes.
+        BatchStatisticsError: Not every microbatch calls this function at this point, or their shapes differ.
 
     Cost:
-        One meeting of the microbatches; nothing elsewhere.
+        One sync point of all microbatches under ``batch_norm="exact"``; nothing otherwise.
 
     Source:
         Law C4.
@@ -76,20 +77,21 @@ def batch_sum(x: Tensor) -> Tensor:
 
 
 def batch_gather(x: Tensor) -> Tensor:
-    """Turn a microbatch's rows into the effective batch's.
+    """Concatenate the rows of all microbatches of the effective batch.
 
     Args:
-        x: Shape ``(rows, ...)``; what comes after the rows is the same in every microbatch.
+        x: This microbatch's rows; shape ``(rows, ...)``. The other dimensions are the same in every microbatch.
 
     Returns:
-        Under ``batch_norm="exact"`` the rows of all microbatches, in their order, with the gradient of all; elsewhere
-        ``x`` itself. Shape ``(all rows, ...)``, dtype of ``x``.
+        Under ``batch_norm="exact"`` the rows of all microbatches in the batch's order, with the complete gradient;
+        otherwise ``x`` itself. Shape ``(all rows, ...)``, dtype of ``x``.
 
     Raises:
-        BatchStatisticsError: The microbatches do not all come here, or bring other shapes.
+        BatchStatisticsError: Not every microbatch calls this function at this point, or their shapes differ.
 
     Cost:
-        One meeting of the microbatches, and the memory of all rows, once; nothing elsewhere.
+        One sync point of all microbatches and the memory of all rows, once, under ``batch_norm="exact"``; nothing
+        otherwise.
 
     Source:
         Law C4.
@@ -100,49 +102,53 @@ def batch_gather(x: Tensor) -> Tensor:
 
 
 def sharing_rules(rows: Sequence[float], across: Across | None) -> dict[Any, Rule]:
-    """Return what to call in the place of these functions in a lockstep.
+    """Return the rules that replace `batch_mean`, `batch_sum` and `batch_gather` in a lockstep.
 
     Args:
-        rows: Of each microbatch.
-        across: The other ranks, whose microbatches are part of the batch; `None` if there are none.
+        rows: Number of rows of each microbatch.
+        across: Shares statistics with the other ranks, whose microbatches belong to the batch; `None` for a single
+            rank.
 
     Returns:
-        The rules, by function.
+        One rule for each of the three functions.
     """
     merges = {batch_mean: _mean, batch_sum: _sum, batch_gather: _gather}
-    return {func: partial(_share, merge=merge, rows=rows, across=across) for func, merge in merges.items()}
+    return {func: partial(_reduce, merge=merge, rows=rows, across=across) for func, merge in merges.items()}
 
 
-_Merge: TypeAlias = Callable[..., Tensor]
+_MergeFunction: TypeAlias = Callable[..., Tensor]
 
 
-def _share(seat: Seat, call: Call, *, merge: _Merge, rows: Sequence[float], across: Across | None) -> Tensor:
+def _reduce(seat: Seat, call: Call, *, merge: _MergeFunction, rows: Sequence[float], across: Across | None) -> Tensor:
+    """Contribute this microbatch's tensor to the reduction, and return the reduced tensor."""
     x: Tensor = call.args[0]
     count = call.kwargs.get("count")
     what, place = call.func.__name__, caller()
-    together = partial(_together, merge=merge, across=across, what=what, place=place)
-    brought = (x, rows[seat.index] if count is None else count)
-    return seat.meet(Topic(what, place, together), brought, graph=[x] if x.requires_grad else [])
+    merge_all = partial(_merge_contributions, merge=merge, across=across, what=what, place=place)
+    contribution = (x, rows[seat.index] if count is None else count)
+    return seat.sync(SyncPoint(what, place, merge_all), contribution, graph=[x] if x.requires_grad else [])
 
 
-def _together(
-    parts: Sequence[tuple[Tensor, Count]], *, merge: _Merge, across: Across | None, what: str, place: str
+def _merge_contributions(
+    parts: Sequence[tuple[Tensor, Count]], *, merge: _MergeFunction, across: Across | None, what: str, place: str
 ) -> Tensor:
+    """Check the shapes of all contributions, and merge the contributions in the dtype of the first one."""
     tensors = [x for x, _ in parts]
     rows = merge is _gather
     if len({tuple(x.shape[1:] if rows else x.shape) for x in tensors}) > 1 or (rows and not tensors[0].dim()):
         raise BatchStatisticsError(
-            f"at {place} microbatches brought tensors of the shapes {', '.join(str(tuple(x.shape)) for x in tensors)} "
-            f"to {what}; " + ("all but their rows must be the same" if rows else "they must be the same")
+            f"at {place} the microbatches called {what} with tensors of the shapes "
+            f"{', '.join(str(tuple(x.shape)) for x in tensors)}; "
+            + ("all dimensions but the rows must be the same" if rows else "the shapes must be the same")
         )
-    found = merge(tensors, [count for _, count in parts], what=f"{what} at {place}", across=across)
-    return found.to(tensors[0].dtype)
+    merged = merge(tensors, [count for _, count in parts], what=f"{what} at {place}", across=across)
+    return merged.to(tensors[0].dtype)
 
 
 def _mean(tensors: Sequence[Tensor], counts: Sequence[Count], *, what: str, across: Across | None) -> Tensor:
     stacked = _wide(torch.stack(list(tensors)))
-    known = [torch.as_tensor(count, device=stacked.device).detach().to(stacked.dtype) for count in counts]
-    weights = torch.stack(known)
+    weights_of_parts = [torch.as_tensor(count, device=stacked.device).detach().to(stacked.dtype) for count in counts]
+    weights = torch.stack(weights_of_parts)
     mean = (stacked * (weights / weights.sum()).view(-1, *[1] * (stacked.dim() - 1))).sum(0)
     return mean if across is None else across.mean(mean, weights.sum(), what=what)
 

@@ -1,4 +1,4 @@
-"""Batch normalisation over the effective batch: statistics merged, gradient included, running statistics once."""
+"""Normalise by the statistics of the effective batch, with their gradient, and update running statistics once."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from microbatch.errors import BatchStatisticsError
-from microbatch.loss.batchnorm_nodes import Measure, Normalise, Visit
+from microbatch.loss.batchnorm_nodes import LayerCall, MeasureMoments, Normalize
 from microbatch.loss.caller import caller
-from microbatch.loss.channel_stats import Moments, Narrowed, Running, merged
+from microbatch.loss.channel_stats import BatchStats, Moments, RunningStats, merged
 from microbatch.loss.rank_stats import Across
-from microbatch.loss.round_robin import Call, Rule, Seat, Topic
+from microbatch.loss.round_robin import Call, Rule, Seat, SyncPoint
 
-_NAMES = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_NAMES_OF_TORCH = (
+_ARGUMENTS = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_ARGUMENTS_OF_TORCH = (
     *("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"),
 )
 
 
 def layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Find the layers that normalise by the statistics of what they are given, as the model is now.
+    """Find the layers that currently normalise by the statistics of their input.
 
     Args:
         model: The model.
 
     Returns:
-        Those in training mode, and those that track nothing, by name.
+        By name, the batch normalisation layers that are in training mode or that have no running statistics.
     """
     return {
         name or "the model itself": module
@@ -42,23 +42,24 @@ def layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 class ExactBatchNorm:
-    """Make every batch normalisation of a model normalise over all microbatches.
+    """Replace every batch normalisation of a model, so that it normalises over all microbatches of the effective batch.
 
-    Each microbatch brings the count ``n``, the mean and the sum of squares ``M2`` of its part, which are merged by
-    Chan's formula,
+    Each microbatch contributes its count ``n``, its mean, and its sum of squares around the mean, ``M2``. Chan's
+    formula merges them:
 
-        mean = sum_i n_i mean_i / n,    M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2,
+        mean = sum_i n_i mean_i / n,    M2 = sum_i M2_i + sum_i n_i (mean_i - mean)^2.
 
-    in ordinary operators of autograd; each part is then normalised by the merged mean and variance, which are inputs of
-    the normalisation as the weight is. So the gradient that reaches a microbatch's input has the part that goes through
-    the statistics of all.
+    The formula runs in ordinary autograd operators. Each microbatch is then normalised by the merged mean and variance,
+    which are inputs of the normalisation, as the weight is. So the gradient of a microbatch's input contains the part
+    that flows through the statistics of all microbatches.
 
-    Running statistics are moved once for each meeting, by the variance with ``n - 1``, and ``num_batches_tracked``
-    counts one.
+    Running statistics are updated once for each sync point, with the unbiased variance ``M2 / (n - 1)``, and
+    ``num_batches_tracked`` grows by one.
 
     Args:
         model: The model.
-        across: The other ranks, whose microbatches are part of the batch; `None` if there are none.
+        across: Shares statistics with the other ranks, whose microbatches belong to the batch; `None` for a single
+            rank.
 
     Source:
         Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979. Law
@@ -68,58 +69,59 @@ class ExactBatchNorm:
     def __init__(self, model: nn.Module, across: Across | None) -> None:
         self._across = across
         self._names = {id(each): name for name, layer in layers_of(model).items() for each in _own_tensors(layer)}
-        # By the buffer, and not by the class: scripted layers have one too.
+        # Layers are found by their buffer and not by their class, because scripted layers have another class.
         self._counters: dict[int, _Counter] = {}
         for name, module in model.named_modules():
             count, running = (getattr(module, each, None) for each in ("num_batches_tracked", "running_mean"))
             if isinstance(count, Tensor):
                 self._counters.setdefault(id(count), _Counter(name, count, id(running), count._version))
-        self._meetings: dict[int, int] = {}
+        self._syncs: dict[int, int] = {}
 
     def rules(self) -> dict[Any, Rule]:
-        """Return what to call in the place of which functions."""
+        """Return the rules that replace batch normalisation and its count of batches in a lockstep."""
         return {F.batch_norm: self._batch_norm, torch.batch_norm: self._batch_norm, Tensor.add_: self._add}
 
     def check(self) -> None:
-        """Hold what layers counted against the meetings there were.
+        """Compare each layer's number of runs with the number of sync points at which the layer was seen.
 
         Raises:
-            BatchStatisticsError: A layer normalised where it could not be seen.
+            BatchStatisticsError: A layer ran where it could not be replaced, so it normalised by one microbatch's
+                statistics.
         """
         for counter in self._counters.values():
-            moved, met = counter.tensor._version - counter.version, self._meetings.get(counter.running, 0)
-            if moved != met:
+            runs, synced = counter.tensor._version - counter.version, self._syncs.get(counter.running, 0)
+            if runs != synced:
                 raise BatchStatisticsError(
-                    f"the batch normalisation {counter.name!r} ran {moved} times, {met} of them where its statistics "
-                    "could be taken over the whole batch: it is scripted, or compiled, or it runs again in backward "
-                    "inside a checkpoint; leave it out of that"
+                    f"the batch normalisation {counter.name!r} ran {runs} times, {synced} of them where its statistics "
+                    "could be computed over the whole batch: the layer is scripted, or compiled, or a checkpoint runs "
+                    "it again in backward; leave this layer out of scripting, compilation and checkpoints"
                 )
 
     def look_away(self) -> None:
-        """Leave out what was counted since the last time: by a loss that runs layers on the whole batch."""
+        """Ignore all runs of layers so far, such as those of a loss that runs layers on the whole batch."""
         for counter in self._counters.values():
-            counter.version = counter.tensor._version - self._meetings.get(counter.running, 0)
+            counter.version = counter.tensor._version - self._syncs.get(counter.running, 0)
 
     def _add(self, seat: Seat, call: Call) -> Any:
-        """Count a batch once, by the first microbatch that comes to it."""
+        """Increment a layer's ``num_batches_tracked`` once per sync point: only for the first microbatch."""
         key = id(call.args[0])
         counter = self._counters.get(key)
         if counter is None:
             return call.run()
-        seat.calls[key] = mine = seat.calls.get(key, 0) + 1
-        if mine <= counter.times:
+        seat.calls[key] = own_count = seat.calls.get(key, 0) + 1
+        if own_count <= counter.counted:
             return call.args[0]
-        counter.times = mine
+        counter.counted = own_count
         return call.run()
 
     def _batch_norm(self, seat: Seat, call: Call) -> Any:
-        given = arguments_of(call)
-        if not given.pop("training", False):
+        arguments = arguments_of(call)
+        if not arguments.pop("training", False):
             return call.run()
-        given.pop("cudnn_enabled", None)
-        return self._normalise(seat, **given)
+        arguments.pop("cudnn_enabled", None)
+        return self._normalize(seat, **arguments)
 
-    def _normalise(
+    def _normalize(
         self,
         seat: Seat,
         *,
@@ -134,21 +136,23 @@ class ExactBatchNorm:
         if eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
         place = self._place(running_mean, weight)
-        running = None if running_mean is None else Running(running_mean, running_var, momentum)
-        topic = Topic("batch_norm", place, partial(self._merge, running=running, place=place, shape=input.shape))
-        visit = Visit(input, seat.puts)
-        mean, squares = cast("tuple[Tensor, Tensor]", Measure.apply(input, visit))
+        running = None if running_mean is None else RunningStats(running_mean, running_var, momentum)
+        sync_point = SyncPoint(
+            "batch_norm", place, partial(self._merge, running=running, place=place, shape=input.shape)
+        )
+        layer_call = LayerCall(input, seat.puts)
+        mean, squares = cast("tuple[Tensor, Tensor]", MeasureMoments.apply(input, layer_call))
         moments = (input.numel() / max(1, input.shape[1]), mean, squares)
         graph = [each for each in (mean, squares) if each.requires_grad]
-        mean, variance, narrowed = seat.meet(topic, moments, graph=graph)
-        narrow = narrowed.to(visit.dtype, eps)
-        out = cast("Tensor", Normalise.apply(input.detach(), mean, variance, narrow, weight, bias, visit))
-        seat.parking.saw(out)
+        mean, variance, batch_stats = seat.sync(sync_point, moments, graph=graph)
+        kernel_stats = batch_stats.to(layer_call.dtype, eps)
+        out = cast("Tensor", Normalize.apply(input.detach(), mean, variance, kernel_stats, weight, bias, layer_call))
+        seat.waiting.track(out)
         return out
 
     def _merge(
-        self, parts: Sequence[Moments], *, running: Running | None, place: str, shape: torch.Size
-    ) -> tuple[Tensor, Tensor, Narrowed]:
+        self, parts: Sequence[Moments], *, running: RunningStats | None, place: str, shape: torch.Size
+    ) -> tuple[Tensor, Tensor, BatchStats]:
         moments = merged(parts)
         if self._across is not None:
             moments = self._across.merge(moments, f"batch_norm at {place}")
@@ -158,9 +162,9 @@ class ExactBatchNorm:
         variance = squares / count
         if running is not None:
             key = id(running.mean)
-            self._meetings[key] = self._meetings.get(key, 0) + 1
-            running.move(mean.detach(), squares.detach() / (count - 1))
-        return mean, variance, Narrowed(mean, variance)
+            self._syncs[key] = self._syncs.get(key, 0) + 1
+            running.update(mean.detach(), squares.detach() / (count - 1))
+        return mean, variance, BatchStats(mean, variance)
 
     def _place(self, *tensors: Tensor | None) -> str:
         found = (self._names.get(id(each)) for each in tensors if each is not None)
@@ -169,27 +173,27 @@ class ExactBatchNorm:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """Name the arguments of a batch normalisation.
+    """Return the arguments of a call of batch normalisation by name.
 
     Args:
-        call: Of `torch.nn.functional.batch_norm`, or of `torch.batch_norm`, which has another order.
+        call: A call of `torch.nn.functional.batch_norm`, or of `torch.batch_norm`, whose arguments have another order.
 
     Returns:
-        All of them by name.
+        All arguments of the call, by name.
     """
-    names = _NAMES if call.func is F.batch_norm else _NAMES_OF_TORCH
+    names = _ARGUMENTS if call.func is F.batch_norm else _ARGUMENTS_OF_TORCH
     return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
 
 
 @dataclass(slots=True)
 class _Counter:
-    """How often a layer says that it saw a batch."""
+    """The ``num_batches_tracked`` buffer of one layer, its version at the start, and the number of batches counted."""
 
     name: str
     tensor: Tensor
     running: int
     version: int
-    times: int = 0
+    counted: int = 0
 
 
 def _own_tensors(layer: _BatchNorm) -> list[Tensor]:
@@ -197,8 +201,8 @@ def _own_tensors(layer: _BatchNorm) -> list[Tensor]:
 
 
 class OneOfMany(nn.SyncBatchNorm):
-    """A synchronised layer in a replica: the lockstep synchronises, over microbatches and ranks."""
+    """Replace `SyncBatchNorm` in a model's replica by a plain layer, since the lockstep synchronises over ranks."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's own name for it
-        """Normalise as an ordinary layer does."""
+        """Normalise as an ordinary batch normalisation layer does, without communication."""
         return _BatchNorm.forward(self, input)

@@ -1,4 +1,4 @@
-"""The nodes of one microbatch in a normalisation by statistics that are not its own."""
+"""Define the autograd functions that normalise one microbatch by the statistics of all microbatches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.loss.channel_stats import Narrow, moments_of
+from microbatch.loss.channel_stats import KernelStats, moments_of
 from microbatch.loss.round_robin import Puts
 
 
-class Visit:
-    """What two nodes of one microbatch and layer tell each other: the input, and the gradient of the output."""
+class LayerCall:
+    """Hold the tensors that the two autograd functions of one microbatch and layer share.
+
+    These are the layer's input, and the gradient of its output. Both are offloaded while they wait for backward.
+
+    Args:
+        x: The layer's input.
+        puts: Functions that offload tensors.
+
+    Attributes:
+        dtype: Dtype of the statistics: the input's dtype, at least float32.
+        needs_input: Whether the input needs a gradient.
+        x: Loads the input; `None` before it is offloaded.
+        dy: Loads the gradient of the output; `None` before it is offloaded.
+        scale: Derivative of the output by the input at fixed statistics, for each channel; `None` before backward.
+    """
 
     def __init__(self, x: Tensor, puts: Puts) -> None:
         self._puts = puts
@@ -24,8 +38,8 @@ class Visit:
         self.dy: Callable[[], Tensor] | None = None
         self.scale: Tensor | None = None
 
-    def keep_input(self, x: Tensor) -> None:
-        """Put the input away, once.
+    def offload_input(self, x: Tensor) -> None:
+        """Offload the input, unless it is offloaded already.
 
         Args:
             x: The input.
@@ -33,8 +47,8 @@ class Visit:
         if self.x is None:
             self.x = self._puts.away(x)
 
-    def input_for_sums(self) -> Tensor:
-        """Bring the input back, for the first of two times.
+    def load_input_for_sums(self) -> Tensor:
+        """Load the input for the first of its two uses in backward.
 
         Returns:
             The input.
@@ -42,75 +56,75 @@ class Visit:
         assert self.x is not None  # noqa: S101 - as forward left it
         x = self.x()
         if self.needs_input and self._puts.spares(x):
-            self.x = partial(_same, x)
+            self.x = partial(_identity, x)
         return x
 
-    def keep_gradient(self, dy: Tensor, scale: Tensor) -> None:
-        """Put the gradient of the output away, until that of the input can be made.
+    def offload_output_gradient(self, dy: Tensor, scale: Tensor) -> None:
+        """Offload the output's gradient until backward computes the input's gradient.
 
         Args:
-            dy: The gradient of the output.
-            scale: What the input was multiplied with, for each channel.
+            dy: Gradient of the output.
+            scale: Derivative of the output by the input at fixed statistics; shape ``(channels,)``.
         """
         self.dy, self.scale = self._puts.aside(dy), scale
 
 
-class Measure(torch.autograd.Function):
-    """The mean of each channel of one microbatch, and the sum of squares around it."""
+class MeasureMoments(torch.autograd.Function):
+    """Compute each channel's mean over one microbatch, and its sum of squares around this mean."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, visit: Visit) -> tuple[Tensor, Tensor]:
-        """Measure.
+    def forward(ctx: Any, x: Tensor, layer_call: LayerCall) -> tuple[Tensor, Tensor]:
+        """Compute the moments, and offload the input.
 
         Args:
-            ctx: Autograd's.
+            ctx: Autograd's context.
             x: Shape ``(rows, channels, ...)``.
-            visit: Where the input is kept.
+            layer_call: Keeps the offloaded input.
 
         Returns:
-            Mean and sum of squares, shapes ``(channels,)``; zeros of no rows.
+            Mean and sum of squares, each of shape ``(channels,)`` and dtype ``layer_call.dtype``; zeros for 0 rows.
         """
         if not x.numel():
-            zeros = x.new_zeros(x.shape[1], dtype=visit.dtype)
+            zeros = x.new_zeros(x.shape[1], dtype=layer_call.dtype)
             return zeros, zeros.clone()
         mean, squares = moments_of(x)
-        if visit.needs_input:
-            visit.keep_input(x)
-        # Detached, because a node that holds its own output is never given up.
-        ctx.visit, ctx.mean, ctx.count = visit, mean.detach(), x.numel() // x.shape[1]
+        if layer_call.needs_input:
+            layer_call.offload_input(x)
+        # The mean is detached, because a node that holds its own output is a reference cycle and is never freed.
+        ctx.layer_call, ctx.mean, ctx.count = layer_call, mean.detach(), x.numel() // x.shape[1]
         return mean, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the input, also the part that went around the statistics.
+        """Return the complete gradient of the input: through the statistics, and at fixed statistics.
 
         Args:
-            ctx: Autograd's.
-            grads: Of the mean and of the sum of squares.
+            ctx: Autograd's context.
+            grads: Gradients of the mean and of the sum of squares.
 
         Returns:
-            For each argument of forward.
+            The gradient of each argument of `forward`.
         """
-        visit: Visit = ctx.visit
+        layer_call: LayerCall = ctx.layer_call
         d_mean, d_squares = grads
-        assert visit.x is not None  # noqa: S101 - as forward left it
-        x, visit.x = visit.x(), None
-        # d_mean / n + 2 (x - mean) d_squares, as one pass of the kernel that normalises.
+        assert layer_call.x is not None  # noqa: S101 - as forward left it
+        x, layer_call.x = layer_call.x(), None
+        # The batch norm kernel computes d_mean / n + 2 (x - mean) d_squares in one pass.
         slope, shift = 2 * d_squares, d_mean / ctx.count
         ones = torch.ones_like(slope)
-        wide = x.to(visit.dtype)
+        wide = x.to(layer_call.dtype)
         dx = torch.batch_norm(wide, slope, shift, ctx.mean, ones, False, 0.0, 0.0, False)
-        if visit.dy is not None and visit.scale is not None:
-            dy, visit.dy = visit.dy(), None
-            dx.addcmul_(dy.to(visit.dtype), _over_channels(visit.scale, dx))
+        if layer_call.dy is not None and layer_call.scale is not None:
+            dy, layer_call.dy = layer_call.dy(), None
+            dx.addcmul_(dy.to(layer_call.dtype), _over_channels(layer_call.scale, dx))
         return dx.to(x.dtype), None
 
 
-class Normalise(torch.autograd.Function):
-    """Normalise one microbatch by statistics of all, and give back what they are to be told.
+class Normalize(torch.autograd.Function):
+    """Normalise one microbatch by the statistics of all microbatches, and return the statistics' gradients in backward.
 
-    The gradient of the input is not given here: it waits in the visit until the statistics' own is known, and leaves
-    as one with it.
+    This function returns no gradient for its input. The gradient of the output waits in `LayerCall` until the gradients
+    of the statistics are known. `MeasureMoments` then computes the complete gradient of the input.
     """
 
     @staticmethod
@@ -119,78 +133,87 @@ class Normalise(torch.autograd.Function):
         x: Tensor,
         mean: Tensor,
         variance: Tensor,
-        narrow: Narrow,
+        kernel_stats: KernelStats,
         weight: Tensor | None,
         bias: Tensor | None,
-        visit: Visit,
+        layer_call: LayerCall,
     ) -> Tensor:
-        """Normalise.
+        """Normalise the input.
 
         Args:
-            ctx: Autograd's.
+            ctx: Autograd's context.
             x: Shape ``(rows, channels, ...)``, detached.
-            mean: Of all microbatches; shape ``(channels,)``, as of all that follow. It is here for its gradient.
-            variance: Likewise.
-            narrow: What the kernel takes of them.
-            weight: Of the layer, or `None`.
-            bias: Of the layer, or `None`.
-            visit: Where the input is kept, and the gradient of the output will be.
+            mean: Mean over all microbatches; shape ``(channels,)``. Its values are not read: it is an argument so that
+                it gets a gradient.
+            variance: Biased variance over all microbatches; as ``mean``.
+            kernel_stats: The same statistics in the kernel's dtype, from which the output is computed.
+            weight: Weight of the layer, shape ``(channels,)``, or `None`.
+            bias: Bias of the layer, shape ``(channels,)``, or `None`.
+            layer_call: Keeps the offloaded input, and later the output's gradient.
 
         Returns:
-            Shape and dtype of ``x``.
+            The normalised input; shape and dtype of ``x``.
         """
         del mean, variance
-        dtype = visit.dtype
+        dtype = layer_call.dtype
         if any(ctx.needs_input_grad):
-            visit.keep_input(x)
-        ctx.visit, ctx.narrow = visit, narrow
+            layer_call.offload_input(x)
+        ctx.layer_call, ctx.kernel_stats = layer_call, kernel_stats
         ctx.save_for_backward(weight)
         scale = None if weight is None else weight.to(dtype)
         shift = None if bias is None else bias.to(dtype)
         return torch.batch_norm(
-            x, scale, shift, narrow.mean, narrow.variance, False, 0.0, narrow.eps, torch.backends.cudnn.enabled
+            x,
+            scale,
+            shift,
+            kernel_stats.mean,
+            kernel_stats.variance,
+            False,
+            0.0,
+            kernel_stats.eps,
+            torch.backends.cudnn.enabled,
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of mean, variance, weight and bias, and put that of the output away.
+        """Return the gradients of mean, variance, weight and bias, and offload the gradient of the output.
 
         Args:
-            ctx: Autograd's.
-            grads: Of the output.
+            ctx: Autograd's context.
+            grads: Gradient of the output.
 
         Returns:
-            For each argument of forward.
+            The gradient of each argument of `forward`; `None` for the input.
         """
-        visit: Visit = ctx.visit
+        layer_call: LayerCall = ctx.layer_call
         (dy,) = grads
         (weight,) = ctx.saved_tensors
-        x, inverse = visit.input_for_sums(), ctx.narrow.inverse
-        slope, shift = _sums(dy, x, ctx.narrow.mean, inverse)
+        x, inverse = layer_call.load_input_for_sums(), ctx.kernel_stats.inverse
+        weight_gradient, bias_gradient = _channel_sums(dy, x, ctx.kernel_stats.mean, inverse)
         scale = inverse if weight is None else inverse * weight.to(inverse.dtype)
-        if visit.needs_input:
-            visit.keep_gradient(dy, scale)
+        if layer_call.needs_input:
+            layer_call.offload_output_gradient(dy, scale)
         needs = ctx.needs_input_grad
         return (
             None,
-            (scale * shift).neg_() if needs[1] else None,
-            (scale * slope).mul_(inverse).mul_(-0.5) if needs[2] else None,
+            (scale * bias_gradient).neg_() if needs[1] else None,
+            (scale * weight_gradient).mul_(inverse).mul_(-0.5) if needs[2] else None,
             None,
-            slope if needs[4] else None,
-            shift if needs[5] else None,
+            weight_gradient if needs[4] else None,
+            bias_gradient if needs[5] else None,
             None,
         )
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, for each channel, the sums of ``dy (x - mean) inverse`` and of ``dy``, in one pass of torch's kernel."""
-    _, slope, shift = torch.ops.aten.native_batch_norm_backward(
+def _channel_sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum ``dy (x - mean) inverse`` and ``dy`` over each channel, in one pass of torch's kernel."""
+    _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, mean, inverse, True, 0.0, [False, True, True]
     )
-    return slope, shift
+    return weight_gradient, bias_gradient
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 

@@ -1,4 +1,4 @@
-"""Where in the user's code a function was called from."""
+"""Find the line of the user's code that called a function."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 
 import torch
 
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), threading.__file__)
+_SKIPPED = (str(Path(torch.__file__).parent), str(Path(__file__).parent), threading.__file__)
 
 
 def caller() -> str:
-    """Name the line of the innermost frame that is neither torch's nor this room's.
+    """Return file and line of the innermost frame that is neither torch's nor this room's.
 
     Returns:
-        ``"file.py:line"``; a line that was typed in, or made by a program, only where there is no file.
+        ``"file.py:line"``. If no frame belongs to a file, the innermost frame of code that was typed in or generated.
     """
-    frame, typed = inspect.currentframe(), "<unknown>"
+    frame, fallback = inspect.currentframe(), "<unknown>"
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_NOT_THE_USERS):
+        if not name.startswith(_SKIPPED):
             if not name.startswith("<"):
                 return f"{Path(name).name}:{frame.f_lineno}"
-            typed = f"{name}:{frame.f_lineno}" if typed == "<unknown>" else typed
+            fallback = f"{name}:{frame.f_lineno}" if fallback == "<unknown>" else fallback
         frame = frame.f_back
-    return typed
+    return fallback

@@ -1,4 +1,4 @@
-"""Count, mean and sum of squares of each channel: of one microbatch, merged, and the running statistics they move."""
+"""Compute each channel's mean and sum of squares, merge them over microbatches, and update running statistics."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from microbatch.loss.loss import wide_dtype
 
-_LONG = 64  # elements of a channel that lie side by side
+_LONG_CHANNEL = 64  # elements of one row and channel from which sums are faster than the kernel
 Moments: TypeAlias = tuple[float, Tensor, Tensor]
-"""Elements of each channel, their mean, and the sum of squares around it."""
+"""Number of elements of each channel, their mean, and their sum of squares around the mean."""
 
 
 @dataclass(frozen=True, slots=True)
-class Narrow:
-    """What a kernel that normalises takes of statistics.
+class KernelStats:
+    """The statistics that a batch norm kernel takes, in the dtype that it takes them in.
 
     Attributes:
-        mean: Of each channel.
-        variance: Likewise.
-        inverse: One over the root of variance and ``eps``.
-        eps: Added to the variance.
+        mean: Mean of each channel; shape ``(channels,)``.
+        variance: Biased variance of each channel; shape ``(channels,)``.
+        inverse: ``1 / sqrt(variance + eps)``; shape ``(channels,)``.
+        eps: The number that is added to the variance.
     """
 
     mean: Tensor
@@ -33,76 +33,79 @@ class Narrow:
     eps: float
 
 
-class Narrowed:
-    """What a kernel takes of statistics that are kept in the widest dtype, made once for all that need it.
+class BatchStats:
+    """Statistics in the widest dtype, converted once for all microbatches that need the same dtype.
 
     Args:
-        mean: Of each channel.
-        variance: Likewise.
+        mean: Mean of each channel; shape ``(channels,)``.
+        variance: Biased variance of each channel; shape ``(channels,)``.
     """
 
     def __init__(self, mean: Tensor, variance: Tensor) -> None:
         self._mean, self._variance = mean.detach(), variance.detach()
-        self._made: dict[tuple[torch.dtype, float], Narrow] = {}
+        self._converted: dict[tuple[torch.dtype, float], KernelStats] = {}
 
-    def to(self, dtype: torch.dtype, eps: float) -> Narrow:
-        """Convert them.
+    def to(self, dtype: torch.dtype, eps: float) -> KernelStats:
+        """Convert the statistics to the dtype of a kernel.
 
         Args:
-            dtype: To which.
-            eps: Added to the variance.
+            dtype: Dtype of the result.
+            eps: The number that is added to the variance.
 
         Returns:
-            What is the same for all that ask for the same.
+            The converted statistics; the same object for the same arguments.
         """
         key = dtype, eps
-        if key not in self._made:
+        if key not in self._converted:
             inverse = (self._variance + eps).rsqrt()
-            self._made[key] = Narrow(self._mean.to(dtype), self._variance.to(dtype), inverse.to(dtype), eps)
-        return self._made[key]
+            self._converted[key] = KernelStats(self._mean.to(dtype), self._variance.to(dtype), inverse.to(dtype), eps)
+        return self._converted[key]
 
 
 def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure each channel of one microbatch.
+    """Compute mean and sum of squares of each channel of one microbatch.
 
     Args:
         x: Shape ``(rows, channels, ...)``; at least one element.
 
     Returns:
-        Mean, and sum of squares around it; shapes ``(channels,)``, at least float32.
+        The mean, and the sum of squares around it; each of shape ``(channels,)``, in the dtype of ``x``, at least
+        float32.
 
     Cost:
-        Three reads of ``x``; on the CPU, where channels lie one after the other, memory of its size, for a time. That
-        is what normalising it takes afterwards.
+        Three reads of ``x``. On the CPU, for contiguous channels, also temporary memory of the size of ``x``, which is
+        no more than what the normalisation allocates afterwards.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous() and x[0, 0].numel() >= _LONG:
-        return _in_passes(x, dtype)
-    # Buffers of the dtype that the results are to have; what is written to them is not needed.
+    if x.device.type == "cpu" and x.dim() > 2 and x.is_contiguous() and x[0, 0].numel() >= _LONG_CHANNEL:
+        return _moments_by_sums(x, dtype)
+    # The dtype of these buffers sets the dtype of the results; the running statistics written to them are not used.
     mean, variance = x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
     mean, variance = torch.batch_norm_update_stats(x, mean, variance, 1.0)
     return mean, variance.mul_(x.numel() // x.shape[1])
 
 
-def _in_passes(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Measure by sums, which have vectors, where the kernel for it goes through each channel one number at a time."""
-    over = [0, *range(2, x.dim())]
-    guess = x.mean(over, dtype=dtype)
-    away = x.to(dtype) - guess.view(-1, *[1] * (x.dim() - 2))
-    # What rounding left of the mean, so that it is as good as one that was added up in more digits.
-    rest = away.mean(over)
-    return guess + rest, away.square_().sum(over).sub_(rest.square(), alpha=x.numel() // x.shape[1])
+def _moments_by_sums(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute the moments by vectorised sums, where torch's own CPU kernel adds one number at a time."""
+    dimensions = [0, *range(2, x.dim())]
+    rough_mean = x.mean(dimensions, dtype=dtype)
+    centred = x.to(dtype) - rough_mean.view(-1, *[1] * (x.dim() - 2))
+    # The correction removes the rounding error of the mean, as a sum in a wider dtype would.
+    correction = centred.mean(dimensions)
+    return rough_mean + correction, centred.square_().sum(dimensions).sub_(
+        correction.square(), alpha=x.numel() // x.shape[1]
+    )
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
-    """Merge the moments of parts into those of the whole, by Chan's formula.
+    """Merge the moments of parts into the moments of the whole, by Chan's formula.
 
     Args:
-        parts: Of each the count, the mean and the sum of squares around it; shapes ``(channels,)``. Empty ones add
-            nothing.
+        parts: Count, mean, and sum of squares around the mean of each part; shapes ``(channels,)``. Parts with a count
+            of 0 contribute nothing.
 
     Returns:
-        The same of all, in the widest dtype.
+        Count, mean and sum of squares of the whole, in float64 (float32 on MPS).
 
     Example:
         >>> one, other = torch.tensor([1.0, 3.0]), torch.tensor([8.0])
@@ -113,25 +116,25 @@ def merged(parts: Sequence[Moments]) -> Moments:
         (3, 4.0, 26.0)
     """
     parts = [part for part in parts if part[0]] or list(parts[:1])
-    wide = wide_dtype(parts[0][1].device)
+    widest = wide_dtype(parts[0][1].device)
     if len(parts) == 1:
         total, mean, squares = parts[0]
-        return total, mean.to(wide), squares.to(wide)
+        return total, mean.to(widest), squares.to(widest)
     total = sum(count for count, _, _ in parts)
-    means, squares = (torch.stack(each).to(wide) for each in zip(*(part[1:] for part in parts), strict=True))
+    means, squares = (torch.stack(each).to(widest) for each in zip(*(part[1:] for part in parts), strict=True))
     counts = torch.tensor([count for count, _, _ in parts], dtype=means.dtype, device=means.device).unsqueeze(1)
     mean = (counts / total * means).sum(0)
     return total, mean, squares.sum(0) + (counts * (means - mean).square()).sum(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A layer's running statistics.
+class RunningStats:
+    """The running statistics of one layer.
 
     Attributes:
-        mean: Of each channel.
-        variance: Likewise, unbiased.
-        momentum: What a new batch weighs.
+        mean: The layer's ``running_mean``; shape ``(channels,)``.
+        variance: The layer's ``running_var``, unbiased; shape ``(channels,)``, or `None`.
+        momentum: Weight of a new batch.
     """
 
     mean: Tensor
@@ -139,13 +142,13 @@ class Running:
     momentum: float
 
     @torch.no_grad()
-    def move(self, mean: Tensor, variance: Tensor) -> None:
-        """Move them towards a batch's.
+    def update(self, mean: Tensor, variance: Tensor) -> None:
+        """Update the running statistics with a batch's statistics, in place.
 
         Args:
-            mean: The batch's.
-            variance: The batch's, unbiased.
+            mean: Mean over the batch.
+            variance: Unbiased variance over the batch.
         """
-        for total, new in ((self.mean, mean), (self.variance, variance)):
-            if total is not None:
-                total.mul_(1 - self.momentum).add_(new.to(total.dtype), alpha=self.momentum)
+        for running, of_batch in ((self.mean, mean), (self.variance, variance)):
+            if running is not None:
+                running.mul_(1 - self.momentum).add_(of_batch.to(running.dtype), alpha=self.momentum)

@@ -1,4 +1,4 @@
-"""Layers that need no batch, or a batch over all ranks, in the place of batch normalisation."""
+"""Replace batch normalisation by layers that need no batch, or whose batch is spread over all ranks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ _KINDS = ("group", "layer", "sync")
 
 
 def convert_batch_norm(model: nn.Module, *, to: str, groups: int = 32) -> nn.Module:
-    """Replace every batch normalisation of a model by a layer that microbatches do not change, or that ranks share.
+    """Replace every batch normalisation of a model by group normalisation, layer normalisation or SyncBatchNorm.
 
-    Weights and biases are taken over, as the same parameters, so an optimizer over them stays right. Running statistics
-    are not: the other layers have none, and a model that was trained with them has to be trained on.
+    Group and layer normalisation do not depend on the microbatch. The new layers get the same weight and bias
+    parameters, so an existing optimizer stays valid. Running statistics are dropped by group and layer normalisation,
+    which have none. A model that was trained with batch normalisation has to be trained further.
 
     Args:
         model: The model; its layers are replaced in place.
-        to: ``"group"`` for `torch.nn.GroupNorm`, ``"layer"`` for one group, which is a layer normalisation with a
-            weight for each channel, ``"sync"`` for `torch.nn.SyncBatchNorm`, which ranks share and microbatches do not.
-        groups: Groups of a GroupNorm at most; a layer whose channels they do not divide has as many as do.
+        to: ``"group"`` for `torch.nn.GroupNorm`. ``"layer"`` for a GroupNorm of one group, which is a layer
+            normalisation with one weight per channel. ``"sync"`` for `torch.nn.SyncBatchNorm`, whose statistics are
+            over the ranks, but not over the microbatches.
+        groups: Most groups of a GroupNorm; at least 1. A layer has the greatest common divisor of ``groups`` and its
+            number of channels.
 
     Returns:
-        The model, or what takes its place where it is such a layer itself.
+        The model, or the new layer if the model itself is a batch normalisation.
 
     Raises:
-        ConfigError: ``to`` is none of these, or ``groups`` is below 1.
+        ConfigError: ``to`` is none of the three names, or ``groups`` is below 1.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 24, 3), nn.BatchNorm2d(24))
@@ -44,21 +47,22 @@ def convert_batch_norm(model: nn.Module, *, to: str, groups: int = 32) -> nn.Mod
         raise ConfigError(f"groups must be at least 1, not {groups}")
     if to == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return _converted(model, 1 if to == "layer" else groups, {})
+    return _convert(model, 1 if to == "layer" else groups, {})
 
 
-def _converted(module: nn.Module, groups: int, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    if module not in made:
-        made[module] = _group_norm(module, groups) if isinstance(module, _BatchNorm) else module
-        for name, child in list(module._modules.items()):  # pyright: ignore[reportPrivateUsage] # also a layer that is there twice
+def _convert(module: nn.Module, groups: int, converted: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module not in converted:
+        converted[module] = _group_norm(module, groups) if isinstance(module, _BatchNorm) else module
+        # Not named_children, which skips a layer that occurs twice in a module.
+        for name, child in list(module._modules.items()):  # pyright: ignore[reportPrivateUsage]
             if child is not None:
-                setattr(module, name, _converted(child, groups, made))
-    return made[module]
+                setattr(module, name, _convert(child, groups, converted))
+    return converted[module]
 
 
 def _group_norm(layer: _BatchNorm, groups: int) -> nn.GroupNorm:
     channels = layer.num_features
-    found = nn.GroupNorm(gcd(channels, groups), channels, eps=layer.eps, affine=layer.affine)
-    found.weight, found.bias = layer.weight, layer.bias
-    found.training = layer.training
-    return found
+    group_norm = nn.GroupNorm(gcd(channels, groups), channels, eps=layer.eps, affine=layer.affine)
+    group_norm.weight, group_norm.bias = layer.weight, layer.bias
+    group_norm.training = layer.training
+    return group_norm

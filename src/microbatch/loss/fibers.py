@@ -1,4 +1,4 @@
-"""Run something that can stop in the middle, wait, and go on."""
+"""Run a task that can pause in the middle and continue later."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from typing import Any
 
 import torch
 
-from microbatch.loss.thread_state import Carried, TakenOff
+from microbatch.loss.thread_state import RemovedThreadState, ThreadState
 
 
-class Strand(ABC):
-    """A task that runs only while the one who resumes it waits."""
+class Fiber(ABC):
+    """A task that can pause; it runs only while the caller of `resume` waits."""
 
     @abstractmethod
-    def give(self, task: Callable[[], object]) -> None:
-        """Give it the next task, when it has none.
+    def assign(self, task: Callable[[], object]) -> None:
+        """Assign the next task; the fiber must have no unfinished task.
 
         Args:
-            task: Called with nothing, inside of the first `resume`; raises nothing.
+            task: Called without arguments inside the first `resume`; must not raise.
         """
 
     @abstractmethod
     def resume(self) -> None:
-        """Let it run until it pauses or its task is done."""
+        """Run the task until it pauses or ends."""
 
     @abstractmethod
     def pause(self) -> None:
-        """Let the other one run; to be called inside of the task."""
+        """Return control to the caller of `resume`; to be called inside the task."""
 
     @abstractmethod
-    def leave(self) -> None:
-        """End it; it has no task now."""
+    def close(self) -> None:
+        """End the fiber, which must have no unfinished task."""
 
 
-def strand(device: torch.device) -> Strand:
-    """Make a strand.
+def make_fiber(device: torch.device) -> Fiber:
+    """Create a fiber: a greenlet where the greenlet library is installed, else a thread.
 
-    Threads are what Python has. But each thread that has run an operator keeps OpenMP threads of its own, and as soon
-    as all of these are more than the cores, they no longer spin but sleep at the end of every parallel operator: small
-    operators then take twice as long. Greenlets, where that library is installed, take turns on one thread.
+    Greenlets take turns on one thread. With one thread per fiber, each thread that has run an operator keeps its own
+    OpenMP threads. When there are more OpenMP threads than cores, they sleep instead of spinning at the end of each
+    parallel operator. Small operators then take twice as long.
 
     Args:
-        device: Where the model is.
+        device: The model's device.
 
     Returns:
-        A strand without a task.
+        A fiber without a task.
 
     Cost:
-        Of a greenlet some 20 microseconds for each resume; of a thread 50, and what is said above.
+        About 20 microseconds per `resume` of a greenlet. About 50 per `resume` of a thread, and the slower operators.
     """
-    return _Fibre(device) if _has_greenlet() else _Thread(device)
+    return _GreenletFiber(device) if _has_greenlet() else _ThreadFiber(device)
 
 
 @cache
@@ -63,96 +63,100 @@ def _has_greenlet() -> bool:
     return importlib.util.find_spec("greenlet") is not None
 
 
-class _Fibre(Strand):
-    """On the same thread, so what torch keeps for a thread changes hands at every switch."""
+class _GreenletFiber(Fiber):
+    """Run the task in a greenlet, on the caller's thread.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._fibre: Any = None
-        self._other: Any = None
-        self._mine: TakenOff | None = None
-
-    def give(self, task: Callable[[], object]) -> None:
-        import greenlet  # noqa: PLC0415 - optional
-
-        self._fibre = greenlet.greenlet(partial(self._run, task))
-        self._fibre.gr_context = copy_context()
-
-    def resume(self) -> None:
-        import greenlet  # noqa: PLC0415 - optional
-
-        self._other = greenlet.getcurrent()
-        theirs = TakenOff(self._device)
-        # It begins with what there is, as a call does.
-        (self._mine or theirs).put_on()
-        self._mine = None
-        self._fibre.switch()
-        theirs.put_on()
-
-    def pause(self) -> None:
-        self._mine = TakenOff(self._device)
-        self._other.switch()
-
-    def leave(self) -> None:
-        self._fibre = self._other = None
-
-    def _run(self, task: Callable[[], object]) -> None:
-        task()
-        TakenOff(self._device)
-
-
-class _Thread(Strand):
-    """On a thread of its own.
-
-    It stays for the next task, because a new one pays milliseconds for its first parallel operator.
+    Each switch therefore exchanges the state that torch keeps per thread.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._box = _Box()
-        threading.Thread(target=_serve, args=(self._box,), name="microbatch", daemon=True).start()
+        self._greenlet: Any = None
+        self._resumer: Any = None
+        self._own_state: RemovedThreadState | None = None
 
-    def give(self, task: Callable[[], object]) -> None:
-        here = partial(_as_here, Carried(self._device), task)
-        self._box.task = partial(copy_context().run, here)
+    def assign(self, task: Callable[[], object]) -> None:
+        import greenlet  # noqa: PLC0415 - optional
+
+        self._greenlet = greenlet.greenlet(partial(self._run, task))
+        self._greenlet.gr_context = copy_context()
 
     def resume(self) -> None:
-        self._box.go.release()
+        import greenlet  # noqa: PLC0415 - optional
+
+        self._resumer = greenlet.getcurrent()
+        resumer_state = RemovedThreadState(self._device)
+        # The first time, the task starts with the caller's state, as a called function does.
+        (self._own_state or resumer_state).restore()
+        self._own_state = None
+        self._greenlet.switch()
+        resumer_state.restore()
+
+    def pause(self) -> None:
+        self._own_state = RemovedThreadState(self._device)
+        self._resumer.switch()
+
+    def close(self) -> None:
+        self._greenlet = self._resumer = None
+
+    def _run(self, task: Callable[[], object]) -> None:
+        task()
+        RemovedThreadState(self._device)
+
+
+class _ThreadFiber(Fiber):
+    """Run the tasks on a thread of their own.
+
+    The thread is kept for the next task, because the first parallel operator of a new thread takes milliseconds.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._handoff = _Handoff()
+        threading.Thread(target=_run_tasks, args=(self._handoff,), name="microbatch", daemon=True).start()
+
+    def assign(self, task: Callable[[], object]) -> None:
+        run = partial(_run_with_state, ThreadState(self._device), task)
+        self._handoff.task = partial(copy_context().run, run)
+
+    def resume(self) -> None:
+        self._handoff.may_run.release()
         try:
-            self._box.back.acquire()
+            self._handoff.has_paused.acquire()
         except KeyboardInterrupt:
-            self._box.back.acquire()  # it runs on until it waits; only then is there one thread again
+            self._handoff.has_paused.acquire()  # the task runs until it pauses; only then may the caller go on
             raise
 
     def pause(self) -> None:
-        self._box.back.release()
-        self._box.go.acquire()
+        self._handoff.has_paused.release()
+        self._handoff.may_run.acquire()
 
-    def leave(self) -> None:
-        self._box.go.release()
+    def close(self) -> None:
+        self._handoff.may_run.release()
 
 
-def _as_here(carried: Carried, task: Callable[[], object]) -> None:
-    with carried.here():
+def _run_with_state(state: ThreadState, task: Callable[[], object]) -> None:
+    with state.applied():
         task()
 
 
-class _Box:
-    """What two threads pass to and fro: each waits for a lock that the other one opens."""
+class _Handoff:
+    """Two locks with which two threads hand over control: each waits for a lock that the other one releases."""
 
     def __init__(self) -> None:
-        self.go, self.back = threading.Lock(), threading.Lock()
-        self.go.acquire()
-        self.back.acquire()
+        self.may_run, self.has_paused = threading.Lock(), threading.Lock()
+        self.may_run.acquire()
+        self.has_paused.acquire()
         self.task: Callable[[], object] | None = None
 
 
-def _serve(box: _Box) -> None:
+def _run_tasks(handoff: _Handoff) -> None:
+    """Run the tasks that arrive through ``handoff``, until there is none."""
     while True:
-        box.go.acquire()
-        task, box.task = box.task, None
+        handoff.may_run.acquire()
+        task, handoff.task = handoff.task, None
         if task is None:
             return
         task()
         del task
-        box.back.release()
+        handoff.has_paused.release()

@@ -1,4 +1,4 @@
-"""What is summed, and over what: a microbatch's loss as shares of its window's."""
+"""Represent a microbatch's loss as a sum and a count, so that it becomes a share of its window's mean."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ Count: TypeAlias = int | float | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """State a microbatch's loss as a sum and the count it is a sum over.
+    """State a microbatch's loss as a sum and the count that it is a sum over.
 
-    The effective batch's loss is ``sum_i S_i / sum_i c_i`` over all microbatches and ranks, so a mean over tokens is
-    right only when every microbatch says how many tokens it had.
+    The effective batch's loss is ``sum_i S_i / sum_i c_i`` over all microbatches and ranks. So a mean over tokens is
+    right only if every microbatch states its number of tokens.
 
     Attributes:
-        sum: Summed (not averaged) loss; shape ``()``, any floating dtype, attached to its graph. Sum it with
-            ``reduction="sum"``: a mean of nothing is NaN, and so is its gradient, whatever it is multiplied with.
-        count: What it is a sum over, ignored targets left out: samples, tokens or summed weights; a number or a
-            0-d tensor, at least 0. A microbatch of count 0 contributes nothing.
+        sum: Summed (not averaged) loss; shape ``()``, any floating dtype, attached to its graph. Compute it with
+            ``reduction="sum"``. A mean over nothing is NaN, and so is its gradient, whatever factor it is multiplied
+            by.
+        count: Number of samples or tokens in the sum, or the sum of their weights, without ignored targets. A number or
+            a 0-d tensor, at least 0. A microbatch with a count of 0 contributes nothing.
 
     Raises:
         LossShapeError: ``sum`` is not a 0-d floating-point tensor.
-        CountError: ``count`` is negative, NaN or infinite, or a tensor that is not 0-d.
+        CountError: ``count`` is negative, NaN, infinite, not a number, or a tensor that is not 0-d.
 
     Example:
         >>> labels = torch.tensor([2, -100, 0])
@@ -49,7 +50,7 @@ class Loss:
     count: Count
 
     def __post_init__(self) -> None:
-        """Refuse what could only go wrong later."""
+        """Refuse values that would fail only later, in backward or at the end of the window."""
         _check_scalar(self.sum, "Loss.sum")
         _check_count(self.count, "Loss.count")
 
@@ -64,15 +65,16 @@ LossLike: TypeAlias = Tensor | Loss | Mapping[str, Tensor | Loss | None] | None
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One microbatch's part of one term of the loss: ``weight * value`` is the sum, over ``count``.
+    """One microbatch's part of one term of the loss: the sum ``weight * value`` over ``count`` targets.
 
-    A mean is kept as it came, with its rows as the weight, so that no multiplication is added to the graph.
+    If the loss function returned a mean, ``value`` is this mean and ``weight`` is the number of rows. So the graph
+    contains no extra multiplication.
 
     Attributes:
-        name: The term's name; ``"loss"`` when the loss function returned a single loss.
-        value: What backward starts from; shape ``()``.
+        name: Name of the term; ``"loss"`` if the loss function returned a single loss.
+        value: The tensor that backward starts from; shape ``()``.
         weight: Factor that turns ``value`` into a sum.
-        count: What the sum is over.
+        count: Number of samples or targets in the sum.
         is_mean: Whether ``value`` is a mean over the microbatch's rows.
     """
 
@@ -84,31 +86,31 @@ class Share:
 
 
 def shares_of(returned: object, *, rows: float | None) -> list[Share]:
-    """Read what a loss function returned.
+    """Convert the result of a loss function into one share per term.
 
     Args:
-        returned: A 0-d tensor (the mean over this microbatch's samples), a `Loss`, a dict of either, or `None` for
-            a microbatch that has nothing to contribute.
-        rows: Samples in this microbatch, or `None` if nobody said.
+        returned: A 0-d tensor (the mean over this microbatch's samples), a `Loss`, or a mapping from names to either of
+            them. `None` for a microbatch that contributes nothing.
+        rows: Number of samples in this microbatch; `None` if it is not known.
 
     Returns:
-        One share for each term that has something to contribute, in the order given.
+        One share for each term that contributes, in the order of ``returned``.
 
     Raises:
-        LossError: It is none of the above.
-        LossShapeError: A loss is not 0-d.
+        LossError: ``returned`` has none of these types.
+        LossShapeError: A loss is not a 0-d floating-point tensor.
         NoGraphError: A loss has no graph.
-        MissingCountError: A plain mean, and the rows are not known.
+        MissingCountError: A loss is a plain mean, and ``rows`` is `None`.
     """
     if returned is None:
         return []
     if isinstance(returned, Mapping):
         terms = cast("Mapping[Any, Any]", returned)
-        return [share for name, loss in terms.items() for share in _share(str(name), loss, rows)]
-    return _share("loss", returned, rows)
+        return [share for name, loss in terms.items() for share in _shares_of_term(str(name), loss, rows)]
+    return _shares_of_term("loss", returned, rows)
 
 
-def _share(name: str, loss: object, rows: float | None) -> list[Share]:
+def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     if loss is None:
         return []
     if isinstance(loss, Loss):
@@ -124,8 +126,8 @@ def _share(name: str, loss: object, rows: float | None) -> list[Share]:
     _check_scalar(loss, f"the loss {name!r}")
     if rows is None:
         raise MissingCountError(
-            f"the loss {name!r} is a plain mean, and the window does not know over how many samples, because it did "
-            "not hand this microbatch out (or has counted it already); pass window.backward(loss, count=rows), or "
+            f"the loss {name!r} is a plain mean, and its number of samples is not known, because this microbatch does "
+            "not come from the window (or has been counted already); pass window.backward(loss, count=rows), or "
             "return mb.Loss(sum=..., count=...)"
         )
     if rows == 0:
@@ -149,7 +151,7 @@ def _check_graph(value: Tensor, name: str) -> None:
     if not value.requires_grad:
         raise NoGraphError(
             f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
-            "or reaches no parameter that requires one; return None for a microbatch that contributes nothing"
+            "or depends on no parameter that requires a gradient; return None for a microbatch that contributes nothing"
         )
 
 
@@ -168,13 +170,13 @@ def check_number(count: object, what: str) -> float:
 
     Args:
         count: The count, on the host.
-        what: How the message names it.
+        what: Name of the count in the error message.
 
     Returns:
         The count as a float.
 
     Raises:
-        CountError: It is negative, NaN, infinite or no number.
+        CountError: ``count`` is negative, NaN, infinite, a bool, or not a number.
     """
     if isinstance(count, bool) or not isinstance(count, int | float):
         raise CountError(f"{what} must be a number or a 0-d tensor, not {count!r}")
@@ -184,10 +186,10 @@ def check_number(count: object, what: str) -> float:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest floating dtype that sums of scalars can be kept in on ``device``.
+    """Return the widest floating dtype that ``device`` supports, for sums of scalars.
 
     Args:
-        device: Where the scalars are.
+        device: Device of the scalars.
 
     Returns:
         float64, or float32 on MPS, which has no float64.

@@ -1,4 +1,4 @@
-"""A module of one's own for each microbatch: the same parameters and buffers, other attributes."""
+"""Create a replica of the model for each microbatch, with the same parameters and buffers but its own attributes."""
 
 from __future__ import annotations
 
@@ -14,80 +14,83 @@ from microbatch.errors import BatchStatisticsError
 
 
 class Replicas:
-    """Make modules that share their parameters and buffers with a model, and nothing that a forward pass writes.
+    """Create replicas of a model that share its parameters and buffers, but no attribute that a forward pass sets.
 
-    A module may keep something on itself in its forward pass and read it later in the same pass, such as the loss of a
-    router. Where several passes run in turns, each needs a module of its own for that. What the last microbatch left
-    on its module is put on the model's in the end, as if the model had run the microbatches one after the other.
+    In a forward pass, a module may store a value on itself and read it later, such as the loss of a router. If several
+    passes are interleaved, each pass needs its own module for such values. At the end, the model gets the values of the
+    last microbatch, as if it had run the microbatches one after the other.
 
     Args:
         model: The model.
-        kinds: Classes to give to replicas of other classes.
+        kinds: Classes of replicas that differ from the class of their module, by the module's class.
     """
 
     def __init__(self, model: nn.Module, *, kinds: dict[type[nn.Module], type[nn.Module]]) -> None:
         self._model = model
-        self._kinds = kinds
+        self._classes = kinds
         self._last: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
         self._before = [(name, module, dict(module.__dict__)) for name, module in model.named_modules()]
 
     def make(self, own: Callable[[nn.Parameter], Tensor | None]) -> nn.Module:
-        """Make a replica.
+        """Create a replica of the model.
 
         Args:
-            own: Returns what stands for a parameter in this replica; `None` for the parameter itself.
+            own: Returns the tensor that replaces a parameter in this replica; `None` keeps the parameter itself.
 
         Returns:
             The replica.
         """
-        twins: dict[nn.Module, nn.Module] = {}
+        replicas: dict[nn.Module, nn.Module] = {}
         for _, module, _ in self._before:
-            # Scripted modules keep their state elsewhere.
-            twins[module] = module if isinstance(module, torch.jit.ScriptModule) else _bare(module, self._kinds)
-        pairs = [(module, twin) for module, twin in twins.items() if twin is not module]
-        for _, twin in pairs:
-            inside = twin.__dict__
-            inside["_modules"] = {
-                name: child if child is None else twins[child] for name, child in inside["_modules"].items()
+            # Scripted modules keep their state outside of Python, so they cannot be copied by their attributes.
+            replicas[module] = (
+                module if isinstance(module, torch.jit.ScriptModule) else _shallow_copy(module, self._classes)
+            )
+        pairs = [(module, replica) for module, replica in replicas.items() if replica is not module]
+        for _, replica in pairs:
+            attributes = replica.__dict__
+            attributes["_modules"] = {
+                name: child if child is None else replicas[child] for name, child in attributes["_modules"].items()
             }
-            for name, value in inside.items():
+            for name, value in attributes.items():
                 if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-                    inside[name] = MethodType(value.__func__, twins.get(value.__self__, value.__self__))
-            parameters: dict[str, Any] = inside["_parameters"]
-            stands = {
-                name: stand
+                    attributes[name] = MethodType(value.__func__, replicas.get(value.__self__, value.__self__))
+            parameters: dict[str, Any] = attributes["_parameters"]
+            substitutes = {
+                name: substitute
                 for name, each in parameters.items()
-                if each is not None and (stand := own(each)) is not None
+                if each is not None and (substitute := own(each)) is not None
             }
-            if stands:
-                inside["_parameters"] = parameters | stands
-        self._last = [(module, twin, dict(twin.__dict__)) for module, twin in pairs]
-        return twins[self._model]
+            if substitutes:
+                attributes["_parameters"] = parameters | substitutes
+        self._last = [(module, replica, dict(replica.__dict__)) for module, replica in pairs]
+        return replicas[self._model]
 
     def put_back(self) -> None:
-        """Give the model what the last replica's forward pass has written.
+        """Copy to the model the attributes that the last replica's forward pass has set.
 
         Raises:
-            BatchStatisticsError: A forward pass has written to the model itself, where no replica would find it.
+            BatchStatisticsError: A forward pass has set a tensor on the model itself, where no replica can read it.
         """
         for path, module, before in self._before:
             for name, value in module.__dict__.items():
                 if before.get(name) is not value and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
                     raise BatchStatisticsError(
                         f"the forward pass kept a tensor on the model itself, as {name!r} of {path!r}: with "
-                        'batch_norm="exact" each microbatch has a module of its own, the one that the loss function '
-                        "is given. Use that one; and leave out what replaced its forward, such as a checkpoint or "
-                        "the compiler, around a module that keeps something on itself"
+                        'batch_norm="exact" each microbatch has its own replica of the model, which is the model that '
+                        "the loss function gets. Use this replica in the loss function, and do not wrap a module that "
+                        "stores a tensor on itself in a checkpoint or in the compiler"
                     )
-        for module, twin, before in self._last:
-            for name, value in twin.__dict__.items():
+        for module, replica, before in self._last:
+            for name, value in replica.__dict__.items():
                 if name not in before or before[name] is not value:
                     module.__dict__[name] = value
         self._last = []
 
 
-def _bare(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
-    kind = kinds.get(type(module), type(module))
-    twin: nn.Module = object.__new__(kind)
-    twin.__dict__.update(module.__dict__)
-    return twin
+def _shallow_copy(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module]]) -> nn.Module:
+    """Create a module with the same attributes, without running its constructor."""
+    class_ = kinds.get(type(module), type(module))
+    replica: nn.Module = object.__new__(class_)
+    replica.__dict__.update(module.__dict__)
+    return replica

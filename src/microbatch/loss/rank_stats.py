@@ -1,4 +1,4 @@
-"""Meetings over several ranks: one small agreement, and one sum that has a gradient."""
+"""Share statistics between ranks: a small agreement before each all-reduce, and a sum with a gradient."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from microbatch.errors import RankAgainError, RankError
 from microbatch.loss.channel_stats import Moments, merged
 from microbatch.loss.loss import wide_dtype
 
-# What a rank says of itself.
-_FAILED, _HERE, _AGAIN = 0.0, 1.0, 2.0
+# The state of a rank in an agreement.
+_FAILED, _READY, _RETRY = 0.0, 1.0, 2.0
 
 
 class Across:
-    """Share what the microbatches of one rank have in common with those of the other ranks.
+    """Reduce statistics over the ranks, with their gradient.
 
-    Every meeting is first agreed on: each rank says what it has come for, and whether it failed. So a rank that failed,
-    or that has come to something else, is found out by all before any of them waits for what never comes; where it ran
-    out of memory and will run its batch again, all do. Backward takes the meetings in the reverse order on every rank,
-    because each holds on to the one before it, and `anchor` to the last, whether or not a rank's own loss depends on
-    them.
+    Before each all-reduce, all ranks agree on what they reduce, and whether a rank has failed. So a rank that failed,
+    or that reduces something else, is detected before any rank waits forever. If a rank ran out of memory and will run
+    its batch again, all ranks do.
+
+    In backward, every rank runs the all-reduces in the reverse order, also if its own loss does not depend on them. For
+    this, each all-reduce depends in the graph on the one before it, and `anchor` depends on the last one.
 
     Args:
-        size: Number of ranks.
+        size: World size.
         index: This rank, from 0.
-        device: Where tensors have to be.
-        add_: Replaces a tensor by its sum over the ranks.
+        device: Device on which tensors are communicated.
+        add_: Replaces a tensor by its sum over the ranks, in place (an all-reduce).
 
     Attributes:
-        over: Whether it has come to its end, or a rank failed, so that nobody waits any more.
-        anchor: What backward has to start from, beside the losses, with a gradient of 0.
+        over: Whether the last agreement has taken place or a rank has failed, so that no rank waits any more.
+        anchor: The tensor that backward has to start from, with a gradient of 0, in addition to the losses; shape
+            ``()``.
     """
 
     def __init__(self, *, size: int, index: int, device: torch.device, add_: Callable[[Tensor], None]) -> None:
@@ -44,73 +46,73 @@ class Across:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def agree(self, what: str, *, number: float = 0.0) -> list[float]:
-        """Wait until every rank has come to the same.
+        """Wait until every rank calls this method for the same purpose.
 
         Args:
-            what: What this rank has come for.
-            number: What the others are to know of it.
+            what: Name of the purpose, for example of a statistic.
+            number: A number that the other ranks get, for example a count.
 
         Returns:
-            Every rank's number.
+            The number of every rank, by rank.
 
         Raises:
-            RankError: A rank failed, or has come to something else.
+            RankError: A rank has failed, or called this method for another purpose.
             RankAgainError: A rank will run its batch again.
 
         Cost:
-            One all-reduce of 24 bytes a rank, and a host synchronisation.
+            One all-reduce of 24 bytes per rank, and a host synchronisation.
         """
         code = float(zlib.crc32(f"{what}, {torch.is_grad_enabled()}".encode()))
-        said = self._exchange([_HERE, code, number])
-        lost = [(rank, state) for rank, (state, _, _) in enumerate(said) if state != _HERE]
-        others = [rank for rank, (_, other, _) in enumerate(said) if other != code]
-        self.over = bool(lost or others)
-        if any(state == _FAILED for _, state in lost):
+        states = self._all_reduce_states([_READY, code, number])
+        not_ready = [(rank, state) for rank, (state, _, _) in enumerate(states) if state != _READY]
+        mismatched = [rank for rank, (_, other, _) in enumerate(states) if other != code]
+        self.over = bool(not_ready or mismatched)
+        if any(state == _FAILED for _, state in not_ready):
             raise RankError(
-                f"rank {_listed(lost, _FAILED)} failed before {what}, where all ranks share a statistic; its own error "
-                "says why, and this window is dropped here too"
+                f"rank {_ranks_in_state(not_ready, _FAILED)} failed before {what}, where all ranks share a statistic, "
+                "so this window is dropped on every rank; see that rank's own error for the cause"
             )
-        if lost:
+        if not_ready:
             raise RankAgainError(
-                f"rank {_listed(lost, _AGAIN)} ran out of memory before {what}, where all ranks share a statistic, so "
-                "the batch has to be run again on every rank; gradients, random state and buffers are as before the "
-                "window"
+                f"rank {_ranks_in_state(not_ready, _RETRY)} ran out of memory before {what}, where all ranks share a "
+                "statistic, so the batch has to be run again on every rank; gradients, random state and buffers are as "
+                "before the window"
             )
-        if others:
+        if mismatched:
             raise RankError(
-                f"rank {self._index} has come to {what}, and rank {others[0]} to something else: every rank must have "
-                "rows, and meet for the same statistics in the same order"
+                f"rank {self._index} has reached {what}, and rank {mismatched[0]} something else: every rank must have "
+                "rows, and must share the same statistics in the same order"
             )
-        return [each for _, _, each in said]
+        return [each for _, _, each in states]
 
     def fail(self, *, again: bool) -> None:
-        """Tell the others that this rank will not come any more.
+        """Report to the other ranks, which wait in `agree`, that this rank has failed.
 
         Args:
-            again: Whether it will run the same batch again.
+            again: Whether this rank will run the same batch again.
         """
         self.over = True
-        self._exchange([_AGAIN if again else _FAILED, 0.0, 0.0])
+        self._all_reduce_states([_RETRY if again else _FAILED, 0.0, 0.0])
 
     def end(self, what: str) -> None:
-        """Wait until every rank has come to the end, so that none fails after another has gone on.
+        """Wait until every rank has finished, so that no rank can fail after another one has continued.
 
         Args:
-            what: The end of what.
+            what: Name of the part that ends.
 
         Raises:
-            RankError: A rank failed, or has come to something else.
+            RankError: A rank has failed, or called this method for another purpose.
             RankAgainError: A rank will run its batch again.
         """
         self.agree(what)
         self.over = True
 
     def sum(self, x: Tensor, what: str) -> Tensor:
-        """Add up over the ranks, the gradient too.
+        """Sum a tensor over the ranks; in backward, sum its gradient over the ranks.
 
         Args:
-            x: The same shape on every rank.
-            what: What for.
+            x: A tensor of the same shape and dtype on every rank.
+            what: Name of the statistic, for the agreement in backward.
 
         Returns:
             The sum; shape and dtype of ``x``.
@@ -119,18 +121,18 @@ class Across:
             total = x.detach().clone(memory_format=torch.contiguous_format)
             self._add_(total)
             return total
-        total, self.anchor = cast("tuple[Tensor, Tensor]", _Sum.apply(x, self.anchor, self, what))
+        total, self.anchor = cast("tuple[Tensor, Tensor]", _SumOverRanks.apply(x, self.anchor, self, what))
         return total
 
     def merge(self, moments: Moments, what: str) -> Moments:
-        """Merge the moments of every rank.
+        """Merge the moments of every rank by Chan's formula.
 
         Args:
-            moments: This rank's.
-            what: What for.
+            moments: Count, mean and sum of squares of this rank.
+            what: Name of the statistic.
 
         Returns:
-            Those of all.
+            Count, mean and sum of squares over all ranks.
         """
         count, mean, squares = moments
         counts = self.agree(f"{what}, {tuple(mean.shape)}", number=count)
@@ -139,15 +141,15 @@ class Across:
         return merged([(each, part[0], part[1]) for each, part in zip(counts, parts.unbind(), strict=True)])
 
     def mean(self, x: Tensor, count: Tensor, *, what: str) -> Tensor:
-        """Take the mean over the ranks.
+        """Compute the mean over the ranks, weighted by their counts.
 
         Args:
             x: This rank's mean.
-            count: What it is a mean over; shape ``()``.
-            what: What for.
+            count: Number of items that ``x`` is a mean over; shape ``()``.
+            what: Name of the statistic.
 
         Returns:
-            Shape of ``x``.
+            The mean; shape of ``x``.
         """
         self.agree(f"{what}, {tuple(x.shape)}")
         count = count.to(x.dtype)
@@ -155,24 +157,24 @@ class Across:
         return (total[:-1] / total[-1].detach()).view(x.shape)
 
     def total(self, x: Tensor, what: str) -> Tensor:
-        """Add up over the ranks what they agree on.
+        """Agree on the shape of a tensor, and sum the tensor over the ranks.
 
         Args:
-            x: This rank's sum.
-            what: What for.
+            x: This rank's sum; the same shape on every rank.
+            what: Name of the statistic.
 
         Returns:
-            Shape of ``x``.
+            The sum over the ranks; shape of ``x``.
         """
         self.agree(f"{what}, {tuple(x.shape)}")
         return self.sum(x, what)
 
     def gather(self, x: Tensor, what: str) -> Tensor:
-        """Put the rows of all ranks together, in the order of the ranks.
+        """Concatenate the rows of all ranks, in the order of the ranks (an all-gather with a gradient).
 
         Args:
-            x: Shape ``(rows, ...)``; every rank may have another number of rows.
-            what: What for.
+            x: Shape ``(rows, ...)``; the number of rows may differ between ranks.
+            what: Name of the statistic.
 
         Returns:
             Shape ``(all rows, ...)``.
@@ -182,27 +184,27 @@ class Across:
         return self.sum(pad(x, [0] * (2 * (x.dim() - 1)) + [before, after]), what)
 
     def add_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks.
+        """Replace a tensor by its sum over the ranks, without a gradient.
 
         Args:
-            tensor: The same shape and dtype on every rank.
+            tensor: A tensor of the same shape and dtype on every rank.
         """
         self._add_(tensor)
 
-    def _exchange(self, own: Sequence[float]) -> list[list[float]]:
-        said = torch.zeros(self._size, len(own), dtype=wide_dtype(self._device))
-        said[self._index] = torch.tensor(own, dtype=said.dtype)
-        there = said.to(self._device)
-        self._add_(there)
-        return there.tolist()
+    def _all_reduce_states(self, own: Sequence[float]) -> list[list[float]]:
+        states = torch.zeros(self._size, len(own), dtype=wide_dtype(self._device))
+        states[self._index] = torch.tensor(own, dtype=states.dtype)
+        on_device = states.to(self._device)
+        self._add_(on_device)
+        return on_device.tolist()
 
 
-def _listed(lost: Sequence[tuple[int, float]], state: float) -> str:
-    return ", ".join(str(rank) for rank, each in lost if each == state)
+def _ranks_in_state(not_ready: Sequence[tuple[int, float]], state: float) -> str:
+    return ", ".join(str(rank) for rank, each in not_ready if each == state)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks; its gradient is the sum of theirs."""
+class _SumOverRanks(torch.autograd.Function):
+    """Sum a tensor over the ranks; the gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, across: Across, what: str) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,11 @@
-"""Losses that couple samples: the representations of a whole batch, and what goes back to each of its microbatches.
+"""Losses that couple samples: collect the batch's representations, and send their gradients back to the microbatches.
 
-A loss of the whole batch's representations ``z = (z_1, ..., z_n)`` is differentiated in two parts, since
-``dL/dw = sum_k (dL/dz_k) (dz_k/dw)``: first by ``z``, of which nothing but the numbers is needed, then microbatch by
-microbatch by the weights. Each ``dL/dz_k`` comes from all of ``z``, so nothing is approximated; and parameters that the
-loss uses itself, such as a temperature, get their gradient in the first part, once.
+A loss of the whole batch's representations ``z = (z_1, ..., z_n)`` is differentiated in two steps, because
+``dL/dw = sum_k (dL/dz_k) (dz_k/dw)``. The first step computes ``dL/dz``, which needs only the values of ``z``. The
+second step runs backward through the encoder, microbatch by microbatch.
+
+Each ``dL/dz_k`` depends on the complete ``z``, so nothing is approximated. Parameters that the loss uses directly, such
+as a temperature, get their gradient in the first step, once.
 
 Gao, Zhang, Han, Callan 2021, "Scaling deep contrastive learning batch size under memory limited setup".
 """
@@ -24,11 +26,11 @@ from microbatch.loss.loss import Share
 
 @dataclass(frozen=True, slots=True)
 class Representations:
-    """What an encoder returned for some rows.
+    """The tensors that an encoder returned for some rows, and the structure around them.
 
     Attributes:
-        tensors: Each of shape ``(rows, ...)``; those that are not floating point, such as labels, have no gradient.
-        form: The structure that the encoder returned, with the tensors' numbers in their places.
+        tensors: Tensors of shape ``(rows, ...)``. Only those of a floating dtype have a gradient.
+        form: The structure that the encoder returned, with each tensor replaced by its index in ``tensors``.
     """
 
     tensors: list[Tensor]
@@ -36,38 +38,39 @@ class Representations:
 
     @property
     def structure(self) -> Any:
-        """The structure that the encoder returned, with these tensors."""
+        """The structure that the encoder returned, with these tensors in it."""
         return tree_map(self.tensors.__getitem__, self.form)
 
     def copied(self) -> Representations:
-        """Return copies without a graph, which keep nothing else in memory, as a view of all tokens' states would."""
+        """Return copies without a graph; unlike views, the copies keep no larger tensor in memory."""
         return replace(self, tensors=[tensor.detach().clone() for tensor in self.tensors])
 
     def as_leaves(self) -> Representations:
-        """Return the same numbers as leaves of a new graph, which gradients can be asked for."""
+        """Return detached tensors that are the leaves of a new graph and get gradients."""
         leaves = [tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in self.tensors]
         return replace(self, tensors=leaves)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return what a backward has left in leaves, and take it away."""
-        found: list[Tensor | None] = [tensor.grad for tensor in self.tensors]
+        """Return the leaves' gradients, and remove the gradients from the leaves."""
+        gradients: list[Tensor | None] = [tensor.grad for tensor in self.tensors]
         for tensor in self.tensors:
             tensor.grad = None
-        return found
+        return gradients
 
 
 def taken_apart(encoded: object, *, rows: int) -> Representations:
-    """Take apart what an encoder returned for a microbatch.
+    """Flatten the result of an encoder for one microbatch into its tensors.
 
     Args:
-        encoded: A tensor of shape ``(rows, ...)``, or nested dicts, lists and tuples of such.
-        rows: Rows of the microbatch.
+        encoded: A tensor of shape ``(rows, ...)``, or nested dicts, lists and tuples of such tensors.
+        rows: Number of rows of the microbatch.
 
     Returns:
-        Its tensors.
+        The tensors with their structure.
 
     Raises:
-        LossError: There is no tensor in it, or something else than tensors, or a tensor of another number of rows.
+        LossError: ``encoded`` contains no tensor, a value that is not a tensor, or a tensor with another number of
+            rows.
 
     Example:
         >>> found = taken_apart({"image": torch.zeros(2, 3), "text": (torch.ones(2, 4),)}, rows=2)
@@ -76,31 +79,31 @@ def taken_apart(encoded: object, *, rows: int) -> Representations:
     """
     tensors, spec = tree_flatten(encoded)
     if not tensors:
-        raise LossError(f"encode returned no tensor, but {encoded!r}; return the representations of the rows")
+        raise LossError(f"encode returned {encoded!r}, which has no tensor; return the representations of the rows")
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise LossError(
-                f"encode returned a {type(tensor).__name__} beside tensors; return the representations of the rows "
-                "alone: what belongs to no row, such as a temperature, is taken from the model in loss_fn"
+                f"encode returned a {type(tensor).__name__} beside tensors; return only the representations of the "
+                "rows: a value that belongs to no row, such as a temperature, must come from the model in loss_fn"
             )
         if tensor.ndim == 0 or len(tensor) != rows:
             raise LossError(
                 f"encode returned a tensor of shape {tuple(tensor.shape)} for a microbatch of {rows} rows; the first "
-                "dimension is the rows. What belongs to no row, such as a temperature, is taken from the model in "
-                "loss_fn"
+                "dimension must be the rows. A tensor that belongs to no row, such as a temperature, must come from "
+                "the model in loss_fn"
             )
     return Representations(tensors, tree_unflatten(list(range(len(tensors))), spec))
 
 
 def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence[Tensor]], Tensor]) -> Representations:
-    """Put the microbatches' representations together.
+    """Join the representations of all microbatches.
 
     Args:
-        pieces: One for each microbatch; at least one.
-        in_order: Joins one tensor of each microbatch to one of the whole batch.
+        pieces: The representations of each microbatch; at least one.
+        in_order: Joins one tensor per microbatch into one tensor of the whole batch.
 
     Returns:
-        The whole batch's.
+        The representations of the whole batch.
 
     Raises:
         LossError: The microbatches' representations have different structures.
@@ -110,55 +113,57 @@ def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence
         if piece.form != first.form:
             raise LossError(
                 f"encode returned different structures for microbatches of one batch: {first.form} and {piece.form}, "
-                "where numbers stand for tensors"
+                "where numbers stand for tensors; return the same structure for every microbatch"
             )
     columns = zip(*(piece.tensors for piece in pieces), strict=True)
     return replace(first, tensors=[in_order(column) for column in columns])
 
 
 def seeds_for(piece: Representations, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """Say where a microbatch's backward begins, and with what.
+    """Return the tensors from which a microbatch's backward starts, and their gradients.
 
     Args:
-        piece: Its representations, with their graph.
-        gradients: The loss's gradient with respect to each, or `None`.
+        piece: The microbatch's representations, with their graph.
+        gradients: The loss's gradient with respect to each tensor, or `None`.
 
     Returns:
-        The tensors that lead to a parameter and whose gradient is known, and their gradients.
+        The tensors that require a gradient and have one in ``gradients``; and these gradients, in the tensors' dtypes.
     """
     pairs = zip(piece.tensors, gradients, strict=True)
-    known = [(tensor, grad.to(tensor.dtype)) for tensor, grad in pairs if grad is not None and tensor.requires_grad]
-    return [tensor for tensor, _ in known], [grad for _, grad in known]
+    with_gradient = [
+        (tensor, grad.to(tensor.dtype)) for tensor, grad in pairs if grad is not None and tensor.requires_grad
+    ]
+    return [tensor for tensor, _ in with_gradient], [grad for _, grad in with_gradient]
 
 
 def check_reached(leaves: Representations) -> None:
-    """Refuse a loss that does not depend on any representation: no encoder would learn from it.
+    """Refuse a loss that depends on no representation, because the encoder would get no gradient.
 
     Args:
-        leaves: What the loss was given, after its backward.
+        leaves: The representations that the loss function got, after backward.
 
     Raises:
-        NoGraphError: None of it has a gradient.
+        NoGraphError: No tensor in ``leaves`` has a gradient.
     """
     if all(tensor.grad is None for tensor in leaves.tensors):
         raise NoGraphError(
             "the loss has no gradient with respect to any representation: loss_fn(model, representations) detached "
-            "them, or computed them again; use the representations that it is given"
+            "the representations, or computed them again; use the representations that are passed to loss_fn"
         )
 
 
 def own_part(share: Share, *, own: int, whole: int) -> Share:
-    """Take a rank's part of the loss that every rank has computed of all ranks' rows.
+    """Scale a loss that every rank has computed over the rows of all ranks to this rank's part.
 
-    The parts add up to the loss, so that sums, counts and gradients can be added over the ranks as ever.
+    The parts add up to the loss. So sums, counts and gradients are summed over the ranks as for any other loss.
 
     Args:
         share: The loss of the whole batch.
-        own: Rows of this rank.
-        whole: Rows of all ranks.
+        own: Number of rows of this rank.
+        whole: Number of rows of all ranks.
 
     Returns:
-        The share with its weight and its count times ``own / whole``.
+        The share with its weight and its count multiplied by ``own / whole``.
     """
     if own == whole:
         return share
@@ -167,13 +172,13 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
 
 
 def stand_in(encoded: object) -> Tensor:
-    """Return some loss of representations, to learn what encoding and its backward take.
+    """Return a placeholder loss of representations, for passes that only measure the encoder's memory or time.
 
     Args:
-        encoded: What an encoder returned.
+        encoded: The result of an encoder.
 
     Returns:
-        Their sum; shape ``()``.
+        The sum of all floating-point tensors in ``encoded``; shape ``()``, float32.
     """
     tensors = [leaf for leaf in tree_flatten(encoded)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).sum()

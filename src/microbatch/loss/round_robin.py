@@ -1,4 +1,8 @@
-"""Several forward passes in turns, each waiting for the others wherever they meet."""
+"""Run several forward passes in turns, on fibers that wait for each other at every sync point.
+
+A sync point is a place in the forward pass, such as a batch normalisation. Every microbatch contributes a value there,
+such as its statistics, and gets the merged result.
+"""
 
 from __future__ import annotations
 
@@ -18,66 +22,72 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.errors import BatchStatisticsError
 from microbatch.loss.backward_order import Order
-from microbatch.loss.fibers import Strand, strand
-from microbatch.loss.waiting_tensors import Park, Parking, is_parked
+from microbatch.loss.fibers import Fiber, make_fiber
+from microbatch.loss.waiting_tensors import TryOffload, WaitingTensors, has_offloaded
 
 Task: TypeAlias = Callable[[], Any]
-Around: TypeAlias = Callable[[], AbstractContextManager[object]]
-Away: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
-"""Puts a tensor away, and returns what brings it back."""
+ContextFactory: TypeAlias = Callable[[], AbstractContextManager[object]]
+Offload: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
+"""Offloads a tensor, and returns a function that loads it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a function of torch."""
+    """A call of a torch function.
+
+    Attributes:
+        func: The function.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def run(self) -> Any:
-        """Let the function do it.
+        """Call the function with these arguments.
 
         Returns:
-            What it returns.
+            The function's result.
         """
         return self.func(*self.args, **self.kwargs)
 
 
 Rule: TypeAlias = Callable[[Any, Call], Any]
-"""Called with a microbatch's `Seat` and a call, in the place of the function."""
+"""Called with a microbatch's `Seat` and a call, in place of the function."""
 Rules: TypeAlias = Mapping[Any, Rule]
-"""What to call in the place of which functions of torch."""
+"""By function of torch, the rule that replaces it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Puts:
-    """Where tensors go that wait.
+    """Functions that offload tensors while they wait.
 
     Attributes:
-        away: Puts away what waits for its backward.
-        aside: Puts away what waits for the other microbatches only.
-        spares: Tells whether what came back may stay until it is asked for once more.
-        park: Puts away what a microbatch holds while it waits for its turn; `None` leaves it there.
-        resized: Called with every storage whose memory went or came back.
+        away: Offloads a tensor until backward.
+        aside: Offloads a tensor only until the other microbatches have run.
+        spares: Returns whether a loaded tensor may stay in memory until it is used once more.
+        park: Offloads a tensor that a waiting microbatch holds, or returns `None` and leaves it; `None` leaves every
+            tensor.
+        resized: Called with every storage whose memory was freed or allocated again.
     """
 
-    away: Away
-    aside: Away
+    away: Offload
+    aside: Offload
     spares: Callable[[Tensor], bool]
-    park: Park | None
+    park: TryOffload | None
     resized: Callable[[UntypedStorage], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Topic:
-    """What microbatches meet for; all that meet must have the same.
+class SyncPoint:
+    """A point at which all microbatches contribute to one result; the points of all microbatches must be equal.
 
     Attributes:
-        what: What is computed, for example ``"batch_norm"``.
-        place: Where, as the user would find it: a layer's name, or a line of a file.
-        merge: Makes what all of them are given out of what each of them brought, in the order of the batch. Not
-            compared.
+        what: Name of the result, for example ``"batch_norm"``.
+        place: Where the user finds it: the name of a layer, or a line of a file.
+        merge: Computes the result from the contributions of all microbatches, in the batch's order. Not compared.
     """
 
     what: str
@@ -89,18 +99,18 @@ class Topic:
 
 
 class Lockstep:
-    """Run forward passes as one: each on a strand of its own, one running at a time, and meeting at every statistic.
+    """Run forward passes in lockstep: each on its own fiber, one at a time, from sync point to sync point.
 
-    A pass runs until it needs to know something of all of them, and waits. When the last one has come, what they
-    brought is merged, in one node of the graph, and each goes on with the result. One backward over all of them then
-    orders itself: the gradient of what was merged is complete when every pass has contributed to it.
+    A pass runs until its next sync point and waits there. When all passes have arrived, their contributions are merged
+    in one node of the graph, and each pass continues with the result. Autograd then orders one backward over all passes
+    by itself: the gradient of a merged result waits for the gradients of all passes.
 
-    The strands stay for the next time.
+    The fibers are kept for the next call.
     """
 
     def __init__(self) -> None:
-        self._strands: list[Strand] = []
-        weakref.finalize(self, _dismiss, self._strands)
+        self._fibers: list[Fiber] = []
+        weakref.finalize(self, _close_fibers, self._fibers)
 
     def run(
         self,
@@ -108,207 +118,213 @@ class Lockstep:
         *,
         device: torch.device,
         rules: Rules,
-        around: Around,
+        around: ContextFactory,
         puts: Puts,
     ) -> list[Any]:
-        """Run tasks in turns, from one meeting to the next.
+        """Run tasks in turns, from one sync point to the next.
 
         Args:
-            tasks: One for each microbatch; at least one.
-            device: Where the model is.
-            rules: What to call in the place of which functions of torch.
-            around: Makes what each task runs inside of, in its thread.
-            puts: Puts away what waits.
+            tasks: One task per microbatch; at least one.
+            device: The model's device.
+            rules: Functions that replace functions of torch inside the tasks.
+            around: Creates the context manager in which each task runs, on the task's thread.
+            puts: Functions that offload tensors while they wait.
 
         Returns:
-            What the tasks return.
+            The results of the tasks, in order.
 
         Raises:
-            BatchStatisticsError: The tasks do not meet for the same statistics in the same order, or use what another
-                one computed.
+            BatchStatisticsError: The tasks do not have the same sync points in the same order, or a task uses a tensor
+                of another task.
 
         Cost:
-            Two switches between strands for each task and meeting, some 40 to 100 microseconds.
+            Two switches between fibers for each task and sync point, 40 to 100 microseconds.
         """
-        self._strands += [strand(device) for _ in range(len(tasks) - len(self._strands))]
+        self._fibers += [make_fiber(device) for _ in range(len(tasks) - len(self._fibers))]
         order = Order()
         seats = [
-            Seat(index, strand=each, order=order, puts=puts)
-            for index, each in zip(range(len(tasks)), self._strands, strict=False)
+            Seat(index, fiber=each, order=order, puts=puts)
+            for index, each in zip(range(len(tasks)), self._fibers, strict=False)
         ]
         for seat, task in zip(seats, tasks, strict=True):
-            seat.begin(task, rules=rules, around=around)
+            seat.start(task, rules=rules, around=around)
         try:
-            _take_turns(seats, order)
+            _run_turns(seats, order)
         except BaseException:
             for seat in seats:
-                seat.dismiss()
+                seat.cancel()
             raise
         return [seat.value for seat in seats]
 
 
 class Seat:
-    """One microbatch's place in a lockstep.
+    """One microbatch of a lockstep.
 
     Attributes:
-        index: Which microbatch it is, from 0.
-        puts: Puts away what waits.
-        calls: For rules to count what this microbatch did, by anything.
-        value: What its task returned.
-        parking: Where what it holds goes while it waits.
-        next: Whether it has the next turn again, so that it keeps what it holds.
+        index: Index of the microbatch, from 0.
+        puts: Functions that offload tensors while they wait.
+        calls: Counters of rules for this microbatch, by any key.
+        value: Result of the task.
+        waiting: The tensors that this microbatch holds while it waits.
+        sync_point: The sync point that the microbatch waits at, or `None`.
+        contribution: The microbatch's contribution to the sync point.
+        result: Result of the sync point.
+        grad: Whether grad mode was on at the sync point.
+        ended: Whether the task has ended.
+        runs_next: Whether this microbatch also has the next turn, so that its tensors stay in memory.
     """
 
-    def __init__(self, index: int, *, strand: Strand, order: Order, puts: Puts) -> None:
+    def __init__(self, index: int, *, fiber: Fiber, order: Order, puts: Puts) -> None:
         self.index, self.puts = index, puts
-        self.parking = Parking(puts.park, puts.resized)
+        self.waiting = WaitingTensors(puts.park, puts.resized)
         self.calls: dict[Any, int] = {}
         self.value: Any = None
-        self.topic: Topic | None = None
-        self.brought: Any = None
-        self.given: Any = None
+        self.sync_point: SyncPoint | None = None
+        self.contribution: Any = None
+        self.result: Any = None
         self.grad = True
-        self.ended = self.next = False
-        self._strand, self._order = strand, order
+        self.ended = self.runs_next = False
+        self._fiber, self._order = fiber, order
         self._error: BaseException | None = None
-        self._dismissed = False
+        self._cancelled = False
 
-    # -- on its own strand --------------------------------------------------------------------------------------------
+    # -- called on the microbatch's fiber -----------------------------------------------------------------------------
 
-    def meet(self, topic: Topic, brought: Any, *, graph: Sequence[Tensor]) -> Any:
-        """Wait for the others, and return what came of what all of them brought.
+    def sync(self, sync_point: SyncPoint, contribution: Any, *, graph: Sequence[Tensor]) -> Any:
+        """Wait at a sync point for all other microbatches, and return the merged result.
 
         Args:
-            topic: What for.
-            brought: What this microbatch brings.
-            graph: The tensors in it that have a graph.
+            sync_point: The sync point.
+            contribution: This microbatch's contribution.
+            graph: The tensors in the contribution that have a graph.
 
         Returns:
-            The result, the same for all.
+            The result, the same for all microbatches.
 
         Raises:
-            BatchStatisticsError: The microbatch is inside a checkpoint, or has used what another one computed.
+            BatchStatisticsError: The sync point is inside a checkpoint, or the microbatch has used a tensor of another
+                one.
         """
-        self._check_dismissed()
-        _refuse_checkpoints(topic)
-        self._check_own(graph, topic.place)
-        self.topic, self.brought, self.grad = topic, brought, torch.is_grad_enabled()
-        del brought, graph
-        if not self.next:
-            self.parking.leave()
-        self._strand.pause()
-        self.parking.come_back()
-        self._check_dismissed()
-        given, self.given, self.topic = self.given, None, None
-        return given
+        self._check_cancelled()
+        _refuse_checkpoints(sync_point)
+        self._check_owner(graph, sync_point.place)
+        self.sync_point, self.contribution, self.grad = sync_point, contribution, torch.is_grad_enabled()
+        del contribution, graph
+        if not self.runs_next:
+            self.waiting.offload()
+        self._fiber.pause()
+        self.waiting.restore()
+        self._check_cancelled()
+        result, self.result, self.sync_point = self.result, None, None
+        return result
 
-    def _check_dismissed(self) -> None:
-        if self._dismissed:
-            raise _Dismissed
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise _CancelledError
 
-    def _check_own(self, graph: Sequence[Tensor], place: str) -> None:
-        stranger = self._order.stamp(graph, self.index)
-        if stranger is not None:
-            raise _shared_tensor(self.index, f"microbatch {stranger}", place)
+    def _check_owner(self, graph: Sequence[Tensor], place: str) -> None:
+        other_owner = self._order.stamp(graph, self.index)
+        if other_owner is not None:
+            raise _shared_tensor_error(self.index, f"microbatch {other_owner}", place)
 
-    def _work(self, task: Task, *, rules: Rules, around: Around) -> None:
+    def _run_task(self, task: Task, *, rules: Rules, around: ContextFactory) -> None:
         try:
-            self._check_dismissed()
-            with around(), _Rules(self, rules):
+            self._check_cancelled()
+            with around(), _RulesMode(self, rules):
                 self.value = task()
-            self._check_own(_with_graph(self.value), "the end")
-        except _Dismissed:
+            self._check_owner(_tensors_with_graph(self.value), "the end")
+        except _CancelledError:
             pass
-        except BaseException as error:  # noqa: BLE001 - it is raised again, where the caller waits
+        except BaseException as error:  # noqa: BLE001 - `run_turn` raises it on the caller's fiber
             self._error = error
         finally:
             self.ended = True
 
-    # -- for who hands out the turns -----------------------------------------------------------------------
+    # -- called by `Lockstep` -----------------------------------------------------------------------------------------
 
-    def begin(self, task: Task, *, rules: Rules, around: Around) -> None:
-        """Prepare; nothing runs before the first `turn`."""
-        self._strand.give(partial(self._work, task, rules=rules, around=around))
+    def start(self, task: Task, *, rules: Rules, around: ContextFactory) -> None:
+        """Assign the task to the fiber; the task does not run before the first `run_turn`."""
+        self._fiber.assign(partial(self._run_task, task, rules=rules, around=around))
 
-    def turn(self) -> None:
-        """Let it run until it waits or ends, and raise what it raised."""
-        self._strand.resume()
+    def run_turn(self) -> None:
+        """Run the microbatch until it waits or ends, and raise its error, if any."""
+        self._fiber.resume()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
-    def dismiss(self) -> None:
-        """End it, wherever it is."""
-        self._dismissed = True
-        self.brought = self.given = self.value = None
+    def cancel(self) -> None:
+        """End the task at its current sync point."""
+        self._cancelled = True
+        self.contribution = self.result = self.value = None
         while not self.ended:
-            self._strand.resume()
+            self._fiber.resume()
         self._error = None
 
 
-def _take_turns(seats: Sequence[Seat], order: Order) -> None:
-    turns = list(seats)
+def _run_turns(seats: Sequence[Seat], order: Order) -> None:
+    running_order = list(seats)
     while True:
-        for seat in turns:
-            seat.next = seat is turns[-1]
-            seat.turn()
+        for seat in running_order:
+            seat.runs_next = seat is running_order[-1]
+            seat.run_turn()
         if all(seat.ended for seat in seats):
             return
-        _check_together(seats)
-        topic = seats[0].topic
-        assert topic is not None  # noqa: S101 - as was just checked
+        _check_same_point(seats)
+        sync_point = seats[0].sync_point
+        assert sync_point is not None  # noqa: S101 - _check_same_point has just checked this
         with torch.set_grad_enabled(any(seat.grad for seat in seats)):
-            given = topic.merge([seat.brought for seat in seats])
-        order.stamp(_with_graph(given), None)
+            result = sync_point.merge([seat.contribution for seat in seats])
+        order.stamp(_tensors_with_graph(result), None)
         for seat in seats:
-            seat.brought, seat.given = None, given
-        del given
-        # The last to come is the first to go on: what it works on is at hand.
-        turns.reverse()
+            seat.contribution, seat.result = None, result
+        del result
+        # The last microbatch to arrive continues first, because its tensors are still in memory.
+        running_order.reverse()
 
 
-def _check_together(seats: Sequence[Seat]) -> None:
+def _check_same_point(seats: Sequence[Seat]) -> None:
     first = seats[0]
     for seat in seats:
-        if seat.ended != first.ended or seat.topic != first.topic:
+        if seat.ended != first.ended or seat.sync_point != first.sync_point:
             raise BatchStatisticsError(
-                f"microbatch {first.index} {_whereabouts(first)}, and microbatch {seat.index} {_whereabouts(seat)}: "
-                "statistics of the whole batch need every microbatch to take part, in the same order; compute them "
-                "outside of the branch that the two differ in, also for rows that do not use them"
+                f"microbatch {first.index} {_position(first)}, and microbatch {seat.index} {_position(seat)}: "
+                "statistics of the whole batch need every microbatch, in the same order; compute such statistics "
+                "outside of the branch in which the two microbatches differ, also for rows that do not use them"
             )
 
 
-def _whereabouts(seat: Seat) -> str:
-    return "has come to its end" if seat.ended else f"waits for {seat.topic}"
+def _position(seat: Seat) -> str:
+    return "has reached its end" if seat.ended else f"waits for {seat.sync_point}"
 
 
-def _refuse_checkpoints(topic: Topic) -> None:
+def _refuse_checkpoints(sync_point: SyncPoint) -> None:
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__:
             raise BatchStatisticsError(
-                f"{topic} is inside a checkpoint, which runs it again in backward, one microbatch at a time, where "
-                'the statistics of the whole batch cannot be had. With batch_norm="exact", checkpoint what lies '
-                "between two such layers; what waits is spilled anyway"
+                f"{sync_point} is inside a checkpoint, which runs the layer again in backward, one microbatch at a "
+                'time, without the statistics of the whole batch. With batch_norm="exact", checkpoint only the modules '
+                "between two such layers, or none: activations that wait are offloaded anyway"
             )
         frame = frame.f_back
 
 
-def _shared_tensor(index: int, other: str, place: str) -> BatchStatisticsError:
+def _shared_tensor_error(index: int, other: str, place: str) -> BatchStatisticsError:
     return BatchStatisticsError(
-        f"before {place}, microbatch {index} used what {other} computed: with "
-        'batch_norm="exact" microbatches run in turns, so what one of them leaves outside of the model (in a '
-        "global, a list, a hook's variable) is another one's when it comes back to it; return it from the "
-        "model, or keep it on a module as an attribute, of which each microbatch has its own"
+        f"before {place}, microbatch {index} used a tensor that {other} computed: with "
+        'batch_norm="exact" microbatches run in turns, so a tensor that one of them stores outside of the model (in a '
+        "global, a list, a hook's variable) may be replaced by another one's; return the tensor from the model, or "
+        "store it as an attribute of a module, of which each microbatch has its own"
     )
 
 
-class _Dismissed(BaseException):
-    """Unwinds a microbatch."""
+class _CancelledError(BaseException):
+    """Unwinds the stack of a cancelled microbatch."""
 
 
-class _Rules(TorchFunctionMode):
-    """Calls rules in the place of functions."""
+class _RulesMode(TorchFunctionMode):
+    """Call rules in place of functions, and track the tensors that functions return."""
 
     def __init__(self, seat: Seat, rules: Rules) -> None:
         super().__init__()
@@ -320,21 +336,21 @@ class _Rules(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if is_parked(args) or is_parked(kwargs.values()):
-            raise _shared_tensor(self._seat.index, "another one", func.__name__)
+        if has_offloaded(args) or has_offloaded(kwargs.values()):
+            raise _shared_tensor_error(self._seat.index, "another one", func.__name__)
         rule = self._rules.get(func)
         if rule is not None:
             return rule(self._seat, Call(func, args, kwargs))
         out = func(*args, **kwargs)
-        self._seat.parking.saw(out)
+        self._seat.waiting.track(out)
         return out
 
 
-def _dismiss(strands: list[Strand]) -> None:
-    """End strands that wait for a task."""
-    for each in strands:
-        each.leave()
+def _close_fibers(fibers: list[Fiber]) -> None:
+    """End fibers that have no task."""
+    for each in fibers:
+        each.close()
 
 
-def _with_graph(thing: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, Tensor) and leaf.requires_grad]
+def _tensors_with_graph(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -1,4 +1,4 @@
-"""The one denominator: what the window's losses add up to, and what each backward is divided by meanwhile."""
+"""Sum the losses and counts of a window, and divide its gradient by one denominator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from microbatch.loss.loss import Share, wide_dtype
 
 @dataclass(slots=True)
 class _Term:
-    """The shares of one term so far; tensors stay on the device, unread."""
+    """The shares of one term so far; tensors stay on the device and are not read."""
 
     expected: float
     values: list[Tensor] = field(default_factory=list[Tensor])
@@ -25,21 +25,26 @@ class _Term:
 
 
 class Tally:
-    r"""Keep a window's sums and counts without reading them.
+    r"""Collect the losses and counts of a window without a host synchronisation.
 
     The gradient is ``sum_i grad S_i / sum_i c_i``, and the counts are known only at the end. So backward runs on
-    ``S_i / expected``, and one factor ``expected / sum_i c_i`` over the finished gradient makes it exact whatever was
-    expected. Where the count is not known beforehand, ``expected`` is a power of two, which loses nothing.
+    ``S_i / expected``, and the finished gradient is multiplied once by ``expected / sum_i c_i``. The result is exact
+    whatever ``expected`` is. Where the count is not known in advance, ``expected`` is a power of two, so that the
+    division does not round.
 
-    Several terms with counts of their own have no common factor: their denominators must be ``declared`` before the
-    first backward, and are held against what was counted at the end.
+    Several terms with their own counts have no common factor. Their denominators must be ``declared`` before the first
+    backward, and are compared with the counts at the end.
 
     Args:
-        estimate: What the count will be, roughly; only a scale, never part of the result.
-        declared: Denominators by term, over all ranks, or `None`.
+        estimate: Estimate of the final count. It only sets a scale, and does not change the result.
+        declared: Denominators by term, over all ranks; or `None`.
 
     Attributes:
-        shared: Whether the ranks' gradients meet before they are normalised, so that all of them expect the same.
+        estimate: Estimate of the final count.
+        rows: Number of rows of this rank's batch; `None` if it is not known.
+        declared: Denominators by term, or `None`.
+        shared: Whether gradients are summed over the ranks before they are scaled, so that all ranks need the same
+            ``expected``.
 
     Source:
         Laws N1 to N9.
@@ -58,65 +63,66 @@ class Tally:
 
     @property
     def names(self) -> list[str]:
-        """The terms, in the order they came."""
+        """The names of the terms, in the order of their first share."""
         return list(self._terms)
 
     @property
     def spoke(self) -> bool:
-        """Whether any microbatch contributed."""
+        """Whether any microbatch has contributed."""
         return any(term.values for term in self._terms.values())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the window's loss is reported: the losses' own, at least float32."""
+        """The dtype of the reported loss: the dtype of the losses, at least float32."""
         values = [value for term in self._terms.values() for value in term.values[:1]]
         return torch.promote_types(values[0].dtype, torch.float32) if values else torch.float32
 
     def seeds(self, shares: list[Share]) -> list[Tensor]:
-        """Give backward's first gradient for each share: ``weight / expected``.
+        """Return the gradient with which backward starts at each share: ``weight / expected``.
 
         Args:
-            shares: One microbatch's shares.
+            shares: The shares of one microbatch.
 
         Returns:
-            0-d tensors of the shares' dtypes and devices.
+            One 0-d tensor per share, of the share's dtype and device.
 
         Raises:
-            UnknownTermError: A term that the window's first microbatch, or ``counts``, did not have.
-            MissingCountError: Several terms with counts of their own, and no ``counts``.
+            UnknownTermError: A share belongs to a term that neither the first microbatch nor ``declared`` has.
+            MissingCountError: Several terms have their own counts, and ``declared`` is `None`.
+            CountError: A share belongs to a term whose declared denominator is 0.
 
         Cost:
             No host synchronisation.
         """
         if not self._terms:
-            self._begin(shares)
+            self._create_terms(shares)
         return [self._seed(share) for share in shares]
 
     def add(self, shares: list[Share], *, microbatch: int | None) -> None:
-        """Remember one microbatch's shares, detached.
+        """Record the shares of one microbatch, detached.
 
         Args:
-            shares: What `seeds` was given.
+            shares: The same shares that `seeds` got.
             microbatch: Index of the microbatch in its window, from 0; `None` for a loss of the whole batch.
         """
         for share in shares:
             term = self._terms[share.name]
-            # A copy: some losses of torch (mse_loss, smooth_l1_loss, binary_cross_entropy) return one number in the
-            # storage of a tensor as large as their input, which would be held until the window ends.
+            # Copied, because some losses of torch (mse_loss, smooth_l1_loss, binary_cross_entropy) return one number
+            # in the storage of a tensor as large as their input, which would stay in memory until the window ends.
             term.values.append(share.value.detach().clone())
             term.weights.append(share.weight)
             term.counts.append(share.count)
             term.microbatches.append(microbatch)
 
     def totals(self, device: torch.device) -> Tensor:
-        """Add up every term.
+        """Sum the losses and the counts of each term.
 
         Args:
-            device: Where the result should be.
+            device: Device of the result.
 
         Returns:
-            Rows of (sum, count), one for each term in the order of `names`; shape ``(terms, 2)``, float64 where the
-            device has it.
+            One row (sum, count) per term, in the order of `names`; shape ``(terms, 2)``, float64 (float32 on MPS). A
+            negative count makes the term's count NaN.
 
         Cost:
             A few scalar operations; no host synchronisation.
@@ -127,22 +133,22 @@ class Tally:
             if not term.values:
                 continue
             counts = _stack(term.counts, dtype, device)
-            # A negative count could hide behind the others in the sum; NaN cannot.
+            # In the sum, a negative count could go unnoticed; NaN cannot.
             counts = torch.where(counts < 0, torch.nan, counts)
             sums = _stack([*term.values], dtype, device) * _stack([*term.weights], dtype, device)
-            # 0 targets contribute 0, also where their mean was 0/0.
+            # A microbatch without targets contributes 0, also if its mean is 0/0.
             row[0] = torch.where(counts == 0, 0.0, sums).sum()
             row[1] = counts.sum()
         return total
 
     def parts(self, name: str) -> list[tuple[int, float, float]]:
-        """List what the microbatches gave to one term.
+        """List each microbatch's contribution to one term.
 
         Args:
-            name: The term.
+            name: Name of the term.
 
         Returns:
-            Of each microbatch its index in the window, its sum and its count.
+            For each contribution, the microbatch's index in the window, the sum and the count.
 
         Cost:
             Reads every loss of the window: a host synchronisation.
@@ -155,24 +161,24 @@ class Tally:
         return [(index or 0, s, count) for index, s, count in zip(term.microbatches, sums, counts, strict=True)]
 
     def factor(self, counts: Mapping[str, float]) -> float:
-        """Turn the accumulated gradient into the mean's: ``expected / count``.
+        """Return the factor that turns the accumulated gradient into the gradient of the mean: ``expected / count``.
 
         Args:
-            counts: What was counted, by term, over all ranks.
+            counts: The final counts by term, over all ranks.
 
         Returns:
-            The factor that the finished gradient has to be multiplied with.
+            The factor for the finished gradient.
 
         Raises:
-            CountError: A count is negative or not finite, or not what was declared, or terms without declared
-                counts turn out to have different ones.
+            CountError: A count is negative, not finite, or not as declared. Or several terms without declared counts
+                have different counts.
         """
         for name, count in counts.items():
             if not math.isfinite(count) or count < 0:
-                wrong = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
+                invalid = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
                 raise CountError(
-                    f"a count of the term {name!r} is {wrong[0] if wrong else count:g}; counts must be finite and at "
-                    "least 0"
+                    f"a count of the term {name!r} is {invalid[0] if invalid else count:g}; counts must be finite and "
+                    "at least 0"
                 )
         if self.declared is not None:
             self._check_declared(counts)
@@ -180,23 +186,25 @@ class Tally:
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name!r} has {count:g}" for name, count in counts.items())
             raise CountError(
-                f"the terms of the loss were counted over different numbers of samples: {listed}; each needs its own "
-                "denominator before the first backward: pass counts=, a function of the whole batch that returns them"
+                f"the terms of the loss were counted over different numbers of samples: {listed}; each term needs its "
+                "own denominator before the first backward: pass counts=, a function of the whole batch that returns "
+                "the denominators by term"
             )
         name, count = next(iter(counts.items()))
         if name in self._terms:
             return self._terms[name].expected / count
-        # A rank without microbatches has no terms: it has nothing to scale either, unless it has part of the sum.
+        # A rank without microbatches has no terms. It has no gradient to scale either, unless it holds a part of a
+        # gradient that was summed over the ranks.
         return _power_of_two(self.estimate) / count if self.shared else 1.0
 
     def outlook(self, *, ranks: int = 1) -> float:
-        """Foretell `factor`, after the first `seeds`.
+        """Estimate the result of `factor`, after the first call of `seeds`.
 
         Args:
-            ranks: How many there are, each with about as many rows.
+            ranks: World size; every rank is assumed to have as many rows as this one.
 
         Returns:
-            The factor itself where the count is known beforehand; otherwise what it would be for the estimate.
+            The exact factor if the count is known in advance; else the factor for the estimated count.
         """
         if self.declared is not None:
             return 1.0
@@ -207,10 +215,10 @@ class Tally:
         """Find the first microbatch whose loss is infinite or NaN.
 
         Returns:
-            Its index in the window, or `None`.
+            Index of the microbatch in the window, or `None`.
 
         Cost:
-            Reads every loss of the window: a host synchronisation, for the error path only.
+            Reads every loss of the window: a host synchronisation. Only used after an error.
         """
         found = [
             index
@@ -224,16 +232,17 @@ class Tally:
         term = self._terms.get(name)
         return [] if term is None else [float(count) for count in term.counts]
 
-    def _begin(self, shares: list[Share]) -> None:
+    def _create_terms(self, shares: list[Share]) -> None:
         own = [share.name for share in shares if not share.is_mean]
         if len(shares) > 1 and own:
             raise MissingCountError(
-                f"the loss has the terms {', '.join(repr(share.name) for share in shares)}, and {own[0]!r} has a count "
-                "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
-                f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
+                f"the loss has the terms {', '.join(repr(share.name) for share in shares)}, and {own[0]!r} has its "
+                "own count: each term's denominator is needed before the first backward; pass counts=, a function of "
+                "the whole batch that returns the denominators by term, for example "
+                f"counts=lambda batch: {{{own[0]!r}: ...}}"
             )
         self._means = not own
-        # One number for all terms, since one factor is to correct them all.
+        # One number for all terms, because one factor corrects them all.
         exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
         expected = float(self.rows) if exact and self.rows else _power_of_two(self.estimate)
         self._terms = {share.name: _Term(expected=expected) for share in shares}
@@ -241,24 +250,27 @@ class Tally:
     def _seed(self, share: Share) -> Tensor:
         term = self._terms.get(share.name)
         if term is None and self.declared is not None and share.is_mean and self.rows:
-            # A mean over samples needs no declaration: the rows of the batch are its denominator.
+            # A mean over samples needs no declared count, because its denominator is the number of rows.
             term = self._terms[share.name] = _Term(expected=float(self.rows))
         if term is None:
             raise UnknownTermError(
                 f"the loss has a term {share.name!r}, and this window's terms are "
-                f"{', '.join(repr(name) for name in self._terms)}: every term has to be in the first microbatch's "
-                "loss, or in what counts= returns"
+                f"{', '.join(repr(name) for name in self._terms)}: every term must be in the first microbatch's loss, "
+                "or in the result of counts="
             )
         if not term.expected > 0:
-            raise CountError(f"counts= declared 0 for the term {share.name!r}, and a microbatch contributed to it")
+            raise CountError(
+                f"counts= declared 0 for the term {share.name!r}, and a microbatch contributed to this term; both must "
+                "count the same targets"
+            )
         seed = self._constant(share.weight / term.expected, like=share.value)
         if isinstance(share.count, Tensor):
-            # A count on the device is not read: a count of 0 turns the gradient off instead.
+            # A count on the device is not read, which would synchronise; where it is 0, the seed becomes 0.
             seed = torch.where(share.count.to(seed.device) == 0, torch.zeros_like(seed), seed)
         return seed
 
     def _constant(self, number: float, *, like: Tensor) -> Tensor:
-        # All microbatches of one size have the same seed, and making a tensor costs more than finding one.
+        # All microbatches of one size have the same seed, and a look-up costs less than a new tensor.
         key = (number, like.dtype, like.device)
         if key not in self._constants:
             self._constants[key] = torch.full((), number, dtype=like.dtype, device=like.device)

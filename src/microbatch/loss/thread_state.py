@@ -1,4 +1,4 @@
-"""What torch keeps for each thread, taken from one thread to others."""
+"""Transfer the state that torch keeps per thread, such as grad mode and autocast, to another thread or fiber."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,  # pyright: ignore[reportPrivateUsage]
 )
 
-_AUTOGRAD: Any = getattr(torch, "_C")._autograd  # noqa: B009 - it is private, and has no types
+_AUTOGRAD: Any = getattr(torch, "_C")._autograd  # noqa: B009 - torch._C._autograd is private and has no types
 
 
 @dataclass(frozen=True, slots=True)
 class _Autocast:
+    """The autocast state of one device type."""
+
     kind: str
     enabled: bool
     dtype: torch.dtype
     cache: bool
 
 
-class Carried:
-    """The state of this moment and thread that a forward pass depends on.
+class ThreadState:
+    """Copy the current thread's torch state, to apply it on another thread.
 
-    Grad and inference mode, autocast, function and dispatch modes, and the CUDA device and stream are each thread's
-    own in torch, and a new thread begins with the defaults: without them a forward pass would record another graph, in
-    another precision, uncounted.
+    The state is grad mode, inference mode, autocast, function and dispatch modes, and the CUDA device and stream. Torch
+    keeps it per thread, and a new thread has the defaults. Without this state, a forward pass on another thread would
+    record another graph, in another precision, and would not be measured.
 
     Args:
-        device: Where the model is.
+        device: The model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,8 +51,8 @@ class Carried:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def here(self) -> Generator[None]:
-        """Put another thread into the state.
+    def applied(self) -> Generator[None]:
+        """Apply the state on the current thread, inside the context.
 
         Yields:
             Nothing.
@@ -59,11 +61,11 @@ class Carried:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.device(self._stream.device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-            # Pushed, and not entered: what else a mode does when it is entered was done once, by who entered it.
+            # Modes are pushed and not entered, because their own __enter__ has already run on the other thread.
             for mode in self._dispatch_modes:
-                _push(stack, mode, TorchDispatchMode)
+                _push_until_exit(stack, mode, TorchDispatchMode)
             for mode in self._function_modes:
-                _push(stack, mode, TorchFunctionMode)
+                _push_until_exit(stack, mode, TorchFunctionMode)
             for each in self._autocasts:
                 if each.enabled:
                     stack.enter_context(torch.autocast(each.kind, each.dtype, cache_enabled=each.cache))
@@ -72,11 +74,13 @@ class Carried:
             yield
 
 
-class TakenOff:
-    """The same of a thread that goes on with something else, and the hooks for saved tensors; nothing of it is left on.
+class RemovedThreadState:
+    """Remove the current thread's torch state, to restore it later on the same thread.
+
+    The state also contains the hooks for saved tensors. Afterwards, the thread has no modes and no hooks.
 
     Args:
-        device: Where the model is.
+        device: The model's device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,8 +99,8 @@ class TakenOff:
             _AUTOGRAD._pop_saved_tensors_default_hooks()
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def put_on(self) -> None:
-        """Put everything back, on a thread that has nothing on."""
+    def restore(self) -> None:
+        """Restore the state on a thread that has no modes and no hooks."""
         if self._stream is not None:
             torch.cuda.set_stream(self._stream)
         for mode in reversed(self._dispatch_modes):
@@ -120,6 +124,6 @@ def _autocasts(device: torch.device) -> list[_Autocast]:
     ]
 
 
-def _push(stack: ExitStack, mode: Any, base: Any) -> None:
+def _push_until_exit(stack: ExitStack, mode: Any, base: Any) -> None:
     base.__enter__(mode)
     stack.callback(base.__exit__, mode, None, None, None)

@@ -1,4 +1,4 @@
-"""What a waiting microbatch holds, given up until its turn."""
+"""Offload the tensors that a waiting microbatch holds, until its next turn."""
 
 from __future__ import annotations
 
@@ -10,87 +10,88 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils.weak import TensorWeakRef
 
-Park: TypeAlias = Callable[[Tensor], Callable[[], Tensor] | None]
-"""Puts a tensor away and returns what brings it back; `None` where it stays."""
+TryOffload: TypeAlias = Callable[[Tensor], Callable[[], Tensor] | None]
+"""Offloads a tensor, and returns a function that loads it; returns `None` if the tensor stays in memory."""
 
 
-class Parking:
-    """Give up the memory of what one microbatch has computed and still holds, while the others have their turns.
+class WaitingTensors:
+    """Free the memory of a microbatch's intermediate tensors while the other microbatches run.
 
-    A tensor that a frame of the forward pass holds, such as the way around a residual block, cannot be taken away; but
-    its memory can, as long as nobody looks. Only what the microbatch itself made for its graph is taken: another one
-    that uses it is refused.
+    A frame of the forward pass may hold a tensor, such as the input of a residual block. The tensor itself cannot be
+    removed, but the memory of its storage can be freed while nobody reads it. Only tensors that the microbatch computed
+    for its own graph are offloaded. A use by another microbatch is refused, see `has_offloaded`.
 
     Args:
-        park: Where to; `None` gives up nothing.
-        resized: Called with every storage whose memory went or came back.
+        try_offload: Offloads a tensor; `None` offloads nothing.
+        on_resize: Called with every storage whose memory was freed or allocated again.
     """
 
-    def __init__(self, park: Park | None, resized: Callable[[UntypedStorage], None]) -> None:
-        self._park, self._resized = park, resized
-        self._seen: list[TensorWeakRef] = []
-        self._parked: list[tuple[weakref.ref[UntypedStorage], int, Callable[[], Tensor]]] = []
+    def __init__(self, try_offload: TryOffload | None, on_resize: Callable[[UntypedStorage], None]) -> None:
+        self._try_offload, self._on_resize = try_offload, on_resize
+        self._tracked: list[TensorWeakRef] = []
+        self._offloaded: list[tuple[weakref.ref[UntypedStorage], int, Callable[[], Tensor]]] = []
 
-    def saw(self, out: object) -> None:
-        """Remember what this microbatch has made.
+    def track(self, out: object) -> None:
+        """Record a result of this microbatch, if it may be offloaded later.
 
         Args:
-            out: What a function returned.
+            out: The result of a function.
         """
-        if self._park is not None and type(out) is Tensor and out.grad_fn is not None and _is_whole(out):
-            self._seen.append(TensorWeakRef(out))
+        if self._try_offload is not None and type(out) is Tensor and out.grad_fn is not None and _owns_storage(out):
+            self._tracked.append(TensorWeakRef(out))
 
     @torch.no_grad()
-    def leave(self) -> None:
-        """Give up the memory of what is still alive."""
-        if self._park is None:
+    def offload(self) -> None:
+        """Offload the recorded tensors that are still alive, and free their memory."""
+        if self._try_offload is None:
             return
-        alive = [(ref, tensor) for ref in self._seen if (tensor := ref()) is not None]
-        self._seen = [ref for ref, _ in alive]
+        alive = [(ref, tensor) for ref in self._tracked if (tensor := ref()) is not None]
+        self._tracked = [ref for ref, _ in alive]
         for _, tensor in alive:
             storage = tensor.untyped_storage()
-            back = self._park(tensor) if storage.nbytes() else None
-            if back is not None:
-                self._parked.append((weakref.ref(storage), storage.nbytes(), back))
+            load = self._try_offload(tensor) if storage.nbytes() else None
+            if load is not None:
+                self._offloaded.append((weakref.ref(storage), storage.nbytes(), load))
                 storage.resize_(0)
-                self._resized(storage)
+                self._on_resize(storage)
 
     @torch.no_grad()
-    def come_back(self) -> None:
-        """Bring the memory back."""
-        parked, self._parked = self._parked, []
-        for ref, size, back in parked:
+    def restore(self) -> None:
+        """Allocate the memory of the offloaded tensors again, and load their values."""
+        offloaded, self._offloaded = self._offloaded, []
+        for ref, size, load in offloaded:
             storage = ref()
             if storage is None:
                 continue
-            found = back()  # before the storage has a size again, and would be taken for the original
+            # Loaded first, because a storage with a size is taken for the original values.
+            loaded = load()
             storage.resize_(size)
-            self._resized(storage)
-            there = torch.empty(0, dtype=found.dtype, device=found.device)
-            there.set_(storage, 0, found.shape, found.stride()).copy_(found)
+            self._on_resize(storage)
+            target = torch.empty(0, dtype=loaded.dtype, device=loaded.device)
+            target.set_(storage, 0, loaded.shape, loaded.stride()).copy_(loaded)
 
 
-def is_parked(given: Iterable[Any]) -> bool:
-    """Tell whether one of a call's arguments has no memory now.
+def has_offloaded(arguments: Iterable[Any]) -> bool:
+    """Return whether one of a call's arguments is offloaded, so that its storage is empty.
 
     Args:
-        given: The arguments.
+        arguments: The arguments; lists and tuples are searched too.
 
     Returns:
-        Whether it is so; looks into lists and tuples.
+        True if a tensor with elements has a storage of 0 bytes.
     """
-    for each in given:
-        if type(each) is Tensor:
-            if each.numel() and each.layout is torch.strided and not each.untyped_storage().nbytes():
+    for argument in arguments:
+        if type(argument) is Tensor:
+            if argument.numel() and argument.layout is torch.strided and not argument.untyped_storage().nbytes():
                 return True
-        elif isinstance(each, list | tuple) and is_parked(each):
+        elif isinstance(argument, list | tuple) and has_offloaded(argument):
             return True
     return False
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Tell whether a tensor is new, on the host, and all of its storage."""
-    # Of CUDA's, copies may be on their way.
+def _owns_storage(tensor: Tensor) -> bool:
+    """Return whether a tensor is on the host, unmodified, no view, and as large as its storage."""
+    # CUDA tensors are left out, because copies of them may still be running.
     return (
         tensor._base is None
         and tensor._version == 0
