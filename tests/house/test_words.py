@@ -1,11 +1,15 @@
-"""One word per idea: what others call chunks, mini-batches or accumulation steps has another name here."""
+"""Our own words, plain docstrings, and one base name for one file.
+
+What others call chunks, mini-batches or accumulation steps has another name here.
+"""
 
 import ast
 import io
 import re
 import tokenize
-from collections.abc import Iterator
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 
 import pytest
 
@@ -82,3 +86,161 @@ def test_a_foreign_word_is_seen(source: str, word: str) -> None:
 @pytest.mark.parametrize("source", ["first, second = x.chunk(2)", "microbatches = cut(batch, microbatch_size)"])
 def test_what_others_call_theirs_is_theirs(source: str) -> None:
     assert foreign(source) == set()
+
+
+# -- plain docstrings -------------------------------------------------------------------------------------------------
+
+# The rooms whose docstrings are held to plain words so far.
+PLAIN_ROOMS = ("batch", "loss")
+ARCHAIC = re.compile(r"(?:Say|Tell|Learn|Come|Let|Give back|Look)\b")
+FIRST_LINE_WORDS = 25
+SENTENCE_WORDS = 32
+HEADING = re.compile(r"[A-Z][a-z]+:")
+ENTRIES = {"Args:", "Attributes:", "Raises:"}  # each entry begins with a name at one level of indentation
+
+
+def docstrings(source: str) -> Iterator[str]:
+    """Yield every docstring of a module: its own, and those of its classes and functions, private ones included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def paragraphs(docstring: str) -> Iterator[str]:
+    """Yield each paragraph of a docstring, and each entry of its Args, Attributes and Raises; no code, no formulas."""
+    heading, lines = "", list[str]()
+    for line in [*docstring.splitlines(), ""]:
+        indent = len(line) - len(line.lstrip())
+        begins = not line or HEADING.fullmatch(line) or (heading in ENTRIES and indent == 4)
+        if begins and lines:
+            yield " ".join(lines)
+            lines = []
+        if HEADING.fullmatch(line):
+            heading = line
+        elif line and heading != "Example:" and not (indent and not heading):
+            lines.append(re.sub(r"^\s*\w+: ", "", line) if begins else line.strip())
+
+
+def words(sentence: str) -> int:
+    """Count the words of a sentence; a piece of code is one word, and a dash is none."""
+    plain = re.sub(r"``.+?``|`.+?`", "code", sentence)
+    return sum(any(letter.isalnum() for letter in word) for word in plain.split())
+
+
+def sentences(docstring: str) -> Iterator[str]:
+    for paragraph in paragraphs(docstring):
+        yield from re.split(r"(?<=[.!?])\s+(?=[A-Z`0-9(])", paragraph)
+
+
+def archaic(source: str) -> list[str]:
+    """Return the first lines of docstrings that begin with a word that does not say what the code does."""
+    return [line for text in docstrings(source) if ARCHAIC.match(line := text.splitlines()[0])]
+
+
+def long_first_lines(source: str) -> list[str]:
+    return [line for text in docstrings(source) if words(line := text.splitlines()[0]) > FIRST_LINE_WORDS]
+
+
+def long_sentences(source: str) -> list[str]:
+    return [each for text in docstrings(source) for each in sentences(text) if words(each) > SENTENCE_WORDS]
+
+
+@pytest.fixture(params=PLAIN_ROOMS)
+def room(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The source of every file of a room, by its path in the package."""
+    files = sorted((PACKAGE / request.param).rglob("*.py"))
+    assert files
+    return {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in files}
+
+
+def test_no_docstring_begins_with_an_archaic_word(room: dict[str, str]) -> None:
+    assert {path: lines for path, source in room.items() if (lines := archaic(source))} == {}
+
+
+def test_first_lines_are_short(room: dict[str, str]) -> None:
+    assert {path: lines for path, source in room.items() if (lines := long_first_lines(source))} == {}
+
+
+def test_sentences_are_short(room: dict[str, str]) -> None:
+    assert {path: lines for path, source in room.items() if (lines := long_sentences(source))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Say which rows come next.", "Come to the end of backward.", "Let it run.", "Give back the sum.", "Look away."],
+)
+@pytest.mark.parametrize(
+    "source", ['"""{}"""', 'class C:\n    """{}"""', 'class C:\n    def _f(self):\n        """{}"""']
+)
+def test_an_archaic_word_is_seen(source: str, line: str) -> None:
+    assert archaic(source.format(line)) == [line]
+
+
+@pytest.mark.parametrize("line", ["Compute the sum.", "Letters of a text.", "Give each rank the same seed."])
+def test_a_plain_first_line_is_left_alone(line: str) -> None:
+    assert archaic(f'"""{line}"""') == []
+
+
+def test_a_long_first_line_is_seen() -> None:
+    line = "Sum " + "of a " * 12
+    assert long_first_lines(f'"""{line}x."""') == [f"{line}x."]
+    assert long_first_lines(f'"""{line}."""') == []
+
+
+LONG = " ".join(["word"] * 33)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sum rows.\n\n{}.",
+        "Sum rows.\n\nA short one. {}. Another one.",
+        "Sum rows.\n\nArgs:\n    x: Shape `a`.\n    y: {}.",
+        "Sum rows.\n\nReturns:\n    {}.",
+        "Sum rows.\n\nCost:\n    One read.\n    {}.",
+    ],
+)
+def test_a_long_sentence_is_seen(text: str) -> None:
+    assert [words(each) for each in long_sentences(f'"""{text.format(LONG.capitalize())}"""')] == [33]
+    assert long_sentences(f'"""{text.format(LONG.removeprefix("word ").capitalize())}"""') == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Sum rows.\n\n    {}\n\nof the batch.",  # a formula
+        "Sum rows.\n\nExample:\n    >>> {}\n",
+        "Sum rows.\n\nUse ``{}``.",
+        "Sum rows.\n\nArgs:\n    x: Rows of a batch.\n" + "    y: Rows of a batch.\n" * 12,
+    ],
+)
+def test_code_and_entries_are_not_one_sentence(text: str) -> None:
+    assert long_sentences(f'"""{text.format(LONG)}"""') == []
+
+
+# -- one base name, one file ------------------------------------------------------------------------------------------
+
+# Rooms whose files may, for now, be named like a file elsewhere.
+NOT_YET_UNIQUE: frozenset[str] = frozenset()
+
+
+def shared_base_names(files: Iterable[PurePath]) -> dict[str, list[str]]:
+    """Return the base names that several files of the package have, each with its files; `__init__.py` aside."""
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if file.name != "__init__.py" and file.parts[0] not in NOT_YET_UNIQUE:
+            by_name[file.name].append(file.as_posix())
+    return {name: paths for name, paths in by_name.items() if len(paths) > 1}
+
+
+def test_one_base_name_stands_for_one_file() -> None:
+    files = [file.relative_to(PACKAGE) for file in sorted(PACKAGE.rglob("*.py"))]
+    assert files
+    assert shared_base_names(files) == {}
+
+
+def test_a_shared_base_name_is_seen() -> None:
+    files = ["step/__init__.py", "loss/__init__.py", "loss/plan.py", "step/window.py", "engines/deep/window.py"]
+    assert shared_base_names(map(PurePath, files)) == {"window.py": ["step/window.py", "engines/deep/window.py"]}
