@@ -6,24 +6,21 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
-from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
+from microbatch.gradients.autograd_engine import is_plain_autograd, run_engine
+from microbatch.gradients.fused_functions import fused_embedding, fused_linear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
-from microbatch.products import add_product_, product_pieces
 
 # Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
 SMALLEST = 1 << 18
-# Outputs of a head from which on it is run in parts, and of a part: its weight stays in cache.
-_MANY_OUTPUTS, _OUTPUTS_AT_ONCE = 8192, 1024
 # Fake tensors take part, so that a window can be rehearsed without memory.
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -64,7 +61,7 @@ class Fuse(TorchFunctionMode):
         keep: Callable[[Tensor], object] | None = None,
     ) -> None:
         super().__init__()
-        self.empty = empty
+        self._empty = empty
         self._keep = keep
         self._rules = {func: partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
         self._gradients = gradients
@@ -121,7 +118,7 @@ class Fuse(TorchFunctionMode):
         if func in _DIFFERENTIATE:
             return self._differentiate(func, *args, **kwargs)
         rule = self._rules.get(func)
-        if rule is None or not _is_plain_autograd():
+        if rule is None or not is_plain_autograd():
             return func(*args, **kwargs)
         out = rule(*args, **kwargs)
         return func(*args, **kwargs) if out is None else out
@@ -151,7 +148,7 @@ class Fuse(TorchFunctionMode):
             bias = None if bias is None else bias.to(dtype)
         if x.dtype != ready.dtype or (bias is not None and bias.dtype != ready.dtype):
             return None
-        return cast("Tensor", _Product.apply(x, weight, bias, ready, self, transposed))
+        return fused_linear(x, weight, bias, ready=ready, add=self.add, empty=self._empty, transposed=transposed)
 
     def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
         """Look up rows of an embedding so that its gradient will touch these rows only.
@@ -166,7 +163,7 @@ class Fuse(TorchFunctionMode):
         """
         if not self._covers(weight, ids):
             return None
-        return cast("Tensor", _Rows.apply(ids, weight, padding, self))
+        return fused_embedding(ids, weight, padding, add=self.add)
 
     def _covers(self, weight: object, x: object) -> bool:
         return id(weight) in self._names and torch.is_grad_enabled() and type(x) in _PLAIN
@@ -212,7 +209,7 @@ class Fuse(TorchFunctionMode):
     ) -> Any:
         """Run `torch.autograd.grad` or `torch.autograd.backward` with this mode on."""
         accumulate = func is torch.autograd.backward
-        if options.pop("is_grads_batched", False) or not _is_plain_autograd():
+        if options.pop("is_grads_batched", False) or not is_plain_autograd():
             again = {"grad_tensors": options.pop("grad_tensors")} if accumulate else {"grad_outputs": grad_outputs}
             return func(tensors, inputs=inputs, **again, **options)
         given = options.get("grad_tensors") if accumulate else grad_outputs
@@ -224,7 +221,15 @@ class Fuse(TorchFunctionMode):
         running, self._running = self._running, self._running and accumulate and not keep
         try:
             with self:
-                found = _run_engine(tuple(tensors), tuple(given), keep, create, wanted, unused=unused, add=accumulate)
+                found = run_engine(
+                    tuple(tensors),
+                    tuple(given),
+                    keep=keep,
+                    create=create,
+                    inputs=wanted,
+                    unused=unused,
+                    accumulate=accumulate,
+                )
         finally:
             self._running = running
         if accumulate or not options["materialize_grads"]:
@@ -289,35 +294,6 @@ class Fuse(TorchFunctionMode):
         return total
 
 
-def _run_engine(
-    tensors: tuple[Any, ...],
-    grads: tuple[Any, ...],
-    keep: bool,
-    create: bool,
-    inputs: tuple[Any, ...],
-    *,
-    unused: bool,
-    add: bool,
-) -> Any:
-    # torch.autograd.backward and grad are functions that modes see, and so they, and with them whatever checkpoints
-    # compute again, would run outside of the mode that sees them. The engine is not one.
-    return _engine_run_backward(
-        tensors,
-        _make_grads(tensors, grads, is_grads_batched=False),
-        keep,
-        create,
-        inputs,
-        allow_unreachable=unused,
-        accumulate_grad=add,
-    )
-
-
-def _is_plain_autograd() -> bool:
-    """Tell whether neither `torch.func` nor forward-mode differentiation is at work."""
-    functional = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
-    return not functional and torch.autograd.forward_ad._current_level < 0  # pyright: ignore[reportPrivateUsage]
-
-
 def _linear(fuse: Fuse, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:  # noqa: A002
     return fuse.product(input, weight, bias, transposed=False)
 
@@ -346,82 +322,6 @@ def _embedding(
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
 _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
-
-
-class _Product(torch.autograd.Function):
-    """``x W^T + b``, or ``x W + b`` when the weight is stored transposed."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ready: Tensor, fuse: Fuse, transposed: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, ready if ready.dtype != weight.dtype else weight)
-        ctx.weight, ctx.fuse, ctx.transposed = weight, fuse, transposed
-        return _affine(x, ready.T if transposed else ready, bias, empty=fuse.empty)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, ready = ctx.saved_tensors
-        weight: Tensor = ctx.weight
-        if torch.is_grad_enabled() and ready.dtype != weight.dtype:
-            ready = weight.to(ready.dtype)  # a second derivative has to find its way to the weight
-        (dy,) = grads
-        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        left, right = (flat_x, flat_dy) if ctx.transposed else (flat_dy, flat_x)
-        matrix = ready.T if ctx.transposed else ready
-        dx = (flat_dy @ matrix).view(x.shape) if ctx.needs_input_grad[0] else None
-        db = flat_dy.sum(0) if ctx.needs_input_grad[2] else None
-
-        make, add_ = partial(_product, weight.dtype, left, right), partial(add_product_, left=left, right=right)
-        pieces = partial(product_pieces, left, right)
-        return dx, ctx.fuse.add(weight, make, add_, pieces=pieces), db, None, None, None
-
-
-class _Rows(torch.autograd.Function):
-    """Rows of an embedding."""
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, fuse: Fuse) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.weight, ctx.padding, ctx.fuse = weight, padding, fuse
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (ids,), (dy,) = ctx.saved_tensors, grads
-        weight: Tensor = ctx.weight
-        flat_ids, flat_dy = ids.reshape(-1), dy.reshape(-1, weight.shape[1])
-        if ctx.padding is not None:
-            flat_dy = torch.where((flat_ids == ctx.padding).unsqueeze(1), 0, flat_dy)
-
-        make, add_ = partial(_rows, weight, flat_ids, flat_dy), partial(_add_rows_, ids=flat_ids, dy=flat_dy)
-        return None, ctx.fuse.add(weight, make, add_), None, None
-
-
-def _affine(x: Tensor, matrix: Tensor, bias: Tensor | None, *, empty: Callable[..., Tensor]) -> Tensor:
-    """Run ``x W^T + b``; for a head of many outputs on the CPU, into memory that may have been used before."""
-    outputs = matrix.shape[0]
-    if x.device.type != "cpu" or outputs < _MANY_OUTPUTS or bias is not None:
-        return F.linear(x, matrix, bias)
-    out = empty((*x.shape[:-1], outputs), like=x)
-    flat_x, flat_out = x.reshape(-1, x.shape[-1]), out.view(-1, outputs)
-    # Measured: a few outputs at a time take 0.7 of the time for 128 rows and a vocabulary of 50,257, 0.9 for 512 rows.
-    at_once = _OUTPUTS_AT_ONCE if x.dtype == torch.float32 else outputs
-    for part, rows in zip(flat_out.split(at_once, dim=1), matrix.split(at_once), strict=True):
-        torch.mm(flat_x, rows.T, out=part)
-    return out
-
-
-def _product(dtype: torch.dtype, left: Tensor, right: Tensor) -> Tensor:
-    return (left.T @ right).to(dtype)
-
-
-def _rows(weight: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
-    return _add_rows_(torch.zeros_like(weight, requires_grad=False), ids, dy)
-
-
-def _add_rows_(total: Tensor, ids: Tensor, dy: Tensor) -> Tensor:
-    return total.index_add_(0, ids, dy.to(total.dtype))
 
 
 def _unfit(parameter: Tensor) -> str:
