@@ -44,7 +44,7 @@ def fused_linear(
 
 
 def fused_embedding(ids: Tensor, weight: Tensor, padding: int | None, *, add: Callable[..., Tensor | None]) -> Tensor:
-    """Look up rows of an embedding; backward touches only these rows of the gradient.
+    """Index an embedding; backward touches only the indexed rows of the gradient.
 
     Args:
         ids: Row numbers, of any shape.

@@ -1,4 +1,4 @@
-"""Gradients inside the matrix product: backward adds to the gradient without a weight-sized temporary."""
+"""A function mode whose backward adds weight gradients in place, without a weight-sized temporary."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from microbatch.gradients.fused_functions import fused_embedding, fused_linear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
 
-# Below this many elements a temporary stays in cache, and Python between two operators costs more than it does.
+# Below this many elements, a temporary stays in the CPU's cache and costs less than the extra Python calls.
 SMALLEST = 1 << 18
-# Fake tensors take part, so that a window can be rehearsed without memory.
+# Fake tensors are covered too, for dry runs of a window.
 _PLAIN = {Tensor, nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 class Fuse(TorchFunctionMode):
-    """Send products with trainable weights through functions whose backward accumulates in place.
+    """Replace linear and embedding calls by functions whose backward adds to the weight's gradient in place.
 
-    Backward of a linear layer makes ``dW = dy^T x``, as large as the weight, and adds it to `.grad`: for small
-    microbatches that traffic, with its page faults, costs as much as the arithmetic. Here it is ``grad += dy^T x`` in
-    one call, and an embedding touches only the rows that were used. Autograd is given the sum that it would have made
-    itself, so every hook on parameters and modules still fires, as often as before.
+    A linear layer's backward makes ``dW = dy^T x``, as large as the weight, and adds it to `.grad`. For small
+    microbatches, this memory traffic and its page faults cost as much as the arithmetic. This mode runs
+    ``grad += dy^T x`` in one call, and an embedding's backward touches only the rows in use. Autograd receives the same
+    sum as without the mode, so all hooks on parameters and modules fire as often as before.
 
-    Weights that are small, that have hooks on the incoming gradient, or that are anything but plain dense parameters
-    are left to autograd, and so is every call under `torch.func`, forward-mode differentiation or the compiler. Only
-    the window's own backward accumulates in place: a gradient asked for in between is made as ever.
+    Autograd itself handles small weights, weights with a hook on the incoming gradient, and weights that are not plain
+    dense parameters. It also handles every call under `torch.func`, forward-mode differentiation or the compiler. Only
+    the window's own backward accumulates in place; a gradient that the user computes in between is made by autograd.
 
-    While the weights are frozen, their casts for autocast are kept from the second microbatch on.
+    Weights do not change within a window, so their autocast casts are cached, from the second microbatch on.
 
     Args:
         named: The window's parameters.
-        gradients: Where they add up.
-        stand_ins: Functions that are called first in the place of others, and return `None` where they do not cover.
+        gradients: The window's gradient sums.
+        stand_ins: Replacements for further functions, by function. A replacement is called first; if it returns `None`,
+            the function itself is called.
         empty: Makes uninitialised tensors: ``empty(shape, like=tensor)``.
-        keep: Called with each cast that is kept until `forget`, if anybody wants to know.
+        keep: Called with each cast that is cached until `forget`; `None` for no call.
 
     Source:
         Laws R4, M5, P1; measured in ``benchmarks/``.
@@ -75,45 +76,45 @@ class Fuse(TorchFunctionMode):
 
     @property
     def useful(self) -> bool:
-        """Whether any weight can be fused at all."""
+        """Whether any weight can be fused."""
         return bool(self._names)
 
     @property
     def fused(self) -> int:
-        """Weights whose gradients were added inside a product so far."""
+        """Number of weights whose gradients were fused so far."""
         return len(self._fused)
 
     @property
     def final(self) -> bool:
-        """Whether the window's own backward is at work, which nothing comes after."""
+        """Whether the window's own backward is running; it frees the graph."""
         return self._running
 
     def report(self) -> Mapping[str, str]:
-        """Say for each parameter what became of it.
+        """Report for each parameter whether its gradient was fused.
 
         Returns:
-            ``"fused"``, or why not, by name.
+            By parameter name: ``"fused"``, or the reason why not.
         """
         fused = {name for key, name in self._names.items() if key in self._fused}
         return {
-            name: "fused" if name in fused else reason or "not used in a call that is covered"
+            name: "fused" if name in fused else reason or "not used by a plain linear or embedding call"
             for name, reason in self._reasons.items()
         }
 
     def keep_casts(self) -> None:
-        """Keep casts from the first microbatch on: the graphs of several of them are to share one."""
+        """Cache casts from the first microbatch on, so that the graphs of several microbatches share them."""
         self._passes = max(1, self._passes)
 
     def forget(self) -> None:
-        """Let go of the casts: the weights are about to change."""
+        """Free the cached casts, because the weights are about to change."""
         self._casts.clear()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Take over the covered calls; everything else runs as it is."""
+        """Run a replacement if one covers the call, and otherwise the function itself."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # first, because the compiler reads what comes before it
+        if torch.compiler.is_compiling():  # first, because the compiler traces every line before it
             return func(*args, **kwargs)
         if func in _DIFFERENTIATE:
             return self._differentiate(func, *args, **kwargs)
@@ -126,16 +127,16 @@ class Fuse(TorchFunctionMode):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor | None:
-        """Run ``x W^T + b`` (or ``x W + b``, transposed) so that the weight's gradient will be fused.
+        """Run ``x W^T + b`` (or ``x W + b``, transposed) with a fused weight gradient.
 
         Args:
             x: Shape ``(..., in)``.
             weight: Shape ``(out, in)``, or ``(in, out)`` if transposed.
             bias: Shape ``(out,)``, or `None`.
-            transposed: Whether the weight is stored the other way round.
+            transposed: Whether the weight is stored as ``(in, out)``.
 
         Returns:
-            Shape ``(..., out)``, or `None` if this call is not covered.
+            Shape ``(..., out)``; `None` if the call cannot be fused.
         """
         if not self._covers(weight, x) or (bias is not None and bias.ndim != 1):
             return None
@@ -151,7 +152,7 @@ class Fuse(TorchFunctionMode):
         return fused_linear(x, weight, bias, ready=ready, add=self.add, empty=self._empty, transposed=transposed)
 
     def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
-        """Look up rows of an embedding so that its gradient will touch these rows only.
+        """Index an embedding, with a backward that touches only the indexed rows of the gradient.
 
         Args:
             ids: Row numbers, of any shape.
@@ -159,7 +160,7 @@ class Fuse(TorchFunctionMode):
             padding: A row that gets no gradient, or `None`.
 
         Returns:
-            Shape ``(*ids.shape, width)``, or `None` if this call is not covered.
+            Shape ``(*ids.shape, width)``; `None` if the call cannot be fused.
         """
         if not self._covers(weight, ids):
             return None
@@ -171,11 +172,11 @@ class Fuse(TorchFunctionMode):
     def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         if weight.dtype == dtype:
             return weight.detach()
-        # An embedding with max_norm writes to its weight as it is used.
+        # An embedding with max_norm writes to its weight in forward, so the version is checked.
         version, made = self._casts.get((id(weight), dtype), (-1, weight))
         if version != weight._version:
             made = weight.detach().to(dtype)
-            # In the first microbatch gradients take the place of casts, so that keeping these would raise the peak.
+            # The first microbatch's gradients reuse the memory of its casts; cached casts would raise the peak.
             if self._passes:
                 self._casts[id(weight), dtype] = weight._version, made
                 if self._keep is not None:
@@ -185,11 +186,11 @@ class Fuse(TorchFunctionMode):
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def run_backward(self, losses: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
-        """Run the window's own backward, the only one that adds to the gradients in place.
+        """Run the window's own backward, the only one that adds to gradients in place.
 
         Args:
-            losses: Where it starts.
-            seeds: Their first gradients.
+            losses: The roots of the graph.
+            seeds: The gradient of each root.
         """
         self._running = True
         try:
@@ -217,7 +218,7 @@ class Fuse(TorchFunctionMode):
         create = options["create_graph"]
         keep = create if options["retain_graph"] is None else options["retain_graph"]
         wanted, unused = tuple(inputs or ()), accumulate or options["allow_unused"] or options["materialize_grads"]
-        # Only what the window asks for itself adds in place, and what runs inside of that for its sake, once.
+        # Only the window's backward, and a plain backward that runs inside it, such as a checkpoint's, adds in place.
         running, self._running = self._running, self._running and accumulate and not keep
         try:
             with self:
@@ -247,19 +248,20 @@ class Fuse(TorchFunctionMode):
         *,
         pieces: Callable[[], Iterator[tuple[slice, Tensor]]] | None = None,
     ) -> Tensor | None:
-        """Add one use of a weight to its gradient.
+        """Add the gradient of one use of a weight to the weight's sum.
 
         Args:
             weight: The parameter.
             make: Makes the gradient of this use.
-            add_: Adds it to a sum, in place.
-            pieces: Makes it some rows at a time; `None` where that would be more work.
+            add_: Adds the gradient of this use to a sum, in place.
+            pieces: Makes the gradient some rows at a time; `None` if that costs more.
 
         Returns:
-            What autograd is to be told: the gradient of this use, or the whole sum, taken out of the parameter so
-            that autograd puts it back; `None` where the sum is in autograd's hands already, or in a wider buffer.
+            The gradient that the backward must return to autograd: that of this use alone, or the whole sum, which is
+            removed from the parameter first and which autograd stores there again. `None` if an earlier use of the
+            weight has returned the sum already, or if the sum is in a wider buffer.
         """
-        # A hook on the weight is to be given the gradient of this microbatch, not the sum.
+        # A hook on the weight must receive the gradient of this microbatch, not the sum.
         if not self._running or weight._backward_hooks:
             return make()
         if self._gradients.widens(weight):
@@ -285,9 +287,9 @@ class Fuse(TorchFunctionMode):
             total = make()
         else:
             add_(total)
-        # The weight's next use is to find the sum on its way back. Not if somebody else holds it, who may keep it alive
-        # after autograd has put another in its place, nor if a hook takes gradients away. The references are the one
-        # here and the count's own.
+        # The next use of the weight adds to this sum while autograd still holds it. This is unsafe if something else
+        # holds the sum, which may keep it alive after autograd has replaced it, or if a hook takes gradients out. The
+        # two references are the local variable and getrefcount's argument.
         hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
         if sys.getrefcount(total) <= 2 and not hooks:
             self._held[id(weight)] = weakref.ref(total)
@@ -299,7 +301,7 @@ def _linear(fuse: Fuse, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 def _addmm(fuse: Fuse, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:  # noqa: A002
-    # GPT-2's layers keep their weights as (in, out) and call torch.addmm(bias, x, weight).
+    # GPT-2's layers store their weights as (in, out) and call torch.addmm(bias, x, weight).
     return None if scales or input.ndim != 1 else fuse.product(mat1, mat2, input, transposed=True)
 
 
@@ -325,13 +327,13 @@ _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 
 
 def _unfit(parameter: Tensor) -> str:
-    """Say why a parameter cannot be fused; empty if it can."""
+    """Return why a parameter's gradient cannot be fused; an empty string if it can."""
     if type(parameter) not in {nn.Parameter, FakeTensor}:
         return f"a {type(parameter).__name__}, not a plain parameter"
     if parameter.ndim != 2:
-        return f"of {parameter.ndim} dimensions: not the weight of a linear layer or an embedding"
+        return f"{parameter.ndim} dimensions: not the weight of a linear layer or an embedding"
     if parameter.dtype not in _DTYPES or parameter.layout is not torch.strided or not parameter.is_contiguous():
         return f"{parameter.dtype}, {parameter.layout}: not a dense, contiguous floating-point matrix"
     if parameter.numel() < SMALLEST:
-        return f"small: {parameter.numel():,} elements, where a temporary costs nothing"
+        return f"small: {parameter.numel():,} elements, for which a temporary costs little"
     return ""

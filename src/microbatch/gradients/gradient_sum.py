@@ -20,10 +20,10 @@ class GradientSum:
     """Add up a window's gradients, and either hand the sums to the optimizer or restore what `.grad` held before.
 
     A parameter at least as wide as ``dtype`` accumulates in its own `.grad`, as autograd does anyway. A narrower sum
-    would stop growing: a bf16 sum of ones stops at 256. So a narrower parameter's gradients are moved into a buffer of
-    the wider dtype as soon as autograd has written them, and the sum is cast back once, for the optimizer. If memory
-    does not allow a wider buffer, a bfloat16 sum with extra precision can take its place. If the optimizer's state is
-    linear in the gradient, gradients can add up in that state.
+    would stop growing: a bf16 sum of ones stops at 256. So a hook moves a narrower parameter's gradients into a wider
+    buffer as soon as autograd has written them. The sum is cast back once, for the optimizer. If memory does not allow
+    a wider buffer, a bfloat16 sum with extra precision can take its place. If the optimizer's state is linear in the
+    gradient, gradients can add up in that state.
 
     Args:
         dtype: Precision in which gradients of narrower parameters add up.
@@ -146,7 +146,7 @@ class GradientSum:
         return total
 
     def stand_in(self, parameter: Tensor) -> Tensor | None:
-        """Make a view of a parameter for one microbatch, where one backward runs for several microbatches.
+        """Make a view of a parameter for one of several microbatches that share one backward.
 
         Within one backward, autograd adds up a parameter's gradients in the parameter's own dtype. The view passes its
         microbatch's gradient to the wider buffer instead.

@@ -48,7 +48,7 @@ class _PassLog:
 
 
 class _LoggedCollective:
-    """A unit's all-gather or reduce-scatter, which logs its calls, and leaves out those that the log says to skip."""
+    """A unit's all-gather or reduce-scatter, which logs its calls and skips some if the log asks for it."""
 
     def __init__(self, inner: Any, unit: Any, *, kind: str, log: _PassLog) -> None:
         self.inner, self._unit, self._kind, self._log = inner, unit, kind, log

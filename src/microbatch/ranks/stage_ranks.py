@@ -1,4 +1,4 @@
-"""Agreement among the ranks of a pipeline, beside the activations and gradients that its passes exchange."""
+"""Agreement among the ranks of a pipeline, on top of what its passes send between stages."""
 
 from __future__ import annotations
 
