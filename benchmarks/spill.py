@@ -28,7 +28,7 @@ from benchmarks.contenders import make_subject
 from benchmarks.machine import hardware, versions
 from benchmarks.memory import Peak, warm_up_profiler
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
-from microbatch.memory.spill import Store
+from microbatch.memory.tensor_store import Store
 
 OUT = Path(__file__).parent / "results" / "spill"
 WAYS = ("plain", "spill", "checkpoint", "checkpoint and spill")

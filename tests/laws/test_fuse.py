@@ -1119,7 +1119,7 @@ def test_the_peak_is_lower_by_the_largest_weight(count: Any, as_it_is: None) -> 
 def test_memory_used_again_is_part_of_the_peak_anyway(
     count: Any, tokens: int, as_it_is: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microbatch.gradients.fused_matmul._MANY_OUTPUTS", 2 * SIDE)
+    monkeypatch.setattr("microbatch.gradients.fused_functions._MANY_OUTPUTS", 2 * SIDE)
     monkeypatch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 2 * SIDE)
     model, batch = large(3, torch.float32), ids(tokens)
     batch = {name: each.view(4, tokens) for name, each in batch.items()}

@@ -325,7 +325,7 @@ def test_memory_of_the_sums_is_three_bytes_or_two() -> None:
             meter = MemoryMeter()
             sums = window._gradients
             meter.track([total for _, total in sums.gradients()])
-            meter.track([each for held in sums._narrow_sums.values() for each in held._tensors()])
+            meter.track([each for held in sums._wide.narrow_sums.values() for each in held._tensors()])
             peaks[way] = meter.live_bytes // width
     assert peaks == {"plain": 4, "compensated": 3, "stochastic": 2}
 

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from microbatch.loss.loss import Loss
-from microbatch.ranks.fsdp import _FLAGS, _units
+from microbatch.ranks.fsdp import fsdp_units
+from microbatch.ranks.fsdp_passes import FLAGS
 from microbatch.step.accumulator import Accumulator
 
 Batch = dict[str, Tensor]
@@ -100,8 +101,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def flags(model: nn.Module) -> list[dict[str, Any]]:
-    names = [*_FLAGS, "_all_gather_comm", "_reduce_scatter_comm"]
-    return [{name: getattr(unit, name) for name in names} for unit in _units(model)]
+    names = [*FLAGS, "_all_gather_comm", "_reduce_scatter_comm"]
+    return [{name: getattr(unit, name) for name in names} for unit in fsdp_units(model)]
 
 
 @contextmanager

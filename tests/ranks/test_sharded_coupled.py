@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 
 from microbatch.loss import losses
 from microbatch.loss.loss import Loss
-from microbatch.ranks.fsdp import _FLAGS, _units
+from microbatch.ranks.fsdp import fsdp_units
+from microbatch.ranks.fsdp_passes import FLAGS
 from microbatch.step.accumulator import Accumulator
 
 ROWS = 9
@@ -98,7 +99,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def flags(model: nn.Module) -> list[dict[str, Any]]:
-    return [{name: getattr(unit, name) for name in [*_FLAGS, "_all_gather_comm"]} for unit in _units(model)]
+    return [{name: getattr(unit, name) for name in [*FLAGS, "_all_gather_comm"]} for unit in fsdp_units(model)]
 
 
 class World:
@@ -214,7 +215,7 @@ def case_calls(rank: int, ranks: int) -> Any:
 
     def case(way: str) -> int:
         scatters, world = list[int](), World(way)
-        for unit in _units(world.model):
+        for unit in fsdp_units(world.model):
             inner = unit._reduce_scatter_comm
             unit._reduce_scatter_comm = Counting(inner, scatters)
         world.step(share(rank, ranks), clip)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import microbatch as mb
-from microbatch.ranks.fsdp import _FLAGS, _units
+from microbatch.ranks.fsdp import fsdp_units
+from microbatch.ranks.fsdp_passes import FLAGS
 
 ROWS, FIRST = 11, 7
 Batch = dict[str, Tensor]
@@ -70,7 +71,7 @@ class World:
         self.accumulator = mb.Accumulator(self.model, optimizer, **settings)
 
     def flags(self) -> list[dict[str, Any]]:
-        return [{name: getattr(unit, name) for name in [*_FLAGS, "_training_state"]} for unit in _units(self.model)]
+        return [{name: getattr(unit, name) for name in [*FLAGS, "_training_state"]} for unit in fsdp_units(self.model)]
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: whole(each.grad) for name, each in self.model.named_parameters() if each.grad is not None}
@@ -139,7 +140,7 @@ def case_gathering(rank: int, ranks: int) -> Any:
     found: dict[str, Any] = {}
     for name in ("unshard", "wait_for_unshard"):
         world = World("ZeRO-3", batch_norm="exact")
-        unit = list(_units(world.model))[1]
+        unit = list(fsdp_units(world.model))[1]
         inner, calls = getattr(unit, name), list[int]()
 
         def once(*given: Any, inner: Any = inner, calls: Any = calls) -> Any:

@@ -20,7 +20,7 @@ from microbatch.memory.scratch import Scratch
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "SMALLEST", 1)
-    monkeypatch.setattr("microbatch.gradients.fused_matmul._MANY_OUTPUTS", 8)
+    monkeypatch.setattr("microbatch.gradients.fused_functions._MANY_OUTPUTS", 8)
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     monkeypatch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 16)
 

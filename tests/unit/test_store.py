@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from microbatch.errors import SpillError
 from microbatch.memory.offload_targets import File, Piece
-from microbatch.memory.spill import Handle, Spill, Store, is_movable
+from microbatch.memory.spill import Spill
+from microbatch.memory.tensor_store import Handle, Store, is_movable
 
 # Some kinds of tensors are not there yet, others no longer.
 pytestmark = pytest.mark.filterwarnings("ignore:.*(nested tensors|quantized tensor|Sparse CSR tensor):UserWarning")

@@ -1,1 +1,1 @@
-"""Where gradients add up and what finishes them: dtype, one denominator, one norm, one clip."""
+"""Gradient accumulation: the buffers and dtypes of the sums, fused products, norm and clipping."""

@@ -1,4 +1,4 @@
-"""Sums in bfloat16 that go on growing: with one byte more a number, or rounded at random."""
+"""Sums in bfloat16 that do not stall: with an extra byte for each element, or with stochastic rounding."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Elements that are added at once: what is made of them on the way, in float32, stays in cache.
+# Elements added at a time; their float32 temporaries stay in the CPU's cache.
 PIECE = 1 << 16
 
 
 class NarrowSum(ABC):
-    """A sum of gradients of a bfloat16 parameter, in bfloat16.
+    """The sum of a bfloat16 parameter's gradients, in bfloat16.
 
-    Added up as torch does, each number is rounded to the nearest of 8 bits, so that what is smaller than half a unit of
-    the sum's last place is lost every time, and the sum stops growing.
+    In a plain bfloat16 addition, the sum is rounded to 8 significant bits. A gradient smaller than half a unit in the
+    sum's last place is then lost every time, and the sum stops growing.
 
     Attributes:
-        total: The sum; what the optimizer is given, without a cast.
+        total: The sum, which the optimizer uses without a cast.
     """
 
     total: Tensor
 
     def add_(self, part: Tensor, *, rows: slice = slice(None)) -> None:
-        """Add one gradient, or some rows of one.
+        """Add a gradient, or some of its rows.
 
         Args:
-            part: Dense, bfloat16 or float32.
-            rows: Which rows of the first dimension it is; a sum without dimensions has none.
+            part: A dense tensor, bfloat16 or float32.
+            rows: The rows of the sum that ``part`` belongs to; ignored for a 0-d sum.
 
         Cost:
-            Three float32 numbers for each of at most 65,536 elements at once.
+            Temporary memory of three float32 numbers for each of 65,536 elements.
         """
         tensors = [each if each.ndim == 0 else each[rows] for each in self._tensors()]
         for piece, *held in _pieces(part, *tensors):
@@ -40,29 +40,29 @@ class NarrowSum(ABC):
 
     @abstractmethod
     def scale_(self, factor: float) -> None:
-        """Multiply with a number, once, when all has been added.
+        """Multiply the sum by a number, once, after the last addition.
 
         Args:
-            factor: Normalisation and clipping.
+            factor: The product of normalisation and clipping.
         """
 
     @abstractmethod
     def _tensors(self) -> list[Tensor]:
-        """List what is held for every element, the sum first."""
+        """List the tensors that hold the sum, `total` first; each has the shape of the parameter."""
 
     @abstractmethod
     def _add_piece_(self, part: Tensor, held: list[Tensor]) -> None: ...
 
 
 class Compensated(NarrowSum):
-    """A sum whose next 8 bits are kept beside it: as a float of 24 bits would add up, in 3 bytes.
+    """A bfloat16 sum with 8 extra bits in an int8 tensor: the precision of a 24-bit float, in 3 bytes an element.
 
-    A float32's upper 16 bits, rounded, are a bfloat16; the next 8 are what that rounding left, from -128 to 127 parts
-    of 256 of its last place. So a number is added in float32, rounded to 24 bits and taken apart again. The error of
-    one addition is at most 2^-17 of the sum, where bfloat16's is 2^-9.
+    The upper 16 bits of a float32, rounded, are a bfloat16. The extra 8 bits hold that rounding's error, from -128 to
+    127 in units of 1/256 of the last place. So each addition runs in float32, and the result is rounded to 24 bits and
+    split again. The error of one addition is at most 2^-17 of the sum; in plain bfloat16 it is 2^-9.
 
     Args:
-        first: The first gradient, which becomes the sum: bfloat16, dense.
+        first: The first gradient, dense bfloat16; its memory becomes the sum.
 
     Example:
         >>> total = Compensated(torch.tensor([256.0], dtype=torch.bfloat16))
@@ -80,7 +80,7 @@ class Compensated(NarrowSum):
         self._low = torch.zeros_like(first, dtype=torch.int8)
 
     def scale_(self, factor: float) -> None:
-        """Multiply all 24 bits, and round to bfloat16 once."""
+        """Multiply the 24-bit sum."""
         for high, low in _pieces(self.total, self._low):
             _split_(_joined(high, low).mul_(factor), high, low)
 
@@ -93,21 +93,22 @@ class Compensated(NarrowSum):
 
 
 class Stochastic(NarrowSum):
-    """A sum that is rounded up or down at random, with the odds that make its mean right.
+    """A bfloat16 sum with stochastic rounding: up or down at random, so that the expected value is exact.
 
-    A float32 is cut to its upper 16 bits after a random number of 16 bits has been added to the lower: it goes up with
-    a chance of what is cut off, in units of the last place. So a gradient of a thousandth of a unit moves the sum once
-    in a thousand times: no error is repeated, and after K additions they have grown as the root of K.
+    A random 16-bit number is added to the lower half of a float32, and then that half is cut off. So the probability
+    of rounding up equals the part that is cut off, in units of the last place. A gradient of a thousandth of a unit
+    changes the sum once in a thousand additions. Errors do not repeat: after K additions, they have grown as the square
+    root of K.
 
     Args:
-        first: The first gradient, which becomes the sum: bfloat16, dense.
-        generator: Where the random numbers come from, on the device of ``first``; nobody else's are used.
+        first: The first gradient, dense bfloat16; its memory becomes the sum.
+        generator: The source of random numbers, on the device of ``first``; the global generators are not used.
 
     Example:
         >>> total = Stochastic(torch.full((4096,), 256.0, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
         >>> for _ in range(100):
         ...     total.add_(torch.ones(4096, dtype=torch.bfloat16))
-        >>> round(total.total.float().mean().item())  # each of them is 356 give or take a few units of 2
+        >>> round(total.total.float().mean().item())  # each element is near 356, in steps of 2
         356
 
     Source:
@@ -119,7 +120,7 @@ class Stochastic(NarrowSum):
         self._generator = generator
 
     def scale_(self, factor: float) -> None:
-        """Multiply, and round at random."""
+        """Multiply the sum, with stochastic rounding."""
         for (total,) in _pieces(self.total):
             self._round_(total.float().mul_(factor), total)
 
@@ -131,7 +132,7 @@ class Stochastic(NarrowSum):
         self._round_(total.float().add_(part), total)
 
     def _round_(self, exact: Tensor, total: Tensor) -> None:
-        # One draw of 64 bits is four numbers of 16, from -32768 on.
+        # Each 64-bit draw gives four 16-bit numbers, from -32768 to 32767.
         draws = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
         noise = draws.random_(-(2**63), None, generator=self._generator).view(torch.int16)[: exact.numel()]
         bits = _bits_of(exact).add_(noise.view(exact.shape)).add_(1 << 15)
@@ -139,15 +140,15 @@ class Stochastic(NarrowSum):
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:
-    """Put 16 and 8 bits together to a float32."""
+    """Join the upper 16 bits and the next 8 bits to a float32."""
     bits = high.view(torch.int16).to(torch.int32).mul_(256).add_(low).mul_(256)
     return bits.view(torch.float32)
 
 
 def _split_(exact: Tensor, high: Tensor, low: Tensor) -> None:
-    """Round a float32 to 24 bits and take it apart."""
+    """Round a float32 to 24 bits and split it."""
     bits = _bits_of(exact)
-    # To the even one of two that are equally near, or the many ties between bfloat16 numbers would add up to a bias.
+    # Round half to even: sums of bfloat16 numbers have many ties, which would otherwise add up to a bias.
     even = bits.bitwise_right_shift(8).bitwise_and_(1).add_(127)
     bits.add_(even).bitwise_right_shift_(8)
     upper = bits.add(128).bitwise_right_shift_(8)
@@ -156,12 +157,12 @@ def _split_(exact: Tensor, high: Tensor, low: Tensor) -> None:
 
 
 def _bits_of(exact: Tensor) -> Tensor:
-    # Of the many bit patterns that are NaN, the largest would become a zero when something is added to it.
+    # Adding to the largest of the NaN bit patterns would overflow to zero, so every NaN gets the canonical pattern.
     return exact.masked_fill_(exact.isnan(), torch.nan).view(torch.int32)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Go through tensors of one shape a piece at a time, where they are laid out alike."""
+    """Yield tensors of one shape piece by piece if they are contiguous, and otherwise as a whole."""
     if all(each.is_contiguous() for each in tensors):
         yield from zip(*(each.view(-1).split(PIECE) for each in tensors), strict=True)
     else:

@@ -1,4 +1,4 @@
-"""Finish the gradient: its norm in one pass, then every factor in one more."""
+"""Gradient norm and clipping: one pass for the norm, and one for all factors together."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _NARROW = {torch.bfloat16, torch.float16}
 
 
 def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the Euclidean norm of all gradients together; infinite or NaN if any of them is.
+    """Return the Euclidean norm of all gradients together.
 
     Args:
-        gradients: Any shapes, dtypes and devices; sparse ones must be coalesced. Those that are spread over ranks are
-            taken whole.
-        device: Where the result should be.
+        gradients: Tensors of any shapes, dtypes and devices; sparse ones must be coalesced. A `DTensor` counts with the
+            shards of all ranks.
+        device: Device of the result.
 
     Returns:
-        The norm; shape ``()``, 0 for no gradients.
+        The norm; shape ``()``. 0 if there are no gradients, infinite or NaN if any gradient is.
 
     Cost:
-        Reads every gradient once; no host synchronisation. Where gradients are spread over ranks, one all-reduce of 8
-        bytes for each dimension of their mesh.
+        Reads every gradient once; no host synchronisation. For sharded gradients, one all-reduce of 8 bytes for each
+        dimension of their mesh.
     """
     shards = [gradient for gradient in gradients if is_shard(gradient)]
     if shards:
@@ -43,7 +43,7 @@ def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
         return torch.zeros((), device=device)
     dense = [_dense(gradient) for gradient in gradients]
     if any(gradient.dtype in _NARROW for gradient in dense):
-        # Torch gives each of these norms in its gradient's own dtype.
+        # torch computes the norm of a half-precision gradient in its own dtype.
         return torch.stack([_wide_norm(gradient).to(device) for gradient in dense]).norm()
     return get_total_norm(dense).to(device)
 
@@ -54,14 +54,14 @@ def _wide_norm(gradient: Tensor) -> Tensor:
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
-    """Return what a gradient of norm ``norm`` is multiplied with so that it is at most ``max_norm``.
+    """Return the factor that clips a gradient of norm ``norm`` to at most ``max_norm``.
 
     Args:
         norm: Norm of the finished gradient.
-        max_norm: Largest norm wanted, or `None`.
+        max_norm: Largest norm allowed; `None` for no clipping.
 
     Returns:
-        At most 1; the same rule as `torch.nn.utils.clip_grad_norm_`.
+        The factor, at most 1; the same formula as `torch.nn.utils.clip_grad_norm_`.
 
     Example:
         >>> round(clip_factor(4.0, 1.0), 4), clip_factor(0.5, 1.0)
@@ -71,34 +71,34 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
 
 
 def scale_(gradients: Sequence[Tensor], factor: float) -> None:
-    """Multiply every gradient with one number, in place.
+    """Multiply every gradient by one number, in place.
 
     Args:
-        gradients: Any shapes, dtypes and devices.
-        factor: Normalisation, rank average and clipping folded into one.
+        gradients: Tensors of any shapes, dtypes and devices.
+        factor: The product of normalisation, rank average and clipping.
 
     Cost:
         One pass over the gradients; none for a factor of 1.
     """
     if factor == 1.0 or not gradients:
         return
-    # Private by name, and what torch's own optimizers and clip_grad_norm_ are made of.
+    # Private by name, but torch's own optimizers and clip_grad_norm_ use it.
     torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         [_dense(gradient) for gradient in gradients], factor
     )
 
 
 def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
-    """Name the first parameter whose gradient is infinite or NaN.
+    """Find the first parameter whose gradient is infinite or NaN.
 
     Args:
         gradients: Parameters with their gradients.
 
     Returns:
-        Its name, or `None`.
+        The parameter's name; `None` if every gradient is finite.
 
     Cost:
-        Reads gradients back to the host one by one: for the error path only.
+        One host synchronisation a gradient: for error messages only.
     """
     for named, gradient in gradients:
         if not bool(torch.isfinite(_dense(gradient)).all()):
@@ -107,5 +107,5 @@ def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    # The values of a coalesced gradient are all of it, and alias it; values() is for tensors known to be coalesced.
+    # The values of a coalesced gradient are all of its data. values() needs the coalesced flag; _values() does not.
     return gradient._values() if gradient.is_sparse else local_of(gradient)

@@ -1,4 +1,4 @@
-"""No gradient buffer: gradients add up inside of the optimizer's momentum."""
+"""Gradient accumulation in the optimizer's momentum buffer, without a gradient buffer of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 from microbatch.errors import ConfigError
 
 Group = Mapping[str, Any]
-# Puts a tensor's values away, and returns what brings a copy of them back.
+# Saves a tensor's values off the device, and returns a function that makes a copy of them on the device.
 PutAside = Callable[[Tensor], Callable[[], Tensor]]
 
 
@@ -26,16 +26,16 @@ class _Coefficients(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearState:
-    """Describe an optimizer that sees the gradient through one tensor of state, linear in it, and nothing else.
+    """Describe an optimizer that uses the gradient only through one state tensor, which is linear in the gradient.
 
     Attributes:
-        state: The name of that tensor in the optimizer's state.
-        coefficients: ``coefficients(group, begun)`` returns ``(decay, take, weight)`` of one step, for a parameter
-            group: the next state is ``decay * state + take * gradient + weight * parameter``. ``begun`` tells whether
-            there is a state already; ``take`` is not 0.
-        stepping: What to write into the parameter groups while the optimizer steps, so that, given the new state as
-            the gradient, it takes it as it is.
-        hindrance: Says of a parameter group why it cannot be described so; empty where it can.
+        state: Key of the tensor in the optimizer's state, such as ``"momentum_buffer"``.
+        coefficients: ``coefficients(group, begun)`` returns ``(decay, take, weight)`` for a parameter group: the next
+            state is ``decay * state + take * gradient + weight * parameter``. ``begun`` is whether the state exists
+            already; ``take`` is not 0.
+        stepping: Settings for the parameter groups during the optimizer's step. The optimizer is given the new state as
+            the gradient, and must use it unchanged.
+        hindrance: Returns why a parameter group cannot be described this way; an empty string if it can.
 
     Example:
         >>> signum = LinearState(  # sign(momentum * state + gradient)
@@ -54,61 +54,62 @@ class LinearState:
 
 
 def linear_state(optimizer: Optimizer) -> LinearState:
-    """Find how an optimizer of torch keeps its momentum.
+    """Return the description of one of torch's optimizers.
 
     Args:
-        optimizer: Any.
+        optimizer: Any optimizer.
 
     Returns:
         Its description.
 
     Raises:
-        ConfigError: It sees the gradient in another way too, or nobody has described it.
+        ConfigError: The optimizer uses the gradient in other ways too, or is not known.
     """
     kind = type(optimizer)
     if kind in _KNOWN:
         return _KNOWN[kind]
     if kind.__module__.startswith("torch.optim"):
         raise ConfigError(
-            f'gradient_buffer="none" is not for {kind.__name__}, which needs the whole gradient at once, as for its '
-            "square: adding microbatches up inside its state would be another method. SGD with momentum, and Muon "
-            "without Nesterov, see the gradient through one linear state"
+            f'gradient_buffer="none" does not support {kind.__name__}, which needs the whole gradient at once, for '
+            "example to square it; adding up microbatches in its state would change the method. Use SGD with momentum "
+            "or Muon with nesterov=False, or leave out gradient_buffer="
         )
     raise ConfigError(
-        f'gradient_buffer="none" does not know {kind.__name__}; if it sees the gradient through one linear state '
-        "alone, describe it: gradient_buffer=mb.LinearState(...)"
+        f'gradient_buffer="none" does not know {kind.__name__}; if this optimizer uses the gradient only through one '
+        "state tensor that is linear in it, describe that: gradient_buffer=mb.LinearState(...)"
     )
 
 
 def check_folds(optimizer: Optimizer, rule: LinearState) -> None:
-    """Refuse an optimizer whose settings make more of the gradient than one linear state.
+    """Refuse an optimizer whose settings use the gradient other than through one linear state.
 
     Args:
         optimizer: The optimizer.
         rule: Its description.
 
     Raises:
-        ConfigError: Why, and what to change.
+        ConfigError: A parameter group has such a setting; the message names it and what to change.
     """
     for index, group in enumerate(optimizer.param_groups):
         if why := rule.hindrance(group):
             raise ConfigError(
-                f'gradient_buffer="none" cannot fold gradients into group {index} of {type(optimizer).__name__}: {why}'
+                f'gradient_buffer="none" cannot add gradients to the state of parameter group {index} of '
+                f"{type(optimizer).__name__}: {why}"
             )
 
 
 @dataclass(slots=True)
 class _Entry:
-    """One parameter whose gradients add up in its optimizer's state."""
+    """A parameter whose gradients add up in its optimizer's state."""
 
     optimizer: Optimizer
     parameter: Tensor
     rule: LinearState
     of: _Coefficients
-    held: Tensor | None = None  # the state; `None` where there is none yet
-    kept: Callable[[], Tensor] | None = None  # what it was
-    share: float = 0.0  # of that, what the sum began with
-    version: int = -1
+    held: Tensor | None = None  # the state tensor; `None` before the first step
+    kept: Callable[[], Tensor] | None = None  # returns a copy of the state from before the window
+    share: float = 0.0  # the multiple of that state with which the sum began
+    version: int = -1  # version counter of the sum before the first gradient
 
     @property
     def sum(self) -> Tensor | None:
@@ -116,20 +117,20 @@ class _Entry:
 
 
 class Fold:
-    r"""Add gradients up inside the optimizer's momentum, so that they have no memory of their own.
+    r"""Add up gradients in the optimizer's momentum buffer, so that they need no memory of their own.
 
-    The state's next value is ``decay * state + take * f * sum_i g_i``, where ``f`` is the factor that finishes the
-    gradient. So the sum begins as ``state * decay / (take * f)``, gradients are added to that, and ``take * f`` over
-    the whole makes it the next state. ``f`` is known beforehand where the count is; where it turns out to be another,
-    the state as it was is read again, and what is missing of it is added.
+    The next value of the state is ``decay * state + take * f * sum_i g_i``, where ``f`` is the factor that finishes the
+    gradient. So the sum starts as ``state * decay / (take * f)``, and gradients are added to it. Multiplied by
+    ``take * f``, it is the next state. ``f`` is known beforehand if the count is. If ``f`` turns out to be different,
+    the saved state is read again, and the missing multiple of it is added.
 
-    Adding is not undone exactly by subtracting. So the state is put aside, off the device, before the first gradient
-    is added, and comes back bit for bit when the window does not end in a step.
+    In floating point, a subtraction does not undo an addition exactly. So the state is saved off the device before the
+    first gradient is added. If the window does not end in a step, the saved state is restored, bitwise equal.
 
     Args:
         rules: The optimizers, each with its description.
-        aside: Puts tensors aside.
-        lead: Whether this rank brings the state; the sums of all the others begin with zero.
+        aside: Saves a tensor off the device.
+        lead: Whether this rank's sums start from the state; on the other ranks they start from zero.
 
     Source:
         Laws B4, M1, R1.
@@ -143,17 +144,17 @@ class Fold:
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[Tensor], factor: float) -> None:
-        """Let every sum begin with its share of the state.
+        """Save the states, and start every sum from its multiple of the state.
 
         Args:
-            parameters: The window's.
-            factor: What the finished gradient will be multiplied with, as far as that is known.
+            parameters: The window's parameters.
+            factor: What the finished gradient will be multiplied with, or an estimate of it.
 
         Raises:
-            ConfigError: A state is not what gradients can be added to.
+            ConfigError: A state has another dtype or shape than its parameter, so gradients cannot be added to it.
 
         Cost:
-            A copy of the state off the device, and one pass over it.
+            A copy of the states off the device, and one pass over them.
         """
         wanted = {id(parameter) for parameter in parameters}
         for optimizer, rule in self._rules:
@@ -165,7 +166,7 @@ class Fold:
         for entry, _ in begun:
             entry.share = entry.of.decay / (entry.of.take * factor) if self._lead else 0.0
         if begun:
-            # Private by name, and what torch's own optimizers are made of.
+            # Private by name, but torch's own optimizers use it.
             torch._foreach_mul_(  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
                 [held for _, held in begun], [entry.share for entry, _ in begun]
             )
@@ -173,48 +174,48 @@ class Fold:
             entry.parameter.grad, entry.version = held, held._version
 
     def holds(self, parameter: Tensor) -> bool:
-        """Tell whether a parameter's gradients add up in a state that was there before.
+        """Return whether a parameter's gradients add up in an optimizer's state from before the window.
 
         Args:
-            parameter: Any.
+            parameter: Any parameter.
 
         Returns:
-            Whether they do.
+            False if the parameter has no state yet, or its optimizer is not described.
         """
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.held is not None
 
     def is_untouched(self, parameter: Tensor) -> bool:
-        """Tell whether a sum is nothing but its share of the state, because no gradient came.
+        """Return whether no gradient has been added to a parameter's state.
 
         Args:
-            parameter: Any.
+            parameter: Any parameter.
 
         Returns:
-            False also where there is no such sum.
+            False also if the parameter's gradients do not add up in a state.
         """
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.sum is not None and entry.sum._version == entry.version
 
     @torch.no_grad()
     def drop(self, parameter: Tensor) -> None:
-        """Leave a parameter without a gradient, and its state as it was: the optimizer passes it over.
+        """Restore a parameter's state and set its `.grad` to `None`, so that the optimizer skips the parameter.
 
         Args:
-            parameter: One that got no gradient.
+            parameter: A parameter that got no gradient.
         """
         self._restore(self._entries.pop(id(parameter)))
         parameter.grad = None
 
     @torch.no_grad()
     def settle(self, factor: float) -> None:
-        """Mend the sums whose factor turned out to be another.
+        """Correct the sums if the factor differs from the one given to `begin`.
 
         Args:
             factor: What the finished gradient will be multiplied with.
 
         Cost:
-            Nothing where the factor is what it was thought to be; otherwise the state comes back once.
+            Nothing if the factor is the same; otherwise one copy of the saved states to the device.
         """
         for entry in self._entries.values():
             share = entry.of.decay / (entry.of.take * factor)
@@ -223,7 +224,7 @@ class Fold:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Make every sum, now multiplied with its factor, the optimizer's next state."""
+        """Turn every sum, which the factor has been applied to, into the optimizer's next state."""
         for entry in self._entries.values():
             if (total := entry.sum) is None:
                 continue
@@ -237,10 +238,10 @@ class Fold:
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Generator[None]:
-        """Let an optimizer step from its state as it is.
+        """Change an optimizer's settings for one step, so that it uses the new state unchanged.
 
         Args:
-            optimizer: Any; those that are not described step as ever.
+            optimizer: Any optimizer; nothing changes for an optimizer without a description.
         """
         rule = next((rule for each, rule in self._rules if each is optimizer), None)
         before = [{name: group[name] for name in rule.stepping} if rule else {} for group in optimizer.param_groups]
@@ -254,12 +255,12 @@ class Fold:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Put every state back as it was."""
+        """Restore every state from before the window."""
         while self._entries:
             self._restore(self._entries.popitem()[1])
 
     def end(self) -> None:
-        """Let go of what the states were."""
+        """Free the saved states."""
         self._entries.clear()
 
     def _begin(self, parameter: Tensor, optimizer: Optimizer, rule: LinearState, *, group: Group) -> None:
@@ -269,8 +270,9 @@ class Fold:
         if held is not None:
             if not isinstance(held, Tensor) or held.dtype != parameter.dtype or held.shape != parameter.shape:
                 raise ConfigError(
-                    f'gradient_buffer="none" needs a state {rule.state!r} of {parameter.dtype}, shape '
-                    f"{tuple(parameter.shape)}, and the optimizer has {_described(held)}"
+                    f'gradient_buffer="none" needs a state {rule.state!r} of {parameter.dtype} and shape '
+                    f"{tuple(parameter.shape)}, like the parameter's, but the optimizer has {_described(held)}; leave "
+                    "out gradient_buffer="
                 )
             entry.held, entry.kept = held, self._aside(held)
         self._entries[id(parameter)] = entry
@@ -286,10 +288,12 @@ class Fold:
 
 
 def _described(held: object) -> str:
-    return f"one of {held.dtype}, shape {tuple(held.shape)}" if isinstance(held, Tensor) else f"a {type(held).__name__}"
+    if isinstance(held, Tensor):
+        return f"one of {held.dtype} and shape {tuple(held.shape)}"
+    return f"a {type(held).__name__}"
 
 
-def _sgd(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT001 - one of two arguments that a rule takes
+def _sgd(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT001 - LinearState.coefficients takes it by position
     share = 1.0 - float(group["dampening"]) if begun else 1.0
     take = -share if group["maximize"] else share
     return float(group["momentum"]), take, share * float(group["weight_decay"])
@@ -297,12 +301,12 @@ def _sgd(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT0
 
 def _sgd_hindrance(group: Group) -> str:
     if not group["momentum"]:
-        return "momentum is 0, so there is no state to add gradients to; plain SGD needs a gradient buffer"
+        return "momentum is 0, so there is no state to add gradients to; leave out gradient_buffer= for plain SGD"
     if group["nesterov"]:
-        return "nesterov=True looks at the gradient beside the momentum; use nesterov=False, or a gradient buffer"
+        return "nesterov=True uses the gradient itself too; pass nesterov=False, or leave out gradient_buffer="
     if group["dampening"] == 1:
-        return "dampening is 1, which keeps every gradient out"
-    return "differentiable=True keeps the gradient's graph" if group["differentiable"] else ""
+        return "dampening is 1, so gradients never enter the state; pass a smaller dampening"
+    return "differentiable=True needs the gradient's graph; leave it out" if group["differentiable"] else ""
 
 
 def _muon(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT001 - as above
@@ -312,8 +316,8 @@ def _muon(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT
 
 def _muon_hindrance(group: Group) -> str:
     if group["nesterov"]:
-        return "nesterov=True, its default, looks at the gradient beside the momentum; say nesterov=False"
-    return "momentum is 1, which keeps every gradient out" if group["momentum"] == 1 else ""
+        return "nesterov=True, the default, uses the gradient itself too; pass nesterov=False"
+    return "momentum is 1, so gradients never enter the state; pass a smaller one" if group["momentum"] == 1 else ""
 
 
 _KNOWN: dict[type[Optimizer], LinearState] = {

@@ -1,4 +1,4 @@
-"""Sums that do not depend on who computed which part: one binary tree over numbered parts."""
+"""Sums that are bitwise equal for any division of the work: a binary tree over numbered parts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Tensors: TypeAlias = Sequence[Tensor | None]
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """The sum of ``2 ** level`` parts, from ``index * 2 ** level`` on.
+    """The sum of ``2 ** level`` consecutive parts, from part ``index * 2 ** level`` on.
 
     Attributes:
-        level: Its height; 0 for one part.
-        index: Which of its level.
-        tensors: The sum; `None` where no part had anything.
+        level: Height of the node; 0 for a single part.
+        index: Position of the node in its level.
+        tensors: The sum; `None` for each tensor that no part had.
     """
 
     level: int
@@ -28,16 +28,17 @@ class Node:
 
 
 class Tree:
-    """Add parts up, each to its neighbour, the sums of two to theirs, and so on.
+    """Add up consecutive parts pairwise: two neighbours, then two sums of two, and so on.
 
-    Floating-point addition depends on the order. Here it depends on the parts' numbers alone: whoever has a run of
-    parts, from any number on, adds up what is whole in it, and what is left comes together in the same tree elsewhere.
+    The result of floating-point additions depends on their order. Here the order depends only on the numbers of the
+    parts. A rank with some consecutive parts adds up the complete subtrees among them; `total` combines the subtrees of
+    all ranks in the same order.
 
     Args:
         first: Number of the first part.
 
     Cost:
-        As many sums at once as the number of parts has binary digits, twice that where the run begins in the midst.
+        Memory for as many sums as the number of parts has binary digits, or twice as many if ``first`` is not 0.
 
     Example:
         >>> numbers = [torch.tensor([x]) for x in (1e8, 1.0, -1e8, 1.0)]
@@ -59,21 +60,21 @@ class Tree:
         """Add the next part.
 
         Args:
-            tensors: The part; its tensors are the tree's from now on.
+            tensors: The part's tensors; the tree adds to them in place.
         """
         self.nodes = _merged([*self.nodes, Node(0, self._next, tensors)])
         self._next += 1
 
 
 def shape_of(first: int, parts: int) -> list[tuple[int, int]]:
-    """Say which nodes a run of parts leaves.
+    """Return the nodes that a tree has after a number of consecutive parts.
 
     Args:
-        first: Number of its first part.
-        parts: How many.
+        first: Number of the first part.
+        parts: Number of parts.
 
     Returns:
-        Levels and indices, in order.
+        Level and index of each node, in order.
 
     Example:
         >>> shape_of(0, 6), shape_of(3, 5)
@@ -86,10 +87,10 @@ def shape_of(first: int, parts: int) -> list[tuple[int, int]]:
 
 
 def total(nodes: Iterable[Node]) -> Tensors:
-    """Bring the nodes of all parts together.
+    """Add up the nodes of all parts.
 
     Args:
-        nodes: Of the whole, in order; what they hold may be written to.
+        nodes: Nodes that together cover all parts, in order; their tensors are overwritten.
 
     Returns:
         The sum.
@@ -97,13 +98,13 @@ def total(nodes: Iterable[Node]) -> Tensors:
     left: list[Node] = []
     for node in nodes:
         left = _merged([*left, node])
-    # Where the number of parts is no power of two, from the smallest up: a matter of their number alone, too.
+    # If the number of parts is no power of two, several nodes remain. Their order depends on that number only.
     found = left.pop().tensors
     while left:
         found = _added(left.pop().tensors, found)
     for each in found:
         if each is not None:
-            each.add_(0.0)  # or a zero that nobody had would have another sign than the sum of two
+            each.add_(0.0)  # turns -0.0 into 0.0, as an addition with another part's zero would have done
     return found
 
 
@@ -117,10 +118,10 @@ def _merged(nodes: list[Node]) -> list[Node]:
 
 
 def _added(left: Tensors, right: Tensors) -> Tensors:
-    """Add the right to the left, in place where both are there."""
+    """Add the right tensors to the left ones, in place if both exist."""
     pairs = list(zip(left, right, strict=True))
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if both:
-        # Private by name, and what torch's own optimizers are made of.
+        # Private by name, but torch's own optimizers use it.
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     return [b if a is None else a for a, b in pairs]

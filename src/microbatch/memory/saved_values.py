@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from microbatch.memory.offload_targets import File
-from microbatch.memory.spill import is_movable
+from microbatch.memory.tensor_store import is_movable
 
 
 class Aside:

@@ -1,1 +1,1 @@
-"""Who else holds a share of the batch: agree on what is in the window, then reduce once."""
+"""Data-parallel, sharded and pipelined ranks: agree on a window's content, then reduce gradients once."""

@@ -1,4 +1,4 @@
-"""One small message a step by which the ranks agree: counts, sums, who failed, which gradients exist."""
+"""One small all-reduce a step, in which the ranks agree on counts, sums, failures and which gradients exist."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NAME_BYTES = 48
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """What one rank says, and what all of them say together.
+    """What one rank contributes to an agreement, or the sum of all ranks' contributions.
 
     Attributes:
-        names: Terms of the loss, in a fixed order; empty on a rank that had nothing to run.
-        sums: The loss of each term, summed.
-        counts: The count of each term.
-        samples: Rows.
-        double: Whether the loss is in float64.
-        present: For each parameter, whether there is a gradient.
-        steps: Steps that were taken together so far, the same on every rank.
+        names: Names of the loss's terms, in a fixed order; empty on a rank without microbatches.
+        sums: Summed loss of each term.
+        counts: Count of each term.
+        samples: Number of rows.
+        double: Whether the loss is float64.
+        present: For each parameter, whether it has a gradient.
+        steps: Steps taken so far, which must be the same on every rank.
     """
 
     names: Sequence[str]
@@ -39,65 +39,70 @@ class Message:
 
 
 def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool = False) -> Message:
-    """Add up what the ranks say, in one all-reduce of a fixed length.
+    """Sum the messages of all ranks in one all-reduce of a fixed length.
 
-    The length depends on nothing that ranks could disagree about, so a rank that failed, or had nothing to run, can
-    always answer: no rank waits for a message that never comes.
+    The length depends on nothing that ranks could disagree about. So a rank that failed, or that has no microbatches,
+    can always take part, and no rank hangs in the all-reduce.
 
     Args:
-        ranks: The ranks.
-        message: What this rank says; `None` says that it failed.
+        ranks: The data-parallel ranks.
+        message: This rank's message; `None` if this rank failed.
         parameters: Number of trainable parameters, the same on every rank.
-        again: Whether this rank, which failed, will run the same batch again, so that all of them have to.
+        again: Whether this rank failed and will run the same batch again, so that every rank has to.
 
     Returns:
-        The sums over all ranks, with the names in the order of those ranks that have them.
+        The sums over all ranks, with the term names of the ranks that have a loss.
 
     Raises:
         LossError: The loss has more than 16 terms, or a name of more than 48 bytes.
-        RankError: A rank failed (where this one did: for good), or the ranks are at different steps, or have different
-            terms.
-        RankAgainError: Ranks failed, and all that did will run the batch again.
+        RankError: Another rank failed and will not retry; or the ranks are at different steps, or their losses have
+            different terms.
+        RankAgainError: Ranks failed, and all of them will run the batch again.
 
     Cost:
-        One all-reduce of 8 bytes a parameter and about 6,500 more, and a host synchronisation.
+        One all-reduce of 8 bytes a parameter plus about 6,500 bytes, and one host synchronisation.
 
     Source:
         Laws N3, N4, N9, R2.
     """
     vector = torch.tensor(_encode(message, parameters, again=again), dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
-    told_again, failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = (
+    retrying, failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = (
         vector.tolist()
     )
     if message is None:
-        if again and failed != told_again:
-            raise RankError("another rank failed for good, so that there is nobody to run the batch again with")
-    elif failed and failed == told_again:
+        if again and failed != retrying:
+            raise RankError(
+                "another rank failed and will not run the batch again, so this rank cannot either; read the other "
+                "rank's own error"
+            )
+    elif failed and failed == retrying:
         raise RankAgainError(
-            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks make together, so the "
-            "batch has to be run again on every rank; gradients, random state and buffers are as before the window"
+            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, so every "
+            "rank has to run the batch again; gradients, random state and buffers are as before the window"
         )
     elif failed:
         raise RankError(
-            f"{int(failed)} of {ranks.size} ranks failed inside this window; its gradients are dropped here too "
-            "(the failing rank's own error says why)"
+            f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too; "
+            "read the failing rank's own error"
         )
-    # Equal numbers, and only they, have this; every rank sees it alike, also one that has no terms itself.
+    # n * sum(x^2) == sum(x)^2 only if all n numbers are equal. Every rank gets the same answer, even one without terms.
     if (ranks.size - failed) * steps_squared != steps**2:
         raise RankError(
-            "the ranks are not at the same step: one went on after its own error inside the optimizer's step, which "
-            "the others took, so that their weights differ; go on from a checkpoint, on all of them"
+            "the ranks are not at the same step: one rank went on after an error inside its optimizer's step, which "
+            "the other ranks finished, so their weights differ; restart all ranks from a checkpoint"
         )
     if speaking * squares != fingerprints**2:
         own = ", ".join(message.names) if message and message.names else "none"
-        raise RankError(f"the ranks' losses have different terms; this rank has {own}")
-    spoken = int(terms / speaking) if speaking else 0
+        raise RankError(
+            f"the ranks' losses have different terms; this rank has {own}: return the same terms on every rank"
+        )
+    shared = int(terms / speaking) if speaking else 0
     letters = rest[2 * MOST_TERMS : (2 + NAME_BYTES) * MOST_TERMS]
     return Message(
-        names=[_decode(letters[slot * NAME_BYTES : (slot + 1) * NAME_BYTES], speaking) for slot in range(spoken)],
-        sums=rest[0 : 2 * spoken : 2],
-        counts=[rest[2 * slot + 1] for slot in range(spoken)],
+        names=[_decode(letters[slot * NAME_BYTES : (slot + 1) * NAME_BYTES], speaking) for slot in range(shared)],
+        sums=rest[0 : 2 * shared : 2],
+        counts=[rest[2 * slot + 1] for slot in range(shared)],
         samples=samples,
         double=double > 0,
         present=[each > 0 for each in rest[(2 + NAME_BYTES) * MOST_TERMS :]],
@@ -105,7 +110,7 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool
 
 
 def message_bytes(parameters: int) -> int:
-    """Say how long the message is that `agree` and `attend` add up.
+    """Return the length of the all-reduce in `agree` and `attend`.
 
     Args:
         parameters: Number of trainable parameters.
@@ -117,61 +122,62 @@ def message_bytes(parameters: int) -> int:
 
 
 def attend(ranks: Ranks, rows: float, *, parameters: int) -> float:
-    """See to it that every rank is there, before they tell one another more.
+    """Check that no rank has failed, before the ranks run further collectives, and sum their rows.
 
-    One that failed answers this, and not what follows.
+    A rank that failed takes part in this all-reduce, but not in the collectives that follow.
 
     Args:
-        ranks: The ranks.
-        rows: This one's.
+        ranks: The data-parallel ranks.
+        rows: Number of rows on this rank.
         parameters: Number of trainable parameters, the same on every rank.
 
     Returns:
-        Rows of all ranks.
+        Number of rows on all ranks together.
 
     Raises:
         RankError: A rank failed.
 
     Cost:
-        As `agree`.
+        As for `agree`.
     """
     message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * parameters)
     return agree(ranks, message, parameters=parameters).samples
 
 
 def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
-    """Let every rank know a few yes or no of every other.
+    """Share a few booleans of every rank with every rank.
 
     Args:
-        ranks: The ranks.
-        told: What this rank says; as many on every rank.
+        ranks: The data-parallel ranks.
+        told: This rank's booleans; the same number on every rank.
 
     Returns:
-        What each rank said, in their order.
+        For each rank, in the order of the ranks, its booleans.
 
     Cost:
-        One all-reduce of 8 bytes for each, and a host synchronisation.
+        One all-reduce of 8 bytes a boolean and rank, and one host synchronisation.
     """
-    said = torch.zeros(ranks.size, len(told), dtype=torch.float64)
-    said[ranks.index] = torch.tensor(told, dtype=torch.float64)
-    said = said.to(ranks.device)
-    ranks.sum_(said)
-    return [[each > 0 for each in row] for row in said.tolist()]
+    table = torch.zeros(ranks.size, len(told), dtype=torch.float64)
+    table[ranks.index] = torch.tensor(told, dtype=torch.float64)
+    table = table.to(ranks.device)
+    ranks.sum_(table)
+    return [[each > 0 for each in row] for row in table.tolist()]
 
 
 def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:
-    """Write a message as numbers that can be added up over the ranks."""
+    """Encode a message as numbers whose sums over the ranks can be decoded."""
     if message is None:
         return [float(again), 1.0] + [0.0] * (8 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
     names = sorted(message.names)
     if len(names) > MOST_TERMS or any(len(name.encode()) > NAME_BYTES for name in names):
         raise LossError(
-            f"over several ranks a loss may have {MOST_TERMS} terms with names of {NAME_BYTES} bytes, not {names}"
+            f"over several ranks a loss may have at most {MOST_TERMS} terms, with names of at most {NAME_BYTES} bytes; "
+            f"this loss has {len(names)}: {names}"
         )
-    # Of 16 bits, so that sums of squares over thousands of ranks are still exact.
+    # 16 bits, so that float64 holds sums of squares over thousands of ranks exactly.
     fingerprint = float(zlib.crc32("\n".join(names).encode()) & 0xFFFF) if names else 0.0
-    said = dict(zip(message.names, zip(message.sums, message.counts, strict=True), strict=True))
-    pairs = [number for name in names for number in said[name]]
+    by_name = dict(zip(message.names, zip(message.sums, message.counts, strict=True), strict=True))
+    pairs = [number for name in names for number in by_name[name]]
     letters = [float(byte) for name in names for byte in name.encode().ljust(NAME_BYTES, b"\0")]
     return [
         0.0,

@@ -1,4 +1,4 @@
-"""Add gradients up over the ranks while the last backward still makes the rest of them."""
+"""The all-reduce of gradients, bucket by bucket, overlapped with the last backward of a window."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from microbatch.ranks.reduce import buckets_of
 
 @dataclass(slots=True)
 class _Bucket:
-    """Gradients that go together, and how far they are.
+    """Gradients that one all-reduce sums.
 
     Attributes:
-        places: Of its parameters.
-        memory: What is sent.
-        missing: Places of gradients that the backward has not made yet.
-        work: The collective, once it has begun.
+        places: Indices of the bucket's parameters.
+        memory: The buffer that is reduced.
+        missing: Indices of the parameters whose gradients backward has not made yet.
+        work: The asynchronous collective, once it has started.
     """
 
     places: Sequence[int]
@@ -36,18 +36,18 @@ class _Bucket:
 
 
 class Overlap:
-    """Reduce gradients in buckets, from the last layer's to the first, as soon as a bucket is whole.
+    """All-reduce gradients in buckets, from the last layer to the first, as soon as a bucket is complete.
 
-    From `begin` on every rank owes the others the same collectives in the same order: all buckets, whatever is in
-    them, and one message on how it went. One that fails says zeros for what is left, and then that it failed. So no
-    rank waits for what never comes, and none takes a step that the others do not.
+    After `begin`, every rank runs the same collectives in the same order: one for each bucket, and then one that
+    reports success or failure. A rank that fails sends zeros for its remaining buckets, and then reports the failure.
+    So no rank hangs in a collective, and either all ranks take the step or none.
 
     Args:
-        parameters: The window's, in an order that all ranks have.
-        narrow: Whether gradients add up in their own dtype, even where that is narrower than float32.
+        parameters: The window's parameters, in the same order on every rank.
+        narrow: Whether gradients are reduced in their own dtype, even if it is narrower than float32.
 
     Attributes:
-        early: Buckets of the window that began before backward had ended.
+        early: Number of the window's buckets whose all-reduce started before backward had ended.
 
     Cost:
         Memory for a copy of all gradients, kept from window to window.
@@ -58,7 +58,7 @@ class Overlap:
 
     def __init__(self, parameters: Sequence[Tensor], *, narrow: bool) -> None:
         self._parameters = list(parameters)
-        # Backward makes the last layer's first.
+        # Backward makes the gradients of the last layer first.
         backwards = [each.detach() for each in reversed(self._parameters)]
         places = {id(each): place for each, place in zip(backwards, reversed(range(len(backwards))), strict=True)}
         wide = [each.dtype if narrow else torch.promote_types(each.dtype, torch.float32) for each in backwards]
@@ -76,11 +76,11 @@ class Overlap:
         self.early = 0
 
     def begin(self, ranks: Ranks, factor: float) -> None:
-        """Learn that the ranks have agreed.
+        """Start a window's reduction, after the ranks have agreed on its denominator.
 
         Args:
-            ranks: Those of the window.
-            factor: What this rank's gradients are multiplied with on their way.
+            ranks: The window's data-parallel ranks.
+            factor: What this rank's gradients are multiplied by before the all-reduce.
         """
         self._ranks, self._factor, self._next, self.early = ranks, factor, 0, 0
         self._versions.clear()
@@ -88,93 +88,92 @@ class Overlap:
             bucket.missing, bucket.work = set(bucket.places), None
 
     def watch(self) -> None:
-        """Send each bucket as soon as the backward that comes has made its gradients."""
+        """Install hooks on the parameters that start a bucket's all-reduce once backward has made its gradients."""
         for place, parameter in enumerate(self._parameters):
             reached = partial(self._reached, place)
             self._hooks.append(parameter.register_post_accumulate_grad_hook(reached))
 
     def rest(self, sums: Sequence[Tensor | None]) -> None:
-        """Send what is left, once backward has ended.
+        """Start the all-reduce of the remaining buckets, after backward has ended.
 
         Args:
-            sums: The gradient of each parameter; `None` where this rank has none.
+            sums: The gradient of each parameter; `None` if this rank has none.
 
         Raises:
-            WindowError: A gradient has grown after it had been sent.
+            WindowError: A gradient changed after its all-reduce had started.
         """
-        self._look_away()
+        self._remove_hooks()
         for place, (total, version) in self._versions.items():
             if sums[place] is not total or total._version != version:
                 raise WindowError(
-                    f"the gradient of parameter {place} went on growing after backward had finished with it, as "
-                    "checkpoints with use_reentrant=True make it, and overlap=True had sent it by then; leave "
-                    "overlap= out, or pass use_reentrant=False"
+                    f"the gradient of parameter {place} changed after overlap=True had started its all-reduce, as "
+                    "happens under activation checkpointing with use_reentrant=True; pass use_reentrant=False to "
+                    "checkpoint(), or leave out overlap="
                 )
         for bucket in self._buckets[self._next :]:
             self._send(bucket, sums)
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Tell whether these are the same parameters as in the windows before."""
+        """Return whether the buckets were made for these parameters."""
         return len(parameters) == len(self._parameters) and all(map(operator.is_, parameters, self._parameters))
 
     def agree(self, present: Sequence[bool]) -> list[bool]:
-        """Tell the other ranks that all went well, and wait for them.
+        """Report success to the other ranks, and wait for their reports.
 
         Args:
-            present: For each parameter, whether this rank has a gradient of it.
+            present: For each parameter, whether this rank has a gradient for it.
 
         Returns:
-            Whether any rank has.
+            For each parameter, whether any rank has a gradient for it.
 
         Raises:
             RankError: Another rank failed.
-            RankAgainError: Ranks failed, and all that did will run the batch again.
+            RankAgainError: Ranks failed, and all of them will run the batch again.
 
         Cost:
-            One all-reduce of 8 bytes a parameter, and a host synchronisation.
+            One all-reduce of 8 bytes a parameter, and one host synchronisation.
         """
-        failed, again, *found = self._tell([0.0, 0.0, *map(float, present)])
+        failed, again, *found = self._report([0.0, 0.0, *map(float, present)])
         if failed and failed == again:
             raise RankAgainError(
-                f"{int(failed)} ranks ran out of memory in the last backward, while gradients were being reduced, so "
-                "the batch has to be run again on every rank; gradients, random state and buffers are as before the "
-                "window"
+                f"{int(failed)} ranks ran out of memory in the last backward, during the all-reduce of the gradients, "
+                "so every rank has to run the batch again; gradients, random state and buffers are as before the window"
             )
         if failed:
             raise RankError(
-                f"{int(failed)} ranks failed inside this window; its gradients are dropped here too (the failing "
-                "rank's own error says why)"
+                f"{int(failed)} ranks failed inside this window, so this rank drops its gradients too; read the "
+                "failing rank's own error"
             )
         return [each > 0 for each in found]
 
     def results(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield each parameter's place with the sum over all ranks, to be copied."""
+        """Yield each parameter's index, and its sum over all ranks in the buffer, which the caller must copy."""
         for bucket in self._buckets:
             pieces = bucket.memory.split([self._parameters[place].numel() for place in bucket.places])
             for place, piece in zip(bucket.places, pieces, strict=True):
                 yield place, piece.view(self._parameters[place].shape)
 
     def fail(self, *, again: bool) -> bool:
-        """Say zeros for what the other ranks wait for, and that this one failed.
+        """Send zeros in the remaining buckets, and report that this rank failed.
 
         Args:
-            again: Whether it will run the same batch again.
+            again: Whether this rank will run the same batch again.
 
         Returns:
-            Whether all ranks that failed will.
+            Whether every rank that failed will run the batch again.
         """
-        self._look_away()
+        self._remove_hooks()
         nothing: list[Tensor | None] = [None] * len(self._parameters)
         for bucket in self._buckets[self._next :]:
             self._send(bucket, nothing)
-        failed, told_again, *_ = self._tell([1.0, float(again), *([0.0] * len(self._parameters))])
-        return again and failed == told_again
+        failed, retrying, *_ = self._report([1.0, float(again), *([0.0] * len(self._parameters))])
+        return again and failed == retrying
 
     def _reached(self, place: int, parameter: Tensor) -> None:
-        """Note that a gradient is there, and send every bucket that is whole and whose turn it is."""
+        """Record that a gradient is complete, and start the next buckets in order as far as they are complete."""
         total = parameter.grad
         if total is None or place in self._versions:
-            return  # `rest` finds out whether it grew
+            return  # `rest` checks whether the gradient changed since
         self._versions[place] = total, total._version
         for bucket in self._buckets[self._next :]:
             bucket.missing.discard(place)
@@ -197,16 +196,16 @@ class Overlap:
         self._ranks.count("sum", bucket.memory)
         bucket.work = dist.all_reduce(bucket.memory, group=self._ranks.group, async_op=True)
 
-    def _tell(self, said: Sequence[float]) -> list[float]:
+    def _report(self, values: Sequence[float]) -> list[float]:
         assert self._ranks is not None  # noqa: S101 - `begin` comes before
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        vector = torch.tensor(said, dtype=torch.float64, device=self._ranks.device)
+        vector = torch.tensor(values, dtype=torch.float64, device=self._ranks.device)
         self._ranks.sum_(vector)
         return vector.tolist()
 
-    def _look_away(self) -> None:
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

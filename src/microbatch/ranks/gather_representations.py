@@ -1,4 +1,4 @@
-"""What ranks tell one another about representations: everybody's to everybody, and their gradients back."""
+"""The all-gather of representations for a loss that couples samples, and the reduction of their gradients."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 from microbatch.errors import RankAgainError, RankError
 from microbatch.ranks.process_group import Ranks
 
-# Of a rank: its rows, the form of its representations, and each one's dtype and shape without the rows.
-_AGAIN = "again"
-_Said: TypeAlias = tuple[int, Any, list[tuple[torch.dtype, tuple[int, ...]]]]
+_AGAIN = "again"  # sent by a rank that ran out of memory and will run its batch again
+# A rank's number of rows, the structure of its representations, and the dtype and row shape of each of them.
+_Description: TypeAlias = tuple[int, Any, list[tuple[torch.dtype, tuple[int, ...]]]]
 
 
 class Exchange:
-    """Gather the representations of all ranks, hand their gradients back, and agree on how it went.
+    """Gather the representations of all ranks, return their gradients, and agree on success.
 
-    These are three moments, and at each of them every rank says something, also one that has failed since the last: no
-    rank waits for a message that never comes. A rank that ran out of memory and will run its batch again says so, and
-    then all of them do, because the others' loss was of representations that will be made anew.
+    These three collectives, `gather`, `give_back` and `agree`, run in this order. Every rank takes part in each of
+    them, even after a failure, so no rank hangs. A rank that ran out of memory may report that it will run its batch
+    again. Then all ranks run their batches again, because the others' losses used representations that will change.
 
     Args:
-        ranks: The ranks.
-        together: Whether the ranks make their representations together, so that one which ran out of memory before the
-            first moment cannot make its own again while the others wait for them.
+        ranks: The data-parallel ranks.
+        together: Whether the ranks run their encoders together, as fully sharded ranks do. Then a rank that ran out of
+            memory before `gather` cannot encode again on its own.
 
     Attributes:
-        begun: Whether the first moment has passed.
-        over: Whether the last one has.
+        begun: Whether `gather` is over.
+        over: Whether all three collectives are over.
 
     Source:
         Laws C3, R2, R7.
@@ -38,76 +38,80 @@ class Exchange:
 
     def __init__(self, ranks: Ranks, *, together: bool = False) -> None:
         self._ranks, self._together = ranks, together
-        self._moment = 0
+        self._finished = 0
         self._rows: list[int] = []
         self._sizes = 0
         self._dtype = torch.float32
 
     @property
     def begun(self) -> bool:
-        """Whether the first moment has passed."""
-        return self._moment > 0
+        """Whether `gather` is over."""
+        return self._finished > 0
 
     @property
     def over(self) -> bool:
-        """Whether all three moments have passed."""
-        return self._moment == 3
+        """Whether all three collectives are over."""
+        return self._finished == 3
 
     @property
     def rows(self) -> int:
-        """Rows of all ranks, once they are gathered."""
+        """Number of rows on all ranks together, after `gather`."""
         return sum(self._rows)
 
     def gather(self, tensors: Sequence[Tensor], form: Any) -> tuple[list[Tensor], Any]:
-        """Put the representations of all ranks together, in the order of the ranks.
+        """Concatenate the representations of all ranks, in the order of the ranks.
 
         Args:
-            tensors: This rank's, each of shape ``(rows, ...)`` without a graph; none on a rank without rows.
-            form: How they belong together; the same on every rank that has rows.
+            tensors: This rank's representations, each of shape ``(rows, ...)`` without a graph; none if this rank has
+                no rows.
+            form: The structure that holds the tensors; the same on every rank that has rows.
 
         Returns:
-            The same tensors with all ranks' rows, and the form.
+            The same tensors with the rows of all ranks, and the structure.
 
         Raises:
-            RankError: A rank failed, or the ranks' representations are of different kinds.
-            RankAgainError: A rank will run its batch again, and cannot do so alone.
+            RankError: A rank failed, or the ranks' representations differ in structure, dtype or row shape.
+            RankAgainError: A rank will run its batch again, and needs the other ranks for that.
 
         Cost:
             One message of a few hundred bytes with a host synchronisation, and one all-gather of all representations.
         """
         rows = len(tensors[0]) if tensors else 0
         kinds = [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in tensors]
-        told = self._tell((rows, form, kinds))
-        self._rows = [each[0] for each in told]
-        speaking = [(form, kinds) for number, form, kinds in told if number]
-        if not speaking:
+        found = self._all_gather((rows, form, kinds))
+        self._rows = [each[0] for each in found]
+        described = [(form, kinds) for number, form, kinds in found if number]
+        if not described:
             return [], None
-        form, kinds = speaking[0]
-        if any(each != (form, kinds) for each in speaking):
-            raise RankError(f"the ranks' representations are of different kinds: {speaking}")
+        form, kinds = described[0]
+        if any(each != (form, kinds) for each in described):
+            raise RankError(
+                f"the ranks' representations differ in structure, dtype or row shape: {described}; encode must return "
+                "the same kind on every rank"
+            )
         self._sizes = sum(self.rows * shape.numel() for _, shape in _floating(kinds))
         self._dtype = torch.float32
         for dtype, _ in _floating(kinds):
             self._dtype = torch.promote_types(self._dtype, dtype)
-        return self._bytes(tensors, kinds), form
+        return self._gather_bytes(tensors, kinds), form
 
     def give_back(self, gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
-        """Add up what the ranks' losses say about all representations, and take this rank's part.
+        """Sum the gradients of the representations over all ranks' losses, and return this rank's rows.
 
         Args:
-            gradients: This rank's loss's, for all ranks' rows; `None` where it has none.
-            like: The representations.
+            gradients: The gradients of this rank's loss with respect to the gathered representations; `None` for zero.
+            like: The gathered representations.
 
         Returns:
-            For each floating-point representation the gradient of the sum of all ranks' losses, for this rank's rows;
-            `None` for others.
+            For each floating-point representation, the gradient of the sum of all ranks' losses, for this rank's rows;
+            `None` for other dtypes.
 
         Raises:
             RankError: A rank failed.
             RankAgainError: A rank will run its batch again.
 
         Cost:
-            One all-reduce of as many numbers as there are in the representations, in float32 at least.
+            One all-reduce as large as the gathered representations, in float32 or a wider dtype.
         """
         flat = [
             (torch.zeros_like(tensor) if grad is None else grad).to(self._dtype).flatten()
@@ -124,53 +128,53 @@ class Exchange:
         ]
 
     def agree(self) -> None:
-        """Wait until every rank has pushed its gradients back.
+        """Wait until every rank has run backward from its representations.
 
         Raises:
             RankError: A rank failed.
             RankAgainError: A rank will run its batch again.
 
         Cost:
-            One all-reduce of two numbers, with a host synchronisation.
+            One all-reduce of two numbers, and one host synchronisation.
         """
         self._sum(self._zeros(0))
 
     def fail(self, *, again: bool) -> None:
-        """Tell the ranks, who wait for this one, that it has failed.
+        """Report a failure of this rank in the collective that the other ranks wait in.
 
         Args:
-            again: Whether it will run the same batch again.
+            again: Whether this rank will run the same batch again.
 
         Raises:
-            RankError: It would, and another one has failed for good.
+            RankError: This rank would run the batch again, but another rank has failed and will not.
         """
-        if self._moment == 0:
-            # The others wait for this batch's representations, and it does not matter in which attempt they are made.
+        if self._finished == 0:
+            # The other ranks only wait for this rank's representations; a later attempt may make them.
             if not again or self._together:
-                self._tell(_AGAIN if again else None, failed=True)
+                self._all_gather(_AGAIN if again else None, failed=True)
         else:
-            self._sum(self._zeros(self._sizes if self._moment == 1 else 0), failed=not again, again=again)
+            self._sum(self._zeros(self._sizes if self._finished == 1 else 0), failed=not again, again=again)
 
-    def _tell(self, said: _Said | str | None, *, failed: bool = False) -> list[_Said]:
-        self._moment += 1
-        told = self._ranks.tell(said)
-        self._check(told.count(None), told.count(_AGAIN), failed=failed and said is None, again=said == _AGAIN)
-        return told
+    def _all_gather(self, own: _Description | str | None, *, failed: bool = False) -> list[_Description]:
+        self._finished += 1
+        found = self._ranks.tell(own)
+        self._check(found.count(None), found.count(_AGAIN), failed=failed and own is None, again=own == _AGAIN)
+        return found
 
     def _check(self, failed_there: float, again_there: float, *, failed: bool, again: bool) -> None:
-        """Raise what the others' word means, where this rank has not failed itself."""
+        """Raise the error for the other ranks' failures, unless this rank has itself failed for good."""
         if failed:
             return
         if failed_there:
             raise RankError(_failed(int(failed_there), self._ranks.size))
         if again_there and not again:
             raise RankAgainError(
-                "another rank ran out of memory in what all ranks of this window need, so the batch has to be run "
-                "again on every rank; gradients, random state and buffers are as before the window"
+                "another rank ran out of memory in a computation that all ranks depend on, so every rank has to run "
+                "the batch again; gradients, random state and buffers are as before the window"
             )
 
     def _sum(self, numbers: Tensor, *, failed: bool = False, again: bool = False) -> Tensor:
-        self._moment += 1
+        self._finished += 1
         vector = torch.cat([numbers.new_tensor([float(failed), float(again)]), numbers])
         self._ranks.sum_(vector)
         self._check(*vector[:2].tolist(), failed=failed, again=again)
@@ -179,8 +183,10 @@ class Exchange:
     def _zeros(self, number: int) -> Tensor:
         return torch.zeros(number, dtype=self._dtype, device=self._ranks.device)
 
-    def _bytes(self, tensors: Sequence[Tensor], kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[Tensor]:
-        """Gather tensors of any dtypes as bytes, in one collective, each rank's padded to the longest."""
+    def _gather_bytes(
+        self, tensors: Sequence[Tensor], kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]
+    ) -> list[Tensor]:
+        """All-gather tensors of any dtypes as bytes, in one collective, padded to the rank with the most rows."""
         row_bytes = [dtype.itemsize * torch.Size(shape).numel() for dtype, shape in kinds]
         device = self._ranks.device
         mine = torch.zeros(max(self._rows) * sum(row_bytes), dtype=torch.uint8, device=device)
@@ -190,7 +196,7 @@ class Exchange:
         pieces: list[list[Tensor]] = []
         for rows, given in zip(self._rows, self._ranks.gather(mine), strict=True):
             parts = given[: rows * sum(row_bytes)].split([rows * each for each in row_bytes])
-            # A copy, because bytes in the middle of others may not stand where numbers can.
+            # Cloned, because a slice of the bytes may not be aligned for its dtype.
             pieces.append(
                 [part.clone().view(dtype).view(rows, *shape) for part, (dtype, shape) in zip(parts, kinds, strict=True)]
             )
@@ -203,6 +209,6 @@ def _floating(kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[tupl
 
 def _failed(number: int, size: int) -> str:
     return (
-        f"{number} of {size} ranks failed inside this window; its gradients are dropped here too (the failing rank's "
-        "own error says why)"
+        f"{number} of {size} ranks failed inside this window, so this rank drops its gradients too; read the failing "
+        "rank's own error"
     )

@@ -1,4 +1,4 @@
-"""A model split into stages over ranks, which run by a schedule of torch's own."""
+"""Pipeline parallelism: a model split into stages over ranks, run by a schedule of `torch.distributed.pipelining`."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from torch import Tensor, nn
 
 from microbatch.errors import ConfigError, RankError, WindowError
 
-# Those whose backward is autograd's own, weights included; by name, as torch's get_schedule_class has them.
+# The schedules whose backward is autograd's own, weights included; by the names of torch's get_schedule_class.
 _SCHEDULES = {
     "gpipe": "ScheduleGPipe",
     "1f1b": "Schedule1F1B",
     "interleaved1f1b": "ScheduleInterleaved1F1B",
     "loopedbfs": "ScheduleLoopedBFS",
 }
-_SEVERAL = {"ScheduleInterleaved1F1B", "ScheduleLoopedBFS"}  # stages a rank
+_SEVERAL = {"ScheduleInterleaved1F1B", "ScheduleLoopedBFS"}  # schedules with several stages on each rank
 
 
 class Pipeline(nn.Module):
-    """Say which stages of a split model this rank has, and by which schedule they run.
+    """Wrap this rank's pipeline stages as the model of an accumulator.
 
-    It takes the place of the model: ``Accumulator(Pipeline(stage), optimizer, microbatch_size=4)``. Every rank of the
-    pipeline passes the same batch and the same ``loss_fn(model, microbatch)``, the one that it would have on a single
-    device; the gradient is the whole batch's. See ``docs/pipeline.md``.
+    Pass it in place of the model: ``Accumulator(Pipeline(stage), optimizer, microbatch_size=4)``. Every rank of the
+    pipeline passes the same batch, and the same ``loss_fn(model, microbatch)`` as on a single device. The gradient is
+    that of the whole batch. See ``docs/pipeline.md``.
 
     Args:
-        stages: This rank's `torch.distributed.pipelining.PipelineStage`, or several of them in a list.
+        stages: This rank's `torch.distributed.pipelining.PipelineStage`, or a list of several.
         schedule: ``"GPipe"`` or ``"1F1B"`` for one stage a rank, ``"Interleaved1F1B"`` or ``"LoopedBFS"`` for several;
-            or torch's class of one of these. `None` for 1F1B, interleaved where there are several.
+            or torch's class of one of these. `None` for 1F1B, or interleaved 1F1B if there are several stages.
 
     Attributes:
         stages: The stages, in order.
-        parts: Their modules, whose parameters are this one's.
-        scheduled: The schedule that they last ran by.
+        parts: The stages' modules; their parameters are this module's parameters.
+        scheduled: The schedule of the last step, kept for reuse.
 
     Raises:
-        ConfigError: These are no stages, or not those that this rank has to have, or the schedule cannot be used.
+        ConfigError: An argument is no stage, this rank has the wrong stages, or the schedule is not supported.
 
     Example:
         >>> import torch.distributed as dist
@@ -53,7 +53,7 @@ class Pipeline(nn.Module):
         >>> layers = [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
         >>> _ = [torch.nn.init.ones_(layer.weight) for layer in layers]
         >>> stages = [PipelineStage(layer, index, 2, torch.device("cpu")) for index, layer in enumerate(layers)]
-        >>> model = mb.Pipeline(stages)  # both on this rank, as there is no other
+        >>> model = mb.Pipeline(stages)  # both on this rank, because the world size is 1
         >>> accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.5), microbatch_size=2)
         >>> step = accumulator.step(torch.tensor([[1.0], [2.0], [3.0]]), lambda model, x: model(x).mean())
         >>> step.loss.item(), [layer.weight.item() for layer in layers]  # of v w x: both gradients are mean(x) = 2
@@ -79,33 +79,33 @@ class Pipeline(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the stages compute."""
+        """The device on which the stages compute."""
         return torch.device(self.stages[0].device)
 
     @property
     def is_last(self) -> bool:
-        """Whether the model's output comes out of a stage of this rank."""
+        """Whether the model's last stage is on this rank."""
         return bool(self.stages[-1].is_last)
 
     def forward(self, *_: object, **__: object) -> Any:
-        """Refuse to be called: no rank has the whole model.
+        """Raise an error: no rank has the whole model, so the module cannot be called.
 
         Raises:
             WindowError: Always.
         """
         raise WindowError(
-            "the stages of a pipeline run by their schedule, on all ranks together: call accumulator.step(batch, "
-            "loss_fn) to train, and the eval() of one of torch's schedules to evaluate"
+            "a Pipeline cannot be called: its schedule runs the stages on all ranks together. Call "
+            "accumulator.step(batch, loss_fn) to train, and eval() of one of torch's schedules to evaluate"
         )
 
     def passes(self, microbatches: int) -> int:
-        """Say how many passes the schedule makes for so many microbatches, the last ones of nothing.
+        """Return how many passes the schedule runs for a number of microbatches; extra passes count for nothing.
 
         Args:
-            microbatches: At least 1.
+            microbatches: Number of microbatches; at least 1.
 
         Returns:
-            As many, or more where the schedule wants a least number or a multiple.
+            The same number, or more if the schedule needs a minimum or a multiple.
         """
         stage, name = self.stages[0], self._schedule.__name__
         if name == "Schedule1F1B":
@@ -115,14 +115,14 @@ class Pipeline(nn.Module):
         return microbatches
 
     def schedule(self, passes: int, loss_fn: Callable[[Any, Tensor], Tensor]) -> Any:
-        """Make torch's schedule of so many passes.
+        """Construct torch's schedule for a number of passes.
 
         Args:
-            passes: As `passes` says.
-            loss_fn: Called on the last stage with the model's output and the number of the pass.
+            passes: Number of passes, as `Pipeline.passes` returns it.
+            loss_fn: Called on the last stage with the model's output and the index of the pass.
 
         Returns:
-            The schedule, which leaves gradients as they add up.
+            The schedule; it does not divide gradients.
         """
         stages = self.stages if self._schedule.__name__ in _SEVERAL else self.stages[0]
         return self._schedule(stages, passes, loss_fn=loss_fn, scale_grads=False)
@@ -130,11 +130,11 @@ class Pipeline(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What the model is called with in one pass through its stages.
+    """The model's inputs in one pass through its stages.
 
     Attributes:
-        args: Positional arguments, for the first stage.
-        settings: Keyword arguments, for every stage.
+        args: Positional arguments of the first stage.
+        settings: Keyword arguments of every stage.
     """
 
     args: tuple[Any, ...]
@@ -142,9 +142,9 @@ class Pass:
 
 
 class Scheduled:
-    """A schedule, kept as long as passes are as many, as large, and go the same way, as before.
+    """A cached schedule, reused while the number, the shapes and the direction of the passes stay the same.
 
-    A new one costs torch a pass of the first microbatch, in which the stages tell one another their shapes.
+    For a new schedule, torch runs an extra forward of the first microbatch, in which the stages exchange shapes.
     """
 
     def __init__(self) -> None:
@@ -161,29 +161,29 @@ class Scheduled:
         key: object,
         backward: bool = True,
     ) -> None:
-        """Run passes forward and backward.
+        """Run passes forward and, if asked, backward.
 
         Args:
             pipeline: The stages.
-            passes: As many as `Pipeline.passes` says, of equal shapes.
-            loss_fn: Called on the last stage with the model's output and the number of the pass, from 0, as a tensor;
-                what it returns is what backward begins from.
-            key: The number of the passes, and their shapes; the same on every rank of the pipeline.
-            backward: Whether they go backward too.
+            passes: The inputs of each pass, of equal shapes; as many as `Pipeline.passes` returns.
+            loss_fn: Called on the last stage with the model's output and the index of the pass, from 0, as a tensor;
+                backward starts from the tensor that it returns.
+            key: The number of passes and their shapes; the same on every rank of the pipeline.
+            backward: Whether to run backward too.
 
         Raises:
-            RankError: Another stage did not answer.
+            RankError: Another stage failed or did not answer in time.
         """
         if (key, backward) != self._key:
             self._schedule, self._key = pipeline.schedule(len(passes), self._call), (key, backward)
-            self._schedule._has_backward = backward  # as its `eval` does, which cuts the batch itself
+            self._schedule._has_backward = backward  # as the schedule's own `eval` does
         self._loss_fn = loss_fn
         for stage in pipeline.stages:
             stage.has_backward = backward
             stage.clear_runtime_states()
         first = any(stage.is_first for stage in pipeline.stages)
         try:
-            # What `step` calls with a batch that it has cut; this one was cut with care for its masks and its tail.
+            # The schedule's own `step` would cut the batch itself, without regard to masks or a shorter last part.
             self._schedule._step_microbatches(
                 [each.args if first else () for each in passes],
                 [each.settings for each in passes],
@@ -192,16 +192,16 @@ class Scheduled:
             )
         except Exception as error:
             self._key = None
-            if not _is_of_talking(error):
+            if not _is_communication_error(error):
                 error.add_note(
                     "microbatch: weights and gradients are as before the window. The other stages wait until this "
-                    "process ends, or their process group's time-out; where memory ran out, go on with a smaller "
+                    "process ends or their process group times out; if memory ran out, restart with a smaller "
                     "microbatch_size"
                 )
                 raise
             raise RankError(
-                "another stage of the pipeline failed, died or did not answer within the time-out of the process "
-                f"group (its own error says why): {error}"
+                "another stage of the pipeline failed, died or did not answer within the process group's timeout; read "
+                f"that stage's own error. Here: {error}"
             ) from error
         finally:
             self._loss_fn = None
@@ -209,13 +209,13 @@ class Scheduled:
                 stage.clear_runtime_states()
 
     def _call(self, output: Any, index: Tensor) -> Tensor:
-        assert self._loss_fn is not None  # noqa: S101 - nobody calls it in between
+        assert self._loss_fn is not None  # noqa: S101 - `run` sets it, and nothing else calls the schedule
         return self._loss_fn(output, index)
 
 
-def _is_of_talking(error: BaseException) -> bool:
-    """Tell whether a schedule's error is of talking to another stage, and not of this one's own computation."""
-    # What a module raises comes out of it, or wrapped by torch, with its cause. Gloo's errors have no own type.
+def _is_communication_error(error: BaseException) -> bool:
+    """Return whether a schedule's error comes from communication with another stage, not from this stage's modules."""
+    # A module's error arrives as it is, or wrapped by torch with a cause. Gloo's errors are plain RuntimeErrors.
     innermost = traceback.extract_tb(error.__traceback__)[-1]
     plain = type(error) is RuntimeError and error.__cause__ is None
     return isinstance(error, dist.DistError) or (plain and "distributed" in Path(innermost.filename).parts)
@@ -226,28 +226,28 @@ def _check_stages(stages: Sequence[Any]) -> None:
     for stage in stages:
         if not all(hasattr(stage, name) for name in needed):
             raise ConfigError(
-                "Pipeline takes stages of torch.distributed.pipelining, PipelineStage(module, index, number, device), "
-                f"not a {type(stage).__name__}"
+                f"Pipeline takes stages of torch.distributed.pipelining, not a {type(stage).__name__}: pass "
+                "PipelineStage(module, index, number of stages, device)"
             )
         if isinstance(stage.submod, nn.parallel.DistributedDataParallel):
             raise ConfigError(
-                f"stage {stage.stage_index} is wrapped in DistributedDataParallel: give the bare module to its "
-                "PipelineStage, and process_group= to the accumulator, which reduces over it"
+                f"stage {stage.stage_index} is wrapped in DistributedDataParallel: pass the bare module to "
+                "PipelineStage, and process_group= to the accumulator, which then reduces the gradients itself"
             )
         given = getattr(stage, "_user_meta", None)
         if getattr(given, "inputs", None) is not None:
             raise ConfigError(
-                f"stage {stage.stage_index} has input_args=: leave it and output_args= out, and torch finds the shapes "
-                "out from the microbatches that there are"
+                f"stage {stage.stage_index} was made with input_args=: leave out input_args= and output_args=, so that "
+                "torch takes the shapes from the microbatches"
             )
     if not stages:
-        raise ConfigError("Pipeline needs at least one stage; every rank of a pipeline has as many")
+        raise ConfigError("Pipeline needs at least one stage, and the same number of stages on every rank")
     first = stages[0]
     found, due = [stage.stage_index for stage in stages], range(first.group_rank, first.num_stages, first.group_size)
     if found != list(due):
         raise ConfigError(
             f"rank {first.group_rank} of {first.group_size} has the stages {found} of {first.num_stages}, and should "
-            f"have {list(due)}: stages go round the ranks, as many on each"
+            f"have {list(due)}: assign stages to ranks in turn, the same number to each rank"
         )
 
 
@@ -258,10 +258,11 @@ def _schedule_class(asked: Any, stages: int) -> Any:
     if name not in _SCHEDULES.values():
         raise ConfigError(
             'schedule must be "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS" or torch\'s class of one of these, not '
-            f"{asked!r}; those that split backward in two add weight gradients up by themselves, past accumulate_dtype"
+            f"{asked!r}; schedules that split backward in two are not supported, because they add up weight gradients "
+            "themselves and ignore accumulate_dtype"
         )
     if (name in _SEVERAL) != (stages > 1):
         need = "needs several stages on each rank" if name in _SEVERAL else "takes one stage a rank"
-        raise ConfigError(f"schedule {asked!r} {need}, and this one has {stages}; {default!r} would do")
-    # Its room is large, and nobody else has need of it.
+        raise ConfigError(f"schedule {asked!r} {need}, and this one has {stages}; {default!r} fits")
+    # Imported late: torch.distributed.pipelining takes long to import, and few users need it.
     return getattr(import_module("torch.distributed.pipelining"), name) if isinstance(asked, str) else asked

@@ -1,4 +1,4 @@
-"""Who else holds a share of the batch."""
+"""The data-parallel process group, and the collectives that a step runs over it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from microbatch.shards import is_shard
 
 
 class Ranks:
-    """The data-parallel ranks, and the few collectives that a step needs of them.
+    """A process group, with the collectives that a step needs, and a count of their calls and bytes.
 
     Attributes:
-        size: Number of ranks; at least 2.
-        index: This rank, from 0.
-        device: Where tensors have to be for these ranks to communicate.
+        size: World size of the group; at least 2.
+        index: This process's rank in the group, from 0.
+        device: Device of the tensors that the group's backend communicates.
         calls: Collectives started so far.
-        sent_bytes: Bytes that left this rank for them so far, if they went round in a ring, as large ones do.
+        sent_bytes: Bytes that this rank has sent in them so far, computed for ring algorithms, as large collectives
+            use.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
         """Wrap a process group.
 
         Args:
-            group: The group, or `None` for the default one.
-            device: Where the model is.
+            group: The process group, or `None` for the default one.
+            device: The model's device.
         """
         self._group = group
         self.size = dist.get_world_size(group)
@@ -40,37 +41,39 @@ class Ranks:
 
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> Ranks | None:
-        """Find the ranks of this process, if it is one of several.
+        """Wrap a process group if it has several ranks.
 
         Args:
-            device: Where the model is.
-            group: Their process group; `None` for the default one.
+            device: The model's device.
+            group: The process group; `None` for the default one.
 
         Returns:
-            The ranks, or `None` when there is only this process.
+            The ranks, or `None` if `torch.distributed` is not initialised or the world size is 1.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
         return cls(group, device)
 
     def count(self, kind: str, tensor: Tensor, *, size: int | None = None) -> None:
-        """Count a collective.
+        """Count a collective and its bytes.
 
         Args:
-            kind: ``"sum"``, ``"gather"``, ``"scatter"`` or ``"copy"``.
-            tensor: What is summed or copied, what every rank is to have of all, or has before the sum is scattered.
-            size: Ranks that take part; `None` for all of these.
+            kind: ``"sum"`` (all-reduce), ``"gather"`` (all-gather), ``"scatter"`` (reduce-scatter) or ``"copy"``
+                (broadcast).
+            tensor: The tensor of an all-reduce or broadcast, the output of an all-gather, or the input of a
+                reduce-scatter.
+            size: Number of ranks that take part; `None` for all ranks of the group.
         """
         self.calls += 1
         self.sent_bytes += ring_bytes(kind, tensor.numel() * tensor.element_size(), ranks=size or self.size)
 
     @property
     def group(self) -> Any:
-        """The process group, for collectives that are not here; `None` for the default one."""
+        """The process group itself, for collectives without a method here; `None` for the default one."""
         return self._group
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor with its sum over all ranks.
+        """Replace a tensor by its sum over all ranks.
 
         Args:
             tensor: The same shape and dtype on every rank.
@@ -82,16 +85,16 @@ class Ranks:
         dist.all_reduce(tensor, group=self._group)
 
     def tell(self, what: Any) -> list[Any]:
-        """Tell every rank something small.
+        """All-gather a small Python object.
 
         Args:
-            what: Anything that can be pickled.
+            what: Any object that can be pickled.
 
         Returns:
-            What each rank said, in their order.
+            Each rank's object, in the order of the ranks.
 
         Cost:
-            Two small all-gathers and a host synchronisation.
+            Two small all-gathers and one host synchronisation.
         """
         told: list[Any] = [None] * self.size
         self.calls += 1
@@ -99,13 +102,13 @@ class Ranks:
         return told
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """Give every rank every rank's tensor.
+        """All-gather a tensor.
 
         Args:
             tensor: The same shape and dtype on every rank.
 
         Returns:
-            Each rank's, in their order.
+            Each rank's tensor, in the order of the ranks.
 
         Cost:
             One all-gather.
@@ -116,7 +119,7 @@ class Ranks:
         return list(found)
 
     def broadcast_(self, model: nn.Module) -> None:
-        """Give every rank the parameters and buffers of the first, but for those that are spread over the ranks.
+        """Broadcast the first rank's parameters and buffers, except those sharded over the ranks.
 
         Args:
             model: The same module on every rank.
@@ -128,11 +131,11 @@ class Ranks:
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Give every rank what one of them has.
+        """Broadcast one rank's tensors.
 
         Args:
-            tensors: The same shapes, dtypes and order on every rank.
-            source: Index of the rank that is copied.
+            tensors: The same shapes, dtypes and order on every rank; overwritten on all ranks but the source.
+            source: Rank, in the group, of the source.
 
         Cost:
             One broadcast a tensor.
@@ -143,15 +146,17 @@ class Ranks:
 
 
 def ring_bytes(kind: str, size: int, *, ranks: int) -> int:
-    """Say how many bytes leave a rank for a collective that goes round in a ring.
+    """Return how many bytes each rank sends in a collective with a ring algorithm.
 
     Args:
-        kind: ``"sum"``, ``"gather"``, ``"scatter"`` or ``"copy"``.
-        size: Bytes that are summed or copied, that every rank is to have, or has before the sum is scattered.
-        ranks: How many take part; at least 1.
+        kind: ``"sum"`` (all-reduce), ``"gather"`` (all-gather), ``"scatter"`` (reduce-scatter) or ``"copy"``
+            (broadcast).
+        size: Bytes of the tensor of an all-reduce or broadcast, the output of an all-gather, or the input of a
+            reduce-scatter.
+        ranks: Number of ranks that take part; at least 1.
 
     Returns:
-        Bytes.
+        Bytes sent by one rank.
 
     Example:
         >>> ring_bytes("sum", 1000, ranks=4), ring_bytes("gather", 1000, ranks=4)
@@ -161,16 +166,17 @@ def ring_bytes(kind: str, size: int, *, ranks: int) -> int:
 
 
 def group_of(given: object) -> Any:
-    """Return the process group that ``process_group=`` names.
+    """Return the process group for the argument ``process_group=``.
 
     Args:
         given: A process group, a `DeviceMesh` of one dimension, or `None` for the default group.
 
     Returns:
-        The group; `None` for the default one.
+        The process group; `None` for the default one.
 
     Raises:
-        ConfigError: It is none of these, has several dimensions, or this process is not one of its ranks.
+        ConfigError: The argument is of another type, the mesh has several dimensions, or this process is not a rank of
+            the group.
     """
     if given is None:
         return None
@@ -179,11 +185,11 @@ def group_of(given: object) -> Any:
         if mesh.ndim != 1:
             raise ConfigError(
                 f"process_group= takes one dimension of a DeviceMesh, not {mesh.ndim} ({mesh.mesh_dim_names}): pass "
-                'mesh["name"], or several flattened into one, for example mesh["replicate", "shard"]._flatten("dp")'
+                'mesh["name"], or flatten several dimensions into one: mesh["replicate", "shard"]._flatten("dp")'
             )
         given = mesh.get_group()
     if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
         raise ConfigError("process_group: this process is not one of its ranks; pass the group that it belongs to")
     if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
-        raise ConfigError(f"process_group must be a process group, a DeviceMesh or None, not a {type(given).__name__}")
+        raise ConfigError(f"process_group must be a ProcessGroup, a DeviceMesh or None, not a {type(given).__name__}")
     return given

@@ -1,4 +1,4 @@
-"""Add up the finished gradients of all ranks, once."""
+"""The all-reduce of a window's finished gradients, in buckets, once per window."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ BUCKET_BYTES = 25 * 1024 * 1024
 
 
 class Flat:
-    """Memory for one bucket at a time, kept from step to step."""
+    """A buffer for one bucket of gradients, reused from step to step."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return memory of the last bucket, or more of it.
+        """Return the buffer, enlarged if necessary.
 
         Args:
-            numel: Numbers that are to find room.
-            dtype: Of them.
-            device: Where.
+            numel: Number of elements.
+            dtype: Their dtype.
+            device: The device of the buffer.
 
         Returns:
-            Uninitialised; shape ``(numel,)``.
+            Uninitialised memory; shape ``(numel,)``.
         """
         held = self._held.pop((dtype, device), None)
         if held is None or held.numel() < numel:
-            del held  # before there is another
+            del held  # before the next allocation, so that only one buffer is alive
             held = torch.empty(numel, dtype=dtype, device=device)
         self._held[dtype, device] = held
         return held[:numel]
@@ -40,19 +40,20 @@ class Flat:
 def reduce_(
     ranks: Ranks, gradients: Sequence[Tensor], factor: float, *, dtypes: Sequence[torch.dtype], flat: Flat
 ) -> None:
-    """Replace every gradient with the sum over all ranks of ``factor * gradient``.
+    """Replace every gradient by the sum over all ranks of ``factor * gradient``.
 
-    Each rank brings its own factor, ``expected / count``, so the ranks need not have expected the same count.
+    Each rank has its own factor, ``expected / count``, so the ranks may have expected different counts.
 
     Args:
-        ranks: The ranks.
-        gradients: Dense, and the same shapes, dtypes and order on every rank.
-        factor: What this rank's gradients are multiplied with on their way.
-        dtypes: In which each is added up; rounded once where that is narrower, or where the gradient is.
-        flat: Memory for buckets of several gradients. One that fills a bucket is added up where it is.
+        ranks: The data-parallel ranks.
+        gradients: Dense tensors; the same shapes, dtypes and order on every rank.
+        factor: What this rank's gradients are multiplied by before the all-reduce.
+        dtypes: The dtype of each gradient's all-reduce. A gradient is rounded once if it is wider than that dtype, and
+            the sum once if the gradient is narrower.
+        flat: A buffer for buckets of several gradients. A gradient as large as a bucket is reduced in place.
 
     Cost:
-        One all-reduce per bucket of 25 MiB, and a copy of a bucket.
+        One all-reduce per bucket of 25 MiB, and one copy of each bucket in and out.
 
     Source:
         Law R4.
@@ -75,12 +76,12 @@ def reduce_(
 
 
 def reserve(gradients: Sequence[Tensor], *, dtypes: Sequence[torch.dtype], flat: Flat) -> None:
-    """Find out whether there is memory for a bucket, while the other ranks can still be told that there is not.
+    """Allocate the largest bucket now, so that running out of memory can still be reported to the other ranks.
 
     Args:
-        gradients: What `reduce_` will be given.
-        dtypes: Likewise.
-        flat: Likewise.
+        gradients: As for `reduce_`.
+        dtypes: As for `reduce_`.
+        flat: As for `reduce_`.
     """
     for bucket, dtype in buckets_of(gradients, dtypes):
         if _alone(bucket, dtype) is None:
@@ -88,7 +89,7 @@ def reserve(gradients: Sequence[Tensor], *, dtypes: Sequence[torch.dtype], flat:
 
 
 def _alone(bucket: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Return the one gradient of a bucket, if it can be added up in its own memory."""
+    """Return a bucket's only gradient if it can be reduced in place."""
     fits = len(bucket) == 1 and bucket[0].dtype == dtype and bucket[0].is_contiguous()
     return bucket[0] if fits else None
 
@@ -99,11 +100,11 @@ def buckets_of(
     """Group gradients of one dtype and device, in order, into buckets of about the same bytes.
 
     Args:
-        gradients: What is to be reduced; where they are does not matter.
-        dtypes: In which each is added up.
+        gradients: The gradients to reduce, on any devices.
+        dtypes: The dtype of each gradient's all-reduce.
 
     Yields:
-        The gradients of a bucket, and the dtype in which they are added up.
+        The gradients of a bucket, and the dtype of its all-reduce.
     """
     open_: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor]] = {}
     sizes: dict[tuple[torch.dtype, torch.dtype, torch.device], int] = {}

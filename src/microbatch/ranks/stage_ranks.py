@@ -1,4 +1,4 @@
-"""What the ranks that have a model's stages between them tell one another, beside what the passes hand on."""
+"""Agreement among the ranks of a pipeline, on top of what its passes send between stages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from microbatch.ranks.agreement import Message, agree
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.process_group import Ranks
 
-_SOME = 16  # numbers of a weight that tell it from others
+_SOME = 16  # elements of a weight that identify it
 
 
 class Stages:
-    """The ranks that have the stages of one model between them, and what they tell one another beside its passes.
+    """The ranks of one pipeline, together with this rank's data-parallel group.
 
-    Whatever one of them learns of a failure it passes on to its data-parallel ranks, who wait for its word.
+    If a stage fails, every rank of the pipeline reports the failure to its data-parallel ranks, which wait for it.
 
     Args:
         pipeline: This rank's stages.
-        ranks: The data-parallel ranks, which have the same stages; `None` if there is only this one.
+        ranks: The data-parallel ranks, which have the same stages; `None` if there is one pipeline only.
 
     Attributes:
-        ranks: Likewise.
+        ranks: The data-parallel ranks, as given.
 
     Source:
         Laws N3, N9, R2.
@@ -39,13 +39,13 @@ class Stages:
         self.ranks = ranks
 
     def first_of(self, number: int) -> int:
-        """Return the number that the first of the ranks gives.
+        """Return the number of the pipeline's first rank, on every rank.
 
         Args:
-            number: This one's.
+            number: This rank's number.
 
         Returns:
-            The first one's.
+            The first rank's number.
 
         Cost:
             Two small all-gathers.
@@ -53,70 +53,70 @@ class Stages:
         return self._stages.tell(number)[0]
 
     def warn_of_twins(self, model: nn.Module) -> None:
-        """Warn of weights on different ranks that are alike, as a tied embedding and head are.
+        """Warn about equal weights on different ranks, which may be one tied weight, such as embedding and head.
 
         Args:
             model: This rank's stages.
 
         Cost:
-            Two small all-gathers, and a host synchronisation for every weight.
+            Two small all-gathers, and one host synchronisation for every weight.
         """
-        told, first = self._stages.tell(_marks(model)), dict[Any, tuple[int, str]]()
-        for rank, marks in enumerate(told):
-            for mark, name in marks.items():
-                where, twin = first.setdefault(mark, (rank, name))
+        found, first = self._stages.tell(_fingerprints(model)), dict[Any, tuple[int, str]]()
+        for rank, fingerprints in enumerate(found):
+            for fingerprint, name in fingerprints.items():
+                where, twin = first.setdefault(fingerprint, (rank, name))
                 if where != rank:
                     warnings.warn(
                         f"{twin!r} on rank {where} of the pipeline and {name!r} on rank {rank} have the same values. "
-                        "If they are one parameter of the model, they are two now that it is split, each with a part "
-                        "of the gradient: untie them, or put both into stages of one rank",
+                        "If they are one tied parameter, splitting the model made two parameters of it, each with a "
+                        "part of the gradient: untie them, or put both into stages of one rank",
                         stacklevel=2,
                     )
 
     def attend(self, rows: int, passes: int, *, first: int, parameters: int) -> None:
-        """See to it that every stage is there, with the same batch.
+        """Check that no stage has failed, and that all ranks of the pipeline have the same batch.
 
         Args:
-            rows: Rows of this rank's.
-            passes: That it will run.
-            first: What its first row is told by; below ``2**16``.
-            parameters: How many gradients this rank has.
+            rows: Number of rows in this rank's batch.
+            passes: Number of passes that this rank will run.
+            first: A hash of the batch's first row; below ``2**16``.
+            parameters: Number of gradients on this rank.
 
         Raises:
-            BatchError: They were given different ones.
+            BatchError: The ranks have different batches or microbatch sizes.
             RankError: A stage failed.
 
         Cost:
-            An all-reduce of 6,500 bytes, and a host synchronisation.
+            One all-reduce of 6,500 bytes, and one host synchronisation.
         """
-        said = {"first": float(first), "passes": float(passes), "rows": float(rows)}
-        squares = [number**2 for number in said.values()]
-        told = self._agree(_message(list(said), list(said.values()), squares), parameters)
-        # Equal numbers, and only they, have this; every rank sees it alike.
-        if any(self._stages.size * square != total**2 for total, square in zip(told.sums, told.counts, strict=True)):
+        own = {"first": float(first), "passes": float(passes), "rows": float(rows)}
+        squares = [number**2 for number in own.values()]
+        found = self._agree(_message(list(own), list(own.values()), squares), parameters)
+        # n * sum(x^2) == sum(x)^2 only if all n numbers are equal, and every rank gets the same answer.
+        if any(self._stages.size * square != total**2 for total, square in zip(found.sums, found.counts, strict=True)):
             raise BatchError(
-                "the ranks of a pipeline were given different batches, or microbatch sizes: all of them run the same "
-                f"microbatches, so pass the same batch on each (here it has {rows} rows, in {passes} passes), and give "
-                "each pipeline, not each rank, a share of the data"
+                "the ranks of a pipeline were given different batches or microbatch sizes, but all of them run the "
+                f"same microbatches; this rank has {rows} rows in {passes} passes. Pass the same batch on every rank "
+                "of a pipeline, and give each pipeline, not each rank, a share of the data"
             )
 
     def agree(self, message: Message | None, *, parameters: int) -> Message:
-        """Add up what the stages say, and then, over the data-parallel ranks, what the pipelines do.
+        """Sum the messages of all stages, and then the sums of all pipelines over the data-parallel ranks.
 
         Args:
-            message: What this rank says: its loss on the last stage, elsewhere none; `None` says that it failed.
-            parameters: How many gradients this rank has.
+            message: This rank's message, which has a loss only on the last stage; `None` if this rank failed.
+            parameters: Number of gradients on this rank.
 
         Returns:
             The sums over all ranks.
 
         Raises:
-            RankError: A rank failed, or they have different terms, or are at different steps.
+            RankError: A rank failed, or ranks are at different steps, or their losses have different terms.
 
         Cost:
-            Two all-reduces of 6,500 bytes, and a host synchronisation after each.
+            Two all-reduces of 6,500 bytes, and one host synchronisation after each.
         """
-        # Gradients are of this stage alone.
+        # Each stage has parameters of its own, so which gradients exist is not summed over stages.
         whole = self._agree(None if message is None else replace(message, present=[]), parameters)
         whole = replace(whole, present=[] if message is None else message.present)
         if self.ranks is None:
@@ -124,13 +124,13 @@ class Stages:
         return agree(self.ranks, None if message is None else whole, parameters=parameters)
 
     def norm(self, own: Tensor) -> Tensor:
-        """Return the norm of all stages' gradients.
+        """Return the gradient norm of the whole model.
 
         Args:
-            own: This rank's; shape ``()``.
+            own: The norm of this rank's gradients; shape ``()``.
 
         Returns:
-            The whole one; infinite or NaN if any of them is.
+            The norm over all stages, float64, shape ``()``; infinite or NaN if any stage's norm is.
 
         Cost:
             One all-reduce of 8 bytes.
@@ -150,41 +150,42 @@ class Stages:
 
 
 def check_beside(pipeline: Pipeline, group: Any, *, given: bool) -> None:
-    """Refuse data-parallel ranks that are stages of the same pipeline.
+    """Refuse a data-parallel process group that contains other stages of the same pipeline.
 
     Args:
         pipeline: This rank's stages.
-        group: The data-parallel ranks; `None` for the default group.
-        given: Whether somebody has said which they are.
+        group: The data-parallel process group; `None` for the default group.
+        given: Whether the user passed the group.
 
     Raises:
-        ConfigError: They overlap, or nobody has said which they are, and there are others than the stages.
+        ConfigError: The group contains another stage; or no group was passed, and the pipeline does not span all ranks.
     """
     stages, me = set(dist.get_process_group_ranks(pipeline.group)), dist.get_rank()
     if not given:
         if len(stages) == dist.get_world_size():
             return
         raise ConfigError(
-            f"the pipeline has {len(stages)} of {dist.get_world_size()} ranks: say which ranks have the same stages as "
-            'this one, process_group=mesh["dp"] of a DeviceMesh with the dimensions "dp" and "pp"'
+            f"the pipeline has {len(stages)} of {dist.get_world_size()} ranks, so process_group= is needed: pass the "
+            'ranks that have the same stages as this one, for example mesh["dp"] of a DeviceMesh with the dimensions '
+            '"dp" and "pp"'
         )
     others = set(dist.get_process_group_ranks(group))
     if stages & others != {me}:
         raise ConfigError(
-            f"process_group= has the ranks {sorted(others)}, and the stages of this rank's pipeline are on "
-            f"{sorted(stages)}: they may have this rank ({me}) in common, and no other"
+            f"process_group= has the ranks {sorted(others)}, and this rank's pipeline has the ranks {sorted(stages)}: "
+            f"only this rank ({me}) may be in both"
         )
 
 
-def _marks(model: nn.Module) -> dict[Any, str]:
-    """Tell the trained weights by some of their numbers."""
-    marks: dict[Any, str] = {}
+def _fingerprints(model: nn.Module) -> dict[Any, str]:
+    """Return the names of the trainable matrices by their shape and a few of their elements."""
+    fingerprints: dict[Any, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.ndim > 1:
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // _SOME)].tolist()
-            if len(set(some)) > 1:  # weights that begin as zeros are alike without being one
-                marks[tuple(parameter.shape), *some] = name
-    return marks
+            if len(set(some)) > 1:  # several weights may be initialised to one constant without being tied
+                fingerprints[tuple(parameter.shape), *some] = name
+    return fingerprints
 
 
 def _message(names: list[str], sums: list[float], counts: list[float]) -> Message:

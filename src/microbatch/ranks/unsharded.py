@@ -1,4 +1,4 @@
-"""A fully sharded model that is whole for a window: its weights gathered once, its gradients scattered once."""
+"""One all-gather of a fully sharded model's weights, and one reduce-scatter of its gradients, for a whole window."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from microbatch.ranks.fsdp import fully_sharded, reshard, units_of
 
 
 def hold_whole(model: nn.Module) -> list[Any]:
-    """Gather all weights, and let passes run in any order, as those of a plain module, until `scatter_whole`.
+    """All-gather all weights, so that passes can run in any order until `scatter_whole`, as in a plain module.
 
-    Torch's own passes are one forward and one backward at a time, which gather and let go of weights as they come to
-    them. Where forward passes of several microbatches take turns, there is no such order; so the hooks of the units are
-    told what they are told where a checkpoint runs a block again: that the weights are there, and somebody else's.
+    FSDP expects one forward and then its backward, and gathers and frees weights along the way. If forward passes of
+    several microbatches are interleaved, that order does not exist. So each unit is put into the state that FSDP uses
+    while activation checkpointing recomputes a block: weights stay gathered, and hooks do not touch them.
 
     Args:
-        model: Fully sharded.
+        model: A fully sharded model.
 
     Returns:
         The gathered weights.
 
     Raises:
-        Exception: What went wrong on this rank, memory that ended most of all. The others wait for its part of every
-            unit, so it gathers the rest one by one, and lets go of each.
+        Exception: The error of this rank, such as running out of memory. It is raised after this rank has taken part in
+            the all-gather of every unit, which the other ranks wait for; the rest is gathered and freed unit by unit.
 
     Cost:
         One all-gather a unit; memory for all weights.
@@ -54,25 +54,25 @@ def hold_whole(model: nn.Module) -> list[Any]:
 
 
 def scatter_whole(model: nn.Module) -> None:
-    """Scatter what one backward has left, and let go of the weights.
+    """Reduce-scatter the gradients of one backward, and free the gathered weights.
 
     Args:
-        model: What `hold_whole` was given.
+        model: The model that `hold_whole` was called with.
 
     Cost:
         One reduce-scatter a unit.
     """
     let_go(model)
     for root in _roots(model):
-        # What torch does at a backward's end: units that it has not come to are reduced now.
+        # FSDP's own callback at the end of backward; it reduces every unit that has not been reduced yet.
         root._root_post_backward_final_callback()
 
 
 def let_go(model: nn.Module) -> None:
-    """Let passes be torch's own again.
+    """Return a model's units to FSDP's normal state, after `hold_whole`.
 
     Args:
-        model: What `hold_whole` was given, or a module that was not.
+        model: A fully sharded model; nothing changes if `hold_whole` was not called.
     """
     for state in _states(model):
         state._training_state = type(state._training_state).IDLE
@@ -84,7 +84,7 @@ def _gather(unit: Any) -> None:
 
 
 def _roots(model: nn.Module) -> Iterator[Any]:
-    """Walk over the outermost sharded modules' states; each learns what is inside of it, if it has not run yet."""
+    """Yield the FSDP states of the outermost sharded modules, initialised if the model has not run yet."""
     inside: set[int] = set()
     for module in fully_sharded(model):
         if id(module) not in inside:

@@ -16,7 +16,8 @@ from microbatch.errors import LossError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.memory.budget import format_bytes
 from microbatch.ranks.agreement import attend
-from microbatch.ranks.fsdp import Sharded, narrowest, unshared_bytes
+from microbatch.ranks.fsdp import narrowest, unshared_bytes
+from microbatch.ranks.fsdp_passes import Sharded
 from microbatch.ranks.process_group import Ranks
 from microbatch.ranks.unsharded import hold_whole, let_go, scatter_whole
 from microbatch.step.events import SyncChosen

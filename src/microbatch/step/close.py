@@ -17,7 +17,7 @@ from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.loss.loss import wide_dtype
 from microbatch.loss.tally import Tally
 from microbatch.ranks.agreement import Message, agree
-from microbatch.ranks.fsdp import Sharded
+from microbatch.ranks.fsdp_passes import Sharded
 from microbatch.ranks.process_group import Ranks
 from microbatch.ranks.reduce import Flat, reduce_, reserve
 from microbatch.ranks.stage_ranks import Stages

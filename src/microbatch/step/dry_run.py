@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from microbatch.batch.batch_tree import map_tensors, rows_of
 from microbatch.errors import ConfigError
-from microbatch.gradients.gradient_sum import trainable
+from microbatch.gradients.parameters import trainable
 from microbatch.loss.loss import shares_of
 from microbatch.loss.tally import Tally
 from microbatch.memory.allocator import AllocatorMeter, Witnessed

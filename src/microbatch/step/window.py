@@ -27,7 +27,7 @@ from microbatch.errors import (
     WindowOpenError,
 )
 from microbatch.gradients.clipping import first_nonfinite
-from microbatch.gradients.gradient_sum import trainable
+from microbatch.gradients.parameters import trainable
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.loss.rank_stats import Across
 from microbatch.loss.representations import own_part, stand_in
