@@ -182,6 +182,22 @@ def test_a_loss_that_fails_leaves_everything_as_it_was() -> None:
     assert same(everything(model, optimizer), before)
 
 
+def test_a_layer_that_this_processor_cannot_run_under_autocast_is_named() -> None:
+    model, _ = trained()
+
+    def failing(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        model(batch["x"])
+        message = "could not create a primitive descriptor for the LSTM forward propagation primitive."
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError) as caught:
+        mb.check(model, failing, batch(), autocast=torch.bfloat16)
+    assert "this processor has no kernel" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError) as caught:
+        mb.check(model, failing, batch())
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_a_loss_function_that_reaches_the_model_by_another_name_is_given_the_copy() -> None:
     model, optimizer = trained()
     model.eval()

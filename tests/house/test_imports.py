@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "src" / "microbatch"
 CORE = (
     "__init__.py",
     "errors.py",
+    "failed_layer.py",
     "products.py",
     "batch",
     "loss",

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from tests.processor import bfloat16_lstm, needs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
@@ -372,6 +373,7 @@ def test_what_a_meter_counts_is_predicted_beside_what_has_to_fit() -> None:
 
 def test_padded_states_are_metered_as_real_ones_are() -> None:
     """The fake LSTM under autocast keeps less than the real one."""
+    needs(bfloat16_lstm)
     model, batch = recurrent()
     it = described(model, autocast=torch.bfloat16)
     predicted = rehearse(it, fit, batch=batch, witness=(2, 4, 8))

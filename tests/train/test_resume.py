@@ -46,8 +46,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def wait_for(run: Path, lines: int, process: subprocess.Popen[str]) -> None:
-    path = run / "metrics.jsonl"
+def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
@@ -65,7 +64,7 @@ def test_killed_at_random_moments(uninterrupted: Path, tmp_path: Path) -> None:
         before = len(metrics(run)) if run.exists() else 0
         process = start(run, *(["--resume"] if attempt else []))
         if kills < 5:
-            wait_for(run, before + chance.randint(1, 7), process)
+            wait_for(run / "metrics.jsonl", before + chance.randint(1, 7), process)
             time.sleep(chance.uniform(0, 0.02))
             process.kill()
         code, _, err = finish(process)
@@ -84,7 +83,7 @@ def test_killed_at_random_moments(uninterrupted: Path, tmp_path: Path) -> None:
 def test_stopped_politely(uninterrupted: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     run = tmp_path / "stopped"
     process = start(run, "--checkpoint-every", "1000")
-    wait_for(run, 5, process)
+    wait_for(run / "metrics.jsonl", 5, process)
     process.send_signal(number)
     status, out, err = finish(process)
     assert status == code, err
@@ -99,12 +98,14 @@ def test_stopped_politely(uninterrupted: Path, tmp_path: Path, number: signal.Si
 
 
 SLOW_LOSS = """
-import time
+import pathlib, time
 from small_job import *  # noqa
 import small_job, dataclasses, torch
 
 def slow(*, device):
     def loss_fn(model, microbatch):
+        with pathlib.Path(__file__).with_name("calls").open("a") as calls:
+            calls.write("\\n")
         time.sleep(2)
         return small_job.loss_fn(model, microbatch)
     return dataclasses.replace(small_job.small(device=device), loss_fn=loss_fn, validation=None)
@@ -117,7 +118,10 @@ def test_a_second_ctrl_c_drops_the_window_and_writes_nothing(tmp_path: Path) -> 
     (tmp_path / "small_job.py").write_text(Path(__file__).with_name("small_job.py").read_text())
     run = tmp_path / "run"
     process = start(run, "--checkpoint-every", "1000", job=f"{tmp_path / 'slow_job.py'}:slow")
-    wait_for(run, 1, process)
+    wait_for(run / "metrics.jsonl", 1, process)
+    # Into the next pass: before it, the first signal ends the run politely, and at once.
+    calls = tmp_path / "calls"
+    wait_for(calls, len(calls.read_bytes()) + 1, process)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -22,6 +22,7 @@ from microbatch.checking.gradient import Gradient, norm, relative_error, taken
 from microbatch.checking.survey import Survey, survey
 from microbatch.checking.switches import Frozen, ModuleState, Still
 from microbatch.errors import CheckError
+from microbatch.failed_layer import explain_missing_kernel
 from microbatch.loss.loss import Loss
 from microbatch.memory.module_of_op import Where
 from microbatch.step.saved_state import RandomState
@@ -139,6 +140,9 @@ class Stage:
 
         Returns:
             What ``act`` returns.
+
+        Raises:
+            RuntimeError: What ``act`` raised; with a note where this processor cannot run a layer under autocast.
         """
         known = self.survey(rows).statistics if STATISTICS in off else None
         given = self.given
@@ -163,7 +167,11 @@ class Stage:
                 stack.enter_context(Frozen(where, known=known))
             count = rows_of(given.batch)
             whole = slice_rows(replica.given.batch, 0, count, rows=count)
-            return act(Play(replica, boundary, where, whole, count, self._autocast))
+            try:
+                return act(Play(replica, boundary, where, whole, count, self._autocast))
+            except RuntimeError as error:
+                explain_missing_kernel(error, replica.model, autocast=self._autocast)
+                raise
 
     def whole(
         self,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from types import TracebackType
 
 import torch
 from torch import nn
 
 from microbatch.errors import OutOfMemoryError
+from microbatch.failed_layer import failed_layer, named_layer
 from microbatch.memory.budget import format_bytes, parse_bytes
 
 # As the libraries write it; where one of them only says that it found no way, too little memory for its workspace is
@@ -97,7 +97,7 @@ def let_go_of_locals(error: BaseException, model: nn.Module) -> None:
         model: Whose module it is looked for in.
     """
     if getattr(error, "module", None) is None and isinstance(error, torch.OutOfMemoryError):
-        vars(error)["module"] = _module(error, model)
+        vars(error)["module"] = failed_layer(error, model)
     if error.__traceback__ is not None:
         traceback.clear_frames(error.__traceback__)
 
@@ -135,11 +135,10 @@ def explained(
     operator = getattr(error, "operator", None)
     allowed = getattr(error, "budget", None) or budget
     module = getattr(error, "module", None)
-    module = _module(error, model) if module is None else module
+    module = failed_layer(error, model) if module is None else module
     told = [f"{operator or 'an operator'} asked for {_amount(asked)}"]
-    told += [
-        f"in module {_named(module, model)}" if module is not None else "in backward, or outside of the model's modules"
-    ]
+    where = "in backward, or outside of the model's modules"
+    told += [where if module is None else f"in module {named_layer(module, model)}"]
     told += [f"with {_amount(in_use)} in use" if in_use is not None else ""]
     told += [f"of {format_bytes(allowed)} allowed" if allowed is not None else ""]
     return OutOfMemoryError(
@@ -171,27 +170,6 @@ def _in_use(error: BaseException, device: torch.device) -> int | None:
 
 def _amount(size: int | None) -> str:
     return "an unknown number of bytes" if size is None else format_bytes(size)
-
-
-def _named(path: str, model: nn.Module) -> str:
-    try:
-        owner = type(model.get_submodule(path)).__name__
-    except AttributeError:  # of something else that was running
-        return repr(path)
-    return f"{path or 'the model itself'!r} ({owner})"
-
-
-def _module(error: BaseException, model: nn.Module) -> str | None:
-    """Find the path of the innermost module of the model whose method was running."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found: str | None = None
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            found = names[id(owner)]
-        trace = trace.tb_next
-    return found
 
 
 def _largest(model: nn.Module) -> str:
