@@ -42,7 +42,7 @@ from microbatch.train.heartbeat import (
 from microbatch.train.job import Job
 from microbatch.train.noise import NoiseScale
 from microbatch.train.place import STAGES, Place, named_by_rank, named_by_stage, own_state
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import (
     CheckpointWritten,
     Notice,
