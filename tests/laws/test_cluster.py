@@ -18,10 +18,12 @@ from microbatch.errors import ConfigError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.planning.arithmetic import divide_batch
 from microbatch.planning.block_profile import FORWARD, Model, Place, Profile
-from microbatch.planning.cluster_plan import ClusterPlan, Simulation, cluster_plan
+from microbatch.planning.cluster_plan import Simulation, cluster_plan
+from microbatch.planning.cluster_report import ClusterPlan
 from microbatch.planning.hardware import Device, find_device
-from microbatch.planning.model_shapes import Case, Embedding, Shape, case_from_config, next_token_loss
+from microbatch.planning.model_shapes import Case, case_from_config, next_token_loss
 from microbatch.planning.sharding import PRECISIONS, STRATEGIES, Setup, State
+from microbatch.planning.transformer_layers import Embedding, Shape
 from microbatch.step.dry_run_copies import some_rows
 
 GIB = 1024**3

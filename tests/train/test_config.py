@@ -14,7 +14,8 @@ from microbatch.errors import ConfigError, DataError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.find_job import call_job, find_job
 from microbatch.train.job import Job
-from microbatch.train.resolve import RunConfig, resolve, resolve_device, resolved_settings
+from microbatch.train.resolve import resolve, resolve_device, resolved_settings
+from microbatch.train.run_config import RunConfig
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.memory.budget import format_bytes
-from microbatch.planning.cluster_plan import ClusterPlan, Simulation
+from microbatch.planning.cluster_plan import Simulation
+from microbatch.planning.cluster_report import ClusterPlan
 from microbatch.planning.communication import Assumed
 from microbatch.planning.hardware import find_device, is_hardware
 from microbatch.planning.model_shapes import Case, case_from_config

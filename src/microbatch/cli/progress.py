@@ -26,7 +26,7 @@ from microbatch.cli.run_views import (
 )
 from microbatch.memory.budget import format_bytes
 from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import (
     Comparing,
     Notice,

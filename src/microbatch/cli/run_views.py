@@ -16,7 +16,7 @@ from rich.text import Text
 
 from microbatch.memory.budget import format_bytes
 from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged, SyncChosen
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import RunPlanned
 
 ACCENT, GOOD, QUIET, WARN = "bold cyan", "bold green", "dim", "yellow"

@@ -1,8 +1,7 @@
-"""Models of the usual shapes, built from a configuration alone, without memory."""
+"""Build models of the usual shapes from a configuration alone, on the meta device."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +12,22 @@ from torch import Tensor, nn
 
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
+from microbatch.planning.transformer_layers import Block, Embedding, Head, Patches, Shape, Transformer
+from microbatch.planning.unet import UNet
 
-# Decoders with root mean square norms, rotated positions and a gated hidden layer.
+# Decoders with RMS norms, rotary positions and a gated hidden layer.
 _GATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "olmo2")
 MODEL_TYPES = (*_GATED, "gpt2", "vit", "unet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is to be trained, of which no number is ever read.
+    """Hold a model, an example batch and a loss function to plan for; the values of the tensors are never read.
 
     Attributes:
-        name: What to call it.
-        model: On any device; ``"meta"`` takes no memory.
-        batch: An example batch, of which the rows are repeated as needed; on any device.
+        name: Name of the model, for the printed plan.
+        model: The model, on any device; on ``"meta"`` it takes no memory.
+        batch: An example batch, on any device; its rows are repeated as needed.
         loss_fn: As for `Accumulator.step`.
     """
 
@@ -36,280 +37,20 @@ class Case:
     loss_fn: Callable[[nn.Module, Any], LossLike]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The sizes of a transformer.
-
-    Attributes:
-        width: Features of a token.
-        layers: Blocks.
-        heads: Heads of queries.
-        shared_heads: Heads of keys and values.
-        head_width: Features of a head.
-        hidden: Features inside a block's second half.
-        gated: Whether it is gated, with root mean square norms and rotated positions; else as in GPT-2.
-        bias: Whether queries, keys and values have biases.
-        causal: Whether a token sees only those before it.
-    """
-
-    width: int
-    layers: int
-    heads: int
-    shared_heads: int
-    head_width: int
-    hidden: int
-    gated: bool
-    bias: bool
-    causal: bool
-
-
-class Norm(nn.Module):
-    """Divide by the root mean square, in float32, as decoders in low precision do.
-
-    Args:
-        width: Features.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise.
-
-        Args:
-            x: Shape ``(..., width)``.
-
-        Returns:
-            The same shape and dtype.
-        """
-        wide = x.float()
-        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        return self.weight * scaled.to(x.dtype)
-
-
-class Block(nn.Module):
-    """Attention, then a hidden layer, each beside a residual path.
-
-    Args:
-        shape: The sizes.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.shape = shape
-        inner, shared = shape.heads * shape.head_width, shape.shared_heads * shape.head_width
-        norm = Norm if shape.gated else nn.LayerNorm
-        self.attention_norm, self.hidden_norm = norm(shape.width), norm(shape.width)
-        self.query = nn.Linear(shape.width, inner, bias=shape.bias)
-        self.key = nn.Linear(shape.width, shared, bias=shape.bias)
-        self.value = nn.Linear(shape.width, shared, bias=shape.bias)
-        self.out = nn.Linear(inner, shape.width, bias=not shape.gated)
-        self.gate = nn.Linear(shape.width, shape.hidden, bias=False) if shape.gated else None
-        self.up = nn.Linear(shape.width, shape.hidden, bias=not shape.gated)
-        self.down = nn.Linear(shape.hidden, shape.width, bias=not shape.gated)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block.
-
-        Args:
-            x: Shape ``(B, T, width)``.
-
-        Returns:
-            The same shape.
-        """
-        x = x + self._attend(self.attention_norm(x))
-        normed = self.hidden_norm(x)
-        if self.gate is None:
-            return x + self.down(F.gelu(self.up(normed), approximate="tanh"))
-        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        shape = self.shape
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, shape.head_width)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        if shape.gated:
-            q, k = _rotate(q), _rotate(k)
-        if (times := shape.heads // shape.shared_heads) > 1:
-            k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class Head(nn.Module):
-    """Normalise, then one linear layer.
-
-    Args:
-        shape: The sizes.
-        outputs: Words or classes.
-    """
-
-    def __init__(self, shape: Shape, outputs: int) -> None:
-        super().__init__()
-        self.norm = Norm(shape.width) if shape.gated else nn.LayerNorm(shape.width)
-        self.linear = nn.Linear(shape.width, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Score.
-
-        Args:
-            x: Shape ``(..., width)``.
-
-        Returns:
-            Shape ``(..., outputs)``.
-        """
-        return self.linear(self.norm(x))
-
-
-class Embedding(nn.Module):
-    """Turn tokens into features, with learned positions where none are rotated in.
-
-    Args:
-        shape: The sizes.
-        vocabulary: Words.
-        length: Learned positions; 0 for none.
-    """
-
-    def __init__(self, shape: Shape, *, vocabulary: int, length: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, shape.width)
-        self.positions = nn.Embedding(length, shape.width) if length else None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Look up.
-
-        Args:
-            tokens: Shape ``(B, T)``, int64.
-
-        Returns:
-            Shape ``(B, T, width)``.
-        """
-        x = self.tokens(tokens)
-        return x if self.positions is None else x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
-
-
-class Patches(nn.Module):
-    """Cut an image into patches with learned positions.
-
-    Args:
-        width: Features of a patch.
-        channels: Of the image.
-        patch: Pixels on a side.
-        count: Patches of an image.
-    """
-
-    def __init__(self, width: int, *, channels: int, patch: int, count: int) -> None:
-        super().__init__()
-        self.project = nn.Conv2d(channels, width, patch, stride=patch)
-        self.positions = nn.Parameter(torch.zeros(count, width))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed.
-
-        Args:
-            images: Shape ``(B, C, H, W)``.
-
-        Returns:
-            Shape ``(B, count, width)``.
-        """
-        return self.project(images.to(self.positions.dtype)).flatten(2).transpose(1, 2) + self.positions
-
-
-class Transformer(nn.Module):
-    """What embeds, blocks, and a head.
-
-    Args:
-        embed: Turns the input into features.
-        blocks: The blocks.
-        head: Scores.
-    """
-
-    def __init__(self, embed: nn.Module, *, blocks: list[Block], head: Head) -> None:
-        super().__init__()
-        self.embed, self.blocks, self.head = embed, nn.ModuleList(blocks), head
-
-    def forward(self, given: Tensor) -> Tensor:
-        """Run the model.
-
-        Args:
-            given: Tokens ``(B, T)`` or images ``(B, C, H, W)``.
-
-        Returns:
-            Scores for every token or patch.
-        """
-        x = self.embed(given)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class Convolved(nn.Sequential):
-    """Two 3 x 3 convolutions, each normalised over groups of channels.
-
-    Args:
-        before: Channels in.
-        after: Channels out.
-    """
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        for channels in (before, after):
-            self.append(nn.Conv2d(channels, after, 3, padding=1))
-            self.append(nn.GroupNorm(min(32, after), after))
-            self.append(nn.SiLU())
-
-
-class UNet(nn.Module):
-    """The U-Net of Ronneberger et al. 2015 (arXiv:1505.04597), with group norms; an image in, an image out.
-
-    Args:
-        channels: Of the image.
-        widths: Channels at every resolution, each half the one before.
-    """
-
-    def __init__(self, channels: int, widths: list[int]) -> None:
-        super().__init__()
-        pairs = list(itertools.pairwise(widths))
-        self.first = Convolved(channels, widths[0])
-        self.down = nn.ModuleList([Convolved(wide, wider) for wide, wider in pairs])
-        self.up = nn.ModuleList([nn.ConvTranspose2d(wider, wide, 2, stride=2) for wide, wider in reversed(pairs)])
-        self.join = nn.ModuleList([Convolved(2 * wide, wide) for wide, _ in reversed(pairs)])
-        self.last = nn.Conv2d(widths[0], channels, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Run the model.
-
-        Args:
-            images: Shape ``(B, C, H, W)``.
-
-        Returns:
-            The same shape.
-        """
-        levels = [self.first(images.to(self.last.weight.dtype))]
-        for down in self.down:
-            levels.append(down(F.max_pool2d(levels[-1], 2)))
-        x = levels.pop()
-        for up, join in zip(self.up, self.join, strict=True):
-            x = join(torch.cat([levels.pop(), up(x)], dim=1))
-        return self.last(x)
-
-
 def case_from_config(config: Mapping[str, Any], *, sequence_length: int | None = None, name: str = "") -> Case:
-    """Build what a configuration describes, on the meta device.
+    """Build the model that a configuration describes, on the meta device.
 
     Args:
-        config: The keys of a Transformers configuration; `MODEL_TYPES` says of which types. For a U-Net
+        config: The keys of a Transformers configuration; `MODEL_TYPES` lists the supported types. For a U-Net:
             ``{"model_type": "unet", "image_size": 1024, "widths": [64, 128, ...]}``.
-        sequence_length: Tokens of a row; by default what the model can read.
-        name: What to call it; by default its type.
+        sequence_length: Tokens of a row; by default the model's longest input.
+        name: Name of the model; by default its type.
 
     Returns:
         The case, with one row as its batch.
 
     Raises:
-        ConfigError: A type that is not known, or a key that is missing.
+        ConfigError: The model type is not known, or a key is missing.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -401,10 +142,10 @@ def _unet(config: Mapping[str, Any], length: int | None) -> _Built:
 
 
 def next_token_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
-    """Average the cross-entropy of the next tokens, in float32.
+    """Compute the mean cross-entropy of the next tokens, in float32.
 
     Args:
-        model: Tokens to logits.
+        model: Maps tokens to logits.
         microbatch: ``"tokens"`` of shape ``(B, T)``.
 
     Returns:
@@ -415,10 +156,10 @@ def next_token_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
 
 
 def label_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
-    """Average the cross-entropy of an image's label.
+    """Compute the mean cross-entropy of the images' labels, in float32.
 
     Args:
-        model: Images to scores of every patch.
+        model: Maps images to the scores of every patch.
         microbatch: ``"images"`` and ``"labels"``.
 
     Returns:
@@ -428,22 +169,13 @@ def label_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
 
 
 def image_loss(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
-    """Average the squared error of an image.
+    """Compute the mean squared error of the images, in float32.
 
     Args:
-        model: Images to images.
+        model: Maps images to images.
         microbatch: ``"images"`` and ``"wanted"``.
 
     Returns:
         The mean.
     """
     return (model(microbatch["images"]).float() - microbatch["wanted"]).square().mean()
-
-
-def _rotate(x: Tensor) -> Tensor:
-    """Rotate pairs of features by an angle that grows with the position."""
-    length, width = x.shape[-2:]
-    rates = 10_000.0 ** (-torch.arange(0, width, 2, device=x.device) / width)
-    angles = torch.outer(torch.arange(length, device=x.device), rates).repeat(1, 2)
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos().to(x.dtype) + torch.cat((-second, first), dim=-1) * angles.sin().to(x.dtype)

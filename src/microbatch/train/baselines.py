@@ -15,7 +15,7 @@ from microbatch.step.accumulator import Accumulator
 from microbatch.step.record import Step
 from microbatch.train.evaluate import named_losses
 from microbatch.train.job import Job
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 from microbatch.train.state import optimizers_of
 
 

@@ -23,7 +23,7 @@ from microbatch.train.baselines import Ways
 from microbatch.train.encode import own
 from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 from microbatch.train.state import load_model, load_optimizer, model_tensors
 
 

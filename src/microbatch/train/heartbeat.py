@@ -6,10 +6,12 @@ import json
 import os
 import platform
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from microbatch.errors import RankError
+from microbatch.errors import MicrobatchError, RankError
 
 _STAGES = (
     "beginning",
@@ -169,6 +171,33 @@ def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
         others = ", ".join(f"rank {each}" for each in range(ranks) if each != rank)
         return f"step {step} came to a halt, and {others} had come as far as this one: the network may have failed"
     return f"step {step} came to a halt, because {' and '.join(found)}"
+
+
+@contextmanager
+def missing_ranks_named(heartbeat: Heartbeat, *, ranks: int, rank: int) -> Generator[None]:
+    """Replace an error of a collective by an error that names the missing ranks, and record every error.
+
+    Args:
+        heartbeat: This rank's heartbeat.
+        ranks: World size.
+        rank: This rank.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RankError: A collective failed because of another rank.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MicrobatchError) or not is_of_the_group(error):
+            heartbeat.failed(error)
+            raise
+        found = who_is_missing(heartbeat.folder, ranks=ranks, rank=rank)
+        told = RankError(f"{found}; its own log is in {heartbeat.folder}")
+        heartbeat.failed(told)
+        raise told from error
 
 
 def _look(folder: Path, *, ranks: int, rank: int) -> tuple[int, list[str]]:

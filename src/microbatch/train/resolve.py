@@ -1,10 +1,8 @@
-"""Settings and a job become a run's configuration: every value known, and every value able to work."""
+"""Combine a user's settings with a job into the configuration of a run, and check that every value can work."""
 
 from __future__ import annotations
 
 import math
-import platform
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,121 +18,23 @@ from microbatch.train.data import length_of
 from microbatch.train.job import Job
 from microbatch.train.jobs import BUILT_IN
 from microbatch.train.place import Place, check_piped_job
+from microbatch.train.run_config import RunConfig
 from microbatch.train.state import optimizers_of
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """Hold every number that the training loop needs.
-
-    Attributes:
-        job: The job as the user named it.
-        device: Where it runs.
-        batch_size: Effective batch, in samples.
-        microbatch_size: Samples that go through the model at once; at most ``batch_size``.
-        memory_budget: Bytes that a step may use, or `None`.
-        steps: Optimizer steps of the whole run.
-        epochs: Passes over the data that these are.
-        samples: Size of the training set.
-        validation_samples: Size of the held-out set; 0 for none.
-        seed: The run's seed.
-        autocast: Precision of the forward pass, or `None` for the parameters' own.
-        learning_rate: Peak learning rate of the first parameter group.
-        schedule: ``"cosine"``, ``"constant"``, or ``"job"`` for the job's own scheduler.
-        warmup_steps: Steps of linear warm-up; below ``steps``.
-        max_grad_norm: Norm that the finished gradient is clipped to, or `None`.
-        nonfinite: ``"raise"`` or ``"skip"``.
-        plain: Whether samples are coupled within each microbatch alone.
-        batch_norm: What batch normalisation normalises by, as for `Accumulator`.
-        validate_every: Steps between validations.
-        checkpoint_every: Steps between checkpoints.
-        keep_checkpoints: Checkpoints that are kept.
-        compare: Whether the run ends with the comparison against the full batch.
-        parameters: Trainable numbers in the model.
-        unit: What throughput counts, in the plural.
-        auto: Whether the run finds its microbatch size itself; ``microbatch_size`` is then what it would fall back to.
-        ragged: Whether microbatches are cut by the lengths of their rows, so that their number depends on these.
-        ranks: Who share each batch.
-        pipelines: Pipelines that they are, each with a share of it; `None` where each rank has a whole model.
-        deterministic: Whether the run has the same bits on any number of them.
-        async_checkpoints: Whether training goes on while a checkpoint is written.
-        rank_timeout: Seconds that a rank waits for the others.
-        shard: What each of several ranks holds a share of: ``"zero2"``, ``"zero3"``, ``"job"`` for what the job has
-            sharded itself, or ``"none"``.
-        sync: When the gradients of a sharded model meet.
-        notices: What was decided in the user's place, one sentence each.
-    """
-
-    job: str
-    device: torch.device
-    batch_size: int
-    microbatch_size: int
-    memory_budget: int | None
-    steps: int
-    epochs: float
-    samples: int
-    validation_samples: int
-    seed: int
-    autocast: torch.dtype | None
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    max_grad_norm: float | None
-    nonfinite: str
-    validate_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    compare: bool
-    parameters: int
-    unit: str
-    plain: bool = False
-    batch_norm: str | None = None
-    auto: bool = False
-    ragged: bool = False
-    ranks: int = 1
-    pipelines: int | None = None
-    deterministic: bool = False
-    async_checkpoints: bool = False
-    rank_timeout: float = 600.0
-    shard: str = "none"
-    sync: str = "auto"
-    notices: tuple[str, ...] = ()
-
-    @property
-    def microbatches(self) -> int:
-        """Microbatches of a whole batch, on the rank that has most of them."""
-        rows = -(-min(self.batch_size, self.samples) // (self.pipelines or self.ranks))
-        return -(-rows // self.microbatch_size)
-
-    @property
-    def precision(self) -> str:
-        """Name the precision of the forward pass."""
-        return "fp32" if self.autocast is None else f"{str(self.autocast).removeprefix('torch.')} autocast"
-
-    @property
-    def device_name(self) -> str:
-        """Name the device for people."""
-        if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
-        if self.device.type == "cpu":
-            threads = torch.get_num_threads()
-            return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
-        return str(self.device)
-
-
 def resolve_device(name: str) -> torch.device:
-    """Turn a device's name into a device that exists.
+    """Convert a device's name to a device that this machine has.
 
     Args:
-        name: ``"auto"`` for the best there is, or a name that PyTorch knows.
+        name: ``"auto"`` for CUDA where there is one, else the CPU; or a name that PyTorch knows.
 
     Returns:
         The device.
 
     Raises:
-        ConfigError: PyTorch knows no such device, or this machine has none.
+        ConfigError: PyTorch does not know the name, or this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,26 +57,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_data_path(settings: Settings) -> None:
-    """Refuse data that does not exist, before anything is read.
+    """Check that the path of the data exists, before anything is read.
 
     Args:
         settings: The user's settings.
 
     Raises:
-        ConfigError: There is nothing at the path.
+        ConfigError: The path does not exist.
     """
     if settings.data is not None and not Path(settings.data).expanduser().exists():
         raise ConfigError(f"--data {settings.data}: there is no such file or folder")
 
 
 def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place | None = None) -> RunConfig:
-    """Fill what the settings leave out from the job, and check that it can work together.
+    """Combine the settings with the job's defaults, and check that the values work together.
 
     Args:
-        settings: The user's settings.
+        settings: The user's settings, which take precedence.
         job: The job, with its own defaults.
-        device: What `resolve_device` returned.
-        place: Where this rank stands in the run; `None` for a single process.
+        device: The device that `resolve_device` returned.
+        place: This rank's place in the run; `None` for a single process.
 
     Returns:
         The run's configuration.
@@ -250,14 +150,14 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
 
 
 def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
-    """Write a configuration as settings that give the same run again, from any folder.
+    """Convert a configuration back to settings that give the same run, from any folder.
 
     Args:
-        settings: What the user asked for.
-        config: What it was resolved to.
+        settings: The user's settings.
+        config: The configuration that they gave.
 
     Returns:
-        Settings with nothing left open.
+        Settings in which every value is set.
     """
     job = settings.job
     if job not in BUILT_IN:
@@ -273,7 +173,7 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "memory": config.memory_budget if config.memory_budget is not None else "none",
             "steps": config.steps,
             "epochs": None,
-            # Of several ranks each has one of its own.
+            # Each of several ranks has its own device.
             "device": str(config.device) if config.ranks == 1 else config.device.type,
             "autocast": names[config.autocast] if config.autocast is not None else "none",
             "warmup_steps": config.warmup_steps,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
-from microbatch.train.resolve import RunConfig
+from microbatch.train.run_config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)

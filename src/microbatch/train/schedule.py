@@ -35,6 +35,20 @@ def warmup_cosine(step: int, *, steps: int, warmup_steps: int, final_fraction: f
     return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def scale_learning_rates(optimizers: Sequence[Optimizer], peak: float) -> None:
+    """Set the learning rate of the first parameter group, and scale those of the other groups in proportion.
+
+    Args:
+        optimizers: At least one.
+        peak: New learning rate of the first optimizer's first group. All groups take it where that rate was 0.
+    """
+    first = float(optimizers[0].param_groups[0]["lr"])
+    if peak == first:
+        return
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["lr"] * peak / first if first else peak
+
+
 def make_schedulers(
     optimizers: Sequence[Optimizer], *, kind: str, steps: int, warmup_steps: int, final_fraction: float = 0.1
 ) -> list[LambdaLR]:

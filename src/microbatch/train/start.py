@@ -25,7 +25,8 @@ from microbatch.train.first_rank import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.place import find_place
-from microbatch.train.resolve import RunConfig, check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.resolve import check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.rundir import RunDirectory, jsonable
 from microbatch.train.shard_model import spread

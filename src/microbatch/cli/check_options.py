@@ -1,0 +1,74 @@
+"""Read the options of ``microbatch check`` and start the check."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from microbatch.cli.shared_options import (
+    BATCH,
+    Autocast,
+    BatchSize,
+    ConfigFile,
+    DataPath,
+    DeviceName,
+    JobName,
+    JsonObject,
+    NoColor,
+    Seed,
+    number_or_word,
+)
+
+
+def check(
+    job: JobName = None,
+    *,
+    batch_size: BatchSize = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Samples that go through the model at once.", rich_help_panel=BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Most memory the check may use, such as "6 GiB"; none for what there is.',
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    accumulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|plain",
+            help="plain couples samples within each microbatch alone: what does that lose?",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    device: DeviceName = None,
+    autocast: Autocast = None,
+    seed: Seed = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    json: JsonObject = False,
+    no_color: NoColor = False,
+) -> None:
+    """Check that accumulating gives the large batch's gradient.
+
+    Raises:
+        Exit: Always, with the exit code: 0 equal, 1 not equal or failed, 2 bad input.
+    """
+    from microbatch.cli.check_command import run_check
+
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": number_or_word(microbatch_size, int),
+        "memory": memory,
+        "accumulation": accumulation,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+    }
+    raise typer.Exit(run_check(flags, file=config, as_json=json, color=not no_color))

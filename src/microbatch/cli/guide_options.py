@@ -1,0 +1,35 @@
+"""Read the options of ``microbatch guide`` and open the guide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def guide(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Run directories to look at, in progress or finished.", show_default=False
+        ),
+    ] = None,
+    *,
+    port: Annotated[
+        int | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any that is free.", show_default=False)
+    ] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a copy for hosting, with recorded runs, and leave."),
+    ] = None,
+) -> None:
+    """Open the guide.
+
+    Raises:
+        Exit: Always, with the exit code: 0 ended as asked, 2 bad input.
+    """
+    from microbatch.cli.guide_command import run_guide
+
+    raise typer.Exit(run_guide(runs or (), port=port, browser=not no_browser, export=export))

@@ -1,0 +1,151 @@
+"""Read the options of ``microbatch plan`` and start the search, or the plan for a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microbatch.cli.shared_options import (
+    BATCH,
+    ELSEWHERE,
+    MACHINE,
+    OUTPUT,
+    Autocast,
+    BatchSize,
+    ConfigFile,
+    DataPath,
+    JsonObject,
+    NoColor,
+    Seed,
+    number_or_word,
+)
+
+
+def plan(
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB",
+            help="language (the default), images, images-batchnorm, pairs, path/to/file.py:function that returns an "
+            "mb.Job, or a Transformers config.json.",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    batch_size: BatchSize = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Size to compare the best one with.", rich_help_panel=BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Most memory a step may use, such as "6 GiB"; none for no limit of its own.',
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help='auto, cpu, cuda, cuda:1, mps; or hardware that is not here: a100-40gb, h100, "24 GiB".',
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    autocast: Autocast = None,
+    seed: Seed = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    ranks: Annotated[
+        str | None, typer.Option(metavar="N[,N...]", help="Devices; several to compare.", rich_help_panel=ELSEWHERE)
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(metavar="ddp|zero1|zero2|fsdp", help="What is sharded.", rich_help_panel=ELSEWHERE)
+    ] = None,
+    checkpointing: Annotated[
+        str | None,
+        typer.Option(metavar="none|blocks", help="What is computed again in backward.", rich_help_panel=ELSEWHERE),
+    ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|optimizer|optimizer+gradients|all", help="What the host holds.", rich_help_panel=ELSEWHERE
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="fp32, mixed, bf16, bf16-8bit, ...", rich_help_panel=ELSEWHERE),
+    ] = None,
+    reduce: Annotated[
+        str | None,
+        typer.Option(metavar="microbatch|window", help="When gradients are reduced.", rich_help_panel=ELSEWHERE),
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=ELSEWHERE)
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="AMOUNT/s", help='What leaves a rank: "25 GB/s", "10 Gbit/s".', rich_help_panel=ELSEWHERE),
+    ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help='Of a collective: "20 us", "0.5 ms".', rich_help_panel=ELSEWHERE),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Of the device's peak arithmetic; 0.4.", rich_help_panel=ELSEWHERE),
+    ] = None,
+    microbatch_seconds: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help='Of a microbatch there, if measured: "0.25 s".', rich_help_panel=ELSEWHERE),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Write a figure.", rich_help_panel=OUTPUT)
+    ] = None,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Plan again, and keep nothing.", rich_help_panel=OUTPUT),
+    ] = False,
+    json: JsonObject = False,
+    no_color: NoColor = False,
+) -> None:
+    """Find the fastest microbatch size that fits.
+
+    Raises:
+        Exit: Always, with the exit code: 0 planned, 1 failed or does not fit, 2 bad input.
+    """
+    from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
+    from microbatch.cli.plan_command import run_plan
+
+    if is_for_a_cluster(job or "", device):
+        elsewhere = {
+            "device": device,
+            "ranks": ranks,
+            "strategy": strategy,
+            "checkpointing": checkpointing,
+            "offload": offload,
+            "precision": precision,
+            "reduce": reduce,
+            "sequence_length": sequence_length,
+            "bandwidth": bandwidth,
+            "latency": latency,
+            "utilisation": utilisation,
+            "microbatch_seconds": microbatch_seconds,
+            "batch_size": batch_size,
+            "microbatch_size": number_or_word(microbatch_size, int),
+        }
+        raise typer.Exit(run_cluster_plan(job or "language", elsewhere, as_json=json))
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": number_or_word(microbatch_size, int),
+        "memory": memory,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+    }
+    raise typer.Exit(run_plan(flags, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color))

@@ -1,0 +1,60 @@
+"""Define the options that several commands share, and the panels that ``--help`` lists them in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+BATCH, LENGTH, MACHINE, FILES, OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
+ELSEWHERE = "Hardware that is not here"
+
+BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=BATCH)]
+DeviceName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)
+]
+Autocast = Annotated[
+    str | None, typer.Option(metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=MACHINE)
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=MACHINE)
+]
+DataPath = Annotated[
+    str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=FILES)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=FILES),
+]
+NoColor = Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=OUTPUT)]
+JsonObject = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.", rich_help_panel=OUTPUT)]
+JobName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="JOB",
+        help="language (the default), images, images-batchnorm, pairs, or path/to/file.py:function that returns "
+        "an mb.Job.",
+        show_default=False,
+    ),
+]
+
+
+def number_or_word(text: str | None, kind: type[int | float]) -> int | float | str | None:
+    """Convert an option to a number, and return it unchanged where it is a word.
+
+    A wrong word is refused later, with the other settings.
+
+    Args:
+        text: The option as it was given; `None` where it was not.
+        kind: ``int`` or ``float``.
+
+    Returns:
+        The number, the word, or `None`.
+    """
+    if text is None:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        return text

@@ -1,0 +1,171 @@
+"""Read the options of ``microbatch train`` and start the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microbatch.cli.shared_options import (
+    BATCH,
+    FILES,
+    LENGTH,
+    MACHINE,
+    OUTPUT,
+    Autocast,
+    BatchSize,
+    ConfigFile,
+    DataPath,
+    DeviceName,
+    JobName,
+    NoColor,
+    Seed,
+    number_or_word,
+)
+
+
+def train(
+    job: JobName = None,
+    *,
+    batch_size: BatchSize = None,
+    microbatch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="Samples that go through the model at once.", rich_help_panel=BATCH),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Most memory a step may use, such as "6 GiB"; none for what there is.',
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    max_grad_norm: Annotated[
+        str | None,
+        typer.Option(metavar="X|none", help="Clip the finished gradient to this norm.", rich_help_panel=BATCH),
+    ] = None,
+    accumulation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|plain",
+            help="plain couples samples within each microbatch alone, as usual, to compare.",
+            rich_help_panel=BATCH,
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=BATCH)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", rich_help_panel=LENGTH)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(metavar="X", help="Passes over the data, instead of steps.", rich_help_panel=LENGTH)
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of linear warm-up.", rich_help_panel=LENGTH)
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between validations.", rich_help_panel=LENGTH)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps between checkpoints.", rich_help_panel=LENGTH)
+    ] = None,
+    device: DeviceName = None,
+    autocast: Autocast = None,
+    seed: Seed = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits on any number of ranks.", rich_help_panel=MACHINE),
+    ] = False,
+    async_checkpoints: Annotated[
+        bool,
+        typer.Option("--async-checkpoints", help="Train on while a checkpoint is written.", rich_help_panel=MACHINE),
+    ] = False,
+    rank_timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a rank of several waits for the others before it says who is missing.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|zero2|zero3",
+            help="What each of several ranks holds a share of: gradients and optimizer state, or weights too.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    sync: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|lean|fast",
+            help="When gradients of a sharded model meet: after every microbatch, or once a step.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    data: DataPath = None,
+    config: ConfigFile = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            # torchrun completes abbreviated options, and would take --run for one of its own.
+            "--run-dir",
+            metavar="DIR",
+            help="Run directory; by default a new one under runs/.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with --run, or with the newest run, bit for bit.", rich_help_panel=FILES),
+    ] = False,
+    no_compare: Annotated[
+        bool,
+        typer.Option("--no-compare", help="Leave out the comparison with the full batch.", rich_help_panel=OUTPUT),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line, for machines.", rich_help_panel=OUTPUT)
+    ] = False,
+    no_color: NoColor = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Open the live view while it trains.", rich_help_panel=OUTPUT)
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.", rich_help_panel=OUTPUT)
+    ] = False,
+) -> None:
+    """Train a job: its batch in microbatches, one exact optimizer step each.
+
+    Raises:
+        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
+    from microbatch.cli.train_command import Output, run_training
+
+    flags = {
+        "job": job,
+        "data": data,
+        "batch_size": batch_size,
+        "microbatch_size": number_or_word(microbatch_size, int),
+        "memory": memory,
+        "steps": steps,
+        "epochs": epochs,
+        "device": device,
+        "seed": seed,
+        "autocast": autocast,
+        "accumulation": accumulation,
+        "learning_rate": lr,
+        "warmup_steps": warmup_steps,
+        "max_grad_norm": number_or_word(max_grad_norm, float),
+        "validate_every": validate_every,
+        "checkpoint_every": checkpoint_every,
+        "compare": False if no_compare else None,
+        "deterministic": deterministic or None,
+        "async_checkpoints": async_checkpoints or None,
+        "rank_timeout": rank_timeout,
+        "shard": shard,
+        "sync": sync,
+    }
+    output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
+    raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))
