@@ -100,10 +100,10 @@ class Desk:
         own = [dist.new_group([rank]) for rank in range(seat.ranks)][seat.rank]
         settings: dict[str, dict[str, Any]] = {
             OURS: {},
-            ALONE: {"process_group": own},
-            OVERLAPPED: {"overlap": True},
-            LEAN: {"sync": "lean"},
-            FAST: {"sync": "fast"},
+            ALONE: {"ranks": mb.Ranks(group=own)},
+            OVERLAPPED: {"ranks": mb.Ranks(overlap=True)},
+            LEAN: {"ranks": mb.Ranks(sync="lean")},
+            FAST: {"ranks": mb.Ranks(sync="fast")},
         }
         self.ways: dict[str, Callable[[], tuple[int, int]]] = {
             name: partial(self._loop, syncs=name) if seat.kind == LOOP else self._library(**settings[name])

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from benchmarks.machine import hardware, versions
 from benchmarks.summary import order_of_round, summarize
-from microbatch.gradients.bfloat16_sums import Compensated, NarrowSum, Stochastic
+from microbatch.gradients.bfloat16_sums import Compensated
 
 OUT = Path(__file__).parent / "results" / "precision"
 MICROBATCHES = (8, 64, 512, 1024)
 HALF = torch.bfloat16
-BYTES = {"bf16": 2, "bf16 stochastic": 2, "bf16 compensated": 3, "fp32": 4, "fp64": 8}
+BYTES = {"bf16": 2, "bf16 compensated": 3, "fp32": 4, "fp64": 8}
 
 
-class Plain(NarrowSum):
+class Plain:
     """A sum as torch adds up, in any dtype."""
 
     def __init__(self, first: Tensor, dtype: torch.dtype) -> None:
@@ -40,16 +40,9 @@ class Plain(NarrowSum):
         """Multiply in place."""
         self.total.mul_(factor)
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.total]
 
-    def _add_piece_(self, part: Tensor, held: list[Tensor]) -> None:
-        raise NotImplementedError
-
-
-WAYS: dict[str, Callable[[Tensor], NarrowSum]] = {
+WAYS: dict[str, Callable[[Tensor], Plain | Compensated]] = {
     "bf16": lambda first: Plain(first, HALF),
-    "bf16 stochastic": lambda first: Stochastic(first.clone(), torch.Generator(first.device).manual_seed(0)),
     "bf16 compensated": lambda first: Compensated(first.clone()),
     "fp32": lambda first: Plain(first, torch.float32),
     "fp64": lambda first: Plain(first, torch.float64),
@@ -108,7 +101,7 @@ def errors(way: str, microbatches: int, *, width: int, mean: float, device: str)
         The relative errors of the sum and of the sum in bf16.
     """
     exact = torch.zeros(width, dtype=torch.float64, device=device)
-    total: NarrowSum | None = None
+    total: Plain | Compensated | None = None
     for each in gradients(microbatches, width=width, mean=mean, device=device):
         exact += each.double()
         if total is None:
@@ -120,7 +113,7 @@ def errors(way: str, microbatches: int, *, width: int, mean: float, device: str)
     return off[0].item(), off[1].item()
 
 
-def seconds(total: NarrowSum, part: Tensor) -> float:
+def seconds(total: Plain | Compensated, part: Tensor) -> float:
     """Time one addition."""
     if part.is_cuda:
         torch.cuda.synchronize()

@@ -30,8 +30,8 @@ from benchmarks.machine import hardware, versions
 from benchmarks.unseen import HELD_OUT
 from benchmarks.zoo import KINDS, Kind, made
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.dry_run import rehearse
-from microbatch.step.settings import Settings
+from microbatch.step.options import Options
+from microbatch.step.size.dry_run import dry_run
 
 # None but the first is among the sizes that are rehearsed for real.
 SIZES, QUICK = (1, 3, 6, 12, 24), (3, 24)
@@ -73,7 +73,7 @@ def compare(name: str, kind: Kind, *, precision: str, checkpointed: bool, sizes:
     batch = kind.batch(2 * max(sizes))
     model = made(kind, checkpointed=checkpointed)
     start = time.perf_counter()
-    predicted = rehearse(_settings(model, PRECISIONS[precision]), kind.loss_fn, batch=batch)
+    predicted = dry_run(_settings(model, PRECISIONS[precision]), kind.loss_fn, batch=batch)
     seconds = time.perf_counter() - start
     rows: list[Row] = []
     for size in sizes:
@@ -95,22 +95,8 @@ def compare(name: str, kind: Kind, *, precision: str, checkpointed: bool, sizes:
     return rows
 
 
-def _settings(model: nn.Module, autocast: torch.dtype | None) -> Settings:
-    return Settings(
-        model=model,
-        optimizers=[AdamW(model.parameters())],
-        microbatch_size=1,
-        memory_budget=None,
-        max_grad_norm=None,
-        autocast=autocast,
-        grad_scaler=None,
-        accumulate_dtype=torch.float32,
-        nonfinite="raise",
-        fuse=True,
-        compile=False,
-        lengths=None,
-        listeners=[],
-    )
+def _settings(model: nn.Module, autocast: torch.dtype | None) -> Options:
+    return Options(model=model, optimizers=[AdamW(model.parameters())], microbatch_size=1, autocast=autocast)
 
 
 def _measure(  # noqa: PLR0917

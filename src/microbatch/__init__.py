@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from microbatch.batch.batch_tree import Rows, Whole
+    from microbatch.batch.batches import Batches
     from microbatch.batch.cut import cut
     from microbatch.batch.lengths import Lengths
     from microbatch.checking.check_report import Cause, Check
@@ -39,12 +40,14 @@ if TYPE_CHECKING:
         StepDone,
         SyncChosen,
     )
+    from microbatch.step.options import Ranks, Sums
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
 
 __all__ = [
     "Accumulator",
+    "Batches",
     "BudgetPassed",
     "Cause",
     "Check",
@@ -61,6 +64,7 @@ __all__ = [
     "Pipeline",
     "Plan",
     "PlanChosen",
+    "Ranks",
     "Retry",
     "Rows",
     "Scaling",
@@ -68,6 +72,7 @@ __all__ = [
     "Spill",
     "Step",
     "StepDone",
+    "Sums",
     "SyncChosen",
     "Whole",
     "Window",
@@ -90,6 +95,9 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `microbatch --help` has no need of torch.
 _HOMES = {
     "Accumulator": "step.accumulator",
+    "Batches": "batch.batches",
+    "Ranks": "step.options",
+    "Sums": "step.options",
     "Cause": "checking.check_report",
     "Check": "checking.check_report",
     "DeepSpeed": "engines.deepspeed",

@@ -3,31 +3,31 @@
 ::
 
     MicrobatchError
-    ├── ConfigError             (ValueError)    an argument or a setting that cannot work
+    ├── ConfigError             (ValueError)    an argument or an option cannot work
     ├── BatchError              (ValueError)    the batch cannot be cut
     │   ├── EmptyBatchError                     it has no rows
     │   └── RowsDisagreeError                   its tensors have different numbers of rows
-    ├── LossError               (ValueError)    what the loss function returned cannot be used
-    │   ├── LossShapeError                      not a 0-d tensor
-    │   ├── NoGraphError                        nothing to differentiate
-    │   ├── CountError                          a count that is negative, NaN, or not what was declared
-    │   ├── MissingCountError                   a denominator that nobody gave
-    │   └── UnknownTermError                    a term that the window does not have
+    ├── LossError               (ValueError)    the loss function's result cannot be used
+    │   ├── LossShapeError                      the loss is not a tensor of shape ()
+    │   ├── NoGraphError                        the loss has no graph, so it has no gradient
+    │   ├── CountError                          a count is negative, not finite, or not the declared one
+    │   ├── MissingCountError                   a count is needed and was not given
+    │   └── UnknownTermError                    the window does not have this term of the loss
     ├── WindowError             (RuntimeError)  the window was used in the wrong order
-    │   ├── WindowClosedError                   used before it was opened or after it was closed
+    │   ├── WindowClosedError                   it was used before it was opened or after it was closed
     │   ├── WindowOpenError                     another window, or the optimizer, was called inside it
-    │   ├── GradientsTouchedError               something else wrote to the gradients inside it
-    │   └── EmptyWindowError                    nothing contributed, so there is no mean to minimise
+    │   ├── GradientsTouchedError               other code wrote to the gradients inside it
+    │   └── EmptyWindowError                    no microbatch contributed, so there is no mean to minimise
     ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
-    ├── CheckError              (ValueError)    there is nothing that a gradient could be checked against
+    ├── CheckError              (ValueError)    there is no loss, gradient or step to check
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
-    ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was passed
-    ├── SpillError              (OSError)       no room, or no way, to move tensors off the device
-    ├── RankError               (RuntimeError)  another rank failed, died or did not come, or the ranks disagree
-    │   └── RankAgainError                      another rank ran out of memory, and all have to run the batch again
-    ├── DataError               (ValueError)    data that cannot be read or trained on
-    ├── CheckpointError         (RuntimeError)  a checkpoint that is missing, damaged or of another run
-    └── MissingDependencyError  (ImportError)   an optional package that is not installed
+    ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was exceeded
+    ├── SpillError              (OSError)       tensors cannot be moved off the device
+    ├── RankError               (RuntimeError)  another rank failed or did not answer, or the ranks disagree
+    │   └── RankAgainError                      another rank ran out of memory, and all run the batch again
+    ├── DataError               (ValueError)    data cannot be read or trained on
+    ├── CheckpointError         (RuntimeError)  a checkpoint is missing, damaged, or from another run
+    └── MissingDependencyError  (ImportError)   an optional package is not installed
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MicrobatchError(Exception):
 
 
 class ConfigError(MicrobatchError, ValueError):
-    """An argument or a setting that cannot work."""
+    """An argument or an option cannot work."""
 
 
 class BatchError(MicrobatchError, ValueError):
@@ -48,7 +48,7 @@ class BatchError(MicrobatchError, ValueError):
 
 
 class EmptyBatchError(BatchError):
-    """The batch has no rows, so there is nothing to learn from."""
+    """The batch has no rows."""
 
 
 class RowsDisagreeError(BatchError):
@@ -56,7 +56,7 @@ class RowsDisagreeError(BatchError):
 
 
 class LossError(MicrobatchError, ValueError):
-    """What the loss function returned cannot be used."""
+    """The loss function's result cannot be used."""
 
 
 class LossShapeError(LossError):
@@ -72,7 +72,7 @@ class CountError(LossError):
 
 
 class MissingCountError(LossError):
-    """The number of samples or targets behind a loss is not known, and is never guessed."""
+    """The number of samples or targets of a loss is needed and was not given; it is never guessed."""
 
 
 class UnknownTermError(LossError):
@@ -92,27 +92,27 @@ class WindowOpenError(WindowError):
 
 
 class GradientsTouchedError(WindowError):
-    """Something other than the window wrote to the gradients while it was open."""
+    """Other code wrote to the gradients while the window was open."""
 
 
 class EmptyWindowError(WindowError):
-    """Nothing contributed to the window, so its mean does not exist."""
+    """No microbatch contributed to the window, so its mean does not exist."""
 
 
 class BatchStatisticsError(MicrobatchError, RuntimeError):
-    """The microbatches of a batch cannot share a statistic: they do not meet for it, or it cannot be seen."""
+    """The microbatches of a batch cannot share a statistic: not all of them compute it, or it cannot be intercepted."""
 
 
 class CheckError(MicrobatchError, ValueError):
-    """There is nothing that a gradient could be checked against: no loss, no gradient, or no step."""
+    """There is no loss, gradient or step to check."""
 
 
 class NonfiniteError(MicrobatchError, ArithmeticError):
     """The loss or the gradient of a window is infinite or NaN.
 
     Attributes:
-        microbatch: Index, from 0, of the first microbatch at fault, or `None` if it could not be told.
-        parameter: Name of the first parameter at fault, or `None` if every gradient is finite.
+        microbatch: Index, from 0, of the first microbatch with an infinite or NaN value; `None` if it is not known.
+        parameter: Name of the first parameter with an infinite or NaN gradient; `None` if every gradient is finite.
     """
 
     def __init__(self, *, microbatch: int | None = None, parameter: str | None = None) -> None:
@@ -127,14 +127,16 @@ class NonfiniteError(MicrobatchError, ArithmeticError):
 
 
 class OutOfMemoryError(MicrobatchError, torch.OutOfMemoryError):
-    """An allocation passed the memory budget, or what the device has, and a smaller microbatch cannot help.
+    """An allocation exceeded the memory budget or the device's memory, and a smaller microbatch cannot help.
+
+    An attribute is `None` if it is not known.
 
     Attributes:
-        asked: Bytes of the allocation that failed, or `None` if it could not be told, as for all the others.
-        in_use: Bytes in use before it.
+        asked: Bytes of the allocation that failed.
+        in_use: Bytes in use before the allocation.
         budget: Bytes that may be in use.
-        operator: The operator that asked, as the dispatcher names it, for example ``"aten.addmm.default"``.
-        module: Path of the module that it ran in; empty for the model itself.
+        operator: The operator that allocated, by its dispatcher name, for example ``"aten.addmm.default"``.
+        module: Path of the module that ran the operator; empty for the model itself.
     """
 
     def __init__(
@@ -156,15 +158,15 @@ class OutOfMemoryError(MicrobatchError, torch.OutOfMemoryError):
 
 
 class SpillError(MicrobatchError, OSError):
-    """Tensors cannot be moved off the device: the disk is full, or the file cannot be made, written or read."""
+    """Tensors cannot be moved off the device: the disk is full, or the file cannot be created, written or read."""
 
 
 class RankError(MicrobatchError, RuntimeError):
-    """Another rank failed, died or did not come, or the ranks do not agree about a window."""
+    """Another rank failed or did not answer, or the ranks do not agree about a window."""
 
 
 class RankAgainError(RankError):
-    """Another rank ran out of memory, in the midst of a batch that all ranks have to run again together."""
+    """Another rank ran out of memory, and all ranks have to run the batch again together."""
 
 
 class DataError(MicrobatchError, ValueError):
@@ -172,7 +174,7 @@ class DataError(MicrobatchError, ValueError):
 
 
 class CheckpointError(MicrobatchError, RuntimeError):
-    """A checkpoint is missing, damaged, or belongs to another run."""
+    """A checkpoint is missing, damaged, or from another run."""
 
 
 class MissingDependencyError(MicrobatchError, ImportError):

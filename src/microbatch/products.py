@@ -1,4 +1,4 @@
-"""Add a matrix product to a sum without a temporary as large as the sum; below the rooms, because two of them do."""
+"""Add a matrix product to a sum without a temporary as large as the sum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Elements of a product that is added piece by piece to a sum of another dtype: each piece stays in cache.
+# Maximum elements of a piece of a product that is added to a sum of another dtype, so that each piece stays in cache.
 PIECE = 1 << 18
 
 
@@ -16,13 +16,13 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left^T right`` to a sum, in place.
 
     Args:
-        total: Shape ``(m, n)``, at least as wide a dtype as the factors'.
+        total: Shape ``(m, n)``; its dtype is at least as wide as that of the factors.
         left: Shape ``(k, m)``.
         right: Shape ``(k, n)``.
 
     Cost:
-        One matrix product that accumulates; where the dtypes differ and the device cannot, products of at most
-        262,144 elements.
+        One matrix product that accumulates. If the dtypes differ and the device does not support that, products of at
+        most 262,144 elements.
 
     Example:
         >>> total = torch.ones(1, 2)
@@ -40,14 +40,14 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def product_pieces(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Make ``left^T right`` some rows at a time.
+    """Compute ``left^T right``, a few rows at a time.
 
     Args:
         left: Shape ``(k, m)``.
         right: Shape ``(k, n)``.
 
     Yields:
-        Which rows of the product, and these rows: shape ``(rows, n)``, at most 262,144 elements where a row is no more.
+        A slice of rows, and these rows of the product: shape ``(rows, n)``, at most 262,144 elements or one row.
     """
     rows = max(1, PIECE // max(1, right.shape[1]))
     for start in range(0, left.shape[1], rows):
@@ -56,7 +56,7 @@ def product_pieces(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]
 
 @cache
 def _accumulates_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Tell whether a GPU and this torch add a narrow product to a wide sum in one call."""
+    """Return whether a GPU and this version of torch add a narrow product to a wide sum in one call."""
     total = torch.ones(16, 16, device=device, dtype=wide)
     ones = torch.ones(16, 16, device=device, dtype=narrow)
     try:

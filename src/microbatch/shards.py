@@ -1,4 +1,4 @@
-"""Tensors of which every rank holds a part: `torch.distributed.tensor.DTensor`, where somebody has imported it."""
+"""Sharded tensors (`torch.distributed.tensor.DTensor`): detection, local shards and norms."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from torch import Tensor
 
 
 def is_shard(tensor: object) -> bool:
-    """Tell whether a tensor is spread over ranks.
+    """Return whether a tensor is sharded over ranks.
 
     Args:
-        tensor: Any.
+        tensor: A tensor, or any other object.
 
     Returns:
         Whether it is a `DTensor`.
     """
-    # Importing it takes longer than all else here, and who has not imported it has none.
+    # The import is slow, and there is no DTensor before other code has imported the module.
     found: Any = sys.modules.get("torch.distributed.tensor")
     return found is not None and isinstance(tensor, found.DTensor)
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor.
+    """Return this rank's shard of a tensor.
 
     Args:
-        tensor: Any; not one that a graph is to lead to.
+        tensor: A tensor, sharded or not. Autograd does not record this function.
 
     Returns:
-        This rank's part, in the same memory; the tensor itself where it is all here.
+        This rank's shard, in the same memory; the tensor itself if it is not sharded.
     """
     part: Any = tensor
     return part._local_tensor if is_shard(tensor) else tensor
 
 
 def norm_of(shards: Sequence[Tensor], *, norm: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
-    """Return the Euclidean norm of tensors that are spread over ranks.
+    """Return the Euclidean norm of tensors that are sharded over ranks.
 
     Args:
-        shards: Of any placements without pending sums; the same ones in the same order on every rank.
-        norm: Norm of tensors that are here.
+        shards: Sharded tensors, in the same order on every rank; any placements except partial sums.
+        norm: Returns the norm of local tensors.
 
     Returns:
         The norm, the same on every rank; shape ``()``.
@@ -61,7 +61,7 @@ def norm_of(shards: Sequence[Tensor], *, norm: Callable[[Sequence[Tensor]], Tens
     squares: list[Tensor] = []
     dtype = torch.float32
     for mesh, by_copies in by_mesh.items():
-        # What several ranks hold, each of them counts a part of.
+        # If several ranks hold the same elements, each rank counts only its part of their squares.
         parts = [norm(found).double().square() / copies for copies, found in by_copies.items()]
         square = torch.stack(parts).sum()
         for dimension in range(mesh.ndim):

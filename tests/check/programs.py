@@ -296,7 +296,7 @@ def ragged_rows() -> dict[str, Any]:
 
 EXACT = {"batch_norm": "exact"}
 BY_ROW = {"dropout": "by_row"}
-BFLOAT16 = {"accumulate_dtype": torch.bfloat16, "microbatch_size": 1}
+BFLOAT16 = {"sums": mb.Sums(dtype=torch.bfloat16), "microbatch_size": 1}
 
 
 def programs() -> dict[str, Callable[[], Program]]:

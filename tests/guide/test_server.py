@@ -268,7 +268,7 @@ def test_the_overflow_and_the_recovery_are_the_librarys(idle: Any) -> None:
     settings = {"model": "conv", "batch": 128, "microbatch": 128, "tank": 1, "steps": 1}
     error = idle.events(idle.start(**settings, recover="no"))[-1]
     assert error["kind"] == "overflow"
-    assert "the memory budget of 1.00 MiB was passed" in error["error"]
+    assert "the memory budget of 1.00 MiB was exceeded" in error["error"]
     assert sum(error["memory"].values()) == error["peak_bytes"] > error["budget"]
     events = idle.events(idle.start(**settings))
     retries = [event for event in events if event["kind"] == "retry"]

@@ -12,6 +12,7 @@ import microbatch as mb
 
 PUBLIC = {
     "Accumulator",
+    "Batches",
     "Division",
     "Hyperparameters",
     "BudgetPassed",
@@ -28,6 +29,7 @@ PUBLIC = {
     "Pipeline",
     "Plan",
     "PlanChosen",
+    "Ranks",
     "Retry",
     "Rows",
     "Scaling",
@@ -35,6 +37,7 @@ PUBLIC = {
     "Spill",
     "Step",
     "StepDone",
+    "Sums",
     "SyncChosen",
     "Whole",
     "Window",

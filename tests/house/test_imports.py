@@ -51,10 +51,21 @@ def fresh(code: str) -> str:
     return result.stdout.rstrip("\n").rpartition("\n")[2]
 
 
+def modules(code: str) -> set[str]:
+    """Return the names of all modules that a Python of its own has after the code."""
+    return set(json.loads(fresh(code + "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))")))
+
+
+def others(names: set[str]) -> set[str]:
+    """Return the modules that are neither Python's own nor ours."""
+    return {
+        each for each in names if each.partition(".")[0] not in sys.stdlib_module_names | {"microbatch", "__main__"}
+    }
+
+
 def loaded(code: str) -> set[str]:
     """Return the top-level packages, other than Python's own and ours, that a Python of its own has after the code."""
-    names = json.loads(fresh(code + "\nimport json, sys\nprint('\\n' + json.dumps(sorted(sys.modules)))"))
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"microbatch", "__main__"}
+    return {name.partition(".")[0] for name in others(modules(code))}
 
 
 def test_the_package_loads_nothing_that_torch_does_not() -> None:
@@ -66,6 +77,58 @@ def test_the_package_loads_nothing_that_torch_does_not() -> None:
 
 def test_a_package_that_torch_does_not_load_would_be_seen() -> None:
     assert "rich" in loaded("import rich.table")
+
+
+# What the compiler brings along: a second of CPU time, and more modules than the rest of torch.
+COMPILER = {"torch._dynamo", "sympy", "torch.distributed.fsdp"}
+
+PREPARE = """
+import torch
+from torch import nn
+
+class Plain(torch.optim.Optimizer):
+    # Without the wrapper by which the methods of torch's own optimizers import the compiler.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=group["lr"])
+
+model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+sgd = lambda: torch.optim.SGD(model.parameters(), lr=0.1)
+plain = lambda: Plain(model.parameters(), {"lr": 0.1})
+batch = torch.randn(16, 4)
+loss_fn = lambda model, microbatch: model(microbatch).square().mean()
+"""
+FIRST_STEP = """
+import microbatch as mb
+mb.Accumulator(model, {optimizer}(), microbatch_size=4).step(batch, loss_fn)
+"""
+BY_HAND = """
+optimizer = {optimizer}()
+for microbatch in batch.split(4):
+    (loss_fn(model, microbatch) / 4).backward()
+optimizer.step()
+optimizer.zero_grad()
+"""
+
+
+def first_step(code: str, optimizer: str) -> set[str]:
+    """Return the modules, other than Python's own and ours, that are loaded after a first step."""
+    return others(modules(PREPARE + code.replace("{optimizer}", optimizer)))
+
+
+def test_a_first_step_loads_nothing_that_a_hand_written_loop_does_not() -> None:
+    # The constructor of every optimizer of torch imports the compiler.
+    assert first_step(FIRST_STEP, "sgd") - first_step(BY_HAND, "sgd") == set()
+
+
+def test_a_hand_written_loop_needs_no_compiler_and_a_step_that_loads_it_would_be_seen() -> None:
+    assert first_step(BY_HAND, "plain") & COMPILER == set()
+    assert modules("import torch._dynamo") >= COMPILER
 
 
 SNAPSHOT = """

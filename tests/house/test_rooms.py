@@ -51,6 +51,12 @@ def test_every_contract_is_kept(copy: Path) -> None:
             "Nothing inside the package imports its facade",
         ),
         ("memory/meter.py", "import numpy", "The core, and the record of a job, need torch alone"),
+        (
+            "step/parts/autocast.py",
+            "import microbatch.step.peers.alone",
+            "Parts, passes and peers do not know one another",
+        ),
+        ("step/window.py", "import microbatch.step.parts.fused", "A window knows no feature by name"),
         ("train/job.py", "import rich.console", "The core, and the record of a job, need torch alone"),
     ],
 )

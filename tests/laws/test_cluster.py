@@ -24,7 +24,7 @@ from microbatch.planning.hardware import Device, find_device
 from microbatch.planning.model_shapes import Case, case_from_config, next_token_loss
 from microbatch.planning.sharding import PRECISIONS, STRATEGIES, Setup, State
 from microbatch.planning.transformer_layers import Embedding, Shape
-from microbatch.step.dry_run_copies import some_rows
+from microbatch.step.size.dry_run_copies import some_rows
 
 GIB = 1024**3
 SEVENTY = {

@@ -24,7 +24,9 @@ from microbatch.errors import (
     OutOfMemoryError,
     WindowError,
 )
-from microbatch.step.tune import Stopwatch
+from microbatch.step.cutting import Cutting
+from microbatch.step.part import Pass
+from microbatch.step.size.stopwatch import Stopwatch
 
 from .reference import (
     EXACT,
@@ -468,7 +470,7 @@ def test_terms_need_no_counts_because_the_loss_sees_the_whole_batch() -> None:
     assert relative_error(it.updates[0], reference(model, plain, batch)) <= EXACT
     assert step.counts == {"clip": 7, "spread": 4}
     assert step.terms["clip"].item() == pytest.approx(whole(clip)(model, batch).item(), rel=EXACT)
-    with pytest.raises(WindowError, match="counts= is not needed"):
+    with pytest.raises(ConfigError, match="counts= does not go with encode="):
         it.accumulator.step(batch, terms, encode=encode, counts={"clip": 7})
 
 
@@ -745,22 +747,27 @@ def test_graphs_are_kept_where_they_fit() -> None:
     assert len(calls) == 8
 
 
-def test_where_they_do_not_fit_the_faster_of_the_others_is_taken() -> None:
+def test_where_they_do_not_fit_the_batch_is_always_encoded_twice() -> None:
     model = filled(nn.Sequential(nn.Linear(3, 4096), nn.Tanh(), nn.Linear(4096, 2)), 0, "cpu")
     batch = {"left": numbers(0, 64, 3)}
+    calls: list[int] = []
+
+    def counted(model: Any, piece: Batch) -> Any:
+        calls.append(1)
+        return model(piece["left"])
 
     def step(it: Subject) -> mb.Step:
-        return it.accumulator.step(batch, lambda m, z: z.square().mean(), encode=lambda m, b: m(b["left"]))
+        return it.accumulator.step(batch, lambda m, z: z.square().mean(), encode=counted)
 
     # A microbatch of 8 rows has 512 KiB of activations.
     known = step(coupled(model, 8, memory_budget="1 GiB")).peak_bytes
     assert known is not None
     it = coupled(model, 8, "auto", memory_budget=known + (1 << 20))
     for _ in range(9):
+        calls.clear()
         assert step(it).retries == 0
-    ways = it.accumulator._memory.ways
-    assert ways.fits is False
-    assert ways.chosen in {"twice", "spill"}
+        assert len(calls) == 2 * 8
+    assert not it.accumulator._it.way.keep(64)
     assert all(relative_error(each, it.updates[0]) <= EXACT for each in it.updates)
 
 
@@ -787,13 +794,18 @@ def test_graphs_that_did_not_fit_after_all_are_not_kept_again() -> None:
 
 def test_the_time_of_a_microbatch_is_that_of_both_passes() -> None:
     now = iter([0.0, 1.0, 3.0, 10.0, 14.0, 22.0])
-    stopwatch = Stopwatch(lambda: next(now), torch.device("cpu"))
-    for rows in (4, 3):
-        stopwatch.lap(rows)
-    stopwatch.again()  # after the loss, which took 7 seconds
-    for rows in (4, 3):
-        stopwatch.lap(rows)
+    stopwatch, window = Stopwatch(), towers_window()
+    stopwatch.clock, stopwatch.on = lambda: next(now), True
+    stopwatch.cut(window, (), Cutting(lambda: iter(()), 2))
+    for again in (False, True):  # the second round begins after the loss, which took 7 seconds
+        for index, rows in enumerate((4, 3)):
+            with stopwatch.around(window, Pass(rows, None, index, again=again)):
+                pass
     assert stopwatch.laps == [(1.0 + 4.0, 4), (2.0 + 8.0, 3)]
+
+
+def towers_window() -> mb.Window:
+    return coupled(towers(), 2).accumulator.window()
 
 
 def test_auto_finds_a_size_for_the_encoder() -> None:

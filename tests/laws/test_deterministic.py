@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from microbatch.errors import ConfigError, NonfiniteError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Sums
 
 
 def accumulator(model: nn.Module, **more: Any) -> tuple[Accumulator, list[dict[str, Tensor | None]]]:
@@ -107,9 +108,9 @@ def test_a_window_that_fails_leaves_everything_as_it_was() -> None:
         ({"microbatch_size": "auto"}, "a number"),
         ({"lengths": "mask"}, "lengths="),
         ({"compile": True}, "compile="),
-        ({"gradient_buffer": "none"}, "gradient_buffer="),
+        ({"sums": Sums(buffer="none")}, 'Sums\\(buffer="none"\\)'),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler="),
-        ({"accumulate": "compensated", "accumulate_dtype": torch.bfloat16}, "accumulate="),
+        ({"sums": Sums(how="compensated", dtype=torch.bfloat16)}, 'Sums\\(how="compensated"\\)'),
     ],
 )
 def test_what_depends_on_the_share_is_refused(more: dict[str, Any], why: str) -> None:
@@ -138,5 +139,5 @@ def test_what_has_no_number_is_refused() -> None:
 def hand_written(made: Accumulator, x: Tensor) -> None:
     with made.window() as window:
         for microbatch in window.split(x):
-            window.backward(made.settings.model(microbatch).mean())
-        window.backward(made.settings.model(x).mean(), count=len(x))
+            window.backward(made.options.model(microbatch).mean())
+        window.backward(made.options.model(x).mean(), count=len(x))

@@ -171,7 +171,7 @@ def test_the_full_batchs_gradient_under_the_same_masks(
     reference = reference_of(model, batch, masks)
     torch.manual_seed(seed)
     with smallest(1 if fused else 1 << 18):
-        it = subject(model, size=size, dropout="by_row", fuse=fused)
+        it = subject(model, size=size, dropout="by_row", sums=mb.Sums(fuse=fused))
         it.accumulator.step(batch, loss)
     assert relative_error(it.updates[0], reference) <= EXACT
 

@@ -47,12 +47,15 @@ def folded(
     make: Callable[[Iterable[Tensor]], Optimizer],
     *,
     size: int = 2,
-    gradient_buffer: Any = "none",
+    buffer: Any = "none",
+    dtype: torch.dtype = torch.float32,
+    how: str = "plain",
     **settings: Any,
 ) -> It:
     twin = copy.deepcopy(model)
     optimizer = make(twin.parameters())
-    accumulator = mb.Accumulator(twin, optimizer, microbatch_size=size, gradient_buffer=gradient_buffer, **settings)
+    sums = mb.Sums(buffer=buffer, dtype=dtype, how=how)
+    accumulator = mb.Accumulator(twin, optimizer, microbatch_size=size, sums=sums, **settings)
     return It(twin, optimizer, accumulator, [])
 
 
@@ -278,7 +281,7 @@ SIGNUM = mb.LinearState(
 @on_each_device
 def test_an_optimizer_of_ones_own_can_be_described(device: str) -> None:
     model = regressor(0, device)
-    it = folded(model, Signum, gradient_buffer=SIGNUM)
+    it = folded(model, Signum, buffer=SIGNUM)
     plain = Signum(model.parameters())
     for step in range(STEPS):
         it.accumulator.step(points(step, 5), squared)
@@ -295,7 +298,7 @@ def test_one_optimizer_folds_and_the_other_does_not(device: str) -> None:
 
     model = regressor(0, device)
     twin = copy.deepcopy(model)
-    accumulator = mb.Accumulator(twin, both(twin), microbatch_size=2, gradient_buffer=["none", "own"])
+    accumulator = mb.Accumulator(twin, both(twin), microbatch_size=2, sums=mb.Sums(buffer=["none", "own"]))
     plain = both(model)
     for step in range(STEPS):
         accumulator.step(points(step, 5), squared)
@@ -396,7 +399,9 @@ def test_peak_memory_is_one_gradient_less() -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        accumulator = mb.Accumulator(model, optimizer, microbatch_size=1, memory_budget="1 GiB", gradient_buffer=buffer)
+        accumulator = mb.Accumulator(
+            model, optimizer, microbatch_size=1, memory_budget="1 GiB", sums=mb.Sums(buffer=buffer)
+        )
         steps = [accumulator.step(torch.ones(4, 256), lambda model, x: model(x).square().mean()) for _ in range(2)]
         assert steps[1].peak_bytes is not None
         peaks[buffer] = steps[1].peak_bytes
@@ -420,9 +425,9 @@ def test_the_norm_is_not_known_and_says_so() -> None:
         (lambda p: torch.optim.Muon([next(iter(p))], lr=0.1), {}, "nesterov=False"),
         (sgd, {"max_grad_norm": 1.0}, "max_grad_norm="),
         (sgd, {"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler="),
-        (sgd, {"accumulate": "stochastic", "accumulate_dtype": torch.bfloat16}, "accumulate="),
-        (sgd, {"gradient_buffer": "momentum"}, '"own", "none"'),
-        (sgd, {"gradient_buffer": ["none", "own"]}, "2 values for 1"),
+        (sgd, {"dtype": torch.bfloat16, "how": "compensated"}, r'Sums\(how="compensated"\)'),
+        (sgd, {"buffer": "momentum"}, '"own", "none"'),
+        (sgd, {"buffer": ["none", "own"]}, "2 values for 1"),
     ],
 )
 def test_what_cannot_be_folded_is_refused_by_name(make: Any, settings: dict[str, Any], words: str) -> None:
@@ -432,9 +437,9 @@ def test_what_cannot_be_folded_is_refused_by_name(make: Any, settings: dict[str,
 
 def test_a_narrow_momentum_is_the_users_decision() -> None:
     model = regressor(0, "cpu", torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"accumulate_dtype=torch\.bfloat16"):
+    with pytest.raises(ConfigError, match=r"pass dtype=torch\.bfloat16"):
         folded(model, sgd)
-    it = folded(model, sgd, accumulate_dtype=torch.bfloat16)
+    it = folded(model, sgd, dtype=torch.bfloat16)
     for step in range(3):
         it.accumulator.step(points(step, 5, torch.bfloat16), squared)
     assert all(each.dtype == torch.bfloat16 for each in states(it))

@@ -214,7 +214,9 @@ def network(
 
 def both(model: nn.Module, *, size: int, **settings: Any) -> tuple[Subject, Subject]:
     """Put a model under an accumulator that fuses and one that does not."""
-    return subject(model, size=size, fuse=True, **settings), subject(model, size=size, fuse=False, **settings)
+    return subject(model, size=size, sums=mb.Sums(fuse=True), **settings), subject(
+        model, size=size, sums=mb.Sums(fuse=False), **settings
+    )
 
 
 # -- the gradient --------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ class Add(nn.Module):
 
 def test_p1_narrow_sums_do_not_stop() -> None:
     model, batch = Add(torch.bfloat16), {"x": torch.ones(1024, 8, dtype=torch.bfloat16)}
-    it = subject(model, size=1, fuse=True)
+    it = subject(model, size=1, sums=mb.Sums(fuse=True))
     step = it.accumulator.step(batch, lambda model, batch: mb.Loss(sum=model(batch["x"]).sum(), count=1 / 1024))
     assert step.fused == 1
     assert set(it.updates[0]["layer.weight"].flatten().tolist()) == {1024.0}
@@ -392,7 +394,13 @@ def test_p1_narrow_sums_do_not_stop() -> None:
 def test_a_gradient_scaler() -> None:
     model, batch = network(["linear", "twice"], dtype=torch.float32, tied=True), sentences(0, RAGGED)
     runs = [
-        subject(model, size=2, autocast=torch.float16, fuse=fuse, grad_scaler=torch.amp.GradScaler("cpu", 2.0**9))
+        subject(
+            model,
+            size=2,
+            autocast=torch.float16,
+            sums=mb.Sums(fuse=fuse),
+            grad_scaler=torch.amp.GradScaler("cpu", 2.0**9),
+        )
         for fuse in (True, False)
     ]
     steps = [it.accumulator.step(batch, token_loss) for it in runs]
@@ -433,7 +441,9 @@ def test_casts_are_of_this_window() -> None:
     runs = []
     for fuse in (True, False):
         twin = copy.deepcopy(model)
-        runs.append(subject(twin, SGD(twin.parameters(), lr=1.0), size=2, autocast=torch.bfloat16, fuse=fuse))
+        runs.append(
+            subject(twin, SGD(twin.parameters(), lr=1.0), size=2, autocast=torch.bfloat16, sums=mb.Sums(fuse=fuse))
+        )
     for it in runs:
         for _ in range(3):
             it.accumulator.step(batch, token_loss)
@@ -721,7 +731,7 @@ def watched(
 ) -> tuple[Seen, Gradients]:
     model, seen = network(kinds, 1, "cpu", dtype, tied=tied), cast("Seen", [])
     kept = watch(model, seen)
-    it = subject(model, SGD(model.parameters(), lr=0.0), size=size, fuse=fuse)
+    it = subject(model, SGD(model.parameters(), lr=0.0), size=size, sums=mb.Sums(fuse=fuse))
     door(it, batch, token_loss, size=size)
     del kept
     return seen, it.updates[0]
@@ -800,7 +810,7 @@ def test_a_tensor_hook_that_changes_the_gradient(door: Door, late: bool, dtype: 
 
         if not late:
             hooked()
-        it = subject(model, SGD(model.parameters(), lr=0.0), size=2, fuse=fuse)
+        it = subject(model, SGD(model.parameters(), lr=0.0), size=2, sums=mb.Sums(fuse=fuse))
         door(it, batch, loss_fn, size=2)
         return it.updates[0]
 
@@ -816,7 +826,7 @@ def test_a_tensor_hook_that_changes_the_gradient(door: Door, late: bool, dtype: 
 def test_a_weight_with_a_hook_is_said_not_to_be_fused() -> None:
     model = network(["linear"])
     first_weight(model).register_hook(lambda _: None)
-    it = subject(model, SGD(model.parameters(), lr=0.0), size=2, fuse=True)
+    it = subject(model, SGD(model.parameters(), lr=0.0), size=2, sums=mb.Sums(fuse=True))
     step = it.accumulator.step(sentences(0, RAGGED), token_loss)
     assert it.accumulator.fusion()["layers.0.inner.weight"] != "fused"
     assert it.accumulator.fusion()["head.weight"] == "fused"
@@ -833,7 +843,7 @@ def test_a_hook_that_takes_gradients_away() -> None:
             parameter.grad = None
 
         model.embedding.weight.register_post_accumulate_grad_hook(take)
-        it = subject(model, SGD(model.parameters(), lr=0.0), size=2, fuse=fuse)
+        it = subject(model, SGD(model.parameters(), lr=0.0), size=2, sums=mb.Sums(fuse=fuse))
         it.accumulator.step(sentences(0, RAGGED), token_loss)
         return taken, it.updates[0]
 
@@ -905,7 +915,7 @@ class Breaks(torch.autograd.Function):
 def test_an_exception_in_the_middle_of_backward(door: Door, dtype: torch.dtype) -> None:
     model, batch = network(["linear", "twice"], 1, "cpu", dtype), sentences(0, [8, 1, 2, 5])
     reference = full_batch(model, token_mean, batch)
-    it = subject(model, SGD(model.parameters(), lr=0.0), size=1, fuse=True)
+    it = subject(model, SGD(model.parameters(), lr=0.0), size=1, sums=mb.Sums(fuse=True))
     before = {name: torch.ones_like(each) for name, each in model.named_parameters()}
     for name, each in model.named_parameters():
         each.grad = before[name]
@@ -944,7 +954,7 @@ def test_somebody_who_keeps_the_gradient(
         kept.extend(None if each.grad is None else each.grad.view(-1) for each in model.parameters())
         return token_loss(model, batch)
 
-    it = subject(model, size=size, fuse=True)
+    it = subject(model, size=size, sums=mb.Sums(fuse=True))
     door(it, batch, loss_fn, size=size)
     assert relative_error(it.updates[0], full_batch(model, token_mean, batch)) <= EXACT
     assert relative_error(it.updates[0], full_batch(network(kinds, 1, tied=tied), token_mean, batch)) > WRONG
@@ -954,7 +964,7 @@ def test_windows_of_two_accumulators() -> None:
     """One inside the other, and one after another with the same model in both."""
     models, batch = [network(["linear"], seed, tied=True) for seed in (0, 1)], sentences(0, [8, 1, 2, 5])
     references = [full_batch(model, token_mean, batch) for model in models]
-    runs = [subject(model, size=1, fuse=True) for model in models]
+    runs = [subject(model, size=1, sums=mb.Sums(fuse=True)) for model in models]
     with runs[0].accumulator.window() as outer, runs[1].accumulator.window() as inner:
         for left, right in zip(outer.split(batch), inner.split(batch), strict=True):
             outer.backward(token_loss(runs[0].model, left))
@@ -996,7 +1006,7 @@ def test_a_bias_for_all_outputs(shape: tuple[int, ...]) -> None:
     model: Any = filled(nn.Linear(4, 4), 0, "cpu")
     model.bias = nn.Parameter(torch.full(shape, 0.5, dtype=torch.float64))
     batch = {"x": numbers(0, 5, 4)}
-    it = subject(model, size=2, fuse=True)
+    it = subject(model, size=2, sums=mb.Sums(fuse=True))
     it.accumulator.step(batch, loss)
     assert (it.accumulator.fusion()["weight"] == "fused") == (len(shape) == 1)
     assert relative_error(it.updates[0], full_batch(model, loss, batch)) <= EXACT
@@ -1011,7 +1021,7 @@ def test_a_weight_whose_forward_is_thrown_away_is_not_said_to_be_fused() -> None
         model.layers[0](hidden)
         return loss_of(F.cross_entropy(model.head(hidden).mT, batch["labels"], reduction="sum"), batch["labels"])
 
-    it = subject(model, size=2, fuse=True)
+    it = subject(model, size=2, sums=mb.Sums(fuse=True))
     step = it.accumulator.step(batch, loss_fn)
     assert it.accumulator.fusion()["layers.0.inner.weight"] != "fused"
     assert step.fused == 2
@@ -1084,7 +1094,12 @@ def test_the_peak_is_never_above_plain(
     model, batch = large(layers, dtype, tied=tied), ids(rows)
     fused, plain = (
         # Not as `subject` does, which keeps copies of the gradients.
-        Subject(twin, o, mb.Accumulator(twin, o, microbatch_size=1, autocast=autocast, fuse=fuse, listeners=[tidy]), [])
+        Subject(
+            twin,
+            o,
+            mb.Accumulator(twin, o, microbatch_size=1, autocast=autocast, sums=mb.Sums(fuse=fuse), listeners=[tidy]),
+            [],
+        )
         for fuse in (True, False)
         for twin in [copy.deepcopy(model)]
         for o in [SGD(twin.parameters(), lr=0.0)]
@@ -1103,7 +1118,7 @@ def test_the_peak_is_lower_by_the_largest_weight(count: Any, as_it_is: None) -> 
     peaks: list[int] = []
     for fuse in (True, False):
         twin = copy.deepcopy(model)
-        accumulator = mb.Accumulator(twin, SGD(twin.parameters(), lr=0.0), microbatch_size=1, fuse=fuse)
+        accumulator = mb.Accumulator(twin, SGD(twin.parameters(), lr=0.0), microbatch_size=1, sums=mb.Sums(fuse=fuse))
         if count is metered:
             with mb.MemoryMeter() as meter:
                 accumulator.step(batch, loss_fn)
@@ -1158,7 +1173,7 @@ def test_nothing_as_large_as_a_weight_is_allocated_after_the_first_microbatch(
 ) -> None:
     dtype, autocast = NARROW[precision]
     guard = Between(0 if autocast is None else 1, 4)  # casts are kept from the second on
-    it = subject(large(3, dtype, tied=tied), size=1, fuse=fuse, autocast=autocast, listeners=[guard])
+    it = subject(large(3, dtype, tied=tied), size=1, sums=mb.Sums(fuse=fuse), autocast=autocast, listeners=[guard])
     it.accumulator.step(ids(5), token_loss)
     sizes = [size for size in changes(guard.recorder) if size > 0]
     smallest = SIDE * SIDE * min(torch.finfo(autocast or dtype).bits, torch.finfo(dtype).bits) // 8
@@ -1174,7 +1189,7 @@ def test_small_and_odd_weights_are_said_to_be_left_alone(as_it_is: None) -> None
     model: Any = large(1, torch.float32)
     model.layers[0] = nn.Linear(SIDE, SIDE, bias=True)
     model.small = nn.Linear(4, 4)
-    it = subject(model, size=1, fuse=True)
+    it = subject(model, size=1, sums=mb.Sums(fuse=True))
     step = it.accumulator.step(ids(2), token_loss)
     report = it.accumulator.fusion()
     assert step.fused == 3

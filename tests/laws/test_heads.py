@@ -275,7 +275,7 @@ def test_in_a_window(
     reference = full_batch(model, plainly, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
-        it = subject(model, size=size, fuse=fuse)
+        it = subject(model, size=size, sums=mb.Sums(fuse=fuse))
         step = door(it, batch, in_tiles(tile, again=again), size=size)
     assert relative_error(it.updates[0], reference) <= EXACT
     assert relative_error(full_batch(model, lambda m, b: plainly(m, b) * 1.00001, batch), reference) > WRONG
@@ -286,7 +286,7 @@ def test_in_a_window(
 def test_one_tile_is_fused(tile: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     model, batch = filled(Writer(tied=False), 0, "cpu"), sentences(0, [4, 1], width=4)
-    it = subject(model, size=1, fuse=True)
+    it = subject(model, size=1, sums=mb.Sums(fuse=True))
     it.accumulator.step(batch, in_tiles(tile))
     assert it.accumulator.fusion()["head.weight"] == "fused"
     it.accumulator.step(batch, in_tiles(1))
@@ -300,7 +300,7 @@ def test_in_a_window_no_worse_than_plain(precision: str, tile: int | None, monke
     dtype, autocast = NARROW[precision]
     model, batch = filled(Writer(tied=True), 0, "cpu", dtype), sentences(0, [8, 1, 0, 5])
     reference = full_batch(model, plainly, batch)
-    ours, theirs = (subject(model, size=2, autocast=autocast, fuse=fuse) for fuse in (True, False))
+    ours, theirs = (subject(model, size=2, autocast=autocast, sums=mb.Sums(fuse=fuse)) for fuse in (True, False))
     ours.accumulator.step(batch, in_tiles(tile))
 
     def plain_loss(model: Any, batch: Batch) -> mb.Loss:
@@ -567,7 +567,7 @@ def test_cross_entropy_in_a_window(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
         patch.setattr("microbatch.loss.tiled_cross_entropy._IN_CACHE", 1)
-        it = subject(model, size=size, fuse=True)
+        it = subject(model, size=size, sums=mb.Sums(fuse=True))
         step = door(it, batch, loss_fn, size=size)
     want = full_batch(twin, reference, batch)
     assert relative_error(it.updates[0], want) <= EXACT

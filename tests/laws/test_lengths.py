@@ -201,7 +201,7 @@ def test_with_everything_else(sizes: list[int], size: int, fuse: bool, seed: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
         model, batch = reader(seed), ragged(seed, sizes)
-        it = subject(model, size=size, lengths="mask", fuse=fuse, max_grad_norm=0.01)
+        it = subject(model, size=size, lengths="mask", sums=mb.Sums(fuse=fuse), max_grad_norm=0.01)
         step = it.accumulator.step(batch, token_loss)
     reference = full_batch(model, token_mean, batch)
     factor = min(1.0, 0.01 / (step.grad_norm.item() + 1e-6))

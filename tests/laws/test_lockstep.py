@@ -202,15 +202,15 @@ def test_a_compiled_window_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"dropout": "by_row"}, "does not go with dropout='by_row'"),
-        ({"gradient_buffer": "none"}, 'does not go with gradient_buffer="none"'),
+        ({"dropout": "by_row"}, 'does not go with dropout="by_row"'),
+        ({"sums": mb.Sums(buffer="none")}, r'does not go with Sums\(buffer="none"\)'),
     ],
 )
-def test_what_does_not_go_with_turns_is_refused_at_once(settings: dict[str, str], words: str) -> None:
+def test_what_does_not_go_with_turns_is_refused_at_once(settings: dict[str, Any], words: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ConfigError, match=words):
-        mb.Accumulator(model, optimizer, microbatch_size=2, batch_norm="exact", **settings)  # pyright: ignore[reportArgumentType] -- a text for whichever it is
+        mb.Accumulator(model, optimizer, microbatch_size=2, batch_norm="exact", **settings)
 
 
 def test_a_hand_written_loop_is_refused_at_once() -> None:

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 import microbatch as mb
 from microbatch.errors import ConfigError
-from microbatch.step.dry_run import rehearse
-from microbatch.step.pace import Pace
-from microbatch.step.search import MOST_SIZES, NOISE, Found, noise, search, sizes_for
-from microbatch.step.settings import Memory
-from microbatch.step.sizing import Sizing
-from microbatch.step.tune import MOST_PROBES, Played, Tuning
+from microbatch.step.size.dry_run import dry_run
+from microbatch.step.size.search import MOST_SIZES, NOISE, Found, noise, search, sizes_for
+from microbatch.step.size.stopwatch import Stopwatch
+from microbatch.step.size.timing_search import MOST_PROBES
 
 GPT = {1: 0.78, 2: 0.88, 4: 1.0, 8: 0.84, 16: 0.71, 32: 0.56}
 RESNET = {1: 0.18, 2: 0.34, 4: 0.55, 8: 0.79, 16: 0.99, 32: 1.0}
@@ -152,7 +150,7 @@ def accumulator_of(model: nn.Module, clock: Callable[[], float], **changed: Any)
     accumulator = mb.Accumulator(
         model, torch.optim.SGD(model.parameters(), lr=0.1), listeners=[events.append], **changed
     )
-    accumulator._memory.clock = clock
+    accumulator._it.stopwatch.clock = clock
     return accumulator, events
 
 
@@ -171,7 +169,7 @@ def run(accumulator: mb.Accumulator, clock: Clock, x: Tensor, *, by_hand: bool =
         return accumulator.step(x, clock.loss)
     with accumulator.window() as window:
         for microbatch in window.split(x):
-            window.backward(clock.loss(accumulator._settings.model, microbatch))
+            window.backward(clock.loss(accumulator.options.model, microbatch))
     return window.step
 
 
@@ -231,9 +229,9 @@ def test_what_the_first_window_leaves_open_is_predicted_then(fails: bool, monkey
         rehearsed.append(1)
         if fails:
             raise RuntimeError("fake tensors cannot run it")
-        return rehearse(*arguments, **options)
+        return dry_run(*arguments, **options)
 
-    monkeypatch.setattr("microbatch.step.foresee.rehearse", counted)
+    monkeypatch.setattr("microbatch.step.size.dry_run.dry_run", counted)
     x = torch.randn(32, 2048, 8, dtype=torch.float64)
     accumulator, events = accumulator_of(small_model(), clock, memory_budget="24 MiB")
     steps = [accumulator.step(x, clock.loss) for _ in range(24)]
@@ -259,7 +257,7 @@ def test_a_probe_that_runs_out_is_run_again_and_not_asked_for_again() -> None:
     steps = [accumulator.step(x, greedy) for _ in range(20)]
     assert sum(step.retries for step in steps) == 1
     assert chosen(events).microbatch_size == 8
-    assert accumulator.state_dict()["sizing"]["halvings"] == 0
+    assert accumulator.state_dict()["size"]["sizing"]["halvings"] == 0
 
 
 def test_auto_gives_up_on_a_busy_machine() -> None:
@@ -293,7 +291,7 @@ def test_a_run_that_is_resumed_while_it_probes_goes_on_with_what_it_knows() -> N
     accumulator, _ = accumulator_of(small_model(), clock)
     for _ in range(5):
         run(accumulator, clock, x)
-    known = accumulator.state_dict()["tuning"]["seconds"]
+    known = accumulator.state_dict()["size"]["tuning"]["seconds"]
     assert known
     again, events = accumulator_of(small_model(), clock)
     again.load_state_dict(accumulator.state_dict())
@@ -353,7 +351,7 @@ def test_of_rows_of_unlike_length_a_number_of_tokens_is_chosen_that_fits_every_b
     step = accumulator.step(ragged(12), clock.masked)
     assert step.microbatch_size <= 24
     assert clock.largest <= 24
-    assert accumulator.state_dict()["sizing"]["width"] == 6
+    assert accumulator.state_dict()["size"]["sizing"]["width"] == 6
 
 
 def test_a_token_and_not_a_row_is_what_compares_between_batches() -> None:
@@ -378,73 +376,6 @@ def test_a_token_and_not_a_row_is_what_compares_between_batches() -> None:
     assert max(seconds.values()) == pytest.approx(min(seconds.values()))
     by_row = found()
     assert max(by_row.values()) > 1.05 * min(by_row.values())  # the negative control: work that is not tokens
-
-
-# -- looking again ----------------------------------------------------------------------------------------------------
-
-
-def plans(events: list[Any]) -> list[int]:
-    return [event.microbatch_size for event in events if isinstance(event, mb.PlanChosen)]
-
-
-@pytest.mark.parametrize("look_again", [True, False])
-def test_steps_that_become_slower_are_looked_at_again_where_that_was_asked_for(look_again: bool) -> None:
-    clock = Clock(dict(GPT))
-    x = torch.randn(32, 8, dtype=torch.float64)
-    accumulator, events = accumulator_of(small_model(), clock, look_again=look_again)
-
-    def timed(model: nn.Module, x: Tensor) -> Tensor:
-        return clock.loss(model, x)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microbatch.step.window.time.perf_counter", clock)
-        for _ in range(60):
-            accumulator.step(x, timed)
-        assert plans(events) == [4]
-        # Another model's worth of work: large microbatches gain now, and the old size is half as fast.
-        clock.speed = {1: 0.1, 2: 0.2, 4: 0.45, 8: 0.7, 16: 0.5, 32: 0.3}
-        steps = [accumulator.step(x, timed) for _ in range(60)]
-    assert plans(events) == ([4, 8] if look_again else [4])
-    tried = {int(step.microbatch_size) for step in steps}
-    assert tried <= {2, 4, 8}
-    assert (len(tried) > 1) == look_again
-    assert accumulator.microbatch_size == (8 if look_again else 4)
-
-
-def test_a_run_looks_again_three_times_at_most_and_keeps_its_size_on_a_busy_machine() -> None:
-    pace = Pace(Tuning([2, 4, 8], Sizing(asked="auto", chosen=4)))
-    sizing = Sizing(asked="auto", chosen=4)
-    looks = 0
-    for index in range(2000):
-        if pace.changed(2.0 ** (index // 100)):
-            looks += 1
-            again = pace.look(sizing)
-            assert set(again.sizes) == {2, 4, 8}
-    assert looks == 3
-    again = Pace(Tuning([2, 4, 8], sizing)).look(sizing)
-    for index in range(10):
-        size = sizing.most
-        laps = [(size * 1.2 ** (3 * index + k), float(size)) for k in range(32 // size)]
-        played = Played(step=0, rows=32, largest=size, laps=laps, peak_bytes=None, budget=None, watched=False)
-        if (plan := again.after(played)) is not None:
-            assert not plan.decided
-            assert plan.microbatch_size == 4
-            break
-    else:
-        raise AssertionError("it did not give up")
-
-
-def test_a_pace_is_kept_over_a_resumption() -> None:
-    clock = Clock(GPT)
-    x = torch.randn(32, 8, dtype=torch.float64)
-    accumulator, _ = accumulator_of(small_model(), clock, look_again=True)
-    for _ in range(40):
-        run(accumulator, clock, x)
-    state = accumulator.state_dict()
-    assert state["pace"]["recent"] or state["pace"]["usual"]
-    again, _ = accumulator_of(small_model(), clock, look_again=True)
-    again.load_state_dict(state)
-    assert again.state_dict()["pace"] == state["pace"]
 
 
 def test_a_size_that_another_job_ran_beside_is_timed_once_more() -> None:
@@ -483,12 +414,12 @@ def test_a_compiled_step_is_not_probed() -> None:
     clock = Clock(GPT)
     accumulator, events = accumulator_of(small_model(), clock, compile=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accumulator, "_compiled", None)
+        patch.setattr(accumulator._it.compilation, "_call", lambda function, model, x: function(model, x))
         run(accumulator, clock, torch.randn(32, 8, dtype=torch.float64))
     assert not chosen(events).decided
     assert "compiled" in chosen(events).why
 
 
-def test_a_memory_that_nobody_tuned_has_a_real_clock() -> None:
-    memory = Memory(sizing=accumulator_of(small_model(), Clock(GPT))[0]._memory.sizing)
-    assert memory.clock() <= memory.clock()
+def test_a_stopwatch_that_nobody_set_has_a_real_clock() -> None:
+    stopwatch = Stopwatch()
+    assert stopwatch.clock() <= stopwatch.clock()

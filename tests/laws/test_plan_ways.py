@@ -16,8 +16,8 @@ from microbatch.errors import OutOfMemoryError
 from microbatch.planning import make_plan, memory_options
 from microbatch.planning.plan import CHECKPOINTED, KEPT, OFFLOADED, Candidate, Plan, Way
 from microbatch.planning.plan_words import words_for
-from microbatch.step.auto_checkpoint import fewest
-from microbatch.step.dry_run import rehearse_once
+from microbatch.step.size.auto_checkpoint import fewest
+from microbatch.step.size.dry_run import dry_run_at
 
 ROWS, TOKENS, BLOCKS = 8, 64, 4
 
@@ -44,12 +44,12 @@ def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
 def peak(size: int, **options: Any) -> int:
     model = deep()
     accumulator = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=size, **options)
-    return rehearse_once(accumulator.settings, loss_fn, batch=torch.zeros(ROWS, TOKENS, 8), size=size)
+    return dry_run_at(accumulator.options, loss_fn, batch=torch.zeros(ROWS, TOKENS, 8), size=size)
 
 
 def settings_of() -> Any:
     model = deep()
-    return mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1).settings
+    return mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1).options
 
 
 def planned(budget: int | str) -> Plan:
@@ -66,7 +66,7 @@ def planned(budget: int | str) -> Plan:
 @pytest.fixture(autouse=True)
 def on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let spilled tensors lie where that is worth something, wherever the tests run; and believe any clock."""
-    monkeypatch.setattr("microbatch.step.tune.settled", median)
+    monkeypatch.setattr("microbatch.step.size.timing_search.settled", median)
     monkeypatch.setattr("microbatch.memory.offload_targets._IN_MEMORY", set())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -289,9 +289,9 @@ def test_another_way_has_to_be_clearly_faster() -> None:
 
 def test_the_settings_of_a_way_are_what_its_name_says() -> None:
     model = deep()
-    settings = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1).settings
+    options = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=1).options
     stage = memory_options.Stage(
-        settings=settings, loss_fn=loss_fn, batch=torch.zeros(4, 8), counts=None, rows=4, budget=None
+        options=options, loss_fn=loss_fn, batch=torch.zeros(4, 8), counts=None, rows=4, budget=None
     )
-    assert memory_options._settings(stage, way(OFFLOADED, 4, 1.0)).offload == "activations"
-    assert memory_options._settings(stage, way(CHECKPOINTED, 4, 1.0, blocks=2)).checkpoint == ("0", "1")
+    assert memory_options._options(stage, way(OFFLOADED, 4, 1.0)).offload == "activations"
+    assert memory_options._options(stage, way(CHECKPOINTED, 4, 1.0, blocks=2)).checkpoint == ("0", "1")

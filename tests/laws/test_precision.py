@@ -152,7 +152,7 @@ def test_p2_the_optimizer_sees_the_parameters_own_dtype(
     def mixed(model: Any, batch: Batch) -> Tensor:
         return (model[2](model[0](batch["x"]).tanh().bfloat16()).float() - batch["y"]).square().mean()
 
-    it = subject(model, size=size, accumulate_dtype=wide)
+    it = subject(model, size=size, sums=mb.Sums(dtype=wide))
     it.accumulator.step(points(seed, rows, torch.float32), mixed)
     for name, parameter in it.model.named_parameters():
         assert it.updates[0][name].dtype == parameter.dtype

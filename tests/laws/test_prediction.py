@@ -24,8 +24,8 @@ from microbatch.memory.predict import Prediction, predict
 from microbatch.memory.scratch import SMALLEST, learn_to_count
 from microbatch.memory.uncertainty import between, doubtful
 from microbatch.memory.workspace import Hidden
-from microbatch.step.dry_run import rehearse
-from microbatch.step.settings import Settings
+from microbatch.step.options import Options
+from microbatch.step.size.dry_run import dry_run
 
 # The profiler says so of every build without a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
@@ -73,32 +73,27 @@ def compare_rows(model: nn.Module, x: Tensor) -> Tensor:
     return F.cross_entropy(found @ found.T, torch.arange(len(x)))
 
 
-def described(model: nn.Module, optimizer_class: Any = torch.optim.AdamW, **changed: Any) -> Settings:
+def described(model: nn.Module, optimizer_class: Any = torch.optim.AdamW, **changed: Any) -> Options:
     given: dict[str, Any] = {
         "model": model,
         "optimizers": [optimizer_class(model.parameters(), lr=0.01)],
         "microbatch_size": 1,
-        "memory_budget": None,
-        "max_grad_norm": None,
-        "autocast": None,
-        "grad_scaler": None,
-        "accumulate_dtype": torch.float32,
-        "nonfinite": "raise",
-        "fuse": True,
-        "compile": False,
-        "lengths": None,
-        "listeners": [],
     }
-    return Settings(**given | changed)
+    return Options(**given | changed)
 
 
 def metered(
-    it: Settings, loss_fn: Callable[..., Any], batch: Tensor, size: int, *, meter: mb.MemoryMeter | None = None
+    it: Options, loss_fn: Callable[..., Any], batch: Tensor, size: int, *, meter: mb.MemoryMeter | None = None
 ) -> mb.MemoryMeter:
     """Run two real windows of the real accumulator, on copies."""
     model, optimizers = copy.deepcopy((it.model, list(it.optimizers)))
     accumulator = mb.Accumulator(
-        model, optimizers, microbatch_size=size, autocast=it.autocast, fuse=it.fuse, batch_norm="microbatch"
+        model,
+        optimizers,
+        microbatch_size=size,
+        autocast=it.autocast,
+        sums=it.sums,
+        batch_norm="microbatch",
     )
     meter = meter or mb.MemoryMeter()
     meter.track(model, *optimizers, batch)
@@ -137,7 +132,7 @@ def test_the_peak_at_any_size_is_predicted_from_small_fake_windows(
     model = network(widths, norm=norm, checkpointed=checkpointed, residual=residual)
     it, batch = described(model, optimizer_class, autocast=autocast), torch.randn(2 * size, 16)
     loss_fn = compare_rows if pairs else fit
-    predicted = rehearse(it, loss_fn, batch=batch, witness=())
+    predicted = dry_run(it, loss_fn, batch=batch, witness=())
     assert predicted.exact, predicted.note
     truth = metered(it, loss_fn, batch, size).peak_bytes
     assert predicted.peak_bytes(size) == pytest.approx(truth, abs=NUMBERS)
@@ -150,7 +145,7 @@ def big_weight() -> tuple[nn.Module, Tensor]:
     )
 
 
-def through_peaks(it: Settings, batch: Tensor, size: int) -> float:
+def through_peaks(it: Options, batch: Tensor, size: int) -> float:
     """Draw a line through two peaks."""
     two, four = (metered(it, fit, batch[: 2 * m], m).peak_bytes - batch[: 2 * m].nbytes for m in (2, 4))
     return two + (four - two) / 2 * (size - 2) + batch.nbytes
@@ -160,7 +155,7 @@ def test_a_line_through_two_peaks_is_not_what_is_predicted() -> None:
     model, batch = big_weight()
     it = described(model)
     truth = metered(it, fit, batch, 512).peak_bytes
-    predicted = rehearse(it, fit, batch=batch, witness=()).peak_bytes(512)
+    predicted = dry_run(it, fit, batch=batch, witness=()).peak_bytes(512)
     assert predicted == pytest.approx(truth, rel=CLOSE)
     assert through_peaks(it, batch, 512) < (1 - 10 * CLOSE) * truth
 
@@ -169,14 +164,14 @@ def test_the_second_microbatch_and_the_second_window_count() -> None:
     model, batch = big_weight()
     it = described(model)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    parts = rehearse(it, fit, batch=batch, witness=()).parts(512)
+    parts = dry_run(it, fit, batch=batch, witness=()).parts(512)
     assert parts["gradients"] == weights
     assert parts["optimizer state"] == 2 * weights + 4 * len(list(model.parameters()))
 
 
 def test_the_parts_are_the_whole() -> None:
     model, batch = big_weight()
-    predicted = rehearse(described(model), fit, batch=batch, witness=(1, 2))
+    predicted = dry_run(described(model), fit, batch=batch, witness=(1, 2))
     for size in (1, 2, 7, 512):
         assert sum(predicted.parts(size).values()) == predicted.peak_bytes(size)
 
@@ -186,7 +181,7 @@ def test_the_parts_are_the_whole() -> None:
 def test_the_largest_size_fits_and_the_next_does_not(budget: int) -> None:
     model, batch = big_weight()
     it = described(model)
-    predicted = rehearse(it, fit, batch=batch[:1], witness=())
+    predicted = dry_run(it, fit, batch=batch[:1], witness=())
     largest = predicted.largest(budget)
     # Without the batch, whose rows are a microbatch's inputs here.
     for size, fits in ((largest, True), (largest + 1, False)):
@@ -199,7 +194,7 @@ def test_the_largest_size_fits_and_the_next_does_not(budget: int) -> None:
 
 def test_a_loss_over_pairs_of_rows_takes_them_squared() -> None:
     it, batch = described(nn.Linear(16, 4)), torch.randn(400, 16)
-    predicted = rehearse(it, compare_rows, batch=batch, witness=()).peak_bytes(200)
+    predicted = dry_run(it, compare_rows, batch=batch, witness=()).peak_bytes(200)
     truth = metered(it, compare_rows, batch, 200).peak_bytes
     assert truth > 3 * 200 * 200 * 4
     assert predicted == pytest.approx(truth, abs=NUMBERS)
@@ -208,7 +203,7 @@ def test_a_loss_over_pairs_of_rows_takes_them_squared() -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 def test_a_fused_weight_is_added_to_in_place_in_a_rehearsal_too(autocast: Any) -> None:
     it, batch = described(nn.Linear(16, 20_000, bias=False), autocast=autocast), torch.randn(8, 16)
-    predicted = rehearse(it, fit, batch=batch, witness=()).peak_bytes(4)
+    predicted = dry_run(it, fit, batch=batch, witness=()).peak_bytes(4)
     assert predicted == pytest.approx(metered(it, fit, batch, 4).peak_bytes, abs=NUMBERS)
 
 
@@ -242,13 +237,13 @@ def test_workspaces_are_in_the_prediction(make: Callable[[], tuple[nn.Module, Te
     metered(it, fit, batch, 16, meter=truth)
     allocated = truth.witnessed().peak_bytes
     # Two rows of an LSTM are padded to more: off the line, they leave a bound in place of it.
-    found = rehearse(it, fit, batch=batch, witness=(2, 4, 8)).peak_bytes(16)
+    found = dry_run(it, fit, batch=batch, witness=(2, 4, 8)).peak_bytes(16)
     assert (1 - CLOSE) * allocated <= found <= 1.05 * allocated
-    assert rehearse(it, fit, batch=batch, witness=(4, 8)).peak_bytes(16) == pytest.approx(allocated, rel=CLOSE)
+    assert dry_run(it, fit, batch=batch, witness=(4, 8)).peak_bytes(16) == pytest.approx(allocated, rel=CLOSE)
     # Without them it would be too little, and the comparison sees that.
-    blind = rehearse(it, fit, batch=batch, witness=()).peak_bytes(16)
+    blind = dry_run(it, fit, batch=batch, witness=()).peak_bytes(16)
     assert blind < (1 - CLOSE) * allocated
-    assert "workspaces" not in rehearse(it, fit, batch=batch, witness=()).parts(16)
+    assert "workspaces" not in dry_run(it, fit, batch=batch, witness=()).parts(16)
 
 
 def test_a_workspace_that_is_the_same_for_any_rows_does_not_grow() -> None:
@@ -256,7 +251,7 @@ def test_a_workspace_that_is_the_same_for_any_rows_does_not_grow() -> None:
     it = described(model, torch.optim.SGD)
     truth = AllocatorMeter(torch.device("cpu"))
     metered(it, fit, batch, 32, meter=truth)
-    found = rehearse(it, fit, batch=batch, witness=(2, 4)).peak_bytes(32)
+    found = dry_run(it, fit, batch=batch, witness=(2, 4)).peak_bytes(32)
     assert found == pytest.approx(truth.witnessed().peak_bytes, rel=CLOSE)
 
 
@@ -362,12 +357,12 @@ def test_another_kernel_is_found_where_it_decides_the_peak_and_only_there() -> N
 def test_what_a_meter_counts_is_predicted_beside_what_has_to_fit() -> None:
     model, batch = convolutions()
     it = described(model)
-    predicted = rehearse(it, fit, batch=batch, witness=(2, 4, 8))
+    predicted = dry_run(it, fit, batch=batch, witness=(2, 4, 8))
     for size in (4, 6, 16):
         truth = metered(it, fit, batch, size).peak_bytes
         assert predicted.metered_bytes(size) == pytest.approx(truth, abs=NUMBERS)
         assert predicted.peak_bytes(size) > 1.01 * truth
-    blind = rehearse(it, fit, batch=batch, witness=())
+    blind = dry_run(it, fit, batch=batch, witness=())
     assert blind.metered_bytes(6) == blind.peak_bytes(6)
 
 
@@ -376,10 +371,10 @@ def test_padded_states_are_metered_as_real_ones_are() -> None:
     needs(bfloat16_lstm)
     model, batch = recurrent()
     it = described(model, autocast=torch.bfloat16)
-    predicted = rehearse(it, fit, batch=batch, witness=(2, 4, 8))
+    predicted = dry_run(it, fit, batch=batch, witness=(2, 4, 8))
     truth = metered(it, fit, batch, 6).peak_bytes
     assert predicted.metered_bytes(6) == pytest.approx(truth, rel=CLOSE)
-    assert rehearse(it, fit, batch=batch, witness=()).metered_bytes(6) < 0.9 * truth
+    assert dry_run(it, fit, batch=batch, witness=()).metered_bytes(6) < 0.9 * truth
 
 
 @given(
@@ -418,7 +413,7 @@ def test_a_loss_that_reads_a_number_is_rehearsed_for_real() -> None:
         return loss
 
     it = described(model)
-    predicted = rehearse(it, reads, batch=batch, witness=(1, 2, 4))
+    predicted = dry_run(it, reads, batch=batch, witness=(1, 2, 4))
     assert "real ones did" in predicted.note
     assert predicted.peak_bytes(512) == pytest.approx(metered(it, reads, batch, 512).peak_bytes, rel=CLOSE)
 
@@ -436,7 +431,7 @@ def test_the_memory_that_large_logits_share_is_shared_in_a_rehearsal_too() -> No
     it = described(model, torch.optim.SGD)
     size = 80
     assert size * 40_000 * 4 > SMALLEST
-    predicted = rehearse(it, name_rows, batch=batch, witness=(), sizes=(60, 70, 75))
+    predicted = dry_run(it, name_rows, batch=batch, witness=(), sizes=(60, 70, 75))
     assert predicted.peak_bytes(size) == pytest.approx(metered(it, name_rows, batch, size).peak_bytes, abs=NUMBERS)
 
 
@@ -444,7 +439,7 @@ def test_the_first_rehearsal_of_all_is_like_the_others() -> None:
     model, batch = large_logits()
     it = described(model, torch.optim.SGD)
     learn_to_count.cache_clear()
-    first, second = (rehearse(it, name_rows, batch=batch[:8], witness=(), sizes=(2, 4)) for _ in range(2))
+    first, second = (dry_run(it, name_rows, batch=batch[:8], witness=(), sizes=(2, 4)) for _ in range(2))
     assert first.curves.operators == second.curves.operators
 
 
@@ -457,7 +452,7 @@ def test_a_loop_that_bends_between_two_sizes_is_run_there_too() -> None:
         return torch.stack([each.square().sum() for each in model(x).split(4)]).sum() / len(x) + 0 * len(kept)
 
     it, batch = described(model), torch.randn(48, 16)
-    predicted = rehearse(it, looped, batch=batch, witness=())
+    predicted = dry_run(it, looped, batch=batch, witness=())
     assert any(8 < size < 48 for size in predicted.sizes)
     for size in (20, 36):
         truth = metered(it, looped, batch, size).peak_bytes
@@ -471,7 +466,7 @@ def test_a_loop_that_turns_more_often_is_matched_and_said() -> None:
         return torch.stack([model(x).mul(2).square().sum() for _ in range(len(x) // 2)]).sum() / len(x)
 
     it, batch = described(model), torch.randn(64, 16)
-    predicted = rehearse(it, tiled, batch=batch, witness=(), sizes=(4, 8))
+    predicted = dry_run(it, tiled, batch=batch, witness=(), sizes=(4, 8))
     assert not predicted.exact
     assert "operators" in predicted.note
     truth = metered(it, tiled, batch, 6).peak_bytes
@@ -582,7 +577,7 @@ def test_a_rehearsal_leaves_everything_as_it_was(trained: bool, reaches_past: bo
         return fit(original[0] if reaches_past else model, x)
 
     before, states = everything(model, optimizer), (torch.get_rng_state(), random.getstate())
-    rehearse(it, loss_fn, batch=batch, witness=(2,))
+    dry_run(it, loss_fn, batch=batch, witness=(2,))
     after = everything(model, optimizer)
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -602,7 +597,7 @@ def test_a_module_that_the_loss_closes_over_is_rehearsed_on_a_copy_too() -> None
 
     both = torch.optim.AdamW([*model.parameters(), *head.parameters()])
     it, batch = described(model, optimizers=[both]), torch.randn(64, 16)
-    parts = rehearse(it, loss_fn, batch=batch, witness=()).parts(32)
+    parts = dry_run(it, loss_fn, batch=batch, witness=()).parts(32)
     assert parts["gradients"] == sum(each.nbytes for each in (*model.parameters(), *head.parameters()))
     assert all(each.grad is None for each in head.parameters())
 
@@ -611,9 +606,9 @@ def test_a_model_on_the_meta_device_can_be_rehearsed() -> None:
     real, batch = big_weight()
     with torch.device("meta"):
         meta, _ = big_weight()
-    truth = rehearse(described(real), fit, batch=batch, witness=())
+    truth = dry_run(described(real), fit, batch=batch, witness=())
     # Its batch would be on the device with it, and so the microbatches are copies of rows that come from the host.
-    found = rehearse(described(meta), fit, batch=batch, witness=())
+    found = dry_run(described(meta), fit, batch=batch, witness=())
     assert found.exact
     assert found.peak_bytes(64) - found.parts(64)["inputs"] == truth.peak_bytes(64) - truth.parts(64)["inputs"]
 
@@ -624,7 +619,7 @@ def test_a_model_that_cannot_be_copied_is_an_error_that_says_so() -> None:
             raise TypeError("on purpose")
 
     with pytest.raises(ConfigError, match=r"deepcopy"):
-        rehearse(described(Stubborn(16, 4)), fit, batch=torch.randn(4, 16))
+        dry_run(described(Stubborn(16, 4)), fit, batch=torch.randn(4, 16))
 
 
 def test_out_of_memory_in_a_real_run_is_noted_and_the_rest_goes_on() -> None:
@@ -637,7 +632,7 @@ def test_out_of_memory_in_a_real_run_is_noted_and_the_rest_goes_on() -> None:
             raise OutOfMemoryError("on purpose")
         return fit(model, x)
 
-    predicted: Prediction = rehearse(described(model), loss_fn, batch=batch, witness=(1, 2))
+    predicted: Prediction = dry_run(described(model), loss_fn, batch=batch, witness=(1, 2))
     assert "not measured on 1 rows (out of memory)" in predicted.note
 
 

@@ -17,8 +17,8 @@ from microbatch.memory.allocator import AllocatorMeter
 from microbatch.memory.ledger import Timeline
 from microbatch.memory.length_curves import Lengthwise
 from microbatch.memory.predict import predict
-from microbatch.step.dry_run_lengths import rehearse_lengths, some_columns
-from microbatch.step.settings import Settings
+from microbatch.step.options import Options
+from microbatch.step.size.dry_run_lengths import dry_run_lengths, some_columns
 
 # The profiler says so of every build without a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
@@ -59,26 +59,16 @@ def next_word(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
 
 
-def described(model: nn.Module, **changed: Any) -> Settings:
+def described(model: nn.Module, **changed: Any) -> Options:
     given: dict[str, Any] = {
         "model": model,
         "optimizers": [torch.optim.AdamW(model.parameters(), lr=0.01)],
         "microbatch_size": 1,
-        "memory_budget": None,
-        "max_grad_norm": None,
-        "autocast": None,
-        "grad_scaler": None,
-        "accumulate_dtype": torch.float32,
-        "nonfinite": "raise",
-        "fuse": True,
-        "compile": False,
-        "lengths": None,
-        "listeners": [],
     }
-    return Settings(**given | changed)
+    return Options(**given | changed)
 
 
-def measured(it: Settings, loss_fn: Callable[..., Any], batch: Tensor, size: int, *, meter: mb.MemoryMeter) -> Any:
+def measured(it: Options, loss_fn: Callable[..., Any], batch: Tensor, size: int, *, meter: mb.MemoryMeter) -> Any:
     """Run two real windows of the real accumulator, on copies."""
     model, optimizers = copy.deepcopy((it.model, list(it.optimizers)))
     accumulator = mb.Accumulator(model, optimizers, microbatch_size=size, autocast=it.autocast)
@@ -89,9 +79,9 @@ def measured(it: Settings, loss_fn: Callable[..., Any], batch: Tensor, size: int
     return meter
 
 
-def rehearsed(it: Settings, *, rows: int, lengths: tuple[int, ...] = (6, 12, 24), witness: tuple[int, ...] = ()) -> Any:
+def rehearsed(it: Options, *, rows: int, lengths: tuple[int, ...] = (6, 12, 24), witness: tuple[int, ...] = ()) -> Any:
     batches = {length: torch.randint(WORDS, (rows, length)) for length in lengths}
-    return rehearse_lengths(it, next_word, batches=batches, sizes=(2, 4), witness=witness)
+    return dry_run_lengths(it, next_word, batches=batches, sizes=(2, 4), witness=witness)
 
 
 @given(
@@ -117,7 +107,7 @@ def test_a_line_through_two_lengths_is_not_enough() -> None:
     truth = measured(it, next_word, batch, 4, meter=mb.MemoryMeter()).peak_bytes
     assert found.peak_bytes(4, length=200) == pytest.approx(truth, rel=CLOSE)
     by_length = found.by_length(4)
-    blind = predict(lambda length: by_length.foretell(length).timeline, sizes=(12, 24)).peak_bytes(200)
+    blind = predict(lambda length: by_length.predicted_run(length).timeline, sizes=(12, 24)).peak_bytes(200)
     assert blind < (1 - 10 * CLOSE) * truth
 
 
@@ -153,12 +143,12 @@ class Last(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def witnessed() -> tuple[Settings, Lengthwise]:
+def witnessed() -> tuple[Options, Lengthwise]:
     it = described(Last())
     return it, rehearsed(it, rows=24, lengths=(10, 20, 40), witness=(1, 2, 4, 8))
 
 
-def test_workspaces_are_in_the_prediction_at_every_length(witnessed: tuple[Settings, Lengthwise]) -> None:
+def test_workspaces_are_in_the_prediction_at_every_length(witnessed: tuple[Options, Lengthwise]) -> None:
     it, found = witnessed
     batch = torch.randint(WORDS, (24, 50))
     truth = AllocatorMeter(torch.device("cpu"))
@@ -169,7 +159,7 @@ def test_workspaces_are_in_the_prediction_at_every_length(witnessed: tuple[Setti
     assert blind.peak_bytes(12, length=50) < (1 - CLOSE) * allocated
 
 
-def test_where_it_was_rehearsed_it_says_what_was_measured(witnessed: tuple[Settings, Lengthwise]) -> None:
+def test_where_it_was_rehearsed_it_says_what_was_measured(witnessed: tuple[Options, Lengthwise]) -> None:
     _, found = witnessed
     for length, each in found.predictions.items():
         for size in (1, 2, 4, 8):

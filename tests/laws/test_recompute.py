@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import microbatch as mb
 from microbatch.errors import ConfigError, OutOfMemoryError
 from microbatch.memory.recompute import blocks_of, checkpointed
-from microbatch.step.auto_checkpoint import Weight, by_worth, fewest, weigh
-from microbatch.step.dry_run import rehearse_once
+from microbatch.step.size.auto_checkpoint import Weight, by_worth, fewest, weigh
+from microbatch.step.size.dry_run import dry_run_at
 
 WIDTH = 32
 
@@ -90,8 +90,8 @@ def test_every_step_is_the_same_to_the_last_bit(
 ) -> None:
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 1)
     model, x = Net(), torch.randn(10, 8)
-    expected, drawn, plain = after(model, x, fuse=fuse, autocast=autocast)
-    found, drawn_too, again = after(model, x, fuse=fuse, autocast=autocast, checkpoint=blocks)
+    expected, drawn, plain = after(model, x, sums=mb.Sums(fuse=fuse), autocast=autocast)
+    found, drawn_too, again = after(model, x, sums=mb.Sums(fuse=fuse), autocast=autocast, checkpoint=blocks)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
@@ -254,7 +254,7 @@ def test_blocks_are_what_repeats_and_has_parts() -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["blocks.7"], "no submodule 'blocks.7'; it has 'blocks"),
+        (["blocks.7"], "no submodule 'blocks.7'; did you mean 'blocks"),
         ([""], "no submodule ''"),
         (["blocks.0", "blocks.0.down"], "'blocks.0.down' lies inside 'blocks.0'"),
         ("blok", "no submodule 'blok'"),
@@ -302,7 +302,7 @@ class Keeps(nn.Module):
 
 
 def settings_of(model: nn.Module, **options: Any) -> Any:
-    return mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=8, **options)._settings
+    return mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=8, **options).options
 
 
 def test_what_a_block_keeps_is_weighed_without_its_output() -> None:
@@ -324,7 +324,7 @@ def test_most_bytes_for_a_second_go_first_and_no_more_than_needed() -> None:
 
     def peak(count: int) -> int:
         names = [f"{index}" for index in range(count)]
-        return rehearse_once(settings_of(model, checkpoint=names), loss_fn, batch=x, size=64)
+        return dry_run_at(settings_of(model, checkpoint=names), loss_fn, batch=x, size=64)
 
     peaks = {count: peak(count) for count in (0, 2, 4)}
     assert peaks[0] > peaks[2] > peaks[4]
@@ -342,7 +342,7 @@ def test_where_the_last_block_only_makes_it_worse_it_is_left_out(monkeypatch: py
         taken.append(len(settings.checkpoint))
         return peaks[taken[-1]]
 
-    monkeypatch.setattr("microbatch.step.auto_checkpoint.rehearse_once", rehearsed)
+    monkeypatch.setattr("microbatch.step.size.auto_checkpoint.dry_run_at", rehearsed)
     names = [f"{index}" for index in range(4)]
     find = partial(fewest, settings_of(layers(4)), loss_fn, batch=torch.zeros(4, 64), size=4, ranked=names)
     assert find(budget=3) == tuple(names[:3])
@@ -375,7 +375,7 @@ def test_less_memory_is_taken_and_predicted_so() -> None:
     for checkpoint_ in choices:
         model = Net(8, norm=False)
         peaks.append(measured(model, x, microbatch_size=256, checkpoint=checkpoint_))
-        predicted = rehearse_once(settings_of(model, checkpoint=checkpoint_), loss_fn, batch=x, size=256)
+        predicted = dry_run_at(settings_of(model, checkpoint=checkpoint_), loss_fn, batch=x, size=256)
         assert predicted == pytest.approx(peaks[-1], rel=0.01)
     assert peaks[0] > peaks[1] > peaks[2]
     assert peaks[2] < 0.6 * peaks[0]
@@ -384,8 +384,7 @@ def test_less_memory_is_taken_and_predicted_so() -> None:
 def test_offloaded_activations_are_predicted_too() -> None:
     model, x = Net(8, norm=False), torch.randn(1024, 8)
     plain, away = (
-        rehearse_once(settings_of(model, offload=offload), loss_fn, batch=x, size=512)
-        for offload in (None, "activations")
+        dry_run_at(settings_of(model, offload=offload), loss_fn, batch=x, size=512) for offload in (None, "activations")
     )
     taken = measured(model, x, microbatch_size=512, offload=mb.Spill(model))
     assert away == pytest.approx(taken, rel=0.05)
@@ -395,7 +394,7 @@ def test_offloaded_activations_are_predicted_too() -> None:
 def test_auto_checkpoints_as_few_as_fit_and_none_where_all_does() -> None:
     model, x = layers(6), torch.randn(512, 64)
     choices: Sequence[Any] = ((), ["0", "1", "2"])
-    peaks = [rehearse_once(settings_of(model, checkpoint=names), loss_fn, batch=x, size=256) for names in choices]
+    peaks = [dry_run_at(settings_of(model, checkpoint=names), loss_fn, batch=x, size=256) for names in choices]
     for budget, expected in ((2 * peaks[0], ()), (int(1.04 * peaks[1]), ("0", "1", "2"))):
         accumulators = [
             mb.Accumulator(
@@ -404,21 +403,21 @@ def test_auto_checkpoints_as_few_as_fit_and_none_where_all_does() -> None:
             for _ in range(2)
         ]
         step = accumulators[0].step(x, loss_fn)
-        assert accumulators[0]._memory.checkpoint == expected
+        assert accumulators[0]._it.checkpointing.blocks == expected
         assert step.retries == 0
         accumulators[1].load_state_dict(accumulators[0].state_dict())
-        assert accumulators[1]._memory.checkpoint == expected
+        assert accumulators[1]._it.checkpointing.blocks == expected
 
 
 def test_where_no_row_fits_auto_lets_one_fit() -> None:
     model, x = layers(6), torch.randn(4, 512, 64)
-    budget = int(1.05 * rehearse_once(settings_of(model, checkpoint="all"), loss_fn, batch=x, size=1))
-    assert rehearse_once(settings_of(model), loss_fn, batch=x, size=1) > budget
+    budget = int(1.05 * dry_run_at(settings_of(model, checkpoint="all"), loss_fn, batch=x, size=1))
+    assert dry_run_at(settings_of(model), loss_fn, batch=x, size=1) > budget
     with pytest.raises(OutOfMemoryError, match=r'checkpoint="all"'):
         mb.Accumulator(model, SGD(model.parameters(), lr=0.1), memory_budget=budget).step(x, loss_fn)
     accumulator = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), checkpoint="auto", memory_budget=budget)
     assert accumulator.step(x, loss_fn).microbatch_size == 1
-    assert accumulator._memory.checkpoint
+    assert accumulator._it.checkpointing.blocks
 
 
 def test_a_window_that_runs_out_of_memory_keeps_its_blocks() -> None:

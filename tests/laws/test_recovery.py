@@ -23,9 +23,9 @@ from microbatch.gradients import fused_matmul
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.memory import out_of_memory
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
-from microbatch.step import accumulator as accumulator_module
+from microbatch.step import attempts
 from microbatch.step import window as window_module
-from microbatch.step.sizing import PATIENCE
+from microbatch.step.size.sizing import PATIENCE
 
 from .reference import (
     EXACT,
@@ -204,7 +204,7 @@ CASES: dict[str, Case] = {
     "watched by default": Case(reference=fit_exactly, settings={"memory_budget": None}),
     "noisy": Case(Noisy),
     "tied, fused": Case(Tied, tokens_sum, ragged, tokens_mean),
-    "tied, not fused": Case(Tied, tokens_sum, ragged, tokens_mean, settings={"fuse": False}),
+    "tied, not fused": Case(Tied, tokens_sum, ragged, tokens_mean, settings={"sums": mb.Sums(fuse=False)}),
     "two terms": Case(Tied, two_terms, ragged, two_means, counts=two_counts),
     "lengths": Case(Tied, tokens_sum, ragged, tokens_mean, settings={"lengths": "mask"}),
     "tokens": Case(
@@ -216,12 +216,14 @@ CASES: dict[str, Case] = {
     "scaler": Case(plain, fit, dtype=torch.float32, scaled=True, settings={"autocast": torch.bfloat16}),
     "checkpointed": Case(lambda: Checkpointed(reentrant=False)),
     "checkpointed, reentrant": Case(lambda: Checkpointed(reentrant=True)),
-    "checkpointed, not fused": Case(lambda: Checkpointed(reentrant=False), settings={"fuse": False}),
+    "checkpointed, not fused": Case(lambda: Checkpointed(reentrant=False), settings={"sums": mb.Sums(fuse=False)}),
     "checkpointed, autocast": Case(
         lambda: Checkpointed(reentrant=False), fit, dtype=torch.float32, settings={"autocast": torch.bfloat16}
     ),
-    "noisy, not fused": Case(Noisy, settings={"fuse": False}),
-    "lengths, not fused": Case(Tied, tokens_sum, ragged, tokens_mean, settings={"lengths": "mask", "fuse": False}),
+    "noisy, not fused": Case(Noisy, settings={"sums": mb.Sums(fuse=False)}),
+    "lengths, not fused": Case(
+        Tied, tokens_sum, ragged, tokens_mean, settings={"lengths": "mask", "sums": mb.Sums(fuse=False)}
+    ),
     "two optimizers": Case(Noisy, optimizers=2),
     "two optimizers, scaler": Case(
         Noisy, fit, dtype=torch.float32, scaled=True, optimizers=2, settings={"autocast": torch.float16}
@@ -693,7 +695,7 @@ def test_the_size_that_worked_is_saved_with_the_rest() -> None:
     assert first.step(batch, wide_fit).retries == 2
     second.load_state_dict(first.state_dict())
     assert second.step(batch, wide_fit).retries == 0
-    assert second.state_dict()["sizing"] == {**first.state_dict()["sizing"], "calm": 2}
+    assert second.state_dict()["size"]["sizing"] == {**first.state_dict()["size"]["sizing"], "calm": 2}
     other.load_state_dict(first.state_dict())  # another size was asked for since
     assert other.step(batch, wide_fit).retries == 1
 
@@ -701,14 +703,14 @@ def test_the_size_that_worked_is_saved_with_the_rest() -> None:
 def by_window(accumulator: mb.Accumulator, batch: Tensor) -> mb.Step:
     with accumulator.window() as window:
         for microbatch in window.split(batch):
-            window.backward(wide_fit(accumulator._settings.model, microbatch))
+            window.backward(wide_fit(accumulator.options.model, microbatch))
     return window.step
 
 
 def test_a_hand_written_window_is_told_and_the_next_one_is_smaller() -> None:
     events: list[Any] = []
     accumulator = budgeted(16, peak_at(8), listeners=[events.append])
-    model, batch = accumulator._settings.model, rows(16)
+    model, batch = accumulator.options.model, rows(16)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(OutOfMemoryError) as caught:
         by_window(accumulator, batch)
@@ -756,7 +758,7 @@ def halve_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     def shrink(self: Any, asked: int, *, used: int) -> None:
         self.halvings += 2
 
-    monkeypatch.setattr("microbatch.step.sizing.Sizing.shrink", shrink)
+    monkeypatch.setattr("microbatch.step.size.sizing.Sizing.shrink", shrink)
 
 
 PLANTED = {
@@ -778,7 +780,7 @@ def test_a_planted_fault_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_traceback_that_is_kept_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accumulator_module, "let_go", lambda error, device: None)
+    monkeypatch.setattr(attempts, "let_go", lambda error, device: None)
     with pytest.raises(AssertionError):
         test_m3_what_the_failure_held_is_free_before_the_retry("forward")
 

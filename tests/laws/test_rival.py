@@ -7,9 +7,9 @@ from statistics import median
 
 import pytest
 
-from microbatch.step.search import NOISE, noise
-from microbatch.step.sizing import Sizing
-from microbatch.step.tune import MOST_PROBES, Played, Tuning
+from microbatch.step.size.search import NOISE, noise
+from microbatch.step.size.sizing import Sizing
+from microbatch.step.size.timing_search import MOST_PROBES, Played, Tuning
 
 # Speeds by microbatch size, as measured on two cores, and one curve that is nearly flat.
 CURVES = {
@@ -102,7 +102,7 @@ def test_a_machine_of_ones_own_is_always_believed() -> None:
 
 
 def test_the_median_alone_refuses_twice_as_often_and_is_wrong_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microbatch.step.tune.settled", by_median)
+    monkeypatch.setattr("microbatch.step.size.timing_search.settled", by_median)
     once: Callable[..., list[int]] = lambda self, timed: []  # noqa: E731 - nothing is timed once more
     monkeypatch.setattr(Tuning, "_once_more", once)
     found = {where: rates(CURVES["gpt"], part=where[0], spell=where[1]) for where in SPELLS}

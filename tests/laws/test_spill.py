@@ -610,7 +610,11 @@ def test_inside_an_accumulators_step(fuse: bool, autocast: torch.dtype | None) -
         torch.manual_seed(2)
         model = copy.deepcopy(start)
         accumulator = mb.Accumulator(
-            model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=2, fuse=fuse, autocast=autocast
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            microbatch_size=2,
+            sums=mb.Sums(fuse=fuse),
+            autocast=autocast,
         )
         spill = mb.Spill(model, ids, smallest=0)
 

@@ -13,6 +13,7 @@ from microbatch.planning.hardware import Device
 from microbatch.planning.model_shapes import Case
 from microbatch.planning.sharding import PRECISIONS, Setup
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks
 
 ROOM = Device(name="room", memory_bytes=1 << 50, reserved_bytes=0, source="for tests")
 ROWS, MICROBATCHES = 6, 3  # of a rank
@@ -59,7 +60,7 @@ def really_sent(rank: int, ranks: int) -> dict[str, tuple[int, int]]:
             for unit in units(model):
                 fully_shard(unit, reshard_after_forward=after)
             fully_shard(model, reshard_after_forward=False)
-            found[f"{strategy} {sync}"] = told(model, sync=sync)
+            found[f"{strategy} {sync}"] = told(model, ranks=Ranks(sync=sync))
     return found
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from microbatch.gradients import fused_matmul
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Sums
 
 ROWS, LARGE, SMALL, PLACES = 8, 4, 2, 8
 
@@ -46,7 +47,7 @@ class Case:
 
 CASES = {
     "fused": Case(),
-    "not fused": Case({"fuse": False}),
+    "not fused": Case({"sums": Sums(fuse=False)}),
     "lengths": Case({"lengths": "mask"}),
     "two optimizers": Case({"max_grad_norm": 0.1}, optimizers=2),
     "scaler": Case({"autocast": torch.bfloat16}, optimizers=2, scaled=True, dtype=torch.float32),

@@ -17,6 +17,7 @@ from microbatch.loss.loss import Loss
 from microbatch.ranks import reduce
 from microbatch.ranks.process_group import group_of
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks
 
 
 def make_model(*, seed: int = 5) -> nn.Module:
@@ -65,11 +66,11 @@ def case_beside_tensor_parallel(rank: int, ranks: int) -> Any:
     mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
     dp, found = mesh["dp"], {}
     for name, given in [("mesh", dp), ("group", dp.get_group())]:
-        found[name] = step_of(make_model(), some_rows(make_rows(), dp.get_local_rank(), 2), process_group=given)
+        found[name] = step_of(make_model(), some_rows(make_rows(), dp.get_local_rank(), 2), ranks=Ranks(group=given))
     split = parallelize_module(make_model(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    found["split"] = step_of(split, some_rows(make_rows(), dp.get_local_rank(), 2), process_group=dp)
+    found["split"] = step_of(split, some_rows(make_rows(), dp.get_local_rank(), 2), ranks=Ranks(group=dp))
     try:
-        Accumulator(make_model(), torch.optim.SGD(make_model().parameters()), process_group=mesh)
+        Accumulator(make_model(), torch.optim.SGD(make_model().parameters()), ranks=Ranks(group=mesh))
     except ConfigError as error:
         found["refused"] = str(error)
     return found
@@ -115,7 +116,7 @@ def case_dtypes(rank: int, ranks: int) -> Any:
         for name, dtype in [("float32", torch.float32), ("own", None)]:
             model = make_model().bfloat16()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-            accumulator = Accumulator(model, optimizer, microbatch_size=1, reduce_dtype=dtype)
+            accumulator = Accumulator(model, optimizer, microbatch_size=1, ranks=Ranks(reduce_dtype=dtype))
             seen: list[Tensor] = []
             optimizer.register_step_pre_hook(
                 lambda *_, model=model, seen=seen: seen.extend(
@@ -222,7 +223,7 @@ def test_the_dtype_of_the_reduction_is_ones_own_choice(told: list[Any]) -> None:
 
 def test_bytes_and_calls_are_counted_as_a_ring_sends_them(told: list[Any]) -> None:
     weights = sum(p.numel() for p in make_model().parameters())
-    agreement = 8 * (10 + 50 * 16 + 4)
+    agreement = 8 * (11 + 50 * 16 + 4)
     first, broadcast = 8 * 3 * 4, 8 * weights
     for calls, sent in result(told, "figures"):
         assert calls == 4 + 3  # a broadcast for each parameter, the agreement, the bucket, and the first step's word

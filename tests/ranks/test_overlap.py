@@ -1,6 +1,7 @@
 """Gradients that are reduced while the last backward runs: the same ones, and no rank that waits in vain."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from microbatch.errors import ConfigError
 from microbatch.loss.loss import Loss
 from microbatch.ranks import reduce
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks, Sums
 
 Fault = Callable[[], None]
 
@@ -64,7 +66,7 @@ class World:
         model = DistributedDataParallel(self.bare, find_unused_parameters=True) if wrap else self.bare
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         self.optimizer.register_step_pre_hook(self._look)
-        settings = {"microbatch_size": 2, "overlap": True, **settings}
+        settings = {"microbatch_size": 2, "ranks": Ranks(overlap=True), **settings}
         self.accumulator = Accumulator(model, self.optimizer, **settings)
         self.whole = torch.randn(sum(rows), 3, dtype=torch.float64)
         self.mine = self.whole.split(list(rows))[rank]
@@ -102,7 +104,7 @@ class World:
         else:
             told |= {"retries": step.retries, "comm": (step.comm_calls, step.comm_bytes), "applied": step.applied}
             told |= {"microbatches": step.microbatches, "samples": step.samples}
-        overlap = self.accumulator._memory.overlap
+        overlap = getattr(self.accumulator._it._together, "overlap", None)
         told["early"] = 0 if overlap is None else overlap.early
         told["same"] = bool(torch.equal(before, self.weights()))
         told["clean"] = all(each.grad is None for each in self.bare.parameters())
@@ -187,7 +189,7 @@ def cases(rank: int, ranks: int) -> dict[str, Any]:
     reduce.BUCKET_BYTES = 9 * 8 + 1  # two weights
     return {
         "uneven": World(rank, [9, 1]).step(fine),
-        "off": World(rank, [9, 1], overlap=False).step(fine),
+        "off": World(rank, [9, 1], ranks=Ranks()).step(fine),
         "no rows": World(rank, [5, 0]).step(fine),
         "wrapped": World(rank, [4, 4], wrap=True).step(fine),
         "rare": World(rank, [6, 4]).step(rarely),
@@ -291,26 +293,26 @@ def test_a_loop_of_ones_own_may_end_early_but_not_begin_again(told: list[dict[st
 
 
 def refused() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "deterministic", {"deterministic": True, "microbatch_size": 2}
-    yield "batch_norm", {"batch_norm": "exact"}
-    yield "gradient_buffer", {"gradient_buffer": "none"}
-    yield "dropout", {"dropout": "by_row"}
+    yield "deterministic=True", {"deterministic": True, "microbatch_size": 2}
+    yield 'batch_norm="exact"', {"batch_norm": "exact"}
+    yield 'Sums(buffer="none")', {"sums": Sums(buffer="none")}
+    yield 'dropout="by_row"', {"dropout": "by_row"}
 
 
 @pytest.mark.parametrize(("name", "settings"), list(refused()))
 def test_what_does_not_go_with_it_is_refused(name: str, settings: dict[str, Any]):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with pytest.raises(ConfigError, match=f"overlap=True does not go with {name}"):
-        Accumulator(model, optimizer, overlap=True, **settings)
+    with pytest.raises(ConfigError, match=re.escape("Ranks(overlap=True) does not go with " + name)):
+        Accumulator(model, optimizer, ranks=Ranks(overlap=True), **settings)
 
 
 def test_narrow_parameters_and_encoders_are_refused():
     model = nn.Linear(3, 1).bfloat16()
     with pytest.raises(ConfigError, match="parameters narrower"):
-        Accumulator(model, torch.optim.SGD(model.parameters()), overlap=True)
+        Accumulator(model, torch.optim.SGD(model.parameters()), ranks=Ranks(overlap=True))
     wide = nn.Linear(3, 1)
-    accumulator = Accumulator(wide, torch.optim.SGD(wide.parameters()), overlap=True)
+    accumulator = Accumulator(wide, torch.optim.SGD(wide.parameters()), ranks=Ranks(overlap=True))
     with pytest.raises(ConfigError, match="encode="):
         accumulator.step(torch.ones(2, 3), lambda model, z: z.sum(), encode=lambda model, x: model(x))
     accumulator.step(torch.ones(2, 3), lambda model, x: model(x).mean())  # of one process, it does nothing

@@ -20,6 +20,7 @@ from microbatch.errors import ConfigError, LossError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks, Sums
 from microbatch.train.config import Settings
 from microbatch.train.job import Job
 from microbatch.train.resolve import resolve
@@ -150,7 +151,7 @@ class World:
         self.events: list[str] = []
         settings: dict[str, Any] = {"microbatch_size": 2, "listeners": [lambda e: self.events.append(type(e).__name__)]}
         if ranks > pp:
-            settings["process_group"] = mesh["dp"]
+            settings["ranks"] = Ranks(group=mesh["dp"])
         self.accumulator = Accumulator(self.model, self.optimizer, **(settings | more))
         self.seen: list[dict[str, Tensor]] = []
         self.optimizer.register_step_pre_hook(lambda *_: self.seen.append(self.named(grad=True)))
@@ -509,7 +510,7 @@ def test_what_is_not_finite_on_one_stage_is_dropped_on_all(two: list[Any]) -> No
         ("never", "LossError: .* did not call its model", "LossError: .* did not call its model"),
         ("graph", "LossError: .* has a graph", "LossError: .* has a graph"),
         ("ragged", "BatchError: microbatch 2 .* pad all rows", "BatchError: microbatch 2 .* pad all rows"),
-        ("batches", "BatchError: .* has 8 rows, in 4 passes", "BatchError: .* has 9 rows, in 5 passes"),
+        ("batches", "BatchError: .* has 8 rows in 4 passes", "BatchError: .* has 9 rows in 5 passes"),
         ("shares", "BatchError: .* different batches", "BatchError: .* different batches"),
         ("no rows left", "CountError: .* declared 1", "CountError: .* declared 1"),
         ("empty", "EmptyBatchError", "EmptyBatchError"),
@@ -618,17 +619,17 @@ def alone() -> Iterator[Callable[..., PipelineStage]]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"microbatch_size": "auto"}, 'microbatch_size="auto" does not go with a Pipeline: say how many rows'),
+        ({"microbatch_size": "auto"}, 'a Pipeline does not go with microbatch_size="auto": pass a number'),
         ({"memory_budget": "1 GiB"}, "memory_budget="),
-        ({"gradient_buffer": "none"}, "gradient_buffer"),
+        ({"sums": Sums(buffer="none")}, r"Sums\(buffer="),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler="),
-        ({"deterministic": True}, "deterministic="),
+        ({"deterministic": True}, "deterministic=True"),
         ({"compile": True}, "compile each stage's module"),
         ({"offload": "activations"}, "offload="),
         ({"checkpoint": "all"}, "checkpoint="),
         ({"lengths": "mask"}, "pad all rows to one length"),
-        ({"dropout": "by_row"}, "dropout="),
-        ({"batch_norm": "exact"}, "batch_norm='exact'"),
+        ({"dropout": "by_row"}, 'dropout="by_row"'),
+        ({"batch_norm": "exact"}, 'batch_norm="exact"'),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(alone: Any, settings: dict[str, Any], message: str) -> None:
@@ -642,7 +643,7 @@ def test_what_makes_no_sense_is_refused_by_name(alone: Any, settings: dict[str, 
 def test_batch_normalisation_would_see_the_rows_that_fill_up(alone: Any) -> None:
     model = Pipeline(alone(module=nn.BatchNorm1d(3)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match=r"batch_norm=None does not go with a Pipeline: .* say \"frozen\""):
+    with pytest.raises(ConfigError, match=r'a Pipeline does not go with BatchNorm without .* pass batch_norm="frozen"'):
         Accumulator(model, optimizer, microbatch_size=2)
     step = Accumulator(model, optimizer, microbatch_size=2, batch_norm="frozen").step(
         torch.randn(3, 3), lambda m, x: m(x).mean()
@@ -675,7 +676,7 @@ def test_a_loop_of_one_s_own_an_encoder_and_a_call_are_refused(alone: Any) -> No
         accumulator.window()
     with pytest.raises(ConfigError, match=r"use accumulator\.step\(batch, loss_fn\)"):
         accumulator.windows([], microbatches=2)
-    with pytest.raises(ConfigError, match="encode= does not go with a Pipeline"):
+    with pytest.raises(ConfigError, match="a Pipeline does not go with encode="):
         accumulator.step(torch.zeros(2, 3), lambda model, z: z.sum(), encode=lambda model, x: model(x))
     with pytest.raises(WindowError, match="its schedule runs the stages"):
         model(torch.zeros(2, 3))

@@ -15,7 +15,7 @@ from tests.ranks.piped_job import two
 from torch import Tensor, nn
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.config import Settings
 from microbatch.train.launch import Launch
@@ -63,7 +63,7 @@ def on_four(rank: int, ranks: int) -> dict[str, Any]:
     run(folder / "four-4", "four", launch=launch)
     stop_early(folder / "4-to-2", "two", launch)
     plans = [event.config for event in told if isinstance(event, RunPlanned)]
-    job, everyone = two(device=CPU), Ranks.find(CPU)
+    job, everyone = two(device=CPU), RankGroup.find(CPU)
     if rank == 3:
         job = replace(job, model=nn.Linear(3, 4))
     return {

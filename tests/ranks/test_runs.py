@@ -25,9 +25,10 @@ from microbatch.cli.progress import Screen
 from microbatch.cli.run_views import step_line, summary_view
 from microbatch.errors import CheckpointError
 from microbatch.memory.budget import format_bytes
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.step.events import SyncChosen
-from microbatch.train.checkpoint import copied, read_newest, store
+from microbatch.train.checkpoint import read_newest, store
+from microbatch.train.checkpoint_copy import copied
 from microbatch.train.heartbeat import read_beat
 from microbatch.train.launch import Launch
 from microbatch.train.run_events import RunEvent
@@ -106,7 +107,7 @@ def begin(rank: int, ranks: int) -> dict[str, Any]:
     model.weight.to_local().sum().backward()
     optimizer.step()
     what = copied(step=1, weights=dict(model.state_dict()), state={"optimizer": optimizer.state_dict()})
-    store(folder / "parts", what, keep=1, ranks=Ranks.find(CPU))
+    store(folder / "parts", what, keep=1, ranks=RankGroup.find(CPU))
     whole = model.weight.full_tensor(), optimizer.state[model.weight]["exp_avg"].full_tensor()
     if rank == 0:
         torch.save(whole, folder / "whole.pt")
@@ -131,7 +132,7 @@ def go_on(rank: int, ranks: int) -> dict[str, Any]:
     run(folder / "deterministic-1-to-3", "dropping", launch=launch, resume=True, steps=12)
     told = run(folder / "zero3-4-to-3", "blocks", launch=launch, resume=True, steps=12)
     run(folder / "whole-to-zero2", "blocks", launch=launch, resume=True, steps=12, shard="zero2")
-    read = read_newest(folder / "parts", notice=pytest.fail, ranks=Ranks.find(CPU))
+    read = read_newest(folder / "parts", notice=pytest.fail, ranks=RankGroup.find(CPU))
     model, optimizer = spread(seed=1)
     load_model(model, read.weights, {})
     load_optimizer(optimizer, read.state["optimizer"])
@@ -213,8 +214,8 @@ def test_a_sharded_run_says_how_it_meets(runs: Path) -> None:
     assert [each["sync"] for each in began] == [[(0, "lean"), (1, "fast")]] * 4
     screen = began[0]["screen"]
     assert "over all ranks (ZeRO-3); lean or fast, as memory allows" in screen
-    assert "from step 1 on lean: gradients meet after every microbatch, in shards, because a first window" in screen
-    assert "from step 2 on fast: gradients meet once a step, whole until then, because whole gradients" in screen
+    assert "from step 1 on lean: gradients meet after every microbatch, in shards, because the first window" in screen
+    assert "from step 2 on fast: gradients meet once a step, whole until then, because unsharded gradients" in screen
     assert "sync fast" in screen
     assert [each["sync"] for each in torch.load(runs / "spread.pt", weights_only=True)] == [[(6, "fast")]] * 3
     assert [line.get("sync") for line in lines(runs / "zero3-4-to-3")] == ["lean", *["fast"] * 11]

@@ -22,6 +22,7 @@ from microbatch.loss.loss import Loss
 from microbatch.ranks.fsdp import fsdp_units
 from microbatch.ranks.fsdp_passes import FLAGS
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks, Sums
 
 Batch = dict[str, Tensor]
 LossFn = Callable[[nn.Module, Batch], Any]
@@ -176,7 +177,9 @@ def every_way(
         def world(sync: str = sync, after: bool = after, **more: Any) -> World:
             how = {key: more.pop(key) for key in ("mp_policy", "offload_policy", "mesh") if key in more}
             model = more.pop("model", None) or make_model()
-            return World(sharded(model, reshard_after_forward=after, **how), sync=sync, **(settings | more))
+            return World(
+                sharded(model, reshard_after_forward=after, **how), ranks=Ranks(sync=sync), **(settings | more)
+            )
 
         found[name] = case(world)
     return found
@@ -265,8 +268,10 @@ def case_narrow(rank: int, ranks: int) -> Any:
     batch = {"x": torch.ones(9, 1, 3, dtype=torch.bfloat16), "weight": weight}
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     found = {
-        "lean": World(sharded(make_model().bfloat16()), sync="lean").step(batch, loss_fn),
-        "fast": World(sharded(make_model().bfloat16(), mp_policy=policy), sync="fast").step(batch, loss_fn),
+        "lean": World(sharded(make_model().bfloat16()), ranks=Ranks(sync="lean")).step(batch, loss_fn),
+        "fast": World(sharded(make_model().bfloat16(), mp_policy=policy), ranks=Ranks(sync="fast")).step(
+            batch, loss_fn
+        ),
     }
     model = make_model().bfloat16()
     for row in range(9):  # what a loop of one's own has
@@ -439,22 +444,22 @@ def case_refused(rank: int, ranks: int) -> Any:
     before, optimizer = flags(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     found: dict[str, str] = {}
     asked: dict[str, dict[str, Any]] = {
-        "batch_norm": {"batch_norm": "exact", "sync": "lean"},
-        "gradient_buffer": {"gradient_buffer": "none"},
+        "batch_norm": {"batch_norm": "exact", "ranks": Ranks(sync="lean")},
+        "buffer": {"sums": Sums(buffer="none")},
         "compile": {"compile": True},
         "offload": {"offload": "activations"},
         "checkpoint": {"checkpoint": "all"},
         "coupled": {"coupled": "keep"},
-        "sync": {"sync": "slow"},
-        "reduce_dtype": {"reduce_dtype": torch.bfloat16},
-        "process_group": {"process_group": "dp"},
+        "group": {"ranks": Ranks(group="dp")},
     }
     for name, settings in asked.items():
         found[name] = _error(lambda settings=settings: Accumulator(model, optimizer, microbatch_size=1, **settings))
+    found["sync"] = _error(lambda: Ranks(sync="slow"))
+    found["reduce_dtype"] = _error(lambda: Ranks(reduce_dtype=torch.bfloat16))
     accumulator = Accumulator(model, optimizer, microbatch_size=1)
     mine = share(rank, ranks)
     narrow = sharded(make_model().bfloat16())
-    found["fast"] = _error(lambda: Accumulator(narrow, torch.optim.SGD(narrow.parameters()), sync="fast"))
+    found["fast"] = _error(lambda: Accumulator(narrow, torch.optim.SGD(narrow.parameters()), ranks=Ranks(sync="fast")))
 
     def by_hand() -> None:
         with accumulator.window() as window:
@@ -708,15 +713,15 @@ def test_hand_written_loops(two: list[Any], loop: str, way: str) -> None:
 
 
 REFUSED = {
-    "batch_norm": 'batch_norm="exact" with sync="lean" does not go',
-    "gradient_buffer": 'gradient_buffer="none" does not go',
-    "compile": "compile= does not go",
-    "offload": "offload= does not go",
-    "checkpoint": "checkpoint= does not go",
-    "coupled": 'coupled="keep" does not go',
+    "batch_norm": 'batch_norm="exact" does not go with Ranks(sync="lean")',
+    "buffer": 'a fully sharded model does not go with Sums(buffer="none")',
+    "compile": "a fully sharded model does not go with compile=",
+    "offload": "a fully sharded model does not go with offload=",
+    "checkpoint": "a fully sharded model does not go with checkpoint=",
+    "coupled": 'a fully sharded model does not go with coupled="keep"',
     "sync": 'sync must be "auto", "lean" or "fast"',
     "reduce_dtype": "reduce_dtype must be",
-    "process_group": "process_group must be",
+    "group": "Ranks: group must be",
     "fast": 'pass reduce_dtype=torch.float32 to the policy, or sync="lean"',
     "by hand": "window.split",
 }

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks
 
 Batch = dict[str, Tensor]
 TOKENS = [6, 1, 2, 5, 3, 3, 6, 4]
@@ -108,13 +109,15 @@ def every_way(case: Callable[[str, bool], Any]) -> dict[str, Any]:
 
 def case_lengths(rank: int, ranks: int) -> Any:
     batch = share(rank, ranks)
-    return every_way(lambda sync, after: run(sharded(make_model(), after=after), batch, sync=sync, lengths="mask"))
+    return every_way(
+        lambda sync, after: run(sharded(make_model(), after=after), batch, ranks=Ranks(sync=sync), lengths="mask")
+    )
 
 
 def case_by_row(rank: int, ranks: int) -> Any:
     batch = share(rank, ranks)
     model = lambda after: sharded(make_model(train=True), after=after)  # noqa: E731
-    return every_way(lambda sync, after: run(model(after), batch, sync=sync, dropout="by_row"))
+    return every_way(lambda sync, after: run(model(after), batch, ranks=Ranks(sync=sync), dropout="by_row"))
 
 
 def case_checkpointed(rank: int, ranks: int) -> Any:
@@ -122,7 +125,7 @@ def case_checkpointed(rank: int, ranks: int) -> Any:
         model = make_model()
         for name, block in list(model.blocks.named_children()):
             model.blocks.register_module(name, checkpoint_wrapper(block))
-        return run(sharded(model, after=after), share(rank, ranks), sync=sync)
+        return run(sharded(model, after=after), share(rank, ranks), ranks=Ranks(sync=sync))
 
     return every_way(case)
 
@@ -130,7 +133,11 @@ def case_checkpointed(rank: int, ranks: int) -> Any:
 def case_auto(rank: int, ranks: int) -> Any:
     return every_way(
         lambda sync, after: run(
-            sharded(make_model(), after=after), share(rank, ranks), sync=sync, microbatch_size="auto", steps=14
+            sharded(make_model(), after=after),
+            share(rank, ranks),
+            ranks=Ranks(sync=sync),
+            microbatch_size="auto",
+            steps=14,
         )
     )
 
@@ -144,7 +151,7 @@ def case_tensor_parallel(rank: int, ranks: int) -> Any:
         for block in model.blocks:
             parallelize_module(block, mesh["tp"], {"0": ColwiseParallel(), "3": RowwiseParallel()})
         sharded(model, after=after, mesh=mesh["dp"])
-        return run(model, share(mesh["dp"].get_local_rank(), 2), sync=sync, process_group=mesh["dp"])
+        return run(model, share(mesh["dp"].get_local_rank(), 2), ranks=Ranks(sync=sync, group=mesh["dp"]))
 
     return every_way(case)
 

@@ -20,6 +20,7 @@ from microbatch.loss.loss import Loss
 from microbatch.ranks.fsdp import fsdp_units
 from microbatch.ranks.fsdp_passes import FLAGS
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.options import Ranks
 
 ROWS = 9
 Batch = dict[str, Tensor]
@@ -118,7 +119,7 @@ class World:
         optimizer.register_step_pre_hook(lambda *_: self.seen.append(self.gradients()))
         listeners = [lambda event: self.events.append(type(event).__name__)]
         settings = {"microbatch_size": 2, **settings}
-        self.accumulator = Accumulator(self.model, optimizer, sync=sync, listeners=listeners, **settings)
+        self.accumulator = Accumulator(self.model, optimizer, ranks=Ranks(sync=sync), listeners=listeners, **settings)
 
     def gradients(self) -> dict[str, Tensor]:
         return {n: whole(p.grad).clone() for n, p in self.model.named_parameters() if p.grad is not None}

@@ -106,7 +106,9 @@ def case_exact_encoded(rank: int, ranks: int) -> Any:
 
 
 def case_pooled(rank: int, ranks: int) -> Any:
-    return {way: World(way, batch_norm="pooled", microbatch_size=4, sync="fast").step(rank) for way in AFTER}
+    return {
+        way: World(way, batch_norm="pooled", microbatch_size=4, ranks=mb.Ranks(sync="fast")).step(rank) for way in AFTER
+    }
 
 
 def failing(at: int, error: Exception) -> Any:

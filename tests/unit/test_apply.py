@@ -20,7 +20,7 @@ class Greedy(torch.optim.SGD):
         self.fails, self.calls = fails, 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # noqa: ARG002 - torch's signature
+    def step(self, closure: Any = None) -> Any:
         where, self.calls = self.fails.get(self.calls, ""), self.calls + 1
         parameters = [each for group in self.param_groups for each in group["params"]]
         if where == "before":
@@ -76,7 +76,7 @@ def test_once_it_has_written_there_is_one_clear_error(fails: dict[int, str], cal
         it.step(batch, fit)
     assert optimizer.calls == calls
     assert "Greedy.step()" in str(caught.value)
-    assert it.state_dict()["sizing"]["halvings"] == 0  # a smaller microbatch would not help
+    assert it.state_dict()["size"]["sizing"]["halvings"] == 0  # a smaller microbatch would not help
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -103,7 +103,7 @@ def test_a_scalers_step_is_tried_once_more_too() -> None:
 def test_writes_by_lists_are_seen_under_the_meter(watched: str | None) -> None:
     class Lists(Greedy):
         @torch.no_grad()
-        def step(self, closure: Any = None) -> Any:  # noqa: ARG002 - torch's signature
+        def step(self, closure: Any = None) -> Any:
             parameters = [each for group in self.param_groups for each in group["params"]]
             torch._foreach_sub_(parameters, [each.grad for each in parameters])  # pyright: ignore[reportPrivateImportUsage]
             raise FULL
@@ -124,4 +124,4 @@ def test_in_a_hand_written_window_the_next_one_is_not_smaller_for_it() -> None:
 
     with pytest.raises(OutOfMemoryError, match="partly updated"):
         loop()
-    assert it.state_dict()["sizing"]["halvings"] == 0
+    assert it.state_dict()["size"]["sizing"]["halvings"] == 0

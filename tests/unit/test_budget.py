@@ -38,7 +38,7 @@ def test_an_amount_is_read(text: int | str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "6 GiBs", "6 GB free", "six GB", "-6 GB", "1e9", "6,5 GB", "1 K", "6 Gi"])
 def test_an_amount_that_cannot_be_read_is_shown_with_an_example(text: str) -> None:
-    with pytest.raises(ConfigError, match='write bytes, or a text such as "6 GiB"') as caught:
+    with pytest.raises(ConfigError, match='pass bytes, or a text such as "6 GiB"') as caught:
         parse_bytes(text)
     assert repr(text) in str(caught.value)
 

@@ -15,9 +15,15 @@ from microbatch.engines.deepspeed import DeepSpeed
 from microbatch.engines.engine_passes import Passes, engine_loss, graphs_of, silent_loss
 from microbatch.errors import ConfigError, UnknownTermError
 from microbatch.loss.loss import Loss, shares_of
-from microbatch.loss.tally import Tally
+from microbatch.step.denominator import Denominator
 
 CPU = torch.device("cpu")
+
+
+def declared(counts: dict[str, float], *, rows: int = 0) -> Denominator:
+    denominator = Denominator()
+    denominator.declare(rows, counts)
+    return denominator
 
 
 @given(
@@ -32,13 +38,12 @@ def test_the_mean_of_what_ranks_are_given_is_the_whole_batchs_loss(counts: list[
     added = torch.zeros((), dtype=torch.float64)
     whole = weight * 0
     for rank, each in enumerate(counts):
-        tally = Tally(estimate=1.0, declared={"tokens": float(total)})
-        tally.rows = rows
+        denominator = declared({"tokens": float(total)}, rows=rows)
         for index, count in enumerate(each):
             tokens = weight * float(10 * rank + index) * count
             mean = weight**2 * (index + 1)
             said = {"tokens": Loss(sum=tokens, count=torch.tensor(count)), "samples": mean}
-            added = added + engine_loss(shares_of(said, rows=1), tally, divisor=divisor)
+            added = added + engine_loss(shares_of(said, rows=1), denominator, divisor=divisor)
             whole = whole + tokens / total + mean / rows
     got, want = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (added, whole))
     assert float(got) / divisor == pytest.approx(float(want), rel=1e-12)
@@ -47,14 +52,14 @@ def test_the_mean_of_what_ranks_are_given_is_the_whole_batchs_loss(counts: list[
 def test_a_term_that_nobody_declared_is_refused() -> None:
     loss = Loss(sum=torch.ones((), requires_grad=True), count=2)
     with pytest.raises(UnknownTermError, match="'router'"):
-        engine_loss(shares_of({"router": loss}, rows=2), Tally(estimate=1.0, declared={"tokens": 2.0}), divisor=1)
+        engine_loss(shares_of({"router": loss}, rows=2), declared({"tokens": 2.0}), divisor=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_losses_are_divided_in_float32(dtype: torch.dtype) -> None:
-    tally = Tally(estimate=1.0, declared={"loss": 3e6})  # 1 / 3e6 is a subnormal number in float16
+    denominator = declared({"loss": 3e6})  # 1 / 3e6 is a subnormal number in float16
     loss = torch.tensor(30.0, dtype=dtype, requires_grad=True)
-    got = engine_loss(shares_of(Loss(sum=loss, count=1), rows=1), tally, divisor=1)
+    got = engine_loss(shares_of(Loss(sum=loss, count=1), rows=1), denominator, divisor=1)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(1e-5, rel=1e-6)
 

@@ -34,6 +34,7 @@ from microbatch.errors import (
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import MicrobatchDone, StepDone
+from microbatch.step.options import Sums
 from microbatch.step.window import Window
 
 
@@ -769,9 +770,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "max_grad_norm inf": ({"max_grad_norm": float("inf")}, ("max_grad_norm", "inf", "None")),
     "autocast float64": ({"autocast": torch.float64}, ("autocast", "torch.float64", "torch.bfloat16")),
     "autocast int8": ({"autocast": torch.int8}, ("autocast", "torch.int8")),
-    "accumulate_dtype int64": ({"accumulate_dtype": torch.int64}, ("accumulate_dtype", "torch.int64")),
     "nonfinite ignore": ({"nonfinite": "ignore"}, ("nonfinite", "'ignore'", '"raise"', '"skip"')),
-    "no optimizer": ({"optimizer": []}, ("at least one optimizer",)),
 }
 
 
@@ -788,13 +787,30 @@ def test_an_argument_that_cannot_work_is_named_with_its_value(name: str) -> None
     assert [word for word in words if word not in str(caught.value)] == []
 
 
+def test_sums_in_a_dtype_without_fractions() -> None:
+    with pytest.raises(ConfigError, match=r"Sums: dtype must be a floating-point torch\.dtype, not torch\.int64"):
+        Sums(dtype=torch.int64)
+
+
+@pytest.mark.parametrize("optimizer", [None, []])
+def test_steps_without_an_optimizer(optimizer: list[torch.optim.Optimizer] | None) -> None:
+    accumulator = Accumulator(nn.Linear(2, 1), optimizer)
+    for step in [
+        lambda: accumulator.step(torch.ones(4, 2), lambda model, x: model(x).mean()),
+        accumulator.window,
+        lambda: accumulator.windows([torch.ones(4, 2)], microbatches=1),
+    ]:
+        with pytest.raises(ConfigError, match=r"without an optimizer.*gradient\(batch, loss_fn\)"):
+            step()
+
+
 def test_the_same_arguments_with_values_that_can_work() -> None:
     accumulator = construct(
         microbatch_size=3,
         memory_budget="1 GiB",
         max_grad_norm=1,
         autocast=torch.bfloat16,
-        accumulate_dtype=torch.float64,
+        sums=Sums(dtype=torch.float64),
         nonfinite="skip",
     )
     assert accumulator.step(torch.ones(4, 2), lambda model, x: model(x).float().mean()).applied
@@ -802,7 +818,7 @@ def test_the_same_arguments_with_values_that_can_work() -> None:
 
 def test_an_optimizer_that_moves_the_weights_within_a_step() -> None:
     model = nn.Linear(2, 1)
-    with pytest.raises(ConfigError, match=r"LBFGS moves the weights several times.*closure"):
+    with pytest.raises(ConfigError, match=r"LBFGS changes the weights several times.*closure"):
         construct(model=model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 

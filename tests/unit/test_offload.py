@@ -27,7 +27,7 @@ def test_the_step_is_the_same(fuse: bool, tmp_path: Path) -> None:
         twin = copy.deepcopy(model)
         torch.manual_seed(1)
         accumulator = mb.Accumulator(
-            twin, SGD(twin.parameters(), lr=0.1), microbatch_size=4, fuse=fuse, offload=offload
+            twin, SGD(twin.parameters(), lr=0.1), microbatch_size=4, sums=mb.Sums(fuse=fuse), offload=offload
         )
         accumulator.step(batch, loss_fn)
         weights.append([each.detach() for each in twin.parameters()])

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from microbatch.batch.batches import Batches
 from microbatch.errors import BatchError, RowsDisagreeError
 
 
@@ -132,6 +133,8 @@ def rows_of(batch: object) -> int:
         >>> rows_of({"x": torch.zeros(10, 3), "y": torch.zeros(10), "temperature": torch.tensor(0.7)})
         10
     """
+    if isinstance(batch, Batches):
+        return sum(map(rows_of, batch.batches))
     found = leaves(batch)
     sizes = {path: size for path, value in found if (size := _leading_size(value, path)) is not None}
     if not sizes:

@@ -26,8 +26,8 @@ REMEDIES = {
     "mb.losses.info_nce, mb.losses.clip and mb.losses.siglip do so without a whole similarity matrix",
     ROW_ORDER: "make what depends on the place a value of the batch, so that each row brings its own",
     LENGTHS: "mask what is padded, so that trimming it changes nothing; or leave out lengths=",
-    PRECISION: "accumulate_dtype=torch.float32, the default, adds narrow gradients up without losing them; where that "
-    'does not fit, accumulate="compensated" takes a byte a parameter less',
+    PRECISION: "sums=mb.Sums(dtype=torch.float32), the default, adds narrow gradients up without losing them; where "
+    'that does not fit, mb.Sums(dtype=torch.bfloat16, how="compensated") takes a byte a parameter less',
     UNEXPLAINED: "compare the loss function with what is really minimised, and look for state outside of the model",
 }
 IN_MODEL = {

@@ -26,13 +26,14 @@ from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
 from microbatch.memory.budget import available_bytes, parse_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
+from microbatch.step.options import Sums
 from microbatch.step.saved_state import Snapshot
 
 EXACT = 1e-9
 """Relative error in float64 that rounding may make in a deep network, and that no cause worth naming stays below."""
 
-_WITHOUT = frozenset({"listeners", "nonfinite", "gradient_buffer"})
-"""Arguments of the accumulator that a gradient by itself knows nothing of; the last leaves none by itself."""
+_WITHOUT = frozenset({"listeners", "nonfinite"})
+"""Arguments of the accumulator that a gradient by itself knows nothing of."""
 
 
 def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by name
@@ -69,7 +70,7 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
         optimizer: What the loop is given.
         memory_budget: Bytes, or a text such as ``"6 GiB"``, that the check may use beside what is in use; `None` for
             what the device has.
-        options: Other arguments of the `Accumulator`, such as ``autocast``, ``accumulate_dtype`` or ``lengths``.
+        options: Other arguments of the `Accumulator`, such as ``autocast``, ``sums`` or ``lengths``.
 
     Returns:
         What was found; print it, or read ``ok`` and ``causes``.
@@ -100,6 +101,8 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
     size = max(1, rows_of(batch) // 4) if microbatch_size is None else microbatch_size
     check_microbatch_size(size)
     options = {name: value for name, value in options.items() if name not in _WITHOUT}
+    if isinstance(options.get("sums"), Sums):  # a gradient inside the optimizer's state cannot be compared
+        options["sums"] = replace(options["sums"], buffer="own")
     snapshot = Snapshot(given.bare_model, given.device)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:

@@ -11,9 +11,9 @@ from torch import nn
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.engines.engine_window import EngineWindow, LossFunction
 from microbatch.errors import ConfigError, WindowError
+from microbatch.step.denominator import Counts
 from microbatch.step.events import Event, Listener, StepDone
 from microbatch.step.record import Step
-from microbatch.step.settings import Counts
 
 
 class DeepSpeed:

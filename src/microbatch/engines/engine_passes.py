@@ -13,14 +13,14 @@ from torch import Tensor
 from microbatch.batch.batch_tree import leaves, rows_of, slice_rows
 from microbatch.batch.prefetch import feed
 from microbatch.loss.loss import Loss, Share
-from microbatch.loss.tally import Tally
-from microbatch.ranks.process_group import Ranks
-from microbatch.step.lend import few_of, lend
+from microbatch.ranks.process_group import RankGroup
+from microbatch.step.denominator import Denominator
+from microbatch.step.peers.borrow_rows import borrow_rows, few_of
 
 Pass: TypeAlias = tuple[int, Any]
 
 
-def engine_loss(shares: Sequence[Share], tally: Tally, *, divisor: int) -> Tensor:
+def engine_loss(shares: Sequence[Share], denominator: Denominator, *, divisor: int) -> Tensor:
     """Turn a microbatch's loss into what an engine has to be given.
 
     The engine adds the gradients of its passes up, and divides their sum over the ranks by ``divisor``. So each pass is
@@ -28,7 +28,7 @@ def engine_loss(shares: Sequence[Share], tally: Tally, *, divisor: int) -> Tenso
 
     Args:
         shares: The microbatch's sums; at least one.
-        tally: What each is divided by, over all ranks.
+        denominator: What each is divided by, over all ranks.
         divisor: What the engine divides the sum over the ranks by; at least 1.
 
     Returns:
@@ -40,13 +40,14 @@ def engine_loss(shares: Sequence[Share], tally: Tally, *, divisor: int) -> Tenso
     Example:
         >>> import microbatch as mb
         >>> from microbatch.loss.loss import shares_of
-        >>> tally = Tally(estimate=1.0, declared={"loss": 12.0})  # tokens of two ranks
+        >>> denominator = Denominator()
+        >>> denominator.declare(8.0, {"loss": 12.0})  # rows and tokens of two ranks
         >>> said = mb.Loss(sum=torch.tensor(6.0, requires_grad=True), count=4)
-        >>> engine_loss(shares_of(said, rows=2), tally, divisor=2).item()  # 2 * 6 / 12
+        >>> engine_loss(shares_of(said, rows=2), denominator, divisor=2).item()  # 2 * 6 / 12
         1.0
     """
     wide = [replace(s, value=s.value.to(torch.promote_types(s.value.dtype, torch.float32))) for s in shares]
-    parts = [share.value * seed for share, seed in zip(wide, tally.seeds(wide), strict=True)]
+    parts = [share.value * seed for share, seed in zip(wide, denominator.seeds(wide), strict=True)]
     return sum(parts[1:], parts[0]) * divisor
 
 
@@ -97,7 +98,7 @@ class Passes:
     lent: Any = None
 
     @classmethod
-    def agree(cls, ranks: Ranks | None, batch: object, *, size: int, together: bool) -> Passes:
+    def agree(cls, ranks: RankGroup | None, batch: object, *, size: int, together: bool) -> Passes:
         """Agree on how many passes there are.
 
         Args:
@@ -120,7 +121,7 @@ class Passes:
         ranks.sum_(numbers)
         counts, lent = [int(each) for each in numbers.tolist()], None
         if not all(counts):
-            lent = lend(ranks, batch, microbatches=counts)
+            lent = borrow_rows(ranks, batch, microbatches=counts)
         return cls(batch, size, max(counts), lent)
 
     @property
@@ -173,7 +174,7 @@ class Order:
         """
         self._sum = zlib.crc32(index.to_bytes(8, "little", signed=True), self._sum)
 
-    def alike(self, ranks: Ranks) -> bool:
+    def alike(self, ranks: RankGroup) -> bool:
         """Ask the other ranks.
 
         Args:

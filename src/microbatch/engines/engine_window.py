@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -24,14 +25,15 @@ from microbatch.errors import (
 )
 from microbatch.gradients.clipping import gradient_norm
 from microbatch.loss.loss import LossLike, Share, shares_of, wide_dtype
-from microbatch.loss.tally import Tally
 from microbatch.ranks.agreement import Message, agree, attend
-from microbatch.ranks.process_group import Ranks
-from microbatch.step.denominators import Denominators
+from microbatch.ranks.process_group import RankGroup
+from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone
+from microbatch.step.finish import record_of
+from microbatch.step.part import Met
+from microbatch.step.peers.data_parallel import added_up, message_of, total_over
 from microbatch.step.record import Step
 from microbatch.step.saved_state import Snapshot
-from microbatch.step.settings import Counts
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], LossLike]
 
@@ -53,7 +55,7 @@ class EngineWindow:
         self._engine, self._size, self._index, self._tell = engine, size, index, tell
         self._started = time.perf_counter()
         self._device = torch.device(engine.device)
-        self._ranks = Ranks.find(self._device, engine.data_parallel_group)
+        self._ranks = RankGroup.find(self._device, engine.data_parallel_group)
         self._parameters = [each for each in engine.module.parameters() if each.requires_grad]
         self._managed: bool = engine.managed_gradient_accumulation()
         self._stage = int(engine.zero_optimization_stage())
@@ -65,7 +67,7 @@ class EngineWindow:
         self._order, self._outputs = Order(), list[Tensor]()
         self._awaited = True  # whether the other ranks wait for this one's word
         self._passing = self._begun = self._stepping = False
-        self._tally = Tally(estimate=1.0)
+        self._denominator = Denominator()
         self._largest = 0
 
     def run(self, batch: object, loss_fn: LossFunction, *, counts: Counts | None) -> Step:
@@ -126,14 +128,17 @@ class EngineWindow:
         """Learn the denominators; return the rows of all ranks."""
         ranks, parameters = self._ranks, len(self._parameters)
         rows = float(rows_of(batch))
+        self._denominator = Denominator(counts)
         if counts is None:
             rows = rows if ranks is None else attend(ranks, rows, parameters=parameters)
-            self._tally = Tally(estimate=rows, declared={})
-            self._tally.rows = int(rows)
+            self._denominator.declare(rows, {})
         else:
-            denominators = Denominators(counts, estimate=None, ranks=ranks, parameters=parameters)
-            denominators.expect([batch], begun=False)
-            self._tally, rows = denominators.tally, float(denominators.tally.rows or 0)
+
+            def total(own: float, counted: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
+                return (own, counted) if ranks is None else total_over(ranks, own, counted, parameters=parameters)
+
+            self._denominator.expect([batch], begun=False, total=total)
+            rows = float(self._denominator.rows or 0)
         if not rows:
             self._awaited = False
             raise EmptyBatchError("the batch has 0 rows on every rank; skip empty batches before the training step")
@@ -187,8 +192,8 @@ class EngineWindow:
         shares = shares_of(returned, rows=rows) if rows else []
         if shares:
             self._refuse_late(shares)
-            loss = engine_loss(shares, self._tally, divisor=self._divisor)
-            self._tally.add(shares, microbatch=number)
+            loss = engine_loss(shares, self._denominator, divisor=self._divisor)
+            self._denominator.add(shares, microbatch=number)
         else:
             loss = silent_loss(self._outputs, returned) if self._together else None
         if loss is None:
@@ -201,7 +206,7 @@ class EngineWindow:
         return True
 
     def _refuse_late(self, shares: Sequence[Share]) -> None:
-        declared = self._tally.declared or {}
+        declared = self._denominator.declared or {}
         for share in shares:
             if not share.is_mean and share.name not in declared:
                 raise MissingCountError(
@@ -214,16 +219,9 @@ class EngineWindow:
 
     def _agree(self, samples: int) -> Message:
         """Add up what the ranks counted."""
-        tally, flat = self._tally, self._tally.totals(self._device).flatten().tolist()
-        own = Message(
-            names=tally.names if tally.spoke else [],
-            sums=flat[0::2] if tally.spoke else [],
-            counts=flat[1::2] if tally.spoke else [],
-            samples=samples,
-            double=tally.dtype == torch.float64,
-            present=[getattr(each, self._where, None) is not None for each in self._parameters],
-            steps=self._index,
-        )
+        present = [getattr(each, self._where, None) is not None for each in self._parameters]
+        own = message_of(self._denominator, self._device, samples=samples, present=present)
+        own = replace(own, steps=self._index)
         self._awaited = False
         if self._ranks is None:
             return own
@@ -247,9 +245,9 @@ class EngineWindow:
                     f"the loss {name!r} is a mean over samples, of which {count:g} of {rows:g} contributed, and the "
                     "engine was given shares of all: pass counts=, a function of the whole batch that says how many do"
                 )
-        self._tally.factor(counts)
+        self._denominator.factor(counts)
         if not all(math.isfinite(each) for each in agreed.sums) and not self._scales:
-            raise NonfiniteError(microbatch=self._tally.first_nonfinite())
+            raise NonfiniteError(microbatch=self._denominator.first_nonfinite())
 
     @property
     def _scales(self) -> bool:
@@ -292,31 +290,28 @@ class EngineWindow:
                 setattr(parameter, self._where, torch.zeros_like(parameter, dtype=dtype))
 
     def _record(self, agreed: Message, norm: Tensor, *, microbatches: int) -> Step:
-        device = self._device
-        wide = partial(torch.tensor, dtype=wide_dtype(device), device=device)
-        sums, totals = wide(list(agreed.sums)), wide(list(agreed.counts))
-        means = torch.where(totals > 0, sums / totals, 0.0).to(torch.float64 if agreed.double else torch.float32)
-        several = list(agreed.names) != ["loss"]
-        counts = {name: _whole(count) for name, count in zip(agreed.names, agreed.counts, strict=True)}
+        ranks, device = self._ranks, self._device
+        own = {name: value.item() for name, value in self._denominator.metrics.items()}
+        met = Met(
+            names=agreed.names,
+            sums=torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device),
+            host_sums=agreed.sums,
+            counts=dict(zip(agreed.names, agreed.counts, strict=True)),
+            samples=agreed.samples,
+            dtype=torch.float64 if agreed.double else torch.float32,
+            norm=norm.to(device),
+            host_norm=math.nan,
+            normalized=True,
+            present=agreed.present,
+            metrics=added_up([own] if ranks is None else ranks.tell(own), device) if agreed.metrics else {},
+        )
         return Step(
             index=self._index,
-            loss=means.sum(),
-            terms=dict(zip(agreed.names, means, strict=True)) if several else {},
-            grad_norm=norm.to(device),
-            count=next(iter(counts.values())),
-            counts=counts if several else {},
-            samples=_whole(agreed.samples),
             microbatches=microbatches,
             microbatch_size=self._largest,
-            fused=0,
-            retries=0,
             applied=bool(self._engine.was_step_applied()),
             seconds=time.perf_counter() - self._started,
-            peak_bytes=None,
-            comm_bytes=0 if self._ranks is None else self._ranks.sent_bytes,
-            comm_calls=0 if self._ranks is None else self._ranks.calls,
+            comm_bytes=0 if ranks is None else ranks.sent_bytes,
+            comm_calls=0 if ranks is None else ranks.calls,
+            **record_of(met),
         )
-
-
-def _whole(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else number

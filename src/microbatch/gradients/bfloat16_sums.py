@@ -1,8 +1,7 @@
-"""Sums in bfloat16 that do not stall: with an extra byte for each element, or with stochastic rounding."""
+"""Sums in bfloat16 that do not stall, with an extra byte for each element."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
@@ -12,50 +11,11 @@ from torch import Tensor
 PIECE = 1 << 16
 
 
-class NarrowSum(ABC):
-    """The sum of a bfloat16 parameter's gradients, in bfloat16.
+class Compensated:
+    """A bfloat16 sum with 8 extra bits in an int8 tensor: the precision of a 24-bit float, in 3 bytes an element.
 
     In a plain bfloat16 addition, the sum is rounded to 8 significant bits. A gradient smaller than half a unit in the
     sum's last place is then lost every time, and the sum stops growing.
-
-    Attributes:
-        total: The sum, which the optimizer uses without a cast.
-    """
-
-    total: Tensor
-
-    def add_(self, part: Tensor, *, rows: slice = slice(None)) -> None:
-        """Add a gradient, or some of its rows.
-
-        Args:
-            part: A dense tensor, bfloat16 or float32.
-            rows: The rows of the sum that ``part`` belongs to; ignored for a 0-d sum.
-
-        Cost:
-            Temporary memory of three float32 numbers for each of 65,536 elements.
-        """
-        tensors = [each if each.ndim == 0 else each[rows] for each in self._tensors()]
-        for piece, *held in _pieces(part, *tensors):
-            self._add_piece_(piece, held)
-
-    @abstractmethod
-    def scale_(self, factor: float) -> None:
-        """Multiply the sum by a number, once, after the last addition.
-
-        Args:
-            factor: The product of normalisation and clipping.
-        """
-
-    @abstractmethod
-    def _tensors(self) -> list[Tensor]:
-        """List the tensors that hold the sum, `total` first; each has the shape of the parameter."""
-
-    @abstractmethod
-    def _add_piece_(self, part: Tensor, held: list[Tensor]) -> None: ...
-
-
-class Compensated(NarrowSum):
-    """A bfloat16 sum with 8 extra bits in an int8 tensor: the precision of a 24-bit float, in 3 bytes an element.
 
     The upper 16 bits of a float32, rounded, are a bfloat16. The extra 8 bits hold that rounding's error, from -128 to
     127 in units of 1/256 of the last place. So each addition runs in float32, and the result is rounded to 24 bits and
@@ -63,6 +23,9 @@ class Compensated(NarrowSum):
 
     Args:
         first: The first gradient, dense bfloat16; its memory becomes the sum.
+
+    Attributes:
+        total: The sum, which the optimizer uses without a cast.
 
     Example:
         >>> total = Compensated(torch.tensor([256.0], dtype=torch.bfloat16))
@@ -79,64 +42,28 @@ class Compensated(NarrowSum):
         self.total = first
         self._low = torch.zeros_like(first, dtype=torch.int8)
 
+    def add_(self, part: Tensor, *, rows: slice = slice(None)) -> None:
+        """Add a gradient, or some of its rows.
+
+        Args:
+            part: A dense tensor, bfloat16 or float32.
+            rows: The rows of the sum that ``part`` belongs to; ignored for a 0-d sum.
+
+        Cost:
+            Temporary memory of three float32 numbers for each of 65,536 elements.
+        """
+        tensors = [each if each.ndim == 0 else each[rows] for each in (self.total, self._low)]
+        for piece, high, low in _pieces(part, *tensors):
+            _split_(_joined(high, low).add_(piece), high, low)
+
     def scale_(self, factor: float) -> None:
-        """Multiply the 24-bit sum."""
+        """Multiply the 24-bit sum by a number, once, after the last addition.
+
+        Args:
+            factor: The product of normalisation and clipping.
+        """
         for high, low in _pieces(self.total, self._low):
             _split_(_joined(high, low).mul_(factor), high, low)
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.total, self._low]
-
-    def _add_piece_(self, part: Tensor, held: list[Tensor]) -> None:
-        high, low = held
-        _split_(_joined(high, low).add_(part), high, low)
-
-
-class Stochastic(NarrowSum):
-    """A bfloat16 sum with stochastic rounding: up or down at random, so that the expected value is exact.
-
-    A random 16-bit number is added to the lower half of a float32, and then that half is cut off. So the probability
-    of rounding up equals the part that is cut off, in units of the last place. A gradient of a thousandth of a unit
-    changes the sum once in a thousand additions. Errors do not repeat: after K additions, they have grown as the square
-    root of K.
-
-    Args:
-        first: The first gradient, dense bfloat16; its memory becomes the sum.
-        generator: The source of random numbers, on the device of ``first``; the global generators are not used.
-
-    Example:
-        >>> total = Stochastic(torch.full((4096,), 256.0, dtype=torch.bfloat16), torch.Generator().manual_seed(0))
-        >>> for _ in range(100):
-        ...     total.add_(torch.ones(4096, dtype=torch.bfloat16))
-        >>> round(total.total.float().mean().item())  # each element is near 356, in steps of 2
-        356
-
-    Source:
-        Laws P1, P2.
-    """
-
-    def __init__(self, first: Tensor, generator: torch.Generator) -> None:
-        self.total = first
-        self._generator = generator
-
-    def scale_(self, factor: float) -> None:
-        """Multiply the sum, with stochastic rounding."""
-        for (total,) in _pieces(self.total):
-            self._round_(total.float().mul_(factor), total)
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.total]
-
-    def _add_piece_(self, part: Tensor, held: list[Tensor]) -> None:
-        (total,) = held
-        self._round_(total.float().add_(part), total)
-
-    def _round_(self, exact: Tensor, total: Tensor) -> None:
-        # Each 64-bit draw gives four 16-bit numbers, from -32768 to 32767.
-        draws = torch.empty(-(-exact.numel() // 4), dtype=torch.int64, device=exact.device)
-        noise = draws.random_(-(2**63), None, generator=self._generator).view(torch.int16)[: exact.numel()]
-        bits = _bits_of(exact).add_(noise.view(exact.shape)).add_(1 << 15)
-        total.copy_(bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16))
 
 
 def _joined(high: Tensor, low: Tensor) -> Tensor:

@@ -257,9 +257,9 @@ class Fuse(TorchFunctionMode):
             pieces: Makes the gradient some rows at a time; `None` if that costs more.
 
         Returns:
-            The gradient that the backward must return to autograd: that of this use alone, or the whole sum, which is
-            removed from the parameter first and which autograd stores there again. `None` if an earlier use of the
-            weight has returned the sum already, or if the sum is in a wider buffer.
+            The gradient that the backward must return to autograd: that of this use alone, or the whole sum. In the
+            second case, the sum is removed from the parameter, and autograd stores it there again. `None` if an earlier
+            use of the weight has returned the sum already, or if the sum is in a wider buffer.
         """
         # A hook on the weight must receive the gradient of this microbatch, not the sum.
         if not self._running or weight._backward_hooks:
@@ -287,9 +287,9 @@ class Fuse(TorchFunctionMode):
             total = make()
         else:
             add_(total)
-        # The next use of the weight adds to this sum while autograd still holds it. This is unsafe if something else
-        # holds the sum, which may keep it alive after autograd has replaced it, or if a hook takes gradients out. The
-        # two references are the local variable and getrefcount's argument.
+        # The next use of the weight adds to this sum while autograd still holds it. A further reference makes this
+        # unsafe, because it may keep the sum alive after autograd has replaced it. So does a hook, which may take
+        # gradients out. The two references are the local variable and getrefcount's argument.
         hooks = weight._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
         if sys.getrefcount(total) <= 2 and not hooks:
             self._held[id(weight)] = weakref.ref(total)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from microbatch.gradients.bfloat16_sums import NarrowSum
+from microbatch.gradients.bfloat16_sums import Compensated
 from microbatch.gradients.clipping import scale_
 from microbatch.gradients.gradient_changes import GradientChanges
 from microbatch.gradients.momentum_buffer import Fold
@@ -27,8 +27,8 @@ class GradientSum:
 
     Args:
         dtype: Precision in which gradients of narrower parameters add up.
-        narrow: Makes the bfloat16 sum of a bfloat16 parameter from its first gradient, if ``dtype`` is bfloat16 too;
-            `None` to add such gradients up in `.grad`.
+        narrow: Makes the sum of a bfloat16 parameter from its first gradient, if ``dtype`` is bfloat16 too. `None` to
+            add such gradients up in `.grad`.
         fold: Adds gradients up in the optimizers' states; `None` to leave the states alone.
 
     Source:
@@ -39,7 +39,7 @@ class GradientSum:
         self,
         dtype: torch.dtype,
         *,
-        narrow: Callable[[Tensor], NarrowSum] | None = None,
+        narrow: Callable[[Tensor], Compensated] | None = None,
         fold: Fold | None = None,
     ) -> None:
         self._wide = WideBuffers(dtype, narrow=narrow)
@@ -63,18 +63,18 @@ class GradientSum:
             each.parameter.grad = None
         self._wide.open(self._named)
 
-    def begin(self, factor: float) -> None:
+    def begin(self, factor: Callable[[], float]) -> None:
         """Start the sums that begin with an optimizer's state, before the first backward.
 
         Args:
-            factor: What the finished gradient will be multiplied with, or an estimate of it.
+            factor: Returns what the finished gradient will be multiplied with, or an estimate of it.
 
         Cost:
             Nothing, unless gradients add up in optimizers' states: see `Fold.begin`.
         """
         if self._fold is not None and not self._begun:
             self._begun = True
-            self._fold.begin((each.parameter for each in self._named), factor)
+            self._fold.begin((each.parameter for each in self._named), factor())
             self.mark()
 
     def mark(self, *, some: bool = False) -> None:
@@ -119,7 +119,7 @@ class GradientSum:
         """
         return self._wide.is_watched(parameter)
 
-    def narrow_sum(self, parameter: Tensor) -> NarrowSum | None:
+    def narrow_sum(self, parameter: Tensor) -> Compensated | None:
         """Return a parameter's bfloat16 sum with extra precision, made of zeros if there is none yet.
 
         Args:
@@ -329,6 +329,11 @@ class GradientSum:
             each.parameter.grad = None
         self._before = []
 
+    def leave(self) -> None:
+        """End the window with the gradients that were handed over."""
+        self._end()
+        self._before = []
+
     def put_back(self) -> None:
         """End the window with the gradients, and the optimizer's states, from before it."""
         self._end()
@@ -342,6 +347,8 @@ class GradientSum:
 
     def _sums(self, indices: Iterable[int]) -> list[Tensor | None]:
         named, totals = self._named, self._wide.totals
+        if not totals:
+            return [named[index].parameter.grad for index in indices]
         return [totals[index] if index in totals else named[index].parameter.grad for index in indices]
 
     def _end(self) -> None:

@@ -70,13 +70,13 @@ def linear_state(optimizer: Optimizer) -> LinearState:
         return _KNOWN[kind]
     if kind.__module__.startswith("torch.optim"):
         raise ConfigError(
-            f'gradient_buffer="none" does not support {kind.__name__}, which needs the whole gradient at once, for '
+            f'Sums(buffer="none") does not support {kind.__name__}, which needs the whole gradient at once, for '
             "example to square it; adding up microbatches in its state would change the method. Use SGD with momentum "
-            "or Muon with nesterov=False, or leave out gradient_buffer="
+            "or Muon with nesterov=False, or leave out buffer="
         )
     raise ConfigError(
-        f'gradient_buffer="none" does not know {kind.__name__}; if this optimizer uses the gradient only through one '
-        "state tensor that is linear in it, describe that: gradient_buffer=mb.LinearState(...)"
+        f'Sums(buffer="none") does not know {kind.__name__}; if this optimizer uses the gradient only through one '
+        "state tensor that is linear in it, describe that: Sums(buffer=mb.LinearState(...))"
     )
 
 
@@ -93,7 +93,7 @@ def check_folds(optimizer: Optimizer, rule: LinearState) -> None:
     for index, group in enumerate(optimizer.param_groups):
         if why := rule.hindrance(group):
             raise ConfigError(
-                f'gradient_buffer="none" cannot add gradients to the state of parameter group {index} of '
+                f'Sums(buffer="none") cannot add gradients to the state of parameter group {index} of '
                 f"{type(optimizer).__name__}: {why}"
             )
 
@@ -270,9 +270,9 @@ class Fold:
         if held is not None:
             if not isinstance(held, Tensor) or held.dtype != parameter.dtype or held.shape != parameter.shape:
                 raise ConfigError(
-                    f'gradient_buffer="none" needs a state {rule.state!r} of {parameter.dtype} and shape '
+                    f'Sums(buffer="none") needs a state {rule.state!r} of {parameter.dtype} and shape '
                     f"{tuple(parameter.shape)}, like the parameter's, but the optimizer has {_described(held)}; leave "
-                    "out gradient_buffer="
+                    "out buffer="
                 )
             entry.held, entry.kept = held, self._aside(held)
         self._entries[id(parameter)] = entry
@@ -301,9 +301,9 @@ def _sgd(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT0
 
 def _sgd_hindrance(group: Group) -> str:
     if not group["momentum"]:
-        return "momentum is 0, so there is no state to add gradients to; leave out gradient_buffer= for plain SGD"
+        return "momentum is 0, so there is no state to add gradients to; leave out buffer= for plain SGD"
     if group["nesterov"]:
-        return "nesterov=True uses the gradient itself too; pass nesterov=False, or leave out gradient_buffer="
+        return "nesterov=True uses the gradient itself too; pass nesterov=False, or leave out buffer="
     if group["dampening"] == 1:
         return "dampening is 1, so gradients never enter the state; pass a smaller dampening"
     return "differentiable=True needs the gradient's graph; leave it out" if group["differentiable"] else ""

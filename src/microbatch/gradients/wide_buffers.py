@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from microbatch.gradients.bfloat16_sums import NarrowSum
+from microbatch.gradients.bfloat16_sums import Compensated
 from microbatch.gradients.parameters import Named
 
 
@@ -21,19 +21,19 @@ class WideBuffers:
 
     Args:
         dtype: Precision in which the gradients of narrower parameters add up.
-        narrow: Makes the bfloat16 sum of a bfloat16 parameter from its first gradient, if ``dtype`` is bfloat16 too;
-            `None` to add such gradients up in `.grad`.
+        narrow: Makes the sum of a bfloat16 parameter from its first gradient, if ``dtype`` is bfloat16 too. `None` to
+            add such gradients up in `.grad`.
 
     Attributes:
         totals: The sum of each parameter that has one, by the parameter's index.
         narrow_sums: Of those, the bfloat16 sums with extra precision.
     """
 
-    def __init__(self, dtype: torch.dtype, *, narrow: Callable[[Tensor], NarrowSum] | None) -> None:
+    def __init__(self, dtype: torch.dtype, *, narrow: Callable[[Tensor], Compensated] | None) -> None:
         self._dtype = dtype
         self._narrow = narrow
         self.totals: dict[int, Tensor] = {}
-        self.narrow_sums: dict[int, NarrowSum] = {}
+        self.narrow_sums: dict[int, Compensated] = {}
         self._indices: dict[int, int] = {}
         self._hooks: list[RemovableHandle] = []
 
@@ -82,7 +82,7 @@ class WideBuffers:
         own = int(self.holds(parameter))
         return len(parameter._post_accumulate_grad_hooks or ()) > own  # pyright: ignore[reportPrivateUsage]
 
-    def narrow_sum(self, parameter: Tensor) -> NarrowSum | None:
+    def narrow_sum(self, parameter: Tensor) -> Compensated | None:
         """Return a parameter's bfloat16 sum with extra precision, made of zeros if there is none yet.
 
         Args:

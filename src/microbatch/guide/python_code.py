@@ -8,7 +8,7 @@ _PRECISION = {
     "float32": "",
     "autocast": ", autocast=torch.bfloat16",
     "bfloat16": "",
-    "bfloat16-sums": ", accumulate_dtype=torch.bfloat16",
+    "bfloat16-sums": ", sums=mb.Sums(dtype=torch.bfloat16)",
 }
 
 

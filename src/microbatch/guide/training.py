@@ -22,6 +22,7 @@ from microbatch.memory.meter_report import MemoryReport
 from microbatch.planning.scaling import scale_hyperparameters
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import BudgetPassed, Event, MicrobatchDone, PlanChosen, Retry, SizeChanged
+from microbatch.step.options import Sums
 from microbatch.step.record import Step
 
 TUNED_FOR = 32
@@ -92,7 +93,7 @@ class Training:
             microbatch_size=settings.microbatch,
             memory_budget=settings.budget,
             autocast=torch.bfloat16 if settings.precision == "autocast" else None,
-            accumulate_dtype=torch.bfloat16 if settings.precision == "bfloat16-sums" else torch.float32,
+            sums=Sums(dtype=torch.bfloat16 if settings.precision == "bfloat16-sums" else torch.float32),
             batch_norm={"group": None, "batch": "microbatch", "exact": "exact"}[settings.norm],
             coupled="twice" if self._coupled else "auto",  # it saves the memory that a tank is about
             listeners=[self._on_event],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -28,9 +28,12 @@ class Loss:
             by.
         count: Number of samples or tokens in the sum, or the sum of their weights, without ignored targets. A number or
             a 0-d tensor, at least 0. A microbatch with a count of 0 contributes nothing.
+        metrics: Numbers to report beside the loss, by name, such as the number of correct predictions. Each is a sum
+            over this microbatch: a number or a 0-d tensor. `Step.metrics` has the sums over the window and all ranks.
+            Tensors stay on the device, and are not read before the window ends.
 
     Raises:
-        LossShapeError: ``sum`` is not a 0-d floating-point tensor.
+        LossShapeError: ``sum`` is not a 0-d floating-point tensor, or a metric is not 0-d.
         CountError: ``count`` is negative, NaN, infinite, not a number, or a tensor that is not 0-d.
 
     Example:
@@ -48,11 +51,14 @@ class Loss:
 
     sum: Tensor
     count: Count
+    metrics: Mapping[str, Count] = field(default_factory=dict[str, "Count"], kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse values that would fail only later, in backward or at the end of the window."""
         _check_scalar(self.sum, "Loss.sum")
         _check_count(self.count, "Loss.count")
+        for name, value in self.metrics.items():
+            _check_metric(value, name)
 
     @property
     def mean(self) -> Tensor:
@@ -76,6 +82,7 @@ class Share:
         weight: Factor that turns ``value`` into a sum.
         count: Number of samples or targets in the sum.
         is_mean: Whether ``value`` is a mean over the microbatch's rows.
+        metrics: Sums of the microbatch to report, by name; 0-d, on the device of ``value``, without a graph.
     """
 
     name: str
@@ -83,6 +90,7 @@ class Share:
     weight: float
     count: Count
     is_mean: bool
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def shares_of(returned: object, *, rows: float | None) -> list[Share]:
@@ -117,7 +125,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         if not isinstance(loss.count, Tensor) and loss.count == 0:
             return []
         _check_graph(loss.sum, name)
-        return [Share(name, loss.sum, 1.0, loss.count, is_mean=False)]
+        return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
         raise LossError(
             f"the loss {name!r} is a {type(loss).__name__}; return a 0-d tensor (the mean over the microbatch's "
@@ -145,6 +153,21 @@ def _check_scalar(value: object, what: str) -> None:
         )
     if not value.dtype.is_floating_point:
         raise LossShapeError(f"{what} must be floating point, not {value.dtype}")
+
+
+def _metrics(loss: Loss) -> dict[str, Tensor]:
+    device = loss.sum.device
+    return {
+        str(name): torch.as_tensor(value, device=device).detach().to(wide_dtype(device))
+        for name, value in loss.metrics.items()
+    }
+
+
+def _check_metric(value: object, name: str) -> None:
+    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dtype.is_complex)
+    if not is_number or (isinstance(value, Tensor) and value.ndim):
+        told = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+        raise LossShapeError(f"the metric {name!r} must be a number or a 0-d tensor, summed over the rows, not {told}")
 
 
 def _check_graph(value: Tensor, name: str) -> None:

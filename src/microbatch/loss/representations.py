@@ -168,7 +168,8 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
     if own == whole:
         return share
     count = share.count.double() if isinstance(share.count, Tensor) else share.count
-    return replace(share, weight=share.weight * own / whole, count=count * own / whole)
+    metrics = {name: value * own / whole for name, value in share.metrics.items()}
+    return replace(share, weight=share.weight * own / whole, count=count * own / whole, metrics=metrics)
 
 
 def stand_in(encoded: object) -> Tensor:

@@ -1,1 +1,1 @@
-"""How much memory there is, how much a step takes, and what to do when it ends."""
+"""Memory: how much is available, how much a window takes, and how to free it or recover when it runs out."""

@@ -1,4 +1,4 @@
-"""What the allocator sees inside each operator, where no dispatcher looks: workspaces, reordered weights."""
+"""Measurement of allocations inside operators, which the dispatcher does not see: workspaces, reordered weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from microbatch.memory.ledger import Timeline
 from microbatch.memory.match_operators import spans
 from microbatch.memory.meter import MemoryMeter, is_question
 
-# Bytes of two allocations, each freed at once, that mark the beginning of an operator among the profiler's events.
+# Sizes of two allocations that mark the start of an operator among the profiler's events; each is freed at once.
 _MARKS = (12_347, 54_323)
 
 
 @dataclass(frozen=True, slots=True)
 class Witnessed:
-    """A real run with what the allocator held while each operator ran.
+    """A real run, with the bytes that the allocator held while each operator ran.
 
     Attributes:
-        timeline: As the meter counted.
-        levels: For each operator, the bytes that were held after each of its allocations, or all the while if it made
-            none; everything that was there before included. Where only their highest is known, that one.
+        timeline: The live bytes of tensors, as the meter counted them.
+        levels: For each operator, the allocated bytes after each of its allocations, including everything from before
+            the run. One number if the operator allocated nothing, or if only the maximum is known.
     """
 
     timeline: Timeline
@@ -37,34 +37,34 @@ class Witnessed:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes that the allocator held at once."""
+        """Peak of the allocated bytes."""
         return max(map(max, self.levels), default=0)
 
     def levels_at(self, places: Sequence[int]) -> list[Sequence[int]]:
-        """Say what was held while a few of the operators ran.
+        """Return the allocated bytes during groups of operators.
 
         Args:
-            places: Operators, each with all that follow until the next.
+            places: Index of the first operator of each group; a group ends where the next one starts.
 
         Returns:
-            For each place the levels, or their highest where it stands for several operators.
+            For each group, the levels of its operator, or only the maximum if it has several operators.
         """
         every = spans(places, len(self.levels))
         return [self.levels[each[0]] if len(each) == 1 else [max(max(self.levels[i]) for i in each)] for each in every]
 
 
 class AllocatorMeter(MemoryMeter):
-    """A meter that also asks the allocator, before and after each operator, how much it held at most.
+    """A memory meter that also records the allocator's peak within each operator.
 
-    On the CPU the profiler reports every allocation; on CUDA the allocator keeps its own highest figure, which is reset
-    for each operator.
+    On the CPU, the profiler reports every allocation. On CUDA, the allocator's own peak counter is read and reset
+    around each operator.
 
     Args:
-        device: Whose allocator; of type ``"cpu"`` or ``"cuda"``.
+        device: The device whose allocator is read; of type ``"cpu"`` or ``"cuda"``.
         budget: As for `MemoryMeter`.
 
     Cost:
-        The profiler's: some 20 microseconds an operator. For a few small microbatches, not for training.
+        That of the profiler: some 20 microseconds an operator. For a few small microbatches, not for training.
     """
 
     def __init__(self, device: torch.device, *, budget: int | None = None) -> None:
@@ -75,23 +75,23 @@ class AllocatorMeter(MemoryMeter):
         self._base = 0
 
     def __enter__(self) -> Self:
-        """Begin.
+        """Start to count and to profile.
 
         Returns:
             The meter itself.
 
         Raises:
-            RuntimeError: The profiler is in use already.
+            RuntimeError: The profiler is already running.
         """
-        # What nobody holds any more would be released in the middle of the run, and counted against it.
+        # Garbage from before would otherwise be freed in the middle of the run, and change its levels.
         gc.collect()
         self._base = self.live_bytes
         if self._device.type == "cuda":
             self._base -= torch.cuda.memory_allocated(self._device)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about builds without a GPU
-                # The profiler's own library tells about each start on standard error, where nobody asked for it.
+                warnings.simplefilter("ignore")  # warnings about builds without a GPU
+                # The profiler's library would print a line to standard error at each start.
                 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
                 self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 self._profile.__enter__()
@@ -100,7 +100,7 @@ class AllocatorMeter(MemoryMeter):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End."""
+        """Stop counting and profiling."""
         super().__exit__(kind, error, traceback)
         if self._device.type == "cuda":
             self._highest.append(torch.cuda.max_memory_allocated(self._device))
@@ -112,15 +112,15 @@ class AllocatorMeter(MemoryMeter):
     def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Mark where an operator begins, run it, count what it made."""
+        """Mark the start of an operator, run it, and count its outputs."""
         if not is_question(func):
             self._mark()
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def witnessed(self) -> Witnessed:
-        """Return the run, once it is over."""
+        """Return the measured run, after the meter was left."""
         if self._device.type == "cuda":
-            levels = [[highest] for highest in self._highest[1:]]  # before the first operator there was none
+            levels = [[highest] for highest in self._highest[1:]]  # the first reading is from before the first operator
         else:
             levels = _levels_between_marks(self._profile)
         return Witnessed(self.timeline, [[self._base + level for level in each] for each in levels])
@@ -135,7 +135,7 @@ class AllocatorMeter(MemoryMeter):
 
 
 def _levels_between_marks(profiled: Any) -> list[list[int]]:
-    """Add up the profiler's allocations and releases, operator by operator."""
+    """Sum the profiler's allocations and releases, operator by operator."""
     events = [each for each in profiled.profiler.kineto_results.events() if each.name() == "[memory]"]
     events.sort(key=lambda each: each.start_ns())
     changes: list[int] = [each.nbytes() for each in events]
@@ -144,7 +144,7 @@ def _levels_between_marks(profiled: Any) -> list[list[int]]:
     starts = [i for i, change in enumerate(changes) if change == first and changes[i : i + 4] == mark]
     levels: list[list[int]] = []
     for start, stop in pairwise([*starts, len(changes)]):
-        # What was released before the first mark was not counted by the meter either.
+        # The meter did not count releases from before the first mark either.
         live = levels[-1][-1] if levels else sum(changes[:start])
         after = list(accumulate(changes[start + 4 : stop], initial=live))
         levels.append(after)
@@ -152,5 +152,5 @@ def _levels_between_marks(profiled: Any) -> list[list[int]]:
 
 
 def _after_allocations(levels: list[int]) -> list[int]:
-    """Keep the levels that an allocation led to, or the first where there was none."""
+    """Return the levels right after allocations, or the first level if nothing was allocated."""
     return [after for before, after in pairwise(levels) if after > before] or levels[:1]

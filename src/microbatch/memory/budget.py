@@ -1,4 +1,4 @@
-"""Bytes as people write them, and as many as a device has left."""
+"""Amounts of memory: parsing, formatting, and the bytes that a device has available."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from microbatch.errors import ConfigError
 
 _DECIMAL = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _BINARY = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
-# Left to everything else on the machine, and to what the meter does not see.
+# Reserved for other processes, and for memory that the meter does not see.
 _MARGIN_BYTES, _MARGIN_SHARE = 256 * 1024**2, 0.05
 _UNITS = _DECIMAL | {name.upper(): size for name, size in _BINARY.items()}
 
 
 def parse_bytes(amount: int | str) -> int:
-    """Read an amount of memory.
+    """Parse an amount of memory.
 
     Args:
         amount: Bytes, or a text such as ``"6 GiB"``, ``"512MiB"``, ``"1.5 GB"``.
@@ -28,7 +28,7 @@ def parse_bytes(amount: int | str) -> int:
         Bytes; at least 1.
 
     Raises:
-        ConfigError: It cannot be read, or is not positive.
+        ConfigError: The amount cannot be parsed, or is below 1 byte.
 
     Example:
         >>> parse_bytes("1.5 GiB"), parse_bytes("2 GB"), parse_bytes(4096)
@@ -41,7 +41,7 @@ def parse_bytes(amount: int | str) -> int:
         unit = (match[2] or "B").upper() if match else ""
         if match is None or unit not in _UNITS:
             raise ConfigError(
-                f'{amount!r} is not an amount of memory; write bytes, or a text such as "6 GiB" or "512 MiB"'
+                f'{amount!r} is not an amount of memory; pass bytes, or a text such as "6 GiB" or "512 MiB"'
             )
         size = int(float(match[1]) * _UNITS[unit])
     if size < 1:
@@ -50,13 +50,13 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Write an amount of memory for people.
+    """Format an amount of memory as text.
 
     Args:
         size: Bytes.
 
     Returns:
-        The amount in the largest binary unit that keeps it at 1 or more.
+        The amount in the largest binary unit in which it is at least 1.
 
     Example:
         >>> format_bytes(1610612736), format_bytes(900)
@@ -70,41 +70,41 @@ def format_bytes(size: float) -> str:
 
 
 def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | None:
-    """Say how much more memory this process can use on a device.
+    """Return how much more memory this process can allocate on a device.
 
-    On CUDA it is what the device has free and what this process's allocator holds unused. On the CPU it is the smaller
-    of the machine's available memory and of what the process's control groups allow beyond their use, less a margin
-    of 256 MiB or 5 %, whichever is more; file caches, which the system gives back when asked, count as available.
+    On CUDA: the device's free memory plus the cached memory of this process's allocator. On the CPU: the machine's
+    available memory, or what the process's control groups still allow if that is less. A margin of 256 MiB or 5 %,
+    whichever is more, is subtracted. File caches count as available, because the system frees them on demand.
 
     Args:
-        device: Which.
-        root: Where the system's files are; for tests.
+        device: The device.
+        root: Root of the system's files; for tests.
 
     Returns:
-        Bytes; `None` where nothing tells: on a CPU without ``/proc`` and ``os.sysconf``, as on Windows, and on other
-        devices, whose allocators refuse by themselves.
+        Bytes; `None` if unknown: on a CPU without ``/proc`` and ``os.sysconf``, as on Windows, and on other devices,
+        whose allocators refuse by themselves.
 
     Cost:
-        Reads a few small files, or asks CUDA; about half a millisecond.
+        Reads a few small files, or calls CUDA; about half a millisecond.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
         return None
-    told = [size for size in (_machine_bytes(root), *_group_bytes(root)) if size is not None]
-    if not told:
+    limits = [size for size in (_machine_bytes(root), *_group_bytes(root)) if size is not None]
+    if not limits:
         return None
-    least = max(0, min(told))
+    least = max(0, min(limits))
     return least - min(least // 2, max(_MARGIN_BYTES, int(least * _MARGIN_SHARE)))
 
 
 def _machine_bytes(root: Path) -> int | None:
-    """Read what the whole machine has left."""
-    told = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
-    if told:
-        return int(told[1]) * 1024
-    # Elsewhere than on Linux, the pages that are free now, or at least all that there are.
+    """Return the available memory of the machine."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    # On systems other than Linux: the free pages, or all pages if free ones are not counted.
     for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
         if name in getattr(os, "sysconf_names", {}):
             return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE")
@@ -112,7 +112,7 @@ def _machine_bytes(root: Path) -> int | None:
 
 
 def _group_bytes(root: Path) -> Iterator[int]:
-    """Read what the process's control groups, of either version, allow beyond their use: of each its own limit."""
+    """Yield, for each of the process's control groups (version 1 or 2), its limit less its use."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -121,7 +121,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
             mounts, limit, usage, cache = ["", "unified"], "memory.max", "memory.current", ""
         else:
             continue
-        # Inside a container the group's own folder is often the mount itself, so every one above is looked at.
+        # Inside a container, the group's folder is often the mount itself, so all parent folders are read too.
         own = PurePosixPath(path)
         for mount in mounts:
             for group in (own, *own.parents):
@@ -133,7 +133,7 @@ def _group_bytes(root: Path) -> Iterator[int]:
 
 
 def _read(file: Path) -> str:
-    """Read a file of the system's; empty where there is none, or none for us."""
+    """Return the text of a system file; empty if it does not exist or cannot be read."""
     try:
         return file.read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Live bytes as functions of the microbatch size: one for each operator, or bounds where operators do not match."""
+"""Live bytes as functions of the microbatch size: one curve for each operator, or bounds if operators do not match."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from microbatch.memory.ledger import ACTIVATIONS, INPUTS, TEMPORARIES, Timeline
 from microbatch.memory.match_operators import spans
 
-_ROUNDING = 256  # bytes that an allocation may be off its curve
-_BENT = 0.1  # of what a line misses, at most, is missed by a parabola where there is one
-# What grows with the microbatch; parameters, buffers, gradients and the optimizer's state do not.
+_ROUNDING = 256  # bytes by which the allocator's rounding may move an allocation off its curve
+_BENT = 0.1  # a parabola is accepted if its error is at most this part of the line's error
+# Categories that grow with the microbatch; parameters, buffers, gradients and optimizer state do not.
 _GROWS = (ACTIVATIONS, INPUTS, TEMPORARIES)
 
 
@@ -26,7 +26,7 @@ class Curves(Protocol):
 
     @property
     def operators(self) -> Sequence[str]:
-        """What ran, by name."""
+        """Names of the operators."""
         ...
 
     def at(self, size: int) -> Tensor:
@@ -38,7 +38,7 @@ class Curves(Protocol):
         ...
 
     def least(self, size: int) -> Tensor:
-        """Return the same where they are in doubt at the least, float64.
+        """Return a lower bound of the bytes alive after each operator, float64.
 
         Args:
             size: Rows; at least 1.
@@ -50,29 +50,29 @@ class Curves(Protocol):
 
         Args:
             size: Rows; at least 1.
-            index: Which operator.
+            index: Index of the operator.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A polynomial for each operator, through the nearest sizes: a line through two, a parabola through three.
+    """A polynomial for each operator through the nearest sizes: a line through two, or a parabola through three.
 
-    Parabolas are for runs with the same operators; where loops differ, rounding to whole turns would bend them. And
-    there the peak may have been at other operators in each run, so it is not taken to be lower than on the line through
-    the peaks of the two nearest runs.
+    Parabolas are used only if all runs have the same operators. If loops have different numbers of iterations,
+    rounding to whole iterations would distort a parabola. In that case, the peak may also be at different operators in
+    each run. So the predicted peak is at least that of the line through the peaks of the two nearest runs.
 
-    Real runs have kernels that pad rows, which would bend parabolas too: there an operator has one where it finds a
-    further size as well, and the line from the smallest to the largest size where it does not.
+    In real runs, kernels that pad rows would distort a parabola too. There, an operator has a parabola only if it
+    predicts a further measured size as well. Otherwise it has the line from the smallest to the largest size.
 
     Attributes:
-        sizes: Ascending.
-        runs: At these sizes.
-        moments: For each run, which of its operators stands for each of the fitted ones.
-        live: Bytes alive then; float64, shape ``(sizes, operators)``.
-        bent: Which operators have a parabola.
-        same: Whether all runs ran the same operators.
+        sizes: Microbatch sizes, ascending.
+        runs: The run at each size.
+        moments: For each run, the index of its operator that stands for each fitted one.
+        live: Bytes alive after these operators; float64, shape ``(sizes, operators)``.
+        bent: Whether each operator has a parabola.
+        same: Whether all runs have the same operators.
     """
 
     sizes: Sequence[int]
@@ -89,10 +89,10 @@ class Fitted:
         """Fit runs whose operators have been matched.
 
         Args:
-            sizes: Ascending.
-            runs: At these sizes.
-            places: What `align` returned for them.
-            real: Whether they are of real tensors, on kernels that may pad rows.
+            sizes: Microbatch sizes, ascending.
+            runs: The run at each size.
+            places: The result of `align` for these runs.
+            real: Whether the runs are of real tensors, on kernels that may pad rows.
 
         Returns:
             The curves.
@@ -110,14 +110,14 @@ class Fitted:
             bent &= _confirmed(sizes, table, three)
             sizes, runs, moments = [sizes[i] for i in three], [runs[i] for i in three], [moments[i] for i in three]
             table = table[three]
-            # On the line from end to end.
+            # Without a parabola, the middle size lies on the line from the smallest to the largest.
             between = torch.lerp(table[0], table[2], (sizes[1] - sizes[0]) / (sizes[2] - sizes[0]))
             table[1] = torch.where(bent, table[1], between)
         return cls(sizes, runs, moments, table, bent, same=same)
 
     @property
     def operators(self) -> Sequence[str]:
-        """Those that all runs have, by name."""
+        """Names of the operators that all runs have."""
         return [self.runs[0].operators[moment] for moment in self.moments[0]]
 
     def at(self, size: int) -> Tensor:
@@ -139,15 +139,15 @@ class Fitted:
         return found
 
     def least(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator, at the least.
+        """Return a lower bound of the bytes alive after each operator.
 
-        What bends upwards lies below the line between two sizes, and above those that come from either side.
+        A convex function lies below its chord between two sizes, and above the extended chords on either side.
 
         Args:
             size: Rows; at least 1.
 
         Returns:
-            Float64, of the shape of `at`; the same but between two sizes of loops.
+            Float64, of the shape of `at`. Equal to `at`, except between two sizes whose loops differ.
         """
         found, above = self.at(size), bisect_left(self.sizes, size)
         if self.same or not 0 < above < len(self.sizes):
@@ -164,7 +164,7 @@ class Fitted:
 
         Args:
             size: Rows; at least 1.
-            index: Which of the fitted operators.
+            index: Index of a fitted operator.
 
         Returns:
             Bytes by category.
@@ -178,14 +178,14 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class Bounded:
-    """Bounds of the peak alone, as a single operator.
+    """Upper bounds of the peak, presented as a single operator.
 
-    A maximum of straight lines bends upwards, so between two sizes it lies below its chord. Beyond the largest size,
-    what grows is taken to grow in proportion.
+    A maximum of straight lines is convex, so between two sizes it lies below its chord. Beyond the largest size, the
+    categories that grow with the microbatch are scaled in proportion.
 
     Attributes:
-        sizes: Ascending.
-        runs: At these sizes.
+        sizes: Microbatch sizes, ascending.
+        runs: The run at each size.
     """
 
     sizes: Sequence[int]
@@ -193,11 +193,11 @@ class Bounded:
 
     @property
     def operators(self) -> Sequence[str]:
-        """The one that stands for all."""
+        """A single name that stands for all operators."""
         return ["any"]
 
     def at(self, size: int) -> Tensor:
-        """Return the bound.
+        """Return the upper bound of the peak.
 
         Args:
             size: Rows; at least 1.
@@ -215,7 +215,7 @@ class Bounded:
         return torch.tensor([bound], dtype=torch.float64, device="cpu")
 
     def least(self, size: int) -> Tensor:
-        """Return the larger peak of the runs of fewer rows.
+        """Return the largest peak among the runs with at most as many rows, which is a lower bound.
 
         Args:
             size: Rows; at least 1.
@@ -227,11 +227,11 @@ class Bounded:
         return torch.tensor([max(peaks, default=0.0)], dtype=torch.float64, device="cpu")
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bound by category, as the peak of the next larger run was, or the largest one's.
+        """Split the bound by category, in the proportions of the next larger run's peak, or of the largest run's.
 
         Args:
             size: Rows; at least 1.
-            index: 0.
+            index: Ignored.
 
         Returns:
             Bytes by category.
@@ -250,7 +250,7 @@ class Bounded:
 
 
 def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, points: int) -> Tensor:
-    """Evaluate the polynomial through the nearest sizes, two or three, in Newton's form."""
+    """Evaluate the polynomial through the two or three nearest sizes, in Newton's form."""
     at = min(max(1, bisect_left(sizes, size)), len(sizes) - 1)
     near = [at - 1, at]
     if points > 2 and len(sizes) > 2:
@@ -266,7 +266,7 @@ def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, po
 
 
 def _confirmed(sizes: Sequence[int], live: Tensor, three: Sequence[int]) -> Tensor:
-    """Tell which operators' parabola through three sizes finds the others too, far better than a line does."""
+    """Return, for each operator, whether a parabola predicts the other sizes far better than a line does."""
     rest = [i for i in range(len(sizes)) if i not in three]
     if not rest:
         return torch.zeros(live.shape[1], dtype=torch.bool, device="cpu")

@@ -1,4 +1,4 @@
-"""What is known of every storage: what it is, who made it, from when to when it lived."""
+"""Records of every storage for a detailed memory meter: its category, its origin and its lifetime."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ CATEGORIES = (PARAMETERS, BUFFERS, GRADIENTS, OPTIMIZER_STATE, ACTIVATIONS, INPU
 
 
 class Storage(weakref.ref[Any]):
-    """A storage that is alive, or was; the fields after ``size`` are a ledger's to write.
+    """A weak reference to a storage, with a record of it; a `Ledger` writes the fields after ``size``.
 
     Attributes:
-        key: The storage's own identity: its data pointer is shared by empty ones.
+        key: Identity of the storage; not its data pointer, which all empty storages share.
         size: Bytes.
-        category: What it is; one of `CATEGORIES`.
-        module: Path of the module that made it, or the name of a parameter or buffer.
-        operator: The operator that made it; empty for what was there before.
-        born: Operators that had run when it was made, that one included.
-        died: Operators that had run when it was freed, or `None`.
+        category: One of `CATEGORIES`.
+        module: Path of the module that made the storage, or the name of a parameter or buffer.
+        operator: The operator that made the storage; empty if the storage is older than the meter.
+        born: Number of operators that had run when the storage was made, including its own.
+        died: Number of operators that had run when the storage was freed; `None` if it is alive.
     """
 
     __slots__ = ("born", "category", "died", "key", "module", "operator", "size")
@@ -50,10 +50,9 @@ class Timeline:
     """The live bytes of a run, operator by operator.
 
     Attributes:
-        operators: What ran, as the dispatcher names it.
-        live: Bytes alive after each of them.
-        storages: Everything that lived, as (bytes, category, operators that had run when it was made, and when it was
-            freed or `None`).
+        operators: Names of the operators that ran, as the dispatcher has them.
+        live: Bytes alive after each operator.
+        storages: A tuple for each storage: bytes, category, `Storage.born` and `Storage.died`.
     """
 
     operators: Sequence[str]
@@ -66,10 +65,10 @@ class Timeline:
         return max(self.live, default=0)
 
     def parts(self, index: int) -> dict[str, int]:
-        """Split what was alive after one operator by category.
+        """Split the bytes alive after one operator by category.
 
         Args:
-            index: Which operator, from 0.
+            index: Index of the operator, from 0.
 
         Returns:
             Bytes by category, which add up to ``live[index]``.
@@ -82,58 +81,58 @@ class Timeline:
 
 
 class Ledger:
-    """Keep the books of a detailed meter.
+    """Record the storages that a detailed meter sees.
 
-    What was alive at the peak is known without a copy at every new peak: of what dies, that which lived at the highest
-    peak so far is kept until there is a higher one.
+    The storages alive at the peak are known without a copy of the list at each new peak. Freed storages that were alive
+    at the highest peak so far stay on record until there is a higher peak.
 
     Args:
-        keep: Whether to keep everything, for a `Timeline`.
+        keep: Whether to keep records of all storages, for a `Timeline`.
     """
 
     def __init__(self, *, keep: bool) -> None:
-        self.where = Where()
-        self._clock = 0  # operators that have run
+        self.tracker = Where()
+        self._clock = 0  # number of operators that have run
         self._peak_clock = 0
-        self._dead: list[Storage] = []  # which lived at the peak
+        self._dead: list[Storage] = []  # freed storages that were alive at the peak
         self._all: list[Storage] | None = [] if keep else None
         self._operators: list[Any] = []
         self._live: list[int] = []
         self._in_backward = False
         self._here = ("", FORWARD, None)
 
-    # -- what the meter tells -----------------------------------------------------------------------------------------
+    # -- called by the meter ------------------------------------------------------------------------------------------
 
     def ran(self, operator: Any) -> bool:
-        """Note that an operator has run.
+        """Record that an operator has run.
 
         Args:
-            operator: The dispatcher's.
+            operator: The dispatcher's operator.
 
         Returns:
-            Whether a backward has ended since the one before, so that gradients should be looked for.
+            Whether a backward has ended since the previous operator, so that the meter must search for new gradients.
         """
         self._clock += 1
-        module, phase = self.where.here()
+        module, phase = self.tracker.here()
         self._here = module, phase, operator
         was, self._in_backward = self._in_backward, current_node() is not None
         return was and not self._in_backward
 
     def recorded(self, live_bytes: int) -> None:
-        """Note what was alive after the operator.
+        """Record the live bytes after the operator.
 
         Args:
-            live_bytes: Bytes.
+            live_bytes: Bytes alive.
         """
         if self._all is not None:
             self._operators.append(self._here[2])
             self._live.append(live_bytes)
 
     def born(self, storage: Storage) -> None:
-        """Describe a storage that an operator made.
+        """Record a storage that an operator made.
 
         Args:
-            storage: Fresh.
+            storage: A new record.
         """
         storage.module, phase, storage.operator = self._here
         if phase == FORWARD:
@@ -145,46 +144,46 @@ class Ledger:
         self._keep(storage)
 
     def found(self, storage: Storage, category: str, name: str) -> None:
-        """Describe a storage that was there before.
+        """Record a storage that is older than the meter.
 
         Args:
-            storage: Fresh.
-            category: What it is.
-            name: What it is called.
+            storage: A new record.
+            category: The storage's category.
+            name: Name of the parameter or buffer.
         """
         storage.category, storage.module, storage.operator = category, name, ""
         self._keep(storage)
 
     def named(self, storage: Storage, category: str, name: str) -> None:
-        """Say what a known storage turned out to be.
+        """Change the category of a recorded storage.
 
         Args:
-            storage: Known.
-            category: What it is.
-            name: What it is called; empty to leave it as it was.
+            storage: Its record.
+            category: The new category.
+            name: The new name; empty to keep the old one.
         """
         storage.category = category
         storage.module = name or storage.module
 
     def died(self, storage: Storage) -> None:
-        """Note that a storage was freed.
+        """Record that a storage was freed.
 
         Args:
-            storage: Known.
+            storage: Its record.
         """
         storage.died = self._clock
         if storage.born <= self._peak_clock:
             self._dead.append(storage)
 
     def peaked(self) -> None:
-        """Note that more is alive than ever before."""
+        """Record a new peak of the live bytes."""
         self._peak_clock = self._clock
         self._dead.clear()
 
-    # -- what it says -------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def timeline(self) -> Timeline:
-        """Return what was recorded so far."""
+        """Return the timeline so far."""
         return Timeline(
             operators=[str(each) for each in self._operators],
             live=list(self._live),
@@ -192,12 +191,12 @@ class Ledger:
         )
 
     def report(self, alive: Iterable[Storage], *, peak_bytes: int, live_bytes: int) -> MemoryReport:
-        """Say what there is now, and what there was at the peak.
+        """Summarise the storages that are alive now, and those that were alive at the peak.
 
         Args:
-            alive: The storages that are alive.
-            peak_bytes: Most bytes alive at once.
-            live_bytes: Bytes alive.
+            alive: Records of the storages that are alive.
+            peak_bytes: Peak of the live bytes.
+            live_bytes: Bytes alive now.
 
         Returns:
             The report.
@@ -227,13 +226,13 @@ class Ledger:
 
 
 def described(thing: object) -> list[tuple[Tensor, str, str]]:
-    """List the tensors of something with what they are.
+    """List the tensors of a structure, with their categories.
 
     Args:
-        thing: Modules, optimizers and tensors, nested as you like.
+        thing: Modules, optimizers and tensors, nested in any way.
 
     Returns:
-        Triples of tensor, category and name.
+        Tuples of tensor, category and name.
     """
     if isinstance(thing, nn.Module):
         named = [(tensor, PARAMETERS, name) for name, tensor in thing.named_parameters()]
@@ -244,7 +243,7 @@ def described(thing: object) -> list[tuple[Tensor, str, str]]:
         return [(tensor, OPTIMIZER_STATE, "") for tensor, _, _ in held]
     if isinstance(thing, Tensor):
         return [(thing, PARAMETERS if isinstance(thing, nn.Parameter) else INPUTS, "")]
-    # torch's own walk does not know every Mapping.
+    # torch's tree_leaves does not know every kind of Mapping.
     children = list(thing.values()) if isinstance(thing, Mapping) else tree_leaves(thing)
     return [each for child in children if child is not thing for each in described(child)]
 

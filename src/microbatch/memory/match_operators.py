@@ -1,27 +1,27 @@
-"""Which operators of two runs are the same ones, where a run of more rows goes round a loop more often."""
+"""Matching of operators between runs whose loops have different numbers of iterations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
-# Operators that have to agree behind a place for it to count as the same one; how many may be passed over to find it in
-# one run, and in both; operators of a turn of a loop.
+# Two positions match if the next _AGREE operators are equal. To find a match, up to _SKIP operators are skipped in one
+# run, or up to _OWN in each of both. A loop's iteration has at most _TURN operators.
 _AGREE, _SKIP, _OWN, _TURN = 8, 4096, 64, 64
 
 
 def align(runs: Sequence[Sequence[str]]) -> list[list[int]] | None:
     """Match the operators of several runs.
 
-    Where one run goes round a loop more often than another, its further turns are left out together with the last turn
-    that both have, but for the first operator of that: it stands for all of them.
+    If a loop has more iterations in one run than in another, the extra iterations are left out. So is the last
+    iteration that both runs have, except its first operator, which stands for all of them.
 
     Args:
-        runs: Their operators, by name, in the order they ran.
+        runs: For each run, the names of its operators, in order.
 
     Returns:
-        For each run the places of the operators that stand for those up to the next, ascending; `None` where the runs
-        have less than half of their operators in common.
+        For each run, the indices of the matched operators, ascending; each stands for the operators up to the next.
+        `None` if less than half of the operators match.
 
     Example:
         >>> align(["abxyc", "abxyxyc"])
@@ -45,7 +45,7 @@ def align(runs: Sequence[Sequence[str]]) -> list[list[int]] | None:
 
 
 def _turn(run: Sequence[str], last: int, following: int) -> int:
-    """Count the operators of one turn of the loop whose further turns lie between two places; 1 where nothing lies."""
+    """Return the length of an iteration of the loop between two indices; 1 if there is no operator between them."""
     more = following - last - 1
     for length in range(1, more):
         start = last + 1 - length
@@ -55,7 +55,7 @@ def _turn(run: Sequence[str], last: int, following: int) -> int:
 
 
 def _pairs(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
-    """Walk through both at once, passing over as little as possible where they differ."""
+    """Match two runs from the start, and skip as few operators as possible where they differ."""
     found: list[tuple[int, int]] = []
     i = j = 0
     while i < len(left) and j < len(right):
@@ -71,11 +71,11 @@ def _pairs(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def _meet(left: Sequence[str], right: Sequence[str], i: int, j: int) -> tuple[int, int] | None:  # noqa: PLR0917
-    """Find the nearest two places behind which both go on alike, or those behind a loop that either is in."""
-    # What follows a loop may be nearer in the other run's next microbatch than behind all the turns.
+    """Return the nearest two indices from which both runs are equal; the end of a loop is tried first."""
+    # The operators after a loop also occur in the next microbatch, which may be nearer than the end of the loop.
     behind = chain(((i, end) for end in _behind(right, j)), ((end, j) for end in _behind(left, i)))
     one_sided = ((a, b) for skip in range(1, _SKIP) for a, b in ((i, j + skip), (i + skip, j)))
-    # Or both have something of their own here.
+    # Both runs may have operators here that the other lacks.
     two_sided = ((i + skip, j + other) for skip in range(1, _OWN) for other in range(1, _OWN))
     for a, b in chain(behind, one_sided, two_sided):
         ahead = left[a : a + _AGREE]
@@ -85,7 +85,7 @@ def _meet(left: Sequence[str], right: Sequence[str], i: int, j: int) -> tuple[in
 
 
 def _behind(run: Sequence[str], at: int) -> Iterator[int]:
-    """Find where further turns of the loop that a place is in end, for each length that a turn may have."""
+    """Yield where the loop around an index ends, for each possible length of its iterations."""
     for length in range(1, min(_TURN, at) + 1):
         if run[at - length : at] == run[at : at + length]:
             end = at + length
@@ -95,14 +95,14 @@ def _behind(run: Sequence[str], at: int) -> Iterator[int]:
 
 
 def spans(places: Sequence[int], length: int) -> list[range]:
-    """Return the operators that each place stands for.
+    """Return the range of operators that each matched operator stands for.
 
     Args:
-        places: Ascending.
-        length: Operators of the run.
+        places: Indices of the matched operators, ascending.
+        length: Number of operators in the run.
 
     Returns:
-        A range for each place, which together are the run.
+        A range for each matched operator; together the ranges cover the run.
 
     Example:
         >>> spans([0, 1, 4], 5)

@@ -1,4 +1,4 @@
-"""Count the bytes of live tensors, and hold them under a budget."""
+"""A memory meter: a dispatch mode that counts the bytes of live tensors, and enforces a budget."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from microbatch.memory.ledger import CATEGORIES, GRADIENTS, Ledger, Storage, Tim
 from microbatch.memory.meter_report import MemoryReport
 from microbatch.memory.module_of_op import current_node, is_accumulating, running_module
 
-READ = torch.ops.aten._local_scalar_dense.default  # what `item()` is
+READ = torch.ops.aten._local_scalar_dense.default  # the operator of `Tensor.item()`
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Count the bytes of every tensor that is alive while the meter is on.
+    """Count the bytes of all live tensors while the meter is on.
 
-    Every operator's outputs pass through the dispatcher; the meter keeps a weak reference to each storage it has not
-    seen and subtracts it when it dies. What was alive before is counted once it is named to `track`. Fake tensors are
-    counted as the real ones would be. Workspaces that operators allocate and free inside are not seen, nor is what
-    other threads do.
+    Every operator's outputs pass through the dispatcher. The meter keeps a weak reference to each new storage, and
+    subtracts its bytes when the storage is freed. Tensors from before are counted once they are passed to `track`. Fake
+    tensors count like real ones. The meter does not see workspaces that operators allocate internally, or operators on
+    other threads.
 
     Args:
-        budget: Bytes that may be alive at once; an operator that passes it raises after it ran. `None` for no limit.
-        detail: Whether to know what each storage is, and which module and operator made it; see `report`.
+        budget: Limit of the live bytes; an operator that exceeds the limit raises after it has run. `None` for no
+            limit.
+        detail: Whether to record each storage's category, module and operator; see `report`.
         timeline: Whether to record the live bytes after every operator; see `timeline`. Implies ``detail``.
-        block: Bytes that the allocator rounds every storage up to a multiple of; 512 on CUDA.
+        block: The allocator's block size: each storage is rounded up to a multiple of so many bytes; 512 on CUDA.
 
     Attributes:
         live_bytes: Bytes alive now.
-        peak_bytes: Most bytes alive at once since the meter was made.
+        peak_bytes: Peak of the live bytes since the meter was made.
 
     Cost:
-        About 3 microseconds an operator while it is on, three times that with ``detail``; nothing when it is not.
+        About 3 microseconds an operator while the meter is on, three times that with ``detail``; nothing while off.
 
     Example:
         >>> import torch
@@ -68,14 +69,14 @@ class MemoryMeter(TorchDispatchMode):
         self._ledger = Ledger(keep=timeline) if detail or timeline else None
 
     def track(self, *things: object, category: str | None = None) -> None:
-        """Count tensors that were alive before the meter was on, and say what they are.
+        """Count tensors from before the meter was on, and set their categories.
 
         Args:
             things: Modules (parameters, buffers, gradients), optimizers (their state), tensors, nested structures.
-            category: What they are, where their kind does not say it; tensors are ``"inputs"`` otherwise.
+            category: Category of all these tensors; `None` to infer it. Plain tensors are then ``"inputs"``.
 
         Raises:
-            ConfigError: There is no such category.
+            ConfigError: The category does not exist.
         """
         if category is not None and category not in CATEGORIES:
             raise ConfigError(f"category must be one of {', '.join(CATEGORIES)}, not {category!r}")
@@ -83,15 +84,15 @@ class MemoryMeter(TorchDispatchMode):
             if isinstance(thing, nn.Module):
                 self._models.append(weakref.ref(thing))
                 if self._ledger is not None:
-                    self._ledger.where.name(thing)
+                    self._ledger.tracker.name(thing)
             for tensor, kind, name in described(thing):
                 self._add(tensor, kind=category or kind, name=name)
 
     def resized(self, storage: UntypedStorage) -> None:
-        """Learn that a storage has another size now, which no operator tells.
+        """Update the size of a storage that was resized without an operator.
 
         Args:
-            storage: One that may be counted already.
+            storage: The storage; nothing happens if it was not counted.
         """
         held = self._storages.get(storage._cdata)  # pyright: ignore[reportPrivateUsage] -- its identity
         if held is None:
@@ -103,13 +104,13 @@ class MemoryMeter(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def report(self) -> MemoryReport:
-        """Say what is alive now and what was at the peak, by category, module and operator.
+        """Report the live bytes of now and of the peak, by category, module and operator.
 
-        Activations are what forward made, also where a checkpoint computes it again; temporaries are what backward and
-        the optimizer made, less what has become a gradient or the optimizer's state by now.
+        Activations are tensors that forward made, also when activation checkpointing recomputes it. Temporaries are
+        tensors that backward and the optimizer made, except gradients and optimizer state.
 
         Returns:
-            The report; without ``detail``, its two totals only.
+            The report; without ``detail``, only its two totals.
         """
         peak, live = self.peak_bytes, self.live_bytes
         if self._ledger is None:
@@ -124,27 +125,28 @@ class MemoryMeter(TorchDispatchMode):
         return (self._ledger or Ledger(keep=False)).timeline()
 
     def __enter__(self) -> Self:
-        """Begin to count."""
+        """Start to count."""
         if self._ledger is not None:
-            self._ledger.where.start(self._around_step)
+            self._ledger.tracker.start(self._around_step)
         return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop counting what is made; what dies is still subtracted."""
+        """Stop counting new storages; freed ones are still subtracted."""
         super().__exit__(kind, error, traceback)
         if self._ledger is not None:
-            self._ledger.where.stop()
+            self._ledger.tracker.stop()
             self._find_gradients()
 
     def __torch_dispatch__(  # noqa: PLR0917 - torch calls it by position
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator, then count what it made."""
+        """Run the operator, then count its outputs."""
         out = func(*args, **(kwargs or {}))
         if _writes_a_list(func):
-            # Under a mode torch forgets to count these writes, and who watches a gradient would not see them.
+            # Under a dispatch mode, torch does not raise the version counters for these writes, so that changes to
+            # gradients would go undetected.
             torch.autograd.graph.increment_version([tensor for tensor in args[0] if not tensor.is_inference()])
         before, ledger = self.live_bytes, self._ledger
         if ledger is not None:
@@ -165,14 +167,14 @@ class MemoryMeter(TorchDispatchMode):
         return out
 
     def _refuse(self, func: Any, asked: int) -> None:
-        # Autograd adding up a gradient must not be interrupted: an accumulated sum would be left half written.
+        # An error inside AccumulateGrad would leave a gradient half written.
         if is_accumulating(current_node()):
             return
         budget, in_use = self.budget or 0, self.live_bytes - asked
-        module = running_module(self._tracked()) if self._ledger is None else self._ledger.where.here()[0]
+        module = running_module(self._tracked()) if self._ledger is None else self._ledger.tracker.here()[0]
         place = f" in {module!r}" if module else ""
         raise OutOfMemoryError(
-            f"the memory budget of {format_bytes(budget)} was passed: {func}{place} asked for {format_bytes(asked)} "
+            f"the memory budget of {format_bytes(budget)} was exceeded: {func}{place} asked for {format_bytes(asked)} "
             f"with {format_bytes(in_use)} in use; pass a smaller microbatch_size, or a larger memory_budget",
             asked=asked,
             in_use=in_use,
@@ -182,11 +184,11 @@ class MemoryMeter(TorchDispatchMode):
         )
 
     def _add(self, tensor: Tensor, *, kind: str | None = None, name: str = "") -> None:
-        """Count a tensor's storage once; ``kind`` says what it is, for one that no operator has just made."""
+        """Count a tensor's storage once; ``kind`` is its category, or `None` if an operator has just made it."""
         try:
             storage = tensor.untyped_storage()
         except (NotImplementedError, RuntimeError):
-            # Sparse and opaque tensors have no storage of their own; sparse ones hold two tensors that do.
+            # Sparse and opaque tensors have no storage; a sparse one holds two tensors that do.
             for part in _parts(tensor):
                 self._add(part, kind=kind, name=name)
             return
@@ -226,7 +228,7 @@ class MemoryMeter(TorchDispatchMode):
                 self._found_gradient(parameter, "")
 
     def _find_gradients(self) -> None:
-        # Autograd keeps the first gradient it is given, and no operator says so.
+        # Autograd stores a parameter's first gradient in .grad without an operator.
         for model in self._tracked():
             for name, parameter in model.named_parameters():
                 self._found_gradient(parameter, name)
@@ -240,13 +242,13 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def is_question(operator: Any) -> bool:
-    """Tell whether an operator only asks something of a tensor: its device, as fake ones are asked, or its number.
+    """Return whether an operator only reads a property of a tensor: the device of a fake tensor, or `item()`.
 
     Args:
-        operator: The dispatcher's.
+        operator: The dispatcher's operator.
 
     Returns:
-        Whether a timeline leaves it out.
+        Whether a timeline leaves the operator out.
     """
     return operator is READ or getattr(operator, "namespace", "") == "prim"
 

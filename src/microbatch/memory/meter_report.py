@@ -1,4 +1,4 @@
-"""What a meter found, for people and for programs."""
+"""The report of a memory meter, as text and as data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from microbatch.memory.budget import format_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """Storages that were alive at the peak and came from one place.
+    """The storages alive at the peak that have one category, module and operator.
 
     Attributes:
-        category: What they are, such as ``"activations"``.
-        module: Path of the module that made them, or the name of a parameter or buffer; empty where neither is known.
-        operator: The operator that made them; empty for what was there before the meter was on.
-        bytes: All of them together.
-        storages: How many.
+        category: Their category, such as ``"activations"``.
+        module: Path of the module that made them, or the name of a parameter or buffer; empty if unknown.
+        operator: The operator that made them; empty if they are older than the meter.
+        bytes: Total bytes.
+        storages: Number of storages.
     """
 
     category: str
@@ -29,7 +29,7 @@ class Part:
 
     @property
     def words(self) -> str:
-        """The part as one calls it."""
+        """A description of the part, such as ``"activations of aten.mm in layers.0"``."""
         made = f" of {self.operator.removesuffix('.default')}" if self.operator else ""
         place = f" in {self.module}" if self.module else ""
         return f"{self.category}{made}{place}"
@@ -37,14 +37,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryReport:
-    """What was alive, now and at the peak.
+    """The live bytes of now and of the peak; the last three attributes are empty without ``detail=True``.
 
     Attributes:
-        peak_bytes: Most bytes alive at once.
+        peak_bytes: Peak of the live bytes.
         live_bytes: Bytes alive now.
-        at_peak: Of the peak, bytes by category; empty without ``detail=True``, and so are the next two.
-        live: Of what is alive now, likewise.
-        parts: What was alive at the peak by place and operator, largest first.
+        at_peak: Bytes of the peak by category.
+        live: Bytes alive now by category.
+        parts: Bytes of the peak by category, module and operator, largest first.
     """
 
     peak_bytes: int
@@ -54,10 +54,10 @@ class MemoryReport:
     parts: Sequence[Part]
 
     def table(self, *, parts: int = 8) -> str:
-        """Write the report for people.
+        """Format the report as text.
 
         Args:
-            parts: How many of the largest parts to list.
+            parts: Number of the largest parts to list.
 
         Returns:
             Lines of text.
@@ -71,7 +71,7 @@ class MemoryReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain numbers and texts, for JSON."""
+        """Return the report as plain numbers and strings, for JSON."""
         return asdict(self)
 
     def _line(self, size: int, words: str) -> str:

@@ -1,4 +1,4 @@
-"""Where an operator runs: in which module, and in forward, backward or the optimizer's step."""
+"""Tracking of the module and the phase (forward, backward, optimizer step) in which an operator runs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-# The number that the next autograd node will get. Private, with nothing public in its place; without it, what backward
-# makes has no module.
+# Returns the sequence number of the next autograd node. Private, without a public equivalent. Without this function,
+# tensors made in backward are reported without a module.
 _autograd: Any = getattr(getattr(torch, "_C", None), "_autograd", None)
 _next_number: Any = getattr(_autograd, "_get_sequence_nr", None)
 
@@ -26,13 +26,14 @@ FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 
 
 class Where:
-    """Follow the modules and the optimizers as they run, through torch's global hooks; none is touched.
+    """Track the running module and optimizer through torch's global hooks, without changes to the objects themselves.
 
-    Backward runs outside of every module. Autograd numbers its nodes as it makes them, so the numbers that were current
-    whenever a module was entered or left say which module's forward made the node that runs now.
+    Backward runs outside of every module. But autograd numbers its nodes in the order of creation. This class records
+    the current number whenever a module's forward starts or ends. So a node's number identifies the forward that made
+    the node.
 
     Attributes:
-        stepping: Whether an optimizer's step runs.
+        stepping: Whether an optimizer's step is running.
     """
 
     def __init__(self) -> None:
@@ -45,18 +46,18 @@ class Where:
         self._on_step: Callable[[Optimizer], None] | None = None
 
     def name(self, model: nn.Module) -> None:
-        """Learn what the modules of a model are called.
+        """Register the names of a model's modules.
 
         Args:
-            model: The module whose own path is empty.
+            model: The model; its own path is the empty string.
         """
         self._names.update({id(module): path for path, module in model.named_modules()})
 
     def start(self, on_step: Callable[[Optimizer], None]) -> None:
-        """Begin to follow.
+        """Install the global hooks.
 
         Args:
-            on_step: Called before and after each step of an optimizer, outside of it.
+            on_step: Called before and after each optimizer step.
         """
         self._on_step = on_step
         self._handles = [
@@ -67,17 +68,17 @@ class Where:
         ]
 
     def stop(self) -> None:
-        """End, and forget where one was."""
+        """Remove the hooks, and reset the current module and phase."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._inside, self._on_step, self.stepping = [], [], None, False
 
     def here(self) -> tuple[str, str]:
-        """Say where the running operator is.
+        """Return the module and the phase of the running operator.
 
         Returns:
-            The path of its module, empty outside of every named one, and the phase. What a checkpoint computes again
-            inside backward is forward.
+            The module's path, empty outside of every registered module; and the phase. A forward that activation
+            checkpointing recomputes in backward counts as forward.
         """
         if self._inside:
             return self._inside[-1][1], FORWARD
@@ -95,7 +96,7 @@ class Where:
         self._mark()
 
     def _leave(self, module: nn.Module, _args: object, _out: object) -> None:
-        # An exception may have left modules further inside without telling.
+        # After an exception, inner modules may have ended without a call of this hook.
         while self._inside and self._inside.pop()[0] != id(module):
             pass
         self._mark()
@@ -107,48 +108,48 @@ class Where:
         self._paths.append(self._inside[-1][1] if self._inside else "")
 
     def _begin_step(self, optimizer: Optimizer, _args: object, _kwargs: object) -> None:
-        self._tell(optimizer)
+        self._call_on_step(optimizer)
         self.stepping = True
 
     def _end_step(self, optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         self.stepping = False
-        self._tell(optimizer)
-        # The window is over, and so are its graphs.
+        self._call_on_step(optimizer)
+        # The window's graphs are gone, so their numbers are no longer needed.
         self._numbers, self._paths = [], []
 
-    def _tell(self, optimizer: Optimizer) -> None:
+    def _call_on_step(self, optimizer: Optimizer) -> None:
         if self._on_step is not None:
             self._on_step(optimizer)
 
 
 def current_node() -> Any:
-    """Return the autograd node that runs now, or `None` outside of backward."""
-    return torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage] -- nothing public tells
+    """Return the autograd node that is running, or `None` outside of backward."""
+    return torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage] -- no public equivalent
 
 
 def is_accumulating(node: Any) -> bool:
-    """Tell whether a node is autograd's own, which adds a gradient up.
+    """Return whether a node is autograd's `AccumulateGrad`, which adds a gradient to `.grad`.
 
     Args:
-        node: What `current_node` returned.
+        node: The result of `current_node`.
 
     Returns:
-        False outside of backward too.
+        False also outside of backward.
     """
     return node is not None and "AccumulateGrad" in node.name()
 
 
 def running_module(models: Iterable[nn.Module]) -> str | None:
-    """Find the innermost module whose forward runs now, by the call stack; slow, for an error's words.
+    """Find the innermost running module through the call stack; slow, for error messages only.
 
     Args:
-        models: Modules whose parts have names.
+        models: Models whose modules are searched for.
 
     Returns:
-        Its path in the model, or `None` where none of them runs, as in backward.
+        The module's path in its model; `None` if no module is running, as in backward.
     """
     names = {id(module): path for model in models for path, module in model.named_modules()}
-    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] -- the stack's public face reads source files
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] -- the public inspect.stack reads source files
     while frame is not None:
         if "self" in frame.f_code.co_varnames[:1] and (path := names.get(id(frame.f_locals.get("self")))) is not None:
             return path

@@ -1,4 +1,4 @@
-"""Where bytes lie while the device does without them: a file for the CPU's, pinned host memory for a GPU's."""
+"""Storage for offloaded bytes: a temporary file for CPU tensors, pinned host memory for GPU tensors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from torch import Tensor
 from microbatch.errors import SpillError
 from microbatch.memory.budget import format_bytes
 
-# Extents begin at pages, so that no write has to read the rest of a page first.
+# Extents are aligned to pages, so that no write has to read the rest of a page first.
 _PAGE = 4096
-# The file grows by so much at once: asking for room costs as much as writing a few hundred KiB.
+# The file grows in steps of this size, because one fallocate costs as much as writing a few hundred KiB.
 _GROWTH = 16 << 20
 _IN_MEMORY = {"tmpfs", "ramfs"}
-# Pieces that may be on their way to the host at once, and that are fetched from there before they are asked for.
+# Maximum number of copies to the host in flight, and number of pieces that are prefetched from there.
 _IN_FLIGHT = 4
 
 
 class Piece(ABC):
-    """Bytes that were put away; they are given up when nothing refers to the piece any more.
+    """Offloaded bytes, which are freed together with this object.
 
     Attributes:
-        nbytes: How many.
-        ahead: Pieces of this kind that are worth fetching before they are asked for.
+        nbytes: Number of bytes.
+        ahead: Number of pieces of this kind that are worth prefetching.
     """
 
     nbytes: int
@@ -40,71 +40,74 @@ class Piece(ABC):
 
     @abstractmethod
     def fetch(self) -> Tensor:
-        """Begin to bring a copy of the bytes back to their device.
+        """Start to copy the bytes back to their device.
 
         Returns:
-            The bytes, uint8, shape ``(nbytes,)``; to be used after `wait`.
+            The copy, uint8, shape ``(nbytes,)``; call `wait` before you use it.
         """
 
     @abstractmethod
     def wait(self, data: Tensor) -> None:
-        """Let what comes next on the current stream see the bytes.
+        """Make the current stream wait until the copy is complete.
 
         Args:
-            data: What `fetch` returned last.
+            data: The result of the last `fetch`.
         """
 
 
 class Place(ABC):
-    """Somewhere to put bytes of one device."""
+    """A storage for the offloaded bytes of one device."""
 
     @abstractmethod
     def put(self, data: Tensor) -> Piece:
-        """Put bytes away.
+        """Offload bytes.
 
         Args:
-            data: uint8, shape ``(bytes,)``, contiguous, at least one; not written to until the current stream has
-                passed this call.
+            data: uint8, shape ``(bytes,)``, contiguous, at least one byte. Do not write to it before the current stream
+                has passed this call.
 
         Returns:
-            The piece that knows them.
+            The offloaded bytes.
         """
 
 
 class File(Place):
-    """Bytes in one file that has no name: nothing of it stays behind, however the process ends.
+    """Offloaded bytes in an unnamed temporary file, which the system deletes however the process ends.
 
-    Plain reads and writes, not a mapping: the pages are the system's cache and not this process's memory, and a full
-    disk is an error and not a signal. Freed extents are used again.
+    The file is read and written, not memory-mapped. So its pages belong to the system's page cache instead of this
+    process, and a full disk raises an error instead of a signal. Freed extents are reused.
 
     Args:
-        directory: Where the file lies.
+        directory: Where the file is created.
 
     Attributes:
-        size: Bytes of the file.
+        size: Size of the file in bytes.
 
     Cost:
-        Measured on two cores: 0.12 ms a MiB to write and as much to read while the file is in the system's cache, plus
-        the page faults of fresh memory, which any other result of the same size has too.
+        Measured on two cores: 0.12 ms a MiB to write, and the same to read while the file is in the page cache. Page
+        faults of newly allocated memory come on top, as for any result of that size.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         if (kind := _filesystem(self._directory)) in _IN_MEMORY:
             warnings.warn(
-                f"{self._directory} is a {kind}, which is memory: what is spilled there is not saved; pass directory= "
-                "as a place on a disk, for example /var/tmp",
+                f"{self._directory} is a {kind}, which is memory, so offloading to it frees nothing; pass directory= "
+                "on a disk, for example /var/tmp",
                 stacklevel=2,
             )
         try:
-            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 - lives as long as this
+            self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 - closed with this object
         except OSError as error:
-            raise SpillError(f"no file for spilled tensors can be made in {self._directory}: {error}") from error
+            raise SpillError(
+                f"cannot create a file for offloaded tensors in {self._directory}: {error}; pass directory= as a "
+                "directory that you can write to"
+            ) from error
         weakref.finalize(self, self._file.close)
-        # Of the file's position and the free extents.
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the file's position and the free extents
         self._free: dict[int, int] = {}
-        # A piece may die at any moment, inside the lock too: its extent waits here. Appending is atomic.
+        # A piece may be freed at any moment, even while the lock is held, so its extent is queued here. Appending is
+        # atomic.
         self._returned: deque[tuple[int, int]] = deque()
         self.size = 0
 
@@ -115,7 +118,7 @@ class File(Place):
             data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
 
         Returns:
-            The piece that knows them.
+            The offloaded bytes.
 
         Raises:
             SpillError: The disk is full, or the file cannot be written.
@@ -128,9 +131,9 @@ class File(Place):
         """Write bytes to the file, or read them from it.
 
         Args:
-            at: Where in the file they begin.
+            at: Offset in the file.
             data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
-            write: Which of the two.
+            write: Whether to write; otherwise ``data`` is overwritten with the file's bytes.
 
         Raises:
             SpillError: The file cannot be written or read.
@@ -146,17 +149,18 @@ class File(Place):
         except OSError as failure:
             error = failure
         if buffer:
+            action = "write to" if write else "read from"
             raise SpillError(
-                f"{format_bytes(len(buffer))} cannot be {'written to' if write else 'read from'} the file for spilled "
-                f"tensors in {self._directory}: {error or 'it ends'}"
+                f"cannot {action} the file for offloaded tensors in {self._directory}, with "
+                f"{format_bytes(len(buffer))} left: {error or 'end of file'}"
             ) from error
 
     def give_back(self, at: int, size: int) -> None:
-        """Let an extent be used again."""
+        """Free an extent for reuse."""
         self._returned.append((at, size))
 
     def _take(self, nbytes: int) -> int:
-        """Find room, in the smallest free extent that has it, or at the end."""
+        """Reserve an extent: the smallest free one that is large enough, or a new one at the end."""
         size = -(-nbytes // _PAGE) * _PAGE
         with self._lock:
             self._collect()
@@ -171,25 +175,25 @@ class File(Place):
         return at
 
     def _grow(self, size: int) -> int:
-        """Make the file long enough for an extent at its end."""
+        """Extend the file for a new extent at its end."""
         last = max(self._free, default=self.size)
         at = last if last + self._free.get(last, 0) == self.size else self.size
         more = -(-(at + size - self.size) // _GROWTH) * _GROWTH
         try:
-            # Where the system can promise the room, a full disk is told before anything is written.
+            # If the system can reserve disk space, a full disk is reported before anything is written.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), self.size, more)
         except OSError as error:
             raise SpillError(
-                f"the file for spilled tensors in {self._directory} cannot grow from {format_bytes(self.size)} by "
-                f"{format_bytes(more)}: {error}; pass directory= as a place with more room, or use a smaller microbatch"
+                f"the file for offloaded tensors in {self._directory} cannot grow from {format_bytes(self.size)} by "
+                f"{format_bytes(more)}: {error}; pass directory= on a disk with more space, or use a smaller microbatch"
             ) from error
         self.size += more
         self._free[at] = self.size - at
         return at
 
     def _collect(self) -> None:
-        """Take the returned extents among the free ones, and join those that touch."""
+        """Add the queued extents to the free ones, and merge neighbours."""
         if not self._returned:
             return
         while self._returned:
@@ -208,7 +212,7 @@ class File(Place):
 
 
 class _OnDisk(Piece):
-    ahead = 0  # the processor would do the reading
+    ahead = 0  # a prefetch would block the CPU
 
     def __init__(self, file: File, at: int, nbytes: int) -> None:
         self._file, self.at, self.nbytes = file, at, nbytes
@@ -226,10 +230,10 @@ class _OnDisk(Piece):
 
 
 class Pinned(Place):
-    """Bytes of a GPU in pinned host memory, copied on two streams of its own, one for each way.
+    """Offloaded bytes of a GPU in pinned host memory, copied on two extra streams, one for each direction.
 
-    Torch's own host allocator pools the pinned memory, in sizes that are powers of two, and knows which of it is still
-    being copied.
+    torch's caching host allocator pools the pinned memory in power-of-two sizes, and tracks which of it is still being
+    copied.
 
     Args:
         device: The GPU.
@@ -241,16 +245,17 @@ class Pinned(Place):
         self._leaving: deque[weakref.ref[_OnHost]] = deque()
 
     def put(self, data: Tensor) -> Piece:
-        """Begin to copy bytes to the host.
+        """Start to copy bytes to the host.
 
-        The original is held until the current stream has been told to wait for the copy, which it is some pieces later:
-        computation runs ahead of the link by no more than that, and its memory is used again in its own order.
+        The piece holds the original until the current stream waits for the copy, which happens a few pieces later. So
+        computation runs ahead of the copies by at most that number of pieces. The original's memory is reused in the
+        order of the current stream.
 
         Args:
             data: uint8, shape ``(bytes,)``, contiguous, on the GPU.
 
         Returns:
-            The piece that knows them.
+            The offloaded bytes.
         """
         host = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=True)
         stream = torch.cuda.current_stream(self.device)
@@ -261,7 +266,7 @@ class Pinned(Place):
         self._leaving.append(weakref.ref(piece))
         while len(self._leaving) > _IN_FLIGHT:
             if (oldest := self._leaving.popleft()()) is not None:
-                oldest.leave()
+                oldest.release()
         return piece
 
 
@@ -275,15 +280,15 @@ class _OnHost(Piece):
         self._gone.record(place.out)
         self.nbytes = host.numel()
 
-    def leave(self) -> None:
-        """Let go of the original: what its stream does from now on comes after the copy."""
+    def release(self) -> None:
+        """Make the original's stream wait for the copy, and free the original."""
         if self._data is not None:
             self._stream.wait_event(self._gone)
             self._data = None
 
     def fetch(self) -> Tensor:
         place = self._place
-        # The memory is the current stream's, and what that stream has yet to do may still be using it.
+        # The current stream allocates the memory, and its earlier work may still use it.
         self._stream = torch.cuda.current_stream(place.device)
         data = torch.empty(self.nbytes, dtype=torch.uint8, device=place.device)
         place.back.wait_stream(self._stream)
@@ -302,7 +307,7 @@ class _OnHost(Piece):
 
 
 def _filesystem(directory: Path) -> str:
-    """Name the kind of file system that a directory lies on; empty where the system does not say."""
+    """Return the type of the file system of a directory; an empty string if unknown."""
     try:
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     except OSError:

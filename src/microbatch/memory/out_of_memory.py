@@ -1,4 +1,4 @@
-"""Tell running out of memory from everything else, let go of what the failure holds, and say what to try."""
+"""Out-of-memory errors: detection, release of what they keep alive, and an error that explains what to try."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from microbatch.errors import OutOfMemoryError
 from microbatch.failed_layer import failed_layer, named_layer
 from microbatch.memory.budget import format_bytes, parse_bytes
 
-# As the libraries write it; where one of them only says that it found no way, too little memory for its workspace is
-# the usual reason. A text of the user's own that mentions memory has none of these.
+# The libraries' own wordings. A failed search for an algorithm or engine usually means too little memory for its
+# workspace. An error text of the user that merely mentions memory matches none of these.
 _SPELLINGS = re.compile(
     r"""
       ^(CUDA|HIP|XPU)\ out\ of\ memory\b                # the caching allocators
@@ -37,16 +37,16 @@ _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]iB)\b")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, on any device.
+    """Return whether an error means that memory ran out, on any device.
 
-    Python's own `MemoryError` counts: it is what NumPy, and others that a loss function may call, raise when the host's
-    memory ends, and what they ask for shrinks with the microbatch.
+    Python's own `MemoryError` counts too. NumPy, which a loss function may call, raises it when host memory runs out,
+    and a smaller microbatch needs less of that.
 
     Args:
-        error: What was raised.
+        error: The exception.
 
     Returns:
-        False for everything else, also for a RuntimeError that merely mentions memory.
+        False for any other error, also for a RuntimeError that merely mentions memory.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
@@ -63,25 +63,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def let_go(error: BaseException, device: torch.device) -> None:
-    """Free what a failure keeps alive, so that what is tried next has room.
+    """Free the tensors that an exception keeps alive, so that the next attempt has more memory.
 
-    The frames of a traceback hold the tensors of the forward or backward that failed, and the autograd engine keeps
-    the gradients that it was about to hand on until it runs again. To be called outside of the ``except`` block, where
-    nobody else holds the error.
+    The frames of a traceback hold the tensors of the failed forward or backward. The autograd engine also holds
+    gradients until it runs again. Call this function outside of the ``except`` block, where nothing else refers to the
+    exception.
 
     Args:
-        error: What was raised; it loses its traceback, and so do the errors that it came from.
-        device: Where the memory ran out.
+        error: The exception. Its traceback is removed, and those of its causes and contexts too.
+        device: The device whose memory ran out.
 
     Cost:
-        A garbage collection; on CUDA the allocator's cache is emptied.
+        One garbage collection; on CUDA, the allocator's cache is emptied.
 
     Source:
         Law M3.
     """
     _forget_frames(error, set())
     gc.collect()
-    # The smallest backward there is, by each of the engine's threads that may hold something.
+    # A minimal backward on each engine thread that may hold gradients.
     for where in {torch.device("cpu"), device}:
         with torch.enable_grad():
             torch.zeros((), device=where, requires_grad=True).clone().backward()
@@ -90,11 +90,12 @@ def let_go(error: BaseException, device: torch.device) -> None:
 
 
 def let_go_of_locals(error: BaseException, model: nn.Module) -> None:
-    """Free what the functions held that an error has left, where it is not known yet what will be tried next.
+    """Free the local variables of the frames that an exception has passed, but keep its traceback.
 
     Args:
-        error: What was raised; it is told the module that it was in, which nobody could find out afterwards.
-        model: Whose module it is looked for in.
+        error: The exception. An out-of-memory error first gets an attribute ``module``, because the failed module
+            cannot be found without the local variables.
+        model: The model, in which the failed module is searched for.
     """
     if getattr(error, "module", None) is None and isinstance(error, torch.OutOfMemoryError):
         vars(error)["module"] = failed_layer(error, model)
@@ -116,17 +117,17 @@ def _forget_frames(error: BaseException | None, seen: set[int]) -> None:
 def explained(
     error: BaseException, *, model: nn.Module, device: torch.device, budget: int | None, limit: str
 ) -> OutOfMemoryError:
-    """Make one clear error of running out of memory for good.
+    """Make the final error of a window that ran out of memory and cannot retry.
 
     Args:
-        error: What was raised, with its traceback.
-        model: Whose module it is looked for in.
-        device: Where the memory ran out.
-        budget: Bytes that the user allowed, or `None` for what the device has.
-        limit: Why there is no smaller microbatch to try.
+        error: The original exception, with its traceback.
+        model: The model, in which the failed module is searched for.
+        device: The device whose memory ran out.
+        budget: The user's memory budget in bytes; `None` for the device's memory.
+        limit: Why no smaller microbatch can be tried.
 
     Returns:
-        An error that names what is known of bytes and layer, and what to try.
+        An error with the known bytes and module, and what to try.
 
     Source:
         Law M4.
@@ -136,17 +137,17 @@ def explained(
     allowed = getattr(error, "budget", None) or budget
     module = getattr(error, "module", None)
     module = failed_layer(error, model) if module is None else module
-    told = [f"{operator or 'an operator'} asked for {_amount(asked)}"]
+    facts = [f"{operator or 'an operator'} asked for {_amount(asked)}"]
     where = "in backward, or outside of the model's modules"
-    told += [where if module is None else f"in module {named_layer(module, model)}"]
-    told += [f"with {_amount(in_use)} in use" if in_use is not None else ""]
-    told += [f"of {format_bytes(allowed)} allowed" if allowed is not None else ""]
+    facts += [where if module is None else f"in module {named_layer(module, model)}"]
+    facts += [f"with {_amount(in_use)} in use" if in_use is not None else ""]
+    facts += [f"of {format_bytes(allowed)} allowed" if allowed is not None else ""]
     return OutOfMemoryError(
-        f"out of memory {limit}: {' '.join(part for part in told if part)}. The largest parameter is "
-        f"{_largest(model)}. Weights, gradients, buffers and random state are as before the window. What can help: "
-        'activation checkpointing (checkpoint="all"), mb.linear_cross_entropy for a large vocabulary, shorter '
-        "rows, a narrower autocast, the optimizer's state or activations offloaded to the host, or a larger "
-        f"memory_budget. The error itself: {type(error).__name__}: {error}",
+        f"out of memory {limit}: {' '.join(part for part in facts if part)}. The largest parameter is "
+        f"{_largest(model)}. Weights, gradients, buffers and random state are as before the window. Try activation "
+        'checkpointing (checkpoint="all"), mb.linear_cross_entropy for a large vocabulary, shorter rows, a narrower '
+        "autocast dtype, activations or the optimizer's state offloaded to the host, or a larger memory_budget. "
+        f"The original error: {type(error).__name__}: {error}",
         asked=asked,
         in_use=in_use,
         budget=allowed,

@@ -1,4 +1,4 @@
-"""How much memory a window takes, as a function of the microbatch size, from runs at a few sizes."""
+"""Prediction of a window's peak memory at any microbatch size, from runs at a few sizes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from microbatch.memory.match_operators import align
 from microbatch.memory.workspace import Hidden
 
 WORKSPACES = "workspaces"
-_ALIKE = 0.005  # of the peak, what fake and real tensors may differ by
-_MOST = 1 << 24  # rows, for a model that takes no more memory for more of them
+_ALIKE = 0.005  # part of the peak by which the live bytes of fake and real tensors may differ
+_MOST = 1 << 24  # largest answer in rows, for a model whose memory does not grow with the rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Peak memory by microbatch size.
+    """A prediction of peak memory by microbatch size.
 
     Attributes:
         sizes: Microbatch sizes that were run.
-        exact: Whether every size ran the same operators, and these the same kernels, so that each one's bytes are known
-            as a function of the size; if not, ``note`` says what stands in for that.
-        note: What the prediction rests on, in words.
-        curves: Live bytes by microbatch size.
-        hidden: What operators allocate inside themselves, likewise.
-        measured: Peaks that the allocator has seen, by microbatch size.
-        metered: Of the same runs the peaks that a meter has counted.
-        beside: Bytes that are held beside what was run, by microbatch size.
+        exact: Whether all sizes ran the same operators with the same kernels, so that each operator's bytes are a known
+            function of the size. If not, ``note`` describes the bound that is used instead.
+        note: A description of the data behind the prediction.
+        curves: Live bytes of tensors by microbatch size.
+        hidden: Workspaces, which operators allocate internally, by microbatch size.
+        measured: Peaks of the allocator in real runs, by microbatch size.
+        metered: Peaks of a meter in the same runs, by microbatch size.
+        beside: Bytes held outside of the run, by microbatch size.
     """
 
     sizes: Sequence[int]
@@ -46,10 +46,10 @@ class Prediction:
     beside: Callable[[int], int]
 
     def peak_bytes(self, microbatch_size: int) -> int:
-        """Predict the most bytes in use at once, everything that was there before the window included.
+        """Predict the peak memory in use, including everything from before the window.
 
-        ``max_t (a_t + b_t m)`` over the operators ``t`` of a window: the maximum of straight lines, which no line
-        through two peaks is.
+        The prediction is ``max_t (a_t + b_t m)`` over the operators ``t`` of a window. This maximum of straight lines
+        is not a straight line itself, so a line through two peaks would be wrong.
 
         Args:
             microbatch_size: Rows; at least 1.
@@ -61,7 +61,7 @@ class Prediction:
             ConfigError: The size is below 1.
 
         Example:
-            >>> def run(m):  # first a temporary of the weight's size, then one of the microbatch's
+            >>> def run(m):  # first a temporary as large as a weight, then one that grows with the microbatch
             ...     return Timeline(operators=["a", "b"], live=[1000, 100 * m], storages=[])
             >>> predict(run, sizes=(2, 4)).peak_bytes(16)  # both runs peaked at 1000
             1600
@@ -72,16 +72,16 @@ class Prediction:
         return total + self.beside(microbatch_size)
 
     def metered_bytes(self, microbatch_size: int) -> int:
-        """Predict the most bytes that a `MemoryMeter` will count: those of tensors alone.
+        """Predict the peak that a `MemoryMeter` counts, which is that of tensors alone.
 
-        What operators allocate inside themselves no meter sees, so where one measures, this is what is to be compared,
-        and `peak_bytes` what has to fit.
+        A meter does not see workspaces, which operators allocate internally. So compare a meter's peak with this
+        number, and the available memory with `peak_bytes`.
 
         Args:
             microbatch_size: Rows; at least 1.
 
         Returns:
-            Bytes; `peak_bytes` where nothing was witnessed.
+            Bytes; equal to `peak_bytes` if no real run was measured.
 
         Raises:
             ConfigError: The size is below 1.
@@ -92,14 +92,14 @@ class Prediction:
         return total + self.beside(microbatch_size)
 
     def doubt(self, microbatch_size: int, *, hidden: bool) -> float:
-        """Say by which part of itself the peak may be less than what is predicted.
+        """Return the relative uncertainty of the predicted peak: how much lower the true peak may be.
 
         Args:
             microbatch_size: Rows; at least 1.
-            hidden: Whether to doubt what operators allocate inside themselves, or what tensors take.
+            hidden: Whether to return the uncertainty of workspaces; otherwise that of tensors.
 
         Returns:
-            0 where every operator keeps to its curve.
+            A part of the predicted peak, from 0 to 1; 0 if upper and lower bound are equal.
 
         Raises:
             ConfigError: The size is below 1.
@@ -113,13 +113,13 @@ class Prediction:
         return 1 - float(least.max()) / max(1.0, float(most.max()))
 
     def largest(self, budget: int) -> int:
-        """Find the largest microbatch size that fits.
+        """Return the largest microbatch size that fits into a budget.
 
         Args:
             budget: Bytes that may be in use.
 
         Returns:
-            Rows; 0 if not even one fits, and at most 2^24.
+            Rows; 0 if not even one row fits, and at most 2^24.
 
         Example:
             >>> def run(m):
@@ -137,8 +137,7 @@ class Prediction:
             microbatch_size: Rows; at least 1.
 
         Returns:
-            Bytes by category, which add up to ``peak_bytes``; ``"workspaces"`` are what operators allocate inside
-            themselves.
+            Bytes by category, which add up to ``peak_bytes``; ``"workspaces"`` are the operators' internal allocations.
 
         Raises:
             ConfigError: The size is below 1.
@@ -147,14 +146,14 @@ class Prediction:
         found[WORKSPACES] = self.peak_bytes(microbatch_size) - sum(found.values())
         return {name: size for name, size in found.items() if size}
 
-    def foretell(self, microbatch_size: int) -> Witnessed:
-        """Write down what a run of so many rows would be seen to take, operator by operator.
+    def predicted_run(self, microbatch_size: int) -> Witnessed:
+        """Return the predicted memory of a run, operator by operator, in the form of a measured run.
 
         Args:
             microbatch_size: Rows; at least 1.
 
         Returns:
-            A run as if it had been witnessed; without levels where nothing was.
+            The predicted run; its levels are empty if no real run was measured.
 
         Raises:
             ConfigError: The size is below 1.
@@ -168,11 +167,11 @@ class Prediction:
             else []
         )
         if microbatch_size in self.measured and levels:
-            # One row takes kernels of its own.
+            # A single row uses other kernels, so its measured peak may be off the curves.
             shift = self.peak_bytes(microbatch_size) - max(map(max, levels))
             levels = [[level + shift for level in each] for each in levels]
         return Witnessed(
-            _Foretold(
+            _PredictedTimeline(
                 operators=self.curves.operators,
                 live=[round(each) + beside for each in live.tolist()],
                 storages=[],
@@ -195,8 +194,8 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Foretold(Timeline):
-    """The timeline of a run that never was; its storages are known by category alone."""
+class _PredictedTimeline(Timeline):
+    """The timeline of a predicted run, which has bytes by category but no storages."""
 
     split: Callable[[int], dict[str, int]]
 
@@ -205,13 +204,13 @@ class _Foretold(Timeline):
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:
-    """Find the largest number that fits, where every smaller one does.
+    """Return the largest number that fits, by bisection; every smaller number must fit too.
 
     Args:
-        fits: Whether a number does.
+        fits: Returns whether a number fits.
 
     Returns:
-        0 if not even 1 does, and at most 2^24.
+        The number; 0 if not even 1 fits, and at most 2^24.
 
     Example:
         >>> largest_that_fits(lambda rows: 100 * rows <= 1600)
@@ -235,33 +234,35 @@ def predict(
     witnessed: Sequence[tuple[int, Witnessed]] = (),
     beside: Callable[[int], int] = lambda _: 0,
 ) -> Prediction:
-    """Predict the peak at every microbatch size from the timelines of a few.
+    """Predict the peak memory at every microbatch size from the timelines of a few sizes.
 
-    Each operator's live bytes are fitted on their own, by a straight line through two sizes or a parabola through
-    three, which losses over pairs of rows need; the peak is the maximum over all operators. A fit of the peaks would
-    miss every operator that only peaks at larger sizes. Lengths of a sequence are fitted likewise, through three.
+    The live bytes after each operator are fitted separately, by a straight line through two sizes or a parabola through
+    three. Losses over pairs of rows need the parabola. The predicted peak is the maximum over all operators. A fit of
+    the peaks alone would miss operators that dominate only at larger sizes. Sequence lengths are fitted in the same
+    way, through three lengths.
 
-    Where runs go through loops of different lengths, the operators that all of them have are fitted, each with the most
-    that was alive until the next. Where the operators differ altogether, the peak is bounded instead.
+    If loops have different numbers of iterations, only the operators that all runs have in common are fitted. Each of
+    them stands for the maximum of the live bytes until the next one. If the operators differ too much, the peak is
+    bounded instead.
 
     Args:
-        run: Runs what is to be predicted with microbatches of so many rows, and returns its timeline, again if it is
-            asked again; `None` to take the timelines of ``witnessed``.
-        sizes: Microbatch sizes to run; two or more, ascending. 1 is not a good one: it takes other kernels.
-        witnessed: Real runs with what the allocator saw in each operator, by size, ascending. What it held above or
-            below what ``run`` tells is added.
-        beside: Bytes held beside what is run, by microbatch size.
+        run: Runs the computation with microbatches of the given number of rows, and returns its timeline; may be called
+            several times with one size. `None` to use the timelines of ``witnessed``.
+        sizes: Microbatch sizes to run; two or more, ascending. Avoid 1, which uses other kernels.
+        witnessed: Measured runs with the allocator's bytes in each operator, by size, ascending. Their difference to
+            the timelines of ``run`` is added to the prediction.
+        beside: Returns the bytes held outside of the run, by microbatch size.
 
     Returns:
         The prediction.
 
     Raises:
-        ConfigError: Fewer than two sizes, or sizes that do not ascend from 1.
+        ConfigError: There are fewer than two sizes, or they do not ascend from 1.
 
     Cost:
-        The runs.
+        That of the runs.
     """
-    # One row takes kernels of its own, so it says nothing of the others.
+    # A single row uses other kernels, so it is no evidence for larger sizes.
     several = [(size, each) for size, each in witnessed if size > 1]
     real = {size: each.timeline for size, each in several}
     if run is None:
@@ -270,13 +271,14 @@ def predict(
         raise ConfigError(f"sizes must be two or more microbatch sizes, ascending, for example (2, 4), not {sizes!r}")
     runs = [(run or real.__getitem__)(size) for size in sizes]
     if any(list(each.operators) != list(runs[0].operators) for each in runs) and run is not None:
-        # Curves are off where loops differ, and what they are off there is no workspace.
+        # Curves are inexact if loops differ. The real runs' sizes are run too, so that this error is not taken for
+        # workspaces.
         sizes = sorted({*sizes, *real})
         runs = [run(size) for size in sizes]
     alike = all(_alike(each, real.get(size, each)) for size, each in zip(sizes, runs, strict=True))
     stands_in = run is None or (not alike and len(real) > 1)
     if stands_in:
-        # What was really run goes another way than what was to stand for it.
+        # The real runs took another path through the program than the runs with fake tensors.
         sizes, runs = list(real), list(real.values())
     places = align([each.operators for each in (*runs, *real.values())])
     if places is None:
@@ -299,7 +301,7 @@ def predict(
 def _inside(
     several: Sequence[tuple[int, Witnessed]], curves: Curves, *, places: Sequence[Sequence[int]] | None
 ) -> list[list[list[float]]]:
-    """Subtract from what was witnessed what the curves tell."""
+    """Return the measured levels less the predicted live bytes of tensors."""
     found: list[list[list[float]]] = []
     for index, (size, each) in enumerate(several):
         levels = [[each.peak_bytes]] if places is None else each.levels_at(places[index])
@@ -309,7 +311,7 @@ def _inside(
 
 
 def _alike(run: Timeline, real: Timeline) -> bool:
-    """Tell whether the same operators ran, and left as much alive."""
+    """Return whether two runs have the same operators and nearly the same live bytes."""
     if list(run.operators) != list(real.operators):
         return False
     off = max(abs(one - other) for one, other in zip(run.live, real.live, strict=True))
@@ -317,14 +319,14 @@ def _alike(run: Timeline, real: Timeline) -> bool:
 
 
 def _change(between: tuple[int, int]) -> str:
-    return f"between {between[0]} and {between[1]} rows some operators take other kernels, and are bounded there"
+    return f"between {between[0]} and {between[1]} rows some operators change kernels, so their memory is bounded there"
 
 
 def _note(sizes: Sequence[int], runs: Sequence[Timeline], curves: Curves) -> str:
     at = f"microbatches of {', '.join(map(str, sizes))} rows"
     if not isinstance(curves, Fitted):
-        return f"{at} run different operators; peaks are bounded by chords, and beyond the largest in proportion"
+        return f"{at} run different operators, so peaks are bounded by chords, and in proportion beyond the largest"
     if len({len(run.live) for run in runs}) == 1 and len(curves.moments[0]) == len(runs[0].live):
         return f"{len(runs[0].live):,} operators fitted on {at}"
     counts = ", ".join(f"{len(run.live):,}" for run in runs)
-    return f"{at} run {counts} operators; the {len(curves.moments[0]):,} that all of them run are fitted"
+    return f"{at} run {counts} operators; the {len(curves.moments[0]):,} that all sizes have in common are fitted"

@@ -1,4 +1,4 @@
-"""Compute the activations of some blocks again in backward, instead of keeping them until then."""
+"""Activation checkpointing: recompute a block's activations in backward instead of keeping them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from torch.utils.checkpoint import checkpoint
 
 from microbatch.errors import ConfigError
 
+# Buffers of at most this many bytes are copied before each forward: statistics are small, but masks and frozen weights
+# are large.
 _SMALL = 1 << 16
-"""Bytes of a buffer that is copied before each forward pass: statistics are small, masks and frozen weights large."""
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """Find the blocks of a model: what `nn.ModuleList` or `nn.Sequential` holds several of, and has parts of its own.
+    """List the repeated blocks of a model.
+
+    A block is a child of an `nn.ModuleList` or `nn.Sequential` that has submodules of its own, and of whose type the
+    container has several children.
 
     Args:
         model: Any module.
 
     Returns:
-        Their names, in the model's order; none lies inside another.
+        The blocks' names, in the model's order; no block lies inside another.
 
     Example:
         >>> layers = [nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(3)]
@@ -41,26 +45,26 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 @contextmanager
 def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Generator[None]:
-    """Keep only the inputs of some blocks for backward, which runs their forward passes again.
+    """Apply activation checkpointing to some blocks: keep only their inputs, and run their forward again in backward.
 
-    The second forward pass begins with what the first one did: autocast, the generators of torch, Python and NumPy,
-    and the buffers, so that dropout draws the same masks, and running statistics move once. The gradient is the same.
-    State dict and hooks stay as they are; hooks inside of a block are called in both passes.
+    The second forward starts from the same state as the first: autocast, the random generators of torch, Python and
+    NumPy, and the buffers. So dropout draws the same masks, and running statistics are updated once. The gradient is
+    the same. State dict and hooks of the model do not change; hooks inside a block are called in both forward passes.
 
     Args:
         model: Any module.
-        blocks: Names of submodules, as `torch.nn.Module.get_submodule` takes them; ``"all"`` for those that the
-            model repeats, see `blocks_of`.
+        blocks: Names of submodules, as `torch.nn.Module.get_submodule` takes them; ``"all"`` for the repeated blocks of
+            the model, see `blocks_of`.
 
     Yields:
-        Nothing; forward passes inside the ``with`` block compute again, wherever their backward runs.
+        Nothing. Every forward inside the ``with`` block is recomputed, even if its backward runs after the block.
 
     Raises:
-        ConfigError: A name is no submodule, lies inside another one, or is a scripted module; or ``"all"`` of a model
-            that repeats none. In backward: a block wrote to a large buffer, which is not copied.
+        ConfigError: A name is no submodule, lies inside another named one, or is a scripted module; or ``"all"`` for a
+            model without repeated blocks. In backward: a block wrote to a large buffer, which is not copied.
 
     Cost:
-        One more forward pass of the blocks, and a copy of their small buffers for each.
+        One more forward pass of the blocks, and a copy of their small buffers before each forward.
 
     Example:
         >>> model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)) for _ in range(3)))
@@ -78,24 +82,23 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
 
 
 def named_blocks(model: nn.Module, blocks: Sequence[str] | str) -> tuple[str, ...]:
-    """Say which submodules are meant.
+    """Return the names of the submodules that ``blocks`` stands for.
 
     Args:
         model: Any module.
         blocks: As for `checkpointed`.
 
     Returns:
-        Their names.
+        Names of submodules.
 
     Raises:
-        ConfigError: As `checkpointed` says.
+        ConfigError: As for `checkpointed`.
     """
     if blocks == "all":
         found = blocks_of(model)
         if not found:
             raise ConfigError(
-                f'checkpoint="all" found no repeated blocks in {type(model).__name__}; name the submodules whose '
-                "activations are to be computed again"
+                f'checkpoint="all" found no repeated blocks in {type(model).__name__}; pass the names of submodules'
             )
         return tuple(found)
     names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
@@ -103,12 +106,17 @@ def named_blocks(model: nn.Module, blocks: Sequence[str] | str) -> tuple[str, ..
     for name in names:
         if not name or name not in modules:
             close = ", ".join(map(repr, get_close_matches(name, modules)))
-            raise ConfigError(f"checkpoint: the model has no submodule {name!r}" + (f"; it has {close}" * bool(close)))
+            hint = f"; did you mean {close}?" if close else "; pass names from model.named_modules()"
+            raise ConfigError(f"checkpoint: the model has no submodule {name!r}{hint}")
         outer = [other for other in names if name.startswith(f"{other}.")]
         if outer:
-            raise ConfigError(f"checkpoint: {name!r} lies inside {outer[0]!r}, which is computed again as a whole")
+            raise ConfigError(
+                f"checkpoint: {name!r} lies inside {outer[0]!r}, which is recomputed as a whole; leave out one of them"
+            )
         if isinstance(modules[name], torch.jit.ScriptModule):
-            raise ConfigError(f"checkpoint: {name!r} is a scripted module, whose forward cannot be run a second time")
+            raise ConfigError(
+                f"checkpoint: {name!r} is a scripted module, whose forward cannot be recomputed; leave it out"
+            )
     return names
 
 
@@ -123,8 +131,8 @@ def _blocks(module: nn.Module, prefix: str) -> Generator[tuple[str, nn.Module]]:
 
 
 def _wrap(name: str, block: nn.Module) -> Callable[[], object]:
-    """Give a block a forward of its own, and return what takes it away again."""
-    # The instance's attribute: hooks, state dict, copies and everything else of the class stay as they are.
+    """Replace a block's forward, and return a function that restores it."""
+    # Set on the instance, so that hooks, state dict, copies and the class itself do not change.
     members = vars(block)
     before = members.get("forward")
     members["forward"] = _Again(name, block)
@@ -139,7 +147,7 @@ def _wrap(name: str, block: nn.Module) -> Callable[[], object]:
 
 
 class _Again:
-    """A block's forward, to be run again in backward. An object, so that a deep copy of the block has its own."""
+    """A checkpointed forward of a block. An object, so that a deep copy of the block gets its own copy of it."""
 
     def __init__(self, name: str, block: nn.Module) -> None:
         update_wrapper(self, block.forward)
@@ -148,7 +156,7 @@ class _Again:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        # As positional arguments, inputs are saved, with their versions; named ones would only be referred to.
+        # Positional arguments are saved with their versions; keyword arguments would only be referenced.
         call = partial(_call, self._forward, len(args), tuple(kwargs))
         contexts = partial(_contexts, self._name, self._block)
         return checkpoint(call, *args, *kwargs.values(), use_reentrant=False, context_fn=contexts)
@@ -168,13 +176,14 @@ class _Buffer:
     name: str
     tensor: Tensor
     version: int
-    copy: Tensor | None  # None where it is too large
+    copy: Tensor | None  # None if the buffer is too large
 
 
 class _AsBefore(AbstractContextManager[Any]):
-    """Let a block run once more from what is there now, and leave no trace of it.
+    """A context that saves a block's state now, restores it for a second forward, and undoes that forward's changes.
 
-    torch's own checkpoint puts its generators back, and autocast; buffers, and the generators of others, it does not.
+    torch's own checkpoint restores autocast and torch's generators. This class restores buffers, and the generators of
+    Python and NumPy.
     """
 
     def __init__(self, name: str, block: nn.Module) -> None:
@@ -202,7 +211,7 @@ class _AsBefore(AbstractContextManager[Any]):
             _set_others_random(self._random)
             for buffer in self._buffers:
                 if buffer.copy is not None:
-                    # Another tensor takes its place: what autograd has saved of the buffer is not written to.
+                    # The copy replaces the buffer, because autograd may have saved the buffer's own memory.
                     stack.callback(setattr, buffer.module, buffer.name, getattr(buffer.module, buffer.name))
                     setattr(buffer.module, buffer.name, buffer.copy.clone())
             self._stack = stack.pop_all()
@@ -215,8 +224,8 @@ class _AsBefore(AbstractContextManager[Any]):
         if getattr(buffer.module, buffer.name) is not buffer.tensor or buffer.tensor._version != buffer.version:
             raise ConfigError(
                 f"checkpoint: {self._name!r} wrote to its buffer {buffer.name!r} of shape "
-                f"{tuple(buffer.tensor.shape)}, which is too large to be copied before each forward pass, so that it "
-                "cannot be computed again; leave this block out"
+                f"{tuple(buffer.tensor.shape)}, which is too large to be copied before each forward, so the block "
+                "cannot be recomputed; leave this block out"
             )
 
 

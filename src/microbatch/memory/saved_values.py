@@ -1,4 +1,4 @@
-"""Put a tensor's values aside while the tensor itself is written over."""
+"""Copies of a tensor's values off the device, taken before the tensor is overwritten."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from microbatch.memory.tensor_store import is_movable
 
 
 class Aside:
-    """Copies off the device: of CPU tensors in a file without a name, of CUDA tensors in pinned host memory.
+    """Copies off the device: CPU tensors in a temporary file, CUDA tensors in pinned host memory.
 
     Args:
-        directory: Where the file lies; `None` for `tempfile.gettempdir`. It may be memory: see `File`.
+        directory: Where the file is created; `None` for `tempfile.gettempdir`. This directory may be in memory: see
+            `File`.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0])
@@ -31,21 +32,21 @@ class Aside:
         self._file: File | None = None
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Copy a tensor's values.
+        """Copy a tensor's values off the device.
 
         Args:
-            tensor: Any; it may be written to at once.
+            tensor: Any tensor; it may be overwritten right after this call.
 
         Returns:
-            What brings a copy back: of the same shape, dtype, device and values, as often as it is called. The copy off
-            the device is given up with it.
+            A function that makes a tensor of the same shape, dtype, device and values, each time it is called. The copy
+            off the device is freed together with the function.
 
         Raises:
-            SpillError: The disk is full, or the file cannot be made or written.
+            SpillError: The disk is full, or the file cannot be created or written.
 
         Cost:
-            On the CPU a write to the file, which lives in the system's cache first; on CUDA a copy over the link, in
-            the order of the current stream.
+            On the CPU a write to the file, which goes to the system's page cache first. On CUDA a copy to the host, on
+            the current stream.
         """
         device = tensor.device
         if not is_movable(tensor):

@@ -1,4 +1,4 @@
-"""Large tensors in memory that has been used before, instead of in fresh pages."""
+"""Reuse of a window's largest CPU buffers, such as logits, instead of freshly allocated pages."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-# From here on memory that is let go of goes back to the system, and each page of it faults when it is written again:
-# a third of the time of a matrix product with few rows (measured at 8 and 32 MiB: 8 is better).
+# The C library returns freed blocks of about this size to the system, so every page of the next allocation faults. This
+# takes a third of the time of a matrix product with few rows. Measured with 8 and 32 MiB: 8 is better.
 SMALLEST = 8 << 20
 
-# How many hold a storage; private to torch, so that memory is not used again where it cannot be told.
+# Returns a storage's reference count. Private to torch; without this function, no memory is reused.
 _torch: Any = torch._C  # pyright: ignore[reportPrivateUsage]
 _holders: Callable[[int], int] | None = getattr(_torch, "_storage_Use_Count", None)
 
 
 class Scratch:
-    """Make a window's large tensors in memory that nobody needs any more.
+    """Allocate a window's large tensors in memory that is no longer in use.
 
-    Each microbatch makes logits and their gradient, and on the CPU their memory goes back to the system and is asked
-    for again each time. Here the gradient takes the place of the logits, where the window's own backward is all that
-    still needed them; and one storage is kept, and used for the next logits once no tensor, view, graph or array holds
-    it. So the peak is lower by one of them, although one is kept.
+    Each microbatch makes logits and their gradient. On the CPU, this memory is returned to the system and allocated
+    again each time. With this class, the gradient overwrites the logits if only the window's own backward still needs
+    them. One storage is kept. It serves the next logits once no tensor, view, graph or array refers to it. The peak is
+    lower by one such buffer, although one is kept.
 
     Cost:
-        The memory that is kept, until `forget`.
+        The memory of the kept buffer, until `forget`.
     """
 
     def __init__(self) -> None:
@@ -36,27 +36,27 @@ class Scratch:
         self._kept: _Kept | None = None
 
     def keep(self) -> None:
-        """Keep the memory of what is made from now on; not before the gradients, which need room, are there."""
+        """Keep the next buffer. Call this after the gradients are allocated, or the peak rises."""
         self._keeping = _holders is not None
 
     def forget(self) -> None:
-        """Let go of everything, and keep nothing any more."""
+        """Free the kept buffer, and stop keeping buffers."""
         self._keeping, self._kept = False, None
 
     def empty(self, shape: Sequence[int], *, like: Tensor) -> Tensor:
         """Make an uninitialised, contiguous tensor.
 
         Args:
-            shape: Its shape.
-            like: Has its dtype and device.
+            shape: Shape of the tensor.
+            like: A tensor with the same dtype and device.
 
         Returns:
-            The tensor, which shares memory with nothing that is alive.
+            The tensor; it shares memory with no other tensor in use.
         """
         size = torch.Size(shape).numel() * like.itemsize
         if not self._keeping or size < SMALLEST or like.device.type != "cpu":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
-        # Not much larger than needed: microbatches cut by length grow shorter.
+        # A much larger buffer is not reused, because microbatches that are cut by length become shorter.
         kept = self._kept
         if kept is not None and size <= kept.size <= 2 * size and kept.is_free:
             laid_out = torch.empty(shape, device="meta")
@@ -68,15 +68,15 @@ class Scratch:
         return made
 
     def places(self, *, final: Callable[[], bool]) -> Callable[[Tensor], Tensor]:
-        """Return what finds memory for that which backward turns a saved tensor into.
+        """Return a function that provides memory for the result of a backward, in place of a saved tensor if possible.
 
         Args:
-            final: Whether the graph is let go of after the backward that is running.
+            final: Returns whether the running backward frees the graph.
 
         Returns:
-            A function. It is given what backward has just taken from ``ctx.saved_tensors``, held by one name there,
-            and returns a tensor of the same shape and dtype: in the same memory, if nothing but the graph and that
-            name holds it, or else fresh.
+            A function for use in ``backward``. Its argument is a tensor from ``ctx.saved_tensors``, which exactly one
+            local variable of the caller refers to. It returns a tensor of the same shape and dtype. This tensor is in
+            the argument's memory if only the graph and that variable refer to it, and otherwise in new memory.
         """
         return partial(self._place, final=final)
 
@@ -88,7 +88,7 @@ class Scratch:
 
 
 class _Observer(Scratch):
-    """Count what holds a tensor, called just as the one that compares."""
+    """Records reference counts in the same call pattern as `Scratch`, which compares them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Observer(Scratch):
 
 
 class _Kept:
-    """A storage, held by a tensor of its own."""
+    """A storage, kept alive by an empty tensor."""
 
     def __init__(self, made: Tensor) -> None:
         storage = made.untyped_storage()
@@ -110,16 +110,16 @@ class _Kept:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing else holds it."""
+        """Whether nothing else refers to the storage."""
         return _memory_held_by(self.tensor) == _memory_held_by(_Kept(torch.empty(1)).tensor) != ()
 
     def holds(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is in this storage."""
+        """Return whether a tensor is in this storage."""
         return tensor.untyped_storage()._cdata == self._at  # pyright: ignore[reportPrivateUsage]
 
 
 def _memory_held_by(tensor: Tensor) -> tuple[int, ...]:
-    """Count what holds a tensor's memory, in C++ and in Python."""
+    """Return the reference counts of a tensor's storage, in C++ and in Python."""
     if _holders is None:
         return ()
     storage = tensor.untyped_storage()
@@ -127,7 +127,7 @@ def _memory_held_by(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _held_by(tensor: Tensor, *, ours: bool) -> tuple[int, ...]:
-    """Count what holds a tensor, its memory beside us, and the tensor that it is a view of."""
+    """Return the reference counts of a tensor, of its storage (without our own), and of its base if it is a view."""
     memory, base = _memory_held_by(tensor), cast("Any", tensor._base)
     count: Any = getattr(tensor, "_use_count", None)
     if not memory or count is None:
@@ -138,13 +138,13 @@ def _held_by(tensor: Tensor, *, ours: bool) -> tuple[int, ...]:
 
 @cache
 def learn_to_count(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
-    """Count what holds a tensor that nothing but a graph holds: one of its own, and a view.
+    """Measure the reference counts of saved tensors that only a graph refers to: of a plain tensor, and of a view.
 
     Args:
-        kind: The tensor's.
+        kind: Type of the tensors.
 
     Returns:
-        Both counts; found out once, so that a meter that should not see that asks before it begins.
+        Both counts. They are cached, so call this function before you start a meter that must not count its tensors.
     """
     observer = _Observer()
     place = observer.places(final=lambda: True)
@@ -157,7 +157,7 @@ def learn_to_count(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
 
 
 class _Saving(torch.autograd.Function):
-    """Save a tensor, and look at it in backward just as a loss does."""
+    """Saves a tensor and reads it in backward, in the way a loss does."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, place: Callable[[Tensor], Tensor]) -> Tensor:

@@ -26,10 +26,10 @@ class Spill:
     the gradient is bitwise the same too. Leave the block before backward, or the tensors that backward saves are
     offloaded as well.
 
-    These tensors stay on the device: parameters, other leaves that require a gradient, and views of them; everything
-    passed as ``stay``; small tensors, whose copy costs more than it saves; sparse, quantised and nested tensors, tensor
-    subclasses, and conjugate views. If a tensor is written to in place after it was saved, backward raises, as it does
-    without this class.
+    Parameters, other leaves that require a gradient, and views of them stay on the device. So does everything passed as
+    ``stay``, and small tensors, whose copy costs more than it saves. Sparse, quantised and nested tensors, tensor
+    subclasses and conjugate views stay too. If a tensor is written to in place after it was saved, backward raises, as
+    it does without this class.
 
     Several threads may enter one block, and a thread may enter it again. All threads share the store; each thread has
     its own hooks.
@@ -145,7 +145,7 @@ class Spill:
     def room(self) -> int:
         """Total bytes that may stay on the device before anything is offloaded; 0 at first.
 
-        Tensors that are put briefly come first, because each frees its bytes for the next one; tensors that wait for
+        Tensors that are put briefly come first, because each frees its bytes for the next one. Tensors that wait for
         backward keep their bytes until then. How many bytes the brief ones need is measured from one assignment of
         `room` to the next.
         """

@@ -23,7 +23,7 @@ class StorageWatch:
     writes to that tensor are counted too.
 
     Args:
-        tensor: A tensor in the storage; its version now is the one that later versions are compared with.
+        tensor: A tensor in the storage; `writes` counts from its current version.
     """
 
     __slots__ = ("_bytes", "_counter", "_storage", "_version")

@@ -36,8 +36,8 @@ class Handle(ABC):
         """Bring the tensor back to its device.
 
         Returns:
-            The same shape, strides, dtype, device and values, without a graph. While the original storage is alive,
-            the result is a view of it; otherwise a view of a copy, which handles of the same storage may share.
+            The same shape, strides, dtype, device and values, without a graph. The result is a view of the original
+            storage if that is alive. Otherwise it is a view of a copy, which handles of the same storage may share.
 
         Raises:
             RuntimeError: The original was written to in place after it was stored; autograd refuses this too.
@@ -52,9 +52,9 @@ class Handle(ABC):
 class Store:
     """Move tensors off the device and back: CPU tensors to a file, CUDA tensors to pinned host memory.
 
-    The bytes of a storage are copied once, even if several tensors view them. A tensor that spans at least half of its
-    storage stores the whole of it, so that later views find their bytes there; a smaller tensor stores only what it
-    spans. A copy is freed together with the last handle that needs it.
+    The bytes of a storage are copied once, even if several tensors view them. If a tensor spans at least half of its
+    storage, the whole storage is copied, so that its other views find their bytes there. Otherwise, only the spanned
+    bytes are copied. A copy is freed together with the last handle that needs it.
 
     Tensors on other devices, tensor subclasses, and tensors that are not dense and strided stay where they are: their
     handles hold the tensors themselves.

@@ -1,4 +1,4 @@
-"""Where one more window would tell most of the peak."""
+"""Choice of further microbatch sizes to measure, where a memory prediction is most uncertain."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from itertools import pairwise
 from microbatch.memory.ledger import Timeline
 from microbatch.memory.predict import predict
 
-_SURE = 0.005  # of the peak, by which it may be less than predicted without a look
-_LOOKS = 4  # fake windows more
-_NEAR = 4  # rows between two sizes, up to which a loop's tiles are a large part of the difference
+_SURE = 0.005  # relative uncertainty of the peak that needs no further window
+_LOOKS = 4  # maximum number of additional fake windows
+_NEAR = 4  # for sizes at most this many rows apart, a loop's tiles are a large part of the difference
 
 
 def doubtful(sizes: Sequence[int], doubt: Callable[[int], float]) -> list[int]:
-    """Say where one more window would tell most.
+    """Choose the size of the next window: the middle of the most uncertain gap between two sizes.
 
     Args:
-        sizes: Those that were run, ascending.
-        doubt: By which part of itself the peak at another size may be less than predicted.
+        sizes: Microbatch sizes that were run, ascending.
+        doubt: Returns the relative uncertainty of the predicted peak at a size.
 
     Returns:
-        The middle of the gap between two sizes of which least is known; none where enough is known of all.
+        One size, or none if the uncertainty is small everywhere.
 
     Example:
         >>> doubtful([2, 4, 8, 16], lambda size: 0.01 if size > 8 else 0.02 if size == 6 else 0.0)
@@ -34,15 +34,15 @@ def doubtful(sizes: Sequence[int], doubt: Callable[[int], float]) -> list[int]:
 
 
 def between(runs: Sequence[tuple[int, Timeline]]) -> list[int]:
-    """Say where sizes lie close together and still go round a loop a different number of times.
+    """Return the middle of every two sizes that are close together but whose loops differ.
 
-    A tile that both cut alike may be another one between them, on no line through the two.
+    Between two such sizes, a tile may have another size than in both, so that the peak is not on their line.
 
     Args:
-        runs: Sizes, ascending, and what ran at each.
+        runs: Microbatch sizes, ascending, with the timeline of each.
 
     Returns:
-        The middle of each such two.
+        The sizes in the middle.
     """
     return [
         (low + high) // 2
@@ -52,14 +52,14 @@ def between(runs: Sequence[tuple[int, Timeline]]) -> list[int]:
 
 
 def enough_of(fake: Callable[[int], Timeline], sizes: Sequence[int]) -> list[int]:
-    """Add sizes where loops that turn more often leave the peak of fake windows in doubt.
+    """Add sizes where the predicted peak of fake windows is uncertain, because loops have more iterations.
 
     Args:
-        fake: Runs a window of so many rows that takes no memory, and remembers it.
-        sizes: Two or more, ascending.
+        fake: Returns the timeline of a window with fake tensors, which takes no memory; results are cached.
+        sizes: Two or more microbatch sizes, ascending.
 
     Returns:
-        These and the ones that were added, ascending.
+        The given and the added sizes, ascending.
     """
     enough = sorted([*sizes, *between([(size, fake(size)) for size in sizes])])
     for _ in range(_LOOKS):

@@ -1,4 +1,4 @@
-"""What operators allocate and free inside themselves, as a function of the microbatch size."""
+"""Workspaces, which operators allocate and free internally, as a function of the microbatch size."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_ROUNDING = 256  # bytes that an allocation may be off its line
+_ROUNDING = 256  # bytes by which the allocator's rounding may move an allocation off its line
+# The padding's step may be twice as high as observed, because all measured sizes may lie halfway up a step.
 _UNSEEN = 2.0
-"""Heights of a padding's step that are allowed for, for each that was seen: the sizes may all have met it halfway."""
+# A third level is off the line because of padding if the deviation is at most this part of the growth between the two
+# sizes. If the kernel has changed instead, the third level lies as close by chance, with about this probability.
 _CHANCE = 0.01
-"""Of what a level grows by from one size to the next, how far off a third one is taken to be padding. Where the kernel
-changes in between, the third one may lie there too: by a chance of about this."""
-# For each operator, the levels after each of its allocations.
+# For each operator, the allocated bytes after each of its allocations.
 Levels = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Hidden:
-    """What operators hold beside what the curves tell, allocation by allocation, by microbatch size.
+    """Bytes that operators hold above the curves of live tensors, for each allocation, by microbatch size.
 
-    Inside an operator, too, the highest level is a maximum of straight lines: a weight put into another order takes
-    the same for any microbatch, a microbatch put into another order does not. So each allocation has its own line
-    through two sizes, where it was made at both.
+    Within an operator, the peak is a maximum of straight lines too. For example, a reordered copy of the weight takes
+    the same memory for any microbatch, but a reordered copy of the microbatch does not. So each allocation has its own
+    line through two sizes, if the operator made the allocation at both.
 
-    Rows that are padded to blocks put a staircase on that line. With steps of height ``h`` each level is 0 to ``h``
-    above it, so that the line through two levels, ``along`` of the way from one to the other, is at most
-    ``h max(1, along, 1 - along)`` off. That is turned round to learn ``h`` from the next sizes on either side, and
-    twice as much is allowed for, but no more than that further rows take no less: between two sizes, the larger level.
-    That is the bound, too, where the next sizes are so far off that the kernel may be another one.
+    Kernels that pad rows to blocks turn the line into a staircase. With steps of height ``h``, each level lies 0 to
+    ``h`` above the line. Then the line through two measured levels is off by at most ``h max(1, along, 1 - along)``,
+    ``along`` of the way from one size to the other. The next sizes on either side give an estimate of ``h``. The bound
+    allows for twice the estimate. Between two sizes, it is never above the larger level, because more rows take no less
+    memory. The larger level is also the bound if the next sizes are so far off the line that the kernel may differ.
 
-    Where an operator took another kernel at the larger size, its level is the smaller size's, or the larger one's in
-    proportion, if that is more.
+    If an operator used another kernel at the larger size, the bound is the level of the smaller size. It is the level
+    of the larger size, scaled in proportion to the rows, if that is more.
 
     Attributes:
-        sizes: Ascending; empty where nothing was measured.
-        gaps: From each size to the next; and, for what lies beyond the largest, to it from the largest of at most half
-            of it, since two sizes side by side tell little of a slope.
+        sizes: Microbatch sizes, ascending; empty if nothing was measured.
+        gaps: One for each pair of neighbouring sizes, and one for sizes beyond the largest. The last one starts at the
+            largest size that is at most half of the largest, because neighbouring sizes determine a slope poorly.
     """
 
     sizes: Sequence[int]
@@ -48,11 +48,11 @@ class Hidden:
 
     @classmethod
     def through(cls, sizes: Sequence[int], runs: Sequence[Levels]) -> Hidden:
-        """Fit what was measured.
+        """Fit measured levels.
 
         Args:
-            sizes: Ascending.
-            runs: For each size the levels, less what the curves tell.
+            sizes: Microbatch sizes, ascending.
+            runs: For each size, the allocated bytes above the curves of live tensors.
 
         Returns:
             The fit.
@@ -70,39 +70,39 @@ class Hidden:
 
     @property
     def changes(self) -> list[tuple[int, int]]:
-        """Between which sizes some operators took another kernel."""
+        """Pairs of sizes between which an operator changed its kernel."""
         return [(gap.low, gap.high) for gap in self.gaps[:-1] if not bool(gap.kept.all())]
 
     def at(self, size: int) -> Tensor:
-        """Return each operator's highest level above what the curves tell, at most.
+        """Return an upper bound of each operator's peak above the curves of live tensors.
 
         Args:
             size: Rows; at least 1.
 
         Returns:
-            Float64; what can be added to `Curves.at`.
+            Bytes, float64, one for each operator; can be added to `Curves.at`.
         """
         return self._highest(size, bound=True)
 
     def least(self, size: int) -> Tensor:
-        """Return the same at the least: without padding, and with the smaller kernel where two are in question.
+        """Return a lower bound of `at`: without padding, and with the smaller of two possible kernels.
 
         Args:
             size: Rows; at least 1.
 
         Returns:
-            Float64, of the same shape.
+            Bytes, float64, of the shape of `at`.
         """
         return self._highest(size, bound=False)
 
     def levels(self, size: int) -> list[list[float]]:
-        """Return every operator's levels above what the curves tell, at most.
+        """Return upper bounds of every operator's levels above the curves of live tensors.
 
         Args:
             size: Rows; at least 1.
 
         Returns:
-            For each operator its allocations'; empty where nothing was measured.
+            For each operator, the bytes after each of its allocations; empty if nothing was measured.
         """
         if not self.gaps:
             return []
@@ -125,15 +125,15 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """Two sizes and what lies between them."""
+    """Two measured sizes, with the levels of all allocations at both."""
 
     low: int
     high: int
-    places: Tensor  # which operator each allocation belongs to
-    before: Tensor  # its level at the lower size
-    after: Tensor  # and at the higher one
-    kept: Tensor  # whether it was made at both
-    height: Tensor  # of the steps of a staircase on the line through both, as far as seen; without end if there is none
+    places: Tensor  # index of the operator of each allocation
+    before: Tensor  # level of each allocation at the lower size
+    after: Tensor  # level of each allocation at the higher size
+    kept: Tensor  # whether the operator made the allocation at both sizes
+    height: Tensor  # estimated height of padding steps on the line through both levels; infinite if unknown
     operators: int
 
     @classmethod
@@ -149,7 +149,7 @@ class _Gap:
             others = [(size, levels[place]) for size, levels in near if len(levels[place]) == len(a)]
             for index, (x, y) in enumerate(zip(a, b, strict=True)):
                 heights = [_height((low, x), (high, y), (size, levels[index])) for size, levels in others]
-                # A kernel that changes on one side says nothing of what lies between.
+                # A kernel that changes outside of the gap is no evidence of padding within it.
                 near_enough = [each for each in heights if each <= max(_ROUNDING, _CHANCE * abs(y - x))]
                 height = max(near_enough, default=math.inf) if heights else 0.0
                 columns.append((place, x, y, True, height))
@@ -180,7 +180,7 @@ class _Gap:
 
 
 def _height(low: tuple[int, float], high: tuple[int, float], other: tuple[int, float]) -> float:
-    """Tell how high steps are at the least, if a third level is not on the line through two."""
+    """Return the least height of padding steps that explains a third level off the line through two."""
     along = (other[0] - low[0]) / (high[0] - low[0])
     off = other[1] - low[1] - along * (high[1] - low[1])
     return abs(off) / max(1.0, along, 1 - along)

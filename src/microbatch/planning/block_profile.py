@@ -21,7 +21,7 @@ from microbatch.memory.ledger import ACTIVATIONS, BUFFERS, GRADIENTS, INPUTS, PA
 from microbatch.memory.meter import MemoryMeter, is_question
 from microbatch.planning.flops import flops_of
 from microbatch.planning.model_shapes import Case
-from microbatch.step.dry_run_copies import Faked, some_rows
+from microbatch.step.size.dry_run_copies import Faked, some_rows
 
 HEAD = "logits and loss"
 HELD = (ACTIVATIONS, HEAD, TEMPORARIES, INPUTS)

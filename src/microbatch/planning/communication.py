@@ -102,7 +102,7 @@ class Way:
 
     Attributes:
         name: When gradients meet: ``"once a step"`` and ``"every microbatch"``, as `DistributedDataParallel` does by
-            default, for replicas; ``"lean"`` and ``"fast"`` for what is sharded, as `Accumulator`'s ``sync=``.
+            default, for replicas; ``"lean"`` and ``"fast"`` for what is sharded, as `Ranks` has them for ``sync``.
         bytes: That leave a rank in a step.
         calls: Collectives.
         seconds: Of communication in a step; `None` where no link is known.

@@ -23,14 +23,14 @@ from microbatch.planning.plan import KEPT, Candidate, Plan, Way
 from microbatch.planning.plan_words import words_for
 from microbatch.planning.scaling import scale_hyperparameters
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.dry_run import rehearse
-from microbatch.step.dry_run_copies import LossFunction, Scene, copies_of
 from microbatch.step.events import Event, PlanChosen, StepDone
-from microbatch.step.foresee import room_for
+from microbatch.step.options import Options, Sums
 from microbatch.step.saved_state import Snapshot
-from microbatch.step.search import sizes_for
-from microbatch.step.settings import Settings
-from microbatch.step.tune import MOST_PROBES
+from microbatch.step.size.dry_run import dry_run
+from microbatch.step.size.dry_run_copies import LossFunction, Scene, copies_of
+from microbatch.step.size.room import room_for
+from microbatch.step.size.search import sizes_for
+from microbatch.step.size.timing_search import MOST_PROBES
 
 _METERED = "what is counted, and the error, is of tensors alone, as the meter counts them on the CPU"
 _MOST_STEPS = 60
@@ -102,24 +102,24 @@ def plan(
         if batch is None:
             batch = job.collate([job.data[index] for index in range(min(job.batch_size, len(job.data)))])
     elif isinstance(job, Accumulator):
-        optimizer, size = job.settings.optimizers, job.settings.microbatch_size
+        optimizer, size = job.options.optimizers, job.options.microbatch_size
         asked = size if isinstance(size, int) else None
     if optimizer is None or loss_fn is None or batch is None:
         raise ConfigError("pass an mb.Job, an mb.Accumulator with loss_fn= and batch=, or a model with optimizer= too")
-    settings = _settings(job, optimizer, budget=memory_budget, autocast=autocast)
+    options = _options(job, optimizer, budget=memory_budget, autocast=autocast)
     rows = rows_of(batch)
     if not rows:
         raise EmptyBatchError("the batch to plan for has 0 rows")
-    snapshot = Snapshot(settings.bare_model, settings.device)
+    snapshot = Snapshot(options.bare_model, options.device)
     try:
-        made = _made(settings, loss_fn, batch=batch, counts=counts, asked=asked)
+        made = _made(options, loss_fn, batch=batch, counts=counts, asked=asked)
     finally:
         snapshot.restore()
     if from_batch_size is not None:
-        scaled = scale_hyperparameters(settings.optimizers[0], from_batch_size=from_batch_size, to_batch_size=rows)
+        scaled = scale_hyperparameters(options.optimizers[0], from_batch_size=from_batch_size, to_batch_size=rows)
         made = replace(made, scaling=scaled)
-    norms = [name for name, module in settings.bare_model.named_modules() if isinstance(module, _BatchNorm)]
-    words = words_for(made, asked=asked, batch_norms=norms, blocks=len(blocks_of(settings.bare_model)))
+    norms = [name for name, module in options.bare_model.named_modules() if isinstance(module, _BatchNorm)]
+    words = words_for(made, asked=asked, batch_norms=norms, blocks=len(blocks_of(options.bare_model)))
     return replace(made, words=tuple(words))
 
 
@@ -131,17 +131,17 @@ class _Trial:
         self.peaks: dict[int, int] = {}
         self.chosen: PlanChosen | None = None
 
-    def run(self, settings: Settings, loss_fn: LossFunction, *, batch: Any, counts: Any) -> PlanChosen:
-        cast = copies_of(Scene(settings, loss_fn, batch, []), how=None)
+    def run(self, options: Options, loss_fn: LossFunction, *, batch: Any, counts: Any) -> PlanChosen:
+        cast = copies_of(Scene(options, loss_fn, batch, []), how=None)
         accumulator = Accumulator(
-            cast.settings.model,
-            cast.settings.optimizers,
+            cast.options.model,
+            cast.options.optimizers,
             microbatch_size="auto",
-            memory_budget=settings.memory_budget,
-            autocast=settings.autocast,
+            memory_budget=options.memory_budget,
+            autocast=options.autocast,
             nonfinite="skip",
-            fuse=settings.fuse,
-            lengths=settings.lengths,
+            sums=Sums(fuse=options.sums.fuse),
+            lengths=options.lengths,
             batch_norm="microbatch",
             listeners=(self._listen,),
         )
@@ -166,13 +166,13 @@ class _Trial:
             self.write(int(event.step.microbatch_size), (event.step.seconds, event.step.peak_bytes))
 
 
-def _made(settings: Settings, loss_fn: LossFunction, *, batch: Any, counts: Any, asked: int | None) -> Plan:
-    rows, budget = rows_of(batch), room_for(settings, batch)
-    stage = Stage(settings=settings, loss_fn=loss_fn, batch=batch, counts=counts, rows=rows, budget=budget)
-    prediction = rehearse(settings, loss_fn, batch=batch)
+def _made(options: Options, loss_fn: LossFunction, *, batch: Any, counts: Any, asked: int | None) -> Plan:
+    rows, budget = rows_of(batch), room_for(options, batch)
+    stage = Stage(options=options, loss_fn=loss_fn, batch=batch, counts=counts, rows=rows, budget=budget)
+    prediction = dry_run(options, loss_fn, batch=batch)
     trial, chosen, failure = _Trial(), None, None
     try:
-        chosen = trial.run(settings, loss_fn, batch=batch, counts=counts)
+        chosen = trial.run(options, loss_fn, batch=batch, counts=counts)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -183,7 +183,7 @@ def _made(settings: Settings, loss_fn: LossFunction, *, batch: Any, counts: Any,
         for size in {chosen.microbatch_size, min(asked or chosen.microbatch_size, rows)}:
             if size not in timed and len(timed) < MOST_PROBES and _may_fit(prediction, size, budget):
                 timed.add(size)
-                trial.write(size, stage.run(settings, size))
+                trial.write(size, stage.run(options, size))
     named = {size for size in (asked, chosen and chosen.microbatch_size) if size is not None and size <= rows}
     sizes = sorted({*sizes_for(rows), *named})
     candidates = tuple(_candidate(stage, trial, prediction, size=size, timed=size in timed) for size in sizes)
@@ -202,7 +202,7 @@ def _made(settings: Settings, loss_fn: LossFunction, *, batch: Any, counts: Any,
         budget=budget,
         candidates=candidates,
         words=(),
-        rests_on=prediction.note if settings.device.type != "cpu" else f"{prediction.note}; {_METERED}",
+        rests_on=prediction.note if options.device.type != "cpu" else f"{prediction.note}; {_METERED}",
         ways=tuple(found),
         way=best.name,
         microbatch_tokens=_tokens(chosen, best),
@@ -220,7 +220,7 @@ def _candidate(stage: Stage, trial: _Trial, prediction: Prediction, *, size: int
         microbatches=-(-stage.rows // size),
         predicted_bytes=peak,
         # On the CPU the meter measures, which sees no workspaces.
-        counted_bytes=prediction.metered_bytes(size) if stage.settings.device.type == "cpu" else peak,
+        counted_bytes=prediction.metered_bytes(size) if stage.options.device.type == "cpu" else peak,
         measured_bytes=trial.peaks.get(size),
         fits=None if stage.budget is None else peak <= stage.budget,
         seconds=trial.seconds.get(size) if timed else None,
@@ -267,28 +267,22 @@ def _why(chosen: PlanChosen | None, best: Way) -> str:
     )
 
 
-def _settings(
+def _options(
     job: Any, optimizer: Optimizer | Sequence[Optimizer], *, budget: int | str | None, autocast: torch.dtype | None
-) -> Settings:
+) -> Options:
     if isinstance(job, Accumulator):
-        base = job.settings
+        base = job.options
     else:
         planned = isinstance(job, Plannable)
         lengths = job.lengths if planned else None
-        base = Settings(
+        base = Options(
             model=job.model if planned else job,
             optimizers=[optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
             microbatch_size="auto",
             memory_budget=job.memory_budget if planned else None,
-            max_grad_norm=None,
             autocast=job.autocast if planned else None,
-            grad_scaler=None,
-            accumulate_dtype=torch.float32,
             nonfinite="skip",
-            fuse=True,
-            compile=False,
             lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
-            listeners=[],
         )
     limit = base.memory_budget if budget is None else budget
     return replace(

@@ -16,10 +16,10 @@ from microbatch.memory.predict import WORKSPACES, Prediction
 from microbatch.memory.recompute import blocks_of
 from microbatch.planning.plan import CHECKPOINTED, OFFLOADED, Way
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.auto_checkpoint import by_worth, fewest, weigh
-from microbatch.step.dry_run import rehearse_once
-from microbatch.step.dry_run_copies import LossFunction, Scene, copies_of
-from microbatch.step.settings import Settings
+from microbatch.step.options import Options, Sums
+from microbatch.step.size.auto_checkpoint import by_worth, fewest, weigh
+from microbatch.step.size.dry_run import dry_run_at
+from microbatch.step.size.dry_run_copies import LossFunction, Scene, copies_of
 
 _STEPS = 3
 """Real steps of a way: the first one warms up, and of the others the faster counts."""
@@ -30,7 +30,7 @@ class Stage:
     """What is run on copies to compare ways.
 
     Attributes:
-        settings: As the user asked, without blocks or offload.
+        options: What the user asked for, without blocks or offload.
         loss_fn: As for `Accumulator.step`.
         batch: The whole batch.
         counts: As for `Accumulator.step`.
@@ -38,18 +38,18 @@ class Stage:
         budget: Bytes that a step may have in use; `None` where nothing limits it.
     """
 
-    settings: Settings
+    options: Options
     loss_fn: LossFunction
     batch: Any
     counts: Any
     rows: int
     budget: int | None
 
-    def run(self, settings: Settings, size: int, *, steps: int = _STEPS) -> tuple[float, int | None] | None:
+    def run(self, options: Options, size: int, *, steps: int = _STEPS) -> tuple[float, int | None] | None:
         """Take a few real steps on copies.
 
         Args:
-            settings: How.
+            options: The options of the trial.
             size: Rows of a microbatch.
             steps: How many; at least 2.
 
@@ -57,19 +57,19 @@ class Stage:
             Seconds of the fastest but for the first, and the peak in bytes where somebody counted; `None` if memory
             ran out.
         """
-        cast = copies_of(Scene(settings, self.loss_fn, self.batch, []), how=None)
+        cast = copies_of(Scene(options, self.loss_fn, self.batch, []), how=None)
         accumulator = Accumulator(
-            cast.settings.model,
-            cast.settings.optimizers,
+            cast.options.model,
+            cast.options.optimizers,
             microbatch_size=size,
-            memory_budget=settings.memory_budget,
-            autocast=settings.autocast,
+            memory_budget=options.memory_budget,
+            autocast=options.autocast,
             nonfinite="skip",
-            fuse=settings.fuse,
-            lengths=settings.lengths,
-            offload=settings.offload,
-            checkpoint=settings.checkpoint,
-            batch_norm=settings.batch_norm,
+            sums=Sums(fuse=options.sums.fuse),
+            lengths=options.lengths,
+            offload=options.offload,
+            checkpoint=options.checkpoint,
+            batch_norm=options.batch_norm,
         )
         gc.collect()
         try:
@@ -125,11 +125,11 @@ def _largest(find: _Find, sizes: Sequence[int]) -> int:
 
 def _checkpointed(stage: Stage, prediction: Prediction, *, limited: bool) -> _Find:
     """Say with which checkpoints a size fits; or what all of them do to it, where memory is not what limits."""
-    names = tuple(blocks_of(stage.settings.bare_model))
+    names = tuple(blocks_of(stage.options.bare_model))
     ranked: list[str] = []
     if limited and names:
         with suppress(Exception):  # what cannot be rehearsed is taken as it comes
-            ranked = [each.name for each in by_worth(weigh(stage.settings, stage.loss_fn, batch=stage.batch))]
+            ranked = [each.name for each in by_worth(weigh(stage.options, stage.loss_fn, batch=stage.batch))]
 
     def find(size: int) -> Way | None:
         if not names:
@@ -139,7 +139,7 @@ def _checkpointed(stage: Stage, prediction: Prediction, *, limited: bool) -> _Fi
         some = None
         with suppress(Exception):
             some = fewest(
-                stage.settings,
+                stage.options,
                 stage.loss_fn,
                 batch=stage.batch,
                 size=size,
@@ -176,7 +176,7 @@ def _way(stage: Stage, name: str, size: int, *, blocks: tuple[str, ...] = ()) ->
 
 def _foreseen(stage: Stage, way: Way, prediction: Prediction) -> Way:
     with suppress(Exception):  # what fake tensors cannot run is only measured
-        peak = rehearse_once(_settings(stage, way), stage.loss_fn, batch=stage.batch, size=way.microbatch_size)
+        peak = dry_run_at(_options(stage, way), stage.loss_fn, batch=stage.batch, size=way.microbatch_size)
         return replace(way, predicted_bytes=peak + _hidden(prediction, way.microbatch_size))
     return way
 
@@ -191,14 +191,14 @@ def _timed(stage: Stage, way: Way) -> Way | None:
         # Where spilled tensors would lie in memory, nothing is saved.
         warnings.filterwarnings("error", message=".* is a (tmpfs|ramfs), which is memory")
         try:
-            found = stage.run(_settings(stage, way), way.microbatch_size)
+            found = stage.run(_options(stage, way), way.microbatch_size)
         except (UserWarning, SpillError):
             return None
     return None if found is None else replace(way, seconds=found[0], measured_bytes=found[1])
 
 
-def _settings(stage: Stage, way: Way) -> Settings:
-    return replace(stage.settings, checkpoint=way.blocks, offload="activations" if way.name == OFFLOADED else None)
+def _options(stage: Stage, way: Way) -> Options:
+    return replace(stage.options, checkpoint=way.blocks, offload="activations" if way.name == OFFLOADED else None)
 
 
 def _fits(stage: Stage, peak: int) -> bool:

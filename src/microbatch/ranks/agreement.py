@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from microbatch.errors import LossError, RankAgainError, RankError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 MOST_TERMS = 16
 NAME_BYTES = 48
@@ -27,6 +27,7 @@ class Message:
         double: Whether the loss is float64.
         present: For each parameter, whether it has a gradient.
         steps: Steps taken so far, which must be the same on every rank.
+        metrics: Number of metrics beside the loss; another message carries their values.
     """
 
     names: Sequence[str]
@@ -36,9 +37,10 @@ class Message:
     double: bool
     present: Sequence[bool]
     steps: int = 0
+    metrics: int = 0
 
 
-def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool = False) -> Message:
+def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: bool = False) -> Message:
     """Sum the messages of all ranks in one all-reduce of a fixed length.
 
     The length depends on nothing that ranks could disagree about. So a rank that failed, or that has no microbatches,
@@ -67,9 +69,8 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool
     """
     vector = torch.tensor(_encode(message, parameters, again=again), dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
-    retrying, failed, steps, steps_squared, speaking, terms, fingerprints, squares, samples, double, *rest = (
-        vector.tolist()
-    )
+    retrying, failed, steps, steps_squared, speaking, *rest = vector.tolist()
+    terms, fingerprints, squares, samples, double, metrics, *rest = rest
     if message is None:
         if again and failed != retrying:
             raise RankError(
@@ -106,6 +107,7 @@ def agree(ranks: Ranks, message: Message | None, *, parameters: int, again: bool
         samples=samples,
         double=double > 0,
         present=[each > 0 for each in rest[(2 + NAME_BYTES) * MOST_TERMS :]],
+        metrics=int(metrics),
     )
 
 
@@ -121,7 +123,7 @@ def message_bytes(parameters: int) -> int:
     return 8 * len(_encode(None, parameters, again=False))
 
 
-def attend(ranks: Ranks, rows: float, *, parameters: int) -> float:
+def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
     """Check that no rank has failed, before the ranks run further collectives, and sum their rows.
 
     A rank that failed takes part in this all-reduce, but not in the collectives that follow.
@@ -144,7 +146,7 @@ def attend(ranks: Ranks, rows: float, *, parameters: int) -> float:
     return agree(ranks, message, parameters=parameters).samples
 
 
-def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
+def tell(ranks: RankGroup, told: Sequence[bool]) -> list[list[bool]]:
     """Share a few booleans of every rank with every rank.
 
     Args:
@@ -167,7 +169,7 @@ def tell(ranks: Ranks, told: Sequence[bool]) -> list[list[bool]]:
 def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:
     """Encode a message as numbers whose sums over the ranks can be decoded."""
     if message is None:
-        return [float(again), 1.0] + [0.0] * (8 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
+        return [float(again), 1.0] + [0.0] * (9 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
     names = sorted(message.names)
     if len(names) > MOST_TERMS or any(len(name.encode()) > NAME_BYTES for name in names):
         raise LossError(
@@ -190,6 +192,7 @@ def _encode(message: Message | None, parameters: int, *, again: bool) -> list[fl
         fingerprint**2,
         float(message.samples),
         float(message.double),
+        float(message.metrics),
         *pairs,
         *[0.0] * (2 * (MOST_TERMS - len(names))),
         *letters,

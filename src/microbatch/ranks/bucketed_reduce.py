@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.errors import RankAgainError, RankError, WindowError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import buckets_of
 
 
@@ -71,11 +71,11 @@ class Overlap:
         ]
         self._hooks: list[RemovableHandle] = []
         self._versions: dict[int, tuple[Tensor, int]] = {}
-        self._ranks: Ranks | None = None
+        self._ranks: RankGroup | None = None
         self._factor, self._next = 1.0, 0
         self.early = 0
 
-    def begin(self, ranks: Ranks, factor: float) -> None:
+    def begin(self, ranks: RankGroup, factor: float) -> None:
         """Start a window's reduction, after the ranks have agreed on its denominator.
 
         Args:
@@ -106,8 +106,8 @@ class Overlap:
         for place, (total, version) in self._versions.items():
             if sums[place] is not total or total._version != version:
                 raise WindowError(
-                    f"the gradient of parameter {place} changed after overlap=True had started its all-reduce, as "
-                    "happens under activation checkpointing with use_reentrant=True; pass use_reentrant=False to "
+                    f"the gradient of parameter {place} changed after Ranks(overlap=True) had started its all-reduce, "
+                    "as happens under activation checkpointing with use_reentrant=True; pass use_reentrant=False to "
                     "checkpoint(), or leave out overlap="
                 )
         for bucket in self._buckets[self._next :]:

@@ -62,8 +62,8 @@ def group_and_device(model: nn.Module) -> tuple[Any, torch.device] | None:
     if mesh.ndim > 1:
         raise ConfigError(
             f"the model is sharded and replicated over {mesh.size()} of {dist.get_world_size()} ranks, so the ranks "
-            "whose gradients and counts add up are not known: pass process_group="
-            'mesh["replicate", "shard"]._flatten("dp")'
+            "whose gradients and counts add up are not known: pass ranks=mb.Ranks(group="
+            'mesh["replicate", "shard"]._flatten("dp"))'
         )
     return mesh.get_group(), units[0].device
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.ranks.fsdp import fsdp_units, fully_sharded, gather_roots, reshard
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 # What a window sets on each FSDP unit. Not every version of torch has all of these attributes.
 FLAGS: dict[str, Any] = {
@@ -41,7 +41,7 @@ class _PassLog:
         scattered: Units whose gradients were reduce-scattered.
     """
 
-    ranks: Ranks
+    ranks: RankGroup
     done: int = 0
     skip: int = 0
     scattered: list[Any] = field(default_factory=list[Any])
@@ -101,7 +101,7 @@ class Sharded:
         Laws R2, R4, R6, R7.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, model: nn.Module, ranks: RankGroup) -> None:
         self._model = model
         self._units = list(fsdp_units(model))
         self._before = [{name: getattr(unit, name) for name in FLAGS if hasattr(unit, name)} for unit in self._units]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import RankAgainError, RankError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 _AGAIN = "again"  # sent by a rank that ran out of memory and will run its batch again
 # A rank's number of rows, the structure of its representations, and the dtype and row shape of each of them.
@@ -36,7 +36,7 @@ class Exchange:
         Laws C3, R2, R7.
     """
 
-    def __init__(self, ranks: Ranks, *, together: bool = False) -> None:
+    def __init__(self, ranks: RankGroup, *, together: bool = False) -> None:
         self._ranks, self._together = ranks, together
         self._finished = 0
         self._rows: list[int] = []

@@ -232,7 +232,8 @@ def _check_stages(stages: Sequence[Any]) -> None:
         if isinstance(stage.submod, nn.parallel.DistributedDataParallel):
             raise ConfigError(
                 f"stage {stage.stage_index} is wrapped in DistributedDataParallel: pass the bare module to "
-                "PipelineStage, and process_group= to the accumulator, which then reduces the gradients itself"
+                "PipelineStage, and ranks=mb.Ranks(group=...) to the accumulator, which then reduces the gradients "
+                "itself"
             )
         given = getattr(stage, "_user_meta", None)
         if getattr(given, "inputs", None) is not None:
@@ -259,7 +260,7 @@ def _schedule_class(asked: Any, stages: int) -> Any:
         raise ConfigError(
             'schedule must be "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS" or torch\'s class of one of these, not '
             f"{asked!r}; schedules that split backward in two are not supported, because they add up weight gradients "
-            "themselves and ignore accumulate_dtype"
+            "themselves and ignore Sums(dtype=...)"
         )
     if (name in _SEVERAL) != (stages > 1):
         need = "needs several stages on each rank" if name in _SEVERAL else "takes one stage a rank"

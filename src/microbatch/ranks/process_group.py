@@ -13,7 +13,7 @@ from microbatch.errors import ConfigError
 from microbatch.shards import is_shard
 
 
-class Ranks:
+class RankGroup:
     """A process group, with the collectives that a step needs, and a count of their calls and bytes.
 
     Attributes:
@@ -40,7 +40,7 @@ class Ranks:
         self.sent_bytes = 0
 
     @classmethod
-    def find(cls, device: torch.device, group: Any = None) -> Ranks | None:
+    def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:
         """Wrap a process group if it has several ranks.
 
         Args:
@@ -166,7 +166,7 @@ def ring_bytes(kind: str, size: int, *, ranks: int) -> int:
 
 
 def group_of(given: object) -> Any:
-    """Return the process group for the argument ``process_group=``.
+    """Return the process group for the option ``Ranks(group=)``.
 
     Args:
         given: A process group, a `DeviceMesh` of one dimension, or `None` for the default group.
@@ -184,12 +184,12 @@ def group_of(given: object) -> Any:
     if hasattr(given, "get_group") and hasattr(given, "mesh_dim_names"):
         if mesh.ndim != 1:
             raise ConfigError(
-                f"process_group= takes one dimension of a DeviceMesh, not {mesh.ndim} ({mesh.mesh_dim_names}): pass "
+                f"Ranks: group takes one dimension of a DeviceMesh, not {mesh.ndim} ({mesh.mesh_dim_names}): pass "
                 'mesh["name"], or flatten several dimensions into one: mesh["replicate", "shard"]._flatten("dp")'
             )
         given = mesh.get_group()
     if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ConfigError("process_group: this process is not one of its ranks; pass the group that it belongs to")
+        raise ConfigError("Ranks: group: this process is not one of its ranks; pass the group that it belongs to")
     if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
-        raise ConfigError(f"process_group must be a ProcessGroup, a DeviceMesh or None, not a {type(given).__name__}")
+        raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not a {type(given).__name__}")
     return given

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 BUCKET_BYTES = 25 * 1024 * 1024
 
@@ -38,7 +38,7 @@ class Flat:
 
 
 def reduce_(
-    ranks: Ranks, gradients: Sequence[Tensor], factor: float, *, dtypes: Sequence[torch.dtype], flat: Flat
+    ranks: RankGroup, gradients: Sequence[Tensor], factor: float, *, dtypes: Sequence[torch.dtype], flat: Flat
 ) -> None:
     """Replace every gradient by the sum over all ranks of ``factor * gradient``.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from microbatch.errors import BatchError, ConfigError, RankError
 from microbatch.ranks.agreement import Message, agree
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 _SOME = 16  # elements of a weight that identify it
 
@@ -34,8 +34,8 @@ class Stages:
         Laws N3, N9, R2.
     """
 
-    def __init__(self, pipeline: Pipeline, ranks: Ranks | None) -> None:
-        self._stages = Ranks(pipeline.group, pipeline.device)
+    def __init__(self, pipeline: Pipeline, ranks: RankGroup | None) -> None:
+        self._stages = RankGroup(pipeline.group, pipeline.device)
         self.ranks = ranks
 
     def first_of(self, number: int) -> int:
@@ -51,6 +51,20 @@ class Stages:
             Two small all-gathers.
         """
         return self._stages.tell(number)[0]
+
+    def tell(self, told: Any) -> list[Any]:
+        """Send something small to every stage.
+
+        Args:
+            told: Anything that can be pickled.
+
+        Returns:
+            What each stage sent, in their order.
+
+        Cost:
+            Two small all-gathers and a host synchronisation.
+        """
+        return self._stages.tell(told)
 
     def warn_of_twins(self, model: nn.Module) -> None:
         """Warn about equal weights on different ranks, which may be one tied weight, such as embedding and head.
@@ -165,14 +179,14 @@ def check_beside(pipeline: Pipeline, group: Any, *, given: bool) -> None:
         if len(stages) == dist.get_world_size():
             return
         raise ConfigError(
-            f"the pipeline has {len(stages)} of {dist.get_world_size()} ranks, so process_group= is needed: pass the "
-            'ranks that have the same stages as this one, for example mesh["dp"] of a DeviceMesh with the dimensions '
-            '"dp" and "pp"'
+            f"the pipeline has {len(stages)} of {dist.get_world_size()} ranks, so ranks=mb.Ranks(group=...) is needed: "
+            'pass the ranks that have the same stages as this one, for example mesh["dp"] of a DeviceMesh with the '
+            'dimensions "dp" and "pp"'
         )
     others = set(dist.get_process_group_ranks(group))
     if stages & others != {me}:
         raise ConfigError(
-            f"process_group= has the ranks {sorted(others)}, and this rank's pipeline has the ranks {sorted(stages)}: "
+            f"Ranks: group has the ranks {sorted(others)}, and this rank's pipeline has the ranks {sorted(stages)}: "
             f"only this rank ({me}) may be in both"
         )
 

@@ -15,7 +15,7 @@ def hold_whole(model: nn.Module) -> list[Any]:
 
     FSDP expects one forward and then its backward, and gathers and frees weights along the way. If forward passes of
     several microbatches are interleaved, that order does not exist. So each unit is put into the state that FSDP uses
-    while activation checkpointing recomputes a block: weights stay gathered, and hooks do not touch them.
+    while activation checkpointing recomputes a block. In this state, hooks leave gathered weights alone.
 
     Args:
         model: A fully sharded model.
@@ -24,8 +24,8 @@ def hold_whole(model: nn.Module) -> list[Any]:
         The gathered weights.
 
     Raises:
-        Exception: The error of this rank, such as running out of memory. It is raised after this rank has taken part in
-            the all-gather of every unit, which the other ranks wait for; the rest is gathered and freed unit by unit.
+        Exception: The error of this rank, such as running out of memory. The other ranks wait for this rank, so it
+            first takes part in the all-gathers of the remaining units, and frees each unit at once.
 
     Cost:
         One all-gather a unit; memory for all weights.

@@ -1,1 +1,1 @@
-"""One exact optimizer step: the room where batch, loss, gradients, ranks and memory meet."""
+"""One exact optimizer step: the package that combines batch, loss, gradients, ranks and memory."""

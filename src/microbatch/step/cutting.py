@@ -1,77 +1,183 @@
-"""Cut a batch into a window's microbatches, by rows or by length."""
+"""Cut a batch into the microbatches of a window, by rows or by length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from microbatch.batch.batch_tree import slice_rows
+from microbatch.batch.batch_tree import Rows, leaves, rows_of, slice_rows
+from microbatch.batch.batches import parts_of
 from microbatch.batch.lengths import Lengths, Piece, cut_by_length, take_piece
 from microbatch.batch.prefetch import feed, is_there
-from microbatch.step.recovery import Cut, cut_of_pieces, cut_of_rows
-from microbatch.step.settings import Settings
-from microbatch.step.sizing import Sizing
+from microbatch.step.size.sizing import Sizing
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Sizes of the microbatches of a batch.
+
+    Attributes:
+        allowed: Rows or tokens of a full microbatch, before any halving.
+        used: Rows or tokens of the largest microbatch.
+        rows: Largest number of rows in a microbatch.
+        row_bytes: Bytes of the largest row.
+        bytes: Bytes of the largest microbatch.
+        tokens: Tokens of the batch without padding, if it is cut by length.
+    """
+
+    allowed: int
+    used: int
+    rows: int
+    row_bytes: float
+    bytes: float
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Cutting:
-    """A batch that has been cut.
+    """The microbatches of a batch.
 
     Attributes:
-        begin: Begins to hand out the microbatches, on the device, each with its rows.
-        microbatches: How many there are.
-        cut: How large they are; `None` for a batch without rows.
-        pieces: Which rows each has, where these do not follow one another.
+        begin: Returns a new iterator over ``(rows, microbatch)`` on the device, from the first microbatch on.
+        microbatches: Number of microbatches.
+        cut: Sizes of the microbatches; `None` for a batch without rows, and for microbatches from a loader.
+        pieces: Rows of each microbatch, if the batch is cut by length.
+        rows: Rows of the batch.
+        size: Rows of a microbatch, if the batch is cut by rows.
     """
 
     begin: Callable[[], Iterator[tuple[int, Any]]]
     microbatches: int
-    cut: Cut | None
+    cut: Cut | None = None
     pieces: Sequence[Piece] | None = None
+    rows: int = 0
+    size: int = 0
 
     @property
     def order(self) -> list[Tensor] | None:
-        """Where the rows of each microbatch stand in the batch; `None` if they follow one another."""
+        """Row numbers of each microbatch; `None` if microbatches are consecutive rows."""
         return None if self.pieces is None else [piece.rows for piece in self.pieces]
 
 
-def cut_up(batch: object, rows: int, *, settings: Settings, sizing: Sizing) -> Cutting:
-    """Cut a batch.
+def cut_up(batch: object, *, lengths: Lengths | None, sizing: Sizing, device: torch.device) -> Cutting:
+    """Cut a batch, or each batch of `Batches`.
 
     Args:
-        batch: The whole of it.
-        rows: Its rows.
-        settings: The accumulator's.
-        sizing: The size of now; with ``"auto"`` and ragged rows it is told the width of the first batch.
+        batch: The batch of this rank.
+        lengths: How to find the lengths of rows; `None` to cut by rows.
+        sizing: The microbatch size. With ``"auto"`` and ``lengths``, its ``width`` is set from the first batch.
+        device: The device where the model computes.
 
     Returns:
         The microbatches.
     """
-    size = sizing.rows if rows else 1
-    if settings.lengths is not None and rows:
-        return _cut_up_by_length(batch, size, settings=settings, sizing=sizing, lengths=settings.lengths)
-    there, device = is_there(batch, settings.device), settings.device
+    cuttings: list[Cutting] = []
+    start = 0
+    for part in parts_of(batch):
+        rows = rows_of(part)
+        if not rows:
+            continue
+        if lengths is None:
+            cuttings.append(_by_rows(part, rows, sizing=sizing, device=device))
+        else:
+            cuttings.append(_by_length(part, start, sizing=sizing, lengths=lengths, device=device))
+        start += rows
+    if len(cuttings) == 1:
+        return cuttings[0]
+    return Cutting(
+        lambda: chain.from_iterable(each.begin() for each in cuttings),
+        sum(each.microbatches for each in cuttings),
+        _largest([each.cut for each in cuttings if each.cut is not None]),
+        [piece for each in cuttings for piece in each.pieces or ()] if cuttings and lengths is not None else None,
+        start,
+        size=sizing.rows if lengths is None else 0,
+    )
+
+
+def handed_in(microbatches: Sequence[Any], device: torch.device) -> Cutting:
+    """Wrap microbatches from a loader.
+
+    Args:
+        microbatches: The microbatches.
+        device: The device where the model computes.
+
+    Returns:
+        The same microbatches.
+    """
+    sizes = [rows_of(each) for each in microbatches]
+
+    def begin() -> Iterator[tuple[int, Any]]:
+        pairs = zip(sizes, microbatches, strict=True)
+        return feed(((rows, slice_rows(each, 0, rows, rows=rows)) for rows, each in pairs), device)
+
+    return Cutting(begin, len(microbatches), rows=sum(sizes))
+
+
+def _by_rows(batch: object, rows: int, *, sizing: Sizing, device: torch.device) -> Cutting:
+    size, there = sizing.rows, is_there(batch, device)
 
     def begin() -> Iterator[tuple[int, Any]]:
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
         cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
         return cut if there else feed(cut, device)
 
-    return Cutting(begin, -(-rows // size), cut_of_rows(batch, sizing, rows=rows) if rows else None)
+    largest, row_bytes = min(size, rows), _bytes_of(batch) / rows
+    cut = Cut(sizing.most, largest, largest, row_bytes, row_bytes * largest)
+    return Cutting(begin, -(-rows // size), cut, rows=rows, size=size)
 
 
-def _cut_up_by_length(batch: object, size: int, *, settings: Settings, sizing: Sizing, lengths: Lengths) -> Cutting:
+def _by_length(batch: object, first: int, *, sizing: Sizing, lengths: Lengths, device: torch.device) -> Cutting:
     tokens = sizing.tokens if lengths.microbatch_tokens is None else lengths.microbatch_tokens
     now = lengths if tokens is None else replace(lengths, microbatch_tokens=sizing.halved(tokens))
-    pieces = cut_by_length(batch, size, lengths=now)
+    pieces = cut_by_length(batch, sizing.rows, lengths=now)
     if sizing.asked == "auto" and sizing.width is None:
         sizing.width = pieces[0].stop - pieces[0].start
-    device = settings.device
 
     def begin() -> Iterator[tuple[int, Any]]:
         return feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
 
-    return Cutting(begin, len(pieces), cut_of_pieces(batch, pieces, sizing, lengths=lengths), pieces)
+    cut = _cut_of_pieces(batch, pieces, sizing, lengths=lengths)
+    placed = [replace(p, rows=p.rows + first) for p in pieces] if first else pieces
+    return Cutting(begin, len(pieces), cut, placed, sum(len(p.rows) for p in pieces))
+
+
+def _cut_of_pieces(batch: object, pieces: Sequence[Piece], sizing: Sizing, *, lengths: Lengths) -> Cut:
+    longest = pieces[0].stop - pieces[0].start
+    tokens = max(len(piece.rows) * (piece.stop - piece.start) for piece in pieces)
+    column_bytes = _bytes_of(batch) / sum(len(piece.rows) for piece in pieces) / pieces[0].columns
+    used = sum(piece.tokens for piece in pieces)
+    by_tokens = lengths.microbatch_tokens
+    return Cut(
+        allowed=sizing.most if by_tokens is None else by_tokens,
+        used=-(-tokens // (sizing.width or longest)) if by_tokens is None else tokens,
+        rows=max(len(piece.rows) for piece in pieces),
+        row_bytes=column_bytes * longest,
+        bytes=column_bytes * tokens,
+        tokens=used,
+    )
+
+
+def _largest(cuts: Sequence[Cut]) -> Cut | None:
+    """Return the largest values of several cuts: memory must be enough for the largest microbatch of all."""
+    if not cuts:
+        return None
+    tokens = [each.tokens for each in cuts if each.tokens is not None]
+    return Cut(
+        allowed=cuts[0].allowed,
+        used=max(each.used for each in cuts),
+        rows=max(each.rows for each in cuts),
+        row_bytes=max(each.row_bytes for each in cuts),
+        bytes=max(each.bytes for each in cuts),
+        tokens=sum(tokens) if tokens else None,
+    )
+
+
+def _bytes_of(batch: object) -> int:
+    found = [leaf for _, leaf in leaves(batch)]
+    found += [item for leaf in found if isinstance(leaf, Rows) for item in leaf.items]
+    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in found)

@@ -1,4 +1,4 @@
-"""What the core tells: the only way out of it. Progress bars, logs and live views are listeners."""
+"""Events that an accumulator emits to its listeners, such as progress bars, logs and live views."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from microbatch.step.record import Step
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicrobatchDone:
-    """A microbatch went forward and backward; its work may still be running on the device.
+    """The forward and backward of a microbatch were launched; the device may still be running them.
 
     Attributes:
         step: Index of the window, from 0.
         index: Index of the microbatch in its window, from 0.
-        microbatches: Microbatches in the window, or `None` while that is not known.
-        rows: Samples in the microbatch, or `None` if nobody said.
+        microbatches: Number of microbatches in the window; `None` while it is not known.
+        rows: Samples in the microbatch; `None` if they are not known.
     """
 
     step: int
@@ -28,10 +28,10 @@ class MicrobatchDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepDone:
-    """A window ended, with an optimizer step or (``step.applied`` is False) without one.
+    """A window ended, with an optimizer step, or without one if ``step.applied`` is False.
 
     Attributes:
-        step: The record of it.
+        step: The record of the window.
     """
 
     step: Step
@@ -39,14 +39,14 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """Memory ran out inside a window, everything was put back, and the same batch starts again, cut smaller.
+    """Memory ran out inside a window; everything was restored, and the same batch runs again in less memory.
 
     Attributes:
         step: Index of the window, from 0.
-        index: Index of the microbatch where it happened, from 0; one more than the last at the window's end.
+        index: Index of the microbatch that failed, from 0; the number of microbatches if the end of the window failed.
         before: Rows of a microbatch so far.
         after: Rows of a microbatch from now on.
-        error: What the failure said.
+        error: Message of the failure.
     """
 
     step: int
@@ -58,13 +58,13 @@ class Retry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeChanged:
-    """The following windows will be cut into larger or smaller microbatches; the effective batch stays.
+    """The microbatch size of the following windows changed; the effective batch stays the same.
 
     Attributes:
-        step: Index of the window after which it changed, from 0.
+        step: Index of the window after which the size changed, from 0.
         before: Rows of a microbatch so far.
         after: Rows of a microbatch from now on.
-        reason: Why, in words.
+        reason: The reason, in words.
     """
 
     step: int
@@ -75,12 +75,12 @@ class SizeChanged:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetPassed:
-    """A window used more than its memory budget where nothing could be refused, as inside the optimizer.
+    """A window exceeded its memory budget where it could not be stopped, such as inside the optimizer.
 
     Attributes:
         step: Index of the window, from 0.
-        peak_bytes: What it used.
-        budget: What it was allowed.
+        peak_bytes: Peak memory of the window, in bytes.
+        budget: The memory budget, in bytes.
     """
 
     step: int
@@ -90,18 +90,18 @@ class BudgetPassed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanChosen:
-    """``microbatch_size="auto"`` has found its size; the following windows are cut by it.
+    """``microbatch_size="auto"`` has chosen the size for the following windows.
 
     Attributes:
-        step: Index of the window after which it was chosen, from 0.
+        step: Index of the window after which the size was chosen, from 0.
         microbatch_size: Rows of a microbatch from now on.
         decided: Whether speed was measured; if not, the size is a default.
-        why: Why this size, in words.
-        seconds: What was measured, in seconds per row, by size.
-        predicted_bytes: Peak that was predicted for the size; `None` where nothing could be, or had to be.
-        peak_bytes: Peak that was measured at the size; `None` where nobody counted.
-        microbatch_tokens: Tokens of a microbatch from now on, where rows are ragged: as many as that many rows of the
-            first batch's longest; else `None`.
+        why: The reason, in words.
+        seconds: Measured seconds per row, by size.
+        predicted_bytes: Predicted peak memory at the size; `None` if it was not predicted.
+        peak_bytes: Measured peak memory at the size; `None` if it was not measured.
+        microbatch_tokens: With ``lengths=``, tokens of a microbatch from now on: ``microbatch_size`` times the longest
+            row of the first batch. Otherwise `None`.
     """
 
     step: int
@@ -115,7 +115,7 @@ class PlanChosen:
 
     @property
     def error(self) -> float | None:
-        """By which part of the measured peak the prediction is above it (or, negative, below it)."""
+        """Relative error of the predicted peak; positive if the prediction was too high."""
         if self.predicted_bytes is None or not self.peak_bytes:
             return None
         return self.predicted_bytes / self.peak_bytes - 1
@@ -123,12 +123,12 @@ class PlanChosen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncChosen:
-    """``sync="auto"`` has chosen when a fully sharded model's gradients meet, or has changed its mind.
+    """``Ranks(sync="auto")`` has chosen, or changed, when the gradients of a fully sharded model are reduced.
 
     Attributes:
-        step: Index of the first window that it is for, from 0.
-        sync: ``"lean"``, after every microbatch, or ``"fast"``, once a window.
-        why: Why, in words.
+        step: Index of the first window with this choice, from 0.
+        sync: ``"lean"`` (after every microbatch) or ``"fast"`` (once a window).
+        why: The reason, in words.
     """
 
     step: int

@@ -1,4 +1,4 @@
-"""Keep the compiler away from what a mode has to see operator by operator."""
+"""Turn off compiled code while a dispatch mode has to see every operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class _Users:
-    """Who asks for it now: the process has one stance, and windows need not end in the reverse of their order."""
+    """The number of blocks inside `force_eager`: the process has one stance, and blocks may end in any order."""
 
     lock = Lock()
     count = 0
@@ -18,14 +18,14 @@ class _Users:
 
 
 @contextmanager
-def uncompiled() -> Generator[None]:
-    """Run what was compiled as it was written, and compile nothing, until the last of those who asked for it is done.
+def force_eager() -> Generator[None]:
+    """Run compiled functions eagerly, and compile nothing, until the last such block in the process ends.
 
     Yields:
         Nothing.
 
     Cost:
-        Imports the compiler, about a second where nothing has yet.
+        Imports the compiler, about a second if it is not imported yet.
     """
     with _Users.lock:
         if not _Users.count:

@@ -1,4 +1,4 @@
-"""Let an optimizer step, once more if memory ends before it has changed anything."""
+"""Take an optimizer's step, and try again if memory runs out before the step has changed anything."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.device) -> None:
     """Take an optimizer's step.
 
-    The activations are gone by now, so a smaller microbatch would not help. An optimizer that ran out of memory before
-    it wrote to any weight, or to any state that was there, as when it makes its first state, is tried once more with
-    the allocator's cache emptied. One that has begun to write is not: nobody could put its half of a step back.
+    At this point the activations are freed, so a smaller microbatch does not help. If memory runs out before the
+    optimizer has written to a weight or to existing state, the step is tried once more with an empty allocator cache.
+    If the optimizer has begun to write, its partial step cannot be undone.
 
     Args:
-        optimizer: Whose parameters and state are watched.
-        step: Takes its step.
-        device: Where the model is.
+        optimizer: The optimizer, whose parameters and state are watched.
+        step: Takes the optimizer's step.
+        device: The device of the model.
 
     Raises:
-        OutOfMemoryError: Memory ended again, or the weights may be partly updated; the message says which.
+        OutOfMemoryError: Memory ran out again, or the weights may be partly updated; the message tells which.
 
     Cost:
         Reads the version of every parameter and state tensor: about a microsecond a parameter.
@@ -38,9 +38,9 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
     if not before.put_back():
         raise OutOfMemoryError(
             f"out of memory inside {type(optimizer).__name__}.step(), after it had begun to write: weights may be "
-            "partly updated, so go on from a checkpoint. A smaller microbatch does not help here; what can: foreach="
-            "False or fused=True, which need less beside the state, or state that is narrower or on the host. "
-            f"The error itself: {failure}"
+            "partly updated, so continue from a checkpoint. A smaller microbatch does not help here. These can help: "
+            "foreach=False or fused=True, which need less temporary memory; or optimizer state in a narrower dtype or "
+            f"on the host. The original error: {failure}"
         ) from failure
     let_go(failure, device)
     failure = _attempt(step)
@@ -49,7 +49,7 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
         raise OutOfMemoryError(
             f"out of memory inside {type(optimizer).__name__}.step(), and again when tried once more: "
             f"{'no weight was changed' if untouched else 'weights may be partly updated'}. A smaller microbatch does "
-            "not help here; what can: an optimizer with less state, or state on the host. The error itself: "
+            "not help here. These can help: an optimizer with less state, or state on the host. The original error: "
             f"{failure}"
         ) from failure
 
@@ -65,10 +65,10 @@ def _attempt(step: Callable[[], object]) -> Exception | None:
 
 
 class Versions:
-    """What an optimizer's parameters and state are like at a moment, by torch's own counts of writes to them.
+    """Record the version counters of an optimizer's parameters and state, to find later writes.
 
     Args:
-        optimizer: It.
+        optimizer: The optimizer.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -81,19 +81,19 @@ class Versions:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the optimizer writes to."""
+        """The optimizer's parameters."""
         return [each for each, _ in self._parameters]
 
     @property
     def stateless(self) -> bool:
-        """Whether there was no state."""
+        """Whether the optimizer had no state."""
         return not any(self._state.values())
 
     def put_back(self) -> bool:
-        """Take away state that was made since.
+        """Remove state that the optimizer has created since.
 
         Returns:
-            Whether all else is as it was.
+            Whether parameters and earlier state are unchanged.
         """
         if any(each._version != version for each, version in self._parameters):
             return False

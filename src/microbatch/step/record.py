@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Step:
-    """Say what one window was, over all ranks.
+    """The results and costs of one window: loss, counts, gradient norm, microbatches, time, memory, communication.
+
+    The loss, its counts, its metrics and the gradient norm are those of the effective batch over all ranks. All tensors
+    have shape ``()`` and stay on the device, so that creating the record does not synchronise.
 
     Attributes:
-        index: Windows ended before this one, from 0.
-        loss: The effective batch's loss, whatever the cut; shape ``()``, on the device. With several terms, their sum.
-        terms: The mean of each named term of the loss; empty when the loss function returned a single loss.
-        grad_norm: Norm of the finished gradient, before clipping; shape ``()``, on the device. NaN with
-            ``gradient_buffer="none"``, where the gradient is nowhere by itself.
-        count: What the loss is a mean over; with several terms, the first one's.
-        counts: The count of each named term; empty when the loss function returned a single loss.
+        index: Index of the window, from 0.
+        loss: Mean loss of the effective batch, however it was cut. With several terms, the sum of their means.
+        terms: The mean of each named term; empty if the loss function returned a single loss.
+        grad_norm: Norm of the finished gradient, before clipping. NaN with ``Sums(buffer="none")``, which keeps no
+            separate gradient.
+        count: The number of samples or targets that the loss is a mean over; with several terms, that of the first.
+        counts: The count of each named term; empty if the loss function returned a single loss.
         samples: Rows of the effective batch.
-        microbatches: Microbatches that this rank ran.
-        microbatch_size: Rows of the largest microbatch that this rank ran; 0 if it ran none.
-        fused: Weights whose gradients were added inside the matrix product; see `Accumulator.fusion`.
-        retries: Times that the window was started again at a smaller size after running out of memory.
-        applied: Whether the optimizer stepped. False when the gradient was not finite and the window was dropped.
-        seconds: Wall-clock time from opening the window to the optimizer step, which may still run on the device.
-        peak_bytes: Most memory in use on the device inside the window, in bytes: the CUDA allocator's figure, or
-            the meter's on the CPU; `None` in windows that nobody watched, see ``docs/out-of-memory.md``.
-        comm_bytes: Bytes that left this rank for the other data-parallel ones in the window as it ended, by a ring's
-            count: an all-reduce of ``n`` bytes over ``r`` ranks is ``2 n (r - 1) / r``, a gather or scatter half of it.
-        comm_calls: Collectives that they went by.
-        sync: How a fully sharded model's gradients met: ``"lean"``, scattered after every microbatch, or ``"fast"``,
-            once; `None` for other models.
-        spilled_bytes: Bytes that were moved off the device meanwhile, under ``offload=`` or ``batch_norm="exact"``.
+        microbatches: Number of microbatches on this rank.
+        microbatch_size: Rows of the largest microbatch on this rank; 0 without a microbatch.
+        applied: Whether the optimizer stepped. False for `Accumulator.gradient`, and for a dropped window.
+        seconds: Wall-clock time from opening the window to launching the optimizer step, all attempts included.
+        metrics: Sum of each metric of `Loss`, by name.
+        fused: Number of weights whose gradients were added inside the matrix product; see `Accumulator.fusion`.
+        retries: How often the window ran again because memory ran out.
+        peak_bytes: Peak memory of the window on the device, in bytes, from the CUDA allocator, or from the meter on
+            the CPU. `None` if the window was not measured; see ``docs/out-of-memory.md``.
+        spilled_bytes: Bytes offloaded under ``offload=`` or ``batch_norm="exact"``.
+        comm_bytes: Bytes that this rank sent to other data-parallel ranks in the last attempt. An all-reduce of ``n``
+            bytes over ``r`` ranks counts ``2 n (r - 1) / r``, as in a ring; a gather or scatter counts half of that.
+        comm_calls: Number of collectives for these bytes.
+        sync: When the gradients of a fully sharded model were reduced: ``"lean"`` after every microbatch, ``"fast"``
+            once. `None` for other models.
     """
 
     index: int
@@ -46,12 +51,52 @@ class Step:
     samples: int | float
     microbatches: int
     microbatch_size: int | float
-    fused: int
-    retries: int
     applied: bool
     seconds: float
-    peak_bytes: int | None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    fused: int = 0
+    retries: int = 0
+    peak_bytes: int | None = None
     spilled_bytes: int = 0
     comm_bytes: int = 0
     comm_calls: int = 0
     sync: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain numbers, for loggers.
+
+        Returns:
+            Numbers, texts, booleans and `None`, by name; a term, count or metric has a name such as ``"terms/name"``.
+
+        Cost:
+            Reads the loss, the norm and the metrics: a host synchronisation on CUDA.
+
+        Example:
+            >>> import torch
+            >>> from microbatch.step.accumulator import Accumulator
+            >>> model = torch.nn.Linear(1, 1)
+            >>> accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=2)
+            >>> step = accumulator.step(torch.ones(4, 1), lambda model, x: model(x).mean())
+            >>> step.as_dict()["samples"], step.as_dict()["applied"]
+            (4, True)
+        """
+        found: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(value, Mapping):
+                found |= {f"{each.name}/{name}": _plain(number) for name, number in value.items()}
+            else:
+                found[each.name] = _plain(value)
+        return found
+
+    def __repr__(self) -> str:
+        """Return one line with loss, norm, sizes and time; it reads the loss from the device."""
+        size = f"{self.samples:g} samples in {self.microbatches} microbatches of {self.microbatch_size:g}"
+        retries = f", {self.retries} retries" if self.retries else ""
+        state = "" if self.applied else ", not applied"
+        loss, norm = _plain(self.loss), _plain(self.grad_norm)
+        return f"Step({self.index}: loss {loss:.6g}, norm {norm:.6g}, {size}, {self.seconds:.3g} s{retries}{state})"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What a window has to put back when it does not end in a step: random state and buffers."""
+"""Copies of random state and buffers, to restore when a window does not end in a step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,40 @@ class _Buffer:
     copy: Tensor
 
 
+class Unscaled:
+    """Set aside which optimizers a scaler has unscaled, so that it can unscale the window's gradients.
+
+    A scaler refuses to unscale an optimizer's gradients twice between two updates. The window sets earlier gradients
+    aside; this class sets aside the scaler's record of them.
+
+    Args:
+        scaler: The scaler; `None` for none.
+        optimizers: The window's optimizers.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None, optimizers: Iterable[Optimizer]) -> None:
+        # Private by name; without it nothing is set aside.
+        self._stages: dict[int, Any] = getattr(scaler, "_per_optimizer_states", {})
+        self._keys = [id(optimizer) for optimizer in optimizers]
+        self._before = {key: self._stages.pop(key) for key in self._keys if key in self._stages}
+
+    def restore(self) -> None:
+        """Restore the scaler's record of the earlier gradients."""
+        for key in self._keys:
+            self._stages.pop(key, None)
+        self._stages.update(self._before)
+
+
 class Snapshot:
-    """Hold the random state and the model's buffers of this moment.
+    """Copy the current random state and the model's buffers.
 
     The generators are torch's on the CPU and on ``device``, Python's ``random``, and NumPy's global one if NumPy is
-    in use. Buffers are copied each time: a version counter would miss a model that writes through ``.data``.
+    imported. Buffers are always copied: a version counter would miss writes through ``.data``.
 
     Args:
         model: The module whose buffers forward passes may change.
-        device: The device whose generator they may draw from.
+        device: The device where the model computes.
+        unscaled: What a gradient scaler has unscaled before the window; `None` for no scaler.
 
     Cost:
         A copy of the buffers and a few kilobytes; no host synchronisation.
@@ -38,8 +63,8 @@ class Snapshot:
         Laws B4, M1.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._random = RandomState(device)
+    def __init__(self, model: nn.Module, device: torch.device, *, unscaled: Unscaled | None = None) -> None:
+        self._random, self._unscaled = RandomState(device), unscaled
         self._buffers = [
             _Buffer(module, name, tensor, tensor.detach().clone())
             for module in model.modules()
@@ -47,37 +72,26 @@ class Snapshot:
         ]
 
     def restore(self) -> None:
-        """Put the random state and the buffers back."""
+        """Restore the random state and the buffers."""
         self._random.restore()
         self.restore_buffers()
+        if self._unscaled is not None:
+            self._unscaled.restore()
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
-        """Put the buffers back, also those that were replaced by other tensors."""
+        """Restore the buffers, including buffers that were replaced by other tensors."""
         for buffer in self._buffers:
             if getattr(buffer.module, buffer.name) is not buffer.tensor:
                 setattr(buffer.module, buffer.name, buffer.tensor)
             buffer.tensor.copy_(buffer.copy)
 
 
-def forget_unscaled(scaler: torch.amp.GradScaler, optimizers: Iterable[Optimizer]) -> None:
-    """Let a scaler unscale once more: the gradients that it has unscaled in this window are dropped.
-
-    Args:
-        scaler: Which would refuse a second time before its next update.
-        optimizers: The window's.
-    """
-    # Private by name; without it nothing could be taken back, and nothing was.
-    stages: dict[int, Any] = getattr(scaler, "_per_optimizer_states", {})
-    for optimizer in optimizers:
-        stages.pop(id(optimizer), None)
-
-
 def seed_everything(seed: int) -> None:
-    """Seed Python, PyTorch on every device, and NumPy where it is in use.
+    """Seed Python, PyTorch on every device, and NumPy if it is imported.
 
     Args:
-        seed: Any number in ``[0, 2**63)``.
+        seed: A number in ``[0, 2**63)``.
     """
     random.seed(seed)
     torch.manual_seed(seed)
@@ -86,11 +100,11 @@ def seed_everything(seed: int) -> None:
 
 
 class RandomState:
-    """Hold the state of every global generator of this moment.
+    """Copy the current state of every global random generator.
 
     Args:
-        device: The device whose generator is held beside the CPU's.
-        before: An earlier state, whose parts are shared where they have not changed since; `None` shares nothing.
+        device: The device whose generator is copied, in addition to the CPU's.
+        before: An earlier copy, to share the state of Python's generator if it has not changed; `None` shares nothing.
 
     Cost:
         A few kilobytes, most of them for Python's generator; no host synchronisation.
@@ -105,7 +119,7 @@ class RandomState:
         self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
     def restore(self) -> None:
-        """Put every generator back."""
+        """Restore every generator."""
         torch.set_rng_state(self._cpu)
         if self._on_device is not None:
             torch.cuda.set_rng_state(self._on_device, self._device)

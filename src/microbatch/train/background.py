@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from microbatch.ranks.process_group import Ranks
-from microbatch.train.checkpoint import copied, store
+from microbatch.ranks.process_group import RankGroup
+from microbatch.train.checkpoint import store
+from microbatch.train.checkpoint_copy import copied
 
 
 class CheckpointWriter:
@@ -36,7 +37,7 @@ class CheckpointWriter:
         folder: Path,
         *,
         keep: int,
-        ranks: Ranks | None,
+        ranks: RankGroup | None,
         background: bool,
         patience: float,
         written: Callable[[int, Path], object],
@@ -47,7 +48,7 @@ class CheckpointWriter:
         if background and ranks is not None:
             # Messages of its own: those of a step that goes on meanwhile must not come in between.
             group = dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=patience))
-            self._ranks = Ranks(group, torch.device("cpu"))
+            self._ranks = RankGroup(group, torch.device("cpu"))
 
     def save(self, *, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write a checkpoint, or begin to.

@@ -18,11 +18,11 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from microbatch.errors import CheckpointError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.train.sharded_tensors import PARTS
 
 
-def save_parts(folder: Path, files: Mapping[str, Mapping[str, Tensor]], *, tied: str, ranks: Ranks) -> None:
+def save_parts(folder: Path, files: Mapping[str, Mapping[str, Tensor]], *, tied: str, ranks: RankGroup) -> None:
     """Write tensors, each once: what every rank has alike by the first, parts by whoever holds them.
 
     PyTorch's distributed checkpoint plans who writes what; the files are safetensors, as those of a single process, so

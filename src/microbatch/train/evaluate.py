@@ -15,8 +15,8 @@ from microbatch.loss.loss import Loss
 from microbatch.loss.representations import Representations, put_together, taken_apart
 from microbatch.ranks.fsdp import fully_sharded, gather_roots, reshard
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.ranks.process_group import Ranks
-from microbatch.step.piped import Scored
+from microbatch.ranks.process_group import RankGroup
+from microbatch.step.passes.stage_run import Scored
 from microbatch.step.saved_state import Snapshot
 from microbatch.train.data import fetch, in_order, length_of
 from microbatch.train.job import Job
@@ -56,7 +56,7 @@ def evaluate(
     microbatch_size: int,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
     place: Place | None = None,
 ) -> dict[str, float]:
     """Pool sums and counts over a job's held-out set, so that the result does not depend on how it was cut.
@@ -124,7 +124,7 @@ def evaluate(
 
 
 def _through_stages(
-    job: Job, lists: list[list[int]], *, autocast: torch.dtype | None, ranks: Ranks | None, place: Place
+    job: Job, lists: list[list[int]], *, autocast: torch.dtype | None, ranks: RankGroup | None, place: Place
 ) -> list[dict[str, tuple[float, float]]]:
     """Score the set's microbatches, of which each pipeline has some, and return what all last stages found."""
     model, size, score = cast("Pipeline", job.model), len(lists[0]), job.evaluate or job.loss_fn
@@ -171,7 +171,7 @@ def _interleaved(dealt: Sequence[Sequence[Any]]) -> list[Any]:
     return [each[index] for index in range(len(dealt[0])) for each in dealt if index < len(each)]
 
 
-def _all_of(own: list[Representations], ranks: Ranks | None, device: torch.device) -> list[Representations]:
+def _all_of(own: list[Representations], ranks: RankGroup | None, device: torch.device) -> list[Representations]:
     if ranks is None:
         return own
     # As numbers of the host: what is told is pickled.

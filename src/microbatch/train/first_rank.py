@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from microbatch.errors import MicrobatchError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 
 Result = TypeVar("Result")
 
 
-def by_the_first(ranks: Ranks | None, work: Callable[[], Result]) -> Result:
+def by_the_first(ranks: RankGroup | None, work: Callable[[], Result]) -> Result:
     """Let the first rank do it, and give what came of it, or went wrong, to all of them.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where every rank is, in a small file each: so that a collective that gets stuck can say who is missing."""
+"""Write each rank's current stage to a small file, so that an error of a collective can name the missing ranks."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _LOOKS, _BETWEEN = 20, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """Say where one rank was when it last said so.
+    """Hold the last heartbeat of one rank.
 
     Attributes:
-        step: The optimizer step that it was taking, from 1.
-        stage: What of it.
-        detail: More, such as the microbatch.
-        seconds: When, since 1970.
-        host: On which machine.
-        process: As which process of it.
+        step: Number of the current optimizer step, from 1.
+        stage: Stage of the step, such as `READING` or `COMPUTING`.
+        detail: Further detail, such as the microbatch.
+        seconds: Time of the heartbeat, in seconds since 1970.
+        host: Name of the rank's machine.
+        process: Process id of the rank.
     """
 
     step: int
@@ -51,39 +51,39 @@ class Beat:
 
     @property
     def at_fault(self) -> bool:
-        """Whether it may be the one that others wait for: not where it ended because it has waited in vain itself."""
+        """Return whether the other ranks may be waiting for this one; not if it failed because of a missing rank."""
         return not (self.stage == FAILED and self.detail.startswith(RankError.__name__))
 
     @property
     def gone(self) -> bool:
-        """Whether its process has ended, as far as can be told from this machine."""
+        """Return whether the rank's process has ended; `False` also where this machine cannot see the process."""
         return self._state() in {"Z", "X", ""}
 
     @property
     def halted(self) -> bool:
-        """Whether its process is there and has been stopped, as far as can be told from this machine."""
+        """Return whether the rank's process is stopped; `False` also where this machine cannot see the process."""
         return self._state() in {"T", "t"}
 
     def _state(self) -> str | None:
-        """Return the process's state as Linux has it; empty if there is none, `None` where it cannot be seen."""
+        """Read the process's state from Linux; empty if there is no such process, `None` where it cannot be seen."""
         if self.host != platform.node() or not Path("/proc").is_dir():
             return None
         try:
-            # The state comes behind the name, which is in brackets and may hold anything.
+            # The state comes after the name, which is in brackets and may hold any character.
             return Path(f"/proc/{self.process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
         except OSError:
             return ""
 
 
 class Heartbeat:
-    """Write where this rank is.
+    """Write the heartbeats of this rank.
 
     Args:
-        folder: Which all ranks can read.
-        rank: This one's number.
+        folder: Folder that all ranks can read; created if missing.
+        rank: This rank.
 
     Cost:
-        One small write without a wait for the disk; some 10 microseconds.
+        One small write without a flush to the disk; about 10 microseconds.
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
@@ -95,20 +95,20 @@ class Heartbeat:
         self.at(0, BEGINNING)
 
     def at(self, step: int, stage: int, detail: str = "") -> None:
-        """Say where it is now.
+        """Record the current stage of this rank.
 
         Args:
-            step: The optimizer step that it is taking.
-            stage: What of it.
-            detail: More, such as the microbatch.
+            step: Number of the current optimizer step.
+            stage: Stage of the step, such as `READING` or `COMPUTING`.
+            detail: Further detail, such as the microbatch.
         """
         self._step = step
         beat = Beat(step, stage, detail[:200], time.time(), self._host, self._process)
-        # One write of one length: whoever reads meanwhile finds this one or the one before.
+        # A single write of fixed length: a concurrent reader sees either this heartbeat or the one before.
         os.pwrite(self._file, json.dumps(asdict(beat)).encode().ljust(_BYTES), 0)
 
     def failed(self, error: BaseException) -> None:
-        """Say that this rank has an error of its own.
+        """Record that this rank failed with an error.
 
         Args:
             error: The error.
@@ -116,19 +116,19 @@ class Heartbeat:
         self.at(self._step, FAILED, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Let go of the file, which stays."""
+        """Close the file, and keep it on the disk."""
         os.close(self._file)
 
 
 def read_beat(folder: Path, rank: int) -> Beat | None:
-    """Read where a rank is.
+    """Read the last heartbeat of a rank.
 
     Args:
-        folder: Where the heartbeats are.
-        rank: Which one.
+        folder: Folder of the heartbeats.
+        rank: The rank.
 
     Returns:
-        What it said last; `None` if it has never said anything.
+        Its last heartbeat; `None` if there is none.
     """
     try:
         return Beat(**json.loads(_path(folder, rank).read_text(encoding="utf-8")))
@@ -137,30 +137,30 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
 
 
 def is_of_the_group(error: BaseException) -> bool:
-    """Tell whether an error came out of a collective, rather than out of the model.
+    """Return whether an error comes from a collective, and not from the model.
 
     Args:
-        error: Any.
+        error: Any error.
 
     Returns:
-        Whether it is one of those by which a lost or late rank is noticed.
+        Whether the error is of the kind that a lost or late rank causes.
     """
-    # Gloo's are RuntimeErrors as all others: only their words tell.
+    # Errors of gloo are plain RuntimeErrors, so only the words of the message can be compared.
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
 def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
-    """Say which ranks did not come to where this one waited in vain.
+    """Describe which ranks did not arrive at the collective in which this rank failed.
 
     Args:
-        folder: Where the heartbeats are.
-        ranks: How many there are.
-        rank: This one.
+        folder: Folder of the heartbeats.
+        ranks: World size.
+        rank: This rank.
 
     Returns:
         One sentence, without a full stop.
     """
-    # A process that is being killed closes its connections a moment before it is gone.
+    # A killed process closes its connections a moment before it ends, so the check is repeated for a second.
     step, found = _look(folder, ranks=ranks, rank=rank)
     for _ in range(_LOOKS):
         if found:

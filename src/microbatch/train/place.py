@@ -12,7 +12,7 @@ from torch import Tensor
 
 from microbatch.errors import CheckpointError, ConfigError
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.train.config import Settings
 from microbatch.train.job import Job
 
@@ -41,7 +41,7 @@ class Place:
     parameters: int | None = None
 
 
-def find_place(job: Job, ranks: Ranks | None, *, patience: float) -> Place:
+def find_place(job: Job, ranks: RankGroup | None, *, patience: float) -> Place:
     """Find out where this rank stands.
 
     Ranks that have the same stages are data-parallel to one another, and so are pipelines, in the order of their first

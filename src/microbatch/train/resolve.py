@@ -12,7 +12,7 @@ from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
 from microbatch.ranks.fsdp import fully_sharded
 from microbatch.ranks.pipeline import Pipeline
-from microbatch.step.search import middle_size, sizes_for
+from microbatch.step.size.search import middle_size, sizes_for
 from microbatch.train.config import Settings
 from microbatch.train.data import length_of
 from microbatch.train.job import Job

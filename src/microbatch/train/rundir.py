@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from microbatch.errors import CheckpointError, ConfigError
-from microbatch.train.checkpoint import clear_unfinished, write_text
+from microbatch.train.atomic_files import write_text
+from microbatch.train.checkpoint import clear_unfinished
 
 
 class RunDirectory:

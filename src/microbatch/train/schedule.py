@@ -1,4 +1,4 @@
-"""Learning-rate schedules: linear warm-up, then a cosine."""
+"""Schedule the learning rate: linear warm-up, then a cosine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
-    """Give the share of the peak learning rate for one optimizer step.
+    """Compute the learning rate of one optimizer step, as a share of the peak.
 
     Linear from ``1 / (warmup_steps + 1)`` up to 1, then half a cosine down to ``final_fraction``, which the last step
     reaches.
@@ -54,11 +54,11 @@ def make_schedulers(
 ) -> list[LambdaLR]:
     """Make one scheduler for each optimizer.
 
-    Each is to be stepped once per optimizer step that was applied, whatever the number of microbatches. The length of
-    the run is not part of a scheduler's state, so a resumed run that is asked for more steps follows the longer curve.
+    Step each scheduler once for every optimizer step that was applied, whatever the number of microbatches. The length
+    of the run is not in a scheduler's state. So a run that is resumed with more steps follows the longer curve.
 
     Args:
-        optimizers: Whose learning rates are scheduled; what they hold now is the peak.
+        optimizers: The optimizers; their current learning rates are the peak.
         kind: ``"cosine"``, or ``"constant"`` after the warm-up.
         steps: Optimizer steps of the whole run; at least 1.
         warmup_steps: Steps of linear warm-up; 0 or more.

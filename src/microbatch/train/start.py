@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.step.saved_state import seed_everything
-from microbatch.train.checkpoint import write_text
+from microbatch.train.atomic_files import write_text
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
 from microbatch.train.data import mix_seed
@@ -177,7 +177,7 @@ def prepare(
         CheckpointError: There is nothing to resume, or it does not fit.
         MissingDependencyError: The job needs a package that is not installed.
     """
-    ranks, launch = Ranks.find(torch.device("cpu")), launch or Launch()
+    ranks, launch = RankGroup.find(torch.device("cpu")), launch or Launch()
     path, resume = by_the_first(ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch))
     directory, notices = RunDirectory(path), list[str]()
     for listener in listeners:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from microbatch.ranks.process_group import Ranks
+from microbatch.ranks.process_group import RankGroup
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
+from microbatch.step.options import Ranks
 from microbatch.train.background import CheckpointWriter
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.evaluate import evaluate
@@ -88,7 +89,7 @@ class TrainingLoop:
         self.progress = Progress()
         self._listeners = tuple(listeners)
         # For the loop's own messages, which are on the CPU; the accumulator has its own group for gradients.
-        self._ranks = Ranks.find(torch.device("cpu"))
+        self._ranks = RankGroup.find(torch.device("cpu"))
         self._rank = 0 if self._ranks is None else self._ranks.index
         self._place = place or Place()
         self._heartbeat = None if self._ranks is None else Heartbeat(run.logs, self._rank)
@@ -111,8 +112,7 @@ class TrainingLoop:
             batch_norm=config.batch_norm,
             dropout=job.dropout,
             deterministic=config.deterministic,
-            sync=config.sync,
-            process_group=self._place.group,
+            ranks=Ranks(sync=config.sync, group=self._place.group),
             listeners=(self._on_core_event,),
         )
         self._state = RunState(

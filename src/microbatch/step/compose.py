@@ -1,0 +1,214 @@
+"""Create parts, passes and peers from the options: the only module that knows every feature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from microbatch.errors import ConfigError
+from microbatch.memory.recompute import named_blocks
+from microbatch.memory.saved_values import Aside
+from microbatch.memory.spill import Spill
+from microbatch.step.attempts import Policies
+from microbatch.step.combinations import COUNTS, ENCODE, check_together, refuse
+from microbatch.step.finish import take_step
+from microbatch.step.history import History
+from microbatch.step.options import EXACT, FROZEN, MICROBATCH, POOLED, Options
+from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
+from microbatch.step.parts.autocast import Autocast
+from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, PooledNorms
+from microbatch.step.parts.checkpointing import Checkpointing
+from microbatch.step.parts.compilation import Compilation
+from microbatch.step.parts.fused import Fused
+from microbatch.step.parts.memory_budget import MemoryBudget
+from microbatch.step.parts.offloading import Offloading
+from microbatch.step.parts.row_dropout import RowDropout
+from microbatch.step.passes.coupled import Coupled
+from microbatch.step.passes.lockstep import InLockstep
+from microbatch.step.passes.pipelined import Pipelined
+from microbatch.step.peers.alone import Alone
+from microbatch.step.peers.data_parallel import DataParallel
+from microbatch.step.peers.deterministic import Deterministic
+from microbatch.step.peers.overlapped import Overlapped
+from microbatch.step.peers.sharded import ShardedPeers
+from microbatch.step.peers.stages import StagePeers
+from microbatch.step.setup import Setup
+from microbatch.step.size.coupled_way import CoupledWay
+from microbatch.step.size.microbatch_size import MicrobatchSize
+from microbatch.step.size.stopwatch import Stopwatch
+from microbatch.step.sums import sums_for
+
+
+class Composition:
+    """Create everything that an accumulator's windows consist of, and keep it between windows.
+
+    Args:
+        options: The options of the accumulator.
+
+    Attributes:
+        options: The options, with a `Spill` as ``offload`` where activations are offloaded.
+        history: Counts and settings from earlier windows.
+        parts: Every part, the outermost first, without peers and passes.
+        policies: The choices that change between windows.
+
+    Raises:
+        ConfigError: Two options exclude each other.
+    """
+
+    def __init__(self, options: Options) -> None:
+        check_together(options)
+        if isinstance(options.offload, str) or (options.offload is None and options.batch_norm == EXACT):
+            options = replace(options, offload=Spill(options.bare_model))
+        self.options, self.history = options, History()
+        self._aside = Aside()
+        self.budget, self.stopwatch = MemoryBudget(), Stopwatch()
+        self.size = MicrobatchSize(options, self.budget, self.stopwatch)
+        self.way = CoupledWay("twice" if options.coupled == "auto" and options.is_sharded else options.coupled)
+        auto = options.checkpoint == "auto"
+        self.checkpointing = Checkpointing(None if auto else named_blocks(options.bare_model, options.checkpoint or ()))
+        self.fused = Fused(
+            # deterministic= removes each microbatch's gradient, so there is no sum to add to; a pipeline's schedule
+            # runs backward itself.
+            weights=options.sums.fuse and not options.deterministic and options.pipeline is None,
+            always=options.dropout is not None,
+        )
+        self.compilation = Compilation(options.compile if isinstance(options.compile, str) else None)
+        self.passes = self._passes()
+        self._alone, self._together = self._peers()
+        self.parts = self._parts()
+        self.policies = Policies(self.size, self.way, [self._choose_blocks, self._choose_size])
+        self._hooked: dict[bool, dict[str, list[Part]]] = {False: {}, True: {}}
+
+    def setup(self, finish: Callable[[OpenWindow], dict[str, Any]] = take_step) -> Setup:
+        """Return the setup of the next window.
+
+        Args:
+            finish: Takes the step, or leaves the gradient.
+
+        Returns:
+            The setup.
+        """
+        options = self.options
+        alone = not options.deterministic and options.pipeline is None and options.find_ranks(options.device) is None
+        peers = self._alone if alone else self._together
+        return Setup(
+            options=options,
+            history=self.history,
+            parts=[peers, self.passes, *self.parts],
+            peers=peers,
+            passes=self.passes,
+            sizing=self.size.for_rows,
+            sums=lambda rank: sums_for(options, aside=self._aside.put, rank=rank),
+            couple=self._couple,
+            finish=finish,
+            live_bytes=self.budget.live_bytes,
+            hooked=self._hooked[alone],
+        )
+
+    def to_locate(self) -> Composition:
+        """Return a copy that runs the current window again at the same size, without listeners and warnings."""
+        again = Composition(replace(self.options, listeners=(), batch_norm=self.options.batch_norm or MICROBATCH))
+        again.history, again.size.sizing = replace(self.history), replace(self.size.sizing)
+        again.checkpointing.blocks = self.checkpointing.blocks
+        return again
+
+    def state(self) -> dict[str, Any]:
+        """Return the state that a resumed run needs: the history, and the state of each part, by name."""
+        history = self.history
+        return {
+            "windows": history.windows,
+            "skipped": history.skipped,
+            "count": history.count,
+            "seed": torch.initial_seed() if history.seed is None else history.seed,
+            **{name: part.state() for name, part in self._stateful().items()},
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state.
+
+        Args:
+            state: The result of `state`.
+
+        Raises:
+            ConfigError: A key is missing.
+        """
+        try:
+            windows, skipped, count = state["windows"], state["skipped"], state["count"]
+            for name, part in self._stateful().items():
+                part.load(state[name])
+        except KeyError as error:
+            raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
+        self.history = History(windows, skipped, count, state.get("seed"))
+
+    def _stateful(self) -> dict[str, Part]:
+        return {"size": self.size, "way": self.way, "checkpoint": self.checkpointing, "ranks": self._together}
+
+    # -- options to parts ----------------------------------------------------------------------------------------------
+
+    def _parts(self) -> list[Part]:
+        """List the parts, the outermost first; `Fused`, which runs backward itself, is the last."""
+        options = self.options
+        found: list[Part] = [self.budget, self.size]
+        if options.microbatch_size == "auto":
+            found.append(self.stopwatch)
+        if options.coupled == "auto":
+            found.append(self.way)
+        if options.checkpoint:
+            found.append(self.checkpointing)
+        if options.batch_norm in _NORMS:
+            found.append(_NORMS[options.batch_norm]())
+        if options.dropout:
+            found.append(RowDropout())
+        if options.spill is not None and options.batch_norm != EXACT:
+            found.append(Offloading(options.spill))
+        elif options.coupled == "spill":
+            found.append(Offloading(Spill(options.bare_model), encoders_alone=True))
+        if options.compile:
+            found.append(self.compilation)
+        if options.autocast is not None and options.pipeline is None:  # a pipeline enters autocast in each forward
+            found.append(Autocast(options.autocast))
+        return [*found, self.fused]
+
+    def _passes(self) -> Passes:
+        spill = self.options.spill
+        if self.options.pipeline is not None:
+            return Pipelined()
+        return InLockstep(spill) if spill is not None and self.options.batch_norm == EXACT else Passes()
+
+    def _peers(self) -> tuple[Peers, Peers]:
+        """Return the peers for a single process, and the peers for several ranks."""
+        options = self.options
+        kind = DataParallel
+        if options.deterministic:
+            kind = Deterministic
+        elif options.pipeline is not None:
+            kind = StagePeers
+        elif options.is_sharded:
+            kind = ShardedPeers
+        elif options.ranks.overlap:
+            kind = Overlapped
+        return Alone(), kind()
+
+    # -- policies ------------------------------------------------------------------------------------------------------
+
+    def _choose_blocks(self, batch: object, loss_fn: Function) -> None:
+        part = self.checkpointing
+        if part.blocks is None:
+            # Imported here, because fake tensors take half a second to import.
+            from microbatch.step.size.auto_checkpoint import choose_blocks
+
+            part.blocks = choose_blocks(self.options, self.size.sizing, batch=batch, loss_fn=loss_fn)
+
+    def _choose_size(self, batch: object, loss_fn: Function) -> None:
+        if self.size.unsure:
+            self.size.before(batch, loss_fn, settled=replace(self.options, checkpoint=self.checkpointing.blocks))
+
+    def _couple(self, window: OpenWindow, encode: Function, *, keep: bool) -> Coupled:
+        refuse(self.options, use=[ENCODE, COUNTS] if window.denominator.declares else [ENCODE])
+        return Coupled(window, encode, keep=keep)
+
+
+_NORMS: Mapping[str | None, Callable[[], Part]] = {FROZEN: FrozenNorms, POOLED: PooledNorms, None: NormWarning}

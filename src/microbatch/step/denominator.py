@@ -1,0 +1,393 @@
+"""The denominator of a window: how its loss is divided exactly once. This module is the central idea of the library.
+
+The gradient of the effective batch is ``sum_i grad S_i / sum_i c_i``. Microbatch ``i`` has the summed loss ``S_i`` over
+``c_i`` samples or targets. All counts are known only after the last microbatch.
+
+1. Before the first backward, the window *expects* a count: the rows for a mean over rows, the declared ``counts=``, or
+   an estimate. The estimate is a power of two, so dividing by it rounds nothing.
+2. Every backward starts from the *seed* ``weight / expected`` (`Denominator.seeds`). So the accumulated gradient is
+   ``sum_i grad S_i / expected``.
+3. At the end, over all ranks, one *factor* ``expected / count`` makes the gradient exact (`Denominator.factor`),
+   whatever was expected. The gradient is multiplied by it in the same pass as for clipping.
+
+Several terms with different counts have no common factor. Their denominators are declared before the first backward.
+The factor is then 1, and the counted numbers must agree with the declared ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from microbatch.batch.batch_tree import rows_of
+from microbatch.errors import CountError, MissingCountError, UnknownTermError, WindowError
+from microbatch.loss.loss import Count, Share, check_number, wide_dtype
+
+Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
+Total: TypeAlias = Callable[[float, Mapping[str, float]], tuple[float, Mapping[str, float]]]
+"""Adds up rows and counts over the ranks."""
+
+
+@dataclass(slots=True)
+class _Term:
+    """The sums and counts of one term so far; tensors stay on the device."""
+
+    expected: float
+    values: list[Tensor] = field(default_factory=list[Tensor])
+    weights: list[float] = field(default_factory=list[float])
+    counts: list[Count] = field(default_factory=list["Count"])
+    microbatches: list[int | None] = field(default_factory=list[int | None])
+
+
+class Denominator:
+    """Collect the sums and counts of a window's loss without synchronisation, and compute the division by the count.
+
+    Args:
+        counts: The denominators by term: a dict, or a function of the whole batch. `None` divides by what was counted.
+        estimate: The expected count; only a scale, never part of the result. `None` takes the rows of the batch.
+
+    Attributes:
+        rows: Rows of the window on this rank; `None` where all ranks expect the same count.
+        declared: Denominators by term, over all ranks, once they are known; `None` without ``counts``.
+        shared: Whether all ranks expect the same count, because their gradients are reduced before the division.
+        metrics: Sum of each metric so far, by name, on the device.
+
+    Source:
+        Laws N1 to N9.
+    """
+
+    def __init__(self, counts: Counts | None = None, *, estimate: float | None = None) -> None:
+        self._counts, self._estimate = counts, estimate
+        self.rows: int | None = None
+        self.declared: Mapping[str, float] | None = None
+        self.shared = False
+        self.metrics: dict[str, Tensor] = {}
+        self._expected = estimate or 1.0
+        self._terms: dict[str, _Term] = {}
+        self._means = False
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    # -- before the first backward -------------------------------------------------------------------------------------
+
+    def expect(self, batches: Sequence[Any], *, begun: bool, total: Total) -> None:
+        """Set the expected count from the window's batches.
+
+        Args:
+            batches: This rank's share of the effective batch.
+            begun: Whether a backward has run already.
+            total: Adds up rows and counts over the ranks; called only with ``counts``.
+
+        Raises:
+            WindowError: A backward has run, and ``counts`` needs the whole batch before it.
+            MissingCountError: ``counts`` is not, or does not return, a dict.
+        """
+        rows = float(sum(map(rows_of, batches)))
+        if self._counts is None:
+            self.rows, self._expected = int(rows), self._estimate or rows
+            return
+        if begun:
+            raise WindowError("counts= needs the whole batch before the first backward; call window.split once, first")
+        self.declare(*total(rows, _evaluated(self._counts, batches)))
+
+    def declare(self, rows: float, counts: Mapping[str, float]) -> None:
+        """Set the denominators over all ranks: ``rows`` for terms that are means over rows, ``counts`` for others."""
+        self.rows, self.declared, self._expected = int(rows), counts, rows
+        self._terms = {name: _Term(expected=count) for name, count in counts.items()}
+
+    def share(self, rows: float) -> None:
+        """Expect the rows of all ranks on every rank, because gradients are reduced before the division."""
+        if self.declared is None:
+            self.rows, self._expected, self.shared = None, self._estimate or rows, True
+
+    @property
+    def declares(self) -> bool:
+        """Whether the user gave ``counts=``."""
+        return self._counts is not None
+
+    def need(self, *, alone: bool) -> None:
+        """Check before a backward that declared counts are known; `MissingCountError` if they need the whole batch."""
+        if self._counts is None or self.declared is not None:
+            return
+        if callable(self._counts) or not alone:
+            raise MissingCountError(
+                "counts= is evaluated on the whole batch, on all ranks together, before the first backward; let "
+                "window.split(batch) cut it"
+            )
+        self.declare(0.0, _evaluated(self._counts, []))
+
+    def whole(self, shares: list[Share], *, rows: int) -> list[Share]:
+        """Set the denominators from a loss of the whole batch, which has all counts.
+
+        Args:
+            shares: The terms of the loss.
+            rows: Rows of the effective batch, over all ranks.
+
+        Returns:
+            The shares with a count above 0.
+
+        Cost:
+            A host synchronisation if several terms have counts on the device.
+        """
+        if len(shares) > 1 and any(not share.is_mean for share in shares):
+            counts = {share.name: _number(share.count, share.name) for share in shares}
+            self.declare(float(rows), {name: count for name, count in counts.items() if count})
+            return [share for share in shares if counts[share.name]]
+        self.rows, self._expected = rows, self._estimate or float(rows)
+        return shares
+
+    # -- every backward ------------------------------------------------------------------------------------------------
+
+    def seeds(self, shares: Sequence[Share]) -> list[Tensor]:
+        """Return the first gradient of each share's backward: ``weight / expected``.
+
+        Args:
+            shares: The shares of one microbatch.
+
+        Returns:
+            0-d tensors of the shares' dtypes and devices.
+
+        Raises:
+            UnknownTermError: Neither the first microbatch's loss nor ``counts`` has the term.
+            MissingCountError: Several terms have different counts, and ``counts`` is not given.
+            CountError: A term contributes, but ``counts`` declares 0 for it.
+
+        Cost:
+            No host synchronisation.
+        """
+        if not self._terms:
+            self._begin(shares)
+        return [self._seed(share) for share in shares]
+
+    def add(self, shares: Sequence[Share], *, microbatch: int | None) -> None:
+        """Add the shares of one microbatch, detached; its index is `None` for a loss of the whole batch."""
+        for share in shares:
+            term = self._terms[share.name]
+            # A copy, because some losses of torch (such as mse_loss) return a number in the storage of a tensor as
+            # large as their input, and would keep this storage alive until the window ends.
+            term.values.append(share.value.detach().clone())
+            term.weights.append(share.weight)
+            term.counts.append(share.count)
+            term.microbatches.append(microbatch)
+            for name, value in share.metrics.items():
+                self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+
+    def estimated_factor(self, *, ranks: int) -> float:
+        """Estimate the final `factor`; only a scale, never part of the result.
+
+        Args:
+            ranks: Number of data-parallel ranks, each with about the same number of rows.
+
+        Returns:
+            The estimate; exact if the count is known beforehand.
+        """
+        if self.declared is not None or not self._terms:
+            return 1.0
+        count = float(self.rows * ranks) if self._means and self.rows else self._expected
+        return next(iter(self._terms.values())).expected / count
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the terms, in order of appearance."""
+        return list(self._terms)
+
+    @property
+    def contributed(self) -> bool:
+        """Whether any microbatch contributed."""
+        return any(term.values for term in self._terms.values())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the window's loss is reported: the dtype of the losses, at least float32."""
+        values = [value for term in self._terms.values() for value in term.values[:1]]
+        return torch.promote_types(values[0].dtype, torch.float32) if values else torch.float32
+
+    def totals(self, device: torch.device) -> Tensor:
+        """Add up every term.
+
+        Args:
+            device: The device of the result.
+
+        Returns:
+            Sum and count of each term, in the order of `names`; shape ``(terms, 2)``, float64 if the device has it.
+
+        Cost:
+            No host synchronisation.
+        """
+        dtype = wide_dtype(device)
+        found = [each for term in self._terms.values() for each in _total(term, dtype, device)]
+        return torch.stack(found).view(-1, 2) if found else torch.zeros(0, 2, dtype=dtype, device=device)
+
+    def factor(self, counts: Mapping[str, float]) -> float:
+        """Return the factor that turns the accumulated gradient into the mean's gradient: ``expected / count``.
+
+        Args:
+            counts: Counted numbers by term, over all ranks.
+
+        Returns:
+            The factor.
+
+        Raises:
+            CountError: A count is negative, not finite, or not equal to the declared one; or terms have different
+                counts, and ``counts`` is not given.
+        """
+        for name, count in counts.items():
+            if not math.isfinite(count) or count < 0:
+                wrong = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
+                raise CountError(
+                    f"a count of the term {name!r} is {wrong[0] if wrong else count:g}; counts must be finite and at "
+                    "least 0"
+                )
+        if self.declared is not None:
+            self._check_declared(counts)
+            return 1.0
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name!r} has {count:g}" for name, count in counts.items())
+            raise CountError(
+                f"the terms of the loss were counted over different numbers of samples: {listed}; each needs its own "
+                "denominator before the first backward: pass counts=, a function of the whole batch that returns them"
+            )
+        name, count = next(iter(counts.items()))
+        if name in self._terms:
+            return self._terms[name].expected / count
+        # A rank without microbatches has no terms, but it may hold a part of the reduced gradients to scale.
+        return _power_of_two(self._expected) / count if self.shared else 1.0
+
+    def per_microbatch(self, name: str) -> list[tuple[int, float, float]]:
+        """Return the sum and count of each microbatch for one term.
+
+        Args:
+            name: Name of the term.
+
+        Returns:
+            The index of each microbatch in the window, its sum and its count.
+
+        Cost:
+            Reads every loss of the window: a host synchronisation.
+        """
+        term = self._terms.get(name)
+        if term is None:
+            return []
+        counts = [float(count) for count in term.counts]
+        sums = [float(v) * w if c else 0.0 for v, w, c in zip(term.values, term.weights, counts, strict=True)]
+        return [(index or 0, s, count) for index, s, count in zip(term.microbatches, sums, counts, strict=True)]
+
+    def first_nonfinite(self) -> int | None:
+        """Find the first microbatch whose loss is infinite or NaN.
+
+        Returns:
+            Its index in the window, or `None`.
+
+        Cost:
+            Reads every loss of the window: a host synchronisation, for the error path only.
+        """
+        found = [
+            index
+            for term in self._terms.values()
+            for index, value, count in zip(term.microbatches, term.values, term.counts, strict=True)
+            if index is not None and not torch.isfinite(value) and float(count) != 0
+        ]
+        return min(found, default=None)
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _counts_of(self, name: str) -> list[float]:
+        term = self._terms.get(name)
+        return [] if term is None else [float(count) for count in term.counts]
+
+    def _begin(self, shares: Sequence[Share]) -> None:
+        own = [share.name for share in shares if not share.is_mean]
+        if len(shares) > 1 and own:
+            raise MissingCountError(
+                f"the loss has the terms {', '.join(repr(share.name) for share in shares)}, and {own[0]!r} has a count "
+                "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
+                f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
+            )
+        self._means = not own
+        # One number for all terms, because one factor corrects all of them.
+        exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
+        expected = float(self.rows) if exact and self.rows else _power_of_two(self._expected)
+        self._terms = {share.name: _Term(expected=expected) for share in shares}
+
+    def _seed(self, share: Share) -> Tensor:
+        term = self._terms.get(share.name)
+        if term is None and self.declared is not None and share.is_mean and self.rows:
+            # A mean over samples needs no declared count: its denominator is the rows of the batch.
+            term = self._terms[share.name] = _Term(expected=float(self.rows))
+        if term is None:
+            raise UnknownTermError(
+                f"the loss has a term {share.name!r}, and this window's terms are "
+                f"{', '.join(repr(name) for name in self._terms)}: every term has to be in the first microbatch's "
+                "loss, or in what counts= returns"
+            )
+        if not term.expected > 0:
+            raise CountError(f"counts= declared 0 for the term {share.name!r}, and a microbatch contributed to it")
+        seed = self._constant(share.weight / term.expected, like=share.value)
+        if isinstance(share.count, Tensor):
+            # A count on the device is not read by the host, so a count of 0 sets the seed to 0 on the device.
+            seed = torch.where(share.count.to(seed.device) == 0, torch.zeros_like(seed), seed)
+        return seed
+
+    def _constant(self, number: float, *, like: Tensor) -> Tensor:
+        # Microbatches of one size have the same seed, and a lookup is faster than creating a tensor.
+        key = (number, like.dtype, like.device)
+        if key not in self._constants:
+            self._constants[key] = torch.full((), number, dtype=like.dtype, device=like.device)
+        return self._constants[key]
+
+    def _check_declared(self, counts: Mapping[str, float]) -> None:
+        declared = dict(self.declared or {})
+        for name in {**declared, **counts}:
+            expected, counted = declared.get(name, float(self.rows or 0)), counts.get(name, 0.0)
+            if not math.isclose(counted, expected, rel_tol=1e-9):
+                raise CountError(
+                    f"counts= declared {expected:g} for the term {name!r}, and the "
+                    f"microbatches counted {counted:g}; both must count the same targets"
+                )
+
+
+def _evaluated(counts: Counts, batches: Sequence[Any]) -> dict[str, float]:
+    """Evaluate ``counts`` on the batches of a window, and add up the results by term."""
+    found = [counts(batch) for batch in batches] if callable(counts) else [counts]
+    total: dict[str, float] = {}
+    for each in found:
+        if not isinstance(each, Mapping):
+            raise MissingCountError(f"counts= must give a dict of term to count, not a {type(each).__name__}")
+        for name, count in each.items():
+            total[str(name)] = total.get(str(name), 0.0) + _number(count, str(name))
+    return total
+
+
+def _number(count: Count, name: str) -> float:
+    return check_number(count.item() if isinstance(count, Tensor) else count, f"the count of {name!r}")
+
+
+def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Add up the sums and the counts of a term; 0-d tensors."""
+    if not term.values:
+        return torch.zeros((), dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)
+    sums = torch.stack([value.to(device) for value in term.values]).to(dtype)
+    sums = sums * torch.tensor(term.weights, dtype=dtype, device=device)
+    if not any(isinstance(count, Tensor) for count in term.counts):  # numbers have been checked, and none is 0
+        return sums.sum(), torch.tensor(float(sum(term.counts)), dtype=dtype, device=device)
+    counts = _stack(term.counts, dtype, device)
+    # A sum could hide a negative count; it cannot hide NaN.
+    counts = torch.where(counts < 0, torch.nan, counts)
+    # A count of 0 contributes 0, even if its mean was 0/0.
+    return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
+
+
+def _stack(numbers: Sequence[Count], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(number, device=device).detach().to(dtype) for number in numbers])
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _power_of_two(number: float) -> float:
+    return 2.0 ** round(math.log2(number)) if number > 0 else 1.0

@@ -1,0 +1,355 @@
+"""The options of an accumulator, each checked by itself; `combinations.py` checks which options exclude each other."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+
+from microbatch.batch.cut import check_microbatch_size
+from microbatch.batch.lengths import Lengths
+from microbatch.errors import ConfigError
+from microbatch.gradients.momentum_buffer import LinearState, linear_state
+from microbatch.memory.spill import Spill
+from microbatch.ranks.fsdp import fully_sharded, group_and_device
+from microbatch.ranks.pipeline import Pipeline
+from microbatch.ranks.process_group import RankGroup, group_of
+from microbatch.shards import is_shard
+from microbatch.step.events import Event, Listener
+
+EXACT, MICROBATCH, POOLED, FROZEN = "exact", "microbatch", "pooled", "frozen"
+WAYS = ("auto", "twice", "keep", "spill")
+_COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_P = ParamSpec("_P")
+
+# Names of options in earlier versions and in other libraries, and what to write instead.
+_NAMES = {
+    "accumulate_dtype": "sums=mb.Sums(dtype=...)",
+    "accumulate": "sums=mb.Sums(how=...)",
+    "gradient_buffer": "sums=mb.Sums(buffer=...)",
+    "fuse": "sums=mb.Sums(fuse=...)",
+    "process_group": "ranks=mb.Ranks(group=...)",
+    "sync": "ranks=mb.Ranks(sync=...)",
+    "reduce_dtype": "ranks=mb.Ranks(reduce_dtype=...)",
+    "overlap": "ranks=mb.Ranks(overlap=...)",
+    "look_again": 'removed: microbatch_size="auto" keeps the size that it has chosen',
+    "optimizers": "optimizer=, which takes one or several",
+    "gradient_accumulation_steps": "microbatch_size=, the rows of one microbatch; pass the whole batch to step()",
+    "accumulation_steps": "microbatch_size=, the rows of one microbatch; pass the whole batch to step()",
+    "accumulate_grad_batches": "microbatch_size=, the rows of one microbatch; pass the whole batch to step()",
+    "num_microbatches": "microbatch_size=, the rows of one microbatch",
+    "microbatches": "microbatch_size=, the rows of one microbatch; windows(loader, microbatches=...) takes a number",
+    "micro_batch_size": "microbatch_size=",
+    "per_device_train_batch_size": "microbatch_size=",
+    "train_micro_batch_size_per_gpu": "microbatch_size=",
+    "batch_size": "microbatch_size=, the rows of one microbatch; pass the whole batch to step()",
+    "mini_batch_size": "microbatch_size=",
+    "max_norm": "max_grad_norm=",
+    "clip_grad_norm": "max_grad_norm=",
+    "gradient_clip_val": "max_grad_norm=",
+    "mixed_precision": "autocast=torch.bfloat16 or torch.float16",
+    "precision": "autocast=torch.bfloat16 or torch.float16",
+    "bf16": "autocast=torch.bfloat16",
+    "fp16": "autocast=torch.float16, with grad_scaler=",
+    "scaler": "grad_scaler=",
+    "gradient_checkpointing": 'checkpoint="all"',
+    "torch_compile": "compile=",
+    "callbacks": "listeners=",
+    "memory_limit": "memory_budget=",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Choose how the gradients of the microbatches add up.
+
+    Many additions in bfloat16 round away small gradients. By default, gradients therefore add up in float32.
+
+    Attributes:
+        dtype: Floating-point dtype in which gradients of narrower parameters add up. The optimizer still gets
+            gradients in the parameters' dtype.
+        how: For ``dtype=torch.bfloat16``: ``"plain"`` adds as torch does; ``"compensated"`` keeps the rounding errors,
+            in 3 bytes for each gradient element.
+        buffer: ``"own"`` for an ordinary gradient buffer. ``"none"`` adds gradients directly into the momentum of SGD
+            or Muon, and saves the buffer. A `LinearState` describes another optimizer. A list has one of these for
+            each optimizer.
+        fuse: Whether weight gradients are added inside the matrix product, where possible.
+
+    Raises:
+        ConfigError: A value cannot work.
+
+    Example:
+        >>> Sums(dtype=torch.bfloat16, how="compensated").fuse
+        True
+
+    Source:
+        Laws P1 to P3; ``docs/precision.md``, ``docs/fuse.md``.
+    """
+
+    dtype: torch.dtype = torch.float32
+    how: str = "plain"
+    buffer: str | LinearState | Sequence[str | LinearState] = "own"
+    fuse: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ConfigError(f"Sums: dtype must be a floating-point torch.dtype, not {self.dtype!r}")
+        if self.how not in {"plain", "compensated"}:
+            raise ConfigError(f'Sums: how must be "plain" or "compensated", not {self.how!r}')
+        if self.how != "plain" and self.dtype != torch.bfloat16:
+            raise ConfigError(
+                f'Sums: how="{self.how}" is only for sums in bfloat16, and dtype is {self.dtype}: pass '
+                "dtype=torch.bfloat16, or leave how= out"
+            )
+        for each in self.buffer if isinstance(self.buffer, list | tuple) else [self.buffer]:
+            if not isinstance(each, LinearState) and each not in {"own", "none"}:
+                raise ConfigError(f'Sums: buffer must be "own", "none" or a LinearState, not {each!r}')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """Choose over which ranks gradients are reduced, when, and in which dtype.
+
+    The ranks add up their gradients and their counts, and divide once. So a rank may have more rows than another.
+
+    Attributes:
+        group: The data-parallel process group, or a `DeviceMesh` of one dimension. `None` takes all ranks; for a fully
+            sharded model, the ranks of its mesh.
+        sync: When the gradients of a fully sharded model are reduced. ``"lean"``: after every microbatch. ``"fast"``:
+            once, with unsharded gradients in memory until then. ``"auto"`` starts lean, and becomes fast once a window
+            has shown that the memory is enough.
+        reduce_dtype: The dtype in which narrower gradients are reduced: float32, or `None` for the parameter's dtype.
+        overlap: Whether gradients are reduced during the backward of the last microbatch. Takes memory for a copy of
+            all gradients.
+
+    Raises:
+        ConfigError: A value cannot work.
+
+    Example:
+        >>> Ranks(sync="lean").reduce_dtype
+        torch.float32
+
+    Source:
+        Laws R1 to R8; ``docs/ranks.md``, ``docs/sharded.md``.
+    """
+
+    group: object = None
+    sync: str = "auto"
+    reduce_dtype: torch.dtype | None = torch.float32
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.sync not in {"auto", "lean", "fast"}:
+            raise ConfigError(f'Ranks: sync must be "auto", "lean" or "fast", not {self.sync!r}')
+        if self.reduce_dtype not in {None, torch.float32}:
+            raise ConfigError(
+                "Ranks: reduce_dtype must be torch.float32, or None for each parameter's own dtype, not "
+                f"{self.reduce_dtype!r}; float64 gradients are reduced in float64 anyway"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The arguments of an `Accumulator`; see there for each of them.
+
+    Raises:
+        ConfigError: A value cannot work; the message names the option and the values to pass.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    microbatch_size: int | str = "auto"
+    memory_budget: int | str | None = None
+    max_grad_norm: float | None = None
+    autocast: torch.dtype | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
+    nonfinite: str = "raise"
+    lengths: Lengths | None = None
+    offload: str | Spill | None = None
+    checkpoint: str | Sequence[str] | None = None
+    coupled: str = "auto"
+    batch_norm: str | None = None
+    dropout: str | None = None
+    deterministic: bool = False
+    compile: bool | str = False
+    sums: Sums = field(default_factory=Sums)
+    ranks: Ranks = field(default_factory=Ranks)
+    listeners: Sequence[Listener] = ()
+
+    def __post_init__(self) -> None:
+        """Check every value before any work starts."""
+        if not isinstance(self.model, nn.Module):
+            raise ConfigError(f"model must be a torch.nn.Module, not a {type(self.model).__name__}")
+        self._check_optimizers()
+        if self.microbatch_size != "auto":
+            check_microbatch_size(self.microbatch_size)
+        norm = self.max_grad_norm
+        if norm is not None and not (isinstance(norm, int | float) and math.isfinite(norm) and norm > 0):
+            raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
+        if not any(self.autocast is dtype for dtype in (None, torch.bfloat16, torch.float16)):
+            raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
+        for name, value, allowed in [
+            ("nonfinite", self.nonfinite, ("raise", "skip")),
+            ("coupled", self.coupled, WAYS),
+            ("batch_norm", self.batch_norm, (EXACT, MICROBATCH, POOLED, FROZEN, None)),
+            ("dropout", self.dropout, ("by_row", None)),
+            ("compile", self.compile, (True, False, *_COMPILE_MODES)),
+        ]:
+            _check_one_of(name, value, allowed)
+        if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
+            raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
+        blocks = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or ()
+        if not all(isinstance(name, str) for name in blocks):
+            raise ConfigError(f'checkpoint must be "auto", "all", names of submodules or None, not {self.checkpoint!r}')
+        for listener in self.listeners:
+            if not callable(listener):
+                raise ConfigError(
+                    f"listeners must be callables that take one event, not the {type(listener).__name__} {listener!r}"
+                )
+        for name, value, kind in [("sums", self.sums, Sums), ("ranks", self.ranks, Ranks)]:
+            if not isinstance(value, kind):
+                raise ConfigError(f"{name} must be mb.{kind.__name__}(...), not {value!r}")
+        self._check_scaler()
+
+    @property
+    def linear_states(self) -> list[LinearState | None]:
+        """For each optimizer, the state that its gradients are added into; `None` for an ordinary buffer.
+
+        Raises:
+            ConfigError: The numbers of buffers and optimizers differ, or ``"none"`` does not support an optimizer.
+        """
+        asked = self.sums.buffer
+        asked = [asked] * len(self.optimizers) if isinstance(asked, str | LinearState) else list(asked)
+        if len(asked) != len(self.optimizers):
+            raise ConfigError(f"Sums: buffer has {len(asked)} values for {len(self.optimizers)} optimizers")
+        return [
+            each if isinstance(each, LinearState) else linear_state(optimizer) if each == "none" else None
+            for each, optimizer in zip(asked, self.optimizers, strict=True)
+        ]
+
+    @property
+    def spill(self) -> Spill | None:
+        """The `Spill` that offloads activations, if there is one."""
+        return self.offload if isinstance(self.offload, Spill) else None
+
+    @property
+    def device(self) -> torch.device:
+        """The device where the model computes: that of its first parameter."""
+        if self.pipeline is not None:
+            return self.pipeline.device
+        first = next(self.model.parameters(), None)
+        if first is not None and is_shard(first) and (shared := group_and_device(self.model)) is not None:
+            return shared[1]  # the shards may be on the host
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """This rank's stages of a pipeline-parallel model; `None` for other models."""
+        return self.model if isinstance(self.model, Pipeline) else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any module of the model is fully sharded."""
+        return bool(fully_sharded(self.model))
+
+    @property
+    def group(self) -> Any:
+        """The process group over which counts and gradients are reduced; `None` for the default group."""
+        shared = group_and_device(self.model) if self.ranks.group is None else None
+        return group_of(self.ranks.group) if shared is None else shared[0]
+
+    def find_ranks(self, device: torch.device) -> RankGroup | None:
+        """Find the data-parallel ranks.
+
+        Args:
+            device: The device where the model computes.
+
+        Returns:
+            The ranks; `None` for a single process.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        alone = self.pipeline is not None and self.ranks.group is None
+        return None if alone else RankGroup.find(device, self.group)
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without a DistributedDataParallel wrapper; the accumulator reduces gradients itself."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def emit(self, event: Event) -> None:
+        """Call every listener with an event.
+
+        Args:
+            event: The event.
+        """
+        for listener in self.listeners:
+            listener(event)
+
+    def _check_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            if not isinstance(optimizer, Optimizer):
+                raise ConfigError(
+                    f"optimizer must be a torch.optim.Optimizer, several of them, or None for gradients without a "
+                    f"step, not a {type(optimizer).__name__}"
+                )
+            if isinstance(optimizer, LBFGS):
+                raise ConfigError(
+                    "LBFGS changes the weights several times within one step, and a window needs constant weights: "
+                    "create mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, "
+                    "loss_fn) in the closure of LBFGS.step"
+                )
+
+    def _check_scaler(self) -> None:
+        if self.grad_scaler is None:
+            return
+        if not isinstance(self.grad_scaler, torch.amp.GradScaler):
+            raise ConfigError(f"grad_scaler must be a torch.amp.GradScaler, not a {type(self.grad_scaler).__name__}")
+        if not self.optimizers:
+            raise ConfigError("grad_scaler= needs an optimizer, whose gradients it unscales: pass optimizer=, too")
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype in {torch.float16, torch.bfloat16}:
+                raise ConfigError(
+                    f"grad_scaler is for float32 parameters under autocast, and {name!r} is {parameter.dtype}; keep "
+                    "the parameters in float32, or leave grad_scaler= out: their gradients add up in Sums(dtype=...)"
+                )
+
+
+def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
+    """Wrap a constructor so that the error for an unknown option names the option to use instead.
+
+    Args:
+        init: The constructor.
+
+    Returns:
+        The constructor; it raises `ConfigError` for an unknown keyword.
+    """
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for name in kwargs:
+            if name not in known:
+                here = _NAMES.get(name)
+                hint = f"write {here}" if here else f"the options are {', '.join(known)}"
+                raise ConfigError(f"Accumulator has no option {name!r}: {hint}")
+        init(*args, **kwargs)
+
+    return checked
+
+
+def _check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
+        *others, last = [f'"{each}"' if isinstance(each, str) else str(each) for each in allowed]
+        raise ConfigError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")

@@ -1,0 +1,117 @@
+"""The methods of a window for hand-written loops: hand out microbatches, encode a batch, read the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microbatch.batch.batches import Batches
+from microbatch.batch.lengths import in_order
+from microbatch.errors import WindowClosedError, WindowError
+from microbatch.loss.loss import LossLike
+from microbatch.step.cutting import Cutting, handed_in
+from microbatch.step.part import Begin, Function, OpenWindow
+from microbatch.step.record import Step
+
+
+class OwnLoop(OpenWindow):
+    """A window's interface for a hand-written loop; `Window` adds how it opens, runs and closes."""
+
+    source: Sequence[Any]
+    record: Step | None
+
+    def check_open(self, verb: str) -> None:
+        """Raise an error for a call outside the window's block."""
+        raise NotImplementedError
+
+    def begin(self, batch: object, cutting: Cutting) -> Begin:
+        """Prepare all parts for the microbatches of a batch."""
+        raise NotImplementedError
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the window."""
+        raise NotImplementedError
+
+    def split(self, batch: object) -> Iterator[Any]:
+        """Cut this rank's share of the effective batch and hand out its microbatches, each on the model's device.
+
+        Args:
+            batch: A batch that `cut` accepts, usually on the host; or `Batches`.
+
+        Returns:
+            An iterator over microbatches of ``microbatch_size`` rows; the last one may have fewer.
+
+        Raises:
+            WindowError: The window is not open, or has encoded a batch.
+            BatchError: The batch cannot be cut, or is empty. With several ranks, one rank's share may be empty.
+        """
+        self.check_open("split")
+        if self.coupled is not None:
+            raise WindowError("a window that encodes its batch has no microbatches beside it; open another window")
+        return self._handed_out(self.cut(batch))
+
+    def __iter__(self) -> Iterator[Any]:
+        """Hand out the loader's microbatches; the end of the iteration takes the step."""
+        if not self.source:
+            raise WindowError("this window has no loader behind it; iterate over window.split(batch)")
+        self.check_open("iterate over")
+        yield from self._handed_out(self.begin(Batches(self.source), handed_in(self.source, self.device)))
+        self.__exit__(None, None, None)  # does nothing if the window was left already
+
+    def losses(self, batch: object, loss_fn: Function) -> Iterator[LossLike]:
+        """Run a batch through a loss function, and yield the loss of each microbatch for `backward`."""
+        return self.passes.losses(self, batch, loss_fn)
+
+    def encode(self, batch: object, encode: Function, *, keep: bool = False) -> Any:
+        """Encode this rank's share of the batch for a loss that couples samples; pass that loss to `backward`.
+
+        Args:
+            batch: A batch that `cut` accepts, usually on the host.
+            encode: ``encode(model, microbatch)`` returns the representations of the microbatch's rows: tensors of
+                shape ``(rows, ...)``, nested in dicts, lists and tuples. Only floating-point tensors get gradients.
+            keep: Keep the graphs of all microbatches until backward, instead of encoding twice.
+
+        Returns:
+            The representations of the whole batch over all ranks, in the structure that ``encode`` returned.
+
+        Raises:
+            WindowError: The window has had a batch already.
+            ConfigError: An option of the accumulator does not go with ``encode``.
+            BatchError: The batch cannot be cut, or is empty on all ranks.
+            LossError: ``encode`` did not return one representation for each row.
+
+        Cost:
+            One forward of every microbatch; without ``keep``, `backward` runs another one. Memory for the
+            representations; with several ranks, one all-gather of them.
+
+        Source:
+            Laws C1 to C3; ``docs/coupled.md``.
+        """
+        self.check_open("encode in")
+        if self.coupled is not None or self.done:
+            raise WindowError("a window encodes one batch, and takes the loss of that batch alone; open another window")
+        self.keeps_graphs = (keep and not self.attempt.twice) or self.passes.keeps
+        self.coupled = self.setup.couple(self, encode, keep=self.keeps_graphs)
+        return self.coupled.representations_of(batch)
+
+    def in_order(self, results: Sequence[Tensor]) -> Tensor:
+        """Concatenate the microbatches' results, each of shape ``(rows, ...)``, in the order of the batch's rows."""
+        return torch.cat(list(results)) if self.order is None else in_order(results, self.order)
+
+    @property
+    def step(self) -> Step:
+        """The record of the step, once the window has been left; before that, `WindowClosedError`."""
+        if self.record is None:
+            raise WindowClosedError("there is no step yet: the window's record exists once its block has been left")
+        return self.record
+
+    def _handed_out(self, begin: Begin) -> Iterator[Any]:
+        for p in self.passes.of(self, begin):
+            self.check_open("take microbatches from")
+            yield p.microbatch

@@ -1,0 +1,37 @@
+"""Autocast for forward passes; backward runs outside, in the dtypes that forward recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microbatch.step.part import OpenWindow, Part, Run
+
+
+class Autocast(Part):
+    """Run forward passes under autocast.
+
+    Args:
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Enter autocast without its weight cache, which would live until the window ends."""
+        stack.enter_context(torch.autocast(window.device.type, self._dtype, cache_enabled=False))
+
+    def backward(self, window: OpenWindow, run: Run) -> Run:
+        """Run backward without autocast, which would cast products in float32."""
+        kind = window.device.type
+
+        def outside(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+            with torch.autocast(kind, enabled=False):
+                run(tensors, seeds)
+
+        return outside

@@ -1,0 +1,102 @@
+"""Batch normalisation if microbatches run one after the other: frozen or pooled statistics, or a warning."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from microbatch.errors import ConfigError
+from microbatch.loss.batchnorm import layers_of
+from microbatch.loss.pooled_stats import Pooled
+from microbatch.step.part import OpenWindow, Part, Pass, Run
+from microbatch.step.record import Step
+
+_OURS = (str(Path(__file__).parents[2]), "<@")  # files of the package, and functions that beartype generated
+_NAMED = 4  # layers that a warning names
+
+
+class FrozenNorms(Part):
+    """Normalise by the running statistics, and do not update them."""
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Put the layers into evaluation mode until the end of the window."""
+        for name, layer in layers_of(window.model).items():
+            if layer.running_mean is None:
+                raise ConfigError(
+                    f'batch_norm="frozen" normalises by running statistics, and {name!r} has none '
+                    "(track_running_stats=False)"
+                )
+            # The mode of the layer is changed, so that a checkpoint that runs it again in backward does the same.
+            layer.training = False
+            stack.callback(setattr, layer, "training", True)
+
+
+class PooledNorms(Part):
+    """Normalise each microbatch by its own statistics, and update running statistics once, from the whole batch."""
+
+    _pooled: Pooled
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Collect the layers' statistics."""
+        self._pooled = stack.enter_context(Pooled(window.model))
+
+    @contextmanager
+    def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
+        """Collect the statistics of a pass, unless it runs for the second time or is a filler."""
+        pooled = self._pooled
+        pooled.done = p.again or p.filler
+        yield
+        pooled.done = p.again
+        if not p.filler:
+            pooled.next()
+
+    def check(self, window: OpenWindow) -> None:
+        """Raise an error if a layer's statistics could not be collected."""
+        self._pooled.check()
+
+    def done(self, window: OpenWindow, step: Step) -> None:
+        """Update the running statistics, unless the window was dropped."""
+        del step
+        if not window.dropped:
+            self._pooled.finish()
+
+
+class NormWarning(Part):
+    """Warn once that batch normalisation uses the statistics of microbatches, if ``batch_norm`` is not given."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def backward(self, window: OpenWindow, run: Run) -> Run:
+        """Warn after the second microbatch's backward."""
+        if self.warned or not (layers := list(layers_of(window.model))):
+            return run
+
+        def warning(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+            run(tensors, seeds)
+            if not self.warned and window.done and not (window.now is not None and window.now.filler):
+                self.warned = True
+                _warn(layers)
+
+        return warning
+
+
+def _warn(layers: list[str]) -> None:
+    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(
+        f"batch normalisation ({', '.join(layers[:_NAMED])}{more}) normalises each microbatch by its own "
+        "statistics, so the gradient is not the large batch's, and running statistics are updated once a microbatch. "
+        'batch_norm="exact" in accumulator.step normalises over the whole batch; batch_norm="frozen" uses the '
+        'running statistics; mb.convert_batch_norm(model, to="group") replaces the layers by ones that need no batch. '
+        'batch_norm="microbatch" keeps this behaviour without the warning',
+        stacklevel=level,
+    )

@@ -1,0 +1,207 @@
+"""Keep a window within its memory budget: by the meter on the CPU, by the allocator's limit on CUDA."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+
+from microbatch.batch.batch_tree import leaves
+from microbatch.memory.budget import available_bytes, format_bytes
+from microbatch.memory.meter import MemoryMeter
+from microbatch.memory.out_of_memory import is_out_of_memory
+from microbatch.step.cutting import Cut, Cutting
+from microbatch.step.events import BudgetPassed
+from microbatch.step.force_eager import force_eager
+from microbatch.step.options import Options
+from microbatch.step.part import OpenWindow, Part
+from microbatch.step.record import Step
+
+
+class MemoryBudget(Part):
+    """Measure the memory of windows, and raise an error for an allocation beyond the budget.
+
+    A budget from the user holds in every window. Without one, CUDA's allocator itself fails at the end of memory. On
+    the CPU, the system would kill the process instead, so the meter is on where memory may grow. These are the first
+    two windows, the first window with optimizer state, and windows with larger microbatches or rows than before.
+
+    Attributes:
+        budget: Bytes that the window may use; `None` if they are not measured.
+        passing: Whether the meter is on in this window, although most windows run without it.
+        allocation_retries: How often CUDA's allocator emptied its cache in the last window and asked the device again.
+            Each time, it waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.budget: int | None = None
+        self.passing = False
+        self.allocation_retries = 0
+        self._meter: MemoryMeter | None = None
+        self._cut: Cut | None = None
+        self._retries, self._device = 0, torch.device("cpu")
+        # Windows that succeeded, their largest row and microbatch, the most bytes beyond a budget so far, and whether
+        # the last window began before the optimizer had its state.
+        self._windows, self._row_bytes, self._bytes, self._beyond, self._stateless = 0, 0.0, 0.0, 0, False
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Start to measure, before the batch is known."""
+        options, device = window.options, window.device
+        self._device = device
+        self.budget, self.passing, self._meter, self._cut = None, False, None, None
+        has_state = all(optimizer.state for optimizer in options.optimizers)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._retries = _allocation_retries(device)
+            if isinstance(options.memory_budget, int):
+                self.budget = options.memory_budget
+                window.outer.callback(_limit_cuda(device, self.budget))
+        elif isinstance(options.memory_budget, int):
+            self._meter_on(window, options.memory_budget)
+        elif self._windows < 2 or (has_state and self._stateless):
+            self._meter_by_default(window)
+        self._stateless = not has_state
+
+    def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
+        """Turn the meter on for microbatches that are larger than earlier ones, and count the batch."""
+        cut = cutting.cut
+        if cut is None:
+            return
+        self._cut = cut
+        if cut.row_bytes > self._row_bytes or cut.bytes > self._bytes:
+            self._meter_by_default(window)
+        if self._meter is not None:
+            self._track(self._meter, [leaf for _, leaf in leaves(batch)])
+
+    def check(self, window: OpenWindow) -> None:
+        """Measure without a limit from now on: an error inside the optimizer would leave a partial step."""
+        if self._meter is not None:
+            self._meter.budget = None
+
+    def failed(self, window: OpenWindow, error: BaseException) -> None:
+        """Measure without a limit, because other ranks may wait for dummy passes."""
+        self.check(window)
+
+    def figures(self, window: OpenWindow) -> Mapping[str, Any]:
+        """Return the peak memory."""
+        return {"peak_bytes": self.peak_bytes(window.device)}
+
+    def done(self, window: OpenWindow, step: Step) -> None:
+        """Store the sizes that fit, and report an exceeded budget."""
+        self._windows += 1
+        if self._meter is not None and self._cut is not None:
+            self._row_bytes = max(self._row_bytes, self._cut.row_bytes)
+            self._bytes = max(self._bytes, self._cut.bytes)
+        if window.device.type == "cuda":
+            self.allocation_retries = _allocation_retries(window.device) - self._retries
+        peak, budget = step.peak_bytes, window.options.memory_budget
+        if peak is not None and isinstance(budget, int) and peak - budget > self._beyond:
+            self._beyond = peak - budget
+            window.later(BudgetPassed(step=step.index, peak_bytes=peak, budget=budget))
+            if not window.options.listeners:
+                warnings.warn(
+                    f"a window took {format_bytes(peak)}, more than its memory_budget of {format_bytes(budget)}, where "
+                    "stopping would have left a partial step, such as inside the optimizer",
+                    stacklevel=4,
+                )
+
+    def put_back(self, window: OpenWindow, error: BaseException) -> None:
+        """Forget the sizes that fit, after memory ran out."""
+        if is_out_of_memory(error):
+            self._forget(windows=0)
+            if self.budget is not None and getattr(error, "budget", None) is None:
+                with suppress(AttributeError, TypeError):
+                    vars(error)["budget"] = self.budget
+
+    def watch_next(self) -> None:
+        """Measure the next window, and not the one after it."""
+        self._forget(windows=1)
+
+    def skip_first(self) -> None:
+        """Count a first window as measured, because the search for a microbatch size measures windows itself."""
+        self._windows = max(1, self._windows)
+
+    def peak_bytes(self, device: torch.device) -> int | None:
+        """Return the peak memory so far, from the allocator or the meter.
+
+        Args:
+            device: The device where the model computes.
+
+        Returns:
+            Bytes; `None` if neither measures.
+        """
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return None if self._meter is None else self._meter.peak_bytes
+
+    def live_bytes(self) -> int | None:
+        """Return the bytes in use now.
+
+        Returns:
+            Bytes; `None` if they are not measured.
+        """
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return None if self._meter is None else self._meter.live_bytes
+
+    def _forget(self, *, windows: int) -> None:
+        self._windows, self._row_bytes, self._bytes, self._stateless = windows, 0.0, 0.0, False
+
+    def _meter_by_default(self, window: OpenWindow) -> None:
+        options = window.options
+        if self._meter is not None or window.device.type != "cpu" or options.memory_budget is not None:
+            return
+        # The compiler does not compile under a meter, and fake tensors take no memory.
+        if options.compile or is_fake(options):
+            return
+        available = available_bytes(window.device)
+        if available is not None:
+            # The processes of this machine share the memory equally.
+            share = available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            self.passing = True
+            self._meter_on(window, share)
+
+    def _meter_on(self, window: OpenWindow, budget: int) -> None:
+        meter = self._meter = MemoryMeter()
+        self.budget = budget
+        self._track(meter, window.options.model, *window.options.optimizers)
+        # Under the meter, a compiled function would fail to compile, and stay uncompiled from then on.
+        if "torch._dynamo" in sys.modules:
+            window.outer.enter_context(force_eager())
+        window.outer.enter_context(meter)
+
+    def _track(self, meter: MemoryMeter, *things: object) -> None:
+        """Count existing tensors; a budget of free memory is raised by their size."""
+        before = meter.live_bytes
+        meter.track(*things)
+        if self.budget is not None:
+            self.budget += meter.live_bytes - before if self.passing else 0
+            meter.budget = self.budget
+
+
+def is_fake(options: Options) -> bool:
+    """Return whether any of the model's parameters is a fake tensor, which takes no memory.
+
+    Args:
+        options: The options of the accumulator.
+
+    Returns:
+        Whether there is one.
+    """
+    fake: Any = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and any(isinstance(each, fake.FakeTensor) for each in options.model.parameters())
+
+
+def _allocation_retries(device: torch.device) -> int:
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
+
+
+def _limit_cuda(device: torch.device, budget: int) -> Callable[[], None]:
+    total = torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    return lambda: torch.cuda.set_per_process_memory_fraction(before, device)

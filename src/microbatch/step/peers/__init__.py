@@ -1,0 +1,1 @@
+"""The other ranks of a window, and all communication with them."""

@@ -1,0 +1,45 @@
+"""Rows for dummy passes, from this rank's batch or from another rank's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from microbatch.batch.batch_tree import map_tensors, rows_of, slice_rows
+from microbatch.batch.batches import parts_of
+from microbatch.ranks.process_group import RankGroup
+
+_FEW = 2  # one row has no variance for batch normalisation
+
+
+def few_of(batch: Any) -> Any:
+    """Return the first two rows of a batch.
+
+    Args:
+        batch: A batch with at least one row.
+
+    Returns:
+        Views of the first two rows, or of the only one.
+    """
+    batch = next(part for part in parts_of(batch) if rows_of(part))
+    rows = rows_of(batch)
+    return slice_rows(batch, 0, min(_FEW, rows), rows=rows)
+
+
+def borrow_rows(ranks: RankGroup, batch: Any, *, microbatches: Sequence[float]) -> Any:
+    """Send the first rows of the first non-empty rank to every rank.
+
+    Args:
+        ranks: The process group; every rank calls this function.
+        batch: The batch of this rank.
+        microbatches: Number of microbatches of each rank.
+
+    Returns:
+        The rows, on the host.
+
+    Cost:
+        Two small all-gathers.
+    """
+    lender = next(index for index, number in enumerate(microbatches) if number)
+    given = map_tensors(lambda each: each.cpu(), few_of(batch)) if ranks.index == lender else None
+    return ranks.tell(given)[lender]

@@ -1,0 +1,35 @@
+"""The memory that a window may use."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from microbatch.batch.batch_tree import leaves
+from microbatch.memory.budget import available_bytes
+from microbatch.memory.meter import MemoryMeter
+from microbatch.step.options import Options
+
+
+def room_for(options: Options, batch: object) -> int | None:
+    """Return the bytes that a window may use, weights included.
+
+    Args:
+        options: The options of the accumulator.
+        batch: The batch, whose memory counts if it is on the CPU with the model.
+
+    Returns:
+        Bytes; `None` if there is no known limit.
+    """
+    budget, device = options.memory_budget, options.device
+    if budget is not None:
+        return budget if isinstance(budget, int) else None
+    available = available_bytes(device)
+    if available is None:
+        return None
+    if device.type == "cuda":
+        return available + torch.cuda.memory_allocated(device)
+    meter = MemoryMeter()
+    meter.track(options.model, *options.optimizers, [leaf for _, leaf in leaves(batch)])
+    return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) + meter.live_bytes

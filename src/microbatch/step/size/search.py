@@ -1,0 +1,251 @@
+"""Find the fastest microbatch size with at most five probes, or a default if the machine is too busy to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from microbatch.errors import ConfigError
+
+MOST_SIZES = 12
+"""Number of sizes among which five probes find the fastest: one less than a Fibonacci number."""
+
+NOISE = 0.2
+"""Interquartile range over the median above which another job is probably running, and the median is not used."""
+
+AGREED = 0.05
+"""Largest relative difference of the two fastest samples that counts as agreement, if the samples are noisy."""
+
+SAMPLES = 3
+"""Minimum number of samples in a probe: the interquartile range of three ignores one outlier."""
+
+_MIDDLE = 16
+"""Rows of the default size, which was never far from the best on the models of the benchmarks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The chosen microbatch size, with the reason and the measurements.
+
+    Attributes:
+        microbatch_size: Rows that go through the model at once.
+        decided: Whether speed was measured; if not, the size is a default, and ``why`` gives the reason.
+        why: The reason for this size, in words.
+        seconds: Measured seconds per row, by size.
+    """
+
+    microbatch_size: int
+    decided: bool
+    why: str
+    seconds: Mapping[int, float]
+
+
+def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
+    """List the sizes to try: those that cut a batch into 1, 2, 4, 8, ... microbatches as evenly as possible.
+
+    Args:
+        rows: Rows of the batch; at least 1.
+        largest: Rows of the largest microbatch that fits; `None` if it is not known. If not even one row fits, one row
+            is tried.
+
+    Returns:
+        Sizes in rows, ascending; the 12 largest if there are more.
+
+    Raises:
+        ConfigError: The batch has no rows.
+
+    Example:
+        >>> sizes_for(48), sizes_for(33, largest=20), sizes_for(5, largest=0)
+        ([1, 2, 3, 6, 12, 24, 48], [1, 2, 3, 5, 9, 17], [1])
+    """
+    if rows < 1:
+        raise ConfigError(f"a batch to plan for needs at least 1 row, not {rows!r}")
+    most = rows if largest is None else max(1, min(rows, largest))
+    cuts = (1 << power for power in range(rows.bit_length() + 1))
+    return sorted({size for cut in cuts if (size := -(-rows // cut)) <= most})[-MOST_SIZES:]
+
+
+def next_size(sizes: Sequence[int], seconds: Mapping[int, float]) -> int | None:
+    """Return the next size to time, by a Fibonacci search on the logarithm of the size.
+
+    Speed rises up to the best size and falls beyond it. So the best size lies between the two measured neighbours of
+    the fastest size so far, and each probe makes that interval smaller.
+
+    Args:
+        sizes: Sizes to choose from, ascending.
+        seconds: Measured seconds per row, by size; sizes that are not in ``sizes`` are ignored.
+
+    Returns:
+        A size of ``sizes`` that has not been measured, or `None` if the fastest is known.
+
+    Example:
+        >>> next_size([1, 2, 4, 8, 16, 32], {}), next_size([1, 2, 4], {1: 3.0, 2: 2.0, 4: 2.5})
+        (4, None)
+    """
+    seen = {index: seconds[size] for index, size in enumerate(sizes) if size in seconds}
+    length = _fibonacci_above(len(sizes))
+    if not seen:
+        # Two sizes are equally good as a first probe; the smaller one needs less memory.
+        return sizes[min(length - _fibonacci_above(length // 2) - 1, len(sizes) - 1)] if sizes else None
+    best = min(seen, key=seen.__getitem__)
+    low = max((index for index in seen if index < best), default=-1)
+    high = min((index for index in seen if index > best), default=length - 1)
+    between = [index for index in range(low + 1, min(high, len(sizes))) if index != best]
+    if not between:
+        return None
+    # The mirror image of the best size in the interval.
+    mirrored = low + high - best
+    return sizes[min(between, key=lambda index: (abs(index - mirrored), index))]
+
+
+def noise(samples: Sequence[float]) -> float:
+    """Return the relative spread of samples: their interquartile range over their median.
+
+    Args:
+        samples: Samples of the same quantity; at least one.
+
+    Returns:
+        The relative spread; 0 for a single sample.
+
+    Example:
+        >>> noise([1.0, 1.0, 1.0, 9.0]), noise([1.0, 2.0, 3.0])
+        (2.0, 0.5)
+    """
+    if len(samples) < 2:
+        return 0.0
+    low, middle, high = quantiles(samples, n=4, method="inclusive")
+    return (high - low) / middle if middle else 0.0
+
+
+def middle_size(sizes: Sequence[int]) -> int:
+    """Return the default size without a measurement: the largest of at most 16 rows, or the smallest of all.
+
+    Args:
+        sizes: Sizes to choose from, ascending; at least one.
+
+    Returns:
+        The default size.
+
+    Example:
+        >>> middle_size([1, 2, 4, 8, 16, 32]), middle_size([20, 40])
+        (16, 20)
+    """
+    return max((size for size in sizes if size <= _MIDDLE), default=sizes[0])
+
+
+def fastest(sizes: Sequence[int], seconds: Mapping[int, float]) -> Found:
+    """Choose the fastest measured size.
+
+    Args:
+        sizes: Sizes to choose from, ascending.
+        seconds: Measured seconds per row, by size, for at least one of ``sizes``.
+
+    Returns:
+        The fastest size.
+    """
+    measured = {size: seconds[size] for size in sizes if size in seconds}
+    best = min(measured, key=measured.__getitem__)
+    others = [size for size in measured if size != best]
+    if not others:
+        return Found(microbatch_size=best, decided=True, why="no other size fits this batch", seconds=measured)
+    near = min(others, key=measured.__getitem__)
+    gain = measured[near] / measured[best]
+    why = f"fastest of {len(measured)} sizes that were timed on real steps: {gain:.2f} times as fast as {near}"
+    return Found(microbatch_size=best, decided=True, why=why, seconds=measured)
+
+
+def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -> Found:
+    """Choose the default size.
+
+    Args:
+        sizes: Sizes to choose from, ascending; at least one.
+        seconds: Measured seconds per row, by size.
+        why: The reason why speed could not be compared.
+
+    Returns:
+        The default size.
+    """
+    size = middle_size(sizes)
+    return Found(microbatch_size=size, decided=False, why=f"{why}; {size} is a default", seconds=dict(seconds))
+
+
+def settled(samples: Sequence[float]) -> float | None:
+    """Return the time per row that samples agree on.
+
+    Another job can only make a sample slower. So if the samples are noisy but the two fastest agree, their mean is the
+    time without the other job.
+
+    Args:
+        samples: Seconds per row; at least one.
+
+    Returns:
+        The median, or the mean of the two fastest; `None` if the samples do not agree.
+
+    Example:
+        >>> settled([1.0, 1.1, 1.2]), settled([2.5, 1.0, 1.0, 2.6]), settled([1.0, 1.4, 2.5, 2.6])
+        (1.1, 1.0, None)
+
+    Source:
+        Tested with a simulated second job: ``tests/laws/test_rival.py``.
+    """
+    if noise(samples) <= NOISE:
+        return median(samples)
+    fast = sorted(samples)[:2]
+    return sum(fast) / 2 if len(samples) >= 2 * len(fast) and fast[1] <= (1 + AGREED) * fast[0] else None
+
+
+def too_noisy(size: int, samples: Sequence[float]) -> str:
+    """Return the reason why noisy samples were not compared, in words.
+
+    Args:
+        size: The microbatch size of the samples.
+        samples: Seconds per row; at least one.
+
+    Returns:
+        The reason.
+    """
+    return (
+        f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
+        "as when another job is running, so speeds were not compared"
+    )
+
+
+def search(measure: Callable[[int], Sequence[float]], sizes: Sequence[int]) -> Found:
+    """Find the fastest microbatch size by timing at most five of them.
+
+    Args:
+        measure: Runs real microbatches of a size, and returns samples of their time in seconds per row.
+        sizes: Sizes that fit, ascending; at most 12, as from `sizes_for`.
+
+    Returns:
+        The size, and the reason. If samples are too noisy, the default size.
+
+    Raises:
+        ConfigError: There is no size to choose from.
+
+    Cost:
+        At most five calls of ``measure``.
+
+    Example:
+        >>> speed = {1: 0.78, 2: 0.88, 4: 1.0, 8: 0.84, 16: 0.71, 32: 0.56}
+        >>> search(lambda size: [1 / speed[size]] * 3, list(speed)).microbatch_size
+        4
+    """
+    if not sizes:
+        raise ConfigError("there is no microbatch size to choose from")
+    seconds: dict[int, float] = {}
+    while (size := next_size(sizes, seconds)) is not None:
+        samples = measure(size)
+        if (taken := settled(samples)) is None:
+            return undecided(sizes, seconds, why=too_noisy(size, samples))
+        seconds[size] = taken
+    return fastest(sizes, seconds)
+
+
+def _fibonacci_above(number: int) -> int:
+    """Return the smallest Fibonacci number above ``number``."""
+    before, after = 1, 2
+    while after <= number:
+        before, after = after, before + after
+    return after
