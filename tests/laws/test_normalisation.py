@@ -62,6 +62,7 @@ TARGETS = st.lists(st.integers(0, 8), min_size=1, max_size=9).filter(any)
     seed=SEEDS,
 )
 @example(rows=10, size=2, microbatches=4, sums=False, dtype=torch.float64, seed=0)
+@example(rows=11, size=1, microbatches=1, sums=False, dtype=torch.float32, seed=7893)  # a tiny gradient: all cancels
 def test_n1_every_window_is_divided_by_what_was_in_it(
     device: str, rows: int, size: int, microbatches: int, sums: bool, dtype: torch.dtype, seed: int
 ) -> None:
@@ -77,10 +78,11 @@ def test_n1_every_window_is_divided_by_what_was_in_it(
     for update, window in zip(it.updates, windows, strict=True):
         batch = joined(window)
         reference = full_batch(model, squared, batch)
-        assert relative_error(update, reference) <= limit(model, squared, batch, reference)
+        rounding = limit(model, squared, batch, reference)
+        assert relative_error(update, reference) <= rounding
         alike = len(window) == microbatches and len(window[-1]["x"]) == len(window[0]["x"])
         error = relative_error(by_hand(model, squared, window, divide_by=microbatches), reference)
-        assert error < WRONG if alike else error > WRONG
+        assert error < max(WRONG, rounding) if alike else error > WRONG
 
 
 @on_each_device
