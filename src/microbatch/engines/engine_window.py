@@ -31,7 +31,7 @@ from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone
 from microbatch.step.finish import record_of
 from microbatch.step.part import Met
-from microbatch.step.peers.data_parallel import added_up, message_of, total_over
+from microbatch.step.peers.data_parallel import message_of, total_metrics, total_over
 from microbatch.step.record import Step
 from microbatch.step.saved_state import Snapshot
 
@@ -289,9 +289,11 @@ class EngineWindow:
             if has and getattr(parameter, self._where, None) is None:
                 setattr(parameter, self._where, torch.zeros_like(parameter, dtype=dtype))
 
+    def _metrics_of_ranks(self, own: dict[str, float]) -> list[dict[str, float]]:
+        return [own] if self._ranks is None else self._ranks.tell(own)
+
     def _record(self, agreed: Message, norm: Tensor, *, microbatches: int) -> Step:
         ranks, device = self._ranks, self._device
-        own = {name: value.item() for name, value in self._denominator.metrics.items()}
         met = Met(
             names=agreed.names,
             sums=torch.tensor(agreed.sums, dtype=wide_dtype(device), device=device),
@@ -303,7 +305,7 @@ class EngineWindow:
             host_norm=math.nan,
             normalized=True,
             present=agreed.present,
-            metrics=added_up([own] if ranks is None else ranks.tell(own), device) if agreed.metrics else {},
+            metrics=total_metrics(self._denominator, self._metrics_of_ranks, device) if agreed.metrics else {},
         )
         return Step(
             index=self._index,

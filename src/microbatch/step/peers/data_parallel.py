@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -185,7 +185,7 @@ class DataParallel(Peers):
             host_norm=norm.item(),
             normalized=True,
             present=agreed.present,
-            metrics=self._metrics(window) if agreed.metrics else {},
+            metrics=total_metrics(window.denominator, self.tell_metrics, device) if agreed.metrics else {},
         )
 
     def tell_metrics(self, own: dict[str, float]) -> list[dict[str, float]]:
@@ -251,11 +251,6 @@ class DataParallel(Peers):
         ]
         return [total for total, _ in found], [dtype for _, dtype in found]
 
-    def _metrics(self, window: OpenWindow) -> dict[str, Tensor]:
-        """Add up the metrics of all ranks."""
-        own = {name: value.item() for name, value in window.denominator.metrics.items()}
-        return added_up(self.tell_metrics(own), window.device)
-
 
 def total_over(
     ranks: RankGroup, rows: float, counts: Mapping[str, float], *, parameters: int
@@ -313,21 +308,29 @@ def message_of(denominator: Denominator, device: torch.device, *, samples: float
     )
 
 
-def added_up(metrics: Sequence[Mapping[str, float]], device: torch.device) -> dict[str, Tensor]:
+def total_metrics(
+    denominator: Denominator, tell: Callable[[dict[str, float]], Sequence[Mapping[str, float]]], device: torch.device
+) -> dict[str, Tensor]:
     """Add up the metrics of all ranks by name.
 
     Args:
-        metrics: The metrics of each rank.
+        denominator: Has the metrics of this rank.
+        tell: Takes this rank's metrics, and returns those of each rank.
         device: The device of the result.
 
     Returns:
         Tensors of shape ``()``.
+
+    Cost:
+        One host synchronisation for all metrics, and what ``tell`` takes.
     """
+    dtype, metrics = wide_dtype(device), denominator.metrics
+    values = torch.stack([value.to(device, dtype) for value in metrics.values()]).tolist() if metrics else []
     total: dict[str, float] = {}
-    for told in metrics:
+    for told in tell(dict(zip(metrics, values, strict=True))):
         for name, value in told.items():
             total[name] = total.get(name, 0.0) + value
-    return {name: torch.tensor(value, dtype=wide_dtype(device), device=device) for name, value in total.items()}
+    return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in total.items()}
 
 
 def _parameters(window: OpenWindow) -> int:
