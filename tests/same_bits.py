@@ -112,7 +112,7 @@ def options_for(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_clock(accumulator: Any, clock: Callable[[], float]) -> bool:
-    """Let an accumulator time microbatches by a clock of ours, and return whether a known place for it was found."""
+    """Make an accumulator read a fake clock, and return whether the attribute for the clock was found."""
     for place in CLOCKS:
         *path, name = place.split(".")
         owner = accumulator

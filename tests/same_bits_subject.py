@@ -330,7 +330,7 @@ class Fault:
 
 
 def fails_once(subject: Subject, *, error: Exception, where: str = "forward", at: int = 2) -> None:
-    """Let the error be raised once, in one microbatch of one rank; then take a step that goes well."""
+    """Raise an error in one microbatch of one rank; then take a step without errors."""
     fault, case = Fault(error, where, at), subject.case
     if case.encode is not None:
         subject.step(encode=fault.around(case.encode, subject), fails=True)
@@ -341,7 +341,7 @@ def fails_once(subject: Subject, *, error: Exception, where: str = "forward", at
 
 
 def memory_ends(subject: Subject, *, places: int = 5) -> list[Any]:
-    """Let memory end at several operators, from the first one to the last one before the optimizer's."""
+    """Run out of memory at several operators, from the first one to the last one before the optimizer's."""
     struck = subject.rank == subject.ranks - 1  # the last rank
     calm = RunsOut()
     run_out(subject.again(), calm)
@@ -367,7 +367,7 @@ def run_out(subject: Subject, mode: RunsOut) -> dict[str, Any]:
 
 
 def optimizer_runs_out(subject: Subject, *, times: int = 1) -> None:
-    """Let memory end inside the optimizer's first step on the last rank, and again where that is tried once more."""
+    """Run out of memory in the optimizer's first step on the last rank, and again when the step is repeated."""
     struck = subject.rank == subject.ranks - 1
     mode = RunsOut(*range(1, times + 1))
 
@@ -410,7 +410,7 @@ def resume(subject: Subject) -> None:
 
 
 def tune(subject: Subject, *, steps: int = 14, fastest: tuple[int, ...] = (4, 16), **at: int) -> None:
-    """Let a size be chosen by a clock that moves as the loss function says; each rank has a fastest size of its own."""
+    """Choose a size by a clock that the loss function moves; each rank has another fastest size."""
     now, factor, case = 0.0, 1.0, subject.case
     resumed, slower = at.get("resumed", -1), at.get("slower_at", -1)
 
