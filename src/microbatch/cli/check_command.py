@@ -17,6 +17,7 @@ from rich.text import Text
 
 from microbatch.checking.check_report import Check
 from microbatch.checking.equal import check
+from microbatch.cli.error_report import report_error
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.errors import MicrobatchError
 from microbatch.train.config import Settings, load_settings
@@ -44,10 +45,7 @@ def run_check(flags: Mapping[str, Any], *, file: Path | None, as_json: bool, col
         settings = load_settings(flags, file=file)
         found = _check(settings)
     except (MicrobatchError, OSError) as error:
-        if as_json:
-            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False)
+        report_error(error, errors, as_json=as_json)
         return DIFFERENT if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
     except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
         traceback.print_exc()

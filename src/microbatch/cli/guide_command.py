@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from microbatch.cli.error_report import report_error
 from microbatch.errors import MicrobatchError, MissingDependencyError
 
 BAD_INPUT = 2
@@ -31,8 +32,7 @@ def run_guide(runs: Sequence[Path], *, port: int | None, browser: bool, export: 
             return _export(export, shown)
         return _serve(runs, port=port, browser=browser, shown=shown)
     except MicrobatchError as error:
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False)
+        report_error(error, errors)
         return BAD_INPUT
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 import microbatch.planning.plan as plans
+from microbatch.cli.error_report import report_error
 from microbatch.cli.run_views import ACCENT, QUIET
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.planning.figure import svg
@@ -54,10 +55,7 @@ def run_plan(
         if plot is not None:
             plot.write_text(svg(found), encoding="utf-8")
     except (MicrobatchError, OSError) as error:
-        if as_json:
-            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False)
+        report_error(error, errors, as_json=as_json)
         return FAILED if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
     except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
         traceback.print_exc()
