@@ -1,5 +1,6 @@
 """What a launcher says, which rows are whose, and who is missing."""
 
+import json
 import platform
 import subprocess
 import sys
@@ -81,6 +82,19 @@ def test_a_dead_rank_is_told_from_a_late_one_and_from_one_that_failed(tmp_path: 
     found = who_is_missing(tmp_path, ranks=3, rank=0)
     assert f"rank 1 has died (process {gone.pid}" in found
     assert "rank 2 failed in step 3 (ValueError: on purpose)" in found
+    for beat in beats:
+        beat.close()
+
+
+def test_a_rank_that_dies_a_moment_after_its_connections_is_not_called_late(tmp_path: Path) -> None:
+    beats = [Heartbeat(tmp_path, rank) for rank in range(2)]
+    dying = subprocess.Popen(["sleep", "0.3"])
+    for beat, stage in zip(beats, (WAITING, COMPUTING), strict=True):
+        beat.at(3, stage)
+    said = {"step": 3, "stage": COMPUTING, "detail": "", "seconds": 0.0, "host": platform.node(), "process": dying.pid}
+    (tmp_path / "rank-1.heartbeat").write_text(json.dumps(said))
+    assert f"rank 1 has died (process {dying.pid}" in who_is_missing(tmp_path, ranks=2, rank=0)
+    dying.wait()
     for beat in beats:
         beat.close()
 

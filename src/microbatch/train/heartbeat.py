@@ -160,13 +160,13 @@ def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
     Returns:
         One sentence, without a full stop.
     """
-    # A killed process closes its connections a moment before it ends, so the check is repeated for a second.
-    step, found = _look(folder, ranks=ranks, rank=rank)
-    for _ in range(_LOOKS):
-        if found:
+    # A killed process closes its connections a moment before it ends. Until one of the ranks is certainly at fault,
+    # the check is repeated for a second: a rank that has just died would else be described as late.
+    for look in range(_LOOKS):
+        step, found, certain = _look(folder, ranks=ranks, rank=rank)
+        if certain or look == _LOOKS - 1:
             break
         time.sleep(_BETWEEN)
-        step, found = _look(folder, ranks=ranks, rank=rank)
     if not found:
         others = ", ".join(f"rank {each}" for each in range(ranks) if each != rank)
         return f"step {step} came to a halt, and {others} had come as far as this one: the network may have failed"
@@ -200,16 +200,20 @@ def missing_ranks_named(heartbeat: Heartbeat, *, ranks: int, rank: int) -> Gener
         raise told from error
 
 
-def _look(folder: Path, *, ranks: int, rank: int) -> tuple[int, list[str]]:
+def _look(folder: Path, *, ranks: int, rank: int) -> tuple[int, list[str], bool]:
+    """Return this rank's step, what is known of the ranks that are missing, and whether one has certainly failed."""
     beats = {each: read_beat(folder, each) for each in range(ranks)}
     own = beats[rank]
     furthest = max((_place(beat) for beat in beats.values() if beat is not None), default=(0, 0))
-    found = [
-        f"rank {each} {_said(beat)}"
-        for each, beat in beats.items()
-        if each != rank and (beat is None or (beat.at_fault and (beat.gone or beat.halted or _place(beat) < furthest)))
-    ]
-    return 0 if own is None else own.step, found
+    found, certain = [], False
+    for each, beat in beats.items():
+        if each == rank or (beat is not None and not beat.at_fault):
+            continue
+        failed = beat is not None and (beat.stage == FAILED or beat.gone or beat.halted)
+        if beat is None or failed or _place(beat) < furthest:
+            found.append(f"rank {each} {_said(beat)}")
+            certain = certain or failed
+    return 0 if own is None else own.step, found, certain
 
 
 def _said(beat: Beat | None) -> str:
