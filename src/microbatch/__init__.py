@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
+    from microbatch.warned import MicrobatchWarning
 
 __all__ = [
     "Accumulator",
@@ -61,6 +62,7 @@ __all__ = [
     "MemoryMeter",
     "MicrobatchDone",
     "MicrobatchError",
+    "MicrobatchWarning",
     "Pipeline",
     "Plan",
     "PlanChosen",
@@ -111,6 +113,7 @@ _HOMES = {
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",
     "MicrobatchError": "errors",
+    "MicrobatchWarning": "warned",
     "Pipeline": "ranks.pipeline",
     "Plan": "planning.plan",
     "PlanChosen": "step.events",

@@ -26,6 +26,7 @@ PUBLIC = {
     "MemoryMeter",
     "MicrobatchDone",
     "MicrobatchError",
+    "MicrobatchWarning",
     "Pipeline",
     "Plan",
     "PlanChosen",

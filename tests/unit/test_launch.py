@@ -88,7 +88,7 @@ def test_a_dead_rank_is_told_from_a_late_one_and_from_one_that_failed(tmp_path: 
 
 def test_a_rank_that_dies_a_moment_after_its_connections_is_not_called_late(tmp_path: Path) -> None:
     beats = [Heartbeat(tmp_path, rank) for rank in range(2)]
-    dying = subprocess.Popen(["sleep", "0.3"])
+    dying = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
     for beat, stage in zip(beats, (WAITING, COMPUTING), strict=True):
         beat.at(3, stage)
     said = {"step": 3, "stage": COMPUTING, "detail": "", "seconds": 0.0, "host": platform.node(), "process": dying.pid}

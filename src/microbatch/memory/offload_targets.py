@@ -6,7 +6,6 @@ import ctypes
 import os
 import tempfile
 import threading
-import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from microbatch.errors import SpillError
 from microbatch.memory.budget import format_bytes
+from microbatch.warned import warn
 
 # Extents are aligned to pages, so that no write has to read the rest of a page first.
 _PAGE = 4096
@@ -91,10 +91,9 @@ class File(Place):
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         if (kind := _filesystem(self._directory)) in _IN_MEMORY:
-            warnings.warn(
+            warn(
                 f"{self._directory} is a {kind}, which is memory, so offloading to it frees nothing; pass directory= "
                 "on a disk, for example /var/tmp",
-                stacklevel=2,
             )
         try:
             self._file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 - closed with this object

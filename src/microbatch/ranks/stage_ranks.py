@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -14,6 +13,7 @@ from microbatch.errors import BatchError, ConfigError, RankError
 from microbatch.ranks.agreement import Message, agree
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.process_group import RankGroup
+from microbatch.warned import warn
 
 _SOME = 16  # elements of a weight that identify it
 
@@ -80,11 +80,10 @@ class Stages:
             for fingerprint, name in fingerprints.items():
                 where, twin = first.setdefault(fingerprint, (rank, name))
                 if where != rank:
-                    warnings.warn(
+                    warn(
                         f"{twin!r} on rank {where} of the pipeline and {name!r} on rank {rank} have the same values. "
                         "If they are one tied parameter, splitting the model made two parameters of it, each with a "
                         "part of the gradient: untie them, or put both into stages of one rank",
-                        stacklevel=2,
                     )
 
     def attend(self, rows: int, passes: int, *, first: int, parameters: int) -> None:

@@ -40,6 +40,7 @@ from microbatch.step.size.coupled_way import CoupledWay
 from microbatch.step.size.microbatch_size import MicrobatchSize
 from microbatch.step.size.stopwatch import Stopwatch
 from microbatch.step.sums import sums_for
+from microbatch.warned import WarnOnce
 
 
 class Composition:
@@ -52,6 +53,7 @@ class Composition:
         options: The options, with a `Spill` as ``offload`` where activations are offloaded.
         history: Counts and settings from earlier windows.
         parts: Every part, the outermost first, without peers and passes.
+        warn: Issues each kind of warning once.
         policies: The choices that change between windows.
 
     Raises:
@@ -63,7 +65,7 @@ class Composition:
         if isinstance(options.offload, str) or (options.offload is None and options.batch_norm == EXACT):
             options = replace(options, offload=Spill(options.bare_model))
         self.options, self.history = options, History()
-        self._aside = Aside()
+        self._aside, self.warn = Aside(), WarnOnce()
         self.budget, self.stopwatch = MemoryBudget(), Stopwatch()
         self.size = MicrobatchSize(options, self.budget, self.stopwatch)
         self.way = CoupledWay("twice" if options.coupled == "auto" and options.is_sharded else options.coupled)
@@ -105,6 +107,7 @@ class Composition:
             couple=self._couple,
             finish=finish,
             live_bytes=self.budget.live_bytes,
+            warn=self.warn,
             hooked=self._hooked[alone],
         )
 

@@ -11,6 +11,7 @@ from microbatch.step.history import History
 from microbatch.step.options import Options
 from microbatch.step.part import OpenWindow, Part, Passes, Peers
 from microbatch.step.size.sizing import Sizing
+from microbatch.warned import WarnOnce
 
 
 @runtime_checkable
@@ -73,6 +74,7 @@ class Setup:
         couple: Creates the encoder of a batch with a coupled loss.
         finish: Takes the step, or leaves the gradient; returns fields of the `Step` record.
         live_bytes: Returns the bytes in use now; `None` if they are not measured.
+        warn: Issues each kind of warning once.
         hooked: Cache of the parts that override a hook, by hook.
     """
 
@@ -86,6 +88,7 @@ class Setup:
     couple: Callable[..., Any]
     finish: Callable[[OpenWindow], dict[str, Any]]
     live_bytes: Callable[[], int | None]
+    warn: WarnOnce = field(default_factory=WarnOnce)
     hooked: dict[str, list[Part]] = field(default_factory=dict[str, list[Part]])
 
     def having(self, hook: str) -> list[Part]:

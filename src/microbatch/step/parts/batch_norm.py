@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +14,7 @@ from microbatch.loss.pooled_stats import Pooled
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.record import Step
 
-_OURS = (str(Path(__file__).parents[2]), "<@")  # files of the package, and functions that beartype generated
+_KIND = "batch norm"
 _NAMED = 4  # layers that a warning names
 
 
@@ -68,35 +65,25 @@ class PooledNorms(Part):
 
 
 class NormWarning(Part):
-    """Warn once that batch normalisation uses the statistics of microbatches, if ``batch_norm`` is not given."""
-
-    def __init__(self) -> None:
-        self.warned = False
+    """Warn that batch normalisation uses the statistics of microbatches, if ``batch_norm`` is not given."""
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Warn after the second microbatch's backward."""
-        if self.warned or not (layers := list(layers_of(window.model))):
+        if window.setup.warn.has(_KIND) or not (layers := list(layers_of(window.model))):
             return run
 
         def warning(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
             run(tensors, seeds)
-            if not self.warned and window.done and not (window.now is not None and window.now.filler):
-                self.warned = True
-                _warn(layers)
+            if window.done and not (window.now is not None and window.now.filler):
+                more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
+                window.setup.warn(
+                    _KIND,
+                    f"batch normalisation ({', '.join(layers[:_NAMED])}{more}) normalises each microbatch by its own "
+                    "statistics, so the gradient is not the large batch's, and running statistics are updated once a "
+                    'microbatch. batch_norm="exact" in accumulator.step normalises over the whole batch; '
+                    'batch_norm="frozen" uses running statistics; mb.convert_batch_norm(model, to="group") replaces '
+                    'the layers by ones that need no batch. batch_norm="microbatch" keeps this behaviour without the '
+                    "warning",
+                )
 
         return warning
-
-
-def _warn(layers: list[str]) -> None:
-    more = f" and {len(layers) - _NAMED} more" if len(layers) > _NAMED else ""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"batch normalisation ({', '.join(layers[:_NAMED])}{more}) normalises each microbatch by its own "
-        "statistics, so the gradient is not the large batch's, and running statistics are updated once a microbatch. "
-        'batch_norm="exact" in accumulator.step normalises over the whole batch; batch_norm="frozen" uses the '
-        'running statistics; mb.convert_batch_norm(model, to="group") replaces the layers by ones that need no batch. '
-        'batch_norm="microbatch" keeps this behaviour without the warning',
-        stacklevel=level,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -21,6 +20,7 @@ from microbatch.step.force_eager import force_eager
 from microbatch.step.options import Options
 from microbatch.step.part import OpenWindow, Part
 from microbatch.step.record import Step
+from microbatch.warned import warn
 
 
 class MemoryBudget(Part):
@@ -103,10 +103,9 @@ class MemoryBudget(Part):
             self._beyond = peak - budget
             window.later(BudgetPassed(step=step.index, peak_bytes=peak, budget=budget))
             if not window.options.listeners:
-                warnings.warn(
+                warn(
                     f"a window took {format_bytes(peak)}, more than its memory_budget of {format_bytes(budget)}, where "
                     "stopping would have left a partial step, such as inside the optimizer",
-                    stacklevel=4,
                 )
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
