@@ -1,5 +1,6 @@
 """What every test runs under: types checked while the code runs, one seed, few threads, deterministic kernels."""
 
+import gc
 import os
 import random
 import sys
@@ -46,6 +47,13 @@ register_random(TORCH_RANDOM)
 settings.register_profile("here", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> None:
+    """Leave what is there before a file's first test out of collections: many tests collect, and modules are many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1142,7 +1142,7 @@ def test_memory_used_again_is_part_of_the_peak_anyway(
     for used_again in (True, False):
         monkeypatch.setattr("microbatch.memory.scratch.SMALLEST", 1 if used_again else 1 << 60)
         if not used_again:
-            monkeypatch.setattr("microbatch.gradients.fused_matmul.Fuse.final", False)
+            monkeypatch.setattr("microbatch.gradients.fused_matmul.Fuse.is_final", lambda _: False)
         twin = copy.deepcopy(model)
         optimizer = SGD(twin.parameters(), lr=0.0)
         accumulator = mb.Accumulator(twin, optimizer, microbatch_size=1, listeners=[tidy])

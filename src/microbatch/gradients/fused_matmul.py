@@ -43,8 +43,6 @@ class Fuse(TorchFunctionMode):
     Args:
         named: The window's parameters.
         gradients: The window's gradient sums.
-        stand_ins: Replacements for further functions, by function. A replacement is called first; if it returns `None`,
-            the function itself is called.
         empty: Makes uninitialised tensors: ``empty(shape, like=tensor)``.
         keep: Called with each cast that is cached until `forget`; `None` for no call.
 
@@ -57,14 +55,13 @@ class Fuse(TorchFunctionMode):
         named: Sequence[Named],
         gradients: GradientSum,
         *,
-        stand_ins: Mapping[Any, Callable[..., Any]],
         empty: Callable[..., Tensor],
         keep: Callable[[Tensor], object] | None = None,
     ) -> None:
         super().__init__()
         self._empty = empty
         self._keep = keep
-        self._rules = {func: partial(rule, self) for func, rule in _RULES.items()} | dict(stand_ins)
+        self._stand_ins: dict[Any, Callable[..., Any]] = {}
         self._gradients = gradients
         self._reasons = {each.name: _unfit(each.parameter) for each in named}
         self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
@@ -84,9 +81,12 @@ class Fuse(TorchFunctionMode):
         """Number of weights whose gradients were fused so far."""
         return len(self._fused)
 
-    @property
-    def final(self) -> bool:
-        """Whether the window's own backward is running; it frees the graph."""
+    def replace(self, func: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+        """Call a replacement for a further function first; if it returns `None`, the function itself is called."""
+        self._stand_ins[func] = replacement
+
+    def is_final(self) -> bool:
+        """Return whether the window's own backward is running; it frees the graph."""
         return self._running
 
     def report(self) -> Mapping[str, str]:
@@ -106,8 +106,9 @@ class Fuse(TorchFunctionMode):
         self._passes = max(1, self._passes)
 
     def forget(self) -> None:
-        """Free the cached casts, because the weights are about to change."""
+        """Free the cached casts, because the weights are about to change, and release the replacements."""
         self._casts.clear()
+        self._stand_ins.clear()  # they may refer back to this mode
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,10 +119,12 @@ class Fuse(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _DIFFERENTIATE:
             return self._differentiate(func, *args, **kwargs)
-        rule = self._rules.get(func)
-        if rule is None or not is_plain_autograd():
+        replacement = self._stand_ins.get(func)
+        if replacement is None and func in _RULES:
+            replacement = partial(_RULES[func], self)
+        if replacement is None or not is_plain_autograd():
             return func(*args, **kwargs)
-        out = rule(*args, **kwargs)
+        out = replacement(*args, **kwargs)
         return func(*args, **kwargs) if out is None else out
 
     # -- forward ------------------------------------------------------------------------------------------------------

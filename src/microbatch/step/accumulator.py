@@ -343,8 +343,7 @@ class Accumulator:
         attempts, saved = Attempts(lambda: it.setup(finish), it.policies, run, counts), size.saved()
         try:
             if not it.history.open:
-                for prepare in it.policies.before:
-                    prepare(batch, alone)
+                it.prepare(batch, alone)
             return attempts.step().step
         except NonfiniteError as error:
             if attempts.window is None:
@@ -354,6 +353,8 @@ class Accumulator:
         except BaseException:
             size.restore(saved)
             raise
+        finally:
+            attempts.window = None  # or the two would hold each other until the garbage collector runs
 
     def _run_in(self, window: Window, *, batch: object, loss_fn: Function, encode: Function | None) -> None:
         """Run a batch through an open window."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -27,12 +27,10 @@ class Policies:
     Attributes:
         size: The microbatch size.
         way: How coupled batches are encoded.
-        before: Functions that are called with the batch and its loss function or encoder before the first attempt.
     """
 
     size: MicrobatchSize
     way: CoupledWay
-    before: Sequence[Callable[[object, Function], object]]
 
 
 class ByHand:

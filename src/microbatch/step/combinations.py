@@ -206,16 +206,12 @@ def refuse(options: Options, *, use: Collection[str] = ()) -> None:
     Raises:
         ConfigError: Two of them exclude each other; the message tells why, and what to do.
     """
-    found: dict[str, bool] = {}
-
-    def given(name: str) -> bool:
-        if name not in found:
-            found[name] = name in use if name in USES else bool(FEATURES[name](options))
-        return found[name]
-
+    known = {name: name in use for name in USES}
     for clash in CLASHES:
         uses = clash.first in USES or clash.second in USES
-        if uses == bool(use) and given(clash.first) and given(clash.second) and not _set_internally(clash, options):
+        if uses != bool(use) or _set_internally(clash, options):
+            continue
+        if _given(clash.first, options, known) and _given(clash.second, options, known):
             raise ConfigError(f"{clash.first} does not go with {clash.second}: {clash.why}")
 
 
@@ -248,6 +244,13 @@ def check_together(options: Options) -> None:
     group = options.group  # raises if it is not a process group
     if options.pipeline is not None:
         check_beside(options.pipeline, group, given=options.ranks.group is not None)
+
+
+def _given(name: str, options: Options, known: dict[str, bool]) -> bool:
+    """Return whether a feature is in use, and remember it: some take a walk through the model to find out."""
+    if name not in known:
+        known[name] = bool(FEATURES[name](options))
+    return known[name]
 
 
 def _set_internally(clash: Clash, options: Options) -> bool:

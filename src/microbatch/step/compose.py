@@ -81,7 +81,7 @@ class Composition:
         self.passes = self._passes()
         self._alone, self._together = self._peers()
         self.parts = self._parts()
-        self.policies = Policies(self.size, self.way, [self._choose_blocks, self._choose_size])
+        self.policies = Policies(self.size, self.way)
         self._hooked: dict[bool, dict[str, list[Part]]] = {False: {}, True: {}}
 
     def setup(self, finish: Callable[[OpenWindow], dict[str, Any]] = take_step) -> Setup:
@@ -197,17 +197,21 @@ class Composition:
 
     # -- policies ------------------------------------------------------------------------------------------------------
 
-    def _choose_blocks(self, batch: object, loss_fn: Function) -> None:
+    def prepare(self, batch: object, loss_fn: Function) -> None:
+        """Choose the blocks under checkpointing and the microbatch size, where they are not settled.
+
+        Args:
+            batch: The batch of the next window.
+            loss_fn: Puts one microbatch through the model.
+        """
         part = self.checkpointing
         if part.blocks is None:
             # Imported here, because fake tensors take half a second to import.
             from microbatch.step.size.auto_checkpoint import choose_blocks
 
             part.blocks = choose_blocks(self.options, self.size.sizing, batch=batch, loss_fn=loss_fn)
-
-    def _choose_size(self, batch: object, loss_fn: Function) -> None:
         if self.size.unsure:
-            self.size.before(batch, loss_fn, settled=replace(self.options, checkpoint=self.checkpointing.blocks))
+            self.size.before(batch, loss_fn, settled=replace(self.options, checkpoint=part.blocks))
 
     def _couple(self, window: OpenWindow, encode: Function, *, keep: bool) -> Coupled:
         refuse(self.options, use=[ENCODE, COUNTS] if window.denominator.declares else [ENCODE])

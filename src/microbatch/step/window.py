@@ -212,6 +212,8 @@ class Window(OwnLoop):
             raise
         for part in self.setup.having("done"):
             part.done(self, step)
+        # These refer back to the window: without them, it is freed at once, and not by the garbage collector later.
+        self.coupled = self.function = None
         for event in [StepDone(step=step), *self._events]:
             self.options.emit(event)
 

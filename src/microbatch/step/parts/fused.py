@@ -34,20 +34,16 @@ class Fused(Part):
         """Enter the mode, if there is something to fuse."""
         self._scratch = scratch = Scratch()
         spill = window.options.spill
-
-        def place_is_final() -> bool:
-            return fuse.final
-
-        stand_in = partial(cross_entropy, place=scratch.places(final=place_is_final))
         self._fuse = fuse = Fuse(
             window.gradients.named if self._weights else [],
             window.gradients,
-            stand_ins={torch.nn.functional.cross_entropy: stand_in},
             empty=scratch.empty,
             keep=None if spill is None else spill.leave,
         )
+        in_place = scratch.places(final=fuse.is_final)
+        fuse.replace(torch.nn.functional.cross_entropy, partial(cross_entropy, place=in_place))
+        stack.callback(fuse.forget)
         if fuse.useful or self._always:
-            stack.callback(fuse.forget)
             stack.callback(scratch.forget)
             stack.enter_context(fuse)
 
@@ -62,12 +58,7 @@ class Fused(Part):
         assert fuse is not None  # noqa: S101 - `open` comes before
         if not fuse.useful and not self._always:
             return run  # otherwise, the mode itself calls autograd
-
-        def fused(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
-            fuse.run_backward(tensors, seeds)
-            scratch.keep()
-
-        return fused
+        return partial(_run_fused, fuse, scratch)
 
     def figures(self, window: OpenWindow) -> Mapping[str, Any]:
         """Return the number of fused weights."""
@@ -76,3 +67,8 @@ class Fused(Part):
     def report(self) -> Mapping[str, str]:
         """Return for each parameter ``"fused"``, or why the last window did not add its gradients in place."""
         return {} if self._fuse is None or not self._weights else self._fuse.report()
+
+
+def _run_fused(fuse: Fuse, scratch: Scratch, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+    fuse.run_backward(tensors, seeds)
+    scratch.keep()
