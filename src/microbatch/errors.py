@@ -17,6 +17,7 @@
     │   ├── WindowClosedError                   it was used before it was opened or after it was closed
     │   ├── WindowOpenError                     another window, or the optimizer, was called inside it
     │   ├── GradientsTouchedError               other code wrote to the gradients inside it
+    │   ├── WeightsMovedError                   other code wrote to the weights inside it
     │   └── EmptyWindowError                    no microbatch contributed, so there is no mean to minimise
     ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
     ├── CheckError              (ValueError)    there is no loss, gradient or step to check
@@ -93,6 +94,10 @@ class WindowOpenError(WindowError):
 
 class GradientsTouchedError(WindowError):
     """Other code wrote to the gradients while the window was open."""
+
+
+class WeightsMovedError(WindowError):
+    """Other code wrote to the weights inside the window."""
 
 
 class EmptyWindowError(WindowError):

@@ -336,7 +336,7 @@ def test_b4_everything_is_put_back(
 ) -> None:
     model, batch = noisy(seed, device), points(seed, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    it = subject(model, optimizer, size=2)
+    it = subject(model, optimizer, size=2, buffers="each")
     if had:  # a gradient of the user's own, on some of the parameters
         model.last.weight.grad = torch.ones_like(model.last.weight)
     before, fault = State.of(model), kind("as it was")
@@ -348,7 +348,7 @@ def test_b4_everything_is_put_back(
     # And the next window is not the worse for it: as if there had been no fault.
     model.fault = None
     twin = noisy(seed, device)
-    other = subject(twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), size=2)
+    other = subject(twin, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), size=2, buffers="each")
     reseed(seed)
     door(it, batch, squared, size=2)
     reseed(seed)
@@ -377,7 +377,7 @@ def test_b4_by_hand_half_a_gradient_stays(device: str, where: str, at: int, seed
 @on_each_device
 def test_b4_leaving_the_loop_over_windows_leaves_no_half_a_gradient(device: str) -> None:
     model = noisy(0, device)
-    it = subject(model, torch.optim.SGD(model.parameters(), lr=0.1), size=2)
+    it = subject(model, torch.optim.SGD(model.parameters(), lr=0.1), size=2, buffers="each")
     before = State.of(model)
 
     def stopped() -> None:

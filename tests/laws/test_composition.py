@@ -18,7 +18,6 @@ import microbatch as mb
 from microbatch.errors import ConfigError
 from microbatch.step.combinations import ENCODE
 from microbatch.step.part import OpenWindow, Part, Pass, Passes, Peers, Run
-from microbatch.step.parts.watching import Watched, Watching
 from microbatch.step.setup import Setup
 
 # What a user may ask for in a single process, one value each; all pairs that go together are composed.
@@ -230,30 +229,3 @@ def test_only_what_overrides_a_hook_is_called() -> None:
     for hook in ("open", "cut", "around", "call", "backward", "check", "done"):
         plain = [getattr(kind, hook) for kind in (Part, Passes, Peers)]
         assert all(getattr(type(part), hook) not in plain for part in setup.having(hook))
-
-
-# -- watching ------------------------------------------------------------------------------------------------------
-
-
-def test_weights_and_buffers_that_move_in_a_window_are_found_by_name() -> None:
-    found: dict[str, list[str]] = {"weights": [], "buffers": []}
-
-    def note(kind: str) -> Any:
-        def moved(window: OpenWindow, watched: list[Watched]) -> None:
-            found[kind] += [each.name for each in watched]
-
-        return moved
-
-    it = with_parts(
-        accumulator(batch_norm="microbatch"), *(Watching(kind, note(kind)) for kind in ("weights", "buffers"))
-    )
-    it.step(batch(), squares)
-    assert found == {"weights": [], "buffers": ["1.num_batches_tracked"]}  # torch's kernel moves the others uncounted
-
-    def writes(model: nn.Module, microbatch: dict[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            model[0].weight.mul_(0.5)  # pyright: ignore[reportIndexIssue]
-        return squares(model, microbatch)
-
-    it.step(batch(), writes)
-    assert found["weights"] == ["0.weight"]

@@ -78,7 +78,7 @@ def build(**settings: Any) -> House:
     model = Noisy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     settings.setdefault("microbatch_size", 2)
-    accumulator = Accumulator(model, optimizer, batch_norm="microbatch", **settings)
+    accumulator = Accumulator(model, optimizer, batch_norm="microbatch", buffers="each", **settings)
     model.first.weight.grad = torch.full_like(model.first.weight, 7.0)  # the others have none
     return House(model, optimizer, accumulator, {"x": torch.randn(6, 3), "y": torch.randn(6)})
 

@@ -167,6 +167,10 @@ class GradientSum:
         """
         return [(each, total) for each, total in zip(self._named, self._all(), strict=True) if total is not None]
 
+    def held(self) -> list[tuple[Named, Tensor]]:
+        """List the sums of the parameters that an optimizer steps, as `gradients` does."""
+        return [(each, total) for each, total in self.gradients() if each.held]
+
     @property
     def present(self) -> list[bool]:
         """Whether each parameter, in the order of `open`, got a gradient."""

@@ -11,10 +11,17 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A trainable parameter and its name in error messages."""
+    """A trainable parameter and its name in error messages.
+
+    Attributes:
+        name: The name.
+        parameter: The parameter.
+        held: Whether an optimizer steps it, or there is no optimizer.
+    """
 
     name: str
     parameter: nn.Parameter | Tensor
+    held: bool = True
 
 
 def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:
@@ -28,11 +35,16 @@ def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:
     Returns:
         Every parameter with ``requires_grad`` set, in a fixed order; a tied parameter appears once.
     """
+    stepped = {
+        id(parameter): Named(f"optimizer {o}, group {g}, parameter {p}", parameter)
+        for o, optimizer in enumerate(optimizers)
+        for g, group in enumerate(optimizer.param_groups)
+        for p, parameter in enumerate(group["params"])
+    }
     found: dict[int, Named] = {}
     for name, parameter in model.named_parameters():
-        found.setdefault(id(parameter), Named(name, parameter))
-    for o, optimizer in enumerate(optimizers):
-        for g, group in enumerate(optimizer.param_groups):
-            for p, parameter in enumerate(group["params"]):
-                found.setdefault(id(parameter), Named(f"optimizer {o}, group {g}, parameter {p}", parameter))
+        key = id(parameter)
+        found.setdefault(key, Named(name, parameter, held=key in stepped or not stepped))
+    for key, named in stepped.items():
+        found.setdefault(key, named)
     return [named for named in found.values() if named.parameter.requires_grad]

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microbatch.errors import LossError
+from microbatch.loss.coupling import notice
 from microbatch.loss.loss import Loss
 
 __all__ = ["clip", "info_nce", "siglip"]
@@ -318,6 +319,7 @@ def _as_tensor(value: float | Tensor) -> Tensor:
 
 
 def _check(name: str, rows: Tensor, columns: Tensor, tile: int | None) -> None:
+    """Check the arguments of a loss over pairs, and let an open window know that it was called."""
     shapes = f"{tuple(rows.shape)} and {tuple(columns.shape)}"
     if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1] or not 1 <= len(rows) <= len(columns):
         raise LossError(
@@ -328,6 +330,8 @@ def _check(name: str, rows: Tensor, columns: Tensor, tile: int | None) -> None:
         raise LossError(f"{name}: representations must be floating point, not {rows.dtype} and {columns.dtype}")
     if tile is not None and tile < 1:
         raise LossError(f"{name}: tile must be at least 1 row, not {tile}")
+    if len(rows) == len(columns):  # more columns are a queue of earlier keys, which no cut changes
+        notice(name)
 
 
 def _check_pairs(name: str, rows: Tensor, columns: Tensor) -> None:

@@ -28,6 +28,7 @@ from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
 from microbatch.step.options import Options, Ranks, Sums, names_checked
 from microbatch.step.part import Function
+from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.record import Step
 from microbatch.step.window import Window
 
@@ -67,6 +68,10 @@ class Accumulator:
             microbatch; the default, `None`, does the same and warns. ``"pooled"``: those of each microbatch, but
             running statistics are updated once, from the whole batch. ``"frozen"``: the running statistics. See
             ``docs/batchnorm.md``.
+        buffers: What happens to other buffers that forward passes move, such as those of spectral normalisation or
+            moving averages. ``"each"``: every microbatch moves them; the default, `None`, does the same and warns.
+            ``"once"``: every microbatch starts from the values before the window, and the update of the first one
+            stays. ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/batchnorm.md``.
         dropout: ``"by_row"`` to draw a dropout mask for each row of the effective batch, so that masks do not depend
             on the cut. See ``docs/dropout.md``.
         deterministic: Whether results are bitwise identical on any number of ranks, dropout included. Each microbatch
@@ -112,6 +117,7 @@ class Accumulator:
         checkpoint: str | Sequence[str] | None = None,
         coupled: str = "auto",
         batch_norm: str | None = None,
+        buffers: str | None = None,
         dropout: str | None = None,
         deterministic: bool = False,
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
@@ -122,7 +128,7 @@ class Accumulator:
         self._it = Composition(
             Options(
                 model=model,
-                optimizers=[] if optimizer is None else _listed("optimizer", optimizer, Optimizer),
+                optimizers=plain_optimizers(optimizer),
                 microbatch_size=microbatch_size,
                 memory_budget=_bytes(memory_budget),
                 max_grad_norm=max_grad_norm,
@@ -134,6 +140,7 @@ class Accumulator:
                 checkpoint=checkpoint,
                 coupled=coupled,
                 batch_norm=batch_norm,
+                buffers=buffers,
                 dropout=dropout,
                 deterministic=deterministic,
                 compile=compile,

@@ -225,7 +225,7 @@ def locate(
     with suppress(_LeaveWithoutStep), again:
         for index, microbatch in enumerate(again.split(batch)):
             again.backward(function(again.model, microbatch))
-            if first_nonfinite(again.gradients.gradients()) is not None:
+            if first_nonfinite(again.gradients.held()) is not None:
                 found = index
                 break
         _leave_without_step()

@@ -15,11 +15,12 @@ from microbatch.loss.batchnorm import layers_of
 from microbatch.ranks.fsdp import narrowest, wrapped_by_the_older
 from microbatch.ranks.stage_ranks import check_beside
 from microbatch.shards import is_shard
-from microbatch.step.options import EXACT, FROZEN, POOLED, Options
+from microbatch.step.options import EXACT, FROZEN, MEAN, ONCE, POOLED, Options
 
 SHARDED, PIPELINE = "a fully sharded model", "a Pipeline"
 DETERMINISTIC, OVERLAP = "deterministic=True", "Ranks(overlap=True)"
 NORM, BUFFERLESS = 'batch_norm="exact"', 'Sums(buffer="none")'
+BUFFERS = 'buffers="once" or "mean"'
 ENCODE, WINDOW, WINDOWS, COUNTS = "encode=", "accumulator.window()", "accumulator.windows()", "counts="
 UNFROZEN = 'BatchNorm without batch_norm="frozen"'
 GRADIENT, STEP = "accumulator.gradient()", "accumulator.step()"
@@ -37,6 +38,7 @@ FEATURES: Mapping[str, Given] = {
     BUFFERLESS: lambda o: any(o.linear_states),
     'batch_norm="pooled"': lambda o: o.batch_norm == POOLED,
     UNFROZEN: lambda o: o.batch_norm != FROZEN and bool(layers_of(o.bare_model)),
+    BUFFERS: lambda o: o.buffers in {ONCE, MEAN},
     'dropout="by_row"': lambda o: o.dropout,
     "lengths=": lambda o: o.lengths,
     "compile=": lambda o: o.compile,
@@ -103,6 +105,15 @@ CLASHES: Sequence[Clash] = (
         },
     ),
     *_with('batch_norm="pooled"', {"compile=": "compiled code cannot stop at a batch statistic: leave compile= out"}),
+    *_with(
+        BUFFERS,
+        {
+            NORM: "microbatches run in lockstep, and move buffers together; leave buffers= out",
+            PIPELINE: "a stage runs forward passes ahead of their backward; leave buffers= out",
+            'coupled="keep"': "graphs that wait for their backward may need the buffers; leave coupled= out",
+            'coupled="spill"': "graphs that wait for their backward may need the buffers; leave coupled= out",
+        },
+    ),
     *_with('dropout="by_row"', {"compile=": "masks are drawn in Python, which compiled code would skip; " + _ONE}),
     *_with(
         "checkpoint=",

@@ -16,16 +16,19 @@ from microbatch.step.attempts import Policies
 from microbatch.step.combinations import COUNTS, ENCODE, check_together, refuse
 from microbatch.step.finish import take_step
 from microbatch.step.history import History
-from microbatch.step.options import EXACT, FROZEN, MICROBATCH, POOLED, Options
+from microbatch.step.options import EXACT, FROZEN, MEAN, MICROBATCH, ONCE, POOLED, Options
 from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, PooledNorms
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
+from microbatch.step.parts.coverage import Coverage
 from microbatch.step.parts.fused import Fused
+from microbatch.step.parts.loss_warnings import CountWarning, CouplingWarning
 from microbatch.step.parts.memory_budget import MemoryBudget
 from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
+from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
 from microbatch.step.passes.coupled import Coupled
 from microbatch.step.passes.lockstep import InLockstep
 from microbatch.step.passes.pipelined import Pipelined
@@ -68,7 +71,8 @@ class Composition:
         self._aside, self.warn = Aside(), WarnOnce()
         self.budget, self.stopwatch = MemoryBudget(), Stopwatch()
         self.size = MicrobatchSize(options, self.budget, self.stopwatch)
-        self.way = CoupledWay("twice" if options.coupled == "auto" and options.is_sharded else options.coupled)
+        twice = options.is_sharded or options.buffers in {ONCE, MEAN}
+        self.way = CoupledWay("twice" if options.coupled == "auto" and twice else options.coupled)
         auto = options.checkpoint == "auto"
         self.checkpointing = Checkpointing(None if auto else named_blocks(options.bare_model, options.checkpoint or ()))
         self.fused = Fused(
@@ -114,7 +118,7 @@ class Composition:
     def to_locate(self) -> Composition:
         """Return a copy that runs the current window again at the same size, without listeners and warnings."""
         again = Composition(replace(self.options, listeners=(), batch_norm=self.options.batch_norm or MICROBATCH))
-        again.history, again.size.sizing = replace(self.history), replace(self.size.sizing)
+        again.warn, again.history, again.size.sizing = self.warn, replace(self.history), replace(self.size.sizing)
         again.checkpointing.blocks = self.checkpointing.blocks
         return again
 
@@ -163,6 +167,10 @@ class Composition:
             found.append(self.checkpointing)
         if options.batch_norm in _NORMS:
             found.append(_NORMS[options.batch_norm]())
+        if options.buffers in {ONCE, MEAN}:
+            found.append(BuffersOnce(pooled=options.buffers == MEAN))
+        elif options.buffers is None:
+            found.append(WatchedBuffers())
         if options.dropout:
             found.append(RowDropout())
         if options.spill is not None and options.batch_norm != EXACT:
@@ -173,7 +181,10 @@ class Composition:
             found.append(self.compilation)
         if options.autocast is not None and options.pipeline is None:  # a pipeline enters autocast in each forward
             found.append(Autocast(options.autocast))
-        return [*found, self.fused]
+        # deterministic= and pipelines hold each microbatch's gradient elsewhere until the end.
+        if options.optimizers and not options.deterministic and options.pipeline is None:
+            found.append(Coverage())
+        return [*found, CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
 
     def _passes(self) -> Passes:
         spill = self.options.spill

@@ -198,6 +198,11 @@ class Denominator:
         return list(self._terms)
 
     @property
+    def means(self) -> bool:
+        """Whether every term is a plain mean over the rows of a microbatch."""
+        return self._means
+
+    @property
     def contributed(self) -> bool:
         """Whether any microbatch contributed."""
         return any(term.values for term in self._terms.values())

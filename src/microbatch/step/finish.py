@@ -103,7 +103,7 @@ def _refuse(window: OpenWindow, *, contributed: bool) -> None:
         )
     if window.options.grad_scaler is None:  # a scaler lowers its scale after an overflow
         raise NonfiniteError(
-            microbatch=window.denominator.first_nonfinite(), parameter=first_nonfinite(window.gradients.gradients())
+            microbatch=window.denominator.first_nonfinite(), parameter=first_nonfinite(window.gradients.held())
         )
 
 

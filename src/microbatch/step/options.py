@@ -27,6 +27,7 @@ from microbatch.shards import is_shard
 from microbatch.step.events import Event, Listener
 
 EXACT, MICROBATCH, POOLED, FROZEN = "exact", "microbatch", "pooled", "frozen"
+ONCE, MEAN, EACH = "once", "mean", "each"
 WAYS = ("auto", "twice", "keep", "spill")
 _COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _P = ParamSpec("_P")
@@ -180,6 +181,7 @@ class Options:
     checkpoint: str | Sequence[str] | None = None
     coupled: str = "auto"
     batch_norm: str | None = None
+    buffers: str | None = None
     dropout: str | None = None
     deterministic: bool = False
     compile: bool | str = False
@@ -203,6 +205,7 @@ class Options:
             ("nonfinite", self.nonfinite, ("raise", "skip")),
             ("coupled", self.coupled, WAYS),
             ("batch_norm", self.batch_norm, (EXACT, MICROBATCH, POOLED, FROZEN, None)),
+            ("buffers", self.buffers, (ONCE, MEAN, EACH, None)),
             ("dropout", self.dropout, ("by_row", None)),
             ("compile", self.compile, (True, False, *_COMPILE_MODES)),
         ]:
@@ -310,6 +313,27 @@ class Options:
                     "create mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, "
                     "loss_fn) in the closure of LBFGS.step"
                 )
+
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        """Check that the optimizers step parameters of this model, and each of them once."""
+        stepped: dict[int, int] = {}
+        for index, optimizer in enumerate(self.optimizers):
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                if stepped.setdefault(id(parameter), index) != index:
+                    name = next((n for n, each in self.model.named_parameters() if each is parameter), "a parameter")
+                    raise ConfigError(
+                        f"{name!r} is in two optimizers ({stepped[id(parameter)]} and {index} of the list), so every "
+                        "step would update it twice; give each parameter to one optimizer"
+                    )
+        own = {id(each): name for name, each in self.model.named_parameters() if each.requires_grad}
+        if self.optimizers and own and not own.keys() & stepped.keys():
+            raise ConfigError(
+                f"the optimizer holds none of the model's {len(own)} trainable parameters (the first is "
+                f"{next(iter(own.values()))!r}), so a step would change nothing; create it from model.parameters(), "
+                "after the last change to the model's layers (such as LoRA or a move to another device)"
+            )
 
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:

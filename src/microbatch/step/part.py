@@ -20,6 +20,7 @@ from microbatch.step.denominator import Denominator
 from microbatch.step.events import Event
 from microbatch.step.options import Options
 from microbatch.step.record import Step
+from microbatch.step.saved_state import Snapshot
 
 Function: TypeAlias = Callable[[Any, Any], Any]
 """``function(model, microbatch)`` returns a loss, or the representations of the microbatch's rows."""
@@ -89,6 +90,7 @@ class OpenWindow(Protocol):
         model: The model that loss functions are called with.
         device: The device where the model computes.
         gradients: The gradient sums.
+        snapshot: The random state and the buffers from before the window.
         denominator: The sums and counts of the loss.
         peers: The other ranks.
         passes: The order in which microbatches run.
@@ -113,6 +115,7 @@ class OpenWindow(Protocol):
     model: nn.Module
     device: torch.device
     gradients: GradientSum
+    snapshot: Snapshot
     denominator: Denominator
     peers: Peers
     passes: Passes

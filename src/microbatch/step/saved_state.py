@@ -14,11 +14,31 @@ from torch.optim import Optimizer
 
 
 @dataclass(frozen=True, slots=True)
-class _Buffer:
+class Buffer:
+    """A buffer at the start of a window.
+
+    Attributes:
+        module: The module that holds it.
+        name: Its name there.
+        tensor: The tensor.
+        copy: Its values at the start.
+        version: Its version counter at the start.
+    """
+
     module: nn.Module
     name: str
     tensor: Tensor
     copy: Tensor
+    version: int
+
+    def now(self) -> Tensor:
+        """Return the module's present tensor of this name."""
+        return getattr(self.module, self.name)
+
+    @property
+    def moved(self) -> bool:
+        """Whether it was written to, or replaced by another tensor."""
+        return self.now() is not self.tensor or self.tensor._version != self.version
 
 
 class Unscaled:
@@ -56,6 +76,9 @@ class Snapshot:
         device: The device where the model computes.
         unscaled: What a gradient scaler has unscaled before the window; `None` for no scaler.
 
+    Attributes:
+        buffers: Every buffer of the model.
+
     Cost:
         A copy of the buffers and a few kilobytes; no host synchronisation.
 
@@ -65,8 +88,8 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, device: torch.device, *, unscaled: Unscaled | None = None) -> None:
         self._random, self._unscaled = RandomState(device), unscaled
-        self._buffers = [
-            _Buffer(module, name, tensor, tensor.detach().clone())
+        self.buffers = [
+            Buffer(module, name, tensor, tensor.detach().clone(), tensor._version)
             for module in model.modules()
             for name, tensor in module.named_buffers(recurse=False)
         ]
@@ -81,8 +104,8 @@ class Snapshot:
     @torch.no_grad()
     def restore_buffers(self) -> None:
         """Restore the buffers, including buffers that were replaced by other tensors."""
-        for buffer in self._buffers:
-            if getattr(buffer.module, buffer.name) is not buffer.tensor:
+        for buffer in self.buffers:
+            if buffer.now() is not buffer.tensor:
                 setattr(buffer.module, buffer.name, buffer.tensor)
             buffer.tensor.copy_(buffer.copy)
 

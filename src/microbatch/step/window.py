@@ -77,7 +77,7 @@ class Window(OwnLoop):
         self.peers.prepare(self)
         self.seed = derive(history.seed, history.windows)
         unscaled = Unscaled(self.options.grad_scaler, self.options.optimizers)
-        self._snapshot = Snapshot(self.model, self.device, unscaled=unscaled)
+        self.snapshot = Snapshot(self.model, self.device, unscaled=unscaled)
         self.gradients = self.setup.sums(self.peers.index)
         self.gradients.open(trainable(self.options.model, self.options.optimizers))
         history.open, self._state = True, "open"
@@ -232,7 +232,7 @@ class Window(OwnLoop):
         for part in self.setup.having("figures"):
             found |= part.figures(self)
         if self.dropped:
-            self._snapshot.restore_buffers()
+            self.snapshot.restore_buffers()
             history.skipped += 1
         step = Step(
             index=history.windows,
@@ -255,7 +255,7 @@ class Window(OwnLoop):
         self._inner.close()
         self._close()
         self.gradients.put_back()
-        self._snapshot.restore()
+        self.snapshot.restore()
         for part in self.setup.having("put_back"):
             part.put_back(self, error)
         again = self.attempt.failed(self, error)

@@ -1,63 +1,154 @@
-"""Find writes to weights or buffers during a window, through torch's version counters."""
+"""Find writes to weights and buffers inside a window, and move buffers once a window."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from microbatch.step.part import OpenWindow, Part
+from microbatch.errors import WeightsMovedError
+from microbatch.step.part import OpenWindow, Part, Pass, Run
+from microbatch.step.saved_state import Buffer
+
+_NAMED = 4  # buffers that a warning names
 
 
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A tensor and its version at the start of the window.
+class WatchedWeights(Part):
+    """Refuse a window in which something writes to the weights, such as another optimizer.
 
-    Attributes:
-        name: Path of the tensor in the model.
-        tensor: The tensor.
-        version: Version counter of the tensor.
+    Every write by a torch operator raises a tensor's version counter; a write through ``.data`` does not. The counters
+    are compared after each backward and before the step.
+
+    Source:
+        Law S4.
     """
 
-    name: str
-    tensor: Tensor
-    version: int
-
-
-class Watching(Part):
-    """Find the weights or buffers that were written to inside a window.
-
-    Every write by a torch operator raises a tensor's version counter, except writes of the batch normalisation kernel
-    to running statistics. A comparison costs less than a microsecond.
-
-    Args:
-        kind: ``"weights"`` or ``"buffers"``.
-        moved: Called at the end of the window with the changed tensors, if there are any.
-    """
-
-    def __init__(self, kind: str, moved: Callable[[OpenWindow, list[Watched]], object]) -> None:
-        self._kind, self._moved = kind, moved
-        self._held: list[Watched] = []
+    def __init__(self) -> None:
+        self._weights: list[Tensor] = []
+        self._versions: list[int] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Read the versions."""
-        self._held = [Watched(name, tensor, tensor._version) for name, tensor in self._tensors(window)]
+        self._weights = [each.parameter for each in window.gradients.named]
+        self._versions = [weight._version for weight in self._weights]
+        stack.callback(self._weights.clear)
+
+    def backward(self, window: OpenWindow, run: Run) -> Run:
+        """Compare the versions after every backward."""
+        return partial(self._watched, window, run)
 
     def check(self, window: OpenWindow) -> None:
-        """Compare the versions, before the step."""
-        found = [each for each in self._held if each.tensor._version != each.version]
-        self._held = []
-        if found:
-            self._moved(window, found)
+        """Compare the versions before the step."""
+        self._weights = [each.parameter for each in window.gradients.named]
+        self._compare(window)
+        self._weights = []
 
-    def put_back(self, window: OpenWindow, error: BaseException) -> None:
-        """Release the tensors."""
-        self._held = []
+    def _watched(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+        run(tensors, seeds)
+        self._compare(window)
 
-    def _tensors(self, window: OpenWindow) -> Iterator[tuple[str, Tensor]]:
-        if self._kind == "weights":
-            yield from ((each.name, each.parameter) for each in window.gradients.named)
-        else:
-            yield from window.model.named_buffers()
+    def _compare(self, window: OpenWindow) -> None:
+        now = [weight._version for weight in self._weights]
+        if now == self._versions:
+            return
+        pairs = zip(window.gradients.named, now, self._versions, strict=True)
+        moved = [each.name for each, version, before in pairs if version != before]
+        more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
+        raise WeightsMovedError(
+            f"the weight {moved[0]!r}{more} was written to inside the window, so its microbatches would have gradients "
+            "of different weights; write to weights between windows, and let no other optimizer step inside (hooks "
+            "that step during backward, as in layer-wise optimizers, cannot be used with accumulation)"
+        )
+
+
+class WatchedBuffers(Part):
+    """Warn that buffers move with every microbatch, if ``buffers`` is not given.
+
+    Batch normalisation is left out: it has options and a warning of its own.
+
+    Source:
+        Law S5.
+    """
+
+    def check(self, window: OpenWindow) -> None:
+        """Warn about the buffers that the passes have written to, if there was more than one pass."""
+        if len(window.done) < 2 or window.setup.warn.has("buffers"):
+            return
+        buffers = window.snapshot.buffers
+        moved = [each for each in buffers if each.moved and not isinstance(each.module, BatchNorm)]
+        if moved:
+            kinds = sorted({type(each.module).__name__ for each in moved})
+            names = [_name(window.model, each) for each in moved]
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            window.setup.warn(
+                "buffers",
+                f"buffers move with every microbatch: {', '.join(names[:_NAMED])}{more} (of {', '.join(kinds)}). The "
+                f"large batch would move them once, and here they moved {len(window.done)} times, so later "
+                'microbatches see other values. buffers="once" starts every microbatch from the values before the '
+                'window, and keeps the update of the first microbatch; buffers="mean" keeps the mean of all updates; '
+                'buffers="each" keeps this behaviour without the warning',
+            )
+
+
+class BuffersOnce(Part):
+    """Move buffers once a window: every pass starts from the values before the window.
+
+    Args:
+        pooled: Whether floating-point buffers end as the mean of all microbatches' updates, weighted by rows, which is
+            exact for moving averages of batch means. Other buffers end as the first microbatch leaves them.
+
+    Cost:
+        A copy of the buffers for each microbatch.
+
+    Source:
+        Law S5.
+    """
+
+    def __init__(self, *, pooled: bool) -> None:
+        self._pooled = pooled
+        self._first: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._rows = 0.0
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Forget the window before."""
+        self._first, self._sums, self._rows = [], [], 0.0
+
+    @contextmanager
+    def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
+        """Start the pass from the values before the window, and record its update."""
+        snapshot = window.snapshot
+        snapshot.restore_buffers()
+        yield
+        if p.again or p.filler or not p.rows:
+            return
+        values = [each.now().detach() for each in snapshot.buffers]
+        if not self._first:
+            self._first = [value.clone() for value in values]
+            self._sums = [value.double() * p.rows if value.is_floating_point() else value for value in self._first]
+        elif self._pooled:
+            for total, value in zip(self._sums, values, strict=True):
+                if value.is_floating_point():
+                    total.add_(value, alpha=p.rows)
+        self._rows += p.rows
+
+    def check(self, window: OpenWindow) -> None:
+        """Leave the one update in the buffers."""
+        window.snapshot.restore_buffers()
+        if not self._first:
+            return
+        with torch.no_grad():
+            for buffer, first, total in zip(window.snapshot.buffers, self._first, self._sums, strict=True):
+                pooled = self._pooled and first.is_floating_point()
+                buffer.tensor.copy_(total / self._rows if pooled else first)
+        self._first, self._sums = [], []
+
+
+def _name(model: nn.Module, buffer: Buffer) -> str:
+    path = next((path for path, module in model.named_modules() if module is buffer.module), "")
+    return f"{path}.{buffer.name}" if path else buffer.name

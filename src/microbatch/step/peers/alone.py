@@ -66,7 +66,8 @@ def unscaled_norm(window: OpenWindow) -> Tensor:
         window: The window, after its last backward.
 
     Returns:
-        The Euclidean norm; shape ``()``, on the device; infinite or NaN if any gradient is.
+        The Euclidean norm of the gradients of all parameters that an optimizer steps; shape ``()``, on the device.
+        Infinite or NaN if any of them is.
     """
     gradients, scaler = window.gradients, window.options.grad_scaler
     gradients.coalesce()
@@ -74,4 +75,4 @@ def unscaled_norm(window: OpenWindow) -> Tensor:
         scaler.scale(torch.zeros((), device=window.device))  # makes its scale, where no microbatch has had a loss
         for optimizer in window.options.optimizers:
             scaler.unscale_(optimizer)
-    return gradient_norm([gradient for _, gradient in gradients.gradients()], window.device)
+    return gradient_norm([gradient for _, gradient in gradients.held()], window.device)

@@ -1,0 +1,42 @@
+"""Say that the optimizers do not step what the loss depends on."""
+
+from __future__ import annotations
+
+from microbatch.errors import NoGraphError
+from microbatch.step.part import OpenWindow, Part
+
+_NAMED = 4  # parameters that a message names
+
+
+class Coverage(Part):
+    """Refuse a loss that depends on no parameter of the optimizers, and warn about parameters that none of them holds.
+
+    Source:
+        Law S3.
+    """
+
+    def check(self, window: OpenWindow) -> None:
+        """Compare the gradients of a window with what the optimizers hold."""
+        if window.peers.size > 1:
+            return  # a rank may have no row that reaches a parameter
+        named, present = window.gradients.named, window.gradients.present
+        if window.denominator.contributed and not any(
+            got and each.held for each, got in zip(named, present, strict=True)
+        ):
+            raise NoGraphError(
+                "the loss depends on no parameter that an optimizer of this accumulator holds, so the step would "
+                "change nothing; compute the loss with the model that the loss function is given, and create the "
+                "optimizer from the parameters of this model, after the last change to its layers (such as LoRA)"
+            )
+        if window.setup.warn.has("coverage"):
+            return
+        missing = [each.name for each, got in zip(named, present, strict=True) if got and not each.held]
+        if missing:
+            more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+            window.setup.warn(
+                "coverage",
+                f"no optimizer of this accumulator holds {', '.join(missing[:_NAMED])}{more}: their gradients were "
+                "computed, and the step leaves these parameters as they are. If that is meant, "
+                "parameter.requires_grad_(False) says so and saves their backward; otherwise add them to an optimizer "
+                "with optimizer.add_param_group",
+            )

@@ -1,0 +1,60 @@
+"""Take the plain optimizers out of what other libraries wrap around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from microbatch.errors import ConfigError
+
+_DEPTH = 8  # wrappers around wrappers
+_REFUSED = (
+    "optimizer must be a torch.optim.Optimizer, several of them in a list, or None for gradients without a step, not a "
+    "{}; if it wraps an optimizer, pass the optimizer inside"
+)
+
+
+def plain_optimizers(given: object) -> list[Optimizer]:
+    """List one optimizer or several, each without the wrappers of other libraries.
+
+    A wrapper, such as the one of Accelerate, counts microbatches and skips steps by itself. A window does this already,
+    and calls the optimizer once.
+
+    Args:
+        given: An optimizer, several of them, or `None` for none.
+
+    Returns:
+        The optimizers.
+
+    Raises:
+        ConfigError: Something else was given.
+    """
+    if given is None:
+        return []
+    if _is_one(given):
+        return [_plain(given)]
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+        raise ConfigError(_REFUSED.format(type(given).__name__))
+    return [_plain(each) for each in cast("Iterable[object]", given)]
+
+
+def _plain(given: Any) -> Optimizer:
+    if isinstance(given, LRScheduler):
+        raise ConfigError(
+            f"optimizer is the scheduler {type(given).__name__}; pass its optimizer, and call scheduler.step() "
+            "yourself after each step"
+        )
+    inner = given
+    for _ in range(_DEPTH):
+        # A wrapper may only look like an optimizer: one that was never initialised has no hooks.
+        if isinstance(inner, Optimizer) and "_optimizer_step_pre_hooks" in vars(inner):
+            return inner
+        inner = getattr(inner, "optimizer", None)
+    raise ConfigError(_REFUSED.format(type(given).__name__))
+
+
+def _is_one(given: object) -> bool:
+    return isinstance(given, Optimizer | LRScheduler) or hasattr(given, "optimizer")

@@ -1,0 +1,320 @@
+"""What is likely wrong is said once, by name, or refused: laws S1 to S6 and S8."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim import SGD
+
+import microbatch as mb
+from microbatch.errors import ConfigError, NoGraphError, WeightsMovedError
+from microbatch.step.plain_optimizers import plain_optimizers
+
+X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def square(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch).square().mean()
+
+
+def accumulator(model: nn.Module, optimizer: Any = None, **options: Any) -> mb.Accumulator:
+    optimizer = SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+    return mb.Accumulator(model, optimizer, microbatch_size=5, **options)
+
+
+def said(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    ours = [each for each in caught if each.category is mb.MicrobatchWarning]
+    assert all(each.filename == __file__ for each in ours)  # the user's own line
+    return [str(each.message) for each in ours]
+
+
+# -- S1: a mean over unequal counts ----------------------------------------------------------------------------------
+
+
+def tokens(ignored: int) -> dict[str, Tensor]:
+    labels = torch.arange(12 * 4).view(12, 4) % 3
+    labels[0, :ignored] = -100
+    return {"x": X[:, None].expand(12, 4, 6), "labels": labels}
+
+
+def token_mean(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["x"]).mT, batch["labels"])
+
+
+def test_s1_a_plain_mean_over_unequal_labels_is_said_once_with_what_mends_it() -> None:
+    it = accumulator(network())
+    (text,) = said(lambda: [it.step(tokens(3), token_mean) for _ in range(3)])
+    assert "batch['labels']" in text
+    assert "between 3.4 and 4 targets a row" in text
+
+    def mended(model: nn.Module, batch: dict[str, Tensor]) -> mb.Loss:
+        loss = token_mean(model, batch)
+        n = (batch["labels"] != -100).sum()  # as the text says
+        return mb.Loss(sum=loss * n, count=n)
+
+    model = network()
+    token_mean(model, tokens(3)).backward()
+    twin = network()
+    assert said(lambda: accumulator(twin).gradient(tokens(3), mended)) == []
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_s1_a_mask_counts_only_where_no_tensor_has_one_target_a_row() -> None:
+    mask = (torch.arange(4)[None] < torch.tensor([1] * 6 + [4] * 6)[:, None]).long()
+    batch = {"x": tokens(0)["x"], "attention_mask": mask}
+
+    def masked(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["x"]).sum(2) * batch["attention_mask"]).sum() / batch["attention_mask"].sum()
+
+    (text,) = said(lambda: accumulator(network()).step(batch, masked))
+    assert "attention_mask" in text
+    assert said(lambda: accumulator(network()).step(batch | {"y": torch.zeros(12)}, masked)) == []
+
+
+@pytest.mark.parametrize("size", [12, 4])
+def test_s1_equal_counts_and_whole_batches_say_nothing(size: int) -> None:
+    batch = tokens(3 if size == 12 else 0)
+    model = network()
+    it = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=size)
+    assert said(lambda: it.step(batch, token_mean)) == []
+
+
+# -- S3 and S6: what the optimizers hold -----------------------------------------------------------------------------
+
+
+def test_s3_an_optimizer_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"none of the model's 4 trainable parameters.*'0.weight'"):
+        accumulator(network(), SGD(network().parameters(), lr=0.1))
+
+
+def test_s3_a_parameter_in_two_optimizers_is_refused() -> None:
+    model = network()
+    with pytest.raises(ConfigError, match=r"'2\.weight' is in two optimizers"):
+        accumulator(model, [SGD(model.parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
+
+
+def test_s3_a_loss_of_another_model_is_refused_and_nothing_changes() -> None:
+    model, other = network(), network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NoGraphError, match="depends on no parameter"):
+        accumulator(model).step(X, lambda _, batch: square(other, batch))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.grad for p in model.parameters()] == [None] * 4
+
+
+def test_s3_s6_parameters_that_no_optimizer_holds_are_named_and_not_in_the_norm() -> None:
+    model = network()
+    it = accumulator(model, SGD(model[0].parameters(), lr=0.1), max_grad_norm=1e-3)
+    seen: list[Tensor] = []
+    it.options.optimizers[0].register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in model[0].parameters() if p.grad is not None]).norm())
+    )
+    (text,) = said(lambda: [it.step(X, square) for _ in range(2)])
+    assert "2.weight, 2.bias" in text
+    torch.testing.assert_close(seen[0], torch.tensor(1e-3, dtype=torch.float64))
+
+    model = network()
+    for p in model[2].parameters():
+        p.requires_grad_(False)  # as the text says
+    assert said(lambda: accumulator(model, SGD(model[0].parameters(), lr=0.1)).step(X, square)) == []
+
+
+def test_s6_a_gradient_that_nobody_steps_may_be_infinite() -> None:
+    model = network()
+    it = accumulator(model, SGD(model[0].parameters(), lr=0.1))
+
+    model[2].weight.register_hook(lambda grad: grad * torch.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert it.step(X, lambda model, batch: model[0](batch).square().mean() + model[2].weight.sum()).applied
+
+
+# -- S4: weights that move -------------------------------------------------------------------------------------------
+
+
+def move(model: Any) -> None:
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_s4_a_write_to_the_weights_inside_a_window_is_refused(late: bool) -> None:
+    model = network()
+    it = accumulator(model)
+
+    def loop() -> None:
+        with it.window() as window:
+            for microbatch in window.split(X):
+                window.backward(square(model, microbatch))
+                if not late:
+                    move(model)
+            move(model)
+
+    with pytest.raises(WeightsMovedError, match=r"'0\.weight'"):
+        loop()
+    it.step(X, square)  # the next window is whole
+
+
+def test_s4_an_optimizer_in_hooks_is_refused() -> None:
+    model = network()
+    for p in model.parameters():
+        inner = SGD([p], lr=0.1)
+        p.register_post_accumulate_grad_hook(lambda _, inner=inner: inner.step())
+    with pytest.raises(WeightsMovedError, match="and 3 more"):
+        accumulator(model).step(X, square)
+
+
+def test_s4_validation_and_writes_between_windows_are_free() -> None:
+    model = network()
+    it = accumulator(model)
+    for _ in range(2):
+        with it.window() as window:
+            for microbatch in window.split(X):
+                window.backward(square(model, microbatch))
+                with torch.no_grad():
+                    model.eval()(X)
+                    model.train()
+        move(model)
+
+
+# -- S5: buffers that move -------------------------------------------------------------------------------------------
+
+
+def normed() -> nn.Sequential:
+    torch.manual_seed(2)
+    model = nn.Sequential(spectral_norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        model.get_parameter("0.parametrizations.weight.original").add_(torch.randn(8, 6).double())
+    return model
+
+
+class Centre(nn.Module):
+    """Keeps a moving average of what comes in, and subtracts it."""
+
+    centre: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(6, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Subtract the average from before."""
+        out = x - self.centre
+        with torch.no_grad():
+            self.centre.mul_(0.9).add_(0.1 * x.mean(0))
+        return out
+
+
+def test_s5_buffers_that_move_are_named_once() -> None:
+    it = accumulator(normed())
+    (text,) = said(lambda: [it.step(X, square) for _ in range(2)])
+    assert "0.parametrizations.weight.0._u" in text
+    assert "_SpectralNorm" in text
+    assert "moved 3 times" in text
+    assert said(lambda: accumulator(normed(), buffers="each").step(X, square)) == []
+
+
+def test_s5_statistics_of_instance_norm_are_named() -> None:
+    model = nn.Sequential(nn.InstanceNorm1d(6, track_running_stats=True), nn.Linear(6, 3)).double()
+    model[0].train()
+    (text,) = said(lambda: accumulator(model).step(X[:, :, None].expand(-1, -1, 6).cumsum(2), square))
+    assert "0.running_mean" in text
+
+
+@pytest.mark.parametrize("make", [normed, lambda: nn.Sequential(Centre(), network())])
+@pytest.mark.parametrize("way", ["once", "mean"])
+def test_s5_a_buffer_moves_once_and_the_gradient_is_the_large_batchs(make: Callable[[], nn.Module], way: str) -> None:
+    ref, model = make(), make()
+    square(ref, X).backward()
+    assert said(lambda: accumulator(model, buffers=way).gradient(X, square)) == []
+    for p, q in zip(ref.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+    buffers = list(zip(ref.buffers(), model.buffers(), strict=True))
+    exact = way == "mean" or len(buffers) > 1  # the centre needs the mean of all rows
+    assert all(torch.allclose(b, c, rtol=1e-12) for b, c in buffers) == exact
+
+    plain = make()  # the negative control: what happens without the option
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accumulator(plain).gradient(X, square)
+    assert not all(torch.allclose(b, c, rtol=1e-9) for b, c in zip(ref.buffers(), plain.buffers(), strict=True))
+
+
+def test_s5_a_window_that_fails_or_is_dropped_puts_buffers_back() -> None:
+    model = nn.Sequential(Centre(), network())
+    it = accumulator(model, buffers="mean", nonfinite="skip")
+    before = copy.deepcopy(list(model.buffers()))
+    with pytest.raises(ZeroDivisionError):
+        it.step(X, lambda model, batch: square(model, batch) / (1 / 0 if len(batch) < 5 else 1))
+    assert all(map(torch.equal, before, model.buffers()))
+    assert not it.step(X * torch.inf, square).applied
+    assert all(map(torch.equal, before, model.buffers()))
+    assert it.step(X, square).applied
+    assert not torch.equal(before[0], next(model.buffers()))
+
+
+# -- S8: a contrastive loss of one microbatch ------------------------------------------------------------------------
+
+
+def test_s8_a_contrastive_loss_without_encode_is_said_once() -> None:
+    def encoded(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        return model(batch), model(batch * 2)
+
+    def naive(model: nn.Module, batch: Tensor) -> mb.Loss:
+        return mb.losses.clip(*encoded(model, batch), scale=1.0)
+
+    it = accumulator(network())
+    (text,) = said(lambda: [it.step(X, naive) for _ in range(2)])
+    assert "mb.losses.clip" in text
+    model = network()
+    whole = mb.Accumulator(model, SGD(model.parameters(), lr=0.1), microbatch_size=12)
+    assert said(lambda: whole.step(X, naive)) == []
+    assert said(lambda: it.step(X, lambda _, e: mb.losses.clip(*e, scale=1.0), encode=encoded)) == []
+
+
+# -- wrapped optimizers ----------------------------------------------------------------------------------------------
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Looks like an optimizer, and holds one, as Accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        """Count, and step only sometimes."""
+        del closure
+        self.calls += 1
+
+
+def test_a_wrapped_optimizer_is_unwrapped_and_what_is_none_is_refused() -> None:
+    model, twin = network(), network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrapper = Wrapper(Wrapper(optimizer))
+    it = accumulator(model, wrapper)
+    assert it.options.optimizers == [optimizer]
+    it.step(X, square)
+    accumulator(twin).step(X, square)
+    assert wrapper.calls == 0
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ConfigError, match=r"scheduler StepLR; pass its optimizer"):
+        plain_optimizers(scheduler)
+    with pytest.raises(ConfigError, match="not a int"):
+        plain_optimizers(3)
