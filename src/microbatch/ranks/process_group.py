@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from microbatch.errors import ConfigError
+from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
 
 
@@ -23,6 +24,7 @@ class RankGroup:
         calls: Collectives started so far.
         sent_bytes: Bytes that this rank has sent in them so far, computed for ring algorithms, as large collectives
             use.
+        beats: Describes ranks that have reported a failure; `None` before the first window.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -38,6 +40,24 @@ class RankGroup:
         self.device = device
         self.calls = 0
         self.sent_bytes = 0
+        self.beats: StoreBeats | None = None
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks of the group, by their numbers in the default process group."""
+        return dist.get_process_group_ranks(self._group)
+
+    def failures(self, indices: Sequence[int]) -> str:
+        """Describe ranks that have reported a failure, for an error on the other ranks.
+
+        Args:
+            indices: The ranks that failed, by their indices in the group.
+
+        Returns:
+            Their numbers in the default process group, with the step and the error if these are known.
+        """
+        failed = [self.members[index] for index in indices]
+        return " and ".join(f"rank {each}" for each in failed) if self.beats is None else self.beats.failures(failed)
 
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:
