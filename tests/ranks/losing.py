@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 - a first step imports it, which takes long
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import TCPStore
 
 import microbatch as mb
 
@@ -98,13 +98,13 @@ def one_rank(case: str, rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     port = folder / "port"
     if rank == 0:  # the others wait for the port
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         (folder / "writing").write_text(str(store.port))
         (folder / "writing").rename(port)
     else:
         while not port.exists():
             time.sleep(0.01)
-        store = dist.TCPStore("127.0.0.1", int(port.read_text()), is_master=False)
+        store = TCPStore("127.0.0.1", int(port.read_text()), is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=dt.timedelta(seconds=PATIENCE))
     told: dict[str, Any] = {"error": "", "message": ""}
     began: list[float] = []
@@ -126,7 +126,7 @@ def lose(folder: Path, *, cases: dict[str, int] = CASES, timeout: float = 50) ->
         For each case, what each rank that was not lost has told.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "microbatch", "tests.ranks.losing"])
+    context.set_forkserver_preload(["torch._dynamo", "tests.ranks.losing"])  # a first step imports both
     processes: dict[tuple[str, int], Any] = {}
     for case, ranks in cases.items():
         (folder / case).mkdir(parents=True)

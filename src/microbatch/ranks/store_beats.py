@@ -91,7 +91,7 @@ class StoreBeats:
         Args:
             error: The error.
         """
-        self._voice.say_now(self.own.step, FAILED, f"{type(error).__name__}: {error}")
+        self._voice.say_now(self.own.step, FAILED, _named(error))
 
     @contextmanager
     def naming(self) -> Generator[None]:
@@ -252,10 +252,14 @@ class _Voice:
                 error = error.__context__
             if isinstance(error, BaseException):
                 began = self.last.step + (self.last.stage == WAITING)  # the step that waited for the others is over
-                self.say_now(began, FAILED, f"{type(error).__name__}: {error}")
+                self.say_now(began, FAILED, _named(error))
             else:
                 self.say_now(self.last.step, ENDED, "")
         self._store = None
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _decoded(text: str) -> Beat:
