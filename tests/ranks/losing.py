@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import TCPStore
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import microbatch as mb
 
@@ -65,6 +67,7 @@ INSIDE: dict[str, Callable[[int, int], None]] = {
     "late": late,
     "failing": failing,
     "store_lost": store_lost,
+    "sharded": failing,
 }
 CASES = {
     "killed": 3,
@@ -75,11 +78,14 @@ CASES = {
     "ended": 2,
     "returned": 2,
     "loader_fails": 2,
+    "sharded": 2,
 }
 
 
 def train(case: str, rank: int, began: list[float]) -> None:
     model = nn.Linear(3, 1)
+    if case == "sharded":
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=1)
     for step, batch in enumerate(batches(case, rank)):
 

@@ -21,6 +21,7 @@ EXPECTED = {
     "store_lost": ["step 2 came to a halt", "rank 0 has ended or died; it took part in step 1"],
     "ended": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
     "returned": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
+    "sharded": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
     "loader_fails": ["step 2 came to a halt", "rank 1 failed in step 2 (OSError: no such file)"],
 }
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from microbatch.errors import LossError, RankAgainError, RankError
-from microbatch.ranks.process_group import RankGroup
+from microbatch.ranks.process_group import RankGroup, failure_words
 from microbatch.ranks.same_setup import differences
 
-_BITS = 32  # ranks that one number of a message tells apart: float64 adds up their powers of two exactly
 _SPARSE = 2.0**20  # of a sparse gradient; more than there are ranks, so that sums of both kinds can be told apart
 MOST_TERMS = 16
 NAME_BYTES = 48
@@ -78,12 +77,12 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     Source:
         Laws N3, N4, N9, R2.
     """
-    own = _failed_bits(ranks, failed=message is None) + _encode(message, parameters, again=again)
+    own = ranks.failure_flags(failed=message is None) + _encode(message, parameters, again=again)
     vector = torch.tensor(own, dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
     found = vector.tolist()
-    bits = found[: _words(ranks.size)]
-    retrying, failed, steps, steps_squared, trained, trained_squared, speaking, *rest = found[len(bits) :]
+    flags = found[: failure_words(ranks.size)]
+    retrying, failed, steps, steps_squared, trained, trained_squared, speaking, *rest = found[len(flags) :]
     terms, fingerprints, squares, samples, double, metrics, *rest = rest
     if message is None:
         if again and failed != retrying:
@@ -99,7 +98,7 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     elif failed:
         raise RankError(
             f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too: "
-            f"{ranks.failures(_failed(bits))}; read the failing rank's own error"
+            f"{ranks.failures(ranks.failed(flags))}; read the failing rank's own error"
         )
     # n * sum(x^2) == sum(x)^2 only if all n numbers are equal. Every rank gets the same answer, even one without terms.
     if (ranks.size - failed) * steps_squared != steps**2:
@@ -143,7 +142,7 @@ def message_bytes(parameters: int, *, ranks: int) -> int:
     Returns:
         Bytes.
     """
-    return 8 * (_words(ranks) + len(_encode(None, parameters, again=False)))
+    return 8 * (failure_words(ranks) + len(_encode(None, parameters, again=False)))
 
 
 def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
@@ -228,22 +227,6 @@ def _encode(message: Message | None, parameters: int, *, again: bool) -> list[fl
         *kinds,
         *[0.0] * (parameters - len(kinds)),
     ]
-
-
-def _words(ranks: int) -> int:
-    """Return how many numbers of a message tell which ranks have failed."""
-    return -(-ranks // _BITS)
-
-
-def _failed_bits(ranks: RankGroup, *, failed: bool) -> list[float]:
-    words = [0.0] * _words(ranks.size)
-    words[ranks.index // _BITS] = float(failed) * 2.0 ** (ranks.index % _BITS)
-    return words
-
-
-def _failed(bits: Sequence[float]) -> list[int]:
-    """Return the indices of the ranks that have failed."""
-    return [_BITS * word + bit for word, held in enumerate(bits) for bit in range(_BITS) if int(held) >> bit & 1]
 
 
 def _decode(letters: Sequence[float], speaking: float) -> str:

@@ -13,6 +13,8 @@ from microbatch.errors import ConfigError
 from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
 
+_FLAGS = 32
+
 
 class RankGroup:
     """A process group, with the collectives that a step needs, and a count of their calls and bytes.
@@ -46,6 +48,23 @@ class RankGroup:
     def members(self) -> list[int]:
         """The ranks of the group, by their numbers in the default process group."""
         return dist.get_process_group_ranks(self._group)
+
+    def failure_flags(self, *, failed: bool) -> list[float]:
+        """Return numbers whose sums over the ranks tell which ranks have failed.
+
+        Args:
+            failed: Whether this rank has failed.
+
+        Returns:
+            A number for every 32 ranks: float64 adds up their powers of two exactly.
+        """
+        flags = [0.0] * failure_words(self.size)
+        flags[self.index // _FLAGS] = float(failed) * 2.0 ** (self.index % _FLAGS)
+        return flags
+
+    def failed(self, flags: Sequence[float]) -> list[int]:
+        """Return the indices of the ranks that have failed, from the sums of their flags."""
+        return [index for index in range(self.size) if int(flags[index // _FLAGS]) >> index % _FLAGS & 1]
 
     def failures(self, indices: Sequence[int]) -> str:
         """Describe ranks that have reported a failure, for an error on the other ranks.
@@ -163,6 +182,11 @@ class RankGroup:
         for tensor in tensors:
             self.count("copy", tensor)
             dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+
+
+def failure_words(ranks: int) -> int:
+    """Return how many numbers `RankGroup.failure_flags` has for a world size."""
+    return -(-ranks // _FLAGS)
 
 
 def ring_bytes(kind: str, size: int, *, ranks: int) -> int:

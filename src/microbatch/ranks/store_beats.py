@@ -218,43 +218,48 @@ class _Voice:
 
     def __init__(self, store: Any, key: str, *, ranks: int) -> None:
         self._store, self._key = store, key
-        self.last = Beat(0, BEGINNING, "", time.time(), platform.node(), os.getpid(), process_space())
-        self._where = f"{self.last.process}|{self.last.host}|{self.last.space}"
+        self.step, self.stage, self.detail, self.seconds = 0, BEGINNING, "", time.time()
+        self._host, self.process, self._space = platform.node(), os.getpid(), process_space()
+        self._where = f"{self.process}|{self._host}|{self._space}"
         # A store in a file grows with every message.
         server = isinstance(_innermost(store), dist.TCPStore)  # pyright: ignore[reportPrivateImportUsage]
         self._between = max(ranks / 1000, 0.0 if server else 1.0)
         self._next = 0.0
         self.say_now(0, BEGINNING, "")
 
+    @property
+    def last(self) -> Beat:
+        """The last heartbeat, also if it was not sent."""
+        return Beat(self.step, self.stage, self.detail, self.seconds, self._host, self.process, self._space)
+
     def say(self, step: int, stage: int) -> None:
         """Send a heartbeat, unless the last one was sent a moment ago."""
-        if time.monotonic() >= self._next:
+        self.step, self.stage, self.detail = step, stage, ""
+        if (now := time.monotonic()) >= self._next:
             self.say_now(step, stage, "")
-            self._next = time.monotonic() + self._between
-        else:
-            self.last = replace(self.last, step=step, stage=stage)
+            self._next = now + self._between
 
     def say_now(self, step: int, stage: int, detail: str) -> None:
         """Send a heartbeat."""
         self._next = 0.0
-        self.last = replace(self.last, step=step, stage=stage, detail=detail[:300], seconds=time.time())
+        self.step, self.stage, self.detail, self.seconds = step, stage, detail[:300], time.time()
         if self._store is not None:
             try:
-                self._store.set(self._key, f"{step}|{stage}|{self.last.seconds:.1f}|{self._where}|{self.last.detail}")
+                self._store.set(self._key, f"{step}|{stage}|{self.seconds:.1f}|{self._where}|{self.detail}")
             except RuntimeError:
                 self._store = None  # the process that has the store is gone; the next collective fails, too
 
     def end(self) -> None:
         """Record that the accumulator or the process group is gone, or that the process ends."""
-        if os.getpid() == self.last.process and self.last.stage not in {FAILED, ENDED}:
+        if os.getpid() == self.process and self.stage not in {FAILED, ENDED}:
             error = sys.exception() or getattr(sys, "last_exc", None)
             if isinstance(error, SystemExit | GeneratorExit):
                 error = error.__context__
             if isinstance(error, BaseException):
-                began = self.last.step + (self.last.stage == WAITING)  # the step that waited for the others is over
+                began = self.step + (self.stage == WAITING)  # the step that waited for the others is over
                 self.say_now(began, FAILED, _named(error))
             else:
-                self.say_now(self.last.step, ENDED, "")
+                self.say_now(self.step, ENDED, "")
         self._store = None
 
 

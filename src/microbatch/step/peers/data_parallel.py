@@ -61,10 +61,11 @@ class DataParallel(Peers):
             self.size, self.index = self.ranks.size, self.ranks.index
         if not window.attempt.retries:  # an agreement of the ranks holds for every attempt
             self._total = self._numbers = None
-        with self.setup.begin(window, self.groups()):
-            if not self._shared:
+        self.setup.begin(window, self.groups())
+        if not self._shared:
+            with self.setup.first(window, self.groups()):
                 self.share_weights(window)
-                self._shared = True
+            self._shared = True
 
     def find(self, window: OpenWindow) -> None:
         """Find the ranks."""
@@ -118,7 +119,9 @@ class DataParallel(Peers):
         ranks = self.ranks
         if ranks is None:
             return None
-        self.talk = Across(size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_)
+        self.talk = Across(
+            size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_, failures=ranks.failures
+        )
         return self.talk
 
     def speak(self, conversation: Across | Exchange | None) -> None:
@@ -243,7 +246,9 @@ class DataParallel(Peers):
 
     def fail(self, window: OpenWindow, error: BaseException, *, again: bool) -> bool:
         """Notify the ranks that wait for this one, unless the error came from another rank."""
-        self.setup.failed(error, again=again)
+        self.setup.name_lost(error)
+        if not again:
+            self.setup.record(error)
         if not self.waited(window) or not isinstance(error, Exception) or isinstance(error, RankError):
             return again
         try:

@@ -40,40 +40,47 @@ class RankSetup:
 
     def __init__(self) -> None:
         self.beats: StoreBeats | None = None
-        self._checked, self._room = False, 0
+        self._room = 0
         self._parameters: list[Tensor] = []
         self._hash = 0
 
-    @contextmanager
-    def begin(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> Generator[None]:
-        """Record the start of a window; before the first one, check that the ranks are set up alike.
+    def begin(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> None:
+        """Record the start of a window.
 
         Args:
             window: The window.
             groups: The process groups of this rank, and whether all ranks of each have the same parameters.
+        """
+        if self.beats is None and groups:
+            self.beats = StoreBeats(rank for ranks, _ in groups for rank in ranks.members)
+        for ranks, _ in groups:
+            ranks.beats = self.beats
+        if self.beats is not None:
+            self.beats.at(window.setup.history.windows, COMPUTING)
+
+    @contextmanager
+    def first(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> Generator[None]:
+        """Check that the ranks are set up alike, before the first window.
+
+        Args:
+            window: The window.
+            groups: As for `begin`.
 
         Yields:
-            Once; for collectives of the first window.
+            Once; for further collectives of the first window.
 
         Raises:
             RankError: The ranks are set up differently, or a rank did not arrive.
         """
-        if not groups:
+        if self.beats is None:
             yield
             return
-        if self.beats is None:
-            self.beats = StoreBeats(rank for ranks, _ in groups for rank in ranks.members)
-        for ranks, _ in groups:
-            ranks.beats = self.beats
-        self.beats.at(window.setup.history.windows, COMPUTING)
         with self.beats.naming():
-            if not self._checked:
-                options = describe_options(window.options, windows=window.setup.history.windows)
-                described = [
-                    (ranks, options | describe_model(window.options) if same else options) for ranks, same in groups
-                ]
-                self.beats.know(check_same(described, self.beats.own))
-                self._checked = True
+            options = describe_options(window.options, windows=window.setup.history.windows)
+            described = [
+                (ranks, options | describe_model(window.options) if same else options) for ranks, same in groups
+            ]
+            self.beats.know(check_same(described, self.beats.own))
             yield
 
     def arrive(self, window: OpenWindow, message: Message) -> Message:
@@ -97,20 +104,22 @@ class RankSetup:
             self._room = len({id(each) for some in [window.options.model.parameters(), *optimizers] for each in some})
         return max(self._room, len(window.gradients.named))
 
-    def failed(self, error: BaseException, *, again: bool) -> None:
-        """Record a failure of this rank.
+    def record(self, error: BaseException) -> None:
+        """Record a failure of this rank, so that the other ranks can name it."""
+        if self.beats is not None and not isinstance(error, RankError):
+            self.beats.failed(error)
+
+    def name_lost(self, error: BaseException) -> None:
+        """Raise an error that names the missing ranks, if a collective has failed because of them.
 
         Args:
-            error: The error.
-            again: Whether this rank will run its batch again.
+            error: Any error of a window.
 
         Raises:
-            RankError: The error comes from a collective, because another rank is lost; this error names it.
+            RankError: The error comes from a collective.
         """
         if self.beats is not None:
             self.beats.name(error)
-            if not again and not isinstance(error, RankError):
-                self.beats.failed(error)
 
 
 def describe_options(options: Options, *, windows: int) -> dict[str, str]:

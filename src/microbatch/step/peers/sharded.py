@@ -224,7 +224,11 @@ class ShardedPeers(DataParallel):
             let_go_of_locals(error, window.options.model)
         ours = isinstance(error, Exception) and not isinstance(error, RankError) and not is_of_the_group(error)
         if self.waited(window) and ours:
-            self._run_dummy_passes(window)
+            try:
+                self._run_dummy_passes(window)
+            except Exception:  # noqa: BLE001 - this rank's own error is the one to raise
+                # The others wait inside a pass that this rank cannot make, and not for its message.
+                self._waited = False
         if self._fsdp.whole:
             let_go(window.options.model)
         self._fsdp.drop()

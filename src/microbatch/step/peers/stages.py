@@ -79,7 +79,8 @@ class StagePeers(DataParallel):
 
     def fail(self, window: OpenWindow, error: BaseException, *, again: bool) -> bool:
         """Notify the stages; a pipeline's batch is not run again, because only the failed stage knows its memory."""
-        self.setup.failed(error, again=again)
+        self.setup.name_lost(error)
+        self.setup.record(error)
         if self.waited(window) and isinstance(error, Exception) and not isinstance(error, RankError):
             self._stages.agree(None, parameters=self.setup.room(window))
         return again
