@@ -25,7 +25,7 @@ STAGES = (
 BEGINNING, READING, COMPUTING, WAITING, VALIDATING, CHECKPOINTING, DONE = range(len(STAGES))
 FAILED, ENDED, UNKNOWN = -1, -2, -3
 _WORDS = ("timed out", "timeout", "connection closed", "connection reset", "gloo", "nccl", "broken pipe")
-_LOOKS, _BETWEEN = 20, 0.05
+_PATIENCE = 1.0  # seconds until a rank that is not certainly lost counts as late
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +120,10 @@ def describe_missing(read: Callable[[], Mapping[int, Beat | None]], *, rank: int
     """
     # A killed process closes its connections a moment before it ends. Until one of the ranks is certainly at fault,
     # the check is repeated for a second: a rank that has just died would else be described as late.
-    beats = read()
+    beats, until = read(), time.monotonic() + _PATIENCE
     step, found, certain = _look(beats, rank=rank)
-    for _ in range(_LOOKS):
-        if certain:
-            break
-        time.sleep(_BETWEEN)
+    while not certain and time.monotonic() < until:
+        time.sleep(pause(len(beats)))
         beats = read()
         step, found, certain = _look(beats, rank=rank)
     if not found:
@@ -135,6 +133,11 @@ def describe_missing(read: Callable[[], Mapping[int, Beat | None]], *, rank: int
         others = ", ".join(f"rank {each}" for each in beats if each != rank)
         return f"step {step} came to a halt, and {others} had come as far as this one: the network may have failed"
     return f"step {step} came to a halt, because {' and '.join(found)}"
+
+
+def pause(ranks: int) -> float:
+    """Return the seconds between two looks at the heartbeats of all ranks, which all ranks may take at once."""
+    return max(0.05, ranks / 1000)
 
 
 def _look(beats: Mapping[int, Beat | None], *, rank: int) -> tuple[int, list[str], bool]:

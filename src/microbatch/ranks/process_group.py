@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from microbatch.errors import ConfigError
 from microbatch.ranks.store_beats import StoreBeats
@@ -135,10 +137,16 @@ class RankGroup:
         Cost:
             Two small all-gathers and one host synchronisation.
         """
-        told: list[Any] = [None] * self.size
+        # `dist.all_gather_object` takes the current CUDA device, which may be another rank's.
+        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self._group)) else self.device
+        own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8).to(device)
         self.calls += 1
-        dist.all_gather_object(told, what, group=self._group)
-        return told
+        sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self._group)
+        lengths = [int(size) for size in sizes]
+        told = [torch.empty(max(lengths), dtype=torch.uint8, device=device) for _ in lengths]
+        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self._group)
+        return [pickle.loads(bytes(each[:n].tolist())) for each, n in zip(told, lengths, strict=True)]  # noqa: S301
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """All-gather a tensor.

@@ -28,6 +28,7 @@ from microbatch.ranks.heartbeat import (
     Beat,
     describe_missing,
     is_of_the_group,
+    pause,
     process_space,
 )
 
@@ -55,9 +56,8 @@ class StoreBeats:
 
     def __init__(self, ranks: Iterable[int]) -> None:
         self._rank, self._number = dist.get_rank(), next(_numbers)
-        self._base = _store_of_the_group()
         self._known: dict[int, Beat | None] = dict.fromkeys(sorted({self._rank, *ranks}))
-        self._voice = voice = _Voice(_own_connection(self._base), self._key(self._rank), ranks=len(self._known))
+        self._voice = voice = _Voice(_store_of_the_group(), self._key(self._rank), ranks=len(self._known))
         # When this object is freed, or the process ends; and when the process group is destroyed.
         util.Finalize(self, _Voice.end, args=(voice,), exitpriority=100)
         with suppress(TypeError):  # a group of another kind may not allow weak references
@@ -137,22 +137,19 @@ class StoreBeats:
         Returns:
             For example ``"rank 1 failed in step 3 (ValueError: no such file)"``.
         """
-        beats: Mapping[int, Beat | None] = {}
+        beats: dict[int, Beat] = {}
         for _ in range(10):  # the report may overtake the store's message
-            beats = self.read()
-            if all((beat := beats[rank]) is not None and beat.stage == FAILED for rank in ranks):
+            told = self._ask(ranks)
+            beats = {rank: beat for rank, text in told.items() if (beat := _decoded(text)).stage == FAILED}
+            if len(beats) == len(ranks):
                 break
-            time.sleep(0.02)
-        found: list[str] = []
-        for rank in ranks:
-            beat = beats[rank]
-            why = f" ({beat.detail})" if beat is not None and beat.stage == FAILED else ""
-            found.append(f"rank {rank} failed in step {self.own.step}{why}")
-        return " and ".join(found)
+            time.sleep(pause(len(self._known)) / 2)
+        why = {rank: f" ({beats[rank].detail})" if rank in beats else "" for rank in ranks}
+        return " and ".join(f"rank {rank} failed in step {self.own.step}{why[rank]}" for rank in ranks)
 
     def read(self) -> dict[int, Beat | None]:
         """Return the last heartbeat of each rank; `None` for a rank that has never had one."""
-        told = self._ask()
+        told = self._ask([rank for rank in self._known if rank != self._rank])
         found: dict[int, Beat | None] = {}
         for rank, known in self._known.items():
             if rank == self._rank:
@@ -171,7 +168,7 @@ class StoreBeats:
             reading = [beat for beat in others if beat.stage != FAILED or beat.detail.endswith(_LOOKING)]
             if all(beat.certain and not beat.detail.endswith(_LOOKING) for beat in reading):
                 return
-            time.sleep(0.05)
+            time.sleep(pause(len(self._known)))
 
     def _at_least(self, beat: Beat) -> Beat:
         """Correct an old heartbeat: all ranks have ended the step before this one, because they agree in each step."""
@@ -180,26 +177,29 @@ class StoreBeats:
             return beat
         return replace(beat, step=before, stage=WAITING if beat.stage >= 0 else beat.stage)
 
-    def _ask(self) -> Mapping[int, str]:
-        """Read all heartbeats from the store, in a thread, because a store that is stopped never answers."""
+    def _ask(self, ranks: Sequence[int]) -> Mapping[int, str]:
+        """Read heartbeats from the store, in a thread, because a store that is stopped never answers."""
         found: dict[int, str] = {}
-        if self._base is None:
+        base = self._voice.base
+        if base is None:
             return found
 
         def ask() -> None:
             with suppress(RuntimeError, OSError):
-                _check_reachable(self._base)
-                store = _own_connection(self._base)
-                for rank in self._known:
-                    key = self._key(rank)
-                    if store is not None and store.check([key]):
+                _check_reachable(base)
+                store, keys = _own_connection(base), [self._key(rank) for rank in ranks]
+                if store.has_extended_api() and store.check(keys):
+                    found.update(zip(ranks, [each.decode() for each in store.multi_get(keys)], strict=True))
+                    return
+                for rank, key in zip(ranks, keys, strict=True):
+                    if store.check([key]):
                         found[rank] = store.get(key).decode()
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(_PATIENCE)
         if thread.is_alive():
-            self._base = None
+            self._voice.base = None
             return {}
         return found
 
@@ -211,13 +211,17 @@ class _Voice:
     """The heartbeats that this rank sends.
 
     Args:
-        store: The store; `None` to send nothing.
+        store: The store of the process group; `None` to send nothing.
         key: The key of this rank.
         ranks: Number of ranks that send heartbeats.
+
+    Attributes:
+        base: The store, to make other connections; `None` if it does not answer, or the process group has ended.
     """
 
     def __init__(self, store: Any, key: str, *, ranks: int) -> None:
-        self._store, self._key = store, key
+        self.base, self._key = store, key
+        self._store = store and _own_connection(store)
         self.step, self.stage, self.detail, self.seconds = 0, BEGINNING, "", time.time()
         self._host, self.process, self._space = platform.node(), os.getpid(), process_space()
         self._where = f"{self.process}|{self._host}|{self._space}"
@@ -260,7 +264,7 @@ class _Voice:
                 self.say_now(began, FAILED, _named(error))
             else:
                 self.say_now(self.step, ENDED, "")
-        self._store = None
+        self._store = self.base = None  # so that the store can end
 
 
 def _named(error: BaseException) -> str:
