@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from microbatch.errors import RankError
-from microbatch.ranks.heartbeat import COMPUTING, FAILED, UNKNOWN, WAITING, Beat
+from microbatch.ranks.lost_ranks import COMPUTING, FAILED, UNKNOWN, WAITING, Beat
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.store_beats import StoreBeats
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 from microbatch.errors import RankError
-from microbatch.ranks.heartbeat import Beat
+from microbatch.ranks.lost_ranks import Beat
 from microbatch.ranks.process_group import RankGroup
 
 _SHOWN = 3

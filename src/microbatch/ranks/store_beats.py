@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from microbatch.errors import RankError
-from microbatch.ranks.heartbeat import (
+from microbatch.ranks.lost_ranks import (
     BEGINNING,
     ENDED,
     FAILED,

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from microbatch.errors import RankError
-from microbatch.ranks.heartbeat import BEGINNING, FAILED, Beat, describe_missing, is_of_the_group
+from microbatch.ranks.lost_ranks import BEGINNING, FAILED, Beat, describe_missing, is_of_the_group
 
 _BYTES = 512
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from microbatch.ranks.heartbeat import (
+from microbatch.ranks.lost_ranks import (
     BEGINNING,
     CHECKPOINTING,
     COMPUTING,

@@ -16,7 +16,7 @@ from microbatch.loss.loss import wide_dtype
 from microbatch.loss.rank_stats import Across
 from microbatch.ranks.agreement import Message, agree, attend
 from microbatch.ranks.gather_representations import Exchange
-from microbatch.ranks.heartbeat import is_of_the_group
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import Flat, reduce_, reserve
 from microbatch.ranks.sparse_reduce import reduce_sparse

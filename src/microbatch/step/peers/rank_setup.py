@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from microbatch.errors import RankError
 from microbatch.gradients.parameters import Named
 from microbatch.ranks.agreement import Message
-from microbatch.ranks.heartbeat import COMPUTING, WAITING
+from microbatch.ranks.lost_ranks import COMPUTING, WAITING
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.same_setup import check_same
 from microbatch.ranks.store_beats import StoreBeats

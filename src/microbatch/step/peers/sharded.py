@@ -19,7 +19,7 @@ from microbatch.memory.out_of_memory import is_out_of_memory, let_go_of_locals
 from microbatch.ranks.agreement import Message, agree, attend
 from microbatch.ranks.fsdp import narrowest, reshard, unshared_bytes
 from microbatch.ranks.fsdp_passes import Sharded
-from microbatch.ranks.heartbeat import is_of_the_group
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.ranks.unsharded import hold_whole, let_go, scatter_whole
 from microbatch.step.cutting import Cutting
 from microbatch.step.events import SyncChosen
