@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch._C._distributed_c10d import HashStore
 
 from microbatch.errors import ConfigError, RankError
-from microbatch.train.heartbeat import COMPUTING, WAITING, Heartbeat, is_of_the_group, who_is_missing
+from microbatch.ranks.lost_ranks import COMPUTING, WAITING, is_of_the_group
+from microbatch.train.heartbeat import Heartbeat, who_is_missing
 from microbatch.train.launch import Launch, launch_of, own_device
 from microbatch.train.rendezvous import fresh
 from microbatch.train.share import share

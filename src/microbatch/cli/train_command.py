@@ -22,8 +22,8 @@ from microbatch.cli.progress import Screen
 from microbatch.cli.rank_log import RankLog
 from microbatch.cli.run_views import resume_command
 from microbatch.errors import MicrobatchError, RankError
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.train.config import load_settings
-from microbatch.train.heartbeat import is_of_the_group
 from microbatch.train.launch import Launch, joined, launch_of
 from microbatch.train.run_events import RunListener
 from microbatch.train.start import PreparedRun, prepare

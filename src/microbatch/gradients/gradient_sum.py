@@ -179,24 +179,42 @@ class GradientSum:
             for each, total in zip(self._named, self._all(), strict=True)
         ]
 
-    def fill(self, wanted: Sequence[bool]) -> None:
-        """Make dense zero sums for parameters that got a gradient only on other ranks.
+    @property
+    def sparse(self) -> list[bool]:
+        """Whether each parameter's sum, in the order of `open`, is sparse; empty if none is."""
+        found = [total is not None and total.is_sparse for total in self._all()]
+        return found if any(found) else []
+
+    def fill(self, wanted: Sequence[bool], sparse: Sequence[bool] = ()) -> None:
+        """Make zero sums for parameters that got a gradient only on other ranks, and make sums dense.
 
         Args:
             wanted: For each parameter in the order of `open`, whether any rank has a gradient for it.
+            sparse: For each, whether its sum stays sparse, and is missing where this rank has none; empty for none.
         """
         self.drop(wanted)
+        totals = self._all()
         for index, (each, want) in enumerate(zip(self._named, wanted, strict=True)):
-            parameter = each.parameter
-            wide = self._wide.dtype_of(parameter)
-            if want and index not in self._wide.totals and parameter.grad is None:
-                zeros = torch.zeros_like(parameter, dtype=wide, requires_grad=False)
-                if wide == parameter.dtype:
-                    parameter.grad = zeros
-                else:
-                    self._wide.totals[index] = zeros
-            elif parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
+            total = totals[index]
+            if not want or (sparse and sparse[index]):
+                continue
+            if total is None:
+                dtype = self._wide.dtype_of(each.parameter)
+                self.put(index, torch.zeros_like(each.parameter, dtype=dtype, requires_grad=False))
+            elif total.is_sparse:
+                self.put(index, total.to_dense())
+
+    def put(self, index: int, total: Tensor) -> None:
+        """Replace the sum of one parameter.
+
+        Args:
+            index: The parameter's, in the order of `open`.
+            total: The new sum, in the dtype in which the parameter's gradients add up.
+        """
+        if total.dtype == self._named[index].parameter.dtype:
+            self._named[index].parameter.grad = total
+        else:
+            self._wide.totals[index] = total
 
     def drop(self, wanted: Sequence[bool]) -> None:
         """Restore the optimizer's state of parameters that got no gradient on any rank.

@@ -111,7 +111,9 @@ class WideBuffers:
         if index is None:
             return None
         if index not in self.totals:
-            self.totals[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
+            self.totals[index] = torch.zeros_like(parameter, dtype=self.dtype_of(parameter), requires_grad=False)
+        elif self.totals[index].is_sparse:  # nothing else can be added to it in place
+            self.totals[index] = self.totals[index].to_dense()
         return self.totals[index]
 
     def stand_in(self, parameter: Tensor) -> Tensor | None:
@@ -166,10 +168,14 @@ class WideBuffers:
     def _add(self, index: int, parameter: Tensor, grad: Tensor) -> None:
         if self._is_narrow(parameter):
             self._add_narrow(index, grad)
-        elif index in self.totals:
-            self.totals[index].add_(grad)
+        elif index not in self.totals:
+            self.totals[index] = grad.to(self.dtype_of(parameter))
+        elif grad.is_sparse:
+            self.totals[index].add_(grad.to(self.totals[index].dtype))
+        elif self.totals[index].is_sparse:
+            self.totals[index] = self.totals[index].to_dense().add_(grad)
         else:
-            self.totals[index] = grad.to(self._dtype)
+            self.totals[index].add_(grad)
 
     def _add_narrow(self, index: int, grad: Tensor) -> None:
         grad = grad.to_dense() if grad.is_sparse else grad

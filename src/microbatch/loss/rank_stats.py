@@ -33,6 +33,7 @@ class Across:
         index: This rank, from 0.
         device: Device on which tensors are communicated.
         add_: Replaces a tensor by its sum over the ranks, in place (an all-reduce).
+        failures: Describes ranks that have reported a failure.
 
     Attributes:
         over: Whether the last agreement has taken place or a rank has failed, so that no rank waits any more.
@@ -40,8 +41,16 @@ class Across:
             ``()``.
     """
 
-    def __init__(self, *, size: int, index: int, device: torch.device, add_: Callable[[Tensor], None]) -> None:
-        self._size, self._index, self._device, self._add_ = size, index, device, add_
+    def __init__(
+        self,
+        *,
+        size: int,
+        index: int,
+        device: torch.device,
+        add_: Callable[[Tensor], None],
+        failures: Callable[[Sequence[int]], str] = lambda ranks: f"rank {', '.join(map(str, ranks))} failed",
+    ) -> None:
+        self._size, self._index, self._device, self._add_, self._failures = size, index, device, add_, failures
         self.over = False
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -67,16 +76,17 @@ class Across:
         not_ready = [(rank, state) for rank, (state, _, _) in enumerate(states) if state != _READY]
         mismatched = [rank for rank, (_, other, _) in enumerate(states) if other != code]
         self.over = bool(not_ready or mismatched)
-        if any(state == _FAILED for _, state in not_ready):
+        failed = [rank for rank, state in not_ready if state == _FAILED]
+        listed = ", ".join(str(rank) for rank in failed or dict(not_ready))
+        if failed:
             raise RankError(
-                f"rank {_ranks_in_state(not_ready, _FAILED)} failed before {what}, where all ranks share a statistic, "
-                "so this window is dropped on every rank; see that rank's own error for the cause"
+                f"rank {listed} failed before {what}, where all ranks share a statistic, so this window is dropped on "
+                f"every rank: {self._failures(failed)}; see that rank's own error for the cause"
             )
         if not_ready:
             raise RankAgainError(
-                f"rank {_ranks_in_state(not_ready, _RETRY)} ran out of memory before {what}, where all ranks share a "
-                "statistic, so the batch has to be run again on every rank; gradients, random state and buffers are as "
-                "before the window"
+                f"rank {listed} ran out of memory before {what}, where all ranks share a statistic, so the batch has "
+                "to be run again on every rank; gradients, random state and buffers are as before the window"
             )
         if mismatched:
             raise RankError(
@@ -197,10 +207,6 @@ class Across:
         on_device = states.to(self._device)
         self._add_(on_device)
         return on_device.tolist()
-
-
-def _ranks_in_state(not_ready: Sequence[tuple[int, float]], state: float) -> str:
-    return ", ".join(str(rank) for rank, each in not_ready if each == state)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -9,7 +9,7 @@ import traceback
 import torch
 from torch import nn
 
-from microbatch.errors import OutOfMemoryError
+from microbatch.errors import MicrobatchError, OutOfMemoryError
 from microbatch.failed_layer import failed_layer, named_layer
 from microbatch.memory.budget import format_bytes, parse_bytes
 
@@ -59,6 +59,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, MicrobatchError):  # which may quote another rank's error
+        return False
     return isinstance(error, RuntimeError) and _SPELLINGS.search(str(error)) is not None
 
 

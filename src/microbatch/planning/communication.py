@@ -259,7 +259,8 @@ def enough_microbatches(*, fixed: float, each: float, arithmetic: float, share: 
 def _traffic(model: Model, setup: Setup, *, gradient_bytes: int) -> Iterator[tuple[str, Traffic]]:
     """Yield what can be chosen, the library's default first."""
     trained = [each.numel() for each in model.case.model.parameters() if each.requires_grad]
-    message = ring_bytes("sum", message_bytes(len(trained)), ranks=setup.ranks)
+    number = len(list(model.case.model.parameters()))
+    message = ring_bytes("sum", message_bytes(number, ranks=setup.ranks), ranks=setup.ranks)
     if not setup.shares_gradients:
         buckets = [gradient_bytes * size for size in _bucket_sizes(trained)]
         sums = [ring_bytes("sum", each, ranks=setup.ranks) for each in buckets]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from microbatch.errors import LossError, RankAgainError, RankError
-from microbatch.ranks.process_group import RankGroup
+from microbatch.ranks.process_group import RankGroup, failure_words
+from microbatch.ranks.same_setup import differences
 
+_SPARSE = 2.0**20  # of a sparse gradient; more than there are ranks, so that sums of both kinds can be told apart
 MOST_TERMS = 16
 NAME_BYTES = 48
 
@@ -26,8 +28,12 @@ class Message:
         samples: Number of rows.
         double: Whether the loss is float64.
         present: For each parameter, whether it has a gradient.
+        sparse: For each parameter, whether its gradient is sparse; of all ranks together only if no rank's is dense.
+            Empty if none is.
         steps: Steps taken so far, which must be the same on every rank.
         metrics: Number of metrics beside the loss; another message carries their values.
+        trained: A hash of the window's parameters, below ``2**16``, which must be the same on every rank.
+        describe: Returns texts by name that describe the window's parameters, for an error message.
     """
 
     names: Sequence[str]
@@ -36,8 +42,11 @@ class Message:
     samples: float
     double: bool
     present: Sequence[bool]
+    sparse: Sequence[bool] = ()
     steps: int = 0
     metrics: int = 0
+    trained: int = 0
+    describe: Callable[[], Mapping[str, str]] | None = None
 
 
 def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: bool = False) -> Message:
@@ -49,7 +58,8 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     Args:
         ranks: The data-parallel ranks.
         message: This rank's message; `None` if this rank failed.
-        parameters: Number of trainable parameters, the same on every rank.
+        parameters: Number of parameters that the message has room for, the same on every rank; the others than this
+            window's are frozen.
         again: Whether this rank failed and will run the same batch again, so that every rank has to.
 
     Returns:
@@ -57,8 +67,8 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
 
     Raises:
         LossError: The loss has more than 16 terms, or a name of more than 48 bytes.
-        RankError: Another rank failed and will not retry; or the ranks are at different steps, or their losses have
-            different terms.
+        RankError: Another rank failed and will not retry; or the ranks are at different steps, train different
+            parameters, or their losses have different terms.
         RankAgainError: Ranks failed, and all of them will run the batch again.
 
     Cost:
@@ -67,9 +77,12 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     Source:
         Laws N3, N4, N9, R2.
     """
-    vector = torch.tensor(_encode(message, parameters, again=again), dtype=torch.float64, device=ranks.device)
+    own = ranks.failure_flags(failed=message is None) + _encode(message, parameters, again=again)
+    vector = torch.tensor(own, dtype=torch.float64, device=ranks.device)
     ranks.sum_(vector)
-    retrying, failed, steps, steps_squared, speaking, *rest = vector.tolist()
+    found = vector.tolist()
+    flags = found[: failure_words(ranks.size)]
+    retrying, failed, steps, steps_squared, trained, trained_squared, speaking, *rest = found[len(flags) :]
     terms, fingerprints, squares, samples, double, metrics, *rest = rest
     if message is None:
         if again and failed != retrying:
@@ -84,8 +97,8 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
         )
     elif failed:
         raise RankError(
-            f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too; "
-            "read the failing rank's own error"
+            f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too: "
+            f"{ranks.failures(ranks.failed(flags))}; read the failing rank's own error"
         )
     # n * sum(x^2) == sum(x)^2 only if all n numbers are equal. Every rank gets the same answer, even one without terms.
     if (ranks.size - failed) * steps_squared != steps**2:
@@ -93,12 +106,19 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
             "the ranks are not at the same step: one rank went on after an error inside its optimizer's step, which "
             "the other ranks finished, so their weights differ; restart all ranks from a checkpoint"
         )
+    if (ranks.size - failed) * trained_squared != trained**2:
+        texts = ranks.tell({} if message is None or message.describe is None else dict(message.describe()))
+        raise RankError(
+            "since the first window, requires_grad or the optimizers' parameters have changed on some ranks only: "
+            + differences(dict(zip(ranks.members, texts, strict=True)))
+        )
     if speaking * squares != fingerprints**2:
         own = ", ".join(message.names) if message and message.names else "none"
         raise RankError(
             f"the ranks' losses have different terms; this rank has {own}: return the same terms on every rank"
         )
     shared = int(terms / speaking) if speaking else 0
+    kinds = rest[(2 + NAME_BYTES) * MOST_TERMS :][: 0 if message is None else len(message.present)]
     letters = rest[2 * MOST_TERMS : (2 + NAME_BYTES) * MOST_TERMS]
     return Message(
         names=[_decode(letters[slot * NAME_BYTES : (slot + 1) * NAME_BYTES], speaking) for slot in range(shared)],
@@ -106,21 +126,23 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
         counts=[rest[2 * slot + 1] for slot in range(shared)],
         samples=samples,
         double=double > 0,
-        present=[each > 0 for each in rest[(2 + NAME_BYTES) * MOST_TERMS :]],
+        present=[each > 0 for each in kinds],
+        sparse=[each > 0 and each % _SPARSE == 0 for each in kinds],
         metrics=int(metrics),
     )
 
 
-def message_bytes(parameters: int) -> int:
+def message_bytes(parameters: int, *, ranks: int) -> int:
     """Return the length of the all-reduce in `agree` and `attend`.
 
     Args:
-        parameters: Number of trainable parameters.
+        parameters: Number of parameters, frozen ones too.
+        ranks: World size.
 
     Returns:
         Bytes.
     """
-    return 8 * len(_encode(None, parameters, again=False))
+    return 8 * (failure_words(ranks) + len(_encode(None, parameters, again=False)))
 
 
 def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
@@ -131,7 +153,7 @@ def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
     Args:
         ranks: The data-parallel ranks.
         rows: Number of rows on this rank.
-        parameters: Number of trainable parameters, the same on every rank.
+        parameters: As for `agree`.
 
     Returns:
         Number of rows on all ranks together.
@@ -169,7 +191,7 @@ def tell(ranks: RankGroup, told: Sequence[bool]) -> list[list[bool]]:
 def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:
     """Encode a message as numbers whose sums over the ranks can be decoded."""
     if message is None:
-        return [float(again), 1.0] + [0.0] * (9 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
+        return [float(again), 1.0] + [0.0] * (11 + (2 + NAME_BYTES) * MOST_TERMS + parameters)
     names = sorted(message.names)
     if len(names) > MOST_TERMS or any(len(name.encode()) > NAME_BYTES for name in names):
         raise LossError(
@@ -181,11 +203,16 @@ def _encode(message: Message | None, parameters: int, *, again: bool) -> list[fl
     by_name = dict(zip(message.names, zip(message.sums, message.counts, strict=True), strict=True))
     pairs = [number for name in names for number in by_name[name]]
     letters = [float(byte) for name in names for byte in name.encode().ljust(NAME_BYTES, b"\0")]
+    kinds = [float(each) for each in message.present]
+    for index, sparse in enumerate(message.sparse):
+        kinds[index] *= _SPARSE if sparse else 1.0
     return [
         0.0,
         0.0,
         float(message.steps),
         float(message.steps**2),
+        float(message.trained),
+        float(message.trained**2),
         float(bool(names)),
         float(len(names)),
         fingerprint,
@@ -197,7 +224,8 @@ def _encode(message: Message | None, parameters: int, *, again: bool) -> list[fl
         *[0.0] * (2 * (MOST_TERMS - len(names))),
         *letters,
         *[0.0] * (NAME_BYTES * (MOST_TERMS - len(names))),
-        *[float(each) for each in message.present],
+        *kinds,
+        *[0.0] * (parameters - len(kinds)),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.errors import RankAgainError, RankError, WindowError
-from microbatch.ranks.process_group import RankGroup
+from microbatch.ranks.process_group import RankGroup, failure_words
 from microbatch.ranks.reduce import buckets_of
 
 
@@ -133,16 +133,16 @@ class Overlap:
         Cost:
             One all-reduce of 8 bytes a parameter, and one host synchronisation.
         """
-        failed, again, *found = self._report([0.0, 0.0, *map(float, present)])
+        failed, again, where, found = self._report(map(float, present), failed=False, again=False)
         if failed and failed == again:
             raise RankAgainError(
                 f"{int(failed)} ranks ran out of memory in the last backward, during the all-reduce of the gradients, "
                 "so every rank has to run the batch again; gradients, random state and buffers are as before the window"
             )
-        if failed:
+        if failed and self._ranks is not None:
             raise RankError(
-                f"{int(failed)} ranks failed inside this window, so this rank drops its gradients too; read the "
-                "failing rank's own error"
+                f"{int(failed)} ranks failed inside this window, so this rank drops its gradients too: "
+                f"{self._ranks.failures(where)}; read the failing rank's own error"
             )
         return [each > 0 for each in found]
 
@@ -166,7 +166,7 @@ class Overlap:
         nothing: list[Tensor | None] = [None] * len(self._parameters)
         for bucket in self._buckets[self._next :]:
             self._send(bucket, nothing)
-        failed, retrying, *_ = self._report([1.0, float(again), *([0.0] * len(self._parameters))])
+        failed, retrying, *_ = self._report([0.0] * len(self._parameters), failed=True, again=again)
         return again and failed == retrying
 
     def _reached(self, place: int, parameter: Tensor) -> None:
@@ -196,14 +196,26 @@ class Overlap:
         self._ranks.count("sum", bucket.memory)
         bucket.work = dist.all_reduce(bucket.memory, group=self._ranks.group, async_op=True)
 
-    def _report(self, values: Sequence[float]) -> list[float]:
-        assert self._ranks is not None  # noqa: S101 - `begin` comes before
+    def _report(
+        self, present: Iterable[float], *, failed: bool, again: bool
+    ) -> tuple[float, float, list[int], list[float]]:
+        """Wait for all buckets, and exchange reports.
+
+        Returns:
+            Number of ranks that failed, number that will run the batch again, indices of those that failed, and for
+            each parameter the sum of ``present``.
+        """
+        ranks = self._ranks
+        assert ranks is not None  # noqa: S101 - `begin` comes before
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
-        vector = torch.tensor(values, dtype=torch.float64, device=self._ranks.device)
-        self._ranks.sum_(vector)
-        return vector.tolist()
+        values = [float(failed), float(again), *ranks.failure_flags(failed=failed), *present]
+        vector = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+        ranks.sum_(vector)
+        number, retrying, *rest = vector.tolist()
+        words = failure_words(ranks.size)
+        return number, retrying, ranks.failed(rest[:words]), rest[words:]
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -11,6 +11,7 @@ from torch import Tensor
 from microbatch.errors import RankAgainError, RankError
 from microbatch.ranks.process_group import RankGroup
 
+_FAILED, _RETRY = 1.0, 2.0  # the state of a rank beside gradients
 _AGAIN = "again"  # sent by a rank that ran out of memory and will run its batch again
 # A rank's number of rows, the structure of its representations, and the dtype and row shape of each of them.
 _Description: TypeAlias = tuple[int, Any, list[tuple[torch.dtype, tuple[int, ...]]]]
@@ -158,15 +159,23 @@ class Exchange:
     def _all_gather(self, own: _Description | str | None, *, failed: bool = False) -> list[_Description]:
         self._finished += 1
         found = self._ranks.tell(own)
-        self._check(found.count(None), found.count(_AGAIN), failed=failed and own is None, again=own == _AGAIN)
+        self._check(
+            [index for index, each in enumerate(found) if each is None],
+            found.count(_AGAIN),
+            failed=failed and own is None,
+            again=own == _AGAIN,
+        )
         return found
 
-    def _check(self, failed_there: float, again_there: float, *, failed: bool, again: bool) -> None:
+    def _check(self, failed_there: Sequence[int], again_there: float, *, failed: bool, again: bool) -> None:
         """Raise the error for the other ranks' failures, unless this rank has itself failed for good."""
         if failed:
             return
         if failed_there:
-            raise RankError(_failed(int(failed_there), self._ranks.size))
+            raise RankError(
+                f"{len(failed_there)} of {self._ranks.size} ranks failed inside this window, so this rank drops its "
+                f"gradients too: {self._ranks.failures(failed_there)}; read the failing rank's own error"
+            )
         if again_there and not again:
             raise RankAgainError(
                 "another rank ran out of memory in a computation that all ranks depend on, so every rank has to run "
@@ -175,10 +184,15 @@ class Exchange:
 
     def _sum(self, numbers: Tensor, *, failed: bool = False, again: bool = False) -> Tensor:
         self._finished += 1
-        vector = torch.cat([numbers.new_tensor([float(failed), float(again)]), numbers])
+        size, index = self._ranks.size, self._ranks.index
+        states = numbers.new_zeros(size)  # one for each rank, which is 0 on all other ranks
+        states[index] = _FAILED if failed else _RETRY if again else 0.0
+        vector = torch.cat([states, numbers])
         self._ranks.sum_(vector)
-        self._check(*vector[:2].tolist(), failed=failed, again=again)
-        return vector[2:]
+        found = vector[:size].tolist()
+        there = [rank for rank, state in enumerate(found) if state == _FAILED]
+        self._check(there, found.count(_RETRY), failed=failed, again=again)
+        return vector[size:]
 
     def _zeros(self, number: int) -> Tensor:
         return torch.zeros(number, dtype=self._dtype, device=self._ranks.device)
@@ -205,10 +219,3 @@ class Exchange:
 
 def _floating(kinds: Sequence[tuple[torch.dtype, tuple[int, ...]]]) -> list[tuple[torch.dtype, torch.Size]]:
     return [(dtype, torch.Size(shape)) for dtype, shape in kinds if dtype.is_floating_point]
-
-
-def _failed(number: int, size: int) -> str:
-    return (
-        f"{number} of {size} ranks failed inside this window, so this rank drops its gradients too; read the failing "
-        "rank's own error"
-    )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from microbatch.errors import ConfigError
+from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
+
+_FLAGS = 32
 
 
 class RankGroup:
@@ -23,6 +28,7 @@ class RankGroup:
         calls: Collectives started so far.
         sent_bytes: Bytes that this rank has sent in them so far, computed for ring algorithms, as large collectives
             use.
+        beats: Describes ranks that have reported a failure; `None` before the first window.
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
@@ -38,6 +44,41 @@ class RankGroup:
         self.device = device
         self.calls = 0
         self.sent_bytes = 0
+        self.beats: StoreBeats | None = None
+
+    @property
+    def members(self) -> list[int]:
+        """The ranks of the group, by their numbers in the default process group."""
+        return dist.get_process_group_ranks(self._group)
+
+    def failure_flags(self, *, failed: bool) -> list[float]:
+        """Return numbers whose sums over the ranks tell which ranks have failed.
+
+        Args:
+            failed: Whether this rank has failed.
+
+        Returns:
+            A number for every 32 ranks: float64 adds up their powers of two exactly.
+        """
+        flags = [0.0] * failure_words(self.size)
+        flags[self.index // _FLAGS] = float(failed) * 2.0 ** (self.index % _FLAGS)
+        return flags
+
+    def failed(self, flags: Sequence[float]) -> list[int]:
+        """Return the indices of the ranks that have failed, from the sums of their flags."""
+        return [index for index in range(self.size) if int(flags[index // _FLAGS]) >> index % _FLAGS & 1]
+
+    def failures(self, indices: Sequence[int]) -> str:
+        """Describe ranks that have reported a failure, for an error on the other ranks.
+
+        Args:
+            indices: The ranks that failed, by their indices in the group.
+
+        Returns:
+            Their numbers in the default process group, with the step and the error if these are known.
+        """
+        failed = [self.members[index] for index in indices]
+        return " and ".join(f"rank {each}" for each in failed) if self.beats is None else self.beats.failures(failed)
 
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:
@@ -96,10 +137,16 @@ class RankGroup:
         Cost:
             Two small all-gathers and one host synchronisation.
         """
-        told: list[Any] = [None] * self.size
+        # `dist.all_gather_object` takes the current CUDA device, which may be another rank's.
+        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self._group)) else self.device
+        own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8).to(device)
         self.calls += 1
-        dist.all_gather_object(told, what, group=self._group)
-        return told
+        sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self._group)
+        lengths = [int(size) for size in sizes]
+        told = [torch.empty(max(lengths), dtype=torch.uint8, device=device) for _ in lengths]
+        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self._group)
+        return [pickle.loads(bytes(each[:n].tolist())) for each, n in zip(told, lengths, strict=True)]  # noqa: S301
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """All-gather a tensor.
@@ -143,6 +190,11 @@ class RankGroup:
         for tensor in tensors:
             self.count("copy", tensor)
             dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+
+
+def failure_words(ranks: int) -> int:
+    """Return how many numbers `RankGroup.failure_flags` has for a world size."""
+    return -(-ranks // _FLAGS)
 
 
 def ring_bytes(kind: str, size: int, *, ranks: int) -> int:

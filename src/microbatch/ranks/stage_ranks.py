@@ -28,6 +28,7 @@ class Stages:
         ranks: The data-parallel ranks, which have the same stages; `None` if there is one pipeline only.
 
     Attributes:
+        group: The ranks of the pipeline.
         ranks: The data-parallel ranks, as given.
 
     Source:
@@ -35,7 +36,7 @@ class Stages:
     """
 
     def __init__(self, pipeline: Pipeline, ranks: RankGroup | None) -> None:
-        self._stages = RankGroup(pipeline.group, pipeline.device)
+        self.group = RankGroup(pipeline.group, pipeline.device)
         self.ranks = ranks
 
     def first_of(self, number: int) -> int:
@@ -50,7 +51,7 @@ class Stages:
         Cost:
             Two small all-gathers.
         """
-        return self._stages.tell(number)[0]
+        return self.group.tell(number)[0]
 
     def tell(self, told: Any) -> list[Any]:
         """Send something small to every stage.
@@ -64,7 +65,7 @@ class Stages:
         Cost:
             Two small all-gathers and a host synchronisation.
         """
-        return self._stages.tell(told)
+        return self.group.tell(told)
 
     def warn_of_twins(self, model: nn.Module) -> None:
         """Warn about equal weights on different ranks, which may be one tied weight, such as embedding and head.
@@ -75,7 +76,7 @@ class Stages:
         Cost:
             Two small all-gathers, and one host synchronisation for every weight.
         """
-        found, first = self._stages.tell(_fingerprints(model)), dict[Any, tuple[int, str]]()
+        found, first = self.group.tell(_fingerprints(model)), dict[Any, tuple[int, str]]()
         for rank, fingerprints in enumerate(found):
             for fingerprint, name in fingerprints.items():
                 where, twin = first.setdefault(fingerprint, (rank, name))
@@ -106,7 +107,7 @@ class Stages:
         squares = [number**2 for number in own.values()]
         found = self._agree(_message(list(own), list(own.values()), squares), parameters)
         # n * sum(x^2) == sum(x)^2 only if all n numbers are equal, and every rank gets the same answer.
-        if any(self._stages.size * square != total**2 for total, square in zip(found.sums, found.counts, strict=True)):
+        if any(self.group.size * square != total**2 for total, square in zip(found.sums, found.counts, strict=True)):
             raise BatchError(
                 "the ranks of a pipeline were given different batches or microbatch sizes, but all of them run the "
                 f"same microbatches; this rank has {rows} rows in {passes} passes. Pass the same batch on every rank "
@@ -130,8 +131,10 @@ class Stages:
             Two all-reduces of 6,500 bytes, and one host synchronisation after each.
         """
         # Each stage has parameters of its own, so which gradients exist is not summed over stages.
-        whole = self._agree(None if message is None else replace(message, present=[]), parameters)
-        whole = replace(whole, present=[] if message is None else message.present)
+        whole = self._agree(message and replace(message, present=[], sparse=[], trained=0), parameters)
+        if message is not None:
+            kept = {name: getattr(message, name) for name in ("present", "sparse", "trained", "describe")}
+            whole = replace(whole, **kept)
         if self.ranks is None:
             return whole
         return agree(self.ranks, None if message is None else whole, parameters=parameters)
@@ -149,12 +152,12 @@ class Stages:
             One all-reduce of 8 bytes.
         """
         square = own.double().square()
-        self._stages.sum_(square)
+        self.group.sum_(square)
         return square.sqrt()
 
     def _agree(self, message: Message | None, parameters: int) -> Message:
         try:
-            return agree(self._stages, message, parameters=0)
+            return agree(self.group, message, parameters=0)
         except RankError:
             if self.ranks is not None:
                 with suppress(RankError):

@@ -25,6 +25,7 @@ ENCODE, WINDOW, WINDOWS, COUNTS = "encode=", "accumulator.window()", "accumulato
 UNFROZEN = 'BatchNorm without batch_norm="frozen"'
 GRADIENT, STEP = "accumulator.gradient()", "accumulator.step()"
 BATCHES = "mb.Batches"
+LAZY, SPREAD_TABLE = "SparseAdam", "a sharded Embedding(sparse=True)"
 
 Given = Callable[[Options], object]
 
@@ -56,6 +57,8 @@ FEATURES: Mapping[str, Given] = {
     'microbatch_size="auto"': lambda o: o.microbatch_size == "auto",
     "memory_budget=": lambda o: isinstance(o.memory_budget, int),
     "SyncBatchNorm": lambda o: any(isinstance(each, nn.SyncBatchNorm) for each in o.model.modules()),
+    LAZY: lambda o: any(isinstance(each, torch.optim.SparseAdam) for each in o.optimizers),
+    SPREAD_TABLE: lambda o: any(is_shard(each.weight) for each in _sparse_tables(o)),
     "parameters spread over ranks": lambda o: any(map(is_shard, _parameters(o))),
     "parameters narrower than Sums(dtype=...)": lambda o: any(_widens(each, o) for each in _parameters(o)),
 }
@@ -139,6 +142,7 @@ CLASHES: Sequence[Clash] = (
             "grad_scaler=": "the loss scale would depend on the ranks that overflow; " + _ONE,
             'Sums(how="compensated")': "the sums are float32 or wider; " + _ONE,
             BUFFERLESS: "the tree of sums needs its own buffers; " + _ONE,
+            LAZY: "its tree adds up dense gradients, and SparseAdam takes only sparse ones; use Adam or SGD",
             UNFROZEN: 'running statistics would depend on a rank\'s microbatches; pass batch_norm="frozen"',
             'microbatch_size="auto"': "each size rounds differently, and another machine may choose another size; pass "
             "a number as microbatch_size",
@@ -155,6 +159,8 @@ CLASHES: Sequence[Clash] = (
             BUFFERLESS: "each rank has only a shard of each gradient; leave buffer= out",
             "grad_scaler=": "use bfloat16, which needs no scaler",
             DETERMINISTIC: "torch adds up the gradients of the ranks itself; leave deterministic= out",
+            SPREAD_TABLE: "torch cannot reduce-scatter sparse gradients; pass sparse=False to the Embedding, or its "
+            "weight as ignored_params= to fully_shard",
             "compile=": "compile its blocks with torch.compile before fully_shard",
             "offload=": "use fully_shard's CPUOffloadPolicy, or checkpoint blocks",
             'coupled="keep"': "the graphs would keep the gathered weights of every pass; leave coupled= out",
@@ -197,6 +203,7 @@ CLASHES: Sequence[Clash] = (
             BUFFERLESS: "gradients are added into the optimizer's state; " + _ONE,
             'Sums(how="compensated")': _ONE,
             'dropout="by_row"': _ONE,
+            LAZY: "its buckets are dense, and SparseAdam takes only sparse gradients; leave overlap= out",
             "SyncBatchNorm": "its backward communicates, too; leave overlap= out",
             "parameters narrower than Sums(dtype=...)": "their sums are not in .grad during backward; leave overlap= "
             "out",
@@ -301,6 +308,11 @@ def _check_sharded_dtypes(options: Options) -> None:
 def _parameters(options: Options) -> list[Tensor]:
     groups = [group for optimizer in options.optimizers for group in optimizer.param_groups]
     return [each for group in groups for each in group["params"] if each.requires_grad]
+
+
+def _sparse_tables(options: Options) -> list[nn.Embedding | nn.EmbeddingBag]:
+    modules = options.bare_model.modules()
+    return [each for each in modules if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse]
 
 
 def _widens(parameter: Tensor, options: Options) -> bool:

@@ -8,71 +8,13 @@ import platform
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from microbatch.errors import MicrobatchError, RankError
+from microbatch.errors import RankError
+from microbatch.ranks.lost_ranks import BEGINNING, FAILED, Beat, describe_missing, is_of_the_group
 
-_STAGES = (
-    "beginning",
-    "reading the batch",
-    "computing",
-    "waiting for the others",
-    "validating",
-    "checkpointing",
-    "done",
-)
-BEGINNING, READING, COMPUTING, WAITING, VALIDATING, CHECKPOINTING, DONE = range(len(_STAGES))
-FAILED = -1
-_WORDS = ("timed out", "timeout", "connection closed", "connection reset", "gloo", "nccl", "broken pipe")
 _BYTES = 512
-_LOOKS, _BETWEEN = 20, 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """Hold the last heartbeat of one rank.
-
-    Attributes:
-        step: Number of the current optimizer step, from 1.
-        stage: Stage of the step, such as `READING` or `COMPUTING`.
-        detail: Further detail, such as the microbatch.
-        seconds: Time of the heartbeat, in seconds since 1970.
-        host: Name of the rank's machine.
-        process: Process id of the rank.
-    """
-
-    step: int
-    stage: int
-    detail: str
-    seconds: float
-    host: str
-    process: int
-
-    @property
-    def at_fault(self) -> bool:
-        """Return whether the other ranks may be waiting for this one; not if it failed because of a missing rank."""
-        return not (self.stage == FAILED and self.detail.startswith(RankError.__name__))
-
-    @property
-    def gone(self) -> bool:
-        """Return whether the rank's process has ended; `False` also where this machine cannot see the process."""
-        return self._state() in {"Z", "X", ""}
-
-    @property
-    def halted(self) -> bool:
-        """Return whether the rank's process is stopped; `False` also where this machine cannot see the process."""
-        return self._state() in {"T", "t"}
-
-    def _state(self) -> str | None:
-        """Read the process's state from Linux; empty if there is no such process, `None` where it cannot be seen."""
-        if self.host != platform.node() or not Path("/proc").is_dir():
-            return None
-        try:
-            # The state comes after the name, which is in brackets and may hold any character.
-            return Path(f"/proc/{self.process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except OSError:
-            return ""
 
 
 class Heartbeat:
@@ -136,19 +78,6 @@ def read_beat(folder: Path, rank: int) -> Beat | None:
         return None
 
 
-def is_of_the_group(error: BaseException) -> bool:
-    """Return whether an error comes from a collective, and not from the model.
-
-    Args:
-        error: Any error.
-
-    Returns:
-        Whether the error is of the kind that a lost or late rank causes.
-    """
-    # Errors of gloo are plain RuntimeErrors, so only the words of the message can be compared.
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
-
-
 def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
     """Describe which ranks did not arrive at the collective in which this rank failed.
 
@@ -160,17 +89,7 @@ def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
     Returns:
         One sentence, without a full stop.
     """
-    # A killed process closes its connections a moment before it ends. Until one of the ranks is certainly at fault,
-    # the check is repeated for a second: a rank that has just died would else be described as late.
-    for look in range(_LOOKS):
-        step, found, certain = _look(folder, ranks=ranks, rank=rank)
-        if certain or look == _LOOKS - 1:
-            break
-        time.sleep(_BETWEEN)
-    if not found:
-        others = ", ".join(f"rank {each}" for each in range(ranks) if each != rank)
-        return f"step {step} came to a halt, and {others} had come as far as this one: the network may have failed"
-    return f"step {step} came to a halt, because {' and '.join(found)}"
+    return describe_missing(lambda: {each: read_beat(folder, each) for each in range(ranks)}, rank=rank)
 
 
 @contextmanager
@@ -191,47 +110,14 @@ def missing_ranks_named(heartbeat: Heartbeat, *, ranks: int, rank: int) -> Gener
     try:
         yield
     except Exception as error:
-        if isinstance(error, MicrobatchError) or not is_of_the_group(error):
+        lost = error.__cause__ if isinstance(error, RankError) else error
+        if not is_of_the_group(lost):
             heartbeat.failed(error)
             raise
         found = who_is_missing(heartbeat.folder, ranks=ranks, rank=rank)
         told = RankError(f"{found}; its own log is in {heartbeat.folder}")
         heartbeat.failed(told)
         raise told from error
-
-
-def _look(folder: Path, *, ranks: int, rank: int) -> tuple[int, list[str], bool]:
-    """Return this rank's step, what is known of the ranks that are missing, and whether one has certainly failed."""
-    beats = {each: read_beat(folder, each) for each in range(ranks)}
-    own = beats[rank]
-    furthest = max((_place(beat) for beat in beats.values() if beat is not None), default=(0, 0))
-    found, certain = [], False
-    for each, beat in beats.items():
-        if each == rank or (beat is not None and not beat.at_fault):
-            continue
-        failed = beat is not None and (beat.stage == FAILED or beat.gone or beat.halted)
-        if beat is None or failed or _place(beat) < furthest:
-            found.append(f"rank {each} {_said(beat)}")
-            certain = certain or failed
-    return 0 if own is None else own.step, found, certain
-
-
-def _said(beat: Beat | None) -> str:
-    if beat is None:
-        return "has never said a word"
-    ago = f"{max(0.0, time.time() - beat.seconds):.0f} s ago"
-    if beat.stage == FAILED:
-        return f"failed in step {beat.step} ({beat.detail})"
-    where = f"{_STAGES[beat.stage]}{f', {beat.detail}' if beat.detail else ''}"
-    if beat.gone:
-        return f"has died (process {beat.process} on {beat.host}; last seen in step {beat.step}, {where})"
-    if beat.halted:
-        where += ", and its process has been stopped"
-    return f"did not arrive: in step {beat.step} it was {where}, {ago} (process {beat.process} on {beat.host})"
-
-
-def _place(beat: Beat) -> tuple[int, int]:
-    return beat.step, beat.stage
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from microbatch.ranks.process_group import RankGroup
-from microbatch.step.accumulator import Accumulator
-from microbatch.step.events import Event, MicrobatchDone, StepDone
-from microbatch.step.options import Ranks
-from microbatch.train.background import CheckpointWriter
-from microbatch.train.checkpoint import read_newest
-from microbatch.train.evaluate import evaluate
-from microbatch.train.heartbeat import (
+from microbatch.ranks.lost_ranks import (
     BEGINNING,
     CHECKPOINTING,
     COMPUTING,
@@ -27,9 +20,15 @@ from microbatch.train.heartbeat import (
     READING,
     VALIDATING,
     WAITING,
-    Heartbeat,
-    missing_ranks_named,
 )
+from microbatch.ranks.process_group import RankGroup
+from microbatch.step.accumulator import Accumulator
+from microbatch.step.events import Event, MicrobatchDone, StepDone
+from microbatch.step.options import Ranks
+from microbatch.train.background import CheckpointWriter
+from microbatch.train.checkpoint import read_newest
+from microbatch.train.evaluate import evaluate
+from microbatch.train.heartbeat import Heartbeat, missing_ranks_named
 from microbatch.train.job import Job
 from microbatch.train.measured_steps import MeasuredSteps
 from microbatch.train.place import Place

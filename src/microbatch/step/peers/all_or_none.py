@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from microbatch.errors import RankError
 from microbatch.ranks.agreement import tell
 from microbatch.ranks.process_group import RankGroup
+from microbatch.ranks.same_setup import ranks_named
 from microbatch.step.optimizer_step import Versions
 
 
@@ -62,12 +63,13 @@ def all_or_none(ranks: RankGroup, optimizers: Sequence[Optimizer]) -> Generator[
             optimizer.state.clear()
             ranks.copy_(versions.parameters, source=source)
     words = _outcome(taken_back=taken_back, nobody=len(failed) == ranks.size)
+    members = [ranks.members[index] for index in failed]
     if failure is not None:
         failure.add_note(f"microbatch: {words}")
         raise failure
     raise RankError(
-        f"{len(failed)} of {ranks.size} ranks failed inside the optimizer's step ({_listed(failed)}; see the error "
-        f"there): {words}"
+        f"{len(failed)} of {ranks.size} ranks failed inside the optimizer's step ({ranks_named(members)}"
+        f"{'' if ranks.beats is None else f' in step {ranks.beats.own.step}'}; see the error there): {words}"
     )
 
 
@@ -77,7 +79,3 @@ def _outcome(*, taken_back: bool, nobody: bool) -> str:
     if nobody:
         return "no rank took the step; where weights may be partly updated, go on from a checkpoint"
     return "the other ranks took the step, so the ranks' weights differ: go on from a checkpoint"
-
-
-def _listed(failed: Sequence[int]) -> str:
-    return f"rank{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))}"

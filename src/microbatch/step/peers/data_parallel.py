@@ -16,13 +16,16 @@ from microbatch.loss.loss import wide_dtype
 from microbatch.loss.rank_stats import Across
 from microbatch.ranks.agreement import Message, agree, attend
 from microbatch.ranks.gather_representations import Exchange
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import Flat, reduce_, reserve
+from microbatch.ranks.sparse_reduce import reduce_sparse
 from microbatch.shards import local_of
 from microbatch.step.denominator import Denominator
 from microbatch.step.part import Met, OpenWindow, Peers
 from microbatch.step.peers.all_or_none import all_or_none
 from microbatch.step.peers.alone import enter_no_sync, unscaled_norm
+from microbatch.step.peers.rank_setup import RankSetup
 from microbatch.step.record import Step
 
 
@@ -32,6 +35,7 @@ class DataParallel(Peers):
     Attributes:
         ranks: The process group; `None` if a subclass runs in a single process.
         talk: The exchange in which the other ranks wait before the end of the window; `None` if there is none.
+        setup: What the ranks have alike, and their heartbeats.
 
     Source:
         Laws N3, N4, N9, R1 to R5.
@@ -43,27 +47,33 @@ class DataParallel(Peers):
         self._shared, self._waited = False, True
         self._total: tuple[float, Mapping[str, float]] | None = None
         self._numbers: tuple[int, list[int]] | None = None
-        self._flat = Flat()
+        self._flat, self.setup = Flat(), RankSetup()
         # Number of windows that all ranks ended, parameters that have been updated, and parameters with a gradient.
         self._steps, self._updated, self._present = 0, set[int](), set[int]()
 
     # -- before the first backward -------------------------------------------------------------------------------------
 
     def prepare(self, window: OpenWindow) -> None:
-        """Find the ranks, and broadcast the first rank's weights before the first window."""
+        """Find the ranks; before the first window, check that they are set up alike, and broadcast the weights."""
         self.find(window)
         self.talk, self._waited = None, True
         if self.ranks is not None:
             self.size, self.index = self.ranks.size, self.ranks.index
         if not window.attempt.retries:  # an agreement of the ranks holds for every attempt
             self._total = self._numbers = None
+        self.setup.begin(window, self.groups())
         if not self._shared:
-            self.share_weights(window)
+            with self.setup.first(window, self.groups()):
+                self.share_weights(window)
             self._shared = True
 
     def find(self, window: OpenWindow) -> None:
         """Find the ranks."""
         self.ranks = window.options.find_ranks(window.device)
+
+    def groups(self) -> list[tuple[RankGroup, bool]]:
+        """Return the process groups of this rank, and whether all ranks of each have the same parameters."""
+        return [] if self.ranks is None else [(self.ranks, True)]
 
     def share_weights(self, window: OpenWindow) -> None:
         """Broadcast the first rank's parameters and buffers."""
@@ -80,7 +90,7 @@ class DataParallel(Peers):
         if self.ranks is None:
             return rows, counts
         if self._total is None:
-            self._total = total_over(self.ranks, rows, counts, parameters=_parameters(window))
+            self._total = total_over(self.ranks, rows, counts, parameters=self.setup.room(window))
         return self._total
 
     def number_rows(self, window: OpenWindow, rows: int) -> tuple[int, list[int]]:
@@ -89,7 +99,7 @@ class DataParallel(Peers):
         if ranks is None:
             return window.seed, [rows]
         if self._numbers is None:
-            attend(ranks, rows, parameters=_parameters(window))
+            attend(ranks, rows, parameters=self.setup.room(window))
             told = torch.zeros(ranks.size + 1, dtype=torch.int64, device=ranks.device)
             told[ranks.index] = rows
             if ranks.index == 0:
@@ -109,7 +119,9 @@ class DataParallel(Peers):
         ranks = self.ranks
         if ranks is None:
             return None
-        self.talk = Across(size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_)
+        self.talk = Across(
+            size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_, failures=ranks.failures
+        )
         return self.talk
 
     def speak(self, conversation: Across | Exchange | None) -> None:
@@ -129,7 +141,7 @@ class DataParallel(Peers):
         agreed = self.agree(window, message)
         counts = dict(zip(agreed.names, agreed.counts, strict=True))
         factor = window.denominator.factor(counts) if any(agreed.counts) else 1.0
-        window.gradients.fill(agreed.present)
+        window.gradients.fill(agreed.present, agreed.sparse)
         window.gradients.settle(factor)
         self.reduce(window, agreed, factor)
         return self.met(window, agreed, agreed.sums, counts)
@@ -138,7 +150,7 @@ class DataParallel(Peers):
         """Reserve memory for the reduction, and create this rank's message about its window."""
         self.reserve(window)
         message = message_of(window.denominator, window.device, samples=samples, present=self.present(window))
-        return replace(message, steps=self._steps)
+        return self.setup.arrive(window, replace(message, sparse=window.gradients.sparse, steps=self._steps))
 
     def reserve(self, window: OpenWindow) -> None:
         """Reserve memory for a bucket, while the other ranks can still be notified of a failure."""
@@ -153,14 +165,23 @@ class DataParallel(Peers):
     def agree(self, window: OpenWindow, message: Message | None) -> Message:
         """Add up the messages of the ranks; `None` means that this rank failed."""
         assert self.ranks is not None  # noqa: S101 - a subclass without ranks overrides this
-        return agree(self.ranks, message, parameters=_parameters(window))
+        return agree(self.ranks, message, parameters=self.setup.room(window))
 
     def reduce(self, window: OpenWindow, agreed: Message, factor: float) -> None:
         """Multiply the gradients by this rank's factor, and reduce them."""
-        del agreed
         assert self.ranks is not None  # noqa: S101 - a subclass without ranks overrides this
         totals, dtypes = self._to_reduce(window)
         reduce_(self.ranks, totals, factor, dtypes=dtypes, flat=self._flat)
+        places = [place for place, sparse in enumerate(agreed.sparse) if sparse]
+        if places:
+            gradients = window.gradients
+            sums = {id(each.parameter): total for each, total in gradients.gradients()}
+            like = [gradients.named[place].parameter for place in places]
+            dtypes = [gradients.zeros(place).dtype for place in places]
+            own = [sums.get(id(each)) for each in like]
+            found = reduce_sparse(self.ranks, own, factor, like=like, dtypes=dtypes)
+            for place, total in zip(places, found, strict=True):
+                gradients.put(place, total)
 
     def held(self) -> set[int]:
         """Return the ids of the parameters whose gradients the model reduces itself."""
@@ -225,6 +246,9 @@ class DataParallel(Peers):
 
     def fail(self, window: OpenWindow, error: BaseException, *, again: bool) -> bool:
         """Notify the ranks that wait for this one, unless the error came from another rank."""
+        self.setup.name_lost(error)
+        if not again:
+            self.setup.record(error)
         if not self.waited(window) or not isinstance(error, Exception) or isinstance(error, RankError):
             return again
         try:
@@ -232,13 +256,15 @@ class DataParallel(Peers):
                 self.talk.fail(again=again)
                 return again
             return self.tell_failure(window, again=again)
-        except RankError:
-            return False  # another rank has given up, and raises its own error
+        except Exception as told:
+            if isinstance(told, RankError) or is_of_the_group(told):
+                return False  # another rank has given up, or is lost, and this rank raises its own error
+            raise
 
     def tell_failure(self, window: OpenWindow, *, again: bool) -> bool:
         """Notify the ranks that wait at the end of the window; if this rank runs its batch again, they keep waiting."""
         if not again and self.ranks is not None:
-            agree(self.ranks, None, parameters=_parameters(window))
+            agree(self.ranks, None, parameters=self.setup.room(window))
         return again
 
     def _to_reduce(self, window: OpenWindow) -> tuple[list[Tensor], list[torch.dtype]]:
@@ -247,7 +273,7 @@ class DataParallel(Peers):
         found = [
             (local_of(total), each.parameter.dtype if narrow else torch.promote_types(total.dtype, torch.float32))
             for each, total in window.gradients.gradients()
-            if id(each.parameter) not in held
+            if id(each.parameter) not in held and not total.is_sparse
         ]
         return [total for total, _ in found], [dtype for _, dtype in found]
 
@@ -331,7 +357,3 @@ def total_metrics(
         for name, value in told.items():
             total[name] = total.get(name, 0.0) + value
     return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in total.items()}
-
-
-def _parameters(window: OpenWindow) -> int:
-    return len(window.gradients.named)

@@ -94,7 +94,7 @@ class Overlapped(DataParallel):
         assert self.ranks is not None  # noqa: S101 - `prepare` finds them
         assert self.overlap is not None  # noqa: S101 - `reserve` makes it
         self._nobody_waits = True
-        agreed = agree(self.ranks, message, parameters=len(message.present))
+        agreed = agree(self.ranks, message, parameters=self.setup.room(window))
         counts = dict(zip(agreed.names, agreed.counts, strict=True))
         self.overlap.begin(self.ranks, window.denominator.factor(counts) if any(agreed.counts) else 1.0)
         self._agreed, self._sending, self._nobody_waits = agreed, True, False

@@ -19,6 +19,7 @@ from microbatch.memory.out_of_memory import is_out_of_memory, let_go_of_locals
 from microbatch.ranks.agreement import Message, agree, attend
 from microbatch.ranks.fsdp import narrowest, reshard, unshared_bytes
 from microbatch.ranks.fsdp_passes import Sharded
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.ranks.unsharded import hold_whole, let_go, scatter_whole
 from microbatch.step.cutting import Cutting
 from microbatch.step.events import SyncChosen
@@ -84,7 +85,7 @@ class ShardedPeers(DataParallel):
                 "another window"
             )
         fast, why = self._may_be_fast(window, batch)
-        whole = attend(ranks, cutting.rows, parameters=len(window.gradients.named))
+        whole = attend(ranks, cutting.rows, parameters=self.setup.room(window))
         told = torch.zeros(2, ranks.size, dtype=torch.float64, device=ranks.device)
         told[0, ranks.index], told[1, ranks.index] = cutting.microbatches, fast
         ranks.sum_(told)
@@ -221,8 +222,13 @@ class ShardedPeers(DataParallel):
         """Run dummy passes after a failure, so that the other ranks' collectives complete."""
         if is_out_of_memory(error):
             let_go_of_locals(error, window.options.model)
-        if self.waited(window) and isinstance(error, Exception) and not isinstance(error, RankError):
-            self._run_dummy_passes(window)
+        ours = isinstance(error, Exception) and not isinstance(error, RankError) and not is_of_the_group(error)
+        if self.waited(window) and ours:
+            try:
+                self._run_dummy_passes(window)
+            except Exception:  # noqa: BLE001 - this rank's own error is the one to raise
+                # The others wait inside a pass that this rank cannot make, and not for its message.
+                self._waited = False
         if self._fsdp.whole:
             let_go(window.options.model)
         self._fsdp.drop()
@@ -236,7 +242,7 @@ class ShardedPeers(DataParallel):
     def tell_failure(self, window: OpenWindow, *, again: bool) -> bool:
         """Notify the ranks that wait at the end of the window; all of them have to run the batch again."""
         assert self.ranks is not None  # noqa: S101 - a sharded model has several
-        agree(self.ranks, None, parameters=len(window.gradients.named), again=again)
+        agree(self.ranks, None, parameters=self.setup.room(window), again=again)
         return again
 
     def state(self) -> dict[str, Any]:

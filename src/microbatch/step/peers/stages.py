@@ -6,6 +6,7 @@ from torch import Tensor
 
 from microbatch.errors import RankError
 from microbatch.ranks.agreement import Message
+from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.stage_ranks import Stages
 from microbatch.step.part import OpenWindow
 from microbatch.step.peers.data_parallel import DataParallel
@@ -27,6 +28,10 @@ class StagePeers(DataParallel):
         assert pipeline is not None  # noqa: S101 - these peers are for pipelines
         self._stages = Stages(pipeline, self.ranks)
 
+    def groups(self) -> list[tuple[RankGroup, bool]]:
+        """Return the ranks of the pipeline, whose parameters differ, and the data-parallel ranks."""
+        return [(self._stages.group, False), *super().groups()]
+
     def share_weights(self, window: OpenWindow) -> None:
         """Warn of weights that stages share, and set the first stage's seed on all stages."""
         self._stages.warn_of_twins(window.options.model)
@@ -36,7 +41,7 @@ class StagePeers(DataParallel):
 
     def attend(self, window: OpenWindow, rows: int, passes: int, *, first: int) -> None:
         """Check that every stage has the same rows, passes and first row."""
-        self._stages.attend(rows, passes, first=first, parameters=len(window.gradients.named))
+        self._stages.attend(rows, passes, first=first, parameters=self.setup.room(window))
 
     def listen(self, *, on: bool) -> None:
         """Set whether the other stages can be notified of a failure; inside a pass, they wait only for tensors."""
@@ -49,7 +54,7 @@ class StagePeers(DataParallel):
 
     def agree(self, window: OpenWindow, message: Message | None) -> Message:
         """Add up the messages of the stages, then those of the pipelines."""
-        return self._stages.agree(message, parameters=len(window.gradients.named))
+        return self._stages.agree(message, parameters=self.setup.room(window))
 
     def reduce(self, window: OpenWindow, agreed: Message, factor: float) -> None:
         """Reduce over the data-parallel ranks, if there are any."""
@@ -74,6 +79,8 @@ class StagePeers(DataParallel):
 
     def fail(self, window: OpenWindow, error: BaseException, *, again: bool) -> bool:
         """Notify the stages; a pipeline's batch is not run again, because only the failed stage knows its memory."""
+        self.setup.name_lost(error)
+        self.setup.record(error)
         if self.waited(window) and isinstance(error, Exception) and not isinstance(error, RankError):
-            self._stages.agree(None, parameters=len(window.gradients.named))
+            self._stages.agree(None, parameters=self.setup.room(window))
         return again
