@@ -21,6 +21,7 @@ from microbatch.cli.live_view_process import Watch
 from microbatch.cli.progress import Screen
 from microbatch.cli.rank_log import RankLog
 from microbatch.cli.run_views import resume_command
+from microbatch.cli.safe_stream import safe
 from microbatch.errors import MicrobatchError, RankError
 from microbatch.train.config import load_settings
 from microbatch.train.heartbeat import is_of_the_group
@@ -67,7 +68,8 @@ def run_training(
         output: What is shown, and how.
 
     Returns:
-        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by a lost
+        terminal.
     """
     launch = None
     told = Told(output)
@@ -110,7 +112,7 @@ class Told:
         self._output = output
         self._log: RankLog | None = None
         self._launch = Launch()
-        self._stderr = sys.stderr
+        self._stderr = safe(sys.stderr)
         self.prepared: PreparedRun | None = None
 
     def listeners(self, launch: Launch | None, around: ExitStack) -> tuple[RunListener, ...]:
@@ -130,8 +132,9 @@ class Told:
             made.append(self._log)
         if not self._launch.speaks:
             return tuple(made)
-        console = Console(no_color=None if output.color else True, highlight=False)
-        made.append(around.enter_context(JsonLines(sys.stdout) if output.as_json else Screen(console)))
+        stream = safe(sys.stdout)
+        console = Console(file=stream, no_color=None if output.color else True, highlight=False)
+        made.append(around.enter_context(JsonLines(stream) if output.as_json else Screen(console)))
         if output.tensorboard:
             made.append(EventFile())
         if output.watch:
@@ -158,7 +161,7 @@ class Told:
         if not launch.speaks and (self.prepared is None or isinstance(error, RankError)):
             return code
         if self._output.as_json and launch.speaks:
-            sys.stdout.write(json.dumps({"event": "error", "kind": kind, "message": message}) + "\n")
+            safe(sys.stdout).write(json.dumps({"event": "error", "kind": kind, "message": message}) + "\n")
         console = Console(
             file=self._stderr, no_color=None if self._output.color else True, highlight=False, soft_wrap=True
         )
@@ -187,7 +190,7 @@ class Told:
 
 def _resume_hint(prepared: PreparedRun) -> str:
     saved = prepared.loop.saved_step
-    if saved is None:
+    if saved is None or not prepared.directory.has_checkpoints:
         return ""
     return f"\nThe checkpoint of step {saved} is safe. Go on from it with:\n  {resume_command(prepared.directory.path)}"
 

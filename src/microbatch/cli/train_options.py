@@ -139,7 +139,8 @@ def train(
     """Train a job: its batch in microbatches, one exact optimizer step each.
 
     Raises:
-        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM,
+            129 by a lost terminal.
     """
     from microbatch.cli.train_command import Output, run_training
 

@@ -57,7 +57,7 @@ def write_checkpoint(
     """Write one checkpoint of a single process; a crash at any moment leaves either the whole checkpoint or none.
 
     Args:
-        folder: Folder of the run's checkpoints; created if missing.
+        folder: Folder of the run's checkpoints; created if missing, in a folder that exists.
         step: Optimizer steps taken; the checkpoint is named after this number.
         weights: Parameters and buffers by name; tensors that share memory are stored once.
         state: Nested plain values and tensors, as `microbatch.train.encode.encode` takes them.
@@ -83,7 +83,8 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
     tensors that it alone holds. Rank 0 writes the tensors that all ranks hold and the manifest, and renames the folder.
 
     Args:
-        folder: Folder of the run's checkpoints, which all ranks can read; created if missing.
+        folder: Folder of the run's checkpoints, which all ranks can read; created if missing, in a
+            folder that exists.
         what: The copy.
         keep: Number of newest checkpoints that stay; at least 1. Older ones are removed once the new one is safe.
         ranks: The ranks; `None` for a single process.
@@ -103,7 +104,7 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
 
     def begin() -> str:
         temporary = folder / f".writing-{final.name}-{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # without its parents: a run directory that is gone is not made again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         return temporary.name
@@ -149,7 +150,11 @@ def _written(work: Callable[[], str], final: Path) -> str:
     try:
         return work()
     except OSError as error:
-        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
+        run = final.parent.parent
+        why = f"the run directory {run} is gone, removed or renamed while the run was training"
+        raise CheckpointError(
+            f"the checkpoint {final} could not be written: {error if run.is_dir() else why}"
+        ) from error
 
 
 def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: RankGroup | None = None) -> Checkpoint:

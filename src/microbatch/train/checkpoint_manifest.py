@@ -36,6 +36,8 @@ def checkpoint_name(step: int) -> str:
 def write_manifest(folder: Path, step: int, *, version: int) -> None:
     """Flush every file of a checkpoint to the disk, then write the manifest with their sizes and hashes.
 
+    All files get the mode that the user's umask gives to a new file; safetensors makes its own unreadable for others.
+
     Args:
         folder: The checkpoint's folder, with all its other files.
         step: Optimizer steps taken.
@@ -47,6 +49,9 @@ def write_manifest(folder: Path, step: int, *, version: int) -> None:
             os.fsync(file.fileno())
     manifest = {"format": version, "step": step, "torch": str(torch.__version__), "files": files}
     write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    mode = (folder / MANIFEST).stat().st_mode & 0o777
+    for name in files:
+        (folder / name).chmod(mode)
 
 
 def verify(path: Path) -> None:
