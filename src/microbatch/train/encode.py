@@ -140,7 +140,7 @@ def _decode_marked(kind: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     match kind:
         case "$tensor" | "$complex":
             if value not in tensors:
-                raise CheckpointError(f"the tensor {value!r} is missing from the checkpoint")
+                raise CheckpointError(f"the tensor {value!a} is missing from the checkpoint")
             return tensors[value] if kind == "$tensor" else torch.view_as_complex(tensors[value])
         case "$numpy":
             return decode(value, tensors).numpy()
@@ -155,10 +155,13 @@ def _decode_marked(kind: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
         case "$bytes":
             return bytes.fromhex(value)
         case "$dtype":
-            return getattr(torch, value)
+            dtype = getattr(torch, value)
+            if not isinstance(dtype, torch.dtype):
+                raise CheckpointError(f"{value!a} is not a dtype")
+            return dtype
         case "$device":
             return torch.device(value)
         case _:
             raise CheckpointError(
-                f"the checkpoint holds a {kind!r}, which this version does not know; upgrade to read it"
+                f"the checkpoint holds a {kind!a}, which this version does not know; upgrade to read it"
             )
