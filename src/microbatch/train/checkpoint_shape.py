@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeAlias, cast
+from typing import Annotated, Any, NotRequired, TypeAlias
 
 import torch
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -246,12 +246,13 @@ def check_like(saved: Any, live: Any, *, place: str) -> None:
         raise CheckpointError(f"state.json is malformed at {place!a}: {found}")
     if saved is None:
         return
-    inner: Any = live
+    there: Any = saved
+    here: Any = live
     if kind is Mapping:
-        for key in set(inner) & set(saved):
-            check_like(saved[key], inner[key], place=f"{place}.{key}")
+        for key in set(here) & set(there):
+            check_like(there[key], here[key], place=f"{place}.{key}")
     elif kind is _ROW:
-        for index, (mine, value) in enumerate(zip(saved, inner, strict=False)):
+        for index, (mine, value) in enumerate(zip(there, here, strict=False)):
             check_like(mine, value, place=f"{place}.{index}")
 
 
