@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from microbatch.cli.flag_words import in_flags
 from microbatch.cli.json_lines import JsonLines
 from microbatch.cli.live_view_process import Watch
 from microbatch.cli.progress import Screen
@@ -83,7 +84,7 @@ def run_training(
             stopped_by = told.prepared.train()["stopped_by"]
         code = 0 if stopped_by is None else 128 + signal.Signals[stopped_by]
     except MicrobatchError as error:
-        code = told.failed(error, str(error), code=BAD_INPUT if told.prepared is None else FAILED)
+        code = told.failed(error, in_flags(str(error)), code=BAD_INPUT if told.prepared is None else FAILED)
     except KeyboardInterrupt as error:
         dropped = "" if told.prepared is None else "; the window was dropped"
         code = told.failed(error, f"stopped at once{dropped}", code=128 + signal.SIGINT)

@@ -170,7 +170,7 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "data": None if settings.data is None else str(Path(settings.data).expanduser().resolve()),
             "batch_size": config.batch_size,
             "microbatch_size": "auto" if config.auto else config.microbatch_size,
-            "memory": config.memory_budget if config.memory_budget is not None else "none",
+            "memory": f"{config.memory_budget} B" if config.memory_budget is not None else "none",
             "steps": config.steps,
             "epochs": None,
             # Each of several ranks has its own device.
