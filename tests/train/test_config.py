@@ -236,7 +236,7 @@ def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
         ("{folder}/jbs.py:good", r"no file .*jbs\.py; did you mean .*jobs\.py"),
         ("{folder}/jobs.py", "its functions are good, silent, greedy"),
         ("{folder}/jobs.py:goood", "has no function 'goood'; its functions are good, silent, greedy"),
-        ("{folder}/jobs.py:number", "is a int, not a function"),
+        ("{folder}/jobs.py:number", "is an int, not a function"),
     ],
 )
 def test_a_job_that_cannot_be_found_says_what_there_is(tmp_path: Path, name: str, message: str) -> None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.cli.error_report import report_error
 from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
 from microbatch.planning.cluster_plan import Simulation
 from microbatch.planning.cluster_report import ClusterPlan
@@ -115,7 +116,7 @@ def _case(job: str, flags: Mapping[str, Any]) -> tuple[Case, int | None]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{job} cannot be read as JSON ({error})") from error
         if not isinstance(config, dict):
-            raise ConfigError(f"{job} holds a {type(config).__name__}, not a model's configuration")
+            raise ConfigError(f"{job} holds {kind_of(config)}, not a model's configuration")
         name = Path(job).stem
         return case_from_config(config, sequence_length=flags.get("sequence_length"), name=name), None
     if "sequence_length" in flags:

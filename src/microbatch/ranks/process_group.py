@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.shards import is_shard
 
 
@@ -191,5 +192,5 @@ def group_of(given: object) -> Any:
     if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
         raise ConfigError("Ranks: group: this process is not one of its ranks; pass the group that it belongs to")
     if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
-        raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not a {type(given).__name__}")
+        raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not {kind_of(given)}")
     return given

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
+from microbatch.kind_words import kind_of
 from microbatch.shards import local_of
 from microbatch.train.sharded_tensors import with_part
 
@@ -131,7 +132,7 @@ def _encode_numpy(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if numpy is not None and isinstance(node, numpy.generic) and node.dtype.kind in "biuf":
         return _encode(node.item(), path, tensors)
     raise CheckpointError(
-        f"{path} is a {type(node).__name__}, and a checkpoint holds only tensors, numbers and texts, so that reading "
+        f"{path} is {kind_of(node)}, and a checkpoint holds only tensors, numbers and texts, so that reading "
         "one never runs code; leave it out of the state_dict that returns it"
     )
 

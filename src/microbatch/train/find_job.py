@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.train.job import Job
 from microbatch.train.jobs import BUILT_IN
 
@@ -67,7 +68,7 @@ def call_job(make: Callable[..., Any], offered: Mapping[str, Any], *, name: str)
         >>> call_job(lambda seed: seed, {"seed": 1, "data": None}, name="x.py:f")
         Traceback (most recent call last):
             ...
-        microbatch.errors.ConfigError: x.py:f returned a int, not a Job; end it with `return mb.Job(...)`
+        microbatch.errors.ConfigError: x.py:f returned an int, not a Job; end it with `return mb.Job(...)`
     """
     parameters = inspect.signature(make).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -91,7 +92,7 @@ def call_job(make: Callable[..., Any], offered: Mapping[str, Any], *, name: str)
             arguments[key] = value
     job = make(**arguments)
     if not isinstance(job, Job):
-        found = "nothing" if job is None else f"a {type(job).__name__}"
+        found = "nothing" if job is None else f"{kind_of(job)}"
         raise ConfigError(f"{name} returned {found}, not a Job; end it with `return mb.Job(...)`")
     return job
 
@@ -110,7 +111,7 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
     if made is None:
         raise ConfigError(f"{path} has no function {function!r}; {_functions_in(path)}")
     if not callable(made):
-        raise ConfigError(f"{function!r} in {path} is a {type(made).__name__}, not a function that returns a Job")
+        raise ConfigError(f"{function!r} in {path} is {kind_of(made)}, not a function that returns a Job")
     return made
 
 
