@@ -84,7 +84,7 @@ def test_a_job_of_ones_own_for_people(jobs: Path) -> None:
     assert "best possible" in shown
     assert "0.2500" in shown
     assert "gradient error" in shown
-    assert "hand-written loop" in shown
+    assert "written by hand" in shown
     assert "a [bold]sample[/bold] of text" in shown
     assert "\x1b" not in shown  # not a terminal: no colours, no bars, no cursor
     assert "\r" not in shown

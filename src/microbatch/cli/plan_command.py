@@ -120,7 +120,7 @@ def _cache_file(settings: Settings, device: torch.device) -> Path:
 
 
 def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
-    head, *lines = found.table().splitlines()
+    head, *lines = found.table(width=console.width).splitlines()
     console.print(Text(head, style=QUIET))
     for line in lines:
         console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
@@ -129,7 +129,7 @@ def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
         console.print(Text(chart))
     if len(found.ways) > 1:
         console.print()
-        head, *lines = found.ways_table().splitlines()
+        head, *lines = found.ways_table(width=console.width).splitlines()
         console.print(Text(head, style=QUIET))
         for line in lines:
             console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))

@@ -197,8 +197,8 @@ def _resume_hint(prepared: PreparedRun) -> str:
 
 
 def _of_the_user(trace: TracebackType | None) -> TracebackType | None:
-    """Drop the frames of the command line itself, which say nothing about what went wrong."""
-    here = str(Path(__file__).parent)
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(here):
-        trace = trace.tb_next
-    return trace
+    """Drop the library's frames before the user's own code; where no code of the user's ran, all of them stay."""
+    ours, inner = (str(Path(__file__).parents[1]), "<frozen importlib"), trace
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
+        inner = inner.tb_next
+    return inner or trace

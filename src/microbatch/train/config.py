@@ -159,7 +159,8 @@ def load_settings(flags: Mapping[str, Any], *, file: Path | None = None, base: S
     from_file = read_toml(file) if file is not None else {}
     sources = {key: str(file) for key in from_file} | {key: flag_name(key) for key in given}
     _ask_for_units(from_file.get("memory"), where=f"memory in {file}")
-    _ask_for_units(given.get("memory"), where="--memory")
+    if isinstance(given.get("memory"), str):  # a number is another run's, in bytes
+        _ask_for_units(given["memory"], where="--memory")
     layers = (base.model_dump(exclude_none=True) if base is not None else {}, from_file, given)
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -184,7 +185,7 @@ _LEAST_WITHOUT_UNIT = 1 << 20
 def _ask_for_units(amount: object, *, where: str) -> None:
     """Refuse a small number without a unit."""
     text = str(amount).strip()
-    if isinstance(amount, int | str) and re.fullmatch(r"\d+(\.\d+)?", text) and float(text) < _LEAST_WITHOUT_UNIT:
+    if isinstance(amount, int | str) and re.fullmatch(r"\d+(\.\d+)?", text) and 0 < float(text) < _LEAST_WITHOUT_UNIT:
         raise ConfigError(
             f'{where} is {text}: {text} what? Write "{text} GiB" or "{text} MiB", or "{text} B" for bytes'
         )

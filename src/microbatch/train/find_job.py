@@ -28,7 +28,7 @@ def find_job(name: str) -> Callable[..., Any]:
         The function, not yet called.
 
     Raises:
-        ConfigError: There is no such job, file or function, or it is not a function.
+        ConfigError: There is no such job, file or function, or it is not a function, or the file is not valid Python.
 
     Cost:
         Runs the file's top level; whatever that raises reaches the caller unchanged.
@@ -131,6 +131,12 @@ def _import(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[name]
+        if error.filename != str(path):  # in what it imports, whose traceback says from where
+            raise
+        line = f": {error.text.strip()}" if error.text else ""
+        raise ConfigError(f"{path}, line {error.lineno} is not valid Python: {error.msg}{line}") from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -141,7 +147,7 @@ def _functions_in(path: Path) -> str:
     """List a file's public functions without running it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
+    except (SyntaxError, ValueError, RecursionError, OSError):
         return "but the file is not valid Python"
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     return f"its functions are {_listed(names)}" if names else "it has no functions"
