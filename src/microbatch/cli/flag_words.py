@@ -12,12 +12,12 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r'pass nonfinite="skip" to', 'write nonfinite = "skip" in a file for --config to'),
     (r"\bpass (?=--)", "use "),
     # An argument with its value, and then an argument alone.
-    (r"\bmicrobatch_size=", "--microbatch-size "),
-    (r"\bmemory_budget=", "--memory "),
-    (r"\bbatch_size=", "--batch-size "),
-    (r"\bmax_grad_norm=", "--max-grad-norm "),
-    (r"(?<![\w.'\"`-])memory_budget\b", "--memory"),
-    (r"(?<![\w.'\"`-])microbatch_size\b", "--microbatch-size"),
+    (r"(?<![\w(])microbatch_size=(?=\d)", "--microbatch-size "),
+    (r"(?<![\w(])memory_budget=(?=\d)", "--memory "),
+    (r"(?<![\w(])batch_size=(?=\d)", "--batch-size "),
+    (r"(?<![\w(])max_grad_norm=(?=\d)", "--max-grad-norm "),
+    (r"(?<![\w.'\"`(-])(?<!job's )memory_budget\b", "--memory"),
+    (r"(?<![\w.'\"`(-])(?<!job's )microbatch_size\b", "--microbatch-size"),
 )
 
 

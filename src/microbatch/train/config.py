@@ -86,7 +86,7 @@ class Settings(BaseModel):
     @field_validator("memory")
     @classmethod
     def _memory_is_readable(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, str) and value != "none":
+        if value is not None and value != "none":
             try:
                 parse_bytes(value)
             except MicrobatchError as error:
@@ -129,6 +129,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}{hint}") from None
     except OSError as error:
         raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid TOML: its arrays are too deep in one another") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
@@ -191,6 +193,10 @@ def _ask_for_units(amount: object, *, where: str) -> None:
         )
 
 
+WITHOUT_FLAG = ("schedule", "nonfinite", "keep_checkpoints", "compare")
+"""Keys that are set in a file alone; of the last, the flag ``--no-compare`` is the opposite."""
+
+
 def flag_name(key: str) -> str:
     """Name the flag that sets a key.
 
@@ -198,8 +204,11 @@ def flag_name(key: str) -> str:
         key: A key of `Settings`.
 
     Returns:
-        For example ``"--batch-size"``; for the job, which is an argument, its name in the usage.
+        For example ``"--batch-size"``; for the job, which is an argument, its name in the usage; the key
+        itself where no flag sets it.
     """
+    if key in WITHOUT_FLAG:
+        return key
     return "JOB" if key == "job" else "--" + {"learning_rate": "lr"}.get(key, key).replace("_", "-")
 
 
