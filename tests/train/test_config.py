@@ -119,6 +119,14 @@ def test_a_small_number_of_memory_in_a_file_is_asked_about_too(tmp_path: Path) -
     assert load_settings({"memory": 4096}).memory == 4096  # what an earlier run has stored
 
 
+def test_the_file_of_the_documentation_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+    block = page.partition("```toml\n")[2].partition("```")[0]
+    settings = load_settings({"steps": 50}, file=toml(tmp_path, block))
+    assert (settings.steps, settings.epochs, settings.keep_checkpoints) == (50, None, 3)
+    assert set(block.split()) >= {"schedule", "nonfinite", "keep_checkpoints"}  # which no flag sets
+
+
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_settings({"steps": 0}, file=toml(tmp_path, "batch_size = 0\nbatchsize = 1\n"))
