@@ -25,7 +25,7 @@ from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.planning.figure import svg
 from microbatch.planning.make_plan import plan
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
 from microbatch.train.start import make_job
 
 FAILED, BAD_INPUT = 1, 2
@@ -80,6 +80,7 @@ def _plan(settings: Settings, *, cache: bool) -> tuple[plans.Plan, bool]:
         return kept, True
     job = make_job(settings, device)
     config = resolve(settings, job, device=device)
+    check_memory(settings, job, config)
     job = replace(
         job,
         batch_size=config.batch_size,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
-from microbatch.memory.least_memory import least_memory
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.saved_state import seed_everything
 from microbatch.train.compare import Comparison, compare
@@ -26,13 +25,12 @@ from microbatch.train.first_rank import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.place import find_place
-from microbatch.train.resolve import check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device, resolved_settings
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.run_lock import Claim
 from microbatch.train.rundir import RunDirectory, jsonable
 from microbatch.train.shard_model import spread
-from microbatch.train.state import optimizers_of
 from microbatch.train.training_loop import TrainingLoop
 
 _FIXED = ("job", "data", "batch_size", "seed")
@@ -233,7 +231,7 @@ def _prepare(
     if settings.shard != "none" and launch.ranks > 1 and not place.stages:
         spread(job, how=settings.shard)
     config = resolve(settings, job, device=device, place=place)
-    _check_memory(settings, job, config)
+    check_memory(settings, job, config)
     text = resolved_settings(settings, config).toml()
     by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
     loop = TrainingLoop(job, config=config, run=directory, listeners=listeners, place=place)
@@ -300,15 +298,6 @@ def make_job(settings: Settings, device: torch.device) -> Job:
         "batch_size": settings.batch_size,
     }
     return call_job(make, offered, name=settings.job)
-
-
-def _check_memory(settings: Settings, job: Job, config: RunConfig) -> None:
-    """Refuse a budget that no step can keep to, before a window is run."""
-    if config.memory_budget is not None:
-        least = least_memory(job.model, optimizers_of(job.optimizer), device=config.device)
-        if refusal := least.refusal(config.memory_budget):
-            asked = "the job's memory budget" if settings.memory is None else f"--memory {settings.memory}"
-            raise ConfigError(f"{asked}: {refusal}")
 
 
 def _check_changes(before: Settings, after: Settings, *, directory: RunDirectory) -> list[str]:
