@@ -84,7 +84,7 @@ def test_a_job_of_ones_own_for_people(jobs: Path) -> None:
     assert "best possible" in shown
     assert "0.2500" in shown
     assert "gradient error" in shown
-    assert "hand-written loop" in shown
+    assert "written by hand" in shown
     assert "a [bold]sample[/bold] of text" in shown
     assert "\x1b" not in shown  # not a terminal: no colours, no bars, no cursor
     assert "\r" not in shown
@@ -154,12 +154,21 @@ def test_the_stored_configuration_gives_the_same_run_again(jobs: Path) -> None:
         (["jobs.py:good", "--resume"], "there is no run under runs/ to resume"),
         (["jobs.py:good", "--run", "."], "is not empty and holds no run"),
         (["jobs.py:good", "--run", "jobs.py"], "is a file"),
+        (["jobs.py:good", "--memory", "3"], "--memory is 3: 3 what? Write"),
+        (["jobs.py:good", "--memory", "3 B"], "--memory 3 B: 3 B cannot hold what every step of this model needs"),
+        (["broken.py:job"], "broken.py, line 2 is not valid Python"),
+        (
+            ["pairs", "--data", "other.csv"],
+            "no text under \"anchor\", which is no name here: there are 'question', 'answer'",
+        ),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
     jobs: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(jobs)
+    (jobs / "broken.py").write_text("x = 1\ndef job(:\n")
+    (jobs / "other.csv").write_text("question,answer\na,b\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "100")
     result = CliRunner().invoke(app, ["train", *arguments])
@@ -187,6 +196,7 @@ def test_an_error_in_the_users_function_keeps_its_traceback(jobs: Path) -> None:
     assert result.returncode == 1
     assert 'return {}["mine"]' in result.stderr
     assert "KeyError: 'mine'" in result.stderr
+    assert "microbatch/train" not in result.stderr  # no frames of ours, which say nothing of it
     assert "click" not in result.stderr
     assert "the job's function failed with the KeyError above" in result.stderr
 

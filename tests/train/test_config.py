@@ -93,6 +93,8 @@ def test_a_key_like_nothing_lists_the_known_ones(tmp_path: Path) -> None:
         ("microbatch_size", "all", "a whole number or 'auto'"),
         ("memory", "6 GiX", "--memory: '6 GiX' is not an amount of memory"),
         ("memory", 0, "at least 1"),
+        ("memory", "3", '--memory is 3: 3 what\\? Write "3 GiB" or "3 MiB", or "3 B" for bytes'),
+        ("memory", "1.5", "1.5 what"),
         ("steps", 0, "--steps is 0: it must be at least 1"),
         ("epochs", 0.0, "more than 0"),
         ("epochs", float("inf"), "a finite number"),
@@ -108,6 +110,21 @@ def test_a_key_like_nothing_lists_the_known_ones(tmp_path: Path) -> None:
 def test_a_value_that_cannot_work_says_why(key: str, value: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_settings({key: value})
+
+
+def test_a_small_number_of_memory_in_a_file_is_asked_about_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"memory in .*toml is 6: 6 what\?"):
+        load_settings({}, file=toml(tmp_path, "memory = 6\n"))
+    assert load_settings({}, file=toml(tmp_path, "memory = 6442450944\n")).memory == 6442450944
+    assert load_settings({"memory": 4096}).memory == 4096  # what an earlier run has stored
+
+
+def test_the_file_of_the_documentation_can_be_read(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "jobs.md").read_text(encoding="utf-8")
+    block = page.partition("```toml\n")[2].partition("```")[0]
+    settings = load_settings({"steps": 50}, file=toml(tmp_path, block))
+    assert (settings.steps, settings.epochs, settings.keep_checkpoints) == (50, None, 3)
+    assert set(block.split()) >= {"schedule", "nonfinite", "keep_checkpoints"}  # which no flag sets
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path: Path) -> None:
@@ -140,7 +157,7 @@ def test_a_file_that_is_not_toml_says_where(tmp_path: Path) -> None:
         job=st.text(min_size=1),
         data=st.none() | st.text(min_size=1),
         batch_size=st.none() | st.integers(1, 2**40),
-        memory=st.none() | st.integers(1, 2**50) | st.just("6 GiB"),
+        memory=st.none() | st.integers(2**20, 2**50) | st.just("6 GiB"),
         epochs=st.none() | st.floats(1e-9, 1e9),
         max_grad_norm=st.none() | st.just("none") | st.floats(1e-9, 1e9),
         compare=st.booleans(),
@@ -236,7 +253,7 @@ def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
         ("{folder}/jbs.py:good", r"no file .*jbs\.py; did you mean .*jobs\.py"),
         ("{folder}/jobs.py", "its functions are good, silent, greedy"),
         ("{folder}/jobs.py:goood", "has no function 'goood'; its functions are good, silent, greedy"),
-        ("{folder}/jobs.py:number", "is a int, not a function"),
+        ("{folder}/jobs.py:number", "is an int, not a function"),
     ],
 )
 def test_a_job_that_cannot_be_found_says_what_there_is(tmp_path: Path, name: str, message: str) -> None:

@@ -176,15 +176,17 @@ def needs(optimizer: Any) -> int:
     return told
 
 
+class OfOnesOwn(torch.optim.AdamW):
+    """An optimizer whose state nobody knows before its first step."""
+
+
 def test_a_budget_passed_inside_the_optimizer_is_told_and_the_step_is_whole() -> None:
     events: list[Any] = []
     budget = needs(torch.optim.SGD)
     models = [nn.Linear(64, 64) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     batch = torch.randn(2, 64)
-    limited = accumulator(
-        2, model=models[0], optimizer=torch.optim.AdamW, memory_budget=budget, listeners=[events.append]
-    )
+    limited = accumulator(2, model=models[0], optimizer=OfOnesOwn, memory_budget=budget, listeners=[events.append])
     free = accumulator(2, model=models[1], optimizer=torch.optim.AdamW, memory_budget="none")
     step, _ = limited.step(batch, fit), free.step(batch, fit)
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
@@ -195,7 +197,7 @@ def test_a_budget_passed_inside_the_optimizer_is_told_and_the_step_is_whole() ->
 
 def test_a_warning_that_is_an_error_comes_after_a_whole_step() -> None:
     model = nn.Linear(64, 64)
-    it = accumulator(2, model=model, optimizer=torch.optim.AdamW, memory_budget=needs(torch.optim.SGD))
+    it = accumulator(2, model=model, optimizer=OfOnesOwn, memory_budget=needs(torch.optim.SGD))
     before = model.weight.detach().clone()
     with pytest.raises(UserWarning, match="inside the optimizer"):
         it.step(torch.randn(2, 64), fit)
@@ -204,7 +206,7 @@ def test_a_warning_that_is_an_error_comes_after_a_whole_step() -> None:
 
 
 def test_without_listeners_there_is_one_warning() -> None:
-    it = accumulator(2, model=nn.Linear(64, 64), optimizer=torch.optim.AdamW, memory_budget=needs(torch.optim.SGD))
+    it = accumulator(2, model=nn.Linear(64, 64), optimizer=OfOnesOwn, memory_budget=needs(torch.optim.SGD))
     with pytest.warns(UserWarning, match="inside the optimizer"):
         it.step(torch.randn(2, 64), fit)
 

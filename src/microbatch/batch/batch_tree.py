@@ -12,6 +12,7 @@ from torch import Tensor
 
 from microbatch.batch.batches import Batches
 from microbatch.errors import BatchError, RowsDisagreeError
+from microbatch.kind_words import kind_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ def rows_of(batch: object) -> int:
         sizes = {path: len(value) for path, value in found if isinstance(value, list | tuple)}
     if not sizes:
         raise BatchError(
-            f"the batch has no rows: a {type(batch).__name__} without any tensor of one or more dimensions was given; "
+            f"the batch has no rows: {kind_of(batch)} without any tensor of one or more dimensions was given; "
             "pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
         )
     if len(set(sizes.values())) > 1:

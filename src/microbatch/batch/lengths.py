@@ -11,6 +11,7 @@ from torch import Tensor
 
 from microbatch.batch.batch_tree import Rows, Whole, leaves, map_leaves, rows_of
 from microbatch.errors import BatchError, ConfigError
+from microbatch.kind_words import kind_of
 
 # Entries of packed layouts, which hold several documents in one row, or all rows in one sequence.
 _PACKED = ("cu_seqlens", "cu_seq_lens", "seq_idx")
@@ -250,7 +251,7 @@ def _read_lengths(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:
         lengths_or_mask = torch.as_tensor(entry)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(
-            f"lengths: a {type(entry).__name__} cannot be read as a mask or as lengths ({error}); pass a tensor, an "
+            f"lengths: {kind_of(entry)} cannot be read as a mask or as lengths ({error}); pass a tensor, an "
             "array or a list of numbers"
         ) from error
     if lengths_or_mask.ndim not in {1, 2} or lengths_or_mask.shape[0] != rows:

@@ -23,6 +23,7 @@ from microbatch.checking.gradient import Gradient, difference, norm, relative_er
 from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, Play, Stage
 from microbatch.checking.user_loop import Looping
 from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
+from microbatch.kind_words import kind_of
 from microbatch.memory.budget import available_bytes, parse_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
@@ -125,7 +126,7 @@ def _given(
     optimizer: Any,
 ) -> Given:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+        raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(model)}")
     if (loop is None) != (optimizer is None):
         raise ConfigError("pass loop= and optimizer= together: a loop is called as loop(model, optimizer, batch)")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -23,6 +23,7 @@ from microbatch.checking.survey import Survey, survey
 from microbatch.checking.switches import Frozen, ModuleState, Still
 from microbatch.errors import CheckError
 from microbatch.failed_layer import explain_missing_kernel
+from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Loss
 from microbatch.memory.module_of_op import Where
 from microbatch.step.saved_state import RandomState
@@ -320,7 +321,7 @@ def mean_of(returned: Any) -> Tensor | None:
         return returned.mean if float(returned.count) else None
     if returned is not None and not (isinstance(returned, Tensor) and returned.ndim == 0):
         raise CheckError(
-            f"the loss function returned a {type(returned).__name__}; return a 0-d tensor (the mean over the rows), "
+            f"the loss function returned {kind_of(returned)}; return a 0-d tensor (the mean over the rows), "
             "mb.Loss(sum=..., count=...), or a dict of these"
         )
     return returned

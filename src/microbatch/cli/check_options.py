@@ -63,12 +63,12 @@ def check(
     flags = {
         "job": job,
         "data": data,
-        "batch_size": batch_size,
+        "batch_size": number_or_word(batch_size, int),
         "microbatch_size": number_or_word(microbatch_size, int),
         "memory": memory,
         "accumulation": accumulation,
         "device": device,
-        "seed": seed,
+        "seed": number_or_word(seed, int),
         "autocast": autocast,
     }
     raise typer.Exit(run_check(flags, file=config, as_json=json, color=not no_color))

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from microbatch.cli.error_report import report_error
 from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
 from microbatch.planning.cluster_plan import Simulation
 from microbatch.planning.cluster_report import ClusterPlan
@@ -19,6 +22,7 @@ from microbatch.planning.communication import Assumed
 from microbatch.planning.hardware import find_device, is_hardware
 from microbatch.planning.model_shapes import Case, case_from_config
 from microbatch.planning.sharding import PRECISIONS, Setup
+from microbatch.train.config import flag_name
 from microbatch.train.find_job import call_job, find_job
 
 _LOOKED_AT = 1000  # samples
@@ -61,9 +65,7 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
     try:
         plans = _plans(job, {name: value for name, value in flags.items() if value is not None})
     except MicrobatchError as error:
-        if as_json:
-            sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
-        sys.stderr.write(f"error: {error}\n")
+        report_error(error, Console(stderr=True, highlight=False, soft_wrap=True), as_json=as_json)
         return BAD_INPUT
     if as_json:
         for plan in plans:
@@ -76,6 +78,10 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
 def _plans(job: str, flags: Mapping[str, Any]) -> list[ClusterPlan]:
     if "device" not in flags:
         raise ConfigError('say which hardware: --device a100-40gb, or --device "24 GiB"')
+    for name in ("batch_size", "microbatch_size", "sequence_length", "utilisation"):
+        if isinstance(flags.get(name), str):
+            kind = "number" if name == "utilisation" else "whole number"
+            raise ConfigError(f"{flag_name(name)} is {json.dumps(flags[name])}: it must be a {kind}")
     case, rows = _case(job, flags)
     batch_size = flags.get("batch_size", rows)
     if batch_size is None:
@@ -110,7 +116,7 @@ def _case(job: str, flags: Mapping[str, Any]) -> tuple[Case, int | None]:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{job} cannot be read as JSON ({error})") from error
         if not isinstance(config, dict):
-            raise ConfigError(f"{job} holds a {type(config).__name__}, not a model's configuration")
+            raise ConfigError(f"{job} holds {kind_of(config)}, not a model's configuration")
         name = Path(job).stem
         return case_from_config(config, sequence_length=flags.get("sequence_length"), name=name), None
     if "sequence_length" in flags:
@@ -130,12 +136,12 @@ def _ranks(text: str) -> list[int]:
     try:
         return [int(each) for each in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"ranks must be a number, or several such as 1,2,4,8, not {text!r}") from error
+        raise ConfigError(f"--ranks must be a number, or several such as 1,2,4,8, not {text!r}") from error
 
 
 def _precision(name: str) -> Any:
     if name not in PRECISIONS:
-        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
+        raise ConfigError(f"--precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
     return PRECISIONS[name]
 
 

@@ -7,6 +7,8 @@ import sys
 
 from rich.console import Console
 
+from microbatch.cli.flag_words import in_flags
+
 
 def report_error(error: Exception, errors: Console, *, as_json: bool = False) -> None:
     """Report an error that the user can mend, without a traceback.
@@ -16,7 +18,8 @@ def report_error(error: Exception, errors: Console, *, as_json: bool = False) ->
         errors: The console on standard error.
         as_json: Whether to write a JSON object to standard output too.
     """
+    message = in_flags(str(error))
     if as_json:
-        sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": str(error)}) + "\n")
+        sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": message}) + "\n")
     errors.print("error:", style="bold red", end=" ")
-    errors.print(str(error), markup=False)
+    errors.print(message, markup=False)

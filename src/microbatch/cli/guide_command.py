@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -9,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from microbatch.cli.error_report import report_error
-from microbatch.errors import MicrobatchError, MissingDependencyError
+from microbatch.errors import ConfigError, MicrobatchError, MissingDependencyError
 
 BAD_INPUT = 2
 
 
-def run_guide(runs: Sequence[Path], *, port: int | None, browser: bool, export: Path | None) -> int:
+def run_guide(runs: Sequence[Path], *, port: float | str | None, browser: bool, export: Path | None) -> int:
     """Serve the guide until Ctrl-C, or write a copy of it.
 
     Args:
@@ -28,12 +29,19 @@ def run_guide(runs: Sequence[Path], *, port: int | None, browser: bool, export: 
     """
     shown, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
+        number = _port(port)
         if export is not None:
             return _export(export, shown)
-        return _serve(runs, port=port, browser=browser, shown=shown)
+        return _serve(runs, port=number, browser=browser, shown=shown)
     except MicrobatchError as error:
         report_error(error, errors)
         return BAD_INPUT
+
+
+def _port(given: float | str | None) -> int | None:
+    if given is None or (isinstance(given, int) and 0 <= given < 1 << 16):
+        return given
+    raise ConfigError(f"--port is {json.dumps(given)}: it must be a whole number from 0 to 65535")
 
 
 def _serve(runs: Sequence[Path], *, port: int | None, browser: bool, shown: Console) -> int:

@@ -7,19 +7,19 @@ from typing import Annotated
 
 import typer
 
+from microbatch.cli.shared_options import number_or_word
+
 
 def guide(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(
-            metavar="[RUN]...", help="Run directories to look at, in progress or finished.", show_default=False
-        ),
+        typer.Argument(metavar="RUN", help="Run directories to look at, in progress or finished.", show_default=False),
     ] = None,
     *,
     port: Annotated[
-        int | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any that is free.", show_default=False)
+        str | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any that is free.", show_default=False)
     ] = None,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    no_browser: Annotated[bool, typer.Option("--no-browser", metavar="", help="Only print the address.")] = False,
     export: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write a copy for hosting, with recorded runs, and leave."),
@@ -32,4 +32,4 @@ def guide(
     """
     from microbatch.cli.guide_command import run_guide
 
-    raise typer.Exit(run_guide(runs or (), port=port, browser=not no_browser, export=export))
+    raise typer.Exit(run_guide(runs or (), port=number_or_word(port, int), browser=not no_browser, export=export))

@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from microbatch.cli.check_options import check
 from microbatch.cli.guide_options import guide
 from microbatch.cli.plan_options import plan
 from microbatch.cli.train_options import train
 
+
+class _BareHelp:
+    """Show the option ``--help`` without a type beside it."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option."""
+        option = cast("Any", super()).get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class _Command(_BareHelp, TyperCommand):
+    """One command."""
+
+
+class _Group(_BareHelp, TyperGroup):
+    """All commands."""
+
+
 app = typer.Typer(
+    cls=_Group,
     name="microbatch",
     no_args_is_help=True,
     add_completion=False,
@@ -43,7 +65,7 @@ def root(
     show_version: Annotated[
         bool,
         # Eager, with its own callback: Typer answers it before it asks for a command.
-        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+        typer.Option("--version", metavar="", help="Print the version.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """Answer the options that come before any command.
@@ -53,7 +75,13 @@ def root(
     """
 
 
-app.command(help="Train a job: its batch in microbatches, one exact optimizer step each.")(train)
-app.command(help="Find the fastest microbatch size that fits: predicted and measured memory, measured time.")(plan)
-app.command(help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(check)
-app.command(help="Open the guide: an explanation, a playground that really trains, and the live view of runs.")(guide)
+app.command(cls=_Command, help="Train a job: its batch in microbatches, one exact optimizer step each.")(train)
+app.command(
+    cls=_Command, help="Find the fastest microbatch size that fits: predicted and measured memory, measured time."
+)(plan)
+app.command(cls=_Command, help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(
+    check
+)
+app.command(
+    cls=_Command, help="Open the guide: an explanation, a playground that really trains, and the live view of runs."
+)(guide)

@@ -25,7 +25,7 @@ from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.planning.figure import svg
 from microbatch.planning.make_plan import plan
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
 from microbatch.train.start import make_job
 
 FAILED, BAD_INPUT = 1, 2
@@ -80,6 +80,7 @@ def _plan(settings: Settings, *, cache: bool) -> tuple[plans.Plan, bool]:
         return kept, True
     job = make_job(settings, device)
     config = resolve(settings, job, device=device)
+    check_memory(settings, job, config)
     job = replace(
         job,
         batch_size=config.batch_size,
@@ -120,7 +121,7 @@ def _cache_file(settings: Settings, device: torch.device) -> Path:
 
 
 def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
-    head, *lines = found.table().splitlines()
+    head, *lines = found.table(width=console.width).splitlines()
     console.print(Text(head, style=QUIET))
     for line in lines:
         console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
@@ -129,7 +130,7 @@ def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
         console.print(Text(chart))
     if len(found.ways) > 1:
         console.print()
-        head, *lines = found.ways_table().splitlines()
+        head, *lines = found.ways_table(width=console.width).splitlines()
         console.print(Text(head, style=QUIET))
         for line in lines:
             console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))

@@ -84,7 +84,7 @@ def plan(
         typer.Option(metavar="microbatch|window", help="When gradients are reduced.", rich_help_panel=ELSEWHERE),
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=ELSEWHERE)
+        str | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=ELSEWHERE)
     ] = None,
     bandwidth: Annotated[
         str | None,
@@ -95,7 +95,7 @@ def plan(
         typer.Option(metavar="TIME", help='Of a collective: "20 us", "0.5 ms".', rich_help_panel=ELSEWHERE),
     ] = None,
     utilisation: Annotated[
-        float | None,
+        str | None,
         typer.Option(metavar="SHARE", help="Of the device's peak arithmetic; 0.4.", rich_help_panel=ELSEWHERE),
     ] = None,
     microbatch_seconds: Annotated[
@@ -107,7 +107,7 @@ def plan(
     ] = None,
     no_cache: Annotated[
         bool,
-        typer.Option("--no-cache", help="Plan again, and keep nothing.", rich_help_panel=OUTPUT),
+        typer.Option("--no-cache", metavar="", help="Plan again, and keep nothing.", rich_help_panel=OUTPUT),
     ] = False,
     json: JsonObject = False,
     no_color: NoColor = False,
@@ -129,23 +129,23 @@ def plan(
             "offload": offload,
             "precision": precision,
             "reduce": reduce,
-            "sequence_length": sequence_length,
+            "sequence_length": number_or_word(sequence_length, int),
             "bandwidth": bandwidth,
             "latency": latency,
-            "utilisation": utilisation,
+            "utilisation": number_or_word(utilisation, float),
             "microbatch_seconds": microbatch_seconds,
-            "batch_size": batch_size,
+            "batch_size": number_or_word(batch_size, int),
             "microbatch_size": number_or_word(microbatch_size, int),
         }
         raise typer.Exit(run_cluster_plan(job or "language", elsewhere, as_json=json))
     flags = {
         "job": job,
         "data": data,
-        "batch_size": batch_size,
+        "batch_size": number_or_word(batch_size, int),
         "microbatch_size": number_or_word(microbatch_size, int),
         "memory": memory,
         "device": device,
-        "seed": seed,
+        "seed": number_or_word(seed, int),
         "autocast": autocast,
     }
     raise typer.Exit(run_plan(flags, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.status import Status
+from rich.table import Table
 from rich.text import Text
 
 from microbatch.cli.run_views import (
@@ -85,17 +87,17 @@ class Screen:
             case MicrobatchDone():
                 self._microbatch(event)
             case Retry() | SizeChanged() | BudgetPassed():
-                self._say(Text.assemble(("memory  ", WARN), memory_text(event)))
+                self._say("memory", memory_text(event))
             case PlanChosen():
-                self._say(Text.assemble(("plan  ", WARN), plan_text(event)))
+                self._say("plan", plan_text(event))
             case SyncChosen():
-                self._say(Text.assemble(("sync  ", WARN), sync_text(event)))
+                self._say("sync", sync_text(event))
             case StepLogged():
                 self._step(event.metrics)
             case Notice():
-                self._say(Text.assemble(("note  ", WARN), event.text))
+                self._say("note", event.text)
             case Stopping():
-                self._say(Text.assemble(("stopping  ", WARN), stop_text(event.signal)))
+                self._say("stopping", stop_text(event.signal))
             case Comparing():
                 self._end_progress()
                 if self._console.is_terminal:
@@ -155,14 +157,28 @@ class Screen:
             )  # fmt: skip
             self._progress.update(self._progress.task_ids[0], completed=step, figures=figures.markup)
         if not metrics["applied"]:
-            self._say(Text.assemble(("note  ", WARN), f"step {step} was dropped: its gradient is not finite"))
+            self._say("note", f"step {step} was dropped: its gradient is not finite")
         spacing = max(1, config.steps // 10)
         if "validation" in metrics or step - self._last_line >= spacing or step == config.steps:
             self._last_line = step
-            self._say(step_line(metrics, config=config, rate=self._rate))
+            width = self._width
+            line = step_line(metrics, config=config, rate=self._rate, width=None if width is None else width - 2)
+            self._console.print(Text("  ") + line, soft_wrap=True)
 
-    def _say(self, text: Text) -> None:
-        self._console.print(Text("  ") + text, soft_wrap=True)
+    @property
+    def _width(self) -> int | None:
+        """Return the columns of a terminal, or those that the user names; `None` for a file."""
+        return self._console.width if self._console.is_terminal or "COLUMNS" in os.environ else None
+
+    def _say(self, label: str, text: str) -> None:
+        """Print a line; where it is too long, break it between words, below its own beginning."""
+        line = Text.assemble("  ", (f"{label}  ", WARN), text)
+        if self._width is None or line.cell_len <= self._width:
+            self._console.print(line, soft_wrap=True)
+            return
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_row("", Text(label, style=WARN), Text(text))
+        self._console.print(grid)
 
     def _end_progress(self) -> None:
         if self._progress is not None:

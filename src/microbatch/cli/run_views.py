@@ -146,29 +146,33 @@ def plan_view(event: RunPlanned) -> Panel:
     return _framed(grid, title=config.job, color="cyan")
 
 
-def step_line(metrics: Mapping[str, Any], *, config: RunConfig, rate: float) -> Text:
+def step_line(metrics: Mapping[str, Any], *, config: RunConfig, rate: float, width: int | None = None) -> Text:
     """Write one line about a step.
 
     Args:
         metrics: Its line of metrics.
         config: The run's configuration.
         rate: Units a second, smoothed.
+        width: Columns that there are; `None` for a file, which has no width.
 
     Returns:
-        The line.
+        The line; where it does not fit, without its last figures.
     """
-    line = Text.assemble(
-        ("step ", QUIET), f"{metrics['step']:>{len(str(config.steps))}}", ("  loss ", QUIET), f"{metrics['loss']:.4f}"
-    )
+    fields = [
+        Text.assemble(("step ", QUIET), f"{metrics['step']:>{len(str(config.steps))}}"),
+        Text.assemble(("loss ", QUIET), f"{metrics['loss']:.4f}"),
+    ]
     for name, value in metrics.get("validation", {}).items():
-        shown = f"{value:.4f}"
-        line += Text.assemble(("  validation ", QUIET), (f"{name} " if name != "loss" else "", QUIET), (shown, ACCENT))
-    line += Text.assemble(("  lr ", QUIET), f"{metrics['lr']:.2e}", f"  {rate:,.0f} {config.unit}/s")
+        label = "validation" if name == "loss" else name
+        fields.append(Text.assemble((f"{label} ", QUIET), (f"{value:.4f}", ACCENT)))
+    fields += [Text(f"{rate:,.0f} {config.unit}/s"), Text.assemble(("lr ", QUIET), f"{metrics['lr']:.2e}")]
     if "comm_bytes" in metrics:
-        line += Text.assemble(("  sent ", QUIET), format_bytes(metrics["comm_bytes"]))
+        fields.append(Text.assemble(("sent ", QUIET), format_bytes(metrics["comm_bytes"])))
     if "sync" in metrics:
-        line += Text.assemble(("  sync ", QUIET), metrics["sync"])
-    return line
+        fields.append(Text.assemble(("sync ", QUIET), metrics["sync"]))
+    while width is not None and len(fields) > 2 and Text("  ").join(fields).cell_len > width:
+        fields.pop()
+    return Text("  ").join(fields)
 
 
 def cells(done: int, microbatches: int) -> str:
@@ -258,12 +262,20 @@ def summary_view(summary: Mapping[str, Any]) -> Group:
 
 
 def _comparison(found: Mapping[str, Any]) -> list[RenderableType]:
-    ways = {"accumulated": "microbatches", "whole": "whole batch", "hand_written": "hand-written loop"}
+    ways = {"accumulated": "microbatches", "whole": "whole batch", "hand_written": "written by hand"}
     title = f"measured on the first batch, {found['samples']} samples in {found['microbatches']} microbatches"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="default")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="default",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column(style=QUIET)
     for key, label in ways.items():
-        table.add_column(label, justify="right", header_style=ACCENT if key == "accumulated" else "bold")
+        style = ACCENT if key == "accumulated" else "bold"
+        table.add_column(label, justify="right", header_style=style, overflow="fold")
     whole = found["whole"]
     errors = [_error(found[key]["relative_error"]) for key in ways]
     if found["accumulated"]["relative_error"] is not None:

@@ -10,15 +10,27 @@ import typer
 BATCH, LENGTH, MACHINE, FILES, OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
 ELSEWHERE = "Hardware that is not here"
 
-BatchSize = Annotated[int | None, typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=BATCH)]
+THE_JOBS = "the job's"
+"""What holds where neither a flag nor a file says anything, and the job does."""
+
+# Numbers are taken as texts and checked with the settings of a file, by one function and in the same words.
+BatchSize = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=BATCH, show_default=THE_JOBS),
+]
 DeviceName = Annotated[
-    str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)
+    str | None,
+    typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE, show_default="auto"),
 ]
 Autocast = Annotated[
-    str | None, typer.Option(metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=MACHINE)
+    str | None,
+    typer.Option(
+        metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=MACHINE, show_default=THE_JOBS
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=MACHINE)
+    str | None,
+    typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=MACHINE, show_default="0"),
 ]
 DataPath = Annotated[
     str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=FILES)
@@ -27,8 +39,10 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=FILES),
 ]
-NoColor = Annotated[bool, typer.Option("--no-color", help="No colours.", rich_help_panel=OUTPUT)]
-JsonObject = Annotated[bool, typer.Option("--json", help="One JSON object, for machines.", rich_help_panel=OUTPUT)]
+NoColor = Annotated[bool, typer.Option("--no-color", metavar="", help="No colours.", rich_help_panel=OUTPUT)]
+JsonObject = Annotated[
+    bool, typer.Option("--json", metavar="", help="One JSON object, for machines.", rich_help_panel=OUTPUT)
+]
 JobName = Annotated[
     str | None,
     typer.Argument(

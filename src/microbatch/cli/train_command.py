@@ -16,11 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
+from microbatch.cli.flag_words import in_flags
 from microbatch.cli.json_lines import JsonLines
 from microbatch.cli.live_view_process import Watch
 from microbatch.cli.progress import Screen
 from microbatch.cli.rank_log import RankLog
 from microbatch.cli.run_views import resume_command
+from microbatch.cli.safe_stream import safe
 from microbatch.errors import MicrobatchError, RankError
 from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.train.config import load_settings
@@ -67,7 +69,8 @@ def run_training(
         output: What is shown, and how.
 
     Returns:
-        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+        The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by a lost
+        terminal.
     """
     launch = None
     told = Told(output)
@@ -81,7 +84,7 @@ def run_training(
             stopped_by = told.prepared.train()["stopped_by"]
         code = 0 if stopped_by is None else 128 + signal.Signals[stopped_by]
     except MicrobatchError as error:
-        code = told.failed(error, str(error), code=BAD_INPUT if told.prepared is None else FAILED)
+        code = told.failed(error, in_flags(str(error)), code=BAD_INPUT if told.prepared is None else FAILED)
     except KeyboardInterrupt as error:
         dropped = "" if told.prepared is None else "; the window was dropped"
         code = told.failed(error, f"stopped at once{dropped}", code=128 + signal.SIGINT)
@@ -110,7 +113,7 @@ class Told:
         self._output = output
         self._log: RankLog | None = None
         self._launch = Launch()
-        self._stderr = sys.stderr
+        self._stderr = safe(sys.stderr)
         self.prepared: PreparedRun | None = None
 
     def listeners(self, launch: Launch | None, around: ExitStack) -> tuple[RunListener, ...]:
@@ -130,8 +133,9 @@ class Told:
             made.append(self._log)
         if not self._launch.speaks:
             return tuple(made)
-        console = Console(no_color=None if output.color else True, highlight=False)
-        made.append(around.enter_context(JsonLines(sys.stdout) if output.as_json else Screen(console)))
+        stream = safe(sys.stdout)
+        console = Console(file=stream, no_color=None if output.color else True, highlight=False)
+        made.append(around.enter_context(JsonLines(stream) if output.as_json else Screen(console)))
         if output.tensorboard:
             made.append(EventFile())
         if output.watch:
@@ -158,7 +162,7 @@ class Told:
         if not launch.speaks and (self.prepared is None or isinstance(error, RankError)):
             return code
         if self._output.as_json and launch.speaks:
-            sys.stdout.write(json.dumps({"event": "error", "kind": kind, "message": message}) + "\n")
+            safe(sys.stdout).write(json.dumps({"event": "error", "kind": kind, "message": message}) + "\n")
         console = Console(
             file=self._stderr, no_color=None if self._output.color else True, highlight=False, soft_wrap=True
         )
@@ -187,14 +191,14 @@ class Told:
 
 def _resume_hint(prepared: PreparedRun) -> str:
     saved = prepared.loop.saved_step
-    if saved is None:
+    if saved is None or not prepared.directory.has_checkpoints:
         return ""
     return f"\nThe checkpoint of step {saved} is safe. Go on from it with:\n  {resume_command(prepared.directory.path)}"
 
 
 def _of_the_user(trace: TracebackType | None) -> TracebackType | None:
-    """Drop the frames of the command line itself, which say nothing about what went wrong."""
-    here = str(Path(__file__).parent)
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename.startswith(here):
-        trace = trace.tb_next
-    return trace
+    """Drop the library's frames before the user's own code; where no code of the user's ran, all of them stay."""
+    ours, inner = (str(Path(__file__).parents[1]), "<frozen importlib"), trace
+    while inner is not None and inner.tb_frame.f_code.co_filename.startswith(ours):
+        inner = inner.tb_next
+    return inner or trace

@@ -13,6 +13,7 @@ from microbatch.cli.shared_options import (
     LENGTH,
     MACHINE,
     OUTPUT,
+    THE_JOBS,
     Autocast,
     BatchSize,
     ConfigFile,
@@ -31,7 +32,12 @@ def train(
     batch_size: BatchSize = None,
     microbatch_size: Annotated[
         str | None,
-        typer.Option(metavar="N|auto", help="Samples that go through the model at once.", rich_help_panel=BATCH),
+        typer.Option(
+            metavar="N|auto",
+            help="Samples that go through the model at once.",
+            rich_help_panel=BATCH,
+            show_default="the job's, or auto",
+        ),
     ] = None,
     memory: Annotated[
         str | None,
@@ -39,11 +45,17 @@ def train(
             metavar="BYTES",
             help='Most memory a step may use, such as "6 GiB"; none for what there is.',
             rich_help_panel=BATCH,
+            show_default=THE_JOBS,
         ),
     ] = None,
     max_grad_norm: Annotated[
         str | None,
-        typer.Option(metavar="X|none", help="Clip the finished gradient to this norm.", rich_help_panel=BATCH),
+        typer.Option(
+            metavar="X|none",
+            help="Clip the finished gradient to this norm.",
+            rich_help_panel=BATCH,
+            show_default=THE_JOBS,
+        ),
     ] = None,
     accumulation: Annotated[
         str | None,
@@ -51,41 +63,60 @@ def train(
             metavar="exact|plain",
             help="plain couples samples within each microbatch alone, as usual, to compare.",
             rich_help_panel=BATCH,
+            show_default="exact",
         ),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=BATCH)
+        str | None,
+        typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=BATCH, show_default=THE_JOBS),
     ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", rich_help_panel=LENGTH)] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="N", help="Optimizer steps.", rich_help_panel=LENGTH, show_default=THE_JOBS)
+    ] = None,
     epochs: Annotated[
-        float | None, typer.Option(metavar="X", help="Passes over the data, instead of steps.", rich_help_panel=LENGTH)
+        str | None,
+        typer.Option(
+            metavar="X", help="Passes over the data, instead of steps.", rich_help_panel=LENGTH, show_default=THE_JOBS
+        ),
     ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps of linear warm-up.", rich_help_panel=LENGTH)
+        str | None,
+        typer.Option(metavar="N", help="Steps of linear warm-up.", rich_help_panel=LENGTH, show_default=THE_JOBS),
     ] = None,
     validate_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between validations.", rich_help_panel=LENGTH)
+        str | None,
+        typer.Option(
+            metavar="N", help="Steps between validations.", rich_help_panel=LENGTH, show_default="a tenth of the run"
+        ),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps between checkpoints.", rich_help_panel=LENGTH)
+        str | None,
+        typer.Option(
+            metavar="N", help="Steps between checkpoints.", rich_help_panel=LENGTH, show_default="a tenth of the run"
+        ),
     ] = None,
     device: DeviceName = None,
     autocast: Autocast = None,
     seed: Seed = None,
     deterministic: Annotated[
         bool,
-        typer.Option("--deterministic", help="The same bits on any number of ranks.", rich_help_panel=MACHINE),
+        typer.Option(
+            "--deterministic", metavar="", help="The same bits on any number of ranks.", rich_help_panel=MACHINE
+        ),
     ] = False,
     async_checkpoints: Annotated[
         bool,
-        typer.Option("--async-checkpoints", help="Train on while a checkpoint is written.", rich_help_panel=MACHINE),
+        typer.Option(
+            "--async-checkpoints", metavar="", help="Train on while a checkpoint is written.", rich_help_panel=MACHINE
+        ),
     ] = False,
     rank_timeout: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             metavar="SECONDS",
             help="How long a rank of several waits for the others before it says who is missing.",
             rich_help_panel=MACHINE,
+            show_default="600",
         ),
     ] = None,
     shard: Annotated[
@@ -94,6 +125,7 @@ def train(
             metavar="none|zero2|zero3",
             help="What each of several ranks holds a share of: gradients and optimizer state, or weights too.",
             rich_help_panel=MACHINE,
+            show_default="none",
         ),
     ] = None,
     sync: Annotated[
@@ -102,6 +134,7 @@ def train(
             metavar="auto|lean|fast",
             help="When gradients of a sharded model meet: after every microbatch, or once a step.",
             rich_help_panel=MACHINE,
+            show_default="auto",
         ),
     ] = None,
     data: DataPath = None,
@@ -119,51 +152,57 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with --run, or with the newest run, bit for bit.", rich_help_panel=FILES),
+        typer.Option(
+            "--resume", metavar="", help="Go on with --run, or with the newest run, bit for bit.", rich_help_panel=FILES
+        ),
     ] = False,
     no_compare: Annotated[
         bool,
-        typer.Option("--no-compare", help="Leave out the comparison with the full batch.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--no-compare", metavar="", help="Leave out the comparison with the full batch.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line, for machines.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", metavar="", help="One JSON object a line, for machines.", rich_help_panel=OUTPUT)
     ] = False,
     no_color: NoColor = False,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Open the live view while it trains.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--watch", metavar="", help="Open the live view while it trains.", rich_help_panel=OUTPUT)
     ] = False,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write TensorBoard's event files too.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option("--tensorboard", metavar="", help="Write TensorBoard's event files too.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     """Train a job: its batch in microbatches, one exact optimizer step each.
 
     Raises:
-        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM.
+        Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM,
+            129 by a lost terminal.
     """
     from microbatch.cli.train_command import Output, run_training
 
     flags = {
         "job": job,
         "data": data,
-        "batch_size": batch_size,
+        "batch_size": number_or_word(batch_size, int),
         "microbatch_size": number_or_word(microbatch_size, int),
         "memory": memory,
-        "steps": steps,
-        "epochs": epochs,
+        "steps": number_or_word(steps, int),
+        "epochs": number_or_word(epochs, float),
         "device": device,
-        "seed": seed,
+        "seed": number_or_word(seed, int),
         "autocast": autocast,
         "accumulation": accumulation,
-        "learning_rate": lr,
-        "warmup_steps": warmup_steps,
+        "learning_rate": number_or_word(lr, float),
+        "warmup_steps": number_or_word(warmup_steps, int),
         "max_grad_norm": number_or_word(max_grad_norm, float),
-        "validate_every": validate_every,
-        "checkpoint_every": checkpoint_every,
+        "validate_every": number_or_word(validate_every, int),
+        "checkpoint_every": number_or_word(checkpoint_every, int),
         "compare": False if no_compare else None,
         "deterministic": deterministic or None,
         "async_checkpoints": async_checkpoints or None,
-        "rank_timeout": rank_timeout,
+        "rank_timeout": number_or_word(rank_timeout, float),
         "shard": shard,
         "sync": sync,
     }

@@ -11,6 +11,7 @@ from torch import nn
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.engines.engine_window import EngineWindow, LossFunction
 from microbatch.errors import ConfigError, WindowError
+from microbatch.kind_words import kind_of
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Event, Listener, StepDone
 from microbatch.step.record import Step
@@ -113,9 +114,7 @@ def _checked(engine: Any) -> Any:
     deepspeed: Any = sys.modules.get("deepspeed")  # never imported here: who has an engine has imported it
     kind = getattr(deepspeed, "DeepSpeedEngine", None)
     if kind is None or not isinstance(engine, kind):
-        raise ConfigError(
-            f"engine must be what deepspeed.initialize(...) returned first, not a {type(engine).__name__}"
-        )
+        raise ConfigError(f"engine must be what deepspeed.initialize(...) returned first, not {kind_of(engine)}")
     for found, what, why in [
         (engine.pipeline_parallelism, "a PipelineModule", "its engine runs the loop over microbatches itself"),
         (engine.optimizer is None, "no optimizer", "it cannot step; pass optimizer= to deepspeed.initialize"),

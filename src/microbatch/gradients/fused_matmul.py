@@ -18,6 +18,7 @@ from microbatch.gradients.autograd_engine import is_plain_autograd, run_engine
 from microbatch.gradients.fused_functions import fused_embedding, fused_linear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
+from microbatch.kind_words import kind_of
 
 # Below this many elements, a temporary stays in the CPU's cache and costs less than the extra Python calls.
 SMALLEST = 1 << 18
@@ -332,7 +333,7 @@ _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 def _unfit(parameter: Tensor) -> str:
     """Return why a parameter's gradient cannot be fused; an empty string if it can."""
     if type(parameter) not in {nn.Parameter, FakeTensor}:
-        return f"a {type(parameter).__name__}, not a plain parameter"
+        return f"{kind_of(parameter)}, not a plain parameter"
     if parameter.ndim != 2:
         return f"{parameter.ndim} dimensions: not the weight of a linear layer or an embedding"
     if parameter.dtype not in _DTYPES or parameter.layout is not torch.strided or not parameter.is_contiguous():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 
 Group = Mapping[str, Any]
 # Saves a tensor's values off the device, and returns a function that makes a copy of them on the device.
@@ -290,7 +291,7 @@ class Fold:
 def _described(held: object) -> str:
     if isinstance(held, Tensor):
         return f"one of {held.dtype} and shape {tuple(held.shape)}"
-    return f"a {type(held).__name__}"
+    return f"{kind_of(held)}"
 
 
 def _sgd(group: Group, begun: bool) -> tuple[float, float, float]:  # noqa: FBT001 - LinearState.coefficients takes it by position

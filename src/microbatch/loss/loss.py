@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import CountError, LossError, LossShapeError, MissingCountError, NoGraphError
+from microbatch.kind_words import kind_of
 
 Count: TypeAlias = int | float | Tensor
 
@@ -128,7 +129,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
         raise LossError(
-            f"the loss {name!r} is a {type(loss).__name__}; return a 0-d tensor (the mean over the microbatch's "
+            f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
             "samples), mb.Loss(sum=..., count=...), or a dict of these"
         )
     _check_scalar(loss, f"the loss {name!r}")
@@ -146,7 +147,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
 
 def _check_scalar(value: object, what: str) -> None:
     if not isinstance(value, Tensor):
-        raise LossShapeError(f"{what} must be a 0-d tensor, not a {type(value).__name__}")
+        raise LossShapeError(f"{what} must be a 0-d tensor, not {kind_of(value)}")
     if value.ndim != 0:
         raise LossShapeError(
             f"{what} must be 0-d, not of shape {tuple(value.shape)}; return mb.Loss(sum=loss.sum(), count=...)"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from microbatch.errors import LossError, NoGraphError
+from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Share
 
 
@@ -83,7 +84,7 @@ def taken_apart(encoded: object, *, rows: int) -> Representations:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise LossError(
-                f"encode returned a {type(tensor).__name__} beside tensors; return only the representations of the "
+                f"encode returned {kind_of(tensor)} beside tensors; return only the representations of the "
                 "rows: a value that belongs to no row, such as a temperature, must come from the model in loss_fn"
             )
         if tensor.ndim == 0 or len(tensor) != rows:

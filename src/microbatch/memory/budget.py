@@ -15,6 +15,7 @@ _DECIMAL = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _BINARY = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}
 # Reserved for other processes, and for memory that the meter does not see.
 _MARGIN_BYTES, _MARGIN_SHARE = 256 * 1024**2, 0.05
+_MOST = 1 << 62
 _UNITS = _DECIMAL | {name.upper(): size for name, size in _BINARY.items()}
 
 
@@ -28,7 +29,7 @@ def parse_bytes(amount: int | str) -> int:
         Bytes; at least 1.
 
     Raises:
-        ConfigError: The amount cannot be parsed, or is below 1 byte.
+        ConfigError: The amount cannot be parsed, is below 1 byte, or is more than any machine has.
 
     Example:
         >>> parse_bytes("1.5 GiB"), parse_bytes("2 GB"), parse_bytes(4096)
@@ -43,7 +44,10 @@ def parse_bytes(amount: int | str) -> int:
             raise ConfigError(
                 f'{amount!r} is not an amount of memory; pass bytes, or a text such as "6 GiB" or "512 MiB"'
             )
-        size = int(float(match[1]) * _UNITS[unit])
+        number = float(match[1]) * _UNITS[unit]
+        size = int(min(number, _MOST))
+    if size >= _MOST:
+        raise ConfigError("that amount of memory is more than any machine has; leave it out for what there is")
     if size < 1:
         raise ConfigError(f"an amount of memory must be at least 1 byte, not {amount!r}")
     return size

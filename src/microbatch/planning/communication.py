@@ -11,7 +11,7 @@ import torch
 
 from microbatch.errors import ConfigError
 from microbatch.planning.block_profile import Model
-from microbatch.planning.links import Link, find_link, parse_duration
+from microbatch.planning.links import Link, find_link, parse_bandwidth, parse_duration
 from microbatch.planning.sharding import Setup
 from microbatch.ranks.agreement import message_bytes
 from microbatch.ranks.process_group import ring_bytes
@@ -43,8 +43,13 @@ class Assumed:
         """Refuse what cannot be.
 
         Raises:
-            ConfigError: A utilisation that is none.
+            ConfigError: A utilisation that is none, or a speed or a time that cannot be read.
         """
+        if self.bandwidth is not None:
+            parse_bandwidth(self.bandwidth)
+        for time in (self.latency, self.microbatch_seconds):
+            if time is not None:
+                parse_duration(time)
         if not 0 < self.utilisation <= 1:
             raise ConfigError(f"utilisation must be above 0 and up to 1, such as 0.4, not {self.utilisation}")
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import with_article
 from microbatch.loss.loss import LossLike
 from microbatch.planning.transformer_layers import Block, Embedding, Head, Patches, Shape, Transformer
 from microbatch.planning.unet import UNet
@@ -60,7 +61,7 @@ def case_from_config(config: Mapping[str, Any], *, sequence_length: int | None =
         with torch.device("meta"):
             model, batch, loss_fn = build(config, sequence_length)
     except KeyError as error:
-        raise ConfigError(f"a {kind} configuration needs the key {error.args[0]!r}") from error
+        raise ConfigError(f"{with_article(kind)} configuration needs the key {error.args[0]!r}") from error
     return Case(name=name or kind, model=model, batch=batch, loss_fn=loss_fn)
 
 

@@ -138,18 +138,24 @@ class Plan:
         """What to pass as ``offload=``: ``"activations"`` where that pays, else `None`."""
         return "activations" if self.way == OFFLOADED else None
 
-    def table(self) -> str:
+    def table(self, *, width: int | None = None) -> str:
         """Write the candidates for people.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Columns that do not fit are left out.
 
         Returns:
             A line for each size: the chosen one is marked.
         """
         head = ["", "microbatch", "microbatches", "predicted", "counted", "measured", "error", "fits", "step", "rows/s"]
         rows = [head, *(self._cells(each) for each in self.candidates)]
-        return _aligned(rows)
+        return _aligned(_fitting(rows, ["counted", "error", "microbatches", "fits", "rows/s"], width))
 
-    def ways_table(self) -> str:
+    def ways_table(self, *, width: int | None = None) -> str:
         """Write what becomes of activations, for people.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Columns that do not fit are left out.
 
         Returns:
             A line for each way that was tried: the chosen one is marked.
@@ -166,7 +172,7 @@ class Plan:
                     *_told(each, self.batch_size),
                 ]
             )
-        return _aligned(rows)
+        return _aligned(_fitting(rows, ["predicted", "microbatch", "rows/s"], width))
 
     def chart(self) -> str:
         """Draw the speeds that were measured.
@@ -267,6 +273,16 @@ def _told(each: Candidate | Way, rows: int) -> list[str]:
         "-" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms",
         "-" if not seconds else f"{rows / seconds:,.4g}",
     ]
+
+
+def _fitting(rows: list[list[str]], spare: Sequence[str], width: int | None) -> list[list[str]]:
+    """Leave out columns, in the order of ``spare``, until the table is narrow enough."""
+    for name in spare:
+        if width is None or max(map(len, _aligned(rows).splitlines())) <= width:
+            break
+        column = rows[0].index(name)
+        rows = [[*row[:column], *row[column + 1 :]] for row in rows]
+    return rows
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

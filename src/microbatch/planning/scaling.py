@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.planning.hyperparameters import Hyperparameters, is_number, read_optimizer, write_optimizer
 from microbatch.planning.rules import Change, Rule, choose_rule
 
@@ -235,7 +236,7 @@ def _groups(given: object) -> tuple[Hyperparameters, ...]:
         return (given,)
     if isinstance(given, Optimizer):
         return read_optimizer(given)
-    raise ConfigError(f"give a torch.optim.Optimizer or mb.Hyperparameters, not a {type(given).__name__}")
+    raise ConfigError(f"give a torch.optim.Optimizer or mb.Hyperparameters, not {kind_of(given)}")
 
 
 def _check_whole(name: str, value: object, *, least: int) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from microbatch.errors import ConfigError, RankError, WindowError
+from microbatch.kind_words import kind_of
 
 # The schedules whose backward is autograd's own, weights included; by the names of torch's get_schedule_class.
 _SCHEDULES = {
@@ -226,7 +227,7 @@ def _check_stages(stages: Sequence[Any]) -> None:
     for stage in stages:
         if not all(hasattr(stage, name) for name in needed):
             raise ConfigError(
-                f"Pipeline takes stages of torch.distributed.pipelining, not a {type(stage).__name__}: pass "
+                f"Pipeline takes stages of torch.distributed.pipelining, not {kind_of(stage)}: pass "
                 "PipelineStage(module, index, number of stages, device)"
             )
         if isinstance(stage.submod, nn.parallel.DistributedDataParallel):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
 
@@ -243,5 +244,5 @@ def group_of(given: object) -> Any:
     if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
         raise ConfigError("Ranks: group: this process is not one of its ranks; pass the group that it belongs to")
     if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
-        raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not a {type(given).__name__}")
+        raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not {kind_of(given)}")
     return given

@@ -16,6 +16,7 @@ from microbatch.batch.batches import Batches
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
+from microbatch.kind_words import kind_of
 from microbatch.loss.loss import LossLike
 from microbatch.loss.representations import stand_in
 from microbatch.memory.budget import parse_bytes
@@ -403,5 +404,5 @@ def _listed(name: str, given: Any, kind: Any) -> list[Any]:
     if isinstance(given, kind) or (kind == () and callable(given)):
         return [given]
     if not isinstance(given, Iterable):
-        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
+        raise ConfigError(f"{name} must be one or several of them in a list, not {kind_of(given)}")
     return list(cast("Iterable[Any]", given))

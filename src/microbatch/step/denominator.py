@@ -26,6 +26,7 @@ from torch import Tensor
 
 from microbatch.batch.batch_tree import rows_of
 from microbatch.errors import CountError, MissingCountError, UnknownTermError, WindowError
+from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Count, Share, check_number, wide_dtype
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
@@ -363,7 +364,7 @@ def _evaluated(counts: Counts, batches: Sequence[Any]) -> dict[str, float]:
     total: dict[str, float] = {}
     for each in found:
         if not isinstance(each, Mapping):
-            raise MissingCountError(f"counts= must give a dict of term to count, not a {type(each).__name__}")
+            raise MissingCountError(f"counts= must give a dict of term to count, not {kind_of(each)}")
         for name, count in each.items():
             total[str(name)] = total.get(str(name), 0.0) + _number(count, str(name))
     return total

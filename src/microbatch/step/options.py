@@ -19,6 +19,7 @@ from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import LinearState, linear_state
+from microbatch.kind_words import kind_of
 from microbatch.memory.spill import Spill
 from microbatch.ranks.fsdp import fully_sharded, group_and_device
 from microbatch.ranks.pipeline import Pipeline
@@ -192,7 +193,7 @@ class Options:
     def __post_init__(self) -> None:
         """Check every value before any work starts."""
         if not isinstance(self.model, nn.Module):
-            raise ConfigError(f"model must be a torch.nn.Module, not a {type(self.model).__name__}")
+            raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(self.model)}")
         self._check_optimizers()
         if self.microbatch_size != "auto":
             check_microbatch_size(self.microbatch_size)
@@ -305,7 +306,7 @@ class Options:
             if not isinstance(optimizer, Optimizer):
                 raise ConfigError(
                     f"optimizer must be a torch.optim.Optimizer, several of them, or None for gradients without a "
-                    f"step, not a {type(optimizer).__name__}"
+                    f"step, not {kind_of(optimizer)}"
                 )
             if isinstance(optimizer, LBFGS):
                 raise ConfigError(
@@ -339,7 +340,7 @@ class Options:
         if self.grad_scaler is None:
             return
         if not isinstance(self.grad_scaler, torch.amp.GradScaler):
-            raise ConfigError(f"grad_scaler must be a torch.amp.GradScaler, not a {type(self.grad_scaler).__name__}")
+            raise ConfigError(f"grad_scaler must be a torch.amp.GradScaler, not {kind_of(self.grad_scaler)}")
         if not self.optimizers:
             raise ConfigError("grad_scaler= needs an optimizer, whose gradients it unscales: pass optimizer=, too")
         for name, parameter in self.model.named_parameters():

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,16 +21,17 @@ from microbatch.train.checkpoint_copy import Copied, copied
 from microbatch.train.checkpoint_manifest import (
     FORMAT,
     FORMAT_OF_PARTS,
-    MANIFEST,
     checkpoint_name,
     verify,
     write_manifest,
 )
+from microbatch.train.checkpoint_shape import read_document
 from microbatch.train.encode import decode
 from microbatch.train.first_rank import by_the_first
 from microbatch.train.place import STAGES
 from microbatch.train.sharded_tensors import load_parts
 
+Result = TypeVar("Result")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -57,7 +58,7 @@ def write_checkpoint(
     """Write one checkpoint of a single process; a crash at any moment leaves either the whole checkpoint or none.
 
     Args:
-        folder: Folder of the run's checkpoints; created if missing.
+        folder: Folder of the run's checkpoints; created if missing, in a folder that exists.
         step: Optimizer steps taken; the checkpoint is named after this number.
         weights: Parameters and buffers by name; tensors that share memory are stored once.
         state: Nested plain values and tensors, as `microbatch.train.encode.encode` takes them.
@@ -83,7 +84,8 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
     tensors that it alone holds. Rank 0 writes the tensors that all ranks hold and the manifest, and renames the folder.
 
     Args:
-        folder: Folder of the run's checkpoints, which all ranks can read; created if missing.
+        folder: Folder of the run's checkpoints, which all ranks can read; created if missing, in a
+            folder that exists.
         what: The copy.
         keep: Number of newest checkpoints that stay; at least 1. Older ones are removed once the new one is safe.
         ranks: The ranks; `None` for a single process.
@@ -103,7 +105,7 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
 
     def begin() -> str:
         temporary = folder / f".writing-{final.name}-{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # without its parents: a run directory that is gone is not made again
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         return temporary.name
@@ -149,10 +151,20 @@ def _written(work: Callable[[], str], final: Path) -> str:
     try:
         return work()
     except OSError as error:
-        raise CheckpointError(f"the checkpoint {final} could not be written: {error}") from error
+        run = final.parent.parent
+        why = f"the run directory {run} is gone, removed or renamed while the run was training"
+        raise CheckpointError(
+            f"the checkpoint {final} could not be written: {error if run.is_dir() else why}"
+        ) from error
 
 
-def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: RankGroup | None = None) -> Checkpoint:
+def read_newest(
+    folder: Path,
+    *,
+    notice: Callable[[str], object],
+    ranks: RankGroup | None = None,
+    check: Callable[[Mapping[str, Any]], object] | None = None,
+) -> Checkpoint:
     """Read the newest checkpoint that is whole.
 
     A damaged checkpoint is reported and renamed, and the checkpoint before it is read.
@@ -161,6 +173,7 @@ def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: RankGro
         folder: Folder of the run's checkpoints.
         notice: Called with one text for each damaged checkpoint.
         ranks: The ranks that read it, of which rank 0 chooses and checks the checkpoint; `None` for a single process.
+        check: Called with the state of a checkpoint, and raises `CheckpointError` if it is malformed; `None` takes any.
 
     Returns:
         The checkpoint.
@@ -171,14 +184,16 @@ def read_newest(folder: Path, *, notice: Callable[[str], object], ranks: RankGro
     found: list[Checkpoint] = []
 
     def choose() -> str:
-        found.append(_newest(folder, notice))
+        found.append(_newest(folder, notice, check))
         return found[0].path.name
 
     name = by_the_first(ranks, choose)
     return found[0] if found else _read(folder / name)
 
 
-def _newest(folder: Path, notice: Callable[[str], object]) -> Checkpoint:
+def _newest(
+    folder: Path, notice: Callable[[str], object], check: Callable[[Mapping[str, Any]], object] | None
+) -> Checkpoint:
     found = _listed(folder)
     if not found:
         raise CheckpointError(
@@ -188,6 +203,8 @@ def _newest(folder: Path, notice: Callable[[str], object]) -> Checkpoint:
     for _, path in found:
         try:
             checkpoint = read_checkpoint(path)
+            if check is not None:
+                _checked(path, lambda state=checkpoint.state: check(state))
         except CheckpointError as error:
             damaged.append(str(error))
             continue
@@ -218,16 +235,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Checkpoint:
-    try:
-        weights = load_parts(path, "weights")
-        document = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        state = decode(document["state"], load_parts(path, "state"))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint {path.name} cannot be read: {error}") from error
-    for alias, name in cast("dict[str, str]", document["tied"]).items():
+    return _checked(path, lambda: _read_files(path))
+
+
+def _read_files(path: Path) -> Checkpoint:
+    weights = load_parts(path, "weights")
+    document = read_document(path / "state.json")
+    state = decode(document["state"], load_parts(path, "state"))
+    for alias, name in document["tied"].items():
         weights[alias] = weights[name]
-    return Checkpoint(path=path, step=manifest["step"], weights=weights, state=state)
+    return Checkpoint(path=path, step=int(path.name.removeprefix("step-")), weights=weights, state=state)
+
+
+def _checked(path: Path, read: Callable[[], Result]) -> Result:
+    """Read from a checkpoint, and convert every error to one that names the checkpoint."""
+    try:
+        return read()
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint {path.name} is damaged: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # no code of the user's runs here, so what was read is at fault
+        raise CheckpointError(f"the checkpoint {path.name} cannot be read: {error!a}") from error
 
 
 def clear_unfinished(folder: Path) -> None:

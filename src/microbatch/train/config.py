@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,7 +86,7 @@ class Settings(BaseModel):
     @field_validator("memory")
     @classmethod
     def _memory_is_readable(cls, value: int | str | None) -> int | str | None:
-        if isinstance(value, str) and value != "none":
+        if value is not None and value != "none":
             try:
                 parse_bytes(value)
             except MicrobatchError as error:
@@ -128,6 +129,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no configuration file {path}{hint}") from None
     except OSError as error:
         raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is not valid TOML: its arrays are too deep in one another") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
@@ -157,6 +160,9 @@ def load_settings(flags: Mapping[str, Any], *, file: Path | None = None, base: S
     given = {key: value for key, value in flags.items() if value is not None}
     from_file = read_toml(file) if file is not None else {}
     sources = {key: str(file) for key in from_file} | {key: flag_name(key) for key in given}
+    _ask_for_units(from_file.get("memory"), where=f"memory in {file}")
+    if isinstance(given.get("memory"), str):  # a number is another run's, in bytes
+        _ask_for_units(given["memory"], where="--memory")
     layers = (base.model_dump(exclude_none=True) if base is not None else {}, from_file, given)
     merged: dict[str, Any] = {}
     for layer in layers:
@@ -174,6 +180,23 @@ def load_settings(flags: Mapping[str, Any], *, file: Path | None = None, base: S
         raise ConfigError(_explain(error, sources)) from None
 
 
+_LEAST_WITHOUT_UNIT = 1 << 20
+"""Nobody means fewer bytes than this with a number alone: it is a number of gigabytes whose unit was forgotten."""
+
+
+def _ask_for_units(amount: object, *, where: str) -> None:
+    """Refuse a small number without a unit."""
+    text = str(amount).strip()
+    if isinstance(amount, int | str) and re.fullmatch(r"\d+(\.\d+)?", text) and 0 < float(text) < _LEAST_WITHOUT_UNIT:
+        raise ConfigError(
+            f'{where} is {text}: {text} what? Write "{text} GiB" or "{text} MiB", or "{text} B" for bytes'
+        )
+
+
+WITHOUT_FLAG = ("schedule", "nonfinite", "keep_checkpoints", "compare")
+"""Keys that are set in a file alone; of the last, the flag ``--no-compare`` is the opposite."""
+
+
 def flag_name(key: str) -> str:
     """Name the flag that sets a key.
 
@@ -181,9 +204,12 @@ def flag_name(key: str) -> str:
         key: A key of `Settings`.
 
     Returns:
-        For example ``"--batch-size"``.
+        For example ``"--batch-size"``; for the job, which is an argument, its name in the usage; the key
+        itself where no flag sets it.
     """
-    return "--" + {"learning_rate": "lr", "job": "job"}.get(key, key).replace("_", "-")
+    if key in WITHOUT_FLAG:
+        return key
+    return "JOB" if key == "job" else "--" + {"learning_rate": "lr"}.get(key, key).replace("_", "-")
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
@@ -201,7 +227,7 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
         # A union reports the value once for each of its members; the value itself is the same.
         value = details[0]["input"]
         shown = json.dumps(value) if isinstance(value, str | int | float | bool) else repr(value)
-        named = source if source.startswith("--") else f"{key} in {source}"
+        named = source if source == flag_name(key) else f"{key} in {source}"
         lines.append(
             f"{named} is {shown}: it must be {reasons}"
             if details[0]["type"] != "value_error"

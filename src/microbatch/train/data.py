@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import DataError
+from microbatch.kind_words import kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def length_of(data: Any, *, role: str) -> int:
     """
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise DataError(
-            f"the job's {role} is a {type(data).__name__}, which has no length or cannot be indexed; "
+            f"the job's {role} is {kind_of(data)}, which has no length or cannot be indexed; "
             "pass a list or a map-style Dataset with __len__ and __getitem__"
         )
     samples = len(data)

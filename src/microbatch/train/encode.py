@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import CheckpointError
+from microbatch.kind_words import kind_of
 from microbatch.shards import local_of
 from microbatch.train.sharded_tensors import with_part
 
@@ -131,7 +132,7 @@ def _encode_numpy(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if numpy is not None and isinstance(node, numpy.generic) and node.dtype.kind in "biuf":
         return _encode(node.item(), path, tensors)
     raise CheckpointError(
-        f"{path} is a {type(node).__name__}, and a checkpoint holds only tensors, numbers and texts, so that reading "
+        f"{path} is {kind_of(node)}, and a checkpoint holds only tensors, numbers and texts, so that reading "
         "one never runs code; leave it out of the state_dict that returns it"
     )
 
@@ -140,7 +141,7 @@ def _decode_marked(kind: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
     match kind:
         case "$tensor" | "$complex":
             if value not in tensors:
-                raise CheckpointError(f"the tensor {value!r} is missing from the checkpoint")
+                raise CheckpointError(f"the tensor {value!a} is missing from the checkpoint")
             return tensors[value] if kind == "$tensor" else torch.view_as_complex(tensors[value])
         case "$numpy":
             return decode(value, tensors).numpy()
@@ -155,10 +156,13 @@ def _decode_marked(kind: str, value: Any, tensors: Mapping[str, Tensor]) -> Any:
         case "$bytes":
             return bytes.fromhex(value)
         case "$dtype":
-            return getattr(torch, value)
+            dtype = getattr(torch, value)
+            if not isinstance(dtype, torch.dtype):
+                raise CheckpointError(f"{value!a} is not a dtype")
+            return dtype
         case "$device":
             return torch.device(value)
         case _:
             raise CheckpointError(
-                f"the checkpoint holds a {kind!r}, which this version does not know; upgrade to read it"
+                f"the checkpoint holds a {kind!a}, which this version does not know; upgrade to read it"
             )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.train.job import Job
 from microbatch.train.jobs import BUILT_IN
 
@@ -27,7 +28,7 @@ def find_job(name: str) -> Callable[..., Any]:
         The function, not yet called.
 
     Raises:
-        ConfigError: There is no such job, file or function, or it is not a function.
+        ConfigError: There is no such job, file or function, or it is not a function, or the file is not valid Python.
 
     Cost:
         Runs the file's top level; whatever that raises reaches the caller unchanged.
@@ -67,7 +68,7 @@ def call_job(make: Callable[..., Any], offered: Mapping[str, Any], *, name: str)
         >>> call_job(lambda seed: seed, {"seed": 1, "data": None}, name="x.py:f")
         Traceback (most recent call last):
             ...
-        microbatch.errors.ConfigError: x.py:f returned a int, not a Job; end it with `return mb.Job(...)`
+        microbatch.errors.ConfigError: x.py:f returned an int, not a Job; end it with `return mb.Job(...)`
     """
     parameters = inspect.signature(make).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -91,7 +92,7 @@ def call_job(make: Callable[..., Any], offered: Mapping[str, Any], *, name: str)
             arguments[key] = value
     job = make(**arguments)
     if not isinstance(job, Job):
-        found = "nothing" if job is None else f"a {type(job).__name__}"
+        found = "nothing" if job is None else f"{kind_of(job)}"
         raise ConfigError(f"{name} returned {found}, not a Job; end it with `return mb.Job(...)`")
     return job
 
@@ -110,7 +111,7 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
     if made is None:
         raise ConfigError(f"{path} has no function {function!r}; {_functions_in(path)}")
     if not callable(made):
-        raise ConfigError(f"{function!r} in {path} is a {type(made).__name__}, not a function that returns a Job")
+        raise ConfigError(f"{function!r} in {path} is {kind_of(made)}, not a function that returns a Job")
     return made
 
 
@@ -130,6 +131,12 @@ def _import(path: Path) -> Any:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
+    except SyntaxError as error:
+        del sys.modules[name]
+        if error.filename != str(path):  # in what it imports, whose traceback says from where
+            raise
+        line = f": {error.text.strip()}" if error.text else ""
+        raise ConfigError(f"{path}, line {error.lineno} is not valid Python: {error.msg}{line}") from error
     except BaseException:
         del sys.modules[name]
         raise
@@ -140,7 +147,7 @@ def _functions_in(path: Path) -> str:
     """List a file's public functions without running it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
+    except (SyntaxError, ValueError, RecursionError, OSError):
         return "but the file is not valid Python"
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
     return f"its functions are {_listed(names)}" if names else "it has no functions"

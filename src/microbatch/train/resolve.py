@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
+from microbatch.memory.least_memory import least_memory
 from microbatch.ranks.fsdp import fully_sharded
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.size.search import middle_size, sizes_for
@@ -67,6 +68,24 @@ def check_data_path(settings: Settings) -> None:
     """
     if settings.data is not None and not Path(settings.data).expanduser().exists():
         raise ConfigError(f"--data {settings.data}: there is no such file or folder")
+
+
+def check_memory(settings: Settings, job: Job, config: RunConfig) -> None:
+    """Check that a step can keep to the memory budget, before a window is run.
+
+    Args:
+        settings: The user's settings.
+        job: The job.
+        config: The configuration that both gave.
+
+    Raises:
+        ConfigError: Weights, gradients and optimizer state alone take more.
+    """
+    if config.memory_budget is not None:
+        least = least_memory(job.model, optimizers_of(job.optimizer), device=config.device)
+        if refusal := least.refusal(config.memory_budget):
+            asked = "the job's memory budget" if settings.memory is None else f"--memory {settings.memory}"
+            raise ConfigError(f"{asked}: {refusal}")
 
 
 def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place | None = None) -> RunConfig:
@@ -170,7 +189,7 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "data": None if settings.data is None else str(Path(settings.data).expanduser().resolve()),
             "batch_size": config.batch_size,
             "microbatch_size": "auto" if config.auto else config.microbatch_size,
-            "memory": config.memory_budget if config.memory_budget is not None else "none",
+            "memory": f"{config.memory_budget} B" if config.memory_budget is not None else "none",
             "steps": config.steps,
             "epochs": None,
             # Each of several ranks has its own device.

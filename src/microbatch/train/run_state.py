@@ -11,15 +11,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from microbatch.errors import CheckpointError
+from microbatch.errors import CheckpointError, MicrobatchError
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.accumulator import Accumulator
 from microbatch.train.checkpoint import Checkpoint
+from microbatch.train.checkpoint_shape import check_like, check_run_state
 from microbatch.train.data import Position
 from microbatch.train.job import Job
 from microbatch.train.place import STAGES, Place, named_by_rank, named_by_stage, own_state
 from microbatch.train.run_config import RunConfig
 from microbatch.train.state import load_model, load_optimizer, model_tensors, random_states, set_random_states
+
+_FOREIGN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the ``load_state_dict`` of a job's own objects raises for a state that is not theirs."""
 
 
 @dataclass(slots=True)
@@ -108,6 +112,29 @@ class RunState:
         }
         return weights, state
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Check that a checkpoint's state has the declared shape, and values of the kinds that this run's objects hold.
+
+        Args:
+            state: The decoded state.
+
+        Raises:
+            CheckpointError: It has not.
+        """
+        check_run_state(state)
+        # Loading is the check: `restore`, which comes next, loads everything once more.
+        self.accumulator.load_state_dict(state["accumulator"])
+        if self.scaler is not None and state["scaler"] is not None:
+            check_like(state["scaler"], self.scaler.state_dict(), place="scaler")
+        own = state.get(STAGES, {}).get(self.place.stages) if self.place.stages else state
+        for name, live in (("optimizers", self.optimizers), ("schedulers", self.schedulers)):
+            # Where the job now makes others, `restore` refuses: that is no fault of the checkpoint.
+            for index, (saved, each) in enumerate(zip((own or {}).get(name, ()), live, strict=False)):
+                now = each.state_dict()
+                check_like(saved, now, place=f"{name}.{index}")
+                for key in {"state", "param_groups", "last_epoch"} & set(now) - set(saved):
+                    raise CheckpointError(f"state.json is malformed at '{name}.{index}': it has no {key!r}")
+
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Restore the run from a checkpoint.
 
@@ -120,6 +147,18 @@ class RunState:
         Raises:
             CheckpointError: The checkpoint belongs to another run, or to a job with other parts.
         """
+        try:
+            return self._restored(checkpoint)
+        except _FOREIGN as error:
+            if isinstance(error, MicrobatchError):
+                raise
+            kind = type(error).__name__
+            raise CheckpointError(
+                f"the checkpoint {checkpoint.path.name} does not fit what the job now makes ({kind}: {error}); go on "
+                "with the job as it was, or start a new run"
+            ) from error
+
+    def _restored(self, checkpoint: Checkpoint) -> Progress:
         state, config, model = checkpoint.state, self.config, self.job.model
         now = {"seed": config.seed, "batch_size": config.batch_size, "samples": config.samples}
         for key, value in now.items():

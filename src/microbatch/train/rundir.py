@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any, cast
 from microbatch.errors import CheckpointError, ConfigError
 from microbatch.train.atomic_files import write_text
 from microbatch.train.checkpoint import clear_unfinished
+from microbatch.train.run_lock import LOCK
 
 
 class RunDirectory:
@@ -54,7 +56,8 @@ class RunDirectory:
             raise ConfigError(f"--run {self.path} is a file; name a directory")
         if self.has_checkpoints:
             raise ConfigError(f"{self.path} already holds a run; add --resume to go on with it, or name another --run")
-        if self.path.is_dir() and not self.config.exists() and any(each != self.logs for each in self.path.iterdir()):
+        own = {self.logs, self.path / LOCK}
+        if self.path.is_dir() and not self.config.exists() and any(each not in own for each in self.path.iterdir()):
             raise ConfigError(f"{self.path} is not empty and holds no run; name a new directory with --run")
 
     def check_resumable(self) -> None:
@@ -85,18 +88,33 @@ class RunDirectory:
             clear_unfinished(self.checkpoints)
             write_text(self.config, config)
             for name, text in files.items():
-                if Path(name).name != name or name in {self.config.name, self.metrics.name, self.summary.name}:
+                if Path(name).name != name or name in {self.config.name, self.metrics.name, self.summary.name, LOCK}:
                     raise ConfigError(f"the job's file {name!r} must be a plain name that the run does not use itself")
                 write_text(self.path / name, text)
         except OSError as error:
             raise ConfigError(f"the run directory {self.path} cannot be written: {error}") from error
+
+    def write_summary(self, text: str) -> None:
+        """Write what came of the run.
+
+        Args:
+            text: JSON.
+
+        Raises:
+            CheckpointError: The disk refused, or the directory is gone.
+        """
+        try:
+            write_text(self.summary, text)
+        except OSError as error:
+            raise CheckpointError(_refused(self.summary, error)) from error
 
 
 class MetricsLog:
     """Append one line of JSON for each step, and take back those that a checkpoint does not know.
 
     Every line is handed to the operating system as soon as it is written, so a killed process loses none; `sync`
-    brings them to the disk before a checkpoint counts on them.
+    brings them to the disk before a checkpoint counts on them. A log whose file is gone says so at the next line: what
+    a process writes to a removed file, nobody reads.
     """
 
     def __init__(self, path: Path, *, after_step: int) -> None:
@@ -106,6 +124,7 @@ class MetricsLog:
             path: The file; made if missing.
             after_step: The step that the run goes on from; 0 starts afresh.
         """
+        self._path = path
         self._file = path.open("a+b")
         self._file.truncate(_bytes_up_to(path, after_step))
 
@@ -114,17 +133,49 @@ class MetricsLog:
 
         Args:
             record: Plain values; numbers that are not finite become ``null``, which JSON can hold.
+
+        Raises:
+            CheckpointError: The file has been removed or renamed, or the disk refused.
         """
-        self._file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
-        self._file.flush()
+        try:
+            there = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+            self._file.write((json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(_refused(self._path, error)) from error
+        if not there:
+            raise CheckpointError(_gone(self._path))
 
     def sync(self) -> None:
-        """Wait until every line is on the disk."""
-        os.fsync(self._file.fileno())
+        """Wait until every line is on the disk.
+
+        Raises:
+            CheckpointError: The disk refused.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError(_refused(self._path, error)) from error
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what the disk refused, `write` and `sync` have said."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _refused(file: Path, error: OSError) -> str:
+    """Say why a file of the run cannot be written."""
+    if isinstance(error, FileNotFoundError):
+        return _gone(file)
+    return f"{file} could not be written: {error.strerror or error}; see the disk, then go on with --resume"
+
+
+def _gone(file: Path) -> str:
+    return (
+        f"{file} is gone: the run directory {file.parent}, or this file, was removed or renamed while the run was "
+        "training, so nothing of the run can be kept; put it back and go on from its newest checkpoint, or start a new "
+        "run"
+    )
 
 
 def _bytes_up_to(path: Path, step: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from microbatch.errors import CheckpointError
 from microbatch.shards import is_shard, local_of
+from microbatch.train.checkpoint_shape import read_parts
 
 PARTS = "parts"
 """In a file's metadata: which of its tensors are parts, of what, and where they belong."""
@@ -76,7 +76,7 @@ def load_parts(path: Path, stem: str) -> dict[str, Tensor]:
     for file in sorted(path.glob(f"{stem}*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             reader = cast("Any", opened)
-            parts = json.loads((reader.metadata() or {}).get(PARTS, "{}"))
+            parts = read_parts((reader.metadata() or {}).get(PARTS, "{}"), name=file.name)
             for key in reader.keys():  # noqa: SIM118 - it is no dict
                 tensor = cast("Tensor", reader.get_tensor(key))
                 if key not in parts:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.saved_state import seed_everything
-from microbatch.train.atomic_files import write_text
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
 from microbatch.train.data import mix_seed
@@ -25,9 +25,10 @@ from microbatch.train.first_rank import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.place import find_place
-from microbatch.train.resolve import check_data_path, resolve, resolve_device, resolved_settings
+from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device, resolved_settings
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
+from microbatch.train.run_lock import Claim
 from microbatch.train.rundir import RunDirectory, jsonable
 from microbatch.train.shard_model import spread
 from microbatch.train.training_loop import TrainingLoop
@@ -63,6 +64,7 @@ class PreparedRun:
         loop: The loop, restored from a checkpoint if the run goes on.
         listeners: Who is told.
         launch: Which of the ranks this is.
+        claim: The hold on the directory; another process that asks for it is refused until the run has ended.
     """
 
     job: Job
@@ -71,6 +73,7 @@ class PreparedRun:
     loop: TrainingLoop
     listeners: tuple[RunListener, ...]
     launch: Launch
+    claim: Claim
 
     def train(self) -> Mapping[str, Any]:
         """Train to the end, compare with the full batch, and write the summary.
@@ -82,12 +85,18 @@ class PreparedRun:
             MicrobatchError: A step failed, or a checkpoint could not be written.
             KeyboardInterrupt: Ctrl-C came twice.
         """
+        try:
+            return self._train()
+        finally:
+            self.claim.release()
+
+    def _train(self) -> Mapping[str, Any]:
         stopped_by = self.loop.run()
         compared = self._compare() if stopped_by is None and self.config.compare else None
         text = self._text() if stopped_by is None else None
         summary = self._summary(stopped_by=stopped_by, compared=compared, text=text)
         if self.launch.speaks:
-            write_text(self.directory.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+            self.directory.write_summary(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
         self.tell(RunEnded(summary=summary))
         return summary
 
@@ -178,14 +187,36 @@ def prepare(
         MissingDependencyError: The job needs a package that is not installed.
     """
     ranks, launch = RankGroup.find(torch.device("cpu")), launch or Launch()
-    path, resume = by_the_first(ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch))
-    directory, notices = RunDirectory(path), list[str]()
-    for listener in listeners:
-        listener(RunPlaced(path))
+    claim = Claim()
+    try:
+        path, resume = by_the_first(
+            ranks, lambda: _choose(flags, file=file, run=run, resume=resume, launch=launch, claim=claim)
+        )
+        for listener in listeners:
+            listener(RunPlaced(path))
+        prepared = _prepare(flags, file=file, path=path, resume=resume, listeners=listeners, launch=launch, claim=claim)
+    except BaseException:
+        claim.give_up()
+        raise
+    return prepared
+
+
+def _prepare(
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None,
+    path: Path,
+    resume: bool,
+    listeners: Sequence[RunListener],
+    launch: Launch,
+    claim: Claim,
+) -> PreparedRun:
+    """Prepare a run in a directory that has been claimed."""
+    ranks, directory, notices = RankGroup.find(torch.device("cpu")), RunDirectory(path), claim.notices()
     if resume:
         before = load_settings(read_toml(directory.config))
         settings = load_settings(flags, file=file, base=before)
-        notices = _check_changes(before, settings, directory=directory)
+        notices += _check_changes(before, settings, directory=directory)
         if launch.ranks > 1 and flags.get("device") is None:
             # The kind alone: which one of its kind is not the run's to keep.
             settings = settings.model_copy(update={"device": settings.device.partition(":")[0]})
@@ -200,10 +231,11 @@ def prepare(
     if settings.shard != "none" and launch.ranks > 1 and not place.stages:
         spread(job, how=settings.shard)
     config = resolve(settings, job, device=device, place=place)
+    check_memory(settings, job, config)
     text = resolved_settings(settings, config).toml()
     by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
     loop = TrainingLoop(job, config=config, run=directory, listeners=listeners, place=place)
-    prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch)
+    prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch, claim)
     for text in (*notices, *config.notices):
         prepared.tell(Notice(text))
     if resume:
@@ -212,9 +244,15 @@ def prepare(
 
 
 def _choose(
-    flags: Mapping[str, Any], *, file: Path | None, run: Path | None, resume: bool, launch: Launch
+    flags: Mapping[str, Any],
+    *,
+    file: Path | None,
+    run: Path | None,
+    resume: bool,
+    launch: Launch,
+    claim: Claim,
 ) -> tuple[Path, bool]:
-    """Choose the run directory, and whether to go on with what is in it."""
+    """Choose and claim the run directory, and decide whether to go on with what is in it."""
     if launch.restartable and run is None and not resume:
         raise ConfigError(
             "the launcher may start the ranks again (--max-restarts): say with --run DIR where they find what they had"
@@ -224,10 +262,17 @@ def _choose(
     if resume:
         directory = RunDirectory(run if run is not None else _newest_run(flags.get("job")))
         directory.check_resumable()
-    else:
-        directory = RunDirectory(run if run is not None else _new_run(load_settings(flags, file=file).job))
+        claim.take(directory.path, restarted=launch.restarts > 0)
+        return directory.path, resume
+    settings = load_settings(flags, file=file)
+    if run is None:
+        return claim.take_new(_run_names(settings.job)), resume
+    directory = RunDirectory(run)
+    if not run.is_dir():
         directory.check_new()
-    return directory.path, resume
+    claim.take(run, restarted=launch.restarts > 0)
+    directory.check_new()  # in this order: what a run that trains there now has left so far, the user cannot mend
+    return run, resume
 
 
 def make_job(settings: Settings, device: torch.device) -> Job:
@@ -278,15 +323,12 @@ def _same_place(old: str | None, new: str | None) -> bool:
     return old_name == new_name and Path(old_path).resolve() == Path(new_path).expanduser().resolve()
 
 
-def _new_run(job: str) -> Path:
+def _run_names(job: str) -> Iterator[Path]:
     stem = Path(job.rpartition(":")[0] or job).stem
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path("runs") / name
-    number = 2
-    while path.exists():
-        path = Path("runs") / f"{name}-{number}"
-        number += 1
-    return path
+    yield Path("runs") / name
+    for number in itertools.count(2):
+        yield Path("runs") / f"{name}-{number}"
 
 
 def _newest_run(job: str | None) -> Path:

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Listen for Ctrl-C and SIGTERM while the block runs.
+    """Listen for Ctrl-C, SIGTERM and a lost terminal (SIGHUP) while the block runs.
 
     The handler only remembers the signal: printing from it could break into the middle of another print. A second
     Ctrl-C raises `KeyboardInterrupt` where the program stands. Outside the main thread, where Python allows no
-    handlers, nothing is listened for.
+    handlers, nothing is listened for. SIGHUP stays ignored where it is, as under ``nohup``.
 
     Attributes:
         signal: The first signal that came, or `None`.
@@ -42,7 +42,11 @@ class StopRequest:
             Itself.
         """
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
+            if hang_up is not None and signal.getsignal(hang_up) is not signal.SIG_IGN:
+                numbers.append(hang_up)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

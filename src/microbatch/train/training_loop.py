@@ -184,7 +184,10 @@ class TrainingLoop:
             CheckpointError: There is no whole checkpoint, or it belongs to another run.
         """
         checkpoint = read_newest(
-            self.run_directory.checkpoints, notice=lambda text: self._tell(Notice(text)), ranks=self._ranks
+            self.run_directory.checkpoints,
+            notice=lambda text: self._tell(Notice(text)),
+            ranks=self._ranks,
+            check=self._state.check,
         )
         self.progress = self._state.restore(checkpoint)
         self.saved_step = self._handed = checkpoint.step

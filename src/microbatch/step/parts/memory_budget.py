@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from microbatch.batch.batch_tree import leaves
+from microbatch.errors import ConfigError
 from microbatch.memory.budget import available_bytes, format_bytes
+from microbatch.memory.least_memory import least_memory
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory
 from microbatch.step.cutting import Cut, Cutting
@@ -52,6 +54,8 @@ class MemoryBudget(Part):
         """Start to measure, before the batch is known."""
         options, device = window.options, window.device
         self._device = device
+        if self._windows == 0 and isinstance(options.memory_budget, int):
+            _check_least(options, device)
         self.budget, self.passing, self._meter, self._cut = None, False, None, None
         has_state = all(optimizer.state for optimizer in options.optimizers)
         if device.type == "cuda":
@@ -180,6 +184,15 @@ class MemoryBudget(Part):
         if self.budget is not None:
             self.budget += meter.live_bytes - before if self.passing else 0
             meter.budget = self.budget
+
+
+def _check_least(options: Options, device: torch.device) -> None:
+    """Refuse a budget that is below what every step holds, before windows are run that cannot succeed."""
+    budget, kept = options.memory_budget, options.sums.buffer == "own"
+    if isinstance(budget, int) and not is_fake(options):
+        least = least_memory(options.model, options.optimizers, device=device, gradients=kept)
+        if refusal := least.refusal(budget):
+            raise ConfigError(f"memory_budget={budget}: {refusal}")
 
 
 def is_fake(options: Options) -> bool:

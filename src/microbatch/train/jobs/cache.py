@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import platform
-import tempfile
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -102,16 +102,16 @@ def write_corpus(corpus: Corpus, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(asdict(corpus), buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # its mode is the umask's
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(hashlib.sha256(buffer.getvalue()).digest())
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

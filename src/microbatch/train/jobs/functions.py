@@ -140,7 +140,7 @@ def _json_pairs(path: Path) -> Iterator[Pair]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not JSON ({error}); {_wanted()}") from error
         yield _pair(record, where=f"{path}, line {number}")
 
@@ -158,8 +158,14 @@ def _pair(record: Any, *, where: str) -> Pair:
     texts = [record.get(name) if isinstance(record, dict) else None for name in FIELDS]
     for name, text in zip(FIELDS, texts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f'{where} has no text under "{name}"; {_wanted()}')
+            others = "" if not isinstance(record, dict) or name in record else _told_columns(record)
+            raise DataError(f'{where} has no text under "{name}"{others}; {_wanted()}')
     return Pair(*(str(text).strip() for text in texts))
+
+
+def _told_columns(record: dict[Any, Any]) -> str:
+    names = [str(name) for name in record if name is not None]
+    return f", which is no name here: there are {', '.join(map(ascii, names[:6]))}, to be renamed" if names else ""
 
 
 def _wanted() -> str:
