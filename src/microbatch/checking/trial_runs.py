@@ -24,6 +24,7 @@ from microbatch.checking.switches import Frozen, ModuleState, Still
 from microbatch.errors import CheckError
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.loss.loss import Loss
+from microbatch.loss.one_row_norm import ContiguousNorms
 from microbatch.memory.module_of_op import Where
 from microbatch.step.saved_state import RandomState
 
@@ -153,6 +154,7 @@ class Stage:
             stack.enter_context(_quiet())
             stack.enter_context(_default_dtype(self.dtype))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(ContiguousNorms())
             replica = replicate(given, dtype=self.dtype, jitter=jitter)
             boundary, where = Boundary(replica.model), Where()
             where.name(replica.model)
