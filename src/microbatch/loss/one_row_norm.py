@@ -97,7 +97,7 @@ def is_of_one_value(error: BaseException) -> bool:
 
 
 def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | None, batch: int, size: int) -> str:
-    """Say which layer had a single value for each channel, and what to do.
+    """Describe which layer got a single value for each channel, and what to do.
 
     Args:
         error: The error that `is_of_one_value`, with its traceback.
