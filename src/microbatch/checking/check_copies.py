@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
+from microbatch.checking.gradient_hooks import carry_hooks
 from microbatch.errors import ConfigError
 from microbatch.memory.out_of_memory import is_out_of_memory
 
@@ -136,6 +137,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
         batch = map_leaves(partial(_map_leaf, partial(_jittered, jitter=jitter)), batch)
         for tensor in tensors:
             tensor.data = _jittered(tensor.data, jitter=jitter)
+    carry_hooks(given.bare_model, memo)
     return Replica(
         model=model,
         loss_fn=loss_fn if encode is None else _composed(encode, loss_fn),

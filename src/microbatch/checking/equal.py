@@ -16,7 +16,7 @@ from torch import nn
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
 from microbatch.checking.accumulating import LENGTHS, Accumulating
-from microbatch.checking.causes import PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
+from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
 from microbatch.checking.check_report import Cause, Check, ParameterError
 from microbatch.checking.gradient import Gradient, difference, norm, relative_error
@@ -33,6 +33,7 @@ EXACT = 1e-9
 """Relative error in float64 that rounding may make in a deep network, and that no cause worth naming stays below."""
 
 _MANY_DRAWS = 16
+_OTHER_DRAWS = 8
 _WITHOUT = frozenset({"listeners", "nonfinite"})
 """Arguments of the accumulator that a gradient by itself knows nothing of."""
 
@@ -230,7 +231,7 @@ class _Bench:
             subject = looping = Looping(self.wide, rows=rows)
         limit = self._limit_of_exactness()
         everything = frozenset[str]()
-        exact, found = error(self.wide, subject, everything) <= limit, Causes((), everything, 0.0)
+        exact, found = self._is_exact(subject, limit), Causes((), everything, 0.0)
         if not exact:
             more = self._options_suspected() if looping is None else looping.suspects()
             found = find_causes(self.wide, subject, limit=limit, more=more)
@@ -240,7 +241,9 @@ class _Bench:
         causes = list(found.causes)
         if rounding.error > rounding.limit:
             causes.append(self._imprecise(rounding.error, subject))
-        if looping is not None:
+        if looping is None:
+            causes += self._divided(subject)
+        else:
             causes += looping.others()
             self.notes += [looping.refused] if looping.refused else []
         stage, shown = (self.own, off) if exact else (self.wide, everything)
@@ -259,6 +262,43 @@ class _Bench:
             parameters=_by_parameter(gradient, yardstick, own=difference(self.own.whole(off), self.wide.whole(off))),
             notes=tuple(self.notes),
         )
+
+    def _is_exact(self, subject: Subject, limit: float) -> bool:
+        """Compare once; where random numbers are drawn, from several random states, since one may be luck."""
+        everything, random = frozenset[str](), self.wide.survey().random
+        while error(self.wide, subject, everything) <= limit:
+            if not random or self.wide.draw == _OTHER_DRAWS:
+                if random:
+                    self.notes.append(
+                        f"random numbers are drawn (in {', '.join(random[:4])}), and made no difference from "
+                        f"{_OTHER_DRAWS + 1} random states; they may make one from another"
+                    )
+                return True
+            self.wide.redraw()
+        return False
+
+    def _divided(self, subject: Subject) -> list[Cause]:
+        """Name a division by the number of microbatches, which only a loop of one's own needs."""
+        # The whole batch's loss has this division too, so no gradient differs.
+        found: list[Cause] = []
+        rows = self.wide.rows
+        microbatches, divisors = -(-rows // subject.size), self.wide.survey().divisors
+        fewer = self.wide.survey(range(rows - 1)).divisors if divisors and rows > 2 else {}
+        for term, divisor in divisors.items():
+            if fewer.get(term) != divisor:  # then it is a count
+                continue
+            if divisor == microbatches:
+                words = (
+                    f"the last operation of the loss divides it by {divisor:g}, which is the number of microbatches; "
+                    "the accumulator has divided by the count already, so the gradient is that many times too small"
+                )
+                found.append(Cause(kind=DIVIDED, words=words, where=(term or "the loss",), remedy=REMEDIES[DIVIDED]))
+            elif divisor > 1 and divisor.is_integer():
+                self.notes.append(
+                    f"the last operation of the loss divides it by {divisor:g}; if that is the number of microbatches "
+                    "in training, leave it out, because the accumulator divides by the count of the whole batch"
+                )
+        return found
 
     def _rounding(self, subject: Subject, off: frozenset[str], *, limit: float) -> _Rounding:
         """Compare what rounding makes of the accumulated gradient with what it makes of the whole batch's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -110,7 +110,7 @@ class Still(TorchDispatchMode):
             if isinstance(call.get(name), float):
                 args = tuple(0.0 if names[place] == name else each for place, each in enumerate(args))
                 kwargs = {key: 0.0 if key == name else each for key, each in (kwargs or {}).items()}
-        if not is_random(func):
+        if not is_random(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         kind = func.overloadpacket.__name__
         if kind == "native_dropout":
@@ -125,16 +125,28 @@ class Still(TorchDispatchMode):
         return drawn.copy_(value) if isinstance(value, Tensor) else drawn.fill_(value)
 
 
-def is_random(func: Any) -> bool:
-    """Tell whether an operator draws random numbers.
+def is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call of an operator draws random numbers.
 
     Args:
         func: The dispatcher's operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Returns:
-        What torch itself has noted of it.
+        What torch itself has noted of it; False for dropout with a probability of 0, or outside of training.
     """
-    return torch.Tag.nondeterministic_seeded in func.tags
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in _NOTHING_DRAWN:
+            value = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            if value == _NOTHING_DRAWN[argument.name]:
+                return False
+    return True
+
+
+_NOTHING_DRAWN = {"dropout_p": 0.0, "dropout": 0.0, "train": False, "training": False}
 
 
 def _expected(kind: str, call: Mapping[str, Any]) -> Any:
