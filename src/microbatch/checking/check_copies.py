@@ -19,6 +19,7 @@ from microbatch.batch.batch_tree import Rows, Whole, map_leaves
 from microbatch.checking.gradient_hooks import carry_hooks
 from microbatch.errors import ConfigError
 from microbatch.memory.out_of_memory import is_out_of_memory
+from microbatch.memory.signal_errors import is_from_signal
 
 _TORCHS = (nn.Module, Tensor, Optimizer, LRScheduler, torch.amp.GradScaler)
 _CONTAINERS = (list, dict, set)
@@ -115,7 +116,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
         optimizer = copy.deepcopy(given.optimizer, memo)
         functions = [_rebound(each, memo) for each in (given.loss_fn, given.encode, given.loop)]
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_from_signal(error):
             raise
         raise ConfigError(
             f"the model, or what the loss function or the loop use, cannot be copied, so that nothing can be tried "
@@ -221,8 +222,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """Copy a container; one that holds what cannot be copied is shared."""
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # noqa: BLE001 - a generator, a file, a tensor with a graph: whatever the user keeps there
-        return value
+    except Exception as error:
+        if is_from_signal(error):
+            raise
+        return value  # a generator, a file, a tensor with a graph: whatever the user keeps there
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -26,6 +26,7 @@ from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
 from microbatch.memory.budget import available_bytes, parse_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.options import Sums
 from microbatch.step.saved_state import Snapshot
 
@@ -209,8 +210,10 @@ class _Bench:
         try:
             with nullcontext() if budget is None else MemoryMeter(budget=budget):
                 stage.whole()
-        except Exception as error:  # noqa: BLE001 - whatever a model does that float64 cannot
-            return error
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            return error  # whatever a model does that float64 cannot
         return None
 
     def _size(self, size: int) -> int:

@@ -17,6 +17,7 @@ from microbatch.checking.loop_recorder import Gap, Run, watch
 from microbatch.checking.samples import TOLERANCE
 from microbatch.checking.trial_runs import SWITCHES, Stage
 from microbatch.errors import CheckError
+from microbatch.memory.signal_errors import is_from_signal
 
 STILL = SWITCHES
 ZEROED, CLIPPED, STEPPED = "zeroed_inside", "clipped_inside", "stepped_inside"
@@ -139,7 +140,10 @@ class Looping:
         whole = self._stage.whole(STILL, rows=chosen)
         try:
             short = self._stage.play(watch, off=STILL, rows=chosen)[0]
-        except Exception as error:  # noqa: BLE001 - a loop may well refuse a batch of another size
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            # A loop may well refuse a batch of another size.
             self.refused = (
                 f"the loop cannot run on {rows} rows ({type(error).__name__}), so its last window was not checked"
             )
