@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from microbatch.checking.boundary import Outputs
-from microbatch.checking.gradient import Gradient, taken
+from microbatch.checking.gradient import Gradient, plain, taken
 from microbatch.checking.survey import draw_apart
 from microbatch.checking.trial_runs import REMEDIED, Play, Stage, mean_of
 from microbatch.errors import NonfiniteError
@@ -122,7 +122,7 @@ class Accumulating:
             accumulator.step(given.batch, loss_fn, **step)
         except NonfiniteError:
             named = play.model.named_parameters()
-            return {name: torch.full(each.shape, math.inf, dtype=torch.float64) for name, each in named}
+            return {name: torch.full_like(plain(each), math.inf) for name, each in named}
         return gradient
 
 

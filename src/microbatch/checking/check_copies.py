@@ -97,7 +97,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
 
     Args:
         given: The user's own.
-        dtype: Precision of every floating-point tensor of the copies; `None` keeps each one's own.
+        dtype: Precision of every floating-point or complex tensor of the copies; `None` keeps each one's own.
         jitter: How weights and inputs are moved; `None` leaves them.
 
     Returns:
@@ -123,7 +123,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
             f"without touching it ({type(error).__name__}: {error}); make it work with copy.deepcopy"
         ) from error
     copies = list({id(value): value for value in memo.values()}.values())
-    tensors = [value for value in copies if isinstance(value, Tensor) and value.is_floating_point()]
+    tensors = [value for value in copies if isinstance(value, Tensor) and _has_precision(value)]
     for tensor in tensors:
         tensor.grad = None
     loss_fn, encode, loop = functions
@@ -131,7 +131,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
     batch = map_leaves(partial(_map_leaf, place), given.batch)
     if dtype is not None:
         for tensor in tensors:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(_as_precise(tensor, dtype))
         for each in _optimizers(optimizer):
             each.state.clear()
     if jitter is not None:
@@ -158,12 +158,21 @@ def _optimizers(optimizer: Any) -> list[Optimizer]:
 
 
 def _placed(tensor: Tensor, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    wide = dtype if tensor.is_floating_point() else None
+    wide = None if dtype is None or not _has_precision(tensor) else _as_precise(tensor, dtype)
     return tensor.detach().to(device, wide, copy=True).requires_grad_(tensor.requires_grad)
 
 
+def _has_precision(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _as_precise(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype, or its complex form for complex numbers."""
+    return dtype.to_complex() if tensor.is_complex() else dtype
+
+
 def _jittered(tensor: Tensor, *, jitter: Jitter) -> Tensor:
-    if not tensor.is_floating_point():
+    if not _has_precision(tensor):
         return tensor
     generator = torch.Generator().manual_seed(jitter.seed + tensor.numel())
     steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)

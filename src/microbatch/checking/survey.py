@@ -122,8 +122,8 @@ class _Look(TorchDispatchMode):
             self.random[self._where.here()[0] or "loss"] = None
         for each in tree_leaves(out):
             # Single numbers are counts and constants more often than what is computed.
-            if isinstance(each, Tensor) and each.is_floating_point() and each.numel() > 1:
-                self.narrowest = max(self.narrowest, each.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            if isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()) and each.numel() > 1:
+                self.narrowest = max(self.narrowest, each.dtype.to_real(), key=lambda dtype: torch.finfo(dtype).eps)
         return out
 
 

@@ -111,7 +111,7 @@ class WideBuffers:
         if index is None:
             return None
         if index not in self.totals:
-            self.totals[index] = torch.zeros_like(parameter, dtype=self._dtype, requires_grad=False)
+            self.totals[index] = torch.zeros_like(parameter, dtype=self.dtype_of(parameter), requires_grad=False)
         return self.totals[index]
 
     def stand_in(self, parameter: Tensor) -> Tensor | None:
@@ -169,7 +169,7 @@ class WideBuffers:
         elif index in self.totals:
             self.totals[index].add_(grad)
         else:
-            self.totals[index] = grad.to(self._dtype)
+            self.totals[index] = grad.to(self.dtype_of(parameter))
 
     def _add_narrow(self, index: int, grad: Tensor) -> None:
         grad = grad.to_dense() if grad.is_sparse else grad
