@@ -75,11 +75,17 @@ class Unhooked(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Return a handle of nothing where a hook would be registered; run every other call."""
-        # The one hook that this library registers in a forward pass does not change the gradient.
-        if func is not Tensor.register_hook or args[1] is Tensor.contiguous or torch.compiler.is_compiling():
+        if func is not Tensor.register_hook or _is_ours(args[1]) or torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         self.seen[self._where.here()[0] or "the loss or the model itself"] = None
         return RemovableHandle(OrderedDict[int, Any]())
+
+
+def _is_ours(hook: Any) -> bool:
+    """Return whether a hook is this library's own, which does not change a gradient's values."""
+    while hasattr(hook, "func"):  # of functools.partial
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith("microbatch.")
 
 
 def _hooks(tensor: Tensor) -> dict[int, Any]:

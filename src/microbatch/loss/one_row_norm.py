@@ -56,8 +56,12 @@ def normalize_contiguous(func: Callable[..., Any], args: tuple[Any, ...], kwargs
         kwargs = {**kwargs, "input": x.contiguous()}
     out = func(*args, **kwargs)
     if out.requires_grad:
-        out.register_hook(Tensor.contiguous)
+        out.register_hook(_contiguous)
     return out
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    return gradient.contiguous()
 
 
 def needs_contiguous(x: Tensor) -> bool:
