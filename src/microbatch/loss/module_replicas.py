@@ -17,6 +17,9 @@ _REGISTRIES = tuple(name for name, value in vars(nn.Module()).items() if isinsta
 _BY_ENTRY = frozenset({"_modules", "_parameters"})
 """Registries of which each replica has its own, since their values are other ones than the model's."""
 
+# Buffers of more bytes are shared: large ones are masks and tables, to which no forward pass writes.
+_SMALL = 1 << 20
+
 
 class Replicas:
     """Create replicas of a model that share its parameters and buffers, but no attribute that a forward pass sets.
@@ -25,6 +28,10 @@ class Replicas:
     register hooks, buffers or submodules. If several passes are interleaved, each pass needs its own module for that.
     At the end, the model gets what the last microbatch has set and registered, as if it had run the microbatches one
     after the other.
+
+    So that a buffer moves once in a window and not once in each pass, the other replicas have copies of small buffers:
+    each pass computes with the buffers from the start of the window. Buffers of batch normalisation stay shared: their
+    statistics are updated once by `ExactBatchNorm`.
 
     The last replica therefore shares the model's own dictionaries of hooks and buffers, so that handles of these hooks
     work afterwards; each other replica has copies.
@@ -57,6 +64,7 @@ class Replicas:
 
     def _make(self, own: Callable[[nn.Parameter], Tensor | None], *, last: bool) -> nn.Module:
         twins = {module: _shallow_copy(module, self._classes) for module in self._copied}
+        copies: dict[int, Tensor] = {}
         for module, replica in twins.items():
             attributes = replica.__dict__
             for name, value in attributes.items():
@@ -71,6 +79,8 @@ class Replicas:
             for name, each in parameters.items():
                 if each is not None and (substitute := own(each)) is not None:
                     parameters[name] = substitute
+            if not last and "num_batches_tracked" not in attributes["_buffers"]:
+                _copy_small(attributes["_buffers"], copies)
             if last:
                 self._last.append(_Twin(module, replica))
         return twins.get(self._model, self._model)
@@ -149,6 +159,14 @@ def _shallow_copy(module: nn.Module, kinds: dict[type[nn.Module], type[nn.Module
 
 def _copy(registry: Any) -> Any:
     return type(registry)(registry)
+
+
+def _copy_small(buffers: dict[str, Any], copies: dict[int, Tensor]) -> None:
+    """Replace small buffers by copies, the same copy for a buffer that several modules share."""
+    for name, each in buffers.items():
+        if isinstance(each, Tensor) and each.numel() * each.element_size() <= _SMALL and not each.requires_grad:
+            copies.setdefault(id(each), each.clone())
+            buffers[name] = copies[id(each)]
 
 
 def _rebind(registry: Any, twins: Mapping[nn.Module, nn.Module]) -> None:
