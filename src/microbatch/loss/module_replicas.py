@@ -29,9 +29,9 @@ class Replicas:
     At the end, the model gets what the last microbatch has set and registered, as if it had run the microbatches one
     after the other.
 
-    So that a buffer moves once in a window and not once in each pass, the other replicas have copies of small buffers:
-    each pass computes with the buffers from the start of the window. Buffers of batch normalisation stay shared: their
-    statistics are updated once by `ExactBatchNorm`.
+    A buffer moves once in a window, and not once in each pass: the other replicas have copies of small buffers. So each
+    pass computes with the buffers from the start of the window. Buffers of batch normalisation stay shared, because
+    `ExactBatchNorm` updates their statistics once.
 
     The last replica therefore shares the model's own dictionaries of hooks and buffers, so that handles of these hooks
     work afterwards; each other replica has copies.
