@@ -600,6 +600,7 @@ def meaned(loss_fn: Callable[[Any, Batch], mb.Loss]) -> Callable[[nn.Module, Bat
     return lambda model, batch: loss_fn(model, batch).mean
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch's own forward mode
 @through_each_door
 @on_each_device
 @pytest.mark.parametrize("name", LOSSES)
@@ -628,6 +629,7 @@ def test_losses_that_differentiate_by_themselves(
         assert relative_error(full_batch(model, token_mean, batch), reference) > WRONG
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # by torch's own forward mode
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_differentiate_by_themselves_under_autocast(name: str) -> None:
     model, batch = network(["linear", "twice"], dtype=torch.float32), sentences(0, RAGGED)

@@ -221,10 +221,10 @@ def test_a_hand_written_loop_is_refused_at_once() -> None:
         it.accumulator.windows([], microbatches=2)
 
 
-def test_one_value_for_each_channel_is_refused_as_torch_does() -> None:
+def test_one_value_for_each_channel_is_refused() -> None:
     batch = {"x": numbers(1, 1, 3), "y": torch.tensor([0])}
     it = subject(nn.Sequential(nn.BatchNorm1d(3)).double(), size=1, batch_norm="exact")
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+    with pytest.raises(BatchStatisticsError, match="'0' got one value for each channel from the whole batch"):
         it.accumulator.step(batch, classify)
 
 

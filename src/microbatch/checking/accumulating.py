@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from microbatch.checking.boundary import Outputs
-from microbatch.checking.gradient import Gradient, taken
+from microbatch.checking.gradient import Gradient, plain, taken
 from microbatch.checking.survey import draw_apart
 from microbatch.checking.trial_runs import REMEDIED, Play, Stage, mean_of
 from microbatch.errors import NonfiniteError
@@ -76,7 +76,7 @@ class Accumulating:
         self.terms: Mapping[str, Term] = {}
         self._options = {name: value for name, value in options.items() if name != "max_grad_norm"}
         self._step = step
-        self._found: dict[tuple[int, frozenset[str]], Gradient] = {}
+        self._found: dict[tuple[int, int, frozenset[str]], Gradient] = {}
 
     def gradient(self, stage: Stage, off: frozenset[str] = frozenset()) -> Gradient:
         """Run one window on copies.
@@ -88,7 +88,7 @@ class Accumulating:
         Returns:
             The gradient that the optimizer was given; all infinite where it was not finite.
         """
-        key = (id(stage), off)
+        key = (id(stage), stage.draw, off)
         if key not in self._found:
             slopes: Slopes | None = None
             if off & _BY_SLOPES and (names := [name for name, term in self.terms.items() if term.by_slopes]):
@@ -122,7 +122,7 @@ class Accumulating:
             accumulator.step(given.batch, loss_fn, **step)
         except NonfiniteError:
             named = play.model.named_parameters()
-            return {name: torch.full(each.shape, math.inf, dtype=torch.float64) for name, each in named}
+            return {name: torch.full_like(plain(each), math.inf) for name, each in named}
         return gradient
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from microbatch.batch.batch_tree import leaves, map_tensors
@@ -127,11 +128,14 @@ def trace(model: nn.Module, forward: Callable[[], object], *, rows: tuple[slice,
 
     def hook(module: nn.Module, *call: Any) -> None:
         *taken, output = call  # its arguments, by place and by name
-        calls.append(Call(names[id(module)], some(taken), some(output)))
+        if id(module) in names:
+            calls.append(Call(names[id(module)], some(taken), some(output)))
 
-    for module in model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):
-            module.register_forward_hook(hook, with_kwargs=True)
-    with torch.no_grad():
-        forward()
+    # A global hook, because hooks of the copy's modules are put back where state is switched off.
+    handle = register_module_forward_hook(hook, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        handle.remove()
     return calls

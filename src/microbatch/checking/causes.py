@@ -10,9 +10,9 @@ from microbatch.checking.accumulating import COUNTS, COUPLING, LENGTHS, ROW_ORDE
 from microbatch.checking.check_report import Cause
 from microbatch.checking.gradient import Gradient, combined, norm, relative_error
 from microbatch.checking.samples import TOLERANCE, Found, Samples
-from microbatch.checking.trial_runs import RANDOMNESS, STATE, STATISTICS, Stage
+from microbatch.checking.trial_runs import HOOKS, RANDOMNESS, STATE, STATISTICS, SWITCHES, Stage
 
-PRECISION, UNEXPLAINED = "precision", "unexplained"
+PRECISION, UNEXPLAINED, DIVIDED = "precision", "unexplained", "divided"
 _LOSS, _MODEL, _LOOP = "the loss", "the model", "the loop"
 
 REMEDIES = {
@@ -21,6 +21,9 @@ REMEDIES = {
     RANDOMNESS: 'the same distribution, another sample: Accumulator(..., dropout="by_row") draws the same for a row '
     "however the batch is cut",
     STATE: "let a forward pass leave nothing behind that the next one reads, or keep it out of training",
+    HOOKS: "let a hook only multiply the gradient, or change the finished gradient, after "
+    "accumulator.gradient(batch, loss_fn). For a hook on the gradient of an activation, counts= is enough: then each "
+    "part is divided by the count of the whole batch, and not by an estimate of it",
     COUNTS: "return mb.Loss(sum=..., count=...): the sum over what is counted, and how many that are",
     COUPLING: "accumulator.step(batch, loss_fn, encode=encode) computes the loss on the whole batch's representations; "
     "mb.losses.info_nce, mb.losses.clip and mb.losses.siglip do so without a whole similarity matrix",
@@ -28,6 +31,7 @@ REMEDIES = {
     LENGTHS: "mask what is padded, so that trimming it changes nothing; or leave out lengths=",
     PRECISION: "sums=mb.Sums(dtype=torch.float32), the default, adds narrow gradients up without losing them; where "
     'that does not fit, mb.Sums(dtype=torch.bfloat16, how="compensated") takes a byte a parameter less',
+    DIVIDED: "return the mean over the rows itself: the accumulator divides by the count of the whole batch",
     UNEXPLAINED: "compare the loss function with what is really minimised, and look for state outside of the model",
 }
 IN_MODEL = {
@@ -120,7 +124,7 @@ def find_causes(stage: Stage, subject: Subject, *, limit: float, more: Sequence[
     off = frozenset(each.kind for each in suspects)
     rest = error(stage, subject, off)
     if rest > limit:
-        base = off & {STATISTICS, RANDOMNESS, STATE}
+        base = off & SWITCHES
         samples = Samples(stage, base, size=subject.size, tolerance=max(TOLERANCE, 10 * limit))
         for found in samples.find():
             if found.kind == COUNTS and not subject.repairs:  # what a loop does about them it has been asked
@@ -181,6 +185,9 @@ def _suspects(stage: Stage, subject: Subject) -> list[Suspect]:
     if changed := stage.state(subject.size):
         words = "a forward pass changes what the next one computes with"
         found.append(Suspect(kind=STATE, words=words, where=tuple(changed)))
+    if hooks := stage.hooks():
+        words = "a hook is given each microbatch's part of a gradient, and what it returns is not linear in it"
+        found.append(Suspect(kind=HOOKS, words=words, where=tuple(name or _MODEL for name in hooks)))
     return found
 
 

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
+from microbatch.checking.gradient_hooks import carry_hooks
 from microbatch.errors import ConfigError
 from microbatch.memory.out_of_memory import is_out_of_memory
+from microbatch.memory.signal_errors import is_from_signal
 
 _TORCHS = (nn.Module, Tensor, Optimizer, LRScheduler, torch.amp.GradScaler)
 _CONTAINERS = (list, dict, set)
@@ -95,7 +97,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
 
     Args:
         given: The user's own.
-        dtype: Precision of every floating-point tensor of the copies; `None` keeps each one's own.
+        dtype: Precision of every floating-point or complex tensor of the copies; `None` keeps each one's own.
         jitter: How weights and inputs are moved; `None` leaves them.
 
     Returns:
@@ -114,14 +116,14 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
         optimizer = copy.deepcopy(given.optimizer, memo)
         functions = [_rebound(each, memo) for each in (given.loss_fn, given.encode, given.loop)]
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_from_signal(error):
             raise
         raise ConfigError(
             f"the model, or what the loss function or the loop use, cannot be copied, so that nothing can be tried "
             f"without touching it ({type(error).__name__}: {error}); make it work with copy.deepcopy"
         ) from error
     copies = list({id(value): value for value in memo.values()}.values())
-    tensors = [value for value in copies if isinstance(value, Tensor) and value.is_floating_point()]
+    tensors = [value for value in copies if isinstance(value, Tensor) and _has_precision(value)]
     for tensor in tensors:
         tensor.grad = None
     loss_fn, encode, loop = functions
@@ -129,13 +131,14 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
     batch = map_leaves(partial(_map_leaf, place), given.batch)
     if dtype is not None:
         for tensor in tensors:
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = tensor.data.to(_as_precise(tensor, dtype))
         for each in _optimizers(optimizer):
             each.state.clear()
     if jitter is not None:
         batch = map_leaves(partial(_map_leaf, partial(_jittered, jitter=jitter)), batch)
         for tensor in tensors:
             tensor.data = _jittered(tensor.data, jitter=jitter)
+    carry_hooks(given.bare_model, memo)
     return Replica(
         model=model,
         loss_fn=loss_fn if encode is None else _composed(encode, loss_fn),
@@ -155,12 +158,21 @@ def _optimizers(optimizer: Any) -> list[Optimizer]:
 
 
 def _placed(tensor: Tensor, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    wide = dtype if tensor.is_floating_point() else None
+    wide = None if dtype is None or not _has_precision(tensor) else _as_precise(tensor, dtype)
     return tensor.detach().to(device, wide, copy=True).requires_grad_(tensor.requires_grad)
 
 
+def _has_precision(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _as_precise(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype, or its complex form for complex numbers."""
+    return dtype.to_complex() if tensor.is_complex() else dtype
+
+
 def _jittered(tensor: Tensor, *, jitter: Jitter) -> Tensor:
-    if not tensor.is_floating_point():
+    if not _has_precision(tensor):
         return tensor
     generator = torch.Generator().manual_seed(jitter.seed + tensor.numel())
     steps = torch.randint(-1, 2, tensor.shape, generator=generator).to(tensor.device)
@@ -219,8 +231,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """Copy a container; one that holds what cannot be copied is shared."""
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # noqa: BLE001 - a generator, a file, a tensor with a graph: whatever the user keeps there
-        return value
+    except Exception as error:
+        if is_from_signal(error):
+            raise
+        return value  # a generator, a file, a tensor with a graph: whatever the user keeps there
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -18,10 +18,11 @@ class Cause:
 
     Attributes:
         kind: What it is, as one word to compare with: ``"batch_statistics"``, ``"counts"``, ``"coupling"``,
-            ``"randomness"``, ``"state"``, ``"row_order"``, ``"lengths"``, ``"precision"``, ``"unexplained"``; of a
-            loop also ``"not_divided"``, ``"wrong_divisor"``, ``"zeroed_inside"``, ``"clipped_inside"``,
-            ``"stepped_inside"``, ``"never_stepped"``, ``"last_window"``, ``"rows_left_out"``, ``"gradients_left"``,
-            ``"scheduler"``, ``"graph_kept"``, ``"host_reads"``, ``"reductions"``.
+            ``"randomness"``, ``"state"``, ``"row_order"``, ``"lengths"``, ``"precision"``, ``"gradient_hooks"``,
+            ``"divided"``, ``"unexplained"``; of a loop also ``"not_divided"``, ``"wrong_divisor"``,
+            ``"zeroed_inside"``, ``"clipped_inside"``, ``"stepped_inside"``, ``"never_stepped"``, ``"last_window"``,
+            ``"rows_left_out"``, ``"gradients_left"``, ``"scheduler"``, ``"graph_kept"``, ``"host_reads"``,
+            ``"reductions"``.
         words: What was seen, in a sentence without a full stop.
         where: Modules, attributes or terms of the loss that it comes from; empty where that is the whole.
         alone: Relative error that it makes by itself, with every other cause switched off; `None` where it does not

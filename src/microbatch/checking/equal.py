@@ -16,23 +16,26 @@ from torch import nn
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
 from microbatch.checking.accumulating import LENGTHS, Accumulating
-from microbatch.checking.causes import PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
+from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
 from microbatch.checking.check_report import Cause, Check, ParameterError
 from microbatch.checking.gradient import Gradient, difference, norm, relative_error
-from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, Play, Stage
+from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, STATISTICS, Play, Stage
 from microbatch.checking.user_loop import Looping
 from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import available_bytes, parse_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.options import Sums
 from microbatch.step.saved_state import Snapshot
 
 EXACT = 1e-9
 """Relative error in float64 that rounding may make in a deep network, and that no cause worth naming stays below."""
 
+_MANY_DRAWS = 16
+_OTHER_DRAWS = 8
 _WITHOUT = frozenset({"listeners", "nonfinite"})
 """Arguments of the accumulator that a gradient by itself knows nothing of."""
 
@@ -208,8 +211,10 @@ class _Bench:
         try:
             with nullcontext() if budget is None else MemoryMeter(budget=budget):
                 stage.whole()
-        except Exception as error:  # noqa: BLE001 - whatever a model does that float64 cannot
-            return error
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            return error  # whatever a model does that float64 cannot
         return None
 
     def _size(self, size: int) -> int:
@@ -230,7 +235,7 @@ class _Bench:
             subject = looping = Looping(self.wide, rows=rows)
         limit = self._limit_of_exactness()
         everything = frozenset[str]()
-        exact, found = error(self.wide, subject, everything) <= limit, Causes((), everything, 0.0)
+        exact, found = self._is_exact(subject, limit), Causes((), everything, 0.0)
         if not exact:
             more = self._options_suspected() if looping is None else looping.suspects()
             found = find_causes(self.wide, subject, limit=limit, more=more)
@@ -240,7 +245,9 @@ class _Bench:
         causes = list(found.causes)
         if rounding.error > rounding.limit:
             causes.append(self._imprecise(rounding.error, subject))
-        if looping is not None:
+        if looping is None:
+            causes += self._divided(subject)
+        else:
             causes += looping.others()
             self.notes += [looping.refused] if looping.refused else []
         stage, shown = (self.own, off) if exact else (self.wide, everything)
@@ -260,6 +267,43 @@ class _Bench:
             notes=tuple(self.notes),
         )
 
+    def _is_exact(self, subject: Subject, limit: float) -> bool:
+        """Compare once; where random numbers are drawn, from several random states, since one may be luck."""
+        everything, random = frozenset[str](), self.wide.survey().random
+        while error(self.wide, subject, everything) <= limit:
+            if not random or self.wide.draw == _OTHER_DRAWS:
+                if random:
+                    self.notes.append(
+                        f"random numbers are drawn (in {', '.join(random[:4])}), and made no difference from "
+                        f"{_OTHER_DRAWS + 1} random states; they may make one from another"
+                    )
+                return True
+            self.wide.redraw()
+        return False
+
+    def _divided(self, subject: Subject) -> list[Cause]:
+        """Name a division by the number of microbatches, which only a loop of one's own needs."""
+        # The whole batch's loss has this division too, so no gradient differs.
+        found: list[Cause] = []
+        rows = self.wide.rows
+        microbatches, divisors = -(-rows // subject.size), self.wide.survey().divisors
+        fewer = self.wide.survey(range(rows - 1)).divisors if divisors and rows > 2 else {}
+        for term, divisor in divisors.items():
+            if fewer.get(term) != divisor:  # then it is a count
+                continue
+            if divisor == microbatches:
+                words = (
+                    f"the last operation of the loss divides it by {divisor:g}, which is the number of microbatches; "
+                    "the accumulator has divided by the count already, so the gradient is that many times too small"
+                )
+                found.append(Cause(kind=DIVIDED, words=words, where=(term or "the loss",), remedy=REMEDIES[DIVIDED]))
+            elif divisor > 1 and divisor.is_integer():
+                self.notes.append(
+                    f"the last operation of the loss divides it by {divisor:g}; if that is the number of microbatches "
+                    "in training, leave it out, because the accumulator divides by the count of the whole batch"
+                )
+        return found
+
     def _rounding(self, subject: Subject, off: frozenset[str], *, limit: float) -> _Rounding:
         """Compare what rounding makes of the accumulated gradient with what it makes of the whole batch's."""
         whole = self.wide.whole(off)
@@ -271,6 +315,8 @@ class _Bench:
             unit = self._unit(off)
         if precise > own + unit:  # then the whole batch may be as sensitive, and one run of it has not shown that
             own = self.own.rounding(off, whole)
+        if precise > own + unit:  # then a few runs may have been lucky
+            own = self.own.rounding(off, whole, draws=_MANY_DRAWS)
         return _Rounding(precise, own, own + unit)
 
     def _limit_of_exactness(self) -> float:
@@ -285,7 +331,8 @@ class _Bench:
 
     def _unit(self, off: frozenset[str]) -> float:
         """Return a rounding unit of what is added up: where microbatches cancel, it is larger than their sum's."""
-        lengths = self.wide.play(self._lengths, off=off)
+        # At fixed statistics, because one microbatch alone may be too few rows for a normalisation.
+        lengths = self.wide.play(self._lengths, off=off | {STATISTICS})
         cancellation = mean(lengths) / norm(self.wide.whole(off)) if lengths else 1.0
         return torch.finfo(self.own.unit).eps * max(1.0, cancellation)
 

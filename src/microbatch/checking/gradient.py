@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Gradient: TypeAlias = dict[str, Tensor]
-"""By the parameter's name, in float64 on the host; a parameter that was not reached is left out."""
+"""By the parameter's name, as `plain` numbers; a parameter that was not reached is left out."""
 
 _COORDINATES = 100_000
 """Numbers that a fit looks at; it is judged by all of them."""
@@ -26,11 +26,20 @@ def taken(model: nn.Module) -> Gradient:
     Returns:
         The gradient.
     """
-    return {
-        name: parameter.grad.detach().to("cpu", torch.float64, copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
+    return {name: plain(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, in float64.
+
+    Args:
+        tensor: Of any dtype.
+
+    Returns:
+        The copy; of complex numbers, with the real and the imaginary part as one more dimension.
+    """
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to("cpu", torch.float64, copy=True)
 
 
 def norm(gradient: Mapping[str, Tensor]) -> float:

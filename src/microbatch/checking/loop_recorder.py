@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from microbatch.checking.gradient import Gradient, taken
+from microbatch.checking.gradient import Gradient, plain, taken
 from microbatch.checking.survey import draw_apart
 from microbatch.checking.trial_runs import Play
 from microbatch.memory.meter import READ
@@ -191,19 +191,19 @@ class Witness(TorchDispatchMode):
             self._task, self._reduced = task, False
             run.parts.append({})
             run.gaps.append(Gap(stepped=len(run.parts) - 1 in run.steps))
-        run.parts[-1][name] = gradient.detach().to("cpu", torch.float64, copy=True)
+        run.parts[-1][name] = plain(gradient)
         gap, now = run.gaps[-1], parameter.grad
         last = self._last.get(name)
-        found = torch.zeros_like(gradient) if now is None else now.detach()
-        gap.now += float(found.double().square().sum())
+        found = plain(torch.zeros_like(gradient) if now is None else now)
+        gap.now += float(found.square().sum())
         if last is not None:
-            gap.last += float(last.double().square().sum())
-            gap.product += float((last.double() * found.double()).sum())
+            gap.last += float(last.square().sum())
+            gap.product += float((last * found).sum())
 
     def _after_adding(self, parameter: Tensor) -> None:
         name, gradient = self._names[id(parameter)], parameter.grad
         if gradient is not None:
-            self._last[name] = gradient.detach().clone()
+            self._last[name] = plain(gradient)
 
     # -- the optimizer ------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class Witness(TorchDispatchMode):
         self._stepping, run = True, self._run
         run.steps.append(len(run.parts))
         if len(run.steps) == 1:
-            run.added = {name: last.to("cpu", torch.float64) for name, last in self._last.items()}
+            run.added = dict(self._last)
             run.stepped_with = taken(self._play.model)
 
     @torch.no_grad()

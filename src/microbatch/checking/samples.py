@@ -298,6 +298,12 @@ def _counted(weights: Sequence[float], shares: Sequence[_Share]) -> str:
     """Say what the counts have to do with it."""
     if len(weights) > 1 and all(math.isclose(weight, 1, rel_tol=1e-6) for weight in weights):
         return "the loss is a sum over its rows, and was returned as if it were their mean"
+    squares = zip(weights, _normalised(shares), strict=True)
+    if all(math.isclose(weight, share**2, rel_tol=1e-6) for weight, share in squares):
+        return (
+            "the sum in mb.Loss(sum=..., count=...) is a mean: it is divided by the count already, and the accumulator "
+            "divides by the count once more"
+        )
     listed = ", ".join(f"{weight:.3g}" for weight in weights[:6]) + (", ..." if len(weights) > 6 else "")
     given = "rows" if shares[0].is_mean else "the counts that were given"
     words = f"the loss is a mean over counts that differ between microbatches (their shares are {listed})"

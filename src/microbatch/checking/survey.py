@@ -5,16 +5,18 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from microbatch.checking.switches import Frozen, Statistics, is_random
+from microbatch.loss.loss import Loss
 from microbatch.memory.module_of_op import Where
 
 
@@ -26,11 +28,13 @@ class Survey:
         statistics: Of every batch normalisation that took them from its batch, by module.
         random: Modules that drew random numbers; ``"loss"`` for what is outside of all of them.
         narrowest: Narrowest floating-point precision that was computed in.
+        divisors: By term of the loss, the number by which the last operation divided it; a plain loss is the term "".
     """
 
     statistics: Statistics
     random: tuple[str, ...]
     narrowest: torch.dtype
+    divisors: Mapping[str, float]
 
 
 def survey(where: Where, forward: Callable[[], object]) -> Survey:
@@ -44,13 +48,13 @@ def survey(where: Where, forward: Callable[[], object]) -> Survey:
         What it did.
     """
     before = _host_random()
-    look, statistics = _Look(where), Frozen(where)
-    with torch.no_grad(), statistics, look:
-        forward()
+    look, statistics, divisions = _Look(where), Frozen(where), _Divisions()
+    with torch.no_grad(), statistics, divisions, look:
+        returned = forward()
     drawn = list(look.random)
     if _host_random() != before and not drawn:
         drawn = ["python's or numpy's own random numbers"]
-    return Survey(dict(statistics.seen), tuple(drawn), look.narrowest)
+    return Survey(dict(statistics.seen), tuple(drawn), look.narrowest, divisions.of(returned))
 
 
 def draw_apart(device: torch.device) -> None:
@@ -68,6 +72,38 @@ def draw_apart(device: torch.device) -> None:
         sys.modules["numpy"].random.random()
 
 
+class _Divisions(TorchFunctionMode):
+    """Write down which single numbers were divided by a number, unless what was divided is a sum of terms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._divided: dict[int, tuple[Tensor, float]] = {}  # with the tensor, so that no other has its id
+        self._sums: dict[int, Tensor] = {}
+
+    def __torch_function__(  # noqa: PLR0917 - torch calls it by position
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Look at a function, and run it."""
+        out = func(*args, **(kwargs or {}))
+        if not (isinstance(out, Tensor) and out.ndim == 0 and len(args) > 1 and isinstance(args[0], Tensor)):
+            return out
+        if func in _ADDS:
+            self._sums[id(out)] = out
+        elif func in _DIVIDES and isinstance(args[1], int | float) and id(args[0]) not in self._sums:
+            self._divided[id(out)] = out, float(args[1])
+        return out
+
+    def of(self, returned: object) -> dict[str, float]:
+        """Return the divisors of what a loss function returned, by term."""
+        terms = returned if isinstance(returned, Mapping) else {"": returned}
+        sums = {str(name): each.sum if isinstance(each, Loss) else each for name, each in terms.items()}
+        return {name: self._divided[id(each)][1] for name, each in sums.items() if id(each) in self._divided}
+
+
+_ADDS = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
+_DIVIDES = frozenset({torch.div, torch.true_divide, Tensor.div, Tensor.div_, Tensor.true_divide, Tensor.__truediv__})
+
+
 class _Look(TorchDispatchMode):
     """Write down which modules draw random numbers, and in which precision is computed."""
 
@@ -82,12 +118,12 @@ class _Look(TorchDispatchMode):
     ) -> Any:
         """Look at an operator, and run it."""
         out = func(*args, **(kwargs or {}))
-        if is_random(func):
+        if is_random(func, args, kwargs or {}):
             self.random[self._where.here()[0] or "loss"] = None
         for each in tree_leaves(out):
             # Single numbers are counts and constants more often than what is computed.
-            if isinstance(each, Tensor) and each.is_floating_point() and each.numel() > 1:
-                self.narrowest = max(self.narrowest, each.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            if isinstance(each, Tensor) and (each.is_floating_point() or each.is_complex()) and each.numel() > 1:
+                self.narrowest = max(self.narrowest, each.dtype.to_real(), key=lambda dtype: torch.finfo(dtype).eps)
         return out
 
 

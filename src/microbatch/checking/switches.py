@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -110,7 +110,7 @@ class Still(TorchDispatchMode):
             if isinstance(call.get(name), float):
                 args = tuple(0.0 if names[place] == name else each for place, each in enumerate(args))
                 kwargs = {key: 0.0 if key == name else each for key, each in (kwargs or {}).items()}
-        if not is_random(func):
+        if not is_random(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         kind = func.overloadpacket.__name__
         if kind == "native_dropout":
@@ -125,16 +125,28 @@ class Still(TorchDispatchMode):
         return drawn.copy_(value) if isinstance(value, Tensor) else drawn.fill_(value)
 
 
-def is_random(func: Any) -> bool:
-    """Tell whether an operator draws random numbers.
+def is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call of an operator draws random numbers.
 
     Args:
         func: The dispatcher's operator.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
 
     Returns:
-        What torch itself has noted of it.
+        What torch itself has noted of it; False for dropout with a probability of 0, or outside of training.
     """
-    return torch.Tag.nondeterministic_seeded in func.tags
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.name in _NOTHING_DRAWN:
+            value = args[place] if place < len(args) else kwargs.get(argument.name, argument.default_value)
+            if value == _NOTHING_DRAWN[argument.name]:
+                return False
+    return True
+
+
+_NOTHING_DRAWN = {"dropout_p": 0.0, "dropout": 0.0, "train": False, "training": False}
 
 
 def _expected(kind: str, call: Mapping[str, Any]) -> Any:
@@ -163,10 +175,13 @@ def _expected(kind: str, call: Mapping[str, Any]) -> Any:
 # -- state ------------------------------------------------------------------------------------------------------------
 
 _OURS = frozenset(vars(nn.Module()))  # what every module has: parameters, submodules, hooks, its mode
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name)
 
 
 class ModuleState:
-    """Hold what a model's modules hold beside their parameters: buffers, and attributes of their own.
+    """Hold what a model's modules hold beside their parameters: buffers, hooks, and attributes of their own.
+
+    Hooks belong to it, because a module that registers hooks in its first forward pass remembers that in an attribute.
 
     Args:
         model: A copy that may be written to.
@@ -183,14 +198,18 @@ class ModuleState:
             names: Which, as `changed` names them; `None` for all.
         """
         for path, module in self._modules.items():
-            now = _state_of(module, copied=False)
-            for key in {*self._kept[path], *now}:
+            kept, now = self._kept[path], _state_of(module, copied=False)
+            for key in {*kept, *now}:
                 if names is not None and _joined(path, key) not in names:
                     continue
-                if key not in self._kept[path]:
+                if key not in kept:
                     delattr(module, key)
-                elif not _same(now.get(key), self._kept[path][key]):
-                    setattr(module, key, _copy(self._kept[path][key]))
+                elif not _same(now.get(key), kept[key]):
+                    if key in _HOOKS:  # the dictionary itself stays, because handles refer to it
+                        now[key].clear()
+                        now[key].update(kept[key])
+                    else:
+                        setattr(module, key, _copy(kept[key]))
 
     def changed(self) -> list[str]:
         """Name what is not as it was.
@@ -214,26 +233,33 @@ def _joined(path: str, key: str) -> str:
 def _state_of(module: nn.Module, *, copied: bool = True) -> dict[str, Any]:
     own = {key: value for key, value in vars(module).items() if key not in _OURS and _is_plain(value)}
     own |= dict(module.named_buffers(recurse=False, remove_duplicate=False))
-    return {key: _copy(value) for key, value in own.items()} if copied else own
+    hooks = {key: getattr(module, key) for key in _HOOKS}
+    if copied:
+        return {key: _copy(value) for key, value in own.items()} | {key: dict(each) for key, each in hooks.items()}
+    return own | hooks
 
 
 def _is_plain(value: Any) -> bool:
     """Tell values from objects that have a life of their own, such as functions or another module in a list."""
-    if isinstance(value, list | tuple | set | dict):
-        items = cast("dict[Any, Any]", value).values() if isinstance(value, dict) else cast("list[Any]", value)
-        return all(_is_plain(item) for item in items)
-    return value is None or isinstance(value, bool | int | float | str | Tensor)
+    # An object of the user's own class, even a subclass of a tuple, may have no length, or may not be comparable.
+    kind = type(value)
+    if kind in {list, tuple, set}:
+        return all(_is_plain(item) for item in value)
+    if kind in {dict, OrderedDict, defaultdict}:
+        return all(_is_plain(item) for pair in value.items() for item in pair)
+    return value is None or kind in {bool, int, float, complex, str, bytes} or isinstance(value, Tensor)
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _copy(each) for key, each in cast("dict[Any, Any]", value).items()}
+        copied = copy.copy(cast("dict[Any, Any]", value))  # a defaultdict stays one
+        copied.update({key: _copy(each) for key, each in copied.items()})
+        return copied
     if isinstance(value, list | tuple | set):
-        kind = type(value) if type(value) in (list, tuple, set) else list
-        return kind(_copy(each) for each in cast("list[Any]", value))
-    return copy.copy(value)
+        return type(value)(_copy(each) for each in cast("list[Any]", value))
+    return value
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -244,4 +270,4 @@ def _same(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_same(each, other[key]) for key, each in one.items())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return type(one) is type(other) and one == other
+    return one is other or (type(one) is type(other) and one == other)

@@ -19,21 +19,26 @@ from microbatch.batch.random_masks import derive
 from microbatch.checking.boundary import Boundary
 from microbatch.checking.check_copies import Given, Jitter, Replica, replicate
 from microbatch.checking.gradient import Gradient, norm, relative_error, taken
+from microbatch.checking.gradient_hooks import Unhooked, hooked, remove_hooks
 from microbatch.checking.survey import Survey, survey
 from microbatch.checking.switches import Frozen, ModuleState, Still
 from microbatch.errors import CheckError
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Loss
+from microbatch.loss.one_row_norm import ContiguousNorms
 from microbatch.memory.module_of_op import Where
-from microbatch.step.saved_state import RandomState
+from microbatch.step.saved_state import RandomState, seed_everything
 
-STATISTICS, RANDOMNESS, STATE = "batch_statistics", "randomness", "state"
+STATISTICS, RANDOMNESS, STATE, HOOKS = "batch_statistics", "randomness", "state", "gradient_hooks"
+SWITCHES = frozenset({STATISTICS, RANDOMNESS, STATE, HOOKS})
+"""Causes that change the whole batch's own gradient when they are switched off."""
 REMEDIED = {STATISTICS: "batch_norm", RANDOMNESS: "dropout"}
 """Causes that an option of the accumulator is for."""
 T = TypeVar("T")
 _EVERYTHING_ON: frozenset[str] = frozenset()
 _DRAWS = 4
+_PASSES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,9 @@ class Stage:
         autocast: Precision of forward passes, as the accumulator has it; not with ``dtype``.
         remedied: Causes that the accumulator's options take away. Where it draws dropout's masks by row, the whole
             batch is given the same.
+
+    Attributes:
+        draw: How many times `redraw` was called.
     """
 
     def __init__(
@@ -114,6 +122,7 @@ class Stage:
         self.remedied = remedied
         self.rows = rows_of(given.batch)
         self._autocast = None if dtype is not None else autocast
+        self.draw = 0
         self._random = RandomState(given.device)
         self._surveys: dict[tuple[int, ...] | None, Survey] = {}
         self._gradients: dict[Any, Gradient] = {}
@@ -122,6 +131,16 @@ class Stage:
     def unit(self) -> torch.dtype:
         """The precision whose rounding unit counts: the narrowest that the forward pass computes in."""
         return self.survey().narrowest
+
+    def redraw(self) -> None:
+        """Start all further experiments from another random state.
+
+        By luck, one random state may drop nothing in either of two gradients.
+        """
+        self.draw += 1
+        seed_everything(self.draw)
+        self._random = RandomState(self.given.device)
+        self._gradients.clear()
 
     def play(
         self,
@@ -135,7 +154,7 @@ class Stage:
 
         Args:
             act: What to do.
-            off: What is switched off, of batch statistics, randomness and state.
+            off: What is switched off, of `SWITCHES`.
             rows: Which rows of the batch, in which order; `None` for all of them.
             jitter: How weights and inputs are moved.
 
@@ -154,6 +173,7 @@ class Stage:
             stack.enter_context(_quiet())
             stack.enter_context(_default_dtype(self.dtype))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(ContiguousNorms())
             replica = replicate(given, dtype=self.dtype, jitter=jitter)
             boundary, where = Boundary(replica.model), Where()
             where.name(replica.model)
@@ -164,6 +184,9 @@ class Stage:
                 boundary.before.append(lambda _rows: state.restore())
             if RANDOMNESS in off:
                 stack.enter_context(Still(boundary, given.device))
+            if HOOKS in off:
+                remove_hooks(replica.model)
+                stack.enter_context(Unhooked(where))
             if known is not None:
                 stack.enter_context(Frozen(where, known=known))
             count = rows_of(given.batch)
@@ -194,8 +217,7 @@ class Stage:
         Raises:
             CheckError: It is 0, or not finite, so that nothing can be compared with it.
         """
-        # Of the causes that there are, only these change the whole batch's own gradient.
-        off &= {STATISTICS, RANDOMNESS, STATE}
+        off &= SWITCHES
         key = ("whole", off, None if rows is None else tuple(rows), jitter)
         if key not in self._gradients:
             self._gradients[key] = self.play(self.masked(self._whole, off), off=off, rows=rows, jitter=jitter)
@@ -251,6 +273,21 @@ class Stage:
             self._surveys[key] = self.play(lambda play: survey(play.where, lambda: play.loss(play.batch)), rows=rows)
         return self._surveys[key]
 
+    def hooks(self) -> list[str]:
+        """Name where gradients are given to hooks of the user's.
+
+        Returns:
+            Parameters and modules with such hooks, and modules whose forward pass registers some on tensors.
+        """
+
+        def look(play: Play) -> list[str]:
+            found = hooked(play.model)
+            with Unhooked(play.where) as mode:
+                play.loss(play.batch)
+            return list(dict.fromkeys([*found, *mode.seen]))
+
+        return self.play(look)
+
     def state(self, microbatch_size: int) -> list[str]:
         """Name what a forward pass changes in the model and the next one's gradient depends on.
 
@@ -265,11 +302,7 @@ class Stage:
 
     def _state(self, play: Play, pieces: Sequence[Any]) -> list[str]:
         clean = ModuleState(play.model)
-        with torch.no_grad():
-            play.loss(pieces[0])
         norms = self.survey().statistics
-        changed = [name for name in clean.changed() if name.rpartition(".")[0] not in norms]
-        used = ModuleState(play.model)
 
         def matters(names: set[str]) -> bool:
             clean.restore()
@@ -277,11 +310,21 @@ class Stage:
             gradient = play.slope(pieces[-1])
             return norm(reference) > 0 and relative_error(gradient, reference) > 1e-9
 
-        clean.restore()
         reference = play.slope(pieces[-1])
-        if not changed or not matters(set(changed)):
-            return []
-        return [name for name in changed if matters({name})] or changed
+        clean.restore()
+        # Some states move every few passes only, such as projections that are drawn again.
+        for piece in pieces[:_PASSES]:
+            with torch.no_grad():
+                play.loss(piece)
+            changed = [name for name in clean.changed() if name.rpartition(".")[0] not in norms]
+            if not changed:
+                continue
+            used = ModuleState(play.model)
+            if matters(set(changed)):
+                return [name for name in changed if matters({name})] or changed
+            clean.restore()
+            used.restore()
+        return []
 
     def rounding(self, off: frozenset[str], yardstick: Gradient, *, draws: int = _DRAWS) -> float:
         """Say how far the whole batch's own gradient is off when its numbers move by a rounding unit.

@@ -15,10 +15,11 @@ from microbatch.checking.check_report import Cause
 from microbatch.checking.gradient import Gradient, combined, fit, norm, relative_error
 from microbatch.checking.loop_recorder import Gap, Run, watch
 from microbatch.checking.samples import TOLERANCE
-from microbatch.checking.trial_runs import RANDOMNESS, STATE, STATISTICS, Stage
+from microbatch.checking.trial_runs import SWITCHES, Stage
 from microbatch.errors import CheckError
+from microbatch.memory.signal_errors import is_from_signal
 
-STILL = frozenset({STATISTICS, RANDOMNESS, STATE})
+STILL = SWITCHES
 ZEROED, CLIPPED, STEPPED = "zeroed_inside", "clipped_inside", "stepped_inside"
 SCALES = ("not_divided", "wrong_divisor")
 """Mistakes in what all microbatches are multiplied with; a loop makes one of them at most."""
@@ -71,7 +72,7 @@ class Looping:
         self.terms: Mapping[str, Term] = {}
         self.refused: str | None = None
         self._stage, self._rows = stage, rows
-        self._runs: dict[tuple[int, frozenset[str]], list[Run]] = {}
+        self._runs: dict[tuple[int, int, frozenset[str]], list[Run]] = {}
         self._still = self._run(stage, STILL)
         self._adds = _Adds.of(self._still, stage.whole(STILL))
         cut = Counter(self._still.rows).most_common(1)
@@ -139,7 +140,10 @@ class Looping:
         whole = self._stage.whole(STILL, rows=chosen)
         try:
             short = self._stage.play(watch, off=STILL, rows=chosen)[0]
-        except Exception as error:  # noqa: BLE001 - a loop may well refuse a batch of another size
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            # A loop may well refuse a batch of another size.
             self.refused = (
                 f"the loop cannot run on {rows} rows ({type(error).__name__}), so its last window was not checked"
             )
@@ -160,7 +164,7 @@ class Looping:
             yield _cause("last_window", words, alone=relative_error(combined(short.parts, parts), whole))
 
     def _second_call(self) -> Iterator[Cause]:
-        first, second = self._runs[id(self._stage), STILL][:2]
+        first, second = self._runs[id(self._stage), 0, STILL][:2]
         left = math.sqrt(second.gaps[0].now) if second.gaps else 0.0
         whole = norm(self._stage.whole(STILL))
         if first.parts and left > TOLERANCE * whole:
@@ -187,7 +191,7 @@ class Looping:
     # -- how ----------------------------------------------------------------------------------------------------------
 
     def _run(self, stage: Stage, off: frozenset[str]) -> Run:
-        key = (id(stage), off)
+        key = (id(stage), stage.draw, off)
         if key not in self._runs:
             twice = stage is self._stage and off == STILL  # where a second call is looked at
             self._runs[key] = stage.play(partial(watch, calls=2 if twice else 1), off=off)

@@ -16,6 +16,7 @@ from microbatch.errors import BatchStatisticsError
 from microbatch.loss.batchnorm_nodes import LayerCall, MeasureMoments, Normalize
 from microbatch.loss.caller import caller
 from microbatch.loss.channel_stats import BatchStats, Moments, RunningStats, merged
+from microbatch.loss.one_row_norm import NORMS, normalize_contiguous, one_value_error
 from microbatch.loss.rank_stats import Across
 from microbatch.loss.round_robin import Call, Rule, Seat, SyncPoint
 
@@ -79,7 +80,8 @@ class ExactBatchNorm:
 
     def rules(self) -> dict[Any, Rule]:
         """Return the rules that replace batch normalisation and its count of batches in a lockstep."""
-        return {F.batch_norm: self._batch_norm, torch.batch_norm: self._batch_norm, Tensor.add_: self._add}
+        others = dict.fromkeys(NORMS, self._contiguous)
+        return {**others, F.batch_norm: self._batch_norm, torch.batch_norm: self._batch_norm, Tensor.add_: self._add}
 
     def check(self) -> None:
         """Compare each layer's number of runs with the number of sync points at which the layer was seen.
@@ -114,10 +116,17 @@ class ExactBatchNorm:
         counter.counted = own_count
         return call.run()
 
+    @staticmethod
+    def _contiguous(seat: Seat, call: Call) -> Any:
+        """Normalise by statistics of each row, or by running statistics."""
+        out = normalize_contiguous(call.func, call.args, dict(call.kwargs))
+        seat.waiting.track(out)
+        return out
+
     def _batch_norm(self, seat: Seat, call: Call) -> Any:
         arguments = arguments_of(call)
         if not arguments.pop("training", False):
-            return call.run()
+            return self._contiguous(seat, call)
         arguments.pop("cudnn_enabled", None)
         return self._normalize(seat, **arguments)
 
@@ -158,7 +167,7 @@ class ExactBatchNorm:
             moments = self._across.merge(moments, f"batch_norm at {place}")
         count, mean, squares = moments
         if count <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+            raise one_value_error(place, shape)
         variance = squares / count
         if running is not None:
             key = id(running.mean)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microbatch.loss.channel_stats import KernelStats, moments_of
+from microbatch.loss.one_row_norm import needs_contiguous
 from microbatch.loss.round_robin import Puts
 
 
@@ -207,6 +208,8 @@ class Normalize(torch.autograd.Function):
 
 def _channel_sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Sum ``dy (x - mean) inverse`` and ``dy`` over each channel, in one pass of torch's kernel."""
+    if needs_contiguous(x):
+        dy, x = dy.contiguous(), x.contiguous()
     _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, mean, inverse, True, 0.0, [False, True, True]
     )

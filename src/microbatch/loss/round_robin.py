@@ -271,7 +271,7 @@ def _run_turns(seats: Sequence[Seat], order: Order) -> None:
         if all(seat.ended for seat in seats):
             return
         _check_same_point(seats)
-        sync_point = seats[0].sync_point
+        sync_point = seats[-1].sync_point  # of the last, whose module has the model's own buffers
         assert sync_point is not None  # noqa: S101 - _check_same_point has just checked this
         with torch.set_grad_enabled(any(seat.grad for seat in seats)):
             result = sync_point.merge([seat.contribution for seat in seats])

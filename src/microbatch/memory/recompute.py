@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -21,6 +21,8 @@ from microbatch.errors import ConfigError
 # Buffers of at most this many bytes are copied before each forward: statistics are small, but masks and frozen weights
 # are large.
 _SMALL = 1 << 16
+# Names of a cache of keys and values, as Transformers calls it.
+_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past", "cache_params"})
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -51,6 +53,9 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
     NumPy, and the buffers. So dropout draws the same masks, and running statistics are updated once. The gradient is
     the same. State dict and hooks of the model do not change; hooks inside a block are called in both forward passes.
 
+    A cache of keys and values, as Transformers models keep it by default, would get every key twice. So
+    ``config.use_cache`` is `False` inside the ``with`` block, as Transformers' own checkpointing sets it.
+
     Args:
         model: Any module.
         blocks: Names of submodules, as `torch.nn.Module.get_submodule` takes them; ``"all"`` for the repeated blocks of
@@ -61,7 +66,8 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
 
     Raises:
         ConfigError: A name is no submodule, lies inside another named one, or is a scripted module; or ``"all"`` for a
-            model without repeated blocks. In backward: a block wrote to a large buffer, which is not copied.
+            model without repeated blocks. In forward: a block was given a cache. In backward: a block wrote to a large
+            buffer, which is not copied.
 
     Cost:
         One more forward pass of the blocks, and a copy of their small buffers before each forward.
@@ -76,7 +82,10 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
         Chen et al. 2016, arXiv:1604.06174.
     """
     with ExitStack() as stack:
-        for name in named_blocks(model, blocks):
+        names = named_blocks(model, blocks)
+        if names:
+            _switch_caches_off(model, stack)
+        for name in names:
             stack.callback(_wrap(name, model.get_submodule(name)))
         yield
 
@@ -130,6 +139,27 @@ def _blocks(module: nn.Module, prefix: str) -> Generator[tuple[str, nn.Module]]:
             yield from _blocks(child, f"{prefix}{name}.")
 
 
+def _switch_caches_off(model: nn.Module, stack: ExitStack) -> None:
+    """Set ``use_cache`` of the model's configurations to `False` until the stack is closed."""
+    configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
+    for config in configs.values():
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+            stack.callback(setattr, config, "use_cache", True)
+
+
+def _refuse_caches(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse an object that a block would write to in both forward passes."""
+    for argument in _CACHES & given.keys():
+        cache = given[argument]
+        if not (cache is None or isinstance(cache, Tensor | tuple)):
+            raise ConfigError(
+                f"checkpoint: {name!r} was given a cache ({argument}=, a {type(cache).__name__}), to which it would "
+                "write again when it is recomputed in backward; pass use_cache=False to the model, or leave this block "
+                "out"
+            )
+
+
 def _wrap(name: str, block: nn.Module) -> Callable[[], object]:
     """Replace a block's forward, and return a function that restores it."""
     # Set on the instance, so that hooks, state dict, copies and the class itself do not change.
@@ -156,6 +186,7 @@ class _Again:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        _refuse_caches(self._name, kwargs)
         # Positional arguments are saved with their versions; keyword arguments would only be referenced.
         call = partial(_call, self._forward, len(args), tuple(kwargs))
         contexts = partial(_contexts, self._name, self._block)

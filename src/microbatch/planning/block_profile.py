@@ -19,6 +19,7 @@ from microbatch.batch.batch_tree import map_tensors
 from microbatch.loss.loss import shares_of
 from microbatch.memory.ledger import ACTIVATIONS, BUFFERS, GRADIENTS, INPUTS, PARAMETERS, TEMPORARIES, Timeline
 from microbatch.memory.meter import MemoryMeter, is_question
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.planning.flops import flops_of
 from microbatch.planning.model_shapes import Case
 from microbatch.step.size.dry_run_copies import Faked, some_rows
@@ -164,8 +165,10 @@ class Profile:
         if self._multiply:
             try:
                 found = self._multiplied(size)
-            except Exception:  # noqa: BLE001 - whatever a model does that wants all of its blocks
-                found = None
+            except Exception as error:
+                if is_from_signal(error):
+                    raise
+                found = None  # whatever a model does that wants all of its blocks
             self._multiply = found is not None
             if found is not None:
                 return found

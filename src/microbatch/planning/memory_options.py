@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,6 +13,7 @@ from microbatch.errors import SpillError
 from microbatch.memory.out_of_memory import is_out_of_memory
 from microbatch.memory.predict import WORKSPACES, Prediction
 from microbatch.memory.recompute import blocks_of
+from microbatch.memory.signal_errors import suppress_errors
 from microbatch.planning.plan import CHECKPOINTED, OFFLOADED, Way
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.options import Options, Sums
@@ -128,7 +128,7 @@ def _checkpointed(stage: Stage, prediction: Prediction, *, limited: bool) -> _Fi
     names = tuple(blocks_of(stage.options.bare_model))
     ranked: list[str] = []
     if limited and names:
-        with suppress(Exception):  # what cannot be rehearsed is taken as it comes
+        with suppress_errors():  # what cannot be rehearsed is taken as it comes
             ranked = [each.name for each in by_worth(weigh(stage.options, stage.loss_fn, batch=stage.batch))]
 
     def find(size: int) -> Way | None:
@@ -137,7 +137,7 @@ def _checkpointed(stage: Stage, prediction: Prediction, *, limited: bool) -> _Fi
         if not limited or stage.budget is None:
             return _foreseen(stage, _way(stage, CHECKPOINTED, size, blocks=names), prediction)
         some = None
-        with suppress(Exception):
+        with suppress_errors():
             some = fewest(
                 stage.options,
                 stage.loss_fn,
@@ -175,7 +175,7 @@ def _way(stage: Stage, name: str, size: int, *, blocks: tuple[str, ...] = ()) ->
 
 
 def _foreseen(stage: Stage, way: Way, prediction: Prediction) -> Way:
-    with suppress(Exception):  # what fake tensors cannot run is only measured
+    with suppress_errors():  # what fake tensors cannot run is only measured
         peak = dry_run_at(_options(stage, way), stage.loss_fn, batch=stage.batch, size=way.microbatch_size)
         return replace(way, predicted_bytes=peak + _hidden(prediction, way.microbatch_size))
     return way

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from microbatch.errors import ConfigError
+from microbatch.loss.one_row_norm import normalizes_rows
 from microbatch.memory.recompute import named_blocks
 from microbatch.memory.saved_values import Aside
 from microbatch.memory.spill import Spill
@@ -19,7 +20,7 @@ from microbatch.step.history import History
 from microbatch.step.options import EXACT, FROZEN, MEAN, MICROBATCH, ONCE, POOLED, Options
 from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
-from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, PooledNorms
+from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -171,6 +172,8 @@ class Composition:
             found.append(BuffersOnce(pooled=options.buffers == MEAN))
         elif options.buffers is None:
             found.append(WatchedBuffers())
+        if normalizes_rows(options.bare_model):
+            found.append(OneRowNorms())
         if options.dropout:
             found.append(RowDropout())
         if options.spill is not None and options.batch_norm != EXACT:

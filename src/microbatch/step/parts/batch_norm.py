@@ -1,17 +1,20 @@
-"""Batch normalisation if microbatches run one after the other: frozen or pooled statistics, or a warning."""
+"""Batch normalisation if microbatches run one after the other: frozen or pooled statistics, one row, or a warning."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from microbatch.errors import ConfigError
+from microbatch.errors import BatchStatisticsError, ConfigError
 from microbatch.loss.batchnorm import layers_of
+from microbatch.loss.one_row_norm import ContiguousNorms, explain_one_value, is_of_one_value
 from microbatch.loss.pooled_stats import Pooled
-from microbatch.step.part import OpenWindow, Part, Pass, Run
+from microbatch.step.cutting import Cutting
+from microbatch.step.part import Function, OpenWindow, Part, Pass, Run
 from microbatch.step.record import Step
 
 _KIND = "batch norm"
@@ -62,6 +65,43 @@ class PooledNorms(Part):
         del step
         if not window.dropped:
             self._pooled.finish()
+
+
+class OneRowNorms(Part):
+    """Keep microbatches of one row right where torch's CPU kernel is wrong, and name the layer that needs more rows."""
+
+    _rows = _size = 0
+
+    def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
+        """Store the rows of the batch and of a microbatch, for the error's words."""
+        self._rows, self._size = cutting.rows, cutting.size
+
+    def around(self, window: OpenWindow, p: Pass) -> ContiguousNorms | None:
+        """Return the mode that makes tensors contiguous, for a microbatch of one row on the CPU."""
+        alone = p.rows == 1 and window.device.type == "cpu" and not window.options.compile
+        return ContiguousNorms() if alone else None
+
+    def call(self, window: OpenWindow, function: Function) -> Function:
+        """Raise an error of this library where a layer has a single value for each channel."""
+        # A method, and no function made here: that would hold on to the accumulator where annotations are checked.
+        return partial(self._named, window, function)
+
+    def failed(self, window: OpenWindow, error: BaseException) -> None:
+        """Explain the error to a hand-written loop, which has called the model itself."""
+        if is_of_one_value(error):
+            error.add_note(f"microbatch: {self._explain(window, error)}")
+
+    def _named(self, window: OpenWindow, function: Function, model: Any, microbatch: Any) -> Any:
+        try:
+            return function(model, microbatch)
+        except ValueError as error:
+            if not is_of_one_value(error):
+                raise
+            raise BatchStatisticsError(self._explain(window, error)) from error
+
+    def _explain(self, window: OpenWindow, error: BaseException) -> str:
+        rows = window.now.rows if window.now is not None else None
+        return explain_one_value(error, window.model, rows=rows, batch=self._rows, size=self._size)
 
 
 class NormWarning(Part):

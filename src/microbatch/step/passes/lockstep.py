@@ -141,16 +141,20 @@ class InLockstep(Passes):
         self._spill.leave([microbatch for _, microbatch in handed])
         self._norm = norm = ExactBatchNorm(model, self._across)
         replicas = Replicas(model, kinds={nn.SyncBatchNorm: OneOfMany})
-        models = [replicas.make(window.gradients.stand_in) for _ in handed]
+        models = replicas.make(len(handed), window.gradients.stand_in)
         tasks = [partial(function, each, microbatch) for each, (_, microbatch) in zip(models, handed, strict=True)]
-        values = self._lockstep.run(
-            tasks,
-            device=window.device,
-            rules={**norm.rules(), **sharing_rules([rows for rows, _ in handed], self._across), **_REFUSED},
-            around=lambda: self._spill,
-            puts=Puts(self._away, self._aside, self._spill.spares, self._park, _resized),
-        )
-        replicas.put_back()
+        try:
+            values = self._lockstep.run(
+                tasks,
+                device=window.device,
+                rules={**norm.rules(), **sharing_rules([rows for rows, _ in handed], self._across), **_REFUSED},
+                around=lambda: self._spill,
+                puts=Puts(self._away, self._aside, self._spill.spares, self._park, _resized),
+            )
+            replicas.put_back()
+        except BaseException:
+            replicas.drop()
+            raise
         norm.check()
         return values
 

@@ -16,6 +16,7 @@ from microbatch.batch.batch_tree import map_tensors, rows_of
 from microbatch.errors import BatchError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.recompute import blocks_of
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.options import Options
 from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.dry_run import dry_run_at
@@ -72,8 +73,10 @@ def choose_blocks(options: Options, sizing: Sizing, *, batch: object, loss_fn: L
     size = 1 if sizing.open else min(sizing.most, rows)
     try:
         found = fewest(options, loss_fn, batch=batch, size=size, budget=round(SAFE * room))
-    except Exception:  # noqa: BLE001 - the real step will raise the error
-        return ()
+    except Exception as error:
+        if is_from_signal(error):
+            raise
+        return ()  # the real step will raise the error
     return tuple(names) if found is None else found
 
 

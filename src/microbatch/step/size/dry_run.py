@@ -21,6 +21,7 @@ from microbatch.memory.ledger import INPUTS, Timeline
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.predict import Prediction, predict
 from microbatch.memory.scratch import learn_to_count
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.memory.spill import Spill
 from microbatch.memory.uncertainty import between, doubtful, enough_of
 from microbatch.step.force_eager import force_eager
@@ -99,7 +100,10 @@ def _faked(
         return fake, enough_of(fake, sizes)
     except ConfigError:
         raise
-    except Exception as error:  # noqa: BLE001 - a model or a loss may do anything that fake tensors do not support
+    except Exception as error:
+        if is_from_signal(error):
+            raise
+        # A model or a loss may do anything that fake tensors do not support.
         notes.append(f"fake tensors cannot run it ({type(error).__name__}), so real ones did")
         return None, sizes
 
@@ -177,7 +181,10 @@ def _witness(scene: Scene, *, sizes: Sequence[int], notes: list[str]) -> list[tu
             seen.append((size, _real(scene, size)))
         except ConfigError:
             raise
-        except Exception as error:  # noqa: BLE001 - one row may be too few, eight too many, or the profiler in use
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            # One row may be too few, eight too many, or the profiler in use.
             reason = "out of memory" if isinstance(error, torch.OutOfMemoryError | MemoryError) else repr(error)
             notes.append(f"workspaces were not measured on {size} rows ({reason[:200]})")
     return seen

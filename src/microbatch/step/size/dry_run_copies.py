@@ -19,6 +19,7 @@ from microbatch.batch.batch_tree import leaves, map_tensors, rows_of, take_rows
 from microbatch.batch.batches import parts_of
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.options import Options
 
 LossFunction = Callable[[nn.Module, Any], LossLike]
@@ -138,6 +139,8 @@ def copies_of(scene: Scene, *, how: Faked | None) -> Cast:
             copied, optimizers = copy.deepcopy((model, list(options.optimizers)), memo)
             loss = _copy_loss(scene.loss_fn, memo)
         except Exception as error:
+            if is_from_signal(error):
+                raise
             raise ConfigError(
                 f"the model, its optimizer or the loss function cannot be copied for a dry run "
                 f"({type(error).__name__}: {error}); make them work with copy.deepcopy"

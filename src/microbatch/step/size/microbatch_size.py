@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPriva
 
 from microbatch.batch.batch_tree import rows_of
 from microbatch.errors import BatchError
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.cutting import Cut, Cutting
 from microbatch.step.events import Event, SizeChanged
 from microbatch.step.options import EXACT, Options
@@ -103,8 +104,10 @@ class MicrobatchSize(Part):
         tuning.rehearsed = True
         try:
             prediction = _predicted(settled, loss_fn, batch)
-        except Exception:  # noqa: BLE001 - then sizes are tried instead, and the real step raises the error
-            return
+        except Exception as error:
+            if is_from_signal(error):
+                raise
+            return  # then sizes are tried instead, and the real step raises the error
         tuning.foresee(prediction, budget=room_for(self._options, batch))
 
     @property
