@@ -28,8 +28,9 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.machine import hardware, versions
+from microbatch.ranks.lost_ranks import CHECKPOINTING, DONE, Beat
 from microbatch.train.checkpoint import read_newest
-from microbatch.train.heartbeat import CHECKPOINTING, DONE, Beat, read_beat
+from microbatch.train.heartbeat import read_beat
 
 OUT = Path(__file__).parent / "results" / "kills"
 # In a folder of its own, which is where Python then looks for modules first: some here are called as Python's are.

@@ -135,13 +135,13 @@ def test_s3_s6_parameters_that_no_optimizer_holds_are_named_and_not_in_the_norm(
 
 
 def test_s6_a_gradient_that_nobody_steps_may_be_infinite() -> None:
-    model = network()
+    model: Any = network()
     it = accumulator(model, SGD(model[0].parameters(), lr=0.1))
 
     model[2].weight.register_hook(lambda grad: grad * torch.inf)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert it.step(X, lambda model, batch: model[0](batch).square().mean() + model[2].weight.sum()).applied
+        assert it.step(X, lambda _, batch: model[0](batch).square().mean() + model[2].weight.sum()).applied
 
 
 # -- S4: weights that move -------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.calls = 0
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Count, and step only sometimes."""
         del closure
         self.calls += 1

@@ -17,7 +17,7 @@ from microbatch.step.attempts import Policies
 from microbatch.step.combinations import COUNTS, ENCODE, check_together, refuse
 from microbatch.step.finish import take_step
 from microbatch.step.history import History
-from microbatch.step.options import EXACT, FROZEN, MEAN, MICROBATCH, ONCE, POOLED, Options
+from microbatch.step.options import EACH, EXACT, FROZEN, MEAN, MICROBATCH, ONCE, POOLED, Options
 from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
@@ -168,10 +168,7 @@ class Composition:
             found.append(self.checkpointing)
         if options.batch_norm in _NORMS:
             found.append(_NORMS[options.batch_norm]())
-        if options.buffers in {ONCE, MEAN}:
-            found.append(BuffersOnce(pooled=options.buffers == MEAN))
-        elif options.buffers is None:
-            found.append(WatchedBuffers())
+        found += _BUFFERS[options.buffers]()
         if normalizes_rows(options.bare_model):
             found.append(OneRowNorms())
         if options.dropout:
@@ -232,4 +229,10 @@ class Composition:
         return Coupled(window, encode, keep=keep)
 
 
+_BUFFERS: Mapping[str | None, Callable[[], list[Part]]] = {
+    None: lambda: [WatchedBuffers()],
+    EACH: list,
+    ONCE: lambda: [BuffersOnce(pooled=False)],
+    MEAN: lambda: [BuffersOnce(pooled=True)],
+}
 _NORMS: Mapping[str | None, Callable[[], Part]] = {FROZEN: FrozenNorms, POOLED: PooledNorms, None: NormWarning}
