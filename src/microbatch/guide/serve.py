@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from microbatch.errors import ConfigError
+from microbatch.guide.connection import Connection
 from microbatch.guide.server import Guide
 
 HOST = "127.0.0.1"
@@ -27,7 +28,15 @@ class Server(uvicorn.Server):
         Args:
             guide: What is served.
         """
-        super().__init__(uvicorn.Config(guide.app, log_level="error", timeout_graceful_shutdown=1, server_header=False))
+        config = uvicorn.Config(
+            guide.app,
+            http=Connection,
+            ws="none",
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+        super().__init__(config)
         self._guide = guide
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
