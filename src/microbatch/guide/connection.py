@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -12,6 +13,9 @@ REQUEST_SECONDS = 10.0
 
 WRITE_SECONDS = 20.0
 """For which a reader may take nothing of what is sent to it."""
+
+SEND_BUFFER = 1 << 16
+"""Bytes that the system holds for a reader."""
 
 CLOSING_SECONDS = 0.5
 """After which an answer that is under way is cut off when the server ends."""
@@ -34,9 +38,12 @@ class Connection(H11Protocol):
         """
         super().connection_made(transport)
         connected = transport.get_extra_info("socket")
-        if connected is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-            # A peer that is gone without a word is given up as early as one that reads nothing.
-            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_SECONDS))
+        if connected is not None:
+            # In a larger buffer of the system, a slow reader looks like one that takes nothing.
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # A peer that is gone without a word is given up as early as one that reads nothing.
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * WRITE_SECONDS))
         self._waiting = self.loop.call_later(REQUEST_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
@@ -54,7 +61,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Begin to wait for a reader."""
         super().pause_writing()
-        self._writing = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         """End the wait for a reader."""
@@ -75,6 +82,14 @@ class Connection(H11Protocol):
         self._stop_waiting()
         self._stop_writing()
         super().connection_lost(exc)
+
+    def _wait_for_reader(self, before: float = math.inf) -> None:
+        """Go on waiting as long as anything was taken since the last look."""
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()
+        else:
+            self._writing = self.loop.call_later(WRITE_SECONDS, self._wait_for_reader, left)
 
     def _stop_waiting(self) -> None:
         if self._waiting is not None:

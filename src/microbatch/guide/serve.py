@@ -71,6 +71,7 @@ def listen(port: int | None) -> socket.socket:
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((HOST, port))
+        taken.listen()  # so that its address may be opened at once, and nobody else can take the same port
     except (OSError, OverflowError) as error:
         taken.close()
         raise ConfigError(f"port {port} cannot be used ({error}); pass another --port, or 0 for any") from error

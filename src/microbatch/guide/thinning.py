@@ -11,7 +11,9 @@ MOST_BUCKETS = 512
 """Buckets of a curve; each keeps its lowest and its highest point."""
 
 MOST_NOTABLE = 200
-"""Steps that are listed one by one: retries, dropped windows, other cuts."""
+"""Steps that are listed one by one: retries, dropped windows, losses that are not finite, other cuts."""
+
+_NOTABLE = ("id", "step", "loss", "microbatch_size", "retries", "applied", "before")
 
 MOST_DETAILS, MOST_PASSES = 64, 4096
 """Steps of which memory and times are kept, and passes in all of them together."""
@@ -135,10 +137,9 @@ class Thinned:
             if self._size not in (None, size):
                 line["before"] = self._size
             self._size = size
-        retries, skipped = line.get("retries", 0), "applied" in line
-        if retries or skipped or "before" in line:
-            names = ("id", "step", "microbatch_size", "retries", "applied", "before")
-            self._notable.append({name: line[name] for name in names if name in line})
+        retries, skipped, lost = line.get("retries", 0), "applied" in line, line.get("loss", 0) is None
+        if retries or skipped or lost or "before" in line:
+            self._notable.append({name: line[name] for name in _NOTABLE if name in line})
         totals["retries"] += retries
         totals["skipped"] += skipped
         totals["odd"] += line.get("odd", 0)

@@ -36,6 +36,7 @@ test("retries, dropped windows and other cuts are told; a steady run tells nothi
   const lines = [line(1), line(2, { retries: 2, microbatch_size: 4, before: 8 }), line(3, { microbatch_size: 4, applied: false })];
   assert.equal(panes.happened(run(lines)).length, 3);
   assert.deepEqual(panes.happened(run([line(1), line(2)])), []);
+  assert.deepEqual(panes.happened(run([line(1), line(2, { loss: null })])), ["Step 2: the loss is no finite number."]);
 });
 
 test("a run stands as its files say", () => {

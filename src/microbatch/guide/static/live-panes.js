@@ -132,13 +132,14 @@ export function timelineOf(run, step) {
   return { svg, say: said, table: table(["part", "time", "share"], rows, said) };
 }
 
-// What happened that is worth a line: retries, dropped windows, other cuts. The server says what the cut was before.
+// What happened that is worth a line: retries, dropped windows, lost losses, other cuts. The server says what the cut was before.
 export function happened(run) {
   const found = [];
   if (run?.totals?.percent < 100) return found; // a sample does not show in which step it was
   for (const line of run?.lines ?? []) {
     if (line.retries) found.push(`Step ${line.step}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
     if (line.applied === false) found.push(`Step ${line.step} was dropped: its gradient is not finite.`);
+    else if (line.loss === null) found.push(`Step ${line.step}: the loss is no finite number.`);
     if (line.before) found.push(`Step ${line.step}: microbatches of ${line.microbatch_size} instead of ${line.before}.`);
   }
   return found;
