@@ -1,13 +1,15 @@
 // The pictures of runs: pure functions of their lines of metrics.
 
 import { plot } from "./plot.js";
-import { bytes, count, el, extent, figure, power, table, text } from "./svg.js";
+import { bytes, count, el, extent, figure, grouped, power, table, text } from "./svg.js";
 import { legend, parts, tank, total } from "./tank.js";
 
 const MOST = 400; // points of a curve; of a longer run, equally many steps share two: their lowest and their highest
 
 // A loss of null was not finite: JSON has no other word for it.
-const digits = (value) => (value === undefined ? "–" : value === null ? "not finite" : Number(value.toPrecision(4)).toString());
+const digits = (value) => (value === undefined ? "–" : value === null ? "not finite" : plain(Number(value.toPrecision(4))));
+
+const plain = (value) => (value >= 10_000 && value < 1e15 ? grouped(value) : String(value));
 
 const nothing = (words) => ({ svg: figure(200, words, text(210, 100, words, { "text-anchor": "middle", class: "quiet" })), say: "", table: "" });
 
@@ -51,7 +53,7 @@ function curve(runs, take, words) {
   if (!series.length) return nothing(known.some(({ last }) => last === null) ? "no value is finite" : words.none);
   const picture = plot({ label: words.label, xs: at.steps, x: "step", y: words.y, series, format, log: words.log, zero: words.zero ?? false, most: 12 });
   const last = series.map(({ name, last }) => `${series.length > 1 ? `${name}: ` : ""}${format(last)}`);
-  const thinned = at.stride > 1 ? ` Drawn are the lowest and the highest of every ${at.stride.toLocaleString("en")} steps.` : "";
+  const thinned = at.stride > 1 ? ` Drawn are the lowest and the highest of every ${grouped(at.stride)} steps.` : "";
   return { ...picture, say: `${words.label}; now ${last.join(", ")}.${thinned}` };
 }
 
@@ -82,9 +84,9 @@ export function memoryOf(run, step) {
   if (!line) return nothing(peak ? `peak ${bytes(peak)}` : "no step was metered yet");
   const list = parts({ ...line.memory, total: Object.values(line.memory).reduce((sum, size) => sum + size, 0) });
   const scale = 170 / (Math.max(total(list), limit ?? 0, 1) * 1.06);
-  const said = `${bytes(total(list))} at the peak of step ${line.step}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
-  const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${line.step}` }), legend(170, 48, list, { step: 28 }));
-  return { svg, say: said, table: table(["part", `step ${line.step}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
+  const said = `${bytes(total(list))} at the peak of step ${grouped(line.step)}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
+  const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${grouped(line.step)}` }), legend(170, 48, list, { step: 28 }));
+  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
 }
 
 // Times have tones and patterns, not the colours of what is in memory.
@@ -124,7 +126,7 @@ export function timelineOf(run, step) {
   });
   const sums = Object.keys(PHASES).map((kind) => [kind, pieces.filter(([each]) => each === kind).reduce((all, [, seconds]) => all + seconds, 0)]);
   const ms = (seconds) => (seconds >= 0.9995 ? `${seconds.toPrecision(3)} s` : `${(seconds * 1000).toPrecision(3)} ms`);
-  const said = `Step ${line.step}: ${count(timeline.forward.length, "microbatch", "microbatches")} in ${ms(sum)}.`;
+  const said = `Step ${grouped(line.step)}: ${count(timeline.forward.length, "microbatch", "microbatches")} in ${ms(sum)}.`;
   const svg = figure(214, said, strip, el("rect", { class: "slot", x: 8, y: 30, width: 404, height: 40 }),
     sums.map(([kind, seconds], row) => [time(8, 88 + row * 25, 15, 15, kind), text(32, 100 + row * 25, WORDS[kind]),
       text(300, 100 + row * 25, ms(seconds), { "text-anchor": "end", class: "number" }), text(410, 100 + row * 25, `${Math.round((seconds / sum) * 100)} %`, { "text-anchor": "end", class: "number" })]));
@@ -137,10 +139,10 @@ export function happened(run) {
   const found = [];
   if (run?.totals?.percent < 100) return found; // a sample does not show in which step it was
   for (const line of run?.lines ?? []) {
-    if (line.retries) found.push(`Step ${line.step}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
-    if (line.applied === false) found.push(`Step ${line.step} was dropped: its gradient is not finite.`);
-    else if (line.loss === null) found.push(`Step ${line.step}: the loss is no finite number.`);
-    if (line.before) found.push(`Step ${line.step}: microbatches of ${line.microbatch_size} instead of ${line.before}.`);
+    if (line.retries) found.push(`Step ${grouped(line.step)}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
+    if (line.applied === false) found.push(`Step ${grouped(line.step)} was dropped: its gradient is not finite.`);
+    else if (line.loss === null) found.push(`Step ${grouped(line.step)}: the loss is no finite number.`);
+    if (line.before) found.push(`Step ${grouped(line.step)}: microbatches of ${line.microbatch_size} instead of ${line.before}.`);
   }
   return found;
 }
@@ -148,11 +150,11 @@ export function happened(run) {
 export function standing(run) {
   const last = run.lines.at(-1), steps = run.settings.steps, totals = run.totals ?? {};
   const wrong = [
-    totals.unreadable && `${count(totals.unreadable, "line")} of metrics.jsonl cannot be read (the first: line ${totals.first_unreadable})`,
+    totals.unreadable && `${count(totals.unreadable, "line")} of metrics.jsonl cannot be read (the first: line ${grouped(totals.first_unreadable)})`,
     totals.odd && `${count(totals.odd, "value")} ${totals.odd === 1 ? "has" : "have"} a wrong type and ${totals.odd === 1 ? "is" : "are"} left out`,
   ].filter(Boolean).map((words) => `; ${words}`).join("");
   if (!last) return `waiting for its first step${wrong}`;
-  const of = steps ? ` of ${steps}` : "", now = `${ending(run, last)}: step ${last.step}${of}, loss ${digits(last.loss)}`;
+  const of = steps ? ` of ${grouped(steps)}` : "", now = `${ending(run, last)}: step ${grouped(last.step)}${of}, loss ${digits(last.loss)}`;
   if (totals.percent < 100) return `${now}; reading every step: ${totals.percent} %`;
   return `${now}, ${count(totals.retries ?? 0, "retry", "retries")}, ${count(totals.skipped ?? 0, "skipped window")}${wrong}`;
 }

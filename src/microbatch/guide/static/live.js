@@ -1,7 +1,7 @@
 // The live view: run directories as the server reads them, drawn anew when there is news, and only then.
 
 import * as panes from "./live-panes.js";
-import { bytes } from "./svg.js";
+import { bytes, grouped } from "./svg.js";
 import { startTheme } from "./theme.js";
 
 startTheme();
@@ -49,7 +49,7 @@ function draw() {
   find("log").replaceChildren(...happened.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
   scrub.max = Math.max(1, state.runs[state.chosen]?.lines.at(-1)?.step ?? 1);
   if (state.step === undefined) scrub.value = scrub.max;
-  shown.textContent = state.step === undefined ? "newest" : `step ${state.step}`;
+  shown.textContent = state.step === undefined ? "newest" : `step ${grouped(state.step)}`;
 }
 
 function redraw() {
@@ -80,7 +80,8 @@ function list(run, number) {
   run.button = button;
   run.status = document.createElement("span");
   run.status.setAttribute("role", "status");
-  const settings = Object.entries(run.settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${name === "memory" && typeof value === "number" ? bytes(value) : value}`).join(" · ");
+  const written = (name, value) => (typeof value !== "number" || name === "seed" ? value : name === "memory" ? bytes(value) : value >= 1000 ? grouped(value) : value);
+  const settings = Object.entries(run.settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${written(name, value)}`).join(" · ");
   run.notice = Object.assign(document.createElement("div"), { className: "notice", hidden: true });
   if (state.runs.length > 1) row.append(button, " ");
   row.append(run.status, document.createElement("br"), Object.assign(document.createElement("small"), { textContent: settings }));

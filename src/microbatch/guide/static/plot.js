@@ -33,7 +33,7 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
-  const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value, { "text-anchor": "middle", class: "quiet small" }));
+  const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
   const drawn = series.map(({ ys, look }, number) => {
     const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
       .map(([left, value]) => [round(left), round(up(value))]);
@@ -114,4 +114,8 @@ function multiples(low, high, many) {
 
 const exponent = (value) => `10${String(Math.round(Math.log10(value))).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
 
-const tick = (value) => (Math.abs(value) >= 1e6 ? power(value) : Math.abs(value) >= 1000 ? `${round(value / 1000)}k` : String(round(value)));
+const tick = (value) => {
+  const size = Math.abs(value);
+  if (size >= 1e9) return power(value);
+  return size >= 1e6 ? `${round(value / 1e6)}M` : size >= 1000 ? `${round(value / 1000)}k` : String(round(value));
+};

@@ -84,4 +84,6 @@ export const percent = (share) => {
   return `${value >= 10 ? Math.round(value) : Number(value.toPrecision(2))} %`;
 };
 
-export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
+export const count = (number, one, many = `${one}s`) => `${grouped(number)} ${number === 1 ? one : many}`;
+
+export const grouped = (number) => number.toLocaleString("en"); // 1,000,000
