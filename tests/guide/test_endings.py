@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.guide.browser import launched, opened, until
 from tests.guide.conftest import Client, serving
 
 from microbatch.guide import connection, live, server
@@ -125,6 +126,30 @@ def test_a_stream_without_news_says_that_it_is_there_and_ends_with_its_reader(cl
     assert becomes(lambda: not client.server.server_state.tasks)
 
 
+def test_a_page_that_is_not_seen_holds_no_stream_and_one_without_a_server_says_so(client: Client) -> None:
+    """Six streams are all that a browser opens to one server; a tab in the background must not hold one."""
+
+    def show(hidden: str) -> str:
+        return (
+            f"Object.defineProperty(document, 'hidden', {{value: {hidden}, configurable: true}});"
+            "document.dispatchEvent(new Event('visibilitychange'))"
+        )
+
+    lost = ("ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING")
+    with launched() as browser, opened(browser, f"{client.url}run", expected=lost) as page:
+        until(page, "document.querySelector('[data-runs]').textContent.includes('step 1, loss 0.5')")
+        assert len(client.server.server_state.tasks) == 1
+        page.evaluate(show("true"))
+        assert becomes(lambda: not client.server.server_state.tasks)
+        page.evaluate(show("false"))
+        assert becomes(lambda: len(client.server.server_state.tasks) == 1)
+        assert not page.locator("[data-notice]").is_visible()
+        guide: Any = client.guide
+        guide.close()
+        client.server.should_exit = True
+        until(page, "document.querySelector('[data-notice]').textContent.includes('does not answer any more')")
+
+
 def test_sigterm_is_obeyed_within_two_seconds_under_load(tmp_path: Path) -> None:
     """While a long run is read, streams are open, one of them is not read, and half a request hangs."""
     run = tmp_path / "run"
@@ -144,11 +169,12 @@ def seconds_to_end(run: Path) -> float:
         stack.callback(process.kill)
         assert process.stdout is not None
         port = int(process.stdout.readline().partition("127.0.0.1:")[2].partition("/")[0])
+        opened_ones: list[socket.socket] = []
         for text in ["", "GET / HT", *["GET /api/live/events HTTP/1.1\r\nHost: HOST\r\n\r\n"] * 6]:
-            made = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
-            made.sendall(text.replace("HOST", f"127.0.0.1:{port}").encode())
-        made.recv(1)  # the last stream has begun
-        reader = threading.Thread(target=rest, args=(made,))
+            opened_ones.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)))
+            opened_ones[-1].sendall(text.replace("HOST", f"127.0.0.1:{port}").encode())
+        assert opened_ones[-1].recv(1)  # the last stream has begun
+        reader = threading.Thread(target=rest, args=(opened_ones[-1],))
         reader.start()
         began = time.monotonic()
         os.kill(process.pid, signal.SIGTERM)

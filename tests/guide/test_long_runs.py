@@ -73,7 +73,7 @@ def test_the_extremes_of_every_stretch_are_kept_and_no_more(steps: int, width: i
 def test_every_value_that_is_measured_now_and_then_is_drawn(tmp_path: Path, small: None) -> None:
     run = tmp_path / "run"
     spikes = {777: 50.0, 4321: -50.0, 4322: 60.0}
-    lines = [{"step": step, "loss": spikes.get(step, 1.0)} for step in range(1, 6001)]
+    lines: list[dict[str, Any]] = [{"step": step, "loss": spikes.get(step, 1.0)} for step in range(1, 6001)]
     lines[41] |= {"validation": {"loss": 3.5}, "noise_scale": 8.0, "retries": 2, "microbatch_size": 4, "applied": False}
     write(run, lines)
 
