@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from microbatch.cli.error_report import report_error
-from microbatch.errors import MicrobatchError, MissingDependencyError
+from microbatch.errors import ConfigError, MicrobatchError, MissingDependencyError
 
 BAD_INPUT = 2
 
@@ -29,6 +29,7 @@ def run_guide(runs: Sequence[Path], *, port: int | None, browser: bool, export: 
     shown, errors = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         if export is not None:
+            _check_export(runs, port=port)
             return _export(export, shown)
         return _serve(runs, port=port, browser=browser, shown=shown)
     except MicrobatchError as error:
@@ -52,6 +53,14 @@ def _serve(runs: Sequence[Path], *, port: int | None, browser: bool, shown: Cons
     with suppress(KeyboardInterrupt):  # which is how one ends it
         serve(guide, port=port, path="/run" if runs else "/", show=show, browser=browser)
     return 0
+
+
+def _check_export(runs: Sequence[Path], *, port: int | None) -> None:
+    """Refuse what a copy of the guide cannot take into account."""
+    if runs:
+        raise ConfigError(f"--export writes a copy of the guide alone, without {runs[0]}; leave the run out")
+    if port is not None:
+        raise ConfigError(f"--export serves nothing, so --port {port} has no effect; leave one of them out")
 
 
 def _export(folder: Path, shown: Console) -> int:

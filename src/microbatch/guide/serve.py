@@ -18,6 +18,8 @@ HOST = "127.0.0.1"
 USUAL = 8765
 """Port that is tried when none is asked for, so that a link to an event leads there again tomorrow."""
 
+LAST_PORT = 65535
+
 
 class Server(uvicorn.Server):
     """Serve the guide; when it is to end, streams end first, so that nobody waits for them."""
@@ -67,14 +69,18 @@ def listen(port: int | None) -> socket.socket:
             return listen(USUAL)
         except ConfigError:
             return listen(0)
+    if not 0 <= port <= LAST_PORT:
+        why = f"ports go from 0 to {LAST_PORT}"
+        raise ConfigError(f"port {port} cannot be used ({why}); pass another --port, or 0 for any")
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((HOST, port))
         taken.listen()  # so that its address may be opened at once, and nobody else can take the same port
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         taken.close()
-        raise ConfigError(f"port {port} cannot be used ({error}); pass another --port, or 0 for any") from error
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"port {port} cannot be used ({why}); pass another --port, or 0 for any") from error
     return taken
 
 
