@@ -77,6 +77,7 @@ test("a spike of one step in a million is drawn, and so is the dip beside it", (
   assert.match(table, /<td>90<\/td>/);
   assert.match(table, /<td>-7<\/td>/);
   assert.match(say, /now 2\. Drawn are the lowest and the highest of every 5,000 steps\.$/);
+  assert.match(panes.lossOf([run(lines, { totals: { percent: 3 } })]).say, /now 2\. Drawn is a sample; every step is being read\.$/);
 });
 
 test("a series of any length is drawn: no array becomes the arguments of a function", () => {

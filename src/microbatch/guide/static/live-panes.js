@@ -53,7 +53,8 @@ function curve(runs, take, words) {
   if (!series.length) return nothing(known.some(({ last }) => last === null) ? "no value is finite" : words.none);
   const picture = plot({ label: words.label, xs: at.steps, x: "step", y: words.y, series, format, log: words.log, zero: words.zero ?? false, most: 12 });
   const last = series.map(({ name, last }) => `${series.length > 1 ? `${name}: ` : ""}${format(last)}`);
-  const thinned = at.stride > 1 ? ` Drawn are the lowest and the highest of every ${grouped(at.stride)} steps.` : "";
+  const sampled = runs.some(({ totals }) => totals?.percent < 100);
+  const thinned = sampled ? " Drawn is a sample; every step is being read." : at.stride > 1 ? ` Drawn are the lowest and the highest of every ${grouped(at.stride)} steps.` : "";
   return { ...picture, say: `${words.label}; now ${last.join(", ")}.${thinned}` };
 }
 
