@@ -130,6 +130,20 @@ def test_a_message_is_bounded_and_a_sample_comes_first(tmp_path: Path, small: No
     assert (shares[0] < 10, shares[-1]) == (True, 100)
 
 
+def test_a_long_file_without_a_line_says_how_far_it_was_read(tmp_path: Path, small: None) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(b"\xff" * (1 << 20) + b"\n")
+
+    async def follow() -> None:
+        source, story = WatchedRun(run).follow(), Story()
+        await story.until(source, lambda story: story.totals.get("percent", 0) > 50)
+        await story.until(source, lambda story: story.whole)
+        assert (story.lines, story.totals["unreadable"]) == ([], 1)
+
+    asyncio.run(follow())
+
+
 def test_a_page_that_stays_open_is_sent_a_thinned_run_now_and_then(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

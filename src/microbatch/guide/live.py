@@ -136,6 +136,7 @@ class WatchedRun:
     def _begin(self) -> None:
         """Forget what was read."""
         self._reading += 1
+        self._long = False
         self._sketch: Thinned | None = None
         self._thinned = Thinned()
         self._fresh: deque[dict[str, Any]] = deque()
@@ -160,7 +161,8 @@ class WatchedRun:
     def _sampled(self) -> Thinned:
         """Sketch a long file from some of its lines."""
         sketch = Thinned()
-        if self.files.metrics.is_file() and self.files.metrics.stat().st_size >= SKETCHED:
+        self._long = self.files.metrics.is_file() and self.files.metrics.stat().st_size >= SKETCHED
+        if self._long:
             for number, line in enumerate(read_lines(self._file.sample(SAMPLES)), start=1):
                 if line is not None:
                     sketch.add({**line, "id": number})
@@ -171,7 +173,7 @@ class WatchedRun:
         piece = self._file.read()
         if piece is None:
             self._begin()
-            return True
+            return False  # a file that is another one at every look is not read all the time
         for line in read_lines(piece.lines):
             self._lines += 1
             if line is None:
@@ -208,7 +210,7 @@ class WatchedRun:
         if follows and (viewer.line, viewer.percent) == (self._lines if whole else 0, self._percent):
             return []
         if not whole:
-            if self._sketch is None or self._sketch.newest is None:
+            if self._sketch is None or not self._long:
                 return []  # a short file is read at once
             lines = [] if follows else self._sketch.lines()
         elif follows and viewer.line >= self._before_fresh and viewer.fresh < MOST_FRESH:

@@ -46,6 +46,7 @@ test("a run stands as its files say", () => {
   const totals = { percent: 100, retries: 1, skipped: 0, unreadable: 2, first_unreadable: 7, odd: 1 };
   assert.match(panes.standing(run([line(2)], { totals })), /^running: step 2 of 3, loss 0.5, 1 retry, 0 skipped windows; 2 lines of metrics.jsonl cannot be read \(the first: line 7\); 1 value has a wrong type and is left out$/);
   assert.match(panes.standing(run([line(2, { loss: null })])), /loss not finite/);
+  assert.equal(panes.standing(run([], { totals: { percent: 37 } })), "reading every step: 37 %");
   assert.match(panes.standing(run([line(2)], { totals: { percent: 37 } })), /^running: step 2 of 3, loss 0.5; reading every step: 37 %$/);
   assert.match(panes.standing(run([line(2)], { silent: 1e9 })), /^no news since .*2001/);
 });

@@ -154,7 +154,7 @@ export function standing(run) {
     totals.unreadable && `${count(totals.unreadable, "line")} of metrics.jsonl cannot be read (the first: line ${grouped(totals.first_unreadable)})`,
     totals.odd && `${count(totals.odd, "value")} ${totals.odd === 1 ? "has" : "have"} a wrong type and ${totals.odd === 1 ? "is" : "are"} left out`,
   ].filter(Boolean).map((words) => `; ${words}`).join("");
-  if (!last) return `waiting for its first step${wrong}`;
+  if (!last) return totals.percent < 100 ? `reading every step: ${totals.percent} %` : `waiting for its first step${wrong}`;
   const of = steps ? ` of ${grouped(steps)}` : "", now = `${ending(run, last)}: step ${grouped(last.step)}${of}, loss ${digits(last.loss)}`;
   if (totals.percent < 100) return `${now}; reading every step: ${totals.percent} %`;
   return `${now}, ${count(totals.retries ?? 0, "retry", "retries")}, ${count(totals.skipped ?? 0, "skipped window")}${wrong}`;
