@@ -63,7 +63,7 @@ class Story:
 
     async def until(self, source: AsyncIterator[list[dict[str, Any]]], true: Callable[["Story"], bool]) -> "Story":
         """Listen until something is so."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not true(self):
                 self.take(await anext(source))
         return self

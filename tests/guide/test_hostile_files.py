@@ -84,7 +84,7 @@ def told(folders: list[Path]) -> tuple[list[dict[str, Any]], list[Story]]:
         opened_runs = open_runs(folders)
         described = JSONResponse([run.described() for run in opened_runs]).body
         stories = [Story() for _ in folders]
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             async for message in stream(follow_runs(opened_runs), asyncio.Event()):
                 message.encode("ascii")
                 (entry,) = strictly(message.partition("data: ")[2])

@@ -61,7 +61,8 @@ def read_lines(lines: Sequence[bytes]) -> list[dict[str, Any] | None]:
         One entry for each line, as `read_line` returns it.
 
     Cost:
-        About 10 microseconds a line. `TOGETHER` lines are parsed as one array; where one of them is no JSON, line by line.
+        About 10 microseconds a line. `TOGETHER` lines are parsed as one array; where one of them is no JSON, each
+        by itself.
     """
     groups = (lines[begin : begin + TOGETHER] for begin in range(0, len(lines), TOGETHER))
     return [each for group in groups for each in _read_group(group)]
