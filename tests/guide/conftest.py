@@ -25,9 +25,10 @@ def within_a_second(attempt: Callable[[], float]) -> bool:
 class Client:
     """Ask a server, header by header."""
 
-    def __init__(self, guide: Guide, port: int) -> None:
+    def __init__(self, guide: Guide, port: int, server: Server) -> None:
         self.guide = guide
         self.port = port
+        self.server = server
         self.url = f"http://127.0.0.1:{port}/"
 
     @contextmanager
@@ -96,7 +97,7 @@ def serving(guide: Guide) -> Iterator[Client]:
         while not server.started:
             time.sleep(0.005)
         try:
-            yield Client(guide, taken.getsockname()[1])
+            yield Client(guide, taken.getsockname()[1], server)
         finally:
             guide.close()
             server.should_exit = True

@@ -4,13 +4,13 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.guide.browser import crowded, launched, opened, until, violations
 from tests.guide.conftest import serving
+from tests.guide.story import TOTALS, Story
 from typer.testing import CliRunner
 
 from microbatch.cli.main import app
@@ -34,25 +34,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def take(source: AsyncIterator[list[dict[str, Any]]], number: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    while len(found) < number:
-        found += await asyncio.wait_for(anext(source), 5)
-    return found
-
-
 def test_lines_come_as_they_are_written_whole_and_once(folder: Path) -> None:
     async def follow() -> None:
         metrics, run = folder / "metrics.jsonl", WatchedRun(folder)
-        source = run.since(0)
-        first = asyncio.create_task(take(source, 2))
-        await asyncio.sleep(0.03)
+        source, story = run.follow(), Story()
+        await story.until(source, lambda story: story.whole)
         metrics.write_text(line(1) + line(2) + line(3)[:7], encoding="utf-8")
-        assert [(each["id"], each["step"]) for each in await first] == [(1, 1), (2, 2)]
+        await story.until(source, lambda story: story.steps == [1, 2])
         with metrics.open("a", encoding="utf-8") as file:
             file.write(line(3)[7:] + "not json\n" + line(4))
-        assert [(each["id"], each["step"]) for each in await take(source, 2)] == [(3, 3), (5, 4)]
-        assert [each["id"] for each in await take(run.since(3), 1)] == [5]
+        await story.until(source, lambda story: story.steps == [1, 2, 3, 4])
+        assert [each["id"] for each in story.lines] == [1, 2, 3, 5]
+        assert story.totals == {**TOTALS, "percent": 100, "unreadable": 1, "first_unreadable": 4}
+        assert story.resets == 1
+        # Another viewer, or one that lost the stream, is told the same in one message.
+        other = await Story().until(run.follow(), lambda story: story.whole)
+        assert (other.steps, other.totals) == (story.steps, story.totals)
 
     asyncio.run(follow())
 
@@ -60,13 +57,12 @@ def test_lines_come_as_they_are_written_whole_and_once(folder: Path) -> None:
 def test_a_run_that_was_cut_back_and_resumed_is_told_anew(folder: Path) -> None:
     async def follow() -> None:
         metrics = folder / "metrics.jsonl"
-        metrics.write_text(line(1) + line(2) + line(3), encoding="utf-8")
-        source = WatchedRun(folder).since(0)
-        await take(source, 3)
+        metrics.write_text(line(1) + line(2, retries=1) + line(3), encoding="utf-8")
+        source, story = WatchedRun(folder).follow(), Story()
+        await story.until(source, lambda story: story.steps == [1, 2, 3])
         metrics.write_text(line(1) + line(2, lr=0.5), encoding="utf-8")
-        reset, first, second = await take(source, 3)
-        assert reset["kind"] == "reset"
-        assert (first["step"], second["step"], second["lr"]) == (1, 2, 0.5)
+        await story.until(source, lambda story: story.resets == 2 and story.whole)
+        assert (story.steps, story.lines[1]["lr"], story.totals["retries"]) == ([1, 2], 0.5, 0)
 
     asyncio.run(follow())
 
@@ -75,13 +71,14 @@ def test_the_end_of_a_run_is_told_and_that_it_goes_on(folder: Path) -> None:
     async def follow() -> None:
         summary = folder / "summary.json"
         (folder / "metrics.jsonl").write_text(line(1), encoding="utf-8")
-        source = WatchedRun(folder).since(0)
-        assert [each["step"] for each in await take(source, 1)] == [1]
+        source, story = WatchedRun(folder).follow(), Story()
+        await story.until(source, lambda story: story.steps == [1])
+        assert story.standing == {}
         summary.write_text('{"finished": false, "step": 1, "stopped_by": "SIGINT"}', encoding="utf-8")
-        (told,) = await take(source, 1)
-        assert (told["kind"], told["id"], told["summary"]["stopped_by"]) == ("summary", 1, "SIGINT")
+        await story.until(source, lambda story: "summary" in story.standing)
+        assert story.standing["summary"] == {"step": 1, "finished": False, "stopped_by": "SIGINT"}
         summary.unlink()
-        assert (await take(source, 1))[0]["summary"] is None
+        await story.until(source, lambda story: story.standing["summary"] is None)
 
     asyncio.run(follow())
 
@@ -109,8 +106,10 @@ def test_runs_of_one_name_are_told_apart_and_one_run_is_one(tmp_path: Path) -> N
 )
 def test_settings_that_cannot_be_read_leave_a_run_that_can(folder: Path, config: bytes) -> None:
     (folder / "config.toml").write_bytes(config)
-    (folder / "summary.json").write_text("{", encoding="utf-8")
-    assert WatchedRun(folder).described() == {"name": folder.name, "settings": {}, "summary": None}
+    described = WatchedRun(folder).described()
+    assert (described["name"], described["settings"]) == (folder.name, {})
+    unreadable = b"inf" not in config
+    assert (described["trouble"] or "").startswith("config.toml cannot be read: ") == unreadable
 
 
 def test_a_run_that_has_nothing_to_tell_for_long_is_silent_until_it_goes_on(folder: Path) -> None:
@@ -118,15 +117,17 @@ def test_a_run_that_has_nothing_to_tell_for_long_is_silent_until_it_goes_on(fold
         metrics = folder / "metrics.jsonl"
         metrics.write_text(line(1), encoding="utf-8")
         os.utime(metrics, (1e9, 1e9))
-        source = WatchedRun(folder).since(0)
-        first, silent = await take(source, 2)
-        assert (first["step"], silent["kind"], silent["since"]) == (1, "silent", 1e9)
+        source, story = WatchedRun(folder).follow(), Story()
+        await story.until(source, lambda story: "silent" in story.standing)
+        assert (story.steps, story.standing["silent"]) == ([1], 1e9)
         with metrics.open("a", encoding="utf-8") as file:
             file.write(line(2))
-        assert (await take(source, 1))[0]["step"] == 2
+        await story.until(source, lambda story: story.standing["silent"] is None)
+        assert story.steps == [1, 2]
         (folder / "summary.json").write_text('{"finished": true, "step": 2}', encoding="utf-8")
         os.utime(metrics, (1e9, 1e9))
-        assert [each["kind"] for each in await take(source, 1)] == ["summary"]
+        await story.until(source, lambda story: "summary" in story.standing)
+        assert story.standing["silent"] is None
 
     asyncio.run(follow())
 
@@ -137,11 +138,14 @@ TIMELINE = {"wait": 0.1, "forward": [0.1], "backward": [0.2], "finish": 0, "opti
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        ({"loss": math.nan, "lr": math.inf, "grad_norm": "2", "retries": True, "peak_bytes": 10**400}, {}),
+        ({"loss": math.nan, "lr": math.inf}, {"loss": None}),
+        ({"grad_norm": "2", "retries": True, "peak_bytes": 10**400}, {"odd": 3}),
+        ({"loss": "1", "microbatch_size": -1, "noise_scale": [2]}, {"loss": None, "odd": 3}),
         ({"timeline": TIMELINE, "memory": {"gradients": 8}}, {"timeline": TIMELINE, "memory": {"gradients": 8}}),
-        ({"timeline": {**TIMELINE, "forward": [0.1, 0.2]}}, {}),
-        ({"timeline": {**TIMELINE, "backward": [None]}, "memory": {"gradients": "all"}}, {}),
-        ({"timeline": [1], "memory": [1], "validation": 3, "applied": 0}, {}),
+        ({"timeline": {**TIMELINE, "forward": [0.1, 0.2]}}, {"odd": 1}),
+        ({"timeline": {**TIMELINE, "backward": [None]}, "memory": {"gradients": "all"}}, {"odd": 2}),
+        ({"timeline": {**TIMELINE, "wait": -1}, "memory": {str(name): 1 for name in range(99)}}, {"odd": 2}),
+        ({"timeline": [1], "memory": [1], "validation": 3, "applied": 0}, {"odd": 3}),
         (
             {"validation": {"loss": 0.0, "accuracy": 1}, "applied": False},
             {"validation": {"loss": 0.0}, "applied": False},

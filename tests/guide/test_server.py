@@ -34,20 +34,41 @@ def test_nothing_outside_this_machine_reaches_it(client: Any) -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::1]"]
-)
+FOREIGN = [
+    *("", "evil.example", "evil.example:PORT", "127.0.0.1.evil.example", "localhost.evil.example:PORT", "[::1]"),
+    # The name is right; what stands behind it is not the server's port.
+    *("127.0.0.1", "localhost", "127.0.0.1:1", "localhost:", "localhost:PORT0", "localhost:PORT:PORT"),
+    *("127.0.0.1:PORT.evil.example", "127.0.0.1:evil.example", "localhost:PORT@evil.example", "localhost:+PORT"),
+    # Other spellings of this machine.
+    *("localhost.:PORT", "127.1:PORT", "0.0.0.0:PORT", "[::ffff:127.0.0.1]:PORT", "[::1%lo]:PORT", "::1:PORT"),
+    *("evil.example@127.0.0.1:PORT", "127.0.0.1:PORT, evil.example", "127.0.0.1:PORT/"),
+]
+
+
+@pytest.mark.parametrize("host", FOREIGN)
 def test_another_host_is_refused(client: Any, host: str) -> None:
-    status, told = client.get("/", host=host)
+    status, told = client.get("/", host=host.replace("PORT", str(client.port)))
     assert status == 403
-    assert "127.0.0.1" in told["error"]
+    assert f"127.0.0.1:{client.port}" in told["error"]
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "https://127.0.0.1", "null", "http://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://127.0.0.1:PORT", "null", "http://127.0.0.1:1", "http://127.0.0.1:PORT.e"]
+)
 @pytest.mark.parametrize("path", ["/api/run", "/"])
 def test_another_origin_is_refused(client: Any, origin: str, path: str) -> None:
+    origin = origin.replace("PORT", str(client.port))
     assert client.get(path, origin=origin)[0] == 403
     assert client.post("/api/runs", {}, origin=origin)[0] == 403
+
+
+def test_of_two_origins_none_may_be_foreign(client: Any) -> None:
+    """A client that sends both cannot hide the one behind the other."""
+    own = f"127.0.0.1:{client.port}"
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as connection:
+        origins = f"Origin: http://{own}\r\nOrigin: http://evil.example\r\n"
+        connection.sendall(f"GET / HTTP/1.1\r\nHost: {own}\r\n{origins}\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 403"
 
 
 def test_a_form_of_a_foreign_page_is_refused_even_without_an_origin(client: Any) -> None:
@@ -57,7 +78,8 @@ def test_a_form_of_a_foreign_page_is_refused_even_without_an_origin(client: Any)
 
 def test_its_own_page_and_a_tunnel_are_answered(client: Any) -> None:
     assert client.get("/", host=f"localhost:{client.port}")[0] == 200
-    assert client.get("/", host="localhost:9", origin="http://localhost:9")[0] == 200
+    assert client.get("/", host=f"LocalHost:{client.port}", origin=f"http://localhost:{client.port}")[0] == 200
+    assert client.get("/", host=f"[::1]:{client.port}", origin=f"http://[::1]:{client.port}")[0] == 200
 
 
 @pytest.mark.parametrize("path", ["/", "/static/main.js", "/api/run", "/nothing"])
@@ -173,7 +195,7 @@ def test_a_run_that_is_unknown_is_not_stopped(client: Any, path: str) -> None:
 
 def test_a_run_that_is_unknown_tells_nothing(client: Any) -> None:
     assert client.get("/api/runs/deadbeef/events")[0] == 404
-    assert client.get("/api/live/0/events")[0] == 404
+    assert client.get("/api/live/events")[0] == 404
     assert client.ask("DELETE", "/api/runs")[0] == 405
 
 

@@ -31,6 +31,7 @@ def run_guide(runs: Sequence[Path], *, port: float | str | None, browser: bool, 
     try:
         number = _port(port)
         if export is not None:
+            _check_export(runs, port=port)
             return _export(export, shown)
         return _serve(runs, port=number, browser=browser, shown=shown)
     except MicrobatchError as error:
@@ -60,6 +61,14 @@ def _serve(runs: Sequence[Path], *, port: int | None, browser: bool, shown: Cons
     with suppress(KeyboardInterrupt):  # which is how one ends it
         serve(guide, port=port, path="/run" if runs else "/", show=show, browser=browser)
     return 0
+
+
+def _check_export(runs: Sequence[Path], *, port: int | None) -> None:
+    """Refuse what a copy of the guide cannot take into account."""
+    if runs:
+        raise ConfigError(f"--export writes a copy of the guide alone, without {runs[0]}; leave the run out")
+    if port is not None:
+        raise ConfigError(f"--export serves nothing, so --port {port} has no effect; leave one of them out")
 
 
 def _export(folder: Path, shown: Console) -> int:

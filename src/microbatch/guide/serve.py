@@ -11,11 +11,14 @@ from types import FrameType
 import uvicorn
 
 from microbatch.errors import ConfigError
+from microbatch.guide.connection import Connection
 from microbatch.guide.server import Guide
 
 HOST = "127.0.0.1"
 USUAL = 8765
 """Port that is tried when none is asked for, so that a link to an event leads there again tomorrow."""
+
+LAST_PORT = 65535
 
 
 class Server(uvicorn.Server):
@@ -27,7 +30,15 @@ class Server(uvicorn.Server):
         Args:
             guide: What is served.
         """
-        super().__init__(uvicorn.Config(guide.app, log_level="error", timeout_graceful_shutdown=1, server_header=False))
+        config = uvicorn.Config(
+            guide.app,
+            http=Connection,
+            ws="none",
+            log_level="error",
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+        super().__init__(config)
         self._guide = guide
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -58,13 +69,18 @@ def listen(port: int | None) -> socket.socket:
             return listen(USUAL)
         except ConfigError:
             return listen(0)
+    if not 0 <= port <= LAST_PORT:
+        why = f"ports go from 0 to {LAST_PORT}"
+        raise ConfigError(f"port {port} cannot be used ({why}); pass another --port, or 0 for any")
     taken = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((HOST, port))
-    except (OSError, OverflowError) as error:
+        taken.listen()  # so that its address may be opened at once, and nobody else can take the same port
+    except OSError as error:
         taken.close()
-        raise ConfigError(f"port {port} cannot be used ({error}); pass another --port, or 0 for any") from error
+        why = (error.strerror or str(error)).lower()
+        raise ConfigError(f"port {port} cannot be used ({why}); pass another --port, or 0 for any") from error
     return taken
 
 

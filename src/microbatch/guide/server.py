@@ -18,14 +18,21 @@ from starlette.routing import Route
 
 from microbatch.errors import ConfigError
 from microbatch.guide.guard import Guard
-from microbatch.guide.live import WatchedRun
+from microbatch.guide.live import WatchedRun, follow_runs
 from microbatch.guide.page import STATIC, live_page, load_drawn, load_measured, page
 from microbatch.guide.playground_settings import read_settings
 from microbatch.guide.python_code import program
 from microbatch.guide.runner import BusyError, Playground, Run
+from microbatch.train.rundir import jsonable
 
 MOST_BODY = 16 * 1024
 """Bytes of a request's body."""
+
+BODY_SECONDS = 10.0
+"""Within which a request's body must arrive."""
+
+KEEP_ALIVE = 15.0
+"""Seconds after which a stream without news sends a comment: only what is written to shows that it is still there."""
 
 PER_SECOND = 25
 """Messages of a stream a second, at most; each carries all that has happened since the one before."""
@@ -61,7 +68,7 @@ class Guide:
                 Route("/api/program", self._program),
                 Route("/run", self._live_home),
                 Route("/api/live", self._live_state),
-                Route("/api/live/{number:int}/events", self._live_events),
+                Route("/api/live/events", self._live_events),
                 Route("/api/runs", self._start, methods=["POST"]),
                 Route("/api/runs/{name}/stop", self._stop, methods=["POST"]),
                 Route("/api/runs/{name}/events", self._events),
@@ -116,14 +123,14 @@ class Guide:
         return HTMLResponse(self._live)
 
     async def _live_state(self, _: Request) -> Response:
-        return JSONResponse({"runs": [run.described() for run in self._runs]})
+        described = [asyncio.to_thread(run.described) for run in self._runs]
+        return JSONResponse({"runs": await asyncio.gather(*described)})
 
-    async def _live_events(self, request: Request) -> Response:
-        number = request.path_params["number"]
-        if number >= len(self._runs):
-            raise HTTPException(404, f"there is no run {number} here")
-        last = _event_number(request)
-        return StreamingResponse(stream(self._runs[number].since(last), self._closing), media_type="text/event-stream")
+    async def _live_events(self, _: Request) -> Response:
+        # From the beginning each time, whatever event the reader knows: a thinned run is small.
+        if not self._runs:
+            raise HTTPException(404, "no run was named; look at one with: microbatch guide path/to/run")
+        return StreamingResponse(stream(follow_runs(self._runs), self._closing), media_type="text/event-stream")
 
     def _run(self, request: Request) -> Run:
         run = self.playground.run
@@ -143,23 +150,35 @@ async def stream(source: AsyncIterator[Sequence[Mapping[str, Any]]], closing: as
         Messages; the last one, of the type ``end``, says that there is nothing to wait for.
     """
     ended = asyncio.create_task(closing.wait())
-    following = ended
+    following: asyncio.Task[Sequence[Mapping[str, Any]] | None] | None = None
     try:
         while True:
-            following = asyncio.create_task(anext(source, None))
-            await asyncio.wait({following, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not following.done():
+            following = following or asyncio.create_task(anext(source, None))
+            await asyncio.wait({following, ended}, timeout=KEEP_ALIVE, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
                 return
-            events = following.result()
+            if not following.done():
+                yield ": still here\n\n"
+                continue
+            events, following = following.result(), None
             if events is None:
                 yield "event: end\ndata: {}\n\n"
                 return
-            yield f"id: {events[-1]['id']}\ndata: {json.dumps(events, ensure_ascii=False)}\n\n"
+            yield f"id: {events[-1]['id']}\ndata: {_json(events)}\n\n"
             await asyncio.sleep(1 / PER_SECOND)
     finally:
         # Also when whoever looked on has gone: nobody waits for what comes next.
-        following.cancel()
         ended.cancel()
+        if following is not None:
+            following.cancel()
+
+
+def _json(events: Sequence[Mapping[str, Any]]) -> str:
+    """Write events as strict JSON, in ASCII: what a browser cannot read would end its stream."""
+    try:
+        return json.dumps(events, allow_nan=False)
+    except ValueError:
+        return json.dumps(jsonable(events), allow_nan=False)
 
 
 def _event_number(request: Request) -> int:
@@ -182,10 +201,14 @@ async def _body(request: Request) -> Any:
     if kind != "application/json":
         raise HTTPException(415, f"settings are sent as application/json, not {kind[:40]!r}")
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MOST_BODY:
-            raise HTTPException(413, f"settings take at most {MOST_BODY:,} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MOST_BODY:
+                    raise HTTPException(413, f"settings take at most {MOST_BODY:,} bytes")
+    except TimeoutError as error:
+        raise HTTPException(408, f"the settings did not arrive within {BODY_SECONDS:.0f} seconds") from error
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import * as panes from "../../../src/microbatch/guide/static/live-panes.js";
+import { plot } from "../../../src/microbatch/guide/static/plot.js";
 
 const line = (step, more = {}) => ({ id: step, step, loss: 1 / step, lr: 0.1, grad_norm: 2, per_second: 10, microbatch_size: 8, retries: 0, applied: true, ...more });
 const timeline = { wait: 0.1, forward: [0.2, 0.2], backward: [0.3, 0.3], finish: 0.05, optimizer: 0.05 };
-const run = (lines, more = {}) => ({ name: "r", settings: { steps: 3, memory: 1000 }, summary: null, lines, ...more });
+const run = (lines, more = {}) => ({ name: "r", settings: { steps: 3, memory: 1000 }, summary: null, totals: { percent: 100, retries: 0, skipped: 0, unreadable: 0, odd: 0, peak_bytes: 0 }, lines, ...more });
 
 test("every picture stands a run that has said nothing, little, or what JSON cannot hold", () => {
   const lines = [line(1), line(2, { loss: null, grad_norm: null }), line(3, { timeline, memory: { activations: 600, parameters: 300 }, validation: { loss: 0.5 }, noise_scale: 40 })];
@@ -32,16 +33,21 @@ test("the memory is held against the limit", () => {
 });
 
 test("retries, dropped windows and other cuts are told; a steady run tells nothing", () => {
-  const lines = [line(1), line(2, { retries: 2, microbatch_size: 4 }), line(3, { microbatch_size: 4, applied: false })];
+  const lines = [line(1), line(2, { retries: 2, microbatch_size: 4, before: 8 }), line(3, { microbatch_size: 4, applied: false })];
   assert.equal(panes.happened(run(lines)).length, 3);
   assert.deepEqual(panes.happened(run([line(1), line(2)])), []);
+  assert.deepEqual(panes.happened(run([line(1), line(2, { loss: null })])), ["Step 2: the loss is no finite number."]);
 });
 
 test("a run stands as its files say", () => {
   assert.match(panes.standing(run([line(3)], { summary: { finished: true, step: 3 } })), /^finished: step 3 of 3/);
   assert.match(panes.standing(run([line(2)], { summary: { finished: false, step: 2, stopped_by: "SIGINT" } })), /^stopped by SIGINT/);
   assert.match(panes.standing(run([line(4)], { summary: { finished: false, step: 2, stopped_by: "SIGINT" } })), /^running/);
-  assert.match(panes.standing(run([line(2, { retries: 1 })])), /^running: step 2 of 3, loss 0.5, 1 retry, 0 skipped windows$/);
+  const totals = { percent: 100, retries: 1, skipped: 0, unreadable: 2, first_unreadable: 7, odd: 1 };
+  assert.match(panes.standing(run([line(2)], { totals })), /^running: step 2 of 3, loss 0.5, 1 retry, 0 skipped windows; 2 lines of metrics.jsonl cannot be read \(the first: line 7\); 1 value has a wrong type and is left out$/);
+  assert.match(panes.standing(run([line(2, { loss: null })])), /loss not finite/);
+  assert.equal(panes.standing(run([], { totals: { percent: 37 } })), "reading every step: 37 %");
+  assert.match(panes.standing(run([line(2)], { totals: { percent: 37 } })), /^running: step 2 of 3, loss 0.5; reading every step: 37 %$/);
   assert.match(panes.standing(run([line(2)], { silent: 1e9 })), /^no news since .*2001/);
 });
 
@@ -64,4 +70,35 @@ test("a run looks the same in every chart, and like no other", () => {
   const known = looks(panes.lossOf(runs).svg);
   assert.equal(new Set(known.map(([, look]) => look)).size, 6);
   assert.deepEqual(looks(panes.validationOf(runs).svg), known.slice(1));
+});
+
+test("a spike of one step in a million is drawn, and so is the dip beside it", () => {
+  const lines = Array.from({ length: 2000 }, (_, index) => line(index * 500 + 1, { loss: 2 })).concat([line(999_998, { loss: 90 }), line(999_999, { loss: -7 }), line(1_000_000, { loss: 2 })]);
+  const { table, say } = panes.lossOf([run(lines)]);
+  assert.match(table, /<td>90<\/td>/);
+  assert.match(table, /<td>-7<\/td>/);
+  assert.match(say, /now 2\. Drawn are the lowest and the highest of every 5,000 steps\.$/);
+  assert.match(panes.lossOf([run(lines, { totals: { percent: 3 } })]).say, /now 2\. Drawn is a sample; every step is being read\.$/);
+});
+
+test("a series of any length is drawn: no array becomes the arguments of a function", () => {
+  const many = Array.from({ length: 300_000 }, (_, index) => index);
+  const { svg } = plot({ label: "l", xs: many, x: "step", y: "y", series: [{ name: "r", ys: many }], evenly: true });
+  assert.match(svg, /<path/);
+  assert.match(plot({ label: "l", xs: many, x: "step", y: "y", log: true, series: [{ name: "r", ys: many }] }).svg, /<path/);
+  assert.ok(panes.lossOf([run(many.map((index) => line(index + 1)))]).svg.length < 50_000);
+  assert.ok(panes.timelineOf(run([line(1, { timeline: { wait: 0, forward: many, backward: many, finish: 0, optimizer: 0 } })])).svg.length < 200_000);
+});
+
+test("no file's numbers hang the page or break its pictures", { timeout: 20_000 }, () => {
+  const pairs = [[2 ** 53 - 2, 2 ** 53 - 1], [1e17, 1e17 + 16], [-9e299, 9e299], [5e-324, 1e-300], [0, 0], [-1, -1], [1e-9, 1.0000000001e-9]];
+  for (const [one, other] of pairs) {
+    const lines = [one, other, one].map((value, index) => line(index + 1, { loss: value, lr: value, grad_norm: value, per_second: value, noise_scale: value, validation: { loss: value } }));
+    for (const steps of [[1, 2, 3], [1, 2, 2 ** 53 - 1], [9, 2 ** 40, 3]])
+      for (const pane of [panes.lossOf, panes.validationOf, panes.rateOf, panes.speedOf, panes.normOf, panes.noiseOf]) {
+        const { svg, say } = pane([run(lines.map((each, index) => ({ ...each, step: steps[index] })))]);
+        assert.ok(!/NaN|undefined|Infinity/.test(svg + say), `${pane.name} of ${one}, ${other}: ${svg}`);
+      }
+  }
+  for (const memory of [{ activations: 0 }, { activations: 2 ** 53 - 1, "<b>": 1 }]) assert.ok(!/NaN|undefined|Infinity|<b>/.test(panes.memoryOf(run([line(1, { memory })])).svg));
 });

@@ -3,7 +3,7 @@
 
 import { events, indexOf, say, split, tally } from "./phases.js";
 import { plot } from "./plot.js";
-import { bar, bytes, count, el, figure, percent, power, ROLES, round, table, text } from "./svg.js";
+import { bar, bytes, count, el, extent, figure, percent, power, ROLES, round, table, text } from "./svg.js";
 import { legend, MIB, overflowSign, parts, tank, total } from "./tank.js";
 
 // -- memory -----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ export function saw(index, measured) {
   const points = series.activations.length;
   const at = Math.max(0, Math.min(index, points - 1));
   const sums = Array.from({ length: points }, (_, point) => ROLES.reduce((sum, role) => sum + series[role][point], 0));
-  const most = Math.max(...sums);
+  const most = extent(sums)[1];
   const x = (point) => 14 + (point / (points - 1)) * 392;
   const y = (value) => 190 - (value / most) * 170;
   // The points of a curve, those left out that lie on a level one.
@@ -130,7 +130,7 @@ export function saw(index, measured) {
     [["parameters", 14, 226], ["optimizer state", 142, 226], ["gradients", 14, 250], ["activations", 142, 250], ["other", 290, 250]].map(([role, left, top]) => [
       bar(left, top, 12, 12, role), text(left + 18, top + 11, role, { class: `label ${role.replace(" ", "-")}` })]),
   );
-  const rows = ROLES.map((role) => [role, bytes(series[role][at] * 1024), bytes(Math.max(...series[role]) * 1024)]);
+  const rows = ROLES.map((role) => [role, bytes(series[role][at] * 1024), bytes(extent(series[role])[1] * 1024)]);
   return { svg, say: said, table: table(["part", "here", "most in the step"], rows, "Alive inside a step") };
 }
 
@@ -244,7 +244,7 @@ export function mathematics({ lengths, rule }) {
   const name = RULES[rule][0].toUpperCase() + RULES[rule].slice(1);
   const said = exact
     ? `${name}: every token weighs the same, so it is the batch’s gradient.`
-    : `${name}: tokens weigh from ${power(Math.min(...ratios))} to ${power(Math.max(...ratios))} times what they should.`;
+    : `${name}: tokens weigh from ${extent(ratios).map(power).join(" to ")} times what they should.`;
   const drawn = lengths.map((length, index) => {
     const y = 34 + index * 46;
     const ratio = ratios[index];
@@ -298,7 +298,7 @@ function precision({ sums }) {
 }
 
 function pace({ speed }) {
-  const best = speed.per_second.indexOf(Math.max(...speed.per_second));
+  const best = speed.per_second.indexOf(extent(speed.per_second)[1]);
   const drawn = plot({ label: "Rows a second of one step, by microbatch size", xs: speed.sizes, x: "rows of a microbatch", y: "rows a second",
     series: [{ name: "reference transformer", ys: speed.per_second }], format: (value) => value.toFixed(0) });
   return { ...drawn, say: `Fastest here in microbatches of ${count(speed.sizes[best], "row")}: ${speed.per_second[best].toFixed(0)} rows a second; one at a time, ${speed.per_second[0].toFixed(0)}.` };

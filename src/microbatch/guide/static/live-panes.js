@@ -1,47 +1,76 @@
 // The pictures of runs: pure functions of their lines of metrics.
 
 import { plot } from "./plot.js";
-import { bytes, count, el, figure, power, table, text } from "./svg.js";
+import { bytes, count, el, extent, figure, grouped, power, table, text } from "./svg.js";
 import { legend, parts, tank, total } from "./tank.js";
 
-const MOST = 400; // points of a curve; of a longer run, equally many steps share one
+const MOST = 400; // points of a curve; of a longer run, equally many steps share two: their lowest and their highest
 
-const digits = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString());
+// A loss of null was not finite: JSON has no other word for it.
+const digits = (value) => (value === undefined ? "–" : value === null ? "not finite" : plain(Number(value.toPrecision(4))));
+
+const plain = (value) => (value >= 10_000 && value < 1e15 ? grouped(value) : String(value));
 
 const nothing = (words) => ({ svg: figure(200, words, text(210, 100, words, { "text-anchor": "middle", class: "quiet" })), say: "", table: "" });
 
-// The same positions for all runs; in a long one, each stands for the newest value since the one before it, so that
-// what is measured in some steps only is not lost.
+// The same positions for all runs: one a step, or two for each stretch of steps.
 function positions(runs) {
-  const last = Math.max(0, ...runs.map(({ lines }) => lines.at(-1)?.step ?? 0));
-  const stride = Math.max(1, Math.ceil(last / MOST));
-  const steps = Array.from({ length: Math.ceil(last / stride) }, (_, index) => Math.min(last, (index + 1) * stride));
-  return { stride, steps };
+  const last = extent([0, ...runs.flatMap(({ lines }) => lines.map(({ step }) => step))])[1];
+  const stride = last <= MOST ? 1 : Math.ceil(last / (MOST / 2));
+  const ends = Array.from({ length: Math.max(0, Math.ceil(last / stride)) }, (_, index) => Math.min(last, (index + 1) * stride));
+  return { stride, steps: stride === 1 ? ends : ends.flatMap((end) => [end - Math.floor(stride / 2), end]) };
+}
+
+// The values of a run at those positions; where two stand for many steps, both extremes, in the order in which they came.
+function drawn(lines, take, { stride, steps }) {
+  const ys = new Array(steps.length).fill(null);
+  if (stride === 1) {
+    for (const line of lines) ys[line.step - 1] = take(line) ?? ys[line.step - 1];
+    return ys;
+  }
+  const found = new Array(steps.length / 2).fill(null);
+  for (const line of lines) {
+    const value = take(line), index = Math.ceil(line.step / stride) - 1, known = found[index];
+    if (value === null || value === undefined) continue;
+    const point = { step: line.step, value };
+    if (!known) found[index] = [point, point];
+    else if (value < known[0].value) known[0] = point;
+    else if (value > known[1].value) known[1] = point;
+  }
+  found.forEach((pair, index) => {
+    if (!pair) return;
+    const [first, second] = pair[0].step <= pair[1].step ? pair : [pair[1], pair[0]];
+    ys[2 * index + 1] = second.value;
+    if (first !== second) ys[2 * index] = first.value;
+  });
+  return ys;
 }
 
 function curve(runs, take, words) {
-  const { stride, steps } = positions(runs);
-  const series = runs.map(({ name, lines }, look) => {
-    const ys = new Array(steps.length).fill(null);
-    for (const line of lines) ys[Math.ceil(line.step / stride) - 1] = take(line) ?? ys[Math.ceil(line.step / stride) - 1];
-    return { name, ys, look };
-  }).filter(({ ys }) => ys.some((value) => value !== null));
-  if (!series.length) return nothing(words.none);
-  const drawn = plot({ label: words.label, xs: steps, x: "step", y: words.y, series, format: words.format ?? digits, log: words.log, zero: words.zero ?? false, most: 12 });
-  const last = series.map(({ name, ys }) => `${series.length > 1 ? `${name}: ` : ""}${(words.format ?? digits)(ys.findLast((value) => value !== null))}`);
-  return { ...drawn, say: `${words.label}; now ${last.join(", ")}.` };
+  const at = positions(runs), format = words.format ?? digits;
+  const known = runs.map(({ name, lines }, look) => ({ name, look, ys: drawn(lines, take, at), last: take(lines.findLast((line) => take(line) !== undefined) ?? {}) }));
+  const series = known.filter(({ ys }) => ys.some((value) => value !== null));
+  if (!series.length) return nothing(known.some(({ last }) => last === null) ? "no value is finite" : words.none);
+  const picture = plot({ label: words.label, xs: at.steps, x: "step", y: words.y, series, format, log: words.log, zero: words.zero ?? false, most: 12 });
+  const last = series.map(({ name, last }) => `${series.length > 1 ? `${name}: ` : ""}${format(last)}`);
+  const sampled = runs.some(({ totals }) => totals?.percent < 100);
+  const thinned = sampled ? " Drawn is a sample; every step is being read." : at.stride > 1 ? ` Drawn are the lowest and the highest of every ${grouped(at.stride)} steps.` : "";
+  return { ...picture, say: `${words.label}; now ${last.join(", ")}.${thinned}` };
 }
 
 export const lossOf = (runs) => curve(runs, (line) => line.loss, { label: "Loss by step", y: "loss", none: "no step yet" });
 
 export function validationOf(runs) {
+  const losses = runs.flatMap(({ lines }) => lines.filter((line) => line.validation));
+  // Few are drawn as they are, evenly spaced; many as every other curve.
+  if (losses.length > MOST) return curve(runs, (line) => line.validation?.loss, { label: "Validation loss by step", y: "validation loss", none: "" });
   const known = runs.map(({ lines }) => new Map(lines.filter((line) => line.validation).map((line) => [line.step, line.validation.loss])));
-  const steps = [...new Set(known.flatMap((losses) => [...losses.keys()]))].sort((one, other) => one - other);
+  const steps = [...new Set(losses.map(({ step }) => step))].sort((one, other) => one - other);
   if (!steps.length) return nothing("not validated yet");
   const series = runs.map(({ name }, look) => ({ name, look, ys: steps.map((step) => known[look].get(step) ?? null) })).filter(({ look }) => known[look].size);
-  const drawn = plot({ label: "Validation loss by step", xs: steps, x: "step", y: "validation loss", zero: false, series, format: digits });
+  const picture = plot({ label: "Validation loss by step", xs: steps, x: "step", y: "validation loss", zero: false, series, format: digits });
   const last = series.map(({ name, ys }) => `${series.length > 1 ? `${name}: ` : ""}${digits(ys.findLast((value) => value !== null))}`);
-  return { ...drawn, say: `Validation loss by step; now ${last.join(", ")}.` };
+  return { ...picture, say: `Validation loss by step; now ${last.join(", ")}.` };
 }
 
 export const rateOf = (runs) => curve(runs, (line) => line.lr, { label: "Learning rate by step", y: "learning rate", none: "no step yet", log: true, format: power });
@@ -51,14 +80,14 @@ export const noiseOf = (runs) => curve(runs, (line) => line.noise_scale, { label
 
 export function memoryOf(run, step) {
   const line = run?.lines.findLast((each) => each.memory && (step === undefined || each.step <= step));
-  const peak = Math.max(0, ...(run?.lines ?? []).map((each) => each.peak_bytes ?? 0));
-  const limit = typeof run?.settings.memory === "number" ? run.settings.memory : undefined;
+  const peak = run?.totals?.peak_bytes ?? 0;
+  const limit = run?.settings.memory > 0 ? run.settings.memory : undefined;
   if (!line) return nothing(peak ? `peak ${bytes(peak)}` : "no step was metered yet");
   const list = parts({ ...line.memory, total: Object.values(line.memory).reduce((sum, size) => sum + size, 0) });
-  const scale = 170 / (Math.max(total(list), limit ?? 0) * 1.06);
-  const said = `${bytes(total(list))} at the peak of step ${line.step}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
-  const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${line.step}` }), legend(170, 48, list, { step: 28 }));
-  return { svg, say: said, table: table(["part", `step ${line.step}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
+  const scale = 170 / (Math.max(total(list), limit ?? 0, 1) * 1.06);
+  const said = `${bytes(total(list))} at the peak of step ${grouped(line.step)}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
+  const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${grouped(line.step)}` }), legend(170, 48, list, { step: 28 }));
+  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
 }
 
 // Times have tones and patterns, not the colours of what is in memory.
@@ -70,13 +99,19 @@ const time = (x, y, width, height, kind) =>
 
 const WORDS = { wait: "wait for data", forward: "forward", backward: "backward", finish: "reduce, clip", optimizer: "optimizer" };
 
+const MOST_DRAWN = 200; // pairs of forward and backward; of more microbatches, neighbours are drawn as one
+
+const sumOf = (values) => values.reduce((sum, value) => sum + value, 0);
+
 // A step as a strip of time: waiting, each microbatch's forward and backward, the end of the window, the optimizer.
 export function timelineOf(run, step) {
   const line = run?.lines.findLast((each) => each.timeline && (step === undefined || each.step <= step));
   if (!line) return nothing("no timeline yet");
   const { timeline } = line;
   const pieces = [["wait", timeline.wait]];
-  timeline.forward.forEach((seconds, index) => pieces.push(["forward", seconds, index], ["backward", timeline.backward[index], index]));
+  const together = Math.ceil(timeline.forward.length / MOST_DRAWN);
+  for (let index = 0; index < timeline.forward.length; index += together)
+    for (const kind of ["forward", "backward"]) pieces.push([kind, sumOf(timeline[kind].slice(index, index + together)), index / together]);
   pieces.push(["finish", timeline.finish], ["optimizer", timeline.optimizer]);
   const sum = pieces.reduce((all, [, seconds]) => all + seconds, 0) || 1;
   const begins = [];
@@ -92,7 +127,7 @@ export function timelineOf(run, step) {
   });
   const sums = Object.keys(PHASES).map((kind) => [kind, pieces.filter(([each]) => each === kind).reduce((all, [, seconds]) => all + seconds, 0)]);
   const ms = (seconds) => (seconds >= 0.9995 ? `${seconds.toPrecision(3)} s` : `${(seconds * 1000).toPrecision(3)} ms`);
-  const said = `Step ${line.step}: ${count(timeline.forward.length, "microbatch", "microbatches")} in ${ms(sum)}.`;
+  const said = `Step ${grouped(line.step)}: ${count(timeline.forward.length, "microbatch", "microbatches")} in ${ms(sum)}.`;
   const svg = figure(214, said, strip, el("rect", { class: "slot", x: 8, y: 30, width: 404, height: 40 }),
     sums.map(([kind, seconds], row) => [time(8, 88 + row * 25, 15, 15, kind), text(32, 100 + row * 25, WORDS[kind]),
       text(300, 100 + row * 25, ms(seconds), { "text-anchor": "end", class: "number" }), text(410, 100 + row * 25, `${Math.round((seconds / sum) * 100)} %`, { "text-anchor": "end", class: "number" })]));
@@ -100,30 +135,33 @@ export function timelineOf(run, step) {
   return { svg, say: said, table: table(["part", "time", "share"], rows, said) };
 }
 
-// What happened that is worth a line: retries, dropped windows, other cuts.
+// What happened that is worth a line: retries, dropped windows, lost losses, other cuts. The server says what the cut was before.
 export function happened(run) {
   const found = [];
-  let before;
+  if (run?.totals?.percent < 100) return found; // a sample does not show in which step it was
   for (const line of run?.lines ?? []) {
-    if (line.retries) found.push(`Step ${line.step}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
-    if (line.applied === false) found.push(`Step ${line.step} was dropped: its gradient is not finite.`);
-    if (before !== undefined && line.microbatch_size !== before) found.push(`Step ${line.step}: microbatches of ${line.microbatch_size} instead of ${before}.`);
-    before = line.microbatch_size;
+    if (line.retries) found.push(`Step ${grouped(line.step)}: memory ran out ${count(line.retries, "time")}; it ended in microbatches of ${line.microbatch_size}.`);
+    if (line.applied === false) found.push(`Step ${grouped(line.step)} was dropped: its gradient is not finite.`);
+    else if (line.loss === null) found.push(`Step ${grouped(line.step)}: the loss is no finite number.`);
+    if (line.before) found.push(`Step ${grouped(line.step)}: microbatches of ${line.microbatch_size} instead of ${line.before}.`);
   }
   return found;
 }
 
 export function standing(run) {
-  const last = run.lines.at(-1), steps = run.settings.steps;
-  const dropped = run.lines.filter((line) => line.applied === false).length;
-  const retries = run.lines.reduce((sum, line) => sum + (line.retries ?? 0), 0);
-  if (!last) return "waiting for its first step";
-  const of = steps ? ` of ${steps}` : "";
-  return `${ending(run, last)}: step ${last.step}${of}, loss ${digits(last.loss)}, ${count(retries, "retry", "retries")}, ${count(dropped, "skipped window")}`;
+  const last = run.lines.at(-1), steps = run.settings.steps, totals = run.totals ?? {};
+  const wrong = [
+    totals.unreadable && `${count(totals.unreadable, "line")} of metrics.jsonl cannot be read (the first: line ${grouped(totals.first_unreadable)})`,
+    totals.odd && `${count(totals.odd, "value")} ${totals.odd === 1 ? "has" : "have"} a wrong type and ${totals.odd === 1 ? "is" : "are"} left out`,
+  ].filter(Boolean).map((words) => `; ${words}`).join("");
+  if (!last) return totals.percent < 100 ? `reading every step: ${totals.percent} %` : `waiting for its first step${wrong}`;
+  const of = steps ? ` of ${grouped(steps)}` : "", now = `${ending(run, last)}: step ${grouped(last.step)}${of}, loss ${digits(last.loss)}`;
+  if (totals.percent < 100) return `${now}; reading every step: ${totals.percent} %`;
+  return `${now}, ${count(totals.retries ?? 0, "retry", "retries")}, ${count(totals.skipped ?? 0, "skipped window")}${wrong}`;
 }
 
 // A summary is of the step that it names; a run that goes on after it is running again. A killed one writes none.
 function ending({ summary, silent }, last) {
-  if (summary?.step === last.step) return summary.finished ? "finished" : `stopped by ${summary.stopped_by}`;
+  if (summary?.step === last.step) return summary.finished ? "finished" : `stopped by ${summary.stopped_by ?? "something unknown"}`;
   return silent ? `no news since ${new Date(silent * 1000).toLocaleString()}` : "running";
 }

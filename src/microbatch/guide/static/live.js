@@ -1,7 +1,7 @@
 // The live view: run directories as the server reads them, drawn anew when there is news, and only then.
 
 import * as panes from "./live-panes.js";
-import { bytes } from "./svg.js";
+import { bytes, grouped } from "./svg.js";
 import { startTheme } from "./theme.js";
 
 startTheme();
@@ -39,13 +39,17 @@ function draw() {
     figure.querySelector("details").hidden = !table;
     if (figure.querySelector("details").open) figure.querySelector("[data-table]").innerHTML = table;
   }
-  state.runs.forEach((run) => (run.status.textContent = panes.standing(run)));
+  for (const run of state.runs) {
+    run.status.textContent = panes.standing(run);
+    run.notice.textContent = [run.wrong, run.trouble].filter(Boolean).join("; ");
+    run.notice.hidden = !run.notice.textContent;
+  }
   const happened = panes.happened(state.runs[state.chosen]).slice(-200);
   find("log").closest("details").hidden = !happened.length;
   find("log").replaceChildren(...happened.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
   scrub.max = Math.max(1, state.runs[state.chosen]?.lines.at(-1)?.step ?? 1);
   if (state.step === undefined) scrub.value = scrub.max;
-  shown.textContent = state.step === undefined ? "newest" : `step ${state.step}`;
+  shown.textContent = state.step === undefined ? "newest" : `step ${grouped(state.step)}`;
 }
 
 function redraw() {
@@ -76,26 +80,37 @@ function list(run, number) {
   run.button = button;
   run.status = document.createElement("span");
   run.status.setAttribute("role", "status");
-  const settings = Object.entries(run.settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${name === "memory" && typeof value === "number" ? bytes(value) : value}`).join(" · ");
+  const written = (name, value) => (typeof value !== "number" || name === "seed" ? value : name === "memory" ? bytes(value) : value >= 1000 ? grouped(value) : value);
+  const settings = Object.entries(run.settings).map(([name, value]) => `${name.replaceAll("_", " ")} ${written(name, value)}`).join(" · ");
+  run.notice = Object.assign(document.createElement("div"), { className: "notice", hidden: true });
   if (state.runs.length > 1) row.append(button, " ");
   row.append(run.status, document.createElement("br"), Object.assign(document.createElement("small"), { textContent: settings }));
-  find("runs").append(row);
+  find("runs").append(row, run.notice);
 }
 
-function follow(run, number) {
-  const source = new EventSource(`api/live/${number}/events`);
+// One stream for all runs: a browser opens six connections to a server, and each tab holds one as long as it is seen.
+function follow() {
+  const source = new EventSource("api/live/events");
   source.onmessage = ({ data }) => {
-    for (const line of JSON.parse(data)) {
-      if (line.kind === "reset") run.lines = [];
-      else if (line.kind === "summary") run.summary = line.summary;
-      else if (line.kind === "silent") run.silent = line.since;
-      else if (line.id > (run.lines.at(-1)?.id ?? 0)) {
-        run.lines.push(line);
-        run.silent = undefined;
-      }
-    }
+    for (const { run, events } of JSON.parse(data)) for (const event of events) take(state.runs[run], event);
     redraw();
   };
+  source.onopen = () => tell("");
+  source.onerror = () => tell("The server does not answer any more; start it again with: microbatch guide path/to/run");
+  return source;
+}
+
+// What begins with a reset is the run as a whole, so a stream may begin again at any time.
+function take(run, event) {
+  if (event.kind === "reset") Object.assign(run, { lines: [], totals: undefined, summary: null, silent: null, trouble: null });
+  else if (event.kind === "totals") run.totals = event;
+  else if (event.kind) run[event.kind] = event[event.kind];
+  else run.lines.push(event);
+}
+
+function tell(words) {
+  find("notice").textContent = words;
+  find("notice").hidden = !words;
 }
 
 async function described() {
@@ -108,13 +123,16 @@ async function described() {
 
 const runs = await described();
 if (!runs?.length) {
-  find("notice").hidden = false;
   find("panes").hidden = true;
-  find("notice").textContent = runs ? "No run was named. Look at one with: microbatch guide path/to/run" : "The server does not answer.";
+  tell(runs ? "No run was named. Look at one with: microbatch guide path/to/run" : "The server does not answer.");
 } else {
-  state.runs = runs.map((run) => ({ ...run, lines: [] }));
+  state.runs = runs.map(({ trouble, ...run }) => ({ ...run, wrong: trouble, lines: [] }));
   document.querySelector("h1").textContent = runs.length === 1 ? runs[0].name : `${runs.length} runs`;
   state.runs.forEach(list);
-  state.runs.forEach(follow);
+  let source = document.hidden ? null : follow();
+  document.addEventListener("visibilitychange", () => {
+    source?.close();
+    source = document.hidden ? null : follow();
+  });
 }
 redraw();

@@ -1,7 +1,8 @@
 // One kind of chart: series over positions, on a plain or a logarithmic scale. Lines differ in dash and mark, not colour.
 
-import { el, figure, round, table, text } from "./svg.js";
+import { el, extent, figure, power, round, table, text } from "./svg.js";
 
+const SMALLEST = 1e-300; // of what a logarithm is drawn of: below, powers of ten are zero
 const LEFT = 12, RIGHT = 408, TOP = 44, BOTTOM = 214;
 
 const MARKS = [
@@ -16,7 +17,8 @@ const MARKS = [
 // `most` marks are drawn: of a long series each point would hide the next. A series may say which `look` it has, so that
 // it has the same in every chart; else it is its number.
 export function plot({ label, xs, x, y, series, log = false, format = String, evenly = true, limit, limitName, zero = true, most = 24, height = 276 }) {
-  const values = series.flatMap(({ ys }) => ys).filter((value) => Number.isFinite(value) && (!log || value > 0));
+  const drawable = (value) => Number.isFinite(value) && (!log || value > SMALLEST);
+  const values = series.flatMap(({ ys }) => ys).filter(drawable);
   if (limit !== undefined) values.push(limit);
   const [low, high] = log
     ? logarithmic(values)
@@ -27,13 +29,13 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     return LEFT + 44 + share * (RIGHT - LEFT - 58);
   };
   const up = (value) => BOTTOM - (((log ? Math.log10(Math.max(value, 10 ** low)) : value) - low) / span) * (BOTTOM - TOP);
-  const grid = (log ? decades(low, high) : quarters(low, high)).map((value) => [
+  const grid = (log ? decades(low, high) : multiples(low, high, 4)).map((value) => [
     el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
-  const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value, { "text-anchor": "middle", class: "quiet small" }));
+  const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
   const drawn = series.map(({ ys, look }, number) => {
-    const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => Number.isFinite(value) && (!log || value > 0))
+    const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
       .map(([left, value]) => [round(left), round(up(value))]);
     const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
     const stride = Math.max(1, Math.ceil(points.length / most));
@@ -52,7 +54,8 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     text(RIGHT, up(limit) - 5, limitName, { "text-anchor": "end", class: "quiet small" })];
   const picture = [grid, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
   const svg = figure(height + further, label, names, further ? el("g", { transform: `translate(0 ${further})` }, picture) : picture);
-  const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))]);
+  const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))])
+    .filter(([, ...cells]) => cells.some((cell) => cell !== "–"));
   return { svg, say: label, table: table([x, ...series.map(({ name }) => `${name}: ${y}`)], rows, label) };
 }
 
@@ -73,20 +76,18 @@ function places(names) {
 // Which positions are named: all of a few, of many the round ones, which may lie between two points.
 function below(xs) {
   if (xs.length <= 8) return xs.map((value, index) => [index, value]);
-  const step = rounded((xs.at(-1) - xs[0]) / 7), found = [];
-  for (let value = Math.ceil(xs[0] / step) * step; value <= xs.at(-1); value += step) {
+  return multiples(xs[0], xs.at(-1), 7).map((value) => {
     const after = Math.max(1, xs.findIndex((each) => each >= value));
-    found.push([after - (xs[after] - value) / (xs[after] - xs[after - 1]), value]);
-  }
-  return found;
+    return [after - (xs[after] - value) / (xs[after] - xs[after - 1]), value];
+  });
 }
 
 const logarithmic = (values) =>
-  values.length ? [Math.floor(Math.log10(Math.min(...values))), Math.ceil(Math.log10(Math.max(...values)))] : [0, 1];
+  values.length ? extent(values).map((value, end) => (end ? Math.ceil : Math.floor)(Math.log10(value))) : [0, 1];
 
 // From zero where sizes are compared; else as far as the values go, and a little beyond.
 function linear(values, zero) {
-  const low = Math.min(...values, zero ? 0 : Infinity), high = Math.max(...values, zero ? 1e-20 : -Infinity);
+  const [low, high] = extent(zero ? [...values, 0, 1e-20] : values);
   if (!Number.isFinite(low)) return [0, 1];
   const room = (high - low || Math.abs(high) || 1) * 0.08;
   return [zero && low === 0 ? 0 : low - room, high + room];
@@ -103,12 +104,18 @@ function rounded(rough) {
   return [1, 2, 2.5, 5, 10].map((factor) => factor * size).find((each) => each >= rough);
 }
 
-const quarters = (low, high) => {
-  const step = rounded((high - low) / 4), list = [];
-  for (let value = Math.ceil(low / step) * step; value <= high; value += step) list.push(value);
-  return list;
-};
+// The multiples of a round number between two others, about `many` of them. Counted beforehand: far from zero, a number
+// plus a small step is the same number, and a loop over them would not end.
+function multiples(low, high, many) {
+  const step = rounded((high - low) / many), first = Math.ceil(low / step);
+  const number = Math.min(2 * many, Math.max(0, Math.floor(high / step) - first + 1));
+  return Array.from({ length: number }, (_, index) => (first + index) * step);
+}
 
 const exponent = (value) => `10${String(Math.round(Math.log10(value))).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
 
-const tick = (value) => (Math.abs(value) >= 1000 ? `${round(value / 1000)}k` : String(round(value)));
+const tick = (value) => {
+  const size = Math.abs(value);
+  if (size >= 1e9) return power(value);
+  return size >= 1e6 ? `${round(value / 1e6)}M` : size >= 1000 ? `${round(value / 1000)}k` : String(round(value));
+};

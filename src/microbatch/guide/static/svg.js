@@ -12,6 +12,16 @@ export function el(name, attributes = {}, ...children) {
   return inside.length ? `<${name}${written}>${inside.join("")}</${name}>` : `<${name}${written}/>`;
 }
 
+// The lowest and the highest of any number of values: as arguments of a function, 100,000 of them would be too many.
+export function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return [low, high];
+}
+
 export const round = (value) => Math.round(value * 100) / 100;
 
 export const text = (x, y, words, attributes = {}) => el("text", { x, y, ...attributes }, escaped(words));
@@ -62,7 +72,7 @@ export function bytes(size) {
 
 // 1.2e-7 as people write it.
 export function power(value) {
-  if (value === 0) return "0";
+  if (Math.abs(value) < 1e-300) return "0"; // where powers of ten end
   const digits = Math.floor(Math.log10(Math.abs(value)));
   if (digits >= -2 && digits < 4) return String(Number(value.toPrecision(2)));
   const up = String(digits).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit]);
@@ -74,4 +84,6 @@ export const percent = (share) => {
   return `${value >= 10 ? Math.round(value) : Number(value.toPrecision(2))} %`;
 };
 
-export const count = (number, one, many = `${one}s`) => `${number} ${number === 1 ? one : many}`;
+export const count = (number, one, many = `${one}s`) => `${grouped(number)} ${number === 1 ? one : many}`;
+
+export const grouped = (number) => number.toLocaleString("en"); // 1,000,000
