@@ -20,6 +20,7 @@ from microbatch.step.options import EXACT, FROZEN, MICROBATCH, POOLED, Options
 from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, PooledNorms
+from microbatch.step.parts.batch_warnings import BatchWarnings
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.fused import Fused
@@ -115,7 +116,7 @@ class Composition:
         """Return a copy that runs the current window again at the same size, without listeners and warnings."""
         again = Composition(replace(self.options, listeners=(), batch_norm=self.options.batch_norm or MICROBATCH))
         again.history, again.size.sizing = replace(self.history), replace(self.size.sizing)
-        again.checkpointing.blocks = self.checkpointing.blocks
+        again.checkpointing.blocks, again.warn = self.checkpointing.blocks, self.warn
         return again
 
     def state(self) -> dict[str, Any]:
@@ -154,7 +155,7 @@ class Composition:
     def _parts(self) -> list[Part]:
         """List the parts, the outermost first; `Fused`, which runs backward itself, is the last."""
         options = self.options
-        found: list[Part] = [self.budget, self.size]
+        found: list[Part] = [self.budget, self.size, BatchWarnings()]
         if options.microbatch_size == "auto":
             found.append(self.stopwatch)
         if options.coupled == "auto":
