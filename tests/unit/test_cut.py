@@ -267,10 +267,7 @@ def test_the_microbatches_together_are_the_batch(rows: int, size: int, width: in
 LEAVES = st.sampled_from(["tensor", "number", "text", "none", "scalar", "array"])
 TREES = st.recursive(
     LEAVES,
-    lambda inner: (
-        st.tuples(inner, inner)
-        | st.dictionaries(st.text("abc", max_size=2), inner, min_size=1, max_size=3)
-    ),
+    lambda inner: st.tuples(inner, inner) | st.dictionaries(st.text("abc", max_size=2), inner, min_size=1, max_size=3),
     max_leaves=8,
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -133,37 +134,71 @@ def select(
     Returns:
         The same structure with the rows.
     """
-    share = copied or _as_it_is
-    # A tensor that occurs twice in the batch is one tensor in the microbatch, too.
-    taken: dict[Any, Any] = {}
+    return map_leaves(_Selection(pick, rows=rows, marked=marked, copied=copied, trim=trim).leaf, batch)
 
-    def take(value: Any, path: str, *, dim: int = 0, group: int = 1) -> Any:
-        key = id(value), dim, group
-        if key not in taken:
-            source = trim(value, path, dim) if trim is not None and is_array(value) else value
-            some = taken_from(source, pick, path, dim=dim, group=group)
-            is_view = isinstance(pick, slice) or isinstance(value, list | tuple)
-            taken[key] = share(some) if is_view else some
-        return taken[key]
 
-    def leaf(value: Any, path: str) -> Any:
-        if isinstance(value, Tensor) and isinstance(pick, slice) and value.ndim:  # the usual case, without detours
+class _Selection:
+    """The rows that `select` takes of each leaf; a tensor that occurs twice in the batch is taken once."""
+
+    # A class, and no functions in a function: where annotations are checked, these would be in reference cycles, and
+    # keep the microbatch alive.
+
+    def __init__(
+        self,
+        pick: Pick,
+        *,
+        rows: int,
+        marked: bool,
+        copied: Callable[[Any], Any] | None,
+        trim: Callable[[Any, str, int], Any] | None,
+    ) -> None:
+        self._pick, self._rows, self._marked, self._trim = pick, rows, marked, trim
+        self._share = copied or _as_it_is
+        self._consecutive = isinstance(pick, slice)
+        self._taken: dict[Any, Any] = {}
+
+    def leaf(self, value: Any, path: str) -> Any:
+        """Return the rows of a leaf, or a leaf without rows as it is."""
+        if isinstance(value, Tensor) and value.ndim and self._consecutive:  # the usual case, without detours
             key = id(value)
-            if key not in taken:
-                taken[key] = share(value[pick])
-            return taken[key]
+            if key not in self._taken:
+                self._taken[key] = self._share(value[self._pick])
+            return self._taken[key]
         if isinstance(value, Rows):
-            found = _inside_mark(value, path, take)
-            return Rows(found, value.dim, value.group) if marked else found
+            found = self._inside(value, path)
+            return Rows(found, value.dim, group=value.group) if self._marked else found
         if isinstance(value, Whole):
-            return value if marked else share(value.value)
+            return value if self._marked else self._share(value.value)
         if isinstance(value, list | tuple):
-            return take(value, path) if len(cast("Sequence[Any]", value)) == rows else share(value)
+            has_rows = len(cast("Sequence[Any]", value)) == self._rows
+            return self._take(value, path) if has_rows else self._share(value)
         if value is None or isinstance(value, str | int | float):
             return value
-        return share(value) if entries_of(value, path) is None else take(value, path)
+        return self._share(value) if entries_of(value, path) is None else self._take(value, path)
 
-    return map_leaves(leaf, batch)
+    def _take(self, value: Any, path: str, *, dim: int = 0, group: int = 1) -> Any:
+        key = id(value), dim, group
+        if key not in self._taken:
+            source = self._trim(value, path, dim) if self._trim is not None and is_array(value) else value
+            some = taken_from(source, self._pick, path, dim=dim, group=group)
+            is_view = self._consecutive or isinstance(value, list | tuple)
+            self._taken[key] = self._share(some) if is_view else some
+        return self._taken[key]
+
+    def _inside(self, mark: Rows, path: str) -> Any:
+        """Take rows of a marked value, or of each value of a marked dict or dataclass."""
+        places = dict(spread(mark, path))
+        if list(places) == [path]:
+            return self._take(mark.value, path, dim=mark.dim, group=mark.group)
+        return map_leaves(partial(self._inner_leaf, places), mark.value, path, lists=False)
+
+    def _inner_leaf(self, places: dict[str, Rows], value: Any, path: str) -> Any:
+        if isinstance(value, Rows):
+            return self._inside(value, path)
+        if path in places:
+            each = places[path]
+            return self._take(each.value, path, dim=each.dim, group=each.group)
+        return value.value if isinstance(value, Whole) else value
 
 
 def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 1) -> Any:
@@ -205,23 +240,6 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
             f"{path} is a {type(value).__name__}, which does not select rows by a list of their numbers "
             f"({type(error).__name__}: {error!s:.200}); pass its tensors in a dict"
         ) from error
-
-
-def _inside_mark(mark: Rows, path: str, take: Callable[..., Any]) -> Any:
-    """Take rows of a marked value, or of each value of a marked dict or dataclass."""
-    places = dict(spread(mark, path))
-    if list(places) == [path]:
-        return take(mark.value, path, dim=mark.dim, group=mark.group)
-
-    def leaf(value: Any, where: str) -> Any:
-        if isinstance(value, Rows) and where not in places:
-            return _inside_mark(value, where, take)
-        if where in places:
-            each = places[where]
-            return take(each.value, where, dim=each.dim, group=each.group)
-        return value.value if isinstance(value, Whole) else value
-
-    return map_leaves(leaf, mark.value, path, lists=False)
 
 
 def _as_it_is(value: Any) -> Any:

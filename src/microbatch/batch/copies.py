@@ -46,11 +46,14 @@ class Copies:
             made = self._made[id(value)] = value, self._copy(value)
         return made[1]
 
+    def _leaf(self, value: Any, _: str) -> Any:
+        return self(value)
+
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone() if value.device == self._device else value
         if children(value) is not None:
-            return map_leaves(lambda leaf, _: self(leaf), value)
+            return map_leaves(self._leaf, value)
         if type(value) is list:
             return [self(each) for each in cast("Sequence[Any]", value)]
         if is_array(value):

@@ -14,7 +14,7 @@ _IMAGES = 4  # dimensions of a batch of images, whose second dimension is the ch
 
 
 def other_layout(batch: object, *, time_first: Sequence[str]) -> str:
-    """Say which dimension was taken for the rows, if the second one could hold them in every tensor, too.
+    """Return a warning if the second dimension could hold the rows of every tensor as well as the first one.
 
     Without a module that expects the time first, two tensors must agree in their first two dimensions, and one of them
     must have three or more. Two tensors of shape ``(rows, features)`` or ``(rows, tokens)`` are not doubtful.

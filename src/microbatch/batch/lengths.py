@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,15 +198,17 @@ def take_piece(batch: object, piece: Piece, *, lengths: Lengths, copy_on: torch.
     Cost:
         Copies the microbatch's tokens.
     """
-
-    def trim(value: Any, path: str, dim: int) -> Any:
-        if not _is_trimmed(value, path, columns=piece.columns, keys=lengths.keys, dim=dim):
-            return value
-        columns = slice(piece.start, piece.stop)
-        return value[columns] if dim % len(value.shape) else value[:, columns]
-
+    trim = partial(_trimmed, piece=piece, keys=lengths.keys)
     copied = None if copy_on is None else Copies(copy_on)
     return select(batch, piece.rows.tolist(), rows=rows_of(batch), copied=copied, trim=trim)
+
+
+def _trimmed(value: Any, path: str, dim: int, *, piece: Piece, keys: Sequence[str] | None) -> Any:
+    """Take the columns of a piece of an array whose rows are in dimension ``dim``."""
+    if not _is_trimmed(value, path, columns=piece.columns, keys=keys, dim=dim):
+        return value
+    columns = slice(piece.start, piece.stop)
+    return value[columns] if dim % len(value.shape) else value[:, columns]
 
 
 def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from microbatch.errors import BatchError
@@ -64,7 +64,7 @@ class Rows:
 
     value: Any
     dim: int = 0
-    group: int = 1
+    group: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""

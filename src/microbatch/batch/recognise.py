@@ -122,7 +122,7 @@ def spread(mark: Rows, path: str) -> list[tuple[str, Rows]]:
         if isinstance(child, Rows):
             found += spread(child, path + end)
         elif not _is_single(child):
-            found += spread(Rows(child, mark.dim, mark.group), path + end)
+            found += spread(Rows(child, mark.dim, group=mark.group), path + end)
     return found
 
 
@@ -301,7 +301,7 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 
 
 def _alike(values: Sequence[Any]) -> str:
-    """Say what the entries of a list are, if they could be samples of the batch; else return an empty text."""
+    """Return in words what the entries of a list are if they could be samples; else an empty text."""
     if len(values) < 2:
         return ""
     first = values[0]

@@ -23,7 +23,7 @@ class OwnLoop(OpenWindow):
 
     source: Sequence[Any]
     record: Step | None
-    left: int
+    left = 0
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block."""

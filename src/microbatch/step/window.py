@@ -62,7 +62,6 @@ class Window(OwnLoop):
         self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
-        self.left = 0
         self._state = "new"
 
     def __enter__(self) -> Self:

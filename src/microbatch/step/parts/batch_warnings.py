@@ -20,7 +20,7 @@ class BatchWarnings(Part):
     _time_first: list[str] | None = None
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
-        """Look at the layout of a batch that is cut into several microbatches."""
+        """Warn if the rows of a batch that is cut could be in another dimension."""
         if cutting.cut is None or window.setup.warn.has(LAYOUT):
             return
         if self._time_first is None:
@@ -31,6 +31,6 @@ class BatchWarnings(Part):
                 window.setup.warn(LAYOUT, text)
 
     def check(self, window: OpenWindow) -> None:
-        """Look whether a loop over microbatches was left before its end."""
+        """Warn if a loop over microbatches was left before its end."""
         if window.left:
             window.warn_left("the step is that of the microbatches so far")
