@@ -91,6 +91,16 @@ def test_e1_what_was_taken_is_said_once_and_time_is_what_was_cut() -> None:
         accumulated(model, {"x": mb.Rows(batch["x"]), "y": batch["y"]}, sequences)  # the mark says that it is meant
 
 
+def test_e1_check_names_the_dimension() -> None:
+    model, batch = recurrent()
+    found = mb.check(model, sequences, batch, microbatch_size=2)
+    assert not found.ok
+    assert "dimension 0 was taken" in str(found)
+    marked = mb.check(model, sequences, mb.Rows(batch, dim=1), microbatch_size=2)
+    assert marked.ok
+    assert marked.notes == ()
+
+
 GRU = ("rnn (GRU)",)
 
 
@@ -246,7 +256,7 @@ def test_e4_objects_are_handed_on_and_a_plain_mean_needs_its_count() -> None:
     torch.manual_seed(0)
     model, loader = nn.Linear(3, 1).double(), graphs()
     counts = [int(each.store["graph"].max()) + 1 for each in loader]
-    (sum(pooled(model, each) for each in loader) / sum(counts)).backward()
+    torch.stack([pooled(model, each) / sum(counts) for each in loader]).sum().backward()
     reference = gradients_of(model)
     seen: list[Any] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -608,7 +618,7 @@ def test_e8_one_tensor_in_two_places_stays_one_tensor() -> None:
 @pytest.mark.parametrize("lengths", [None, mb.Lengths(of="mask", keys=["x"])])
 def test_e8_split_hands_out_copies_of_everything_on_the_device(lengths: mb.Lengths | None) -> None:
     model = nn.Linear(2, 1).double()
-    batch = {
+    batch: dict[str, Any] = {
         "x": drawn(4, 2),
         "mask": torch.ones(4, 2),
         "whole": mb.Whole(drawn(3)),
