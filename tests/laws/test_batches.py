@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import ChainMap, UserList, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -669,3 +671,29 @@ def test_a_strange_tree_is_refused_by_an_error_of_ours(make: Callable[[], Any]) 
     it = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=2)
     with pytest.raises(BatchError):
         it.step(make(), lambda model, batch: model(batch["x"] if isinstance(batch, dict) else batch[0]).mean())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(mb.Rows([torch.eye(2).to_sparse()] * 8), id="sparse rows"),
+        pytest.param(mb.Whole(torch.eye(2).to_sparse()), id="a sparse tensor"),
+        pytest.param(mb.Whole(pack_padded_sequence(drawn(5, 2, 3), torch.tensor([5, 2]))), id="a packed sequence"),
+        pytest.param(mb.Whole(nn.Linear(1, 1)), id="a module"),
+        pytest.param(deque([drawn(8)]), id="a deque"),
+        pytest.param({1, 2}, id="a set"),
+        pytest.param(range(3), id="a range"),
+        pytest.param(torch.Size([8]), id="a size"),
+        pytest.param(UserList([*"abcdefgh"]), id="a list of one's own"),
+        pytest.param(ChainMap({"a": drawn(8)}), id="a chain of dicts"),
+        pytest.param(torch.distributions.Normal(drawn(8), 1.0), id="a distribution"),
+        pytest.param(np.array([{}] * 8, dtype=object), id="an array of objects"),
+        pytest.param(np.complex64(1), id="a complex number"),
+        pytest.param(memoryview(b"12345678"), id="a view of bytes"),
+    ],
+)
+@pytest.mark.parametrize("budget", ["1 GiB", "none"])
+def test_a_strange_value_beside_rows_is_cut_or_refused(value: Any, budget: str) -> None:
+    it = mb.Accumulator(nn.Linear(2, 1).double(), microbatch_size=4, memory_budget=budget)
+    with suppress(BatchError):
+        it.gradient({"x": drawn(8, 2), "value": value}, lambda model, batch: model(batch["x"]).mean())

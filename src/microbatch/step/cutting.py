@@ -188,4 +188,6 @@ def _largest(cuts: Sequence[Cut]) -> Cut | None:
 
 
 def _bytes_of(batch: object) -> int:
-    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in contents(batch))
+    found = contents(batch)
+    strided = [leaf for leaf in found if not isinstance(leaf, Tensor) or leaf.layout is torch.strided]
+    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in strided)
