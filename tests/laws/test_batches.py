@@ -122,6 +122,9 @@ GRU = ("rnn (GRU)",)
         pytest.param({"x": drawn(7, 6, 3), "ids": [*"abcdefg"]}, GRU, False, id="texts that show the rows"),
         pytest.param((drawn(7, 6, 3), mb.Rows(drawn(7, 6))), GRU, False, id="a mark"),
         pytest.param((drawn(7, 1, 3), drawn(7, 1)), GRU, False, id="one entry in the second dimension"),
+        pytest.param([drawn(3, 8, 8), drawn(3, 8, 8)], (), True, id="a list of two images"),
+        pytest.param({"a": [drawn(3, 8, 8), drawn(3, 8, 8)]}, (), True, id="a list of two images in a dict"),
+        pytest.param([drawn(8, 4, 4), drawn(8, 2)], (), False, id="images without channels and what is said of them"),
     ],
 )
 def test_e1_only_what_is_doubtful_is_said(batch: Any, time_first: tuple[str, ...], said: bool) -> None:

@@ -10,6 +10,7 @@ from microbatch.batch.marks import Rows
 from microbatch.batch.walk import is_array, leaves, slices_itself
 
 _BATCH_FIRST = {"input_ids", "attention_mask", "token_type_ids"}  # names of a library whose rows always come first
+_CHANNELS = 4  # most channels of an image
 _IMAGES = 4  # dimensions of a batch of images, whose second dimension is the channels
 
 
@@ -33,6 +34,9 @@ def other_layout(batch: object, *, time_first: Sequence[str]) -> str:
         return ""
     shapes = {path: tuple(leaf.shape) for path, leaf in found if isinstance(leaf, Tensor) or is_array(leaf)}
     wide = {path: shape for path, shape in shapes.items() if len(shape) > 1}
+    pair = None if hasattr(batch, "_fields") else next(filter(None, (_two_images(each, shapes) for each in wide)), None)
+    if pair is not None:
+        return pair
     if not wide:
         return ""
     first = next(iter(wide.values()))
@@ -71,3 +75,17 @@ def modules_with_time_first(model: nn.Module) -> list[str]:
         for name, each in model.named_modules()
         if isinstance(each, kinds) and not getattr(each, "batch_first", True)
     ]
+
+
+def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return a warning for a list of two tensors that look like two images, with their channels first."""
+    shape, start = shapes[path], path.removesuffix("[0]")
+    if start == path or shapes.get(f"{start}[1]") != shape or f"{start}[2]" in shapes:
+        return None
+    if len(shape) != _IMAGES - 1 or not 1 < shape[0] <= _CHANNELS < min(shape[1:]):
+        return None
+    return (
+        f"{start} is a list of 2 tensors of shape {shape}, which was taken for two values with {shape[0]} rows each; "
+        "if it holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]); if it is right, pass the "
+        "two values in a dict, and this warning ends"
+    )
