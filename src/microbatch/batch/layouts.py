@@ -14,15 +14,17 @@ _CHANNELS = 4  # most channels of an image
 _IMAGES = 4  # dimensions of a batch of images, whose second dimension is the channels
 
 
-def other_layout(batch: object, *, time_first: Sequence[str]) -> str:
+def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = False) -> str:
     """Return a warning if the second dimension could hold the rows of every tensor as well as the first one.
 
-    Without a module that expects the time first, two tensors must agree in their first two dimensions, and one of them
-    must have three or more. Two tensors of shape ``(rows, features)`` or ``(rows, tokens)`` are not doubtful.
+    Sequences of one length look like this in either layout, so a module that expects the time first must be in the
+    model, or the search must be thorough.
 
     Args:
         batch: One batch that has rows.
         time_first: Names of the model's modules that expect the layout (time, rows, features).
+        thorough: Whether two tensors that agree in their first two dimensions are enough, if one of them has three or
+            more. Tensors of shape ``(rows, features)`` or ``(rows, tokens)`` are never enough.
 
     Returns:
         A text with the remedy; empty if the first dimension is not doubtful.
@@ -49,7 +51,7 @@ def other_layout(batch: object, *, time_first: Sequence[str]) -> str:
     )
     if shown and (rows != others or not time_first):
         return ""
-    if not time_first and (len(wide) < 2 or max(map(len, wide.values())) < 3):
+    if not time_first and (not thorough or len(wide) < 2 or max(map(len, wide.values())) < 3):
         return ""
     named = ", ".join(f"{path} of shape {shape}" for path, shape in list(wide.items())[:3])
     why = f", and {time_first[0]} of the model expects (time, rows, features)" if time_first else ""
@@ -69,11 +71,11 @@ def modules_with_time_first(model: nn.Module) -> list[str]:
     Returns:
         Texts such as ``"rnn (LSTM)"``.
     """
-    kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer)
+    kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.RNNCellBase)
     return [
         f"{name or 'the root module'} ({type(each).__name__})"
         for name, each in model.named_modules()
-        if isinstance(each, kinds) and not getattr(each, "batch_first", True)
+        if isinstance(each, kinds) and not getattr(each, "batch_first", False)
     ]
 
 

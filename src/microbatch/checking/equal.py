@@ -143,7 +143,7 @@ class _Bench:
     """The stages in both precisions, and what is compared on them."""
 
     def __init__(self, given: Given, *, size: int, budget: int | str | None, options: Mapping[str, Any]) -> None:
-        layout = other_layout(given.batch, time_first=modules_with_time_first(given.bare_model))
+        layout = other_layout(given.batch, time_first=modules_with_time_first(given.bare_model), thorough=True)
         self.notes = [layout] if layout else []
         self.options = options
         self._budget = None if budget is None or budget == "none" else parse_bytes(budget)
