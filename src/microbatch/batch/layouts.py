@@ -88,6 +88,6 @@ def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         return None
     return (
         f"{start} is a list of 2 tensors of shape {shape}, which was taken for two values with {shape[0]} rows each; "
-        "if it holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]); if it is right, pass the "
-        "two values in a dict, and this warning ends"
+        "if it holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]); if it is right, pass "
+        "the two values in a dict, and this warning ends"
     )
