@@ -203,7 +203,7 @@ def test_split_after_the_window_closed(house: House) -> None:
 
 
 def test_a_microbatch_asked_for_after_the_window_closed(house: House) -> None:
-    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 1 of"), house.window() as window:
+    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 1 of"), house.window() as window:  # noqa: PT031 - the warning comes when the block ends
         microbatches = window.split(house.batch)
         window.backward(house.loss(next(microbatches)))
     with refused(house, WindowClosedError, "take microbatches from", "after it was closed"):
@@ -697,7 +697,7 @@ def test_leaving_the_inner_loop_early_steps_on_what_was_done(house: House) -> No
 
     house.optimizer.register_step_pre_hook(look)
     window = None
-    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 2 of 3"):
+    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 2 of 3"):  # noqa: PT031 - the warning comes when the block ends
         for window in house.accumulator.windows(loader(house), microbatches=3):
             for index, microbatch in enumerate(window):
                 window.backward(house.loss(microbatch))
