@@ -170,7 +170,7 @@ def chosen_alone() -> dict[str, Case]:
         "checkpoint auto": deep(options={"checkpoint": "auto"} | budget),
         "memory budget": deep(options=budget),
         "memory budget, bn pooled": deep(net={"blocks": 4} | BN, options=POOLED | budget),
-        "memory budget, two retries": deep(options={"memory_budget": "100 KiB"}),
+        "memory budget, two retries": deep(options={"memory_budget": "104 KiB"}),
         "memory budget, auto": auto(batch=partial(points, 512), options={"memory_budget": "100 KiB"}),
         "watched by default": Case(net=DROP, options={"memory_budget": None}, steps=5),
         "coupled auto, fits": coupled_case(net=DROP, options={"memory_budget": "1 GiB"}, steps=5),

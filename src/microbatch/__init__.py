@@ -7,10 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from microbatch.batch.batch_tree import Rows, Whole
     from microbatch.batch.batches import Batches
     from microbatch.batch.cut import cut
     from microbatch.batch.lengths import Lengths
+    from microbatch.batch.marks import Rows, Whole
     from microbatch.checking.check_report import Cause, Check
     from microbatch.checking.equal import check
     from microbatch.engines.deepspeed import DeepSpeed
@@ -118,14 +118,14 @@ _HOMES = {
     "Plan": "planning.plan",
     "PlanChosen": "step.events",
     "Retry": "step.events",
-    "Rows": "batch.batch_tree",
+    "Rows": "batch.marks",
     "Scaling": "planning.scaling",
     "SizeChanged": "step.events",
     "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
     "SyncChosen": "step.events",
-    "Whole": "batch.batch_tree",
+    "Whole": "batch.marks",
     "Window": "step.window",
     "batch_gather": "loss.batch_reductions",
     "batch_mean": "loss.batch_reductions",

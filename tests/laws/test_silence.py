@@ -297,7 +297,7 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer = optimizer
         self.calls = 0
 
-    def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Any = None) -> Any:
         """Count, and step only sometimes."""
         del closure
         self.calls += 1

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -119,9 +119,9 @@ def test_a_tensor() -> None:
         pytest.param({"x": x(3), "n": None}, {"x": x(3)[2:], "n": None}, id="None"),
         pytest.param({"x": x(3), "ids": ["a", "b", "c"]}, {"x": x(3)[2:], "ids": ["c"]}, id="list of texts"),
         pytest.param({"x": x(3), "ids": ("a", "b", "c")}, {"x": x(3)[2:], "ids": ("c",)}, id="tuple of texts"),
-        pytest.param({"x": x(3), "ids": [4, 5, 6]}, {"x": x(3)[2:], "ids": [6]}, id="list of numbers"),
+        pytest.param({"x": x(3), "ids": [[4], [5], [6]]}, {"x": x(3)[2:], "ids": [[6]]}, id="list of lists"),
+        pytest.param([4, 5, 6], [6], id="numbers alone"),
         pytest.param({"x": x(3), "hw": (8, 9, 3)}, {"x": x(3)[2:], "hw": (8, 9, 3)}, id="tuple of numbers"),
-        pytest.param({"x": x(3), "names": ["a", "b"]}, {"x": x(3)[2:], "names": ["a", "b"]}, id="list of other length"),
         pytest.param({"x": x(3), "empty": []}, {"x": x(3)[2:], "empty": []}, id="empty list"),
         pytest.param({"x": x(3), "empty": {}}, {"x": x(3)[2:], "empty": {}}, id="empty dict"),
         pytest.param({"x": x(3), "empty": ()}, {"x": x(3)[2:], "empty": ()}, id="empty tuple"),
@@ -267,11 +267,7 @@ def test_the_microbatches_together_are_the_batch(rows: int, size: int, width: in
 LEAVES = st.sampled_from(["tensor", "number", "text", "none", "scalar", "array"])
 TREES = st.recursive(
     LEAVES,
-    lambda inner: (
-        st.lists(inner, min_size=1, max_size=3)
-        | st.tuples(inner, inner)
-        | st.dictionaries(st.text("abc", max_size=2), inner, min_size=1, max_size=3)
-    ),
+    lambda inner: st.tuples(inner, inner) | st.dictionaries(st.text("abc", max_size=2), inner, min_size=1, max_size=3),
     max_leaves=8,
 )
 
@@ -288,7 +284,11 @@ def test_any_nesting_of_anything_comes_back_together(drawn: Any, rows: int, size
     }
     # The drawn texts are names of leaves: a tuple of names is not a column of texts.
     batch = {"x": torch.arange(rows), "drawn": _build(drawn, made)}
-    pieces = cut(batch, size)
+    try:
+        pieces = cut(batch, size)
+    except BatchError as error:  # a tuple of texts, or two entries that could be samples
+        assume(not any(words in str(error) for words in ("(a list)", "they could be 2 samples")))
+        raise
     for path, whole in leaves(batch):
         parts = [dict(leaves(piece))[path] for piece in pieces]
         if isinstance(whole, Tensor) and whole.ndim:

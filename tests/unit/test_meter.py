@@ -242,7 +242,8 @@ def test_a_step_that_passes_its_budget_puts_everything_back(where: str) -> None:
         batch, loss_fn
     )
     assert free.peak_bytes is not None
-    budget = free.peak_bytes - 1 if where == "backward" else 2 * static + 8192
+    # Beside the batch there is room for the copy of one microbatch.
+    budget = free.peak_bytes - 1 if where == "backward" else 2 * static + 8192 + 4096
     last = list(model.parameters())[-1]
     last.grad = mine = torch.full_like(last, 5.0)
     weights = [parameter.detach().clone() for parameter in model.parameters()]

@@ -36,6 +36,7 @@ from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import MicrobatchDone, StepDone
 from microbatch.step.options import Sums
 from microbatch.step.window import Window
+from microbatch.warned import MicrobatchWarning
 
 
 class Noisy(nn.Module):
@@ -202,7 +203,7 @@ def test_split_after_the_window_closed(house: House) -> None:
 
 
 def test_a_microbatch_asked_for_after_the_window_closed(house: House) -> None:
-    with house.window() as window:
+    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 1 of"), house.window() as window:  # noqa: PT031 - the warning comes when the block ends
         microbatches = window.split(house.batch)
         window.backward(house.loss(next(microbatches)))
     with refused(house, WindowClosedError, "take microbatches from", "after it was closed"):
@@ -696,11 +697,12 @@ def test_leaving_the_inner_loop_early_steps_on_what_was_done(house: House) -> No
 
     house.optimizer.register_step_pre_hook(look)
     window = None
-    for window in house.accumulator.windows(loader(house), microbatches=3):
-        for index, microbatch in enumerate(window):
-            window.backward(house.loss(microbatch))
-            if index == 1:
-                break
+    with pytest.warns(MicrobatchWarning, match="left by `break` after the backward of 2 of 3"):  # noqa: PT031 - the warning comes when the block ends
+        for window in house.accumulator.windows(loader(house), microbatches=3):
+            for index, microbatch in enumerate(window):
+                window.backward(house.loss(microbatch))
+                if index == 1:
+                    break
     assert window is not None
     assert window.step.samples == 2
     assert len(seen) == 2

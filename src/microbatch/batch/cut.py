@@ -17,8 +17,8 @@ def cut(batch: object, microbatch_size: int) -> list[Any]:
     Args:
         batch: Nested dict, list, tuple, named tuple, dataclass or Mapping whose tensors have shape ``(rows, ...)``. 0-d
             tensors, numbers, strings and `None` belong to the whole batch, and every microbatch gets them. Mark other
-            tensors without rows with `Whole`, and a list with one item per row with `Rows`. A list of plain values, or
-            a tuple of strings, is sliced if its length is the number of rows.
+            values without rows with `Whole`; rows in another dimension, several entries per row, and a list with one
+            item per row with `Rows`. A list or a tuple of strings has one for each row. See ``docs/batches.md``.
         microbatch_size: Rows of a microbatch; at least 1. A size larger than the batch gives one microbatch.
 
     Returns:
@@ -26,8 +26,8 @@ def cut(batch: object, microbatch_size: int) -> list[Any]:
 
     Raises:
         ConfigError: ``microbatch_size`` is not a whole number of at least 1.
-        BatchError: Nothing in the batch has rows, or a tensor cannot be sliced by rows.
-        RowsDisagreeError: Two tensors have different numbers of rows.
+        BatchError: Nothing in the batch has rows, or a value cannot be sliced by rows, or can be read in two ways.
+        RowsDisagreeError: Two values have different numbers of rows.
         EmptyBatchError: The batch has 0 rows.
 
     Cost:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from microbatch.batch.batch_tree import Rows, Whole, leaves, map_leaves, rows_of
+from microbatch.batch.batch_tree import Rows, Whole, leaves, rows_of, select
+from microbatch.batch.copies import Copies
+from microbatch.batch.recognise import spread
+from microbatch.batch.walk import is_array
 from microbatch.errors import BatchError, ConfigError
 from microbatch.kind_words import kind_of
 
@@ -180,13 +184,14 @@ def best_cuts(
     return cuts[::-1]
 
 
-def take_piece(batch: object, piece: Piece, *, lengths: Lengths) -> Any:
+def take_piece(batch: object, piece: Piece, *, lengths: Lengths, copy_on: torch.device | None = None) -> Any:
     """Copy one microbatch out of a padded batch, and trim its columns.
 
     Args:
         batch: The whole batch.
         piece: Rows and columns of the microbatch.
         lengths: The same `Lengths` that `cut_by_length` got.
+        copy_on: As for `slice_rows`: values without rows are copied too, if they are on this device.
 
     Returns:
         The same structure with contiguous copies of the rows, and without the marks `Whole` and `Rows`.
@@ -194,24 +199,17 @@ def take_piece(batch: object, piece: Piece, *, lengths: Lengths) -> Any:
     Cost:
         Copies the microbatch's tokens.
     """
-    rows, chosen = rows_of(batch), piece.rows.tolist()
+    trim = partial(_trimmed, piece=piece, keys=lengths.keys)
+    copied = None if copy_on is None else Copies(copy_on)
+    return select(batch, piece.rows.tolist(), rows=rows_of(batch), copied=copied, trim=trim)
 
-    def leaf(value: Any, path: str) -> Any:
-        if isinstance(value, Whole):
-            return value.value
-        if isinstance(value, Rows):
-            return [value.items[row] for row in chosen]
-        if isinstance(value, list | tuple):
-            items = cast("Sequence[Any]", value)
-            return type(value)([items[row] for row in chosen]) if len(items) == rows else value
-        if not _is_array(value):
-            return value
-        if _is_trimmed(value, path, columns=piece.columns, keys=lengths.keys):
-            value = value[:, piece.start : piece.stop]
-        # NumPy is indexed by a list, because it takes a tensor with a single row number for a number.
-        return value.index_select(0, piece.rows.to(value.device)) if isinstance(value, Tensor) else value[chosen]
 
-    return map_leaves(leaf, batch)
+def _trimmed(value: Any, path: str, dim: int, *, piece: Piece, keys: Sequence[str] | None) -> Any:
+    """Take the columns of a piece of an array whose rows are in dimension ``dim``."""
+    if not _is_trimmed(value, path, columns=piece.columns, keys=keys, dim=dim):
+        return value
+    columns = slice(piece.start, piece.stop)
+    return value[columns] if dim % len(value.shape) else value[:, columns]
 
 
 def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
@@ -245,10 +243,13 @@ def _read_lengths(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:
             )
     else:
         entry = lengths.of(batch)
+    mark = entry if isinstance(entry, Rows) else Rows([])
     if isinstance(entry, Whole | Rows):
-        entry = entry.value if isinstance(entry, Whole) else entry.items
+        entry = entry.value
     try:
-        lengths_or_mask = torch.as_tensor(entry)
+        lengths_or_mask = torch.as_tensor(entry).movedim(mark.dim, 0)
+        if mark.group > 1:  # a row is as long as the longest of its entries, and uses the columns of all of them
+            lengths_or_mask = lengths_or_mask.unflatten(0, (-1, mark.group)).amax(dim=1)
     except (TypeError, ValueError, RuntimeError) as error:
         raise BatchError(
             f"lengths: {kind_of(entry)} cannot be read as a mask or as lengths ({error}); pass a tensor, an "
@@ -290,9 +291,8 @@ def _keep_one_column(spans: Sequence[tuple[int, int]], columns: int, *, side: st
 
 def _columns(batch: object, lengths_or_mask: Tensor, lengths: Lengths) -> int:
     """Count the columns of the padded entries, and refuse a batch in which the padded entries are not clear."""
-    arrays = [(path, value) for path, value in leaves(batch) if _is_array(value)]
-    named = [(path, value) for path, value in arrays if _is_key(path, lengths.keys)]
-    widths = {int(value.shape[1]) for _, value in named if len(value.shape) > 1}
+    named = [(path, shape) for path, shape in _shapes(batch) if _is_key(path, lengths.keys)]
+    widths = {shape[1] for _, shape in named if len(shape) > 1}
     if lengths_or_mask.ndim == 1 and len(widths) != 1:
         raise BatchError(
             f"lengths: the entries' second dimensions are {sorted(widths)}, so it is not clear which entries are "
@@ -304,14 +304,13 @@ def _columns(batch: object, lengths_or_mask: Tensor, lengths: Lengths) -> int:
             f"lengths: {columns} columns cannot be trimmed: the entries' second dimensions are {sorted(widths)}; "
             "pass the mask of these entries, or name the entries to trim with keys="
         )
-    for path, value in named:
-        _check_entry(value, path, columns=columns, keys=lengths.keys)
+    for path, shape in named:
+        _check_entry(shape, path, columns=columns, keys=lengths.keys)
     return columns
 
 
-def _check_entry(value: Any, path: str, *, columns: int, keys: Sequence[str] | None) -> None:
+def _check_entry(shape: tuple[int, ...], path: str, *, columns: int, keys: Sequence[str] | None) -> None:
     """Refuse an entry whose other dimensions would no longer fit after its second dimension is trimmed."""
-    shape: tuple[int, ...] = tuple(value.shape)
     if keys is not None:
         if shape[1:2] != (columns,):
             raise BatchError(
@@ -326,13 +325,26 @@ def _check_entry(value: Any, path: str, *, columns: int, keys: Sequence[str] | N
         )
 
 
+def _shapes(batch: object) -> list[tuple[str, tuple[int, ...]]]:
+    """List the shape of every tensor and array with at least one dimension, with the rows first."""
+    found = [(path, leaf) for path, leaf in leaves(batch) if not isinstance(leaf, Rows)]
+    shapes = [(path, _rows_first(leaf, 0)) for path, leaf in found if _is_array(leaf)]
+    marks = [each for path, leaf in leaves(batch) if isinstance(leaf, Rows) for each in spread(leaf, path)]
+    return shapes + [(path, _rows_first(mark.value, mark.dim)) for path, mark in marks if _is_array(mark.value)]
+
+
 def _is_array(value: Any) -> bool:
     """Return whether a leaf is a tensor or a NumPy array with at least one dimension."""
-    return hasattr(value, "dtype") and bool(getattr(value, "shape", None))
+    return (isinstance(value, Tensor) or is_array(value)) and bool(value.shape)
 
 
-def _is_trimmed(value: Any, path: str, *, columns: int, keys: Sequence[str] | None) -> bool:
-    return _is_array(value) and tuple(value.shape[1:2]) == (columns,) and _is_key(path, keys)
+def _rows_first(value: Any, dim: int) -> tuple[int, ...]:
+    shape = list(value.shape)
+    return (shape.pop(dim), *shape)
+
+
+def _is_trimmed(value: Any, path: str, *, columns: int, keys: Sequence[str] | None, dim: int = 0) -> bool:
+    return _is_array(value) and _rows_first(value, dim)[1:2] == (columns,) and _is_key(path, keys)
 
 
 def _is_key(path: str, keys: Sequence[str] | None) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from microbatch.batch.batch_tree import leaves, map_tensors
+from microbatch.batch.batch_tree import contents, map_leaves
+from microbatch.batch.walk import holds_tensors
+from microbatch.errors import BatchError
 
 
 def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -34,7 +36,35 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         yield from _feed_cuda(microbatches, device)
         return
     for microbatch in microbatches:
-        yield map_tensors(lambda tensor: tensor.to(device), microbatch)
+        yield moved(microbatch, device)
+
+
+def moved(microbatch: object, device: torch.device, move: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """Move a microbatch to a device.
+
+    Args:
+        microbatch: A structure of tensors, and of other objects that hold tensors.
+        device: The device.
+        move: Moves a tensor; `None` for ``tensor.to(device)``.
+
+    Returns:
+        The same structure. Tensors that are there already are not copied. An object with a method ``to`` is moved by
+        it; other objects and modules stay as they are.
+
+    Raises:
+        BatchError: A tensor is on the device ``"meta"``, and has no data.
+    """
+
+    def leaf(value: Any, _: str) -> Any:
+        if isinstance(value, Tensor):
+            if value.is_meta and device.type != "meta":
+                raise BatchError("the batch holds a meta tensor, which has no data; pass tensors with data")
+            return value.to(device) if move is None else move(value)
+        if value is None or isinstance(value, str | int | float | list | tuple | nn.Module):
+            return value
+        return value.to(device) if callable(getattr(value, "to", None)) and holds_tensors(value) else value
+
+    return map_leaves(leaf, microbatch)
 
 
 def is_there(batch: object, device: torch.device) -> bool:
@@ -49,7 +79,7 @@ def is_there(batch: object, device: torch.device) -> bool:
     """
     return all(
         leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str | None)
-        for _, leaf in leaves(batch)
+        for leaf in contents(batch)
     )
 
 
@@ -74,7 +104,7 @@ def _feed_cuda(microbatches: Iterable[Any], device: torch.device) -> Iterator[An
         # work has read that memory. So the device never holds the inputs of more than two microbatches.
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            return map_tensors(copy_tensor, microbatch)
+            return moved(microbatch, device, copy_tensor)
 
     source = iter(microbatches)
     queue = [copy_microbatch(microbatch) for microbatch in islice(source, 1)]

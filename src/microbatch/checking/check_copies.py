@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
@@ -186,7 +186,7 @@ def _map_leaf(function: Callable[[Tensor], Tensor], value: Any, _path: str) -> A
     if isinstance(value, Whole):
         return Whole(map_leaves(partial(_map_leaf, function), value.value))
     if isinstance(value, Rows):
-        return Rows([map_leaves(partial(_map_leaf, function), item) for item in value.items])
+        return replace(value, value=map_leaves(partial(_map_leaf, function), value.value))
     return value
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
+from microbatch.batch.layouts import modules_with_time_first, other_layout
 from microbatch.checking.accumulating import LENGTHS, Accumulating
 from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
@@ -146,7 +147,8 @@ class _Bench:
     """The stages in both precisions, and what is compared on them."""
 
     def __init__(self, given: Given, *, size: int, budget: int | str | None, options: Mapping[str, Any]) -> None:
-        self.notes: list[str] = []
+        layout = other_layout(given.batch, time_first=modules_with_time_first(given.bare_model), thorough=True)
+        self.notes = [layout] if layout else []
         self.options = options
         self._budget = None if budget is None or budget == "none" else parse_bytes(budget)
         self.given = given

@@ -31,7 +31,7 @@ def run_guide(runs: Sequence[Path], *, port: float | str | None, browser: bool, 
     try:
         number = _port(port)
         if export is not None:
-            _check_export(runs, port=port)
+            _check_export(runs, port=number)
             return _export(export, shown)
         return _serve(runs, port=number, browser=browser, shown=shown)
     except MicrobatchError as error:

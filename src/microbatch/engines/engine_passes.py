@@ -140,7 +140,9 @@ class Passes:
         """
         rows = rows_of(self.batch)
         pieces = (range(start, min(start + self.size, rows)) for start in range(0, rows, self.size))
-        yield from feed(((len(p), slice_rows(self.batch, p.start, p.stop, rows=rows)) for p in pieces), device)
+        yield from feed(
+            ((len(p), slice_rows(self.batch, p.start, p.stop, rows=rows, copy_on=device)) for p in pieces), device
+        )
 
     def filler(self, device: torch.device) -> Pass:
         """Give what is run while other ranks have microbatches yet.

@@ -137,7 +137,7 @@ class EngineWindow:
             def total(own: float, counted: Mapping[str, float]) -> tuple[float, Mapping[str, float]]:
                 return (own, counted) if ranks is None else total_over(ranks, own, counted, parameters=parameters)
 
-            self._denominator.expect([batch], begun=False, total=total)
+            self._denominator.expect([batch], int(rows), begun=False, total=total)
             rows = float(self._denominator.rows or 0)
         if not rows:
             self._awaited = False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -27,6 +26,7 @@ from microbatch.step.compose import Composition
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
+from microbatch.step.loader_windows import Windows
 from microbatch.step.options import Options, Ranks, Sums, names_checked
 from microbatch.step.part import Function
 from microbatch.step.plain_optimizers import plain_optimizers
@@ -278,10 +278,12 @@ class Accumulator:
         refuse(self.options, use=[WINDOW])
         return Window(self._it.setup(), attempt=ByHand(self._it.policies), counts=counts)
 
-    def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Iterator[Window]:
+    def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Windows:
         """Group a loader's microbatches into windows; the last window may have fewer.
 
         The step is taken when the loop over a window's microbatches ends. ``window.step`` can be read right after it.
+        Nothing is cut, so that microbatches may be any objects: those with a method ``to`` are moved by it. If their
+        rows are not known, a plain mean needs ``window.backward(loss, count=...)``.
 
         Args:
             loader: Yields microbatches.
@@ -289,7 +291,8 @@ class Accumulator:
             counts: As for `step`; a function is called with each microbatch, and its results are added up.
 
         Returns:
-            An iterator over windows. Iterate over each window to get its microbatches.
+            An iterator over windows, with a length if the loader has one. Iterate over each window to get its
+            microbatches.
 
         Raises:
             ConfigError: There is no optimizer, or ``microbatches`` is not a whole number of at least 1; or an option
@@ -304,7 +307,7 @@ class Accumulator:
             check_microbatch_size(microbatches)
         except ConfigError:
             raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}") from None
-        return self._windows(iter(loader), microbatches, counts)
+        return Windows(loader, microbatches, partial(self._window_of, counts=counts))
 
     def fusion(self) -> Mapping[str, str]:
         """Return for each parameter whether the last window added its gradients inside the matrix product.
@@ -376,11 +379,9 @@ class Accumulator:
         representations = window.encode(batch, encode, keep=keep)
         window.backward(loss_fn(window.model, representations))
 
-    def _windows(self, source: Iterator[Any], microbatches: int, counts: Counts | None) -> Iterator[Window]:
-        while held := list(islice(source, microbatches)):
-            with Window(self._it.setup(), attempt=ByHand(self._it.policies), counts=counts, source=held) as window:
-                del held
-                yield window
+    def _window_of(self, source: Sequence[Any], *, counts: Counts | None) -> Window:
+        """Create the window of a loader's microbatches."""
+        return Window(self._it.setup(), attempt=ByHand(self._it.policies), counts=counts, source=source)
 
     def _need_optimizer(self, what: str) -> None:
         if not self.options.optimizers:

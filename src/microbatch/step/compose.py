@@ -21,6 +21,7 @@ from microbatch.step.options import EACH, EXACT, FROZEN, MEAN, MICROBATCH, ONCE,
 from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
+from microbatch.step.parts.batch_warnings import BatchWarnings
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -159,7 +160,7 @@ class Composition:
     def _parts(self) -> list[Part]:
         """List the parts, the outermost first; `Fused`, which runs backward itself, is the last."""
         options = self.options
-        found: list[Part] = [self.budget, self.size]
+        found: list[Part] = [self.budget, self.size, BatchWarnings()]
         if options.microbatch_size == "auto":
             found.append(self.stopwatch)
         if options.coupled == "auto":

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.batch.batch_tree import Rows, leaves, rows_of, slice_rows
+from microbatch.batch.batch_tree import contents, rows_of, slice_rows, unmarked
 from microbatch.batch.batches import parts_of
 from microbatch.batch.lengths import Lengths, Piece, cut_by_length, take_piece
 from microbatch.batch.prefetch import feed, is_there
+from microbatch.errors import BatchError
 from microbatch.step.size.sizing import Sizing
 
 
@@ -43,19 +44,20 @@ class Cutting:
     """The microbatches of a batch.
 
     Attributes:
-        begin: Returns a new iterator over ``(rows, microbatch)`` on the device, from the first microbatch on.
+        begin: Returns a new iterator over ``(rows, microbatch)`` on the device, from the first microbatch on. Rows are
+            `None` where nobody knows them.
         microbatches: Number of microbatches.
         cut: Sizes of the microbatches; `None` for a batch without rows, and for microbatches from a loader.
         pieces: Rows of each microbatch, if the batch is cut by length.
-        rows: Rows of the batch.
+        rows: Rows of the batch; `None` if a microbatch from a loader has rows that nobody knows.
         size: Rows of a microbatch, if the batch is cut by rows.
     """
 
-    begin: Callable[[], Iterator[tuple[int, Any]]]
+    begin: Callable[[], Iterator[tuple[int | None, Any]]]
     microbatches: int
     cut: Cut | None = None
     pieces: Sequence[Piece] | None = None
-    rows: int = 0
+    rows: int | None = 0
     size: int = 0
 
     @property
@@ -100,30 +102,37 @@ def cut_up(batch: object, *, lengths: Lengths | None, sizing: Sizing, device: to
 
 
 def handed_in(microbatches: Sequence[Any], device: torch.device) -> Cutting:
-    """Wrap microbatches from a loader.
+    """Wrap microbatches from a loader, which are handed on uncut.
 
     Args:
-        microbatches: The microbatches.
+        microbatches: The microbatches; any objects.
         device: The device where the model computes.
 
     Returns:
-        The same microbatches.
+        The same microbatches, without marks.
     """
-    sizes = [rows_of(each) for each in microbatches]
+    sizes = [_rows_if_known(each) for each in microbatches]
+    known = [size for size in sizes if size is not None]
 
-    def begin() -> Iterator[tuple[int, Any]]:
-        pairs = zip(sizes, microbatches, strict=True)
-        return feed(((rows, slice_rows(each, 0, rows, rows=rows)) for rows, each in pairs), device)
+    def begin() -> Iterator[tuple[int | None, Any]]:
+        return feed(zip(sizes, map(unmarked, microbatches), strict=True), device)
 
-    return Cutting(begin, len(microbatches), rows=sum(sizes))
+    return Cutting(begin, len(microbatches), rows=sum(known) if len(known) == len(sizes) else None)
+
+
+def _rows_if_known(microbatch: object) -> int | None:
+    try:
+        return rows_of(microbatch)
+    except BatchError:
+        return None
 
 
 def _by_rows(batch: object, rows: int, *, sizing: Sizing, device: torch.device) -> Cutting:
     size, there = sizing.rows, is_there(batch, device)
 
-    def begin() -> Iterator[tuple[int, Any]]:
+    def begin() -> Iterator[tuple[int | None, Any]]:
         pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
-        cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows)) for p in pieces)
+        cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows, copy_on=device)) for p in pieces)
         return cut if there else feed(cut, device)
 
     largest, row_bytes = min(size, rows), _bytes_of(batch) / rows
@@ -138,8 +147,9 @@ def _by_length(batch: object, first: int, *, sizing: Sizing, lengths: Lengths, d
     if sizing.asked == "auto" and sizing.width is None:
         sizing.width = pieces[0].stop - pieces[0].start
 
-    def begin() -> Iterator[tuple[int, Any]]:
-        return feed(((len(p.rows), take_piece(batch, p, lengths=lengths)) for p in pieces), device)
+    def begin() -> Iterator[tuple[int | None, Any]]:
+        cut = ((len(p.rows), take_piece(batch, p, lengths=lengths, copy_on=device)) for p in pieces)
+        return feed(cut, device)
 
     cut = _cut_of_pieces(batch, pieces, sizing, lengths=lengths)
     placed = [replace(p, rows=p.rows + first) for p in pieces] if first else pieces
@@ -178,6 +188,6 @@ def _largest(cuts: Sequence[Cut]) -> Cut | None:
 
 
 def _bytes_of(batch: object) -> int:
-    found = [leaf for _, leaf in leaves(batch)]
-    found += [item for leaf in found if isinstance(leaf, Rows) for item in leaf.items]
-    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in found)
+    found = contents(batch)
+    strided = [leaf for leaf in found if not isinstance(leaf, Tensor) or leaf.layout is torch.strided]
+    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in strided)

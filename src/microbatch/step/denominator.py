@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from microbatch.batch.batch_tree import rows_of
 from microbatch.errors import CountError, MissingCountError, UnknownTermError, WindowError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Count, Share, check_number, wide_dtype
@@ -75,11 +74,12 @@ class Denominator:
 
     # -- before the first backward -------------------------------------------------------------------------------------
 
-    def expect(self, batches: Sequence[Any], *, begun: bool, total: Total) -> None:
+    def expect(self, batches: Sequence[Any], rows: int | None, *, begun: bool, total: Total) -> None:
         """Set the expected count from the window's batches.
 
         Args:
             batches: This rank's share of the effective batch.
+            rows: Their rows; `None` if they are not known.
             begun: Whether a backward has run already.
             total: Adds up rows and counts over the ranks; called only with ``counts``.
 
@@ -87,13 +87,12 @@ class Denominator:
             WindowError: A backward has run, and ``counts`` needs the whole batch before it.
             MissingCountError: ``counts`` is not, or does not return, a dict.
         """
-        rows = float(sum(map(rows_of, batches)))
         if self._counts is None:
-            self.rows, self._expected = int(rows), self._estimate or rows
+            self.rows, self._expected = rows, self._estimate or float(rows or len(batches))
             return
         if begun:
             raise WindowError("counts= needs the whole batch before the first backward; call window.split once, first")
-        self.declare(*total(rows, _evaluated(self._counts, batches)))
+        self.declare(*total(float(rows or 0), _evaluated(self._counts, batches)))
 
     def declare(self, rows: float, counts: Mapping[str, float]) -> None:
         """Set the denominators over all ranks: ``rows`` for terms that are means over rows, ``counts`` for others."""

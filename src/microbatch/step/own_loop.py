@@ -23,6 +23,7 @@ class OwnLoop(OpenWindow):
 
     source: Sequence[Any]
     record: Step | None
+    left = 0
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block."""
@@ -59,10 +60,30 @@ class OwnLoop(OpenWindow):
     def __iter__(self) -> Iterator[Any]:
         """Hand out the loader's microbatches; the end of the iteration takes the step."""
         if not self.source:
-            raise WindowError("this window has no loader behind it; iterate over window.split(batch)")
+            raise WindowError(
+                "this window has no loader behind it, or has handed out its microbatches; iterate over "
+                "window.split(batch), or over the next window"
+            )
         self.check_open("iterate over")
-        yield from self._handed_out(self.begin(Batches(self.source), handed_in(self.source, self.device)))
+        source, self.source = self.source, ()  # handed out once
+        yield from self._handed_out(self.begin(Batches(source), handed_in(source, self.device)))
         self.__exit__(None, None, None)  # does nothing if the window was left already
+
+    def leave(self) -> None:
+        """Drop the window if its loop over a loader's microbatches was left before the first backward."""
+        if self.left and not self.done and self.peers.size == 1:
+            self.warn_left("no step is taken, because none of them had its backward")
+            self.__exit__(GeneratorExit, GeneratorExit(), None)
+
+    def warn_left(self, result: str) -> None:
+        """Warn once that a loop over microbatches was left by ``break``."""
+        of = f" of {self.planned}" if self.planned else ""
+        self.setup.warn(
+            "break",
+            f"a loop over the microbatches of a window was left by `break` after the backward of {len(self.done)}{of} "
+            f"microbatches; {result}, and the others are not used; write `continue` to leave out one microbatch, and "
+            "end the loop over windows to end training",
+        )
 
     def losses(self, batch: object, loss_fn: Function) -> Iterator[LossLike]:
         """Run a batch through a loss function, and yield the loss of each microbatch for `backward`."""
@@ -108,10 +129,15 @@ class OwnLoop(OpenWindow):
     def step(self) -> Step:
         """The record of the step, once the window has been left; before that, `WindowClosedError`."""
         if self.record is None:
-            raise WindowClosedError("there is no step yet: the window's record exists once its block has been left")
+            raise WindowClosedError(
+                "there is no step yet: the window's record exists once its block, or the loop over its microbatches, "
+                "has come to its end"
+            )
         return self.record
 
     def _handed_out(self, begin: Begin) -> Iterator[Any]:
+        self.left += 1
         for p in self.passes.of(self, begin):
             self.check_open("take microbatches from")
             yield p.microbatch
+        self.left -= 1

@@ -24,7 +24,7 @@ from microbatch.step.saved_state import Snapshot
 
 Function: TypeAlias = Callable[[Any, Any], Any]
 """``function(model, microbatch)`` returns a loss, or the representations of the microbatch's rows."""
-Begin: TypeAlias = Callable[[], Iterable[tuple[int, Any]]]
+Begin: TypeAlias = Callable[[], Iterable[tuple[int | None, Any]]]
 """Returns a new iterator over ``(rows, microbatch)``, from the first microbatch on."""
 Run: TypeAlias = Callable[[Sequence[Any], Sequence[Tensor]], object]
 """`torch.autograd.backward`, or a function that a part wraps around it."""
@@ -35,14 +35,14 @@ class Pass:
     """One forward and backward of a microbatch through the model.
 
     Attributes:
-        rows: Rows of the microbatch.
+        rows: Rows of the microbatch; `None` if they are not known.
         microbatch: The microbatch, on the model's device.
         index: Index of the microbatch on this rank, from 0.
         again: Whether a coupled window encodes the microbatch for the second time, now with a graph.
         filler: Whether the pass adds nothing: this rank has no microbatch left, but other ranks need its collectives.
     """
 
-    rows: int
+    rows: int | None
     microbatch: Any
     index: int = 0
     again: bool = False
@@ -108,6 +108,7 @@ class OpenWindow(Protocol):
         dropped: Whether the gradient is not applied, because it is not finite or nothing contributed.
         attempt: The object that decides what happens after a failure.
         coupled: The encoder of a batch with a coupled loss; `None` for other losses.
+        left: Number of loops over microbatches that have not come to their end.
     """
 
     options: Options
@@ -133,6 +134,11 @@ class OpenWindow(Protocol):
     dropped: bool
     attempt: Any
     coupled: Any
+    left: int
+
+    def warn_left(self, result: str) -> None:
+        """Warn once that a loop over microbatches was left by ``break``."""
+        ...
 
     def cut(self, batch: object) -> Begin:
         """Cut this rank's share of the batch into microbatches."""

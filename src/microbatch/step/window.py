@@ -107,7 +107,7 @@ class Window(OwnLoop):
     def begin(self, batch: object, cutting: Cutting) -> Begin:
         """Prepare the denominator, the other ranks and all parts for the microbatches of a batch."""
         parts = parts_of(batch)
-        self.denominator.expect(parts, begun=bool(self.done), total=partial(self.peers.total, self))
+        self.denominator.expect(parts, cutting.rows, begun=bool(self.done), total=partial(self.peers.total, self))
         self.planned, self.order = len(self.done) + cutting.microbatches, cutting.order
         self.peers.agree_on(self, cutting, batch)
         for part in self.setup.having("cut"):

@@ -101,7 +101,7 @@ class OneRowNorms(Part):
 
     def _explain(self, window: OpenWindow, error: BaseException) -> str:
         rows = window.now.rows if window.now is not None else None
-        return explain_one_value(error, window.model, rows=rows, batch=self._rows, size=self._size)
+        return explain_one_value(error, window.model, rows=rows, batch=self._rows or 0, size=self._size)
 
 
 class NormWarning(Part):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from microbatch.batch.batch_tree import leaves
+from microbatch.batch.batch_tree import contents
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import available_bytes, format_bytes
 from microbatch.memory.least_memory import least_memory
@@ -79,7 +79,7 @@ class MemoryBudget(Part):
         if cut.row_bytes > self._row_bytes or cut.bytes > self._bytes:
             self._meter_by_default(window)
         if self._meter is not None:
-            self._track(self._meter, [leaf for _, leaf in leaves(batch)])
+            self._track(self._meter, contents(batch))
 
     def check(self, window: OpenWindow) -> None:
         """Measure without a limit from now on: an error inside the optimizer would leave a partial step."""

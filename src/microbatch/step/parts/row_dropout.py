@@ -48,6 +48,11 @@ class RowDropout(Part):
                 'dropout="by_row" needs all padding of a batch on one side: if rows are trimmed on both sides, the '
                 "position of a token in its row is not known"
             )
+        if cutting.rows is None:
+            raise ConfigError(
+                'dropout="by_row" numbers the rows of the batch, and the rows of a microbatch are not known; mark them '
+                "with mb.Rows(...)"
+            )
         self._mode.seed, shares = window.peers.number_rows(window, cutting.rows)
         self._first, self._seen = self._seen + sum(shares[: window.peers.index]), self._seen + cutting.rows
         self._next, self._pieces = self._first, cutting.pieces or ()
@@ -62,8 +67,8 @@ class RowDropout(Part):
             self._mode.show(Shown(self._first + piece.rows, from_end=piece.padded == "left"))
         else:
             first = self._first if p.filler else self._next
-            self._mode.show(Shown(torch.arange(first, first + p.rows, device="cpu")))
-            self._next += 0 if p.filler else p.rows
+            self._mode.show(Shown(torch.arange(first, first + (p.rows or 0), device="cpu")))
+            self._next += 0 if p.filler else p.rows or 0
         yield
         self._mode.show(None)
 

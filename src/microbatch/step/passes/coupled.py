@@ -165,19 +165,19 @@ class Coupled:
         for p in window.passes.of(window, begin, graph=self._keep):
             if not self._keep:
                 self._states.append(RandomState(window.device, self._states[-1] if self._states else None))
-            piece = self._encode_piece(p.microbatch, p.rows, graph=self._keep)
+            piece = self._encode_piece(p.microbatch, p.rows or 0, graph=self._keep)
             encoded.append(piece.copied())
             if self._keep:
                 self._kept.append(piece)
-            self._sizes.append(p.rows)
+            self._sizes.append(p.rows or 0)
         return encoded
 
     def _together(self, begin: Begin) -> list[Representations]:
         window = self._window
         for p, value in window.passes.values(window, begin, self._encode):
             self._exchange = self._exchange or window.peers.exchange()  # all ranks have shared the last statistic
-            self._kept.append(taken_apart(value, rows=p.rows))
-            self._sizes.append(p.rows)
+            self._kept.append(taken_apart(value, rows=p.rows or 0))
+            self._sizes.append(p.rows or 0)
         self._exchange = self._exchange or window.peers.exchange()
         return [piece.copied() for piece in self._kept]
 
@@ -229,7 +229,7 @@ class Coupled:
         for p in window.passes.of(window, self._begin, again=True):
             next(states).restore()
             before = window.setup.live_bytes()
-            piece = self._encode_piece(p.microbatch, p.rows, graph=True)
+            piece = self._encode_piece(p.microbatch, p.rows or 0, graph=True)
             after = window.setup.live_bytes()
             if before is not None and after is not None:
                 self.graph_bytes = max(self.graph_bytes or 0, after - before)

@@ -81,7 +81,7 @@ class InLockstep(Passes):
         self._spill.leave(window.peers.hold(window))
         handed = list(begin())
         values = self._run(window, function, handed)
-        whole = float(sum(rows for rows, _ in handed))
+        whole = float(sum(rows or 0 for rows, _ in handed))
         if across is not None:
             whole = sum(across.agree("the end of the forward pass", number=whole))
             if window.coupled is None:
@@ -136,7 +136,7 @@ class InLockstep(Passes):
         if self._spill.room and (is_out_of_memory(error) or isinstance(error, RankAgainError)):
             self._most, self._spill.room = self._spill.room // 2, 0
 
-    def _run(self, window: OpenWindow, function: Function, handed: Sequence[tuple[int, Any]]) -> list[Any]:
+    def _run(self, window: OpenWindow, function: Function, handed: Sequence[tuple[Any, Any]]) -> list[Any]:
         model = window.model
         self._spill.leave([microbatch for _, microbatch in handed])
         self._norm = norm = ExactBatchNorm(model, self._across)

@@ -34,7 +34,7 @@ class Pipelined(Passes):
         run = StageRun(options.pipeline, autocast=options.autocast)
         run.line_up(batch, loss_fn, size=size, seed=window.seed)
         peers.attend(window, rows, run.passes, first=run.first)
-        denominator.expect([batch], begun=bool(window.done), total=partial(peers.total, window))
+        denominator.expect([batch], rows, begun=bool(window.done), total=partial(peers.total, window))
         denominator.share(float(rows))
         window.planned = len(run.rows)
         window.gradients.check_untouched()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from microbatch.batch.batch_tree import leaves, rows_of, slice_rows, take_rows
+from microbatch.batch.copies import Copies
 from microbatch.batch.prefetch import feed
 from microbatch.batch.random_masks import derive
 from microbatch.errors import BatchError, LossError
@@ -87,9 +88,10 @@ class StageRun:
         self._waiting, self._found = [], {}
         self.rows = [stop - start for start, stop in pieces]
         self.first = _checksum_of(slice_rows(batch, 0, 1, rows=rows)) if rows else 0
-        cut = feed((slice_rows(batch, *piece, rows=rows) for piece in pieces), device)
+        cut = feed((slice_rows(batch, *piece, rows=rows, copy_on=device) for piece in pieces), device)
         for index, (number, microbatch) in enumerate(zip(self.rows, cut, strict=True)):
-            call = self._record_call(microbatch, index)
+            # The loss function runs twice, and may edit its microbatch in place.
+            call = self._record_call(Copies(device)(microbatch), index)
             if call is not None:
                 self._waiting.append(_Waiting(index, number, microbatch, call))
         if not self._waiting:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from microbatch.batch.batch_tree import map_tensors, rows_of, slice_rows
+import torch
+
+from microbatch.batch.batch_tree import map_tensors, rows_of, slice_rows, unmarked
 from microbatch.batch.batches import parts_of
+from microbatch.errors import BatchError
 from microbatch.ranks.process_group import RankGroup
 
 _FEW = 2  # one row has no variance for batch normalisation
@@ -16,14 +19,18 @@ def few_of(batch: Any) -> Any:
     """Return the first two rows of a batch.
 
     Args:
-        batch: A batch with at least one row.
+        batch: A batch with at least one row; or microbatches from a loader, whose rows may not be known.
 
     Returns:
-        Views of the first two rows, or of the only one.
+        Copies of the first two rows, or of the only one; the first microbatch if its rows are not known.
     """
-    batch = next(part for part in parts_of(batch) if rows_of(part))
-    rows = rows_of(batch)
-    return slice_rows(batch, 0, min(_FEW, rows), rows=rows)
+    parts = parts_of(batch)
+    try:
+        part = next(part for part in parts if rows_of(part))
+        rows = rows_of(part)
+    except BatchError:
+        return unmarked(parts[0])
+    return map_tensors(torch.clone, slice_rows(part, 0, min(_FEW, rows), rows=rows))
 
 
 def borrow_rows(ranks: RankGroup, batch: Any, *, microbatches: Sequence[float]) -> Any:

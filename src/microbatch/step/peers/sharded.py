@@ -85,7 +85,7 @@ class ShardedPeers(DataParallel):
                 "another window"
             )
         fast, why = self._may_be_fast(window, batch)
-        whole = attend(ranks, cutting.rows, parameters=self.setup.room(window))
+        whole = attend(ranks, cutting.rows or cutting.microbatches, parameters=self.setup.room(window))
         told = torch.zeros(2, ranks.size, dtype=torch.float64, device=ranks.device)
         told[0, ranks.index], told[1, ranks.index] = cutting.microbatches, fast
         ranks.sum_(told)
@@ -93,7 +93,7 @@ class ShardedPeers(DataParallel):
         self._agreed = True
         self._fsdp.expect(int(max(numbers)), fast=all(fasts))
         self._announce(window, why if all(fasts) or not fast else "another rank cannot hold unsharded gradients")
-        if cutting.rows:
+        if cutting.microbatches:
             self._few = few_of(batch)
         if whole and not all(numbers):
             self._borrowed = borrow_rows(ranks, batch, microbatches=numbers)
@@ -286,7 +286,7 @@ class ShardedPeers(DataParallel):
         if self._fsdp.passes == made:  # a plain backward, which `backward` does not count
             self._fsdp.went()
 
-    def _filler(self, window: OpenWindow, begin: Begin) -> tuple[int, Any]:
+    def _filler(self, window: OpenWindow, begin: Begin) -> tuple[int | None, Any]:
         """Return a microbatch of this rank, or borrowed rows."""
         if self._borrowed is None or self._borrowed is not self._few:
             return next(iter(begin()))

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from microbatch.batch.batch_tree import leaves, map_tensors, rows_of, take_rows
+from microbatch.batch.batch_tree import contents, map_tensors, rows_of, take_rows
 from microbatch.batch.batches import parts_of
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
@@ -49,7 +49,7 @@ class Scene:
         if self.options.device.type != "cpu":
             return 0
         rows = rows_of(self.batch)
-        tensors = [value for _, value in leaves(self.batch) if isinstance(value, Tensor)]
+        tensors = [value for value in contents(self.batch) if isinstance(value, Tensor)]
         return max(0, rows - size) * sum(each.numel() * each.element_size() for each in tensors) // max(1, rows)
 
 
@@ -206,5 +206,5 @@ def some_rows(batch: object, size: int) -> Any:
 
 
 def _row_bytes(batch: object) -> float:
-    tensors = [leaf for _, leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    tensors = [leaf for leaf in contents(batch) if isinstance(leaf, Tensor)]
     return sum(each.numel() * each.element_size() for each in tensors) / max(1, rows_of(batch))

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from microbatch.batch.batch_tree import leaves
+from microbatch.batch.batch_tree import contents
 from microbatch.memory.budget import available_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.options import Options
@@ -31,5 +31,5 @@ def room_for(options: Options, batch: object) -> int | None:
     if device.type == "cuda":
         return available + torch.cuda.memory_allocated(device)
     meter = MemoryMeter()
-    meter.track(options.model, *options.optimizers, [leaf for _, leaf in leaves(batch)])
+    meter.track(options.model, *options.optimizers, contents(batch))
     return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) + meter.live_bytes

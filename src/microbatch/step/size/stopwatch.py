@@ -48,7 +48,7 @@ class Stopwatch(Part):
         if self.laps is not None and not p.filler:
             now = self._now(window.device)
             earlier = self._earlier.pop(0) if self._earlier else 0.0
-            self.laps.append((earlier + now - self._last, p.rows))
+            self.laps.append((earlier + now - self._last, p.rows or 0))
             self._last = now
 
     def _now(self, device: torch.device) -> float:

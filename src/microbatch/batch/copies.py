@@ -1,0 +1,64 @@
+"""Copy the values of a microbatch, so that editing them in place does not edit the user's batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from microbatch.batch.walk import children, is_array, map_leaves, slices_itself
+
+_IMMUTABLE = (type(None), str, bytes, int, float, complex)
+
+
+class Copies:
+    """Copy values that share memory with the user's batch, each of them once.
+
+    Without copies, a loss function that edits its microbatch in place would edit the user's batch. A second pass over
+    the same rows, after memory ran out or in the second encoding, would then see edited rows.
+
+    Args:
+        device: Device of the model. Tensors on other devices are not copied, because the move to this device does it.
+
+    Source:
+        Law E8.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[int, tuple[Any, Any]] = {}  # with the value itself, so that no other value gets its id
+
+    def __call__(self, value: Any) -> Any:
+        """Copy a value.
+
+        Args:
+            value: A tensor, an array, an object that slices itself, or a structure of these.
+
+        Returns:
+            The copy. A tensor that was copied before has one copy. Other objects are not copied.
+        """
+        if isinstance(value, _IMMUTABLE):
+            return value
+        made = self._made.get(id(value))
+        if made is None:
+            made = self._made[id(value)] = value, self._copy(value)
+        return made[1]
+
+    def _leaf(self, value: Any, _: str) -> Any:
+        return self(value)
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.clone() if value.device == self._device else value
+        if children(value) is not None:
+            return map_leaves(self._leaf, value)
+        if type(value) is list:
+            return [self(each) for each in cast("Sequence[Any]", value)]
+        if is_array(value):
+            return value.copy() if hasattr(value, "copy") else value
+        if slices_itself(value):
+            make = getattr(value, "clone", None) or getattr(value, "copy", None)
+            return make() if callable(make) else value
+        return value

@@ -1,0 +1,93 @@
+"""Find batches in which another dimension than the first could hold the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from microbatch.batch.marks import Rows
+from microbatch.batch.walk import is_array, leaves, slices_itself
+
+_BATCH_FIRST = {"input_ids", "attention_mask", "token_type_ids"}  # names of a library whose rows always come first
+_CHANNELS = 4  # most channels of an image
+_IMAGES = 4  # dimensions of a batch of images, whose second dimension is the channels
+
+
+def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = False) -> str:
+    """Return a warning if the second dimension could hold the rows of every tensor as well as the first one.
+
+    Sequences of one length look like this in either layout, so a module that expects the time first must be in the
+    model, or the search must be thorough.
+
+    Args:
+        batch: One batch that has rows.
+        time_first: Names of the model's modules that expect the layout (time, rows, features).
+        thorough: Whether two tensors that agree in their first two dimensions are enough, if one of them has three or
+            more. Tensors of shape ``(rows, features)`` or ``(rows, tokens)`` are never enough.
+
+    Returns:
+        A text with the remedy; empty if the first dimension is not doubtful.
+    """
+    if isinstance(batch, Mapping) and not _BATCH_FIRST.isdisjoint(batch):
+        return ""
+    found = leaves(batch)
+    if any(isinstance(leaf, Rows) for _, leaf in found):
+        return ""
+    shapes = {path: tuple(leaf.shape) for path, leaf in found if isinstance(leaf, Tensor) or is_array(leaf)}
+    wide = {path: shape for path, shape in shapes.items() if len(shape) > 1}
+    pair = None if hasattr(batch, "_fields") else next(filter(None, (_two_images(each, shapes) for each in wide)), None)
+    if pair is not None:
+        return pair
+    if not wide:
+        return ""
+    first = next(iter(wide.values()))
+    rows, others = first[0], first[1]
+    if rows < 2 or others < 2 or any(shape[:2] != first[:2] or len(shape) == _IMAGES for shape in wide.values()):
+        return ""
+    # A tensor with one dimension and a list show the rows, unless both dimensions have the same size.
+    shown = any(len(shape) == 1 for shape in shapes.values()) or any(
+        isinstance(leaf, list | tuple) or slices_itself(leaf) for _, leaf in found
+    )
+    if shown and (rows != others or not time_first):
+        return ""
+    if not time_first and (not thorough or len(wide) < 2 or max(map(len, wide.values())) < 3):
+        return ""
+    named = ", ".join(f"{path} of shape {shape}" for path, shape in list(wide.items())[:3])
+    why = f", and {time_first[0]} of the model expects (time, rows, features)" if time_first else ""
+    return (
+        f"the rows of the batch could be in dimension 0 or in dimension 1 of all its tensors ({named}){why}; "
+        f"dimension 0 was taken, so the batch has {rows} rows; if dimension 1 holds them, mark every tensor as "
+        "mb.Rows(value, dim=1); if dimension 0 is right, mark one tensor as mb.Rows(value), and this warning ends"
+    )
+
+
+def modules_with_time_first(model: nn.Module) -> list[str]:
+    """List the modules of a model that expect the layout (time, rows, features), by name and type.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Texts such as ``"rnn (LSTM)"``.
+    """
+    kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.RNNCellBase)
+    return [
+        f"{name or 'the root module'} ({type(each).__name__})"
+        for name, each in model.named_modules()
+        if isinstance(each, kinds) and not getattr(each, "batch_first", False)
+    ]
+
+
+def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return a warning for a list of two tensors that look like two images, with their channels first."""
+    shape, start = shapes[path], path.removesuffix("[0]")
+    if start == path or shapes.get(f"{start}[1]") != shape or f"{start}[2]" in shapes:
+        return None
+    if len(shape) != _IMAGES - 1 or not 1 < shape[0] <= _CHANNELS < min(shape[1:]):
+        return None
+    return (
+        f"{start} is a list of 2 tensors of shape {shape}, which was taken for two values with {shape[0]} rows each; "
+        "if it holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]); if it is right, pass "
+        "the two values in a dict, and this warning ends"
+    )

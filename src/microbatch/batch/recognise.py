@@ -1,0 +1,343 @@
+"""Recognise the rows of a batch, and refuse a batch that can be read in two ways."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from microbatch.batch.marks import Rows, Whole
+from microbatch.batch.row_errors import Entry, disagreement, samples_in_a_list, unknown_object
+from microbatch.batch.walk import ENDLESS, children, holds_tensors, is_array, slices_itself
+from microbatch.errors import BatchError
+
+_CHANNELS = 4  # most channels of an image: a first dimension of up to 4 may be colours
+_LONGEST_SIZE = 4  # a longer tuple of numbers is not a size or a shape
+
+
+@dataclass(slots=True)
+class _Doubtful:
+    """A list that could be the samples of the batch, or different things with rows of their own.
+
+    Attributes:
+        path: Where the list is.
+        entries: Number of its entries.
+        inner: The tensors in it with their first dimensions; empty for a list of numbers.
+        what: The entries in words.
+    """
+
+    path: str
+    entries: int
+    inner: list[Entry]
+    what: str
+
+
+@dataclass(slots=True)
+class Found:
+    """What a batch holds.
+
+    Attributes:
+        sure: Every value whose rows are certain, without a mark or with one.
+        doubtful: Lists that can be read in two ways.
+        numbers: Lists of numbers: one for each row, or a value of the whole batch.
+    """
+
+    sure: list[Entry] = field(default_factory=list[Entry])
+    doubtful: list[_Doubtful] = field(default_factory=list[_Doubtful])
+    numbers: list[Entry] = field(default_factory=list[Entry])
+
+
+def count_rows(batch: object) -> int:
+    """Count the rows of one batch.
+
+    Args:
+        batch: The batch; not `Batches`.
+
+    Returns:
+        The number of rows; 0 or more.
+
+    Raises:
+        BatchError: Nothing has rows, or a value or a list can be read in two ways.
+        RowsDisagreeError: Two values have different numbers of rows.
+    """
+    rows = _rows_of_tensors(batch)
+    if rows is not None:
+        return rows
+    found = Found()
+    try:
+        _survey(batch, "batch", found)
+    except RecursionError:
+        raise BatchError(ENDLESS) from None
+    return _settle(found, batch)
+
+
+def entries_of(value: Any, path: str) -> int | None:
+    """Count the rows of a leaf; `None` for a leaf without rows.
+
+    Args:
+        value: A tensor, an array, an object that slices itself, or `Rows` of one of these or of a list.
+        path: Where the leaf is.
+
+    Returns:
+        Its rows.
+
+    Raises:
+        BatchError: The leaf cannot be sliced by rows.
+    """
+    if isinstance(value, Tensor):
+        if value.is_nested or value.layout is not torch.strided:
+            raise BatchError(_cannot_slice(value, path))
+        return value.shape[0] if value.ndim else None
+    if isinstance(value, Rows):
+        return _marked(value, path)
+    if isinstance(value, PackedSequence):
+        raise BatchError(
+            f"{path} is a PackedSequence, in which the rows of a time step lie beside each other, so it cannot be cut "
+            "by rows; pass the padded tensor and the lengths, and call pack_padded_sequence in the loss function"
+        )
+    if is_array(value):
+        return int(value.shape[0]) if value.shape else None
+    return len(value) if slices_itself(value) else None
+
+
+def spread(mark: Rows, path: str) -> list[tuple[str, Rows]]:
+    """List the values of a marked dict or dataclass, each with the same mark.
+
+    Args:
+        mark: The mark.
+        path: Where it is.
+
+    Returns:
+        Pairs of path and mark; one pair for a mark of a single value.
+    """
+    inner = None if isinstance(mark.value, list | tuple) else children(mark.value)
+    if inner is None:
+        return [(path, mark)]
+    found: list[tuple[str, Rows]] = []
+    for end, child in inner:
+        if isinstance(child, Rows):
+            found += spread(child, path + end)
+        elif not _is_single(child):
+            found += spread(Rows(child, mark.dim, group=mark.group), path + end)
+    return found
+
+
+def _is_single(value: Any) -> bool:
+    """Return whether a value inside a marked dict has no rows."""
+    return (
+        value is None or isinstance(value, str | int | float | Whole) or (isinstance(value, Tensor) and value.ndim == 0)
+    )
+
+
+def _rows_of_tensors(batch: Any) -> int | None:
+    """Count the rows of a flat batch of tensors that agree, which is nearly every batch; `None` for all others."""
+    values = batch.values() if type(batch) is dict else batch if type(batch) in {list, tuple} else (batch,)
+    if len(values) > 2 and type(batch) is not dict:
+        return None
+    rows = -1
+    for value in values:
+        if not isinstance(value, Tensor) or not value.ndim or value.layout is not torch.strided or value.is_nested:
+            return None
+        if rows not in {-1, value.shape[0]}:
+            return None
+        rows = value.shape[0]
+    return None if rows < 0 else rows
+
+
+# -- one value --------------------------------------------------------------------------------------------------------
+
+
+def _marked(mark: Rows, path: str) -> int | None:
+    if not isinstance(mark.value, list | tuple) and children(mark.value) is not None:
+        sizes = {_marked(each, where) for where, each in spread(mark, path)}
+        if len(sizes) != 1:
+            raise BatchError(f"{path}: the values in mb.Rows have {_listed(sizes)} rows; mark each value by itself")
+        return sizes.pop()
+    return _entries_along(mark, path) // mark.group
+
+
+def _entries_along(mark: Rows, path: str) -> int:
+    value, dim = mark.value, mark.dim
+    if isinstance(value, Tensor) or is_array(value):
+        if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
+            raise BatchError(_cannot_slice(value, path))
+        if not -len(value.shape) <= dim < len(value.shape):
+            raise BatchError(f"{path} has shape {tuple(value.shape)}, so it has no dimension {dim} for mb.Rows(dim=)")
+        entries = int(value.shape[dim])
+    elif isinstance(value, PackedSequence):
+        entries_of(value, path)  # raises
+        raise AssertionError
+    elif isinstance(value, list | tuple | str | bytes) or slices_itself(value):
+        if dim:
+            raise BatchError(
+                f"{path}: mb.Rows of a {type(value).__name__} has one item per row, so dim= must be 0, not {dim}; mark "
+                "each tensor by itself, or put the tensors into a dict"
+            )
+        entries = len(value)
+    else:
+        raise BatchError(
+            f"{path}: mb.Rows takes a tensor, an array, a list with one item per row, or a dict of them, not a "
+            f"{type(value).__name__}"
+        )
+    if entries % mark.group:
+        raise BatchError(
+            f"{path} has {entries} entries, which is not a multiple of group={mark.group} in mb.Rows; every row must "
+            f"have {mark.group} consecutive entries"
+        )
+    return entries
+
+
+def _cannot_slice(value: Tensor, path: str) -> str:
+    if value.is_nested:
+        return (
+            f"{path} is a nested tensor, which cannot be sliced by rows; pad it with to_padded_tensor, or pass "
+            "mb.Rows([...]) of its rows, for example mb.Rows(list(nested.unbind()))"
+        )
+    return (
+        f"{path} is a {value.layout} tensor, which cannot be sliced by rows; pass to_dense() of it, or mb.Rows([...]) "
+        "with one sparse tensor per row, or mb.Whole(...) if it has no rows"
+    )
+
+
+# -- the batch --------------------------------------------------------------------------------------------------------
+
+
+def _survey(node: Any, path: str, found: Found) -> None:
+    """Note every value with rows, and every list that can be read in two ways."""
+    if isinstance(node, Tensor):
+        _note(node, path, found)
+        return
+    if node is None or isinstance(node, str | int | float | Whole):
+        return
+    inner = children(node)
+    if inner is None:
+        if isinstance(node, list | tuple) and not isinstance(node, PackedSequence):
+            _note_values(cast("Sequence[Any]", node), path, found)
+        elif not _note(node, path, found) and not isinstance(node, Rows) and holds_tensors(node):
+            raise unknown_object(node, path)
+        return
+    if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+        values = [child for _, child in inner]
+        if _are_numbers(values):
+            if isinstance(node, list) or len(values) > _LONGEST_SIZE:
+                found.numbers.append(Entry(path, len(values), (len(values),), what="list"))
+            return
+        what = _alike(values)
+        if what:
+            own = Found()
+            for end, child in inner:
+                _survey(child, path + end, own)
+            entries = [*own.sure, *(each for some in own.doubtful for each in some.inner)]
+            found.doubtful.append(_Doubtful(path, len(values), entries, what))
+            return
+    for end, child in inner:
+        _survey(child, path + end, found)
+
+
+def _note(value: Any, path: str, found: Found) -> bool:
+    if isinstance(value, Rows):
+        for where, mark in spread(value, path):
+            rows = _marked(mark, where)
+            if rows is not None:
+                shape = tuple(getattr(mark.value, "shape", ()))
+                found.sure.append(Entry(where, rows, shape, marked=True))
+        return True
+    rows = entries_of(value, path)
+    if rows is None:
+        return isinstance(value, Tensor) or is_array(value)
+    shape = tuple(value.shape) if isinstance(value, Tensor) or is_array(value) else ()
+    found.sure.append(Entry(path, rows, shape))
+    return True
+
+
+def _note_values(values: Sequence[Any], path: str, found: Found) -> None:
+    if not values:
+        found.numbers.append(Entry(path, 0, (0,), what="list"))
+        return
+    kind = found.numbers if _are_numbers(values) else found.sure
+    kind.append(Entry(path, len(values), (len(values),), what="list"))
+
+
+def _settle(found: Found, batch: object) -> int:
+    sizes = {each.rows for each in found.sure}
+    if len(sizes) > 1:
+        raise disagreement(found.sure)
+    rows = next(iter(sizes), None)
+    for each in found.doubtful:
+        inner = {entry.rows for entry in each.inner}
+        # Entries that agree with the rest of the batch are different things, unless there is one entry for each row.
+        agree = rows is not None and inner == {rows} and (each.entries != rows or each.entries <= 2)
+        if not agree:
+            raise samples_in_a_list(each.path, each.entries, each.what, inner=each.inner, rows=rows)
+    numbers = [each for each in found.numbers if each.rows] if rows is not None else found.numbers
+    if rows is None:
+        if not numbers:
+            raise BatchError(
+                f"the batch has no rows: a {type(batch).__name__} without any tensor of one or more dimensions was "
+                "given; pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
+            )
+        if len({each.rows for each in numbers}) > 1:
+            raise disagreement(numbers)
+        return numbers[0].rows
+    for each in numbers:
+        if each.rows != rows:
+            raise disagreement([*found.sure[:1], each])
+        raise BatchError(
+            f"{each.path} is a list of {each.rows} numbers, and the batch has {rows} rows, so it could be one number "
+            "for each row, or a value of the whole batch such as class weights; mark it with mb.Rows(...) or with "
+            "mb.Whole(...), or pass a tensor if it has one number for each row"
+        )
+    return rows
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return bool(values) and all(
+        isinstance(each, int | float | complex) or (isinstance(each, Tensor) and each.ndim == 0) for each in values
+    )
+
+
+def _alike(values: Sequence[Any]) -> str:
+    """Return in words what the entries of a list are if they could be samples; else an empty text."""
+    if len(values) < 2:
+        return ""
+    first = values[0]
+    if isinstance(first, Tensor) or is_array(first):
+        if len(values) == 2 or not all(isinstance(each, Tensor) or is_array(each) for each in values):
+            return ""
+        if len({(each.dtype, len(each.shape)) for each in values}) > 1 or not first.shape:
+            return ""
+        shapes = {tuple(each.shape) for each in values}
+        pictures = len(first.shape) > 2 and all(shape[0] == first.shape[0] <= _CHANNELS for shape in shapes)
+        if len(shapes) == 1:
+            return f"{len(values)} tensors of shape {tuple(first.shape)}"
+        return f"{len(values)} tensors such as one of shape {tuple(first.shape)}" if pictures else ""
+    forms = [_form(each) for each in values]
+    if forms[0] is None or any(form != forms[0] for form in forms[1:]):
+        return ""
+    if len(values) == 2 and "number" not in forms[0]:
+        return ""
+    return f"{len(values)} entries of type {type(first).__name__}, alike in form"
+
+
+def _form(node: Any) -> tuple[Any, ...] | None:
+    """Return the form of a container: its keys, and the kind of each value; `None` for what is no container."""
+    inner = children(node)
+    if inner is None:
+        return ("object", type(node)) if slices_itself(node) else None
+    found: list[Any] = [type(node)]
+    for end, child in inner:
+        if isinstance(child, int | float) or (isinstance(child, Tensor) and child.ndim == 0):
+            found.append("number")
+        elif isinstance(child, Tensor) or is_array(child):
+            found += [end, child.dtype, len(child.shape)]
+        else:
+            found += [end, _form(child) or type(child)]
+    return tuple(found)
+
+
+def _listed(sizes: set[int | None]) -> str:
+    return " and ".join(str(each) for each in sorted(sizes, key=lambda each: each or 0)) or "no"

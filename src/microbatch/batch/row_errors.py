@@ -1,0 +1,126 @@
+"""The errors of a batch whose rows disagree or are not known, with advice for its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from microbatch.errors import BatchError, RowsDisagreeError
+
+_SHOWN = 3
+
+_OTHERWISE = (
+    "wrap a list with one item per row in mb.Rows([...]); cut what has several entries per row, such as the boxes of "
+    "all images, in the loader, and give its microbatches to accumulator.windows(loader, microbatches=...), which "
+    "cuts nothing; mb.Whole(...) is right only for a value without rows, such as class weights"
+)
+
+
+@dataclass(slots=True)
+class Entry:
+    """A value of a batch with its rows.
+
+    Attributes:
+        path: Where it is, such as ``batch['x']``.
+        rows: Its number of rows.
+        shape: Its shape; empty if it has none.
+        marked: Whether `Rows` says where its rows are.
+        what: The kind of value, if it is not a tensor or an array.
+    """
+
+    path: str
+    rows: int
+    shape: tuple[int, ...] = ()
+    marked: bool = False
+    what: str = ""
+
+
+def disagreement(entries: Sequence[Entry]) -> RowsDisagreeError:
+    """Return the error for values with different numbers of rows.
+
+    Args:
+        entries: All of them; two or more differ.
+
+    Returns:
+        The error; its text shows three values, and advises by their layout.
+    """
+    different = {each.rows: each for each in reversed(entries)}  # the first of each size
+    chosen = sorted(different.values(), key=entries.index)[:_SHOWN]
+    shown = [*chosen, *(each for each in entries if each not in chosen)][:_SHOWN]
+    listed = ", ".join(_words(each) for each in sorted(shown, key=entries.index))
+    more = f" and {len(entries) - len(shown)} more" if len(entries) > len(shown) else ""
+    advice = "; ".join([*_advice(entries, list(different)), _OTHERWISE])
+    return RowsDisagreeError(f"the tensors of one batch have different numbers of rows: {listed}{more}; {advice}")
+
+
+def samples_in_a_list(path: str, entries: int, what: str, *, inner: Sequence[Entry], rows: int | None) -> BatchError:
+    """Return the error for a list that could be the samples of the batch.
+
+    Args:
+        path: Where the list is.
+        entries: Number of its entries.
+        what: The entries in words.
+        inner: The tensors in it.
+        rows: Rows of the rest of the batch; `None` if nothing else has rows.
+
+    Returns:
+        The error.
+    """
+    kind, about = BatchError, f"{path} is a list of {what}"
+    first = f" with {inner[0].rows} rows each" if len({each.rows for each in inner}) == 1 else ""
+    if rows is not None and rows != entries:
+        kind, about = RowsDisagreeError, f"{about}, and the rest of the batch has {rows} rows"
+    return kind(
+        f"{about}: they could be {entries} samples, or {entries} different things{first}; if they are samples, collate "
+        f"them into one tensor (collate_fn of the DataLoader, torch.stack), or wrap the list in mb.Rows([...]) to get "
+        "a list of samples in every microbatch; if they are different things, give them names: pass a dict or a named "
+        "tuple"
+    )
+
+
+def unknown_object(value: object, path: str) -> BatchError:
+    """Return the error for an object that holds tensors in a way that is not known.
+
+    Args:
+        value: The object.
+        path: Where it is.
+
+    Returns:
+        The error.
+    """
+    return BatchError(
+        f"{path} is a {type(value).__name__}, which holds tensors, and it is not known which of them have rows; wrap "
+        "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict; or let the loader "
+        "make microbatches, and use accumulator.windows(loader, microbatches=...), which hands them on uncut"
+    )
+
+
+def _words(entry: Entry) -> str:
+    if entry.what:
+        return f"{entry.path} has {entry.rows} (a {entry.what})"
+    shape = f" (shape {entry.shape})" if len(entry.shape) > 1 else ""
+    return f"{entry.path} has {entry.rows}{shape}"
+
+
+def _advice(entries: Sequence[Entry], sizes: Sequence[int]) -> list[str]:
+    """Find layouts in which the rows would agree."""
+    found: list[str] = []
+    plain = [each for each in entries if not each.marked and not each.what]
+    lists: dict[str, int] = {}
+    for each in plain:
+        lists[each.path.rpartition("[")[0]] = lists.get(each.path.rpartition("[")[0], 0) + each.path.endswith("]")
+    for rows in sizes:
+        others = [each for each in plain if each.rows != rows]
+        if others and all(len(each.shape) > 1 and each.shape[1] == rows for each in others) and rows > 1:
+            found.append(
+                f"{others[0].path} has {rows} in dimension 1: if these are its rows, mark it with mb.Rows(value, dim=1)"
+            )
+    small, *rest = sorted(sizes)
+    if len(rest) == 1 and small > 1 and rest[0] % small == 0 and not found:
+        many = next(each for each in entries if each.rows == rest[0])
+        group = rest[0] // small
+        found.append(
+            f"if every {group} consecutive entries of {many.path} are one row, mark it with mb.Rows(value, "
+            f"group={group})"
+        )
+    return found

@@ -1,0 +1,278 @@
+"""Walk a batch as a tree of dicts, lists, tuples and dataclasses, and rebuild it with other leaves."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from microbatch.batch.marks import Rows, Whole
+from microbatch.errors import BatchError
+
+Leaf = Callable[[Any, str], Any]
+"""``function(leaf, path)`` returns what stands in the leaf's place."""
+
+ENDLESS = "the batch is nested too deeply, or contains itself; pass a batch whose dicts and lists end somewhere"
+_PLAIN = (str, bytes, int, float, complex, range, type(None), Rows, Whole)
+_DEPTH, _MOST = 5, 500  # how deep, and at how many objects, `holds_tensors` looks
+
+
+def map_leaves(function: Leaf, node: object, path: str = "batch", *, lists: bool = True) -> Any:
+    """Rebuild a nested structure with ``function(leaf, path)`` in place of every leaf.
+
+    Mappings, lists, tuples, named tuples and dataclasses are traversed, and the result has the same types. Everything
+    else is a leaf. A list without any tensor in it, such as one string per row, is a leaf too; so is an object that
+    slices itself.
+
+    Args:
+        function: Called with each leaf and its path, for example ``"batch['tokens'][0]"``.
+        node: The structure.
+        path: Name of the structure itself, with which every path begins.
+        lists: Whether lists and tuples are traversed; if not, they are leaves.
+
+    Returns:
+        A structure of the same types as ``node``.
+
+    Raises:
+        BatchError: An object cannot be rebuilt with other values, or the structure contains itself.
+    """
+    try:
+        return _mapped(function, node, path, lists=lists)
+    except RecursionError:
+        raise BatchError(ENDLESS) from None
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], node: object) -> Any:
+    """Rebuild a nested structure with ``function(tensor)`` in place of every tensor.
+
+    Args:
+        function: Called with each tensor, for example to copy the tensor to a device.
+        node: The structure.
+
+    Returns:
+        A structure of the same types as ``node``.
+    """
+    return map_leaves(lambda value, _path: function(value) if isinstance(value, Tensor) else value, node)
+
+
+def leaves(node: object) -> list[tuple[str, Any]]:
+    """List every leaf of a nested structure with its path, in order; a marked value is one leaf.
+
+    Args:
+        node: The structure.
+
+    Returns:
+        Pairs of path and leaf.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def visit(value: Any, path: str) -> Any:
+        found.append((path, value))
+        return value
+
+    map_leaves(visit, node)
+    return found
+
+
+def contents(node: object) -> list[Any]:
+    """List every leaf of a nested structure, those inside marks included.
+
+    Args:
+        node: The structure.
+
+    Returns:
+        The leaves, in order, without marks.
+    """
+    found: list[Any] = []
+    for _, leaf in leaves(node):
+        found += contents(leaf.value) if isinstance(leaf, Rows | Whole) else [leaf]
+    return found
+
+
+def children(node: object) -> list[tuple[str, Any]] | None:
+    """List what a container of a batch holds, each with the end of its path; `None` for a leaf.
+
+    Args:
+        node: Part of a batch.
+
+    Returns:
+        Pairs such as ``("['x']", value)``, in order.
+    """
+    if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
+        items = cast("Mapping[Any, Any]", node)
+        return [(f"[{key!r}]", items[key]) for key in items]
+    if isinstance(node, list | tuple) and not _is_leaf(node):
+        return [(f"[{index}]", child) for index, child in enumerate(cast("Sequence[Any]", node))]
+    if _is_dataclass(node):
+        return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(cast("Any", node))]
+    return None
+
+
+def is_array(value: Any) -> bool:
+    """Return whether a leaf is an array other than a tensor, such as one of NumPy."""
+    # Recognised by its attributes, because this library must not import NumPy.
+    try:
+        return isinstance(value.shape, tuple) and hasattr(value, "dtype") and hasattr(value, "__getitem__")
+    except Exception:  # noqa: BLE001 - whatever a property of the user's own object raises
+        return False
+
+
+def slices_itself(value: Any) -> bool:
+    """Return whether an object has a length and slices of its own type, as a TensorDict has.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        True if it has. Tensors, lists, tuples, texts, dicts and modules are handled otherwise.
+    """
+    kind = type(value)
+    if isinstance(value, (*_PLAIN, Tensor, list, tuple, dict, nn.Module)):
+        return False
+    if not hasattr(kind, "__len__") or not hasattr(kind, "__getitem__"):
+        return False
+    try:
+        some = value[0:1]
+        return type(some) is kind and len(some) == min(1, len(value))
+    except Exception:  # noqa: BLE001 - whatever the user's own object raises
+        return False
+
+
+def holds_tensors(value: object) -> bool:
+    """Return whether an object holds a tensor, in its attributes or in containers in them.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        True if one is found within a few levels.
+    """
+    waiting, seen = [(value, 0)], set[int]()
+    while waiting and len(seen) < _MOST:
+        each, depth = waiting.pop()
+        if isinstance(each, Tensor):
+            return True
+        if depth < _DEPTH and id(each) not in seen and not isinstance(each, (*_PLAIN, type)):
+            seen.add(id(each))
+            waiting += [(inner, depth + 1) for inner in _inside(each)]
+    return False
+
+
+def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
+    # Tensors and dicts are tested first, because isinstance(node, Mapping) is slow and this runs for every microbatch.
+    if isinstance(node, Tensor):
+        return function(node, path)
+    if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
+        items = cast("Mapping[Any, Any]", node)
+        found = {key: _mapped(function, items[key], f"{path}[{key!r}]", lists=lists) for key in items}
+        return _rebuilt(_mapping_like, items, found, path=path)
+    if isinstance(node, list | tuple):
+        if not lists or _is_leaf(node):
+            return function(node, path)
+        made = [
+            _mapped(function, child, f"{path}[{i}]", lists=lists) for i, child in enumerate(cast("Sequence[Any]", node))
+        ]
+        return _rebuilt(_sequence_like, node, made, path=path)
+    if _is_dataclass(node):
+        fields = dataclasses.fields(cast("Any", node))
+        values = {
+            each.name: _mapped(function, getattr(node, each.name), f"{path}.{each.name}", lists=lists)
+            for each in fields
+        }
+        return _rebuilt(_dataclass_like, node, values, path=path)
+    return function(node, path)
+
+
+def _is_sliced_mapping(node: object) -> bool:
+    return not isinstance(node, dict) and slices_itself(node)
+
+
+def _is_dataclass(node: object) -> bool:
+    return dataclasses.is_dataclass(node) and not isinstance(node, type | Whole | Rows) and not slices_itself(node)
+
+
+def _is_leaf(node: Sequence[Any]) -> bool:
+    """Return whether a list or a tuple holds plain values, such as one string per row, and no tensor."""
+    # `default_collate` returns strings as a list or a tuple. A tuple of numbers is usually a size or a shape, so only
+    # tuples of strings count as one value per row.
+    if isinstance(node, tuple):
+        if hasattr(node, "_fields"):
+            return isinstance(node, PackedSequence)
+        return bool(node) and all(isinstance(item, str | bytes) for item in node)
+    return not any(_holds_array(item) for item in node)
+
+
+def _holds_array(node: Any) -> bool:
+    if isinstance(node, str | bytes | int | float):
+        return hasattr(node, "__array__")
+    if isinstance(node, Tensor | Whole | Rows) or hasattr(node, "__array__"):
+        return True
+    inner = children(node)
+    if inner is None:
+        return not isinstance(node, list | tuple) and holds_tensors(node)
+    return any(_holds_array(child) for _, child in inner)
+
+
+def _inside(value: object) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from cast("Mapping[Any, Any]", value).values()
+        return
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        yield from cast("Sequence[Any]", value)
+        return
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            yield getattr(value, name, None)
+
+
+# -- rebuild ----------------------------------------------------------------------------------------------------------
+
+
+def _rebuilt(make: Callable[[Any, Any], Any], old: object, new: object, *, path: str) -> Any:
+    """Rebuild a container around new values, or name the container that cannot be rebuilt."""
+    try:
+        return make(old, new)
+    except Exception as error:
+        raise BatchError(
+            f"{path} is a {type(old).__name__}, which cannot be made again with other values "
+            f"({type(error).__name__}: {error!s:.200}); pass a dict or a dataclass instead, or mark it with "
+            "mb.Whole(...) if it has no rows"
+        ) from error
+
+
+def _mapping_like(old: Mapping[Any, Any], new: dict[Any, Any]) -> Mapping[Any, Any]:
+    if type(old) is dict:
+        return new
+    if isinstance(old, MutableMapping):
+        # A tokenizer's output has attributes beside its items, which a constructor call would lose.
+        made = copy.copy(old)
+        for key, value in new.items():
+            made[key] = value
+        return made
+    try:
+        return type(old)(new)  # pyright: ignore[reportCallIssue] -- a Mapping's constructor is not part of its protocol
+    except TypeError:
+        return new
+
+
+def _sequence_like(old: Sequence[Any], new: list[Any]) -> Sequence[Any]:
+    if type(old) is list:
+        return new
+    if hasattr(old, "_fields"):
+        return type(old)(*new)
+    return type(old)(new)  # pyright: ignore[reportCallIssue] -- nor is a Sequence's
+
+
+def _dataclass_like(old: Any, new: Mapping[str, Any]) -> Any:
+    made = copy.copy(old)
+    for name, value in new.items():
+        # `object.__setattr__` also works for frozen dataclasses and for fields that the constructor does not take.
+        object.__setattr__(made, name, value)
+    return made

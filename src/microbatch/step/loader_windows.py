@@ -1,0 +1,56 @@
+"""The windows over a loader's microbatches, as `Accumulator.windows` returns them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from itertools import islice
+from typing import Any, Self, cast
+
+from microbatch.step.window import Window
+
+
+class Windows(Iterator[Window]):
+    """Group a loader's microbatches into windows.
+
+    It has a length where the loader has one, so that a progress bar knows the number of steps.
+
+    Args:
+        loader: Yields microbatches.
+        microbatches: Number of microbatches in a window; at least 1.
+        create: Creates the window of a list of microbatches.
+
+    Source:
+        Laws B1, B2, E4 and S10.
+    """
+
+    def __init__(self, loader: Iterable[Any], microbatches: int, create: Callable[[Sequence[Any]], Window]) -> None:
+        self._loader, self._microbatches = loader, microbatches
+        # The generator does not refer to this object, so that leaving the outer loop closes it at once.
+        self._windows = _windows_of(iter(loader), microbatches, create)
+
+    def __iter__(self) -> Self:
+        """Return this iterator."""
+        return self
+
+    def __next__(self) -> Window:
+        """Close the window before, and open the next one."""
+        return next(self._windows)
+
+    def __len__(self) -> int:
+        """Return the number of windows; `TypeError` for a loader without a length."""
+        return math.ceil(len(cast("Sized", self._loader)) / self._microbatches)
+
+    def close(self) -> None:
+        """Drop the open window, as an error in its block does."""
+        self._windows.close()
+
+
+def _windows_of(
+    source: Iterator[Any], microbatches: int, create: Callable[[Sequence[Any]], Window]
+) -> Generator[Window]:
+    while held := list(islice(source, microbatches)):
+        with create(held) as window:
+            del held
+            yield window
+            window.leave()
