@@ -337,14 +337,12 @@ class Accumulator:
         alone = partial(_alone, loss_fn=loss_fn, encode=encode)
         if self.options.pipeline is not None:
             # A pipeline's batch is run once: the stages that did not fail do not know which size would fit.
-            with Window(it.setup(finish), attempt=ByHand(it.policies), counts=counts) as window:
-                run(window)
-            return window.step
+            return Window(it.setup(finish), attempt=ByHand(it.policies), counts=counts).enclose(run).step
+        it.history.check_free()
         attempts, saved = Attempts(lambda: it.setup(finish), it.policies, run, counts), size.saved()
         try:
-            if not it.history.open:
-                for prepare in it.policies.before:
-                    prepare(batch, alone)
+            for prepare in it.policies.before:
+                prepare(batch, alone)
             return attempts.step().step
         except NonfiniteError as error:
             if attempts.window is None:
@@ -352,7 +350,8 @@ class Accumulator:
             again = it.to_locate().setup(finish)
             raise locate(attempts.window, again, batch=batch, function=alone, counts=counts, error=error) from None
         except BaseException:
-            size.restore(saved)
+            if attempts.window is None or attempts.window.record is None:
+                size.restore(saved)
             raise
 
     def _run_in(self, window: Window, *, batch: object, loss_fn: Function, encode: Function | None) -> None:

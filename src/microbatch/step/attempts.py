@@ -134,12 +134,11 @@ class Attempts:
         self._relief = None
         self.started = self.started or time.perf_counter()
         try:
-            with window:
-                self._run(window)
+            window.enclose(self._run)
         except Exception as error:
             if self._relief is not None:
                 return error
-            if not is_out_of_memory(error) or window.stepped:
+            if not is_out_of_memory(error) or window.stepped or window.record is not None:
                 raise
             raise self._explained(window, error) from error
         return None

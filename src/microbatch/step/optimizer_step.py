@@ -13,7 +13,7 @@ from microbatch.errors import OutOfMemoryError
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 
 
-def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.device) -> None:
+def apply(before: Versions, step: Callable[[], object], *, device: torch.device) -> None:
     """Take an optimizer's step.
 
     At this point the activations are freed, so a smaller microbatch does not help. If memory runs out before the
@@ -21,17 +21,15 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
     If the optimizer has begun to write, its partial step cannot be undone.
 
     Args:
-        optimizer: The optimizer, whose parameters and state are watched.
+        before: The versions of the optimizer's parameters and state before the step.
         step: Takes the optimizer's step.
         device: The device of the model.
 
     Raises:
         OutOfMemoryError: Memory ran out again, or the weights may be partly updated; the message tells which.
 
-    Cost:
-        Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """
-    before = Versions(optimizer)
+    optimizer = before.optimizer
     failure = _attempt(step)
     if failure is None:
         return
@@ -69,10 +67,16 @@ class Versions:
 
     Args:
         optimizer: The optimizer.
+
+    Attributes:
+        optimizer: The optimizer.
+
+    Cost:
+        Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._parameters = [(each, each._version) for group in optimizer.param_groups for each in group["params"]]
         self._state: dict[Any, Mapping[str, tuple[Any, int]]] = {
             parameter: {name: (value, _version(value)) for name, value in state.items()}
@@ -89,15 +93,20 @@ class Versions:
         """Whether the optimizer had no state."""
         return not any(self._state.values())
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no parameter was written to since."""
+        return all(each._version == version for each, version in self._parameters)
+
     def put_back(self) -> bool:
         """Remove state that the optimizer has created since.
 
         Returns:
             Whether parameters and earlier state are unchanged.
         """
-        if any(each._version != version for each, version in self._parameters):
+        if not self.untouched:
             return False
-        state = self._optimizer.state
+        state = self.optimizer.state
         for parameter in [each for each in state if each not in self._state]:
             del state[parameter]
         for parameter, known in self._state.items():

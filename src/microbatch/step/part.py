@@ -18,6 +18,7 @@ from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.step.cutting import Cutting
 from microbatch.step.denominator import Denominator
 from microbatch.step.events import Event
+from microbatch.step.optimizer_step import Versions
 from microbatch.step.options import Options
 from microbatch.step.record import Step
 
@@ -103,6 +104,7 @@ class OpenWindow(Protocol):
         now: The current pass; `None` between passes.
         stepping: Whether optimizers may step now.
         stepped: Whether an optimizer has begun its step.
+        versions: For each optimizer, the versions of its parameters and state before its step; empty before the step.
         dropped: Whether the gradient is not applied, because it is not finite or nothing contributed.
         attempt: The object that decides what happens after a failure.
         coupled: The encoder of a batch with a coupled loss; `None` for other losses.
@@ -127,6 +129,7 @@ class OpenWindow(Protocol):
     now: Pass | None
     stepping: bool
     stepped: bool
+    versions: list[Versions]
     dropped: bool
     attempt: Any
     coupled: Any
@@ -161,6 +164,10 @@ class OpenWindow(Protocol):
 
     def later(self, event: Event) -> None:
         """Emit an event at the end of the window, after `StepDone`."""
+        ...
+
+    def hold(self) -> None:
+        """Let signals wait until the window is closed."""
         ...
 
 

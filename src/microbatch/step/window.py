@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -15,7 +16,14 @@ from torch import Tensor
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import parts_of
 from microbatch.batch.random_masks import derive
-from microbatch.errors import EmptyBatchError, EmptyWindowError, WindowClosedError, WindowOpenError
+from microbatch.errors import (
+    EmptyBatchError,
+    EmptyWindowError,
+    OutOfMemoryError,
+    WindowClosedError,
+    WindowError,
+    WindowOpenError,
+)
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
 from microbatch.gradients.parameters import trainable
@@ -23,6 +31,8 @@ from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
+from microbatch.step.interrupts import interrupts_here
+from microbatch.step.optimizer_step import Versions
 from microbatch.step.own_loop import OwnLoop
 from microbatch.step.part import Begin, Function, Pass, Run
 from microbatch.step.record import Step
@@ -62,37 +72,66 @@ class Window(OwnLoop):
         self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
-        self._state = "new"
+        self.versions = list[Versions]()
+        self.outer, self._inner, self._around, self._undo = ExitStack(), ExitStack(), ExitStack(), ExitStack()
+        self._state, self._thread, self._held, self._waited_for = "new", threading.current_thread(), None, False
 
     def __enter__(self) -> Self:
         """Open the window: set gradients aside, and save the state that an error would restore."""
-        history = self.setup.history
         if self._state != "new":
             raise WindowClosedError("a window is used once; ask the accumulator for another one")
-        if history.open:
-            raise WindowOpenError("another window of this accumulator is open; leave it before opening the next one")
+        self.interrupts, self._thread = interrupts_here(), threading.current_thread()
+        self._held = self.interrupts.begin()
+        try:
+            self.setup.history.claim(self)
+            self._state = "open"
+            self._open()
+            self.interrupts.held = self._held
+            return self  # noqa: TRY300 - an interrupt here closes the window
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _open(self) -> None:
+        history, options = self.setup.history, self.options
         self.attempt.started = self.attempt.started or time.perf_counter()
         history.seed = torch.initial_seed() if history.seed is None else history.seed
-        self.outer, self._inner, self._around = ExitStack(), ExitStack(), ExitStack()
         self.peers.prepare(self)
+        self._waited_for = True
         self.seed = derive(history.seed, history.windows)
-        unscaled = Unscaled(self.options.grad_scaler, self.options.optimizers)
-        self._snapshot = Snapshot(self.model, self.device, unscaled=unscaled)
+        unscaled = Unscaled(options.grad_scaler, options.optimizers)
+        self._undo.callback(unscaled.restore)
+        unscaled.set_aside()
+        self._snapshot = Snapshot(self.model, self.device)
+        self._undo.callback(self._snapshot.restore)
         self.gradients = self.setup.sums(self.peers.index)
-        self.gradients.open(trainable(self.options.model, self.options.optimizers))
-        history.open, self._state = True, "open"
+        self._undo.callback(self.gradients.put_back)
+        self.gradients.open(trainable(options.model, options.optimizers))
+        for optimizer in options.optimizers:
+            self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
+        for part in self.setup.having("open"):
+            part.open(self, self._inner)
+        self._run: Run = run_backward
+        for part in reversed(self.setup.having("backward")):
+            self._run = part.backward(self, self._run)
+
+    def enclose(self, work: Callable[[Self], object]) -> Self:
+        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
+
+        Args:
+            work: Runs the microbatches.
+
+        Returns:
+            The window, closed.
+        """
         try:
-            for optimizer in self.options.optimizers:
-                self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
-            for part in self.setup.having("open"):
-                part.open(self, self._inner)
-            self._run: Run = run_backward
-            for part in reversed(self.setup.having("backward")):
-                self._run = part.backward(self, self._run)
+            self.__enter__()
+            work(self)
+            self.__exit__(None, None, None)
+            return self  # noqa: TRY300 - as above
         except BaseException as error:
-            self._put_back(error)
+            self.__exit__(BaseException, error, None)
             raise
-        return self
 
     # -- cut -----------------------------------------------------------------------------------------------------------
 
@@ -203,19 +242,28 @@ class Window(OwnLoop):
         if self._state != "open":
             return
         if error is not None:
-            self._put_back(error)
+            self.interrupts.held = True
+            self._fail(error)
             return
         try:
-            self.record = step = self._finish()
+            self._finish()
         except BaseException as failure:
-            self._put_back(failure)
+            if self._state == "open":
+                self.interrupts.held = True
+            self._fail(failure)
             raise
-        for part in self.setup.having("done"):
-            part.done(self, step)
-        for event in [StepDone(step=step), *self._events]:
-            self.options.emit(event)
+        try:
+            for event in [StepDone(step=self.step), *self._events]:
+                self.options.emit(event)
+        except BaseException as failure:
+            failure.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
+            raise
 
-    def _finish(self) -> Step:
+    def hold(self) -> None:
+        """Let signals wait until the window is closed: what comes next is done as a whole or not at all."""
+        self.interrupts.held = True
+
+    def _finish(self) -> None:
         history, largest = self.setup.history, max(self.done, default=0)
         self.go(None)
         self._inner.close()
@@ -240,9 +288,22 @@ class Window(OwnLoop):
             seconds=time.perf_counter() - (self.attempt.started or 0.0),
             **found,
         )
-        history.count, history.windows = step.count, history.windows + 1
+        history.count, history.windows, self.record = step.count, history.windows + 1, step
         self._close()
-        return step
+        try:
+            for part in self.setup.having("done"):
+                part.done(self, step)
+        finally:
+            self._release()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the window after an error; signals already wait."""
+        try:
+            if self._state == "open":
+                self._put_back(error)
+        finally:
+            self.setup.history.release(self)
+            self._release()
 
     def _put_back(self, error: BaseException) -> None:
         """Restore the state from before the window, and notify the other ranks, which would wait otherwise."""
@@ -251,18 +312,39 @@ class Window(OwnLoop):
             part.failed(self, error)
         self._around.__exit__(type(error), error, error.__traceback__)
         self._inner.close()
+        if all(each.untouched for each in self.versions):
+            self._undo.close()
+        else:
+            self._complete(error)
         self._close()
-        self.gradients.put_back()
-        self._snapshot.restore()
         for part in self.setup.having("put_back"):
             part.put_back(self, error)
         again = self.attempt.failed(self, error)
-        if not self.peers.fail(self, error, again=again):
+        if self._waited_for and not self.peers.fail(self, error, again=again):
             self.attempt.give_up()
+
+    def _complete(self, error: BaseException) -> None:
+        """End the step after weights were written: what was written cannot be restored, so nothing else is."""
+        self.setup.history.windows += 1
+        self.gradients.clear()
+        for optimizer in self.options.optimizers:
+            optimizer.zero_grad()
+        if not isinstance(error, OutOfMemoryError):  # which tells it itself
+            error.add_note(
+                "microbatch: the optimizer had begun to write, so the step is not undone: weights may be partly "
+                "updated. Continue from a checkpoint unless the step is known to be complete"
+            )
 
     def _close(self) -> None:
         self.outer.close()
-        self._state, self.setup.history.open, self.source = "closed", False, ()
+        self._state, self.source = "closed", ()
+        self.setup.history.release(self)
+
+    def _release(self) -> None:
+        """Let signals reach their handlers again."""
+        held, self._held = self._held, None
+        if held is not None:
+            self.interrupts.end(held=held)
 
     def _guard(self, *_: object) -> None:
         if not self.stepping:
@@ -270,7 +352,12 @@ class Window(OwnLoop):
         self.stepped = True
 
     def check_open(self, verb: str) -> None:
-        """Raise an error for a call outside the window's block."""
+        """Raise an error for a call outside the window's block, or in another thread."""
+        if self._thread.ident != threading.get_ident():
+            raise WindowError(
+                f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
+                f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"
+            )
         if self._state != "open":
             when = "before it was entered" if self._state == "new" else "after it was closed"
             raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")
