@@ -36,7 +36,6 @@ def take_step(window: OpenWindow) -> dict[str, Any]:
     """
     options = window.options
     met = window.peers.meet(window)
-    window.hold()
     with window.peers.stepping(window, met):
         found = _finished(window, met)
         if window.dropped:
@@ -69,7 +68,6 @@ def leave_gradient(window: OpenWindow) -> dict[str, Any]:
         As `take_step`, without the step.
     """
     met = window.peers.meet(window)
-    window.hold()
     found = _finished(window, met)
     # A scaler must see infinite gradients, to skip the step and lower its scale.
     if window.dropped and window.options.grad_scaler is None:

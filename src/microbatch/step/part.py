@@ -166,10 +166,6 @@ class OpenWindow(Protocol):
         """Emit an event at the end of the window, after `StepDone`."""
         ...
 
-    def hold(self) -> None:
-        """Let signals wait until the window is closed."""
-        ...
-
 
 class Part:
     """One feature of a window, as hooks that a subclass overrides. By default, a hook does nothing.

@@ -27,11 +27,11 @@ from microbatch.errors import (
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
 from microbatch.gradients.parameters import trainable
+from microbatch.interrupts import interrupts_here
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
-from microbatch.step.interrupts import interrupts_here
 from microbatch.step.optimizer_step import Versions
 from microbatch.step.own_loop import OwnLoop
 from microbatch.step.part import Begin, Function, Pass, Run
@@ -74,19 +74,22 @@ class Window(OwnLoop):
         self.stepping = self.stepped = self.dropped = False
         self.versions = list[Versions]()
         self.outer, self._inner, self._around, self._undo = ExitStack(), ExitStack(), ExitStack(), ExitStack()
-        self._state, self._thread, self._held, self._waited_for = "new", threading.current_thread(), None, False
+        self._state, self._held, self._waited_for = "new", None, False
+        self._thread, self.interrupts = threading.current_thread(), interrupts_here()
 
     def __enter__(self) -> Self:
         """Open the window: set gradients aside, and save the state that an error would restore."""
         if self._state != "new":
             raise WindowClosedError("a window is used once; ask the accumulator for another one")
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
-        self._held = self.interrupts.begin()
+        self._held = self.interrupts.held
         try:
+            self.interrupts.begin(self)
             self.setup.history.claim(self)
             self._state = "open"
             self._open()
             self.interrupts.held = self._held
+            self.interrupts.deliver()
             return self  # noqa: TRY300 - an interrupt here closes the window
         except BaseException as error:
             self._fail(error)
@@ -162,6 +165,7 @@ class Window(OwnLoop):
 
     def go(self, p: Pass | None) -> None:
         """Leave the previous pass, and enter the next one; `None` after the last."""
+        self.interrupts.deliver()
         self.now, self.rows = p, p and p.rows
         parts = self.setup.having("around")
         if parts:
@@ -241,15 +245,13 @@ class Window(OwnLoop):
         """Close the window: take the step, or restore everything if the block raised."""
         if self._state != "open":
             return
+        self.interrupts.held = True
         if error is not None:
-            self.interrupts.held = True
             self._fail(error)
             return
         try:
             self._finish()
         except BaseException as failure:
-            if self._state == "open":
-                self.interrupts.held = True
             self._fail(failure)
             raise
         try:
@@ -258,10 +260,6 @@ class Window(OwnLoop):
         except BaseException as failure:
             failure.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
             raise
-
-    def hold(self) -> None:
-        """Let signals wait until the window is closed: what comes next is done as a whole or not at all."""
-        self.interrupts.held = True
 
     def _finish(self) -> None:
         history, largest = self.setup.history, max(self.done, default=0)
@@ -344,7 +342,7 @@ class Window(OwnLoop):
         """Let signals reach their handlers again."""
         held, self._held = self._held, None
         if held is not None:
-            self.interrupts.end(held=held)
+            self.interrupts.end(self, held=held)
 
     def _guard(self, *_: object) -> None:
         if not self.stepping:
@@ -353,6 +351,7 @@ class Window(OwnLoop):
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block, or in another thread."""
+        self.interrupts.deliver()
         if self._thread.ident != threading.get_ident():
             raise WindowError(
                 f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
