@@ -44,6 +44,8 @@ def parse_bytes(amount: int | str) -> int:
                 f'{amount!r} is not an amount of memory; pass bytes, or a text such as "6 GiB" or "512 MiB"'
             )
         size = int(float(match[1]) * _UNITS[unit])
+    if size >= 1 << 63:
+        raise ConfigError(f"{str(amount)[:30]!r} is more memory than any device has")
     if size < 1:
         raise ConfigError(f"an amount of memory must be at least 1 byte, not {amount!r}")
     return size

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from microbatch.arguments import check_callable, is_text
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import Batches
 from microbatch.batch.cut import check_microbatch_size
@@ -296,7 +298,13 @@ class Accumulator:
             check_microbatch_size(microbatches)
         except ConfigError:
             raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}") from None
-        return self._windows(iter(loader), microbatches, counts)
+        try:
+            source = iter(loader)
+        except TypeError:
+            raise ConfigError(
+                f"the loader must be an iterable of microbatches, such as a DataLoader, not a {type(loader).__name__}"
+            ) from None
+        return self._windows(source, min(microbatches, sys.maxsize), counts)
 
     def fusion(self) -> Mapping[str, str]:
         """Return for each parameter whether the last window added its gradients inside the matrix product.
@@ -330,6 +338,9 @@ class Accumulator:
     ) -> Step:
         """Run the window of a batch, again if memory runs out."""
         it, size = self._it, self._it.size
+        if encode is not None:
+            check_callable("encode", encode, "encode(model, microbatch)")
+        check_callable("loss_fn", loss_fn, "loss_fn(model, microbatch)")
         if isinstance(batch, Batches):
             refuse(self.options, use=[BATCHES])
         # Methods, and no functions made here: these would hold on to the accumulator where annotations are checked.
@@ -386,13 +397,13 @@ def _alone(model: Any, microbatch: Any, *, loss_fn: Function, encode: Function |
 
 
 def _bytes(budget: int | str | None) -> int | str | None:
-    return budget if budget is None or budget == "none" else parse_bytes(budget)
+    return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
 
 
 def _listed(name: str, given: Any, kind: Any) -> list[Any]:
     """Return a list of one object or of several."""
     if isinstance(given, kind) or (kind == () and callable(given)):
         return [given]
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
         raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
     return list(cast("Iterable[Any]", given))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from microbatch.errors import NonfiniteError, RankAgainError
+from microbatch.errors import MicrobatchError, NonfiniteError, OutOfMemoryError, RankAgainError
 from microbatch.gradients.clipping import first_nonfinite
 from microbatch.memory.out_of_memory import explained, is_out_of_memory, let_go
 from microbatch.step.cutting import Cut
@@ -138,8 +138,14 @@ class Attempts:
         except Exception as error:
             if self._relief is not None:
                 return error
-            if not is_out_of_memory(error) or window.stepped or window.record is not None:
+            told = window.stepped and isinstance(error, MicrobatchError)
+            if not is_out_of_memory(error) or told or window.record is not None:
                 raise
+            if window.stepped:
+                raise OutOfMemoryError(
+                    "out of memory after the optimizer had begun its step: weights may be partly updated, so continue "
+                    f"from a checkpoint. The original error: {error}"
+                ) from error
             raise self._explained(window, error) from error
         return None
 

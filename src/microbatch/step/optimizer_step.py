@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
 
 from microbatch.errors import OutOfMemoryError
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
@@ -30,7 +31,7 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
 
     """
     optimizer = before.optimizer
-    failure = _attempt(step)
+    failure = _attempt(partial(_reserved, optimizer, step))
     if failure is None:
         return
     if not before.put_back():
@@ -41,7 +42,7 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
             f"on the host. The original error: {failure}"
         ) from failure
     let_go(failure, device)
-    failure = _attempt(step)
+    failure = _attempt(partial(_reserved, optimizer, step))
     if failure is not None:
         untouched = before.put_back()
         raise OutOfMemoryError(
@@ -50,6 +51,27 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
             "not help here. These can help: an optimizer with less state, or state on the host. The original error: "
             f"{failure}"
         ) from failure
+
+
+def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
+    """Take a step; if it is the first, make sure of the memory for the state that it creates, before it writes."""
+    if not optimizer.state:
+        held = [
+            torch.empty_like(each)
+            for group in optimizer.param_groups
+            for each in group["params"]
+            if each.grad is not None
+            for _ in range(_copies(optimizer, group))
+        ]
+        del held
+    step()
+
+
+def _copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size its optimizer will keep; 0 if that is not known."""
+    if isinstance(optimizer, SGD):
+        return int(bool(group["momentum"]))
+    return 2 + int(group.get("amsgrad", False)) if isinstance(optimizer, Adam | NAdam | RAdam) else 0
 
 
 def _attempt(step: Callable[[], object]) -> Exception | None:

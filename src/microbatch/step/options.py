@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from microbatch.arguments import check_one_of, is_finite, is_text
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
@@ -104,16 +104,16 @@ class Sums:
         """Check every value."""
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ConfigError(f"Sums: dtype must be a floating-point torch.dtype, not {self.dtype!r}")
-        if self.how not in {"plain", "compensated"}:
-            raise ConfigError(f'Sums: how must be "plain" or "compensated", not {self.how!r}')
+        check_one_of("Sums: how", self.how, ("plain", "compensated"))
+        check_one_of("Sums: fuse", self.fuse, (True, False))
         if self.how != "plain" and self.dtype != torch.bfloat16:
             raise ConfigError(
                 f'Sums: how="{self.how}" is only for sums in bfloat16, and dtype is {self.dtype}: pass '
                 "dtype=torch.bfloat16, or leave how= out"
             )
         for each in self.buffer if isinstance(self.buffer, list | tuple) else [self.buffer]:
-            if not isinstance(each, LinearState) and each not in {"own", "none"}:
-                raise ConfigError(f'Sums: buffer must be "own", "none" or a LinearState, not {each!r}')
+            if not isinstance(each, LinearState):
+                check_one_of("Sums: buffer", each, ("own", "none"), also="a LinearState")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +150,9 @@ class Ranks:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.sync not in {"auto", "lean", "fast"}:
-            raise ConfigError(f'Ranks: sync must be "auto", "lean" or "fast", not {self.sync!r}')
-        if self.reduce_dtype not in {None, torch.float32}:
+        check_one_of("Ranks: sync", self.sync, ("auto", "lean", "fast"))
+        check_one_of("Ranks: overlap", self.overlap, (True, False))
+        if self.reduce_dtype is not None and self.reduce_dtype is not torch.float32:
             raise ConfigError(
                 "Ranks: reduce_dtype must be torch.float32, or None for each parameter's own dtype, not "
                 f"{self.reduce_dtype!r}; float64 gradients are reduced in float64 anyway"
@@ -192,10 +192,10 @@ class Options:
         if not isinstance(self.model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, not a {type(self.model).__name__}")
         self._check_optimizers()
-        if self.microbatch_size != "auto":
+        if not is_text(self.microbatch_size, "auto"):
             check_microbatch_size(self.microbatch_size)
         norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, int | float) and math.isfinite(norm) and norm > 0):
+        if norm is not None and not (is_finite(norm) and norm > 0):
             raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
         if not any(self.autocast is dtype for dtype in (None, torch.bfloat16, torch.float16)):
             raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
@@ -204,13 +204,14 @@ class Options:
             ("coupled", self.coupled, WAYS),
             ("batch_norm", self.batch_norm, (EXACT, MICROBATCH, POOLED, FROZEN, None)),
             ("dropout", self.dropout, ("by_row", None)),
+            ("deterministic", self.deterministic, (True, False)),
             ("compile", self.compile, (True, False, *_COMPILE_MODES)),
         ]:
-            _check_one_of(name, value, allowed)
-        if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
-            raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
-        blocks = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or ()
-        if not all(isinstance(name, str) for name in blocks):
+            check_one_of(name, value, allowed)
+        if not isinstance(self.offload, Spill):
+            check_one_of("offload", self.offload, ("activations", None), also="a Spill")
+        blocks: Any = () if self.checkpoint is None or isinstance(self.checkpoint, str) else self.checkpoint
+        if not isinstance(blocks, Sequence) or not all(isinstance(name, str) for name in blocks):
             raise ConfigError(f'checkpoint must be "auto", "all", names of submodules or None, not {self.checkpoint!r}')
         for listener in self.listeners:
             if not callable(listener):
@@ -347,9 +348,3 @@ def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
         init(*args, **kwargs)
 
     return checked
-
-
-def _check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
-        *others, last = [f'"{each}"' if isinstance(each, str) else str(each) for each in allowed]
-        raise ConfigError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.arguments import check_callable
 from microbatch.batch.batches import Batches
 from microbatch.batch.lengths import in_order
 from microbatch.errors import WindowClosedError, WindowError
@@ -94,6 +95,7 @@ class OwnLoop(OpenWindow):
             Laws C1 to C3; ``docs/coupled.md``.
         """
         self.check_open("encode in")
+        check_callable("encode", encode, "encode(model, microbatch)")
         if self.coupled is not None or self.done:
             raise WindowError("a window encodes one batch, and takes the loss of that batch alone; open another window")
         self.keeps_graphs = (keep and not self.attempt.twice) or self.passes.keeps
