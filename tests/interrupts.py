@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import microbatch as mb
 
@@ -28,7 +28,7 @@ class Interrupting:
     def __init__(self, at: int, *, raising: bool = False) -> None:
         self.at, self.raising, self.lines, self.where = at, raising, 0, ""
 
-    def __enter__(self) -> Interrupting:
+    def __enter__(self) -> Self:
         """Begin to trace."""
         sys.settrace(self._call)
         return self

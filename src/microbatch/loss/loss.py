@@ -128,7 +128,7 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
         if len(terms) < len(returned):
             raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
         if hasattr(returned, "loss") or "logits" in terms:
-            _refuse_output(returned)
+            _refuse_output(returned, "loss")
         return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
     return _shares_of_term("loss", returned, rows)
 
@@ -143,7 +143,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
         if hasattr(loss, "loss") or (isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor)):
-            _refuse_output(loss)
+            _refuse_output(loss, name)
         raise LossError(
             f"the loss {name!r} is a {type(loss).__name__}; return a 0-d tensor (the mean over the microbatch's "
             "samples), mb.Loss(sum=..., count=...), or a dict of these"
@@ -161,10 +161,10 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     return [Share(name, loss, float(rows), rows, is_mean=True)]
 
 
-def _refuse_output(output: object) -> None:
+def _refuse_output(output: object, name: str) -> None:
     first = "output[0]" if isinstance(output, tuple) and not hasattr(output, "loss") else "output.loss"
     raise LossError(
-        f"the loss function returned the whole output of a model (a {type(output).__name__}), and not its loss alone. "
+        f"the loss {name!r} is the whole output of a model (a {type(output).__name__}), and not its loss alone. "
         f"The loss in it is usually a mean over labels, so write: n = (labels[:, 1:] != -100).sum(); return "
         f"mb.Loss(sum={first} * n, count=n). Return {first} itself if it is a mean over rows. As loss_fn, "
         "mb.losses.from_model does this for models that return an output with a loss"
@@ -178,8 +178,8 @@ def _check_scalar(value: object, what: str) -> None:
         raise LossShapeError(
             f"{what} must be 0-d, not of shape {tuple(value.shape)}; return mb.Loss(sum=loss.sum(), count=...)"
         )
-    if not value.dtype.is_floating_point:
-        raise LossShapeError(f"{what} must be floating point, not {value.dtype}")
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise LossShapeError(f"{what} must be floating point, of at least 16 bits, not {value.dtype}")
     if value.is_meta or value.is_sparse:
         where = "on the meta device, which holds no values" if value.is_meta else "sparse"
         raise LossShapeError(f"{what} must be a dense tensor with a value, and it is {where}")
