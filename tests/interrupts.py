@@ -100,12 +100,12 @@ def _next(job: Job, *, again: bool, after: Any, handler: Any) -> str:
     return ", ".join(differences(after, job.state())) if again else ""
 
 
-def sweep(kind: str, *, stride: int, first: int = 0, raising: bool = False) -> tuple[int, list[Outcome]]:
-    """Interrupt a step of a kind at every line, or at some; return the number of its lines and the outcomes."""
+def sweep(kind: str, *, stride: int, last: int | None = None, raising: bool = False) -> tuple[int, list[Outcome]]:
+    """Interrupt a step of a kind at some lines, or at some of the last ones; return the number of lines too."""
     job = make(kind)
     before = job.state()
     with Interrupting(-1) as count:
         job.step()
     after = job.state()
-    lines: Iterable[int] = range(first % stride, count.lines, stride)
+    lines: Iterable[int] = range(0 if last is None else count.lines - last, count.lines, stride)
     return count.lines, [interrupted(kind, line, before=before, after=after, raising=raising) for line in lines]

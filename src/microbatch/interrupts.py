@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -54,7 +55,7 @@ class Interrupts:
     def __init__(self, signals: Sequence[int] = ()) -> None:
         self.held = False
         self._signals, self._waiting = signals, list[int]()
-        self._windows = set[int]()
+        self._windows = WeakSet[Any]()  # a window that was abandoned counts no longer
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def begin(self, window: object) -> None:
@@ -64,7 +65,7 @@ class Interrupts:
             window: The window.
         """
         self.held = True
-        self._windows.add(id(window))
+        self._windows.add(window)
         for number in self._signals:
             handler: Any = signal.getsignal(number)
             if callable(handler) and handler != self._handle:
@@ -78,7 +79,7 @@ class Interrupts:
             window: The window.
             held: Whether `held` was set before `begin`.
         """
-        self._windows.discard(id(window))
+        self._windows.discard(window)
         try:
             if not self._windows and threading.current_thread() is threading.main_thread():
                 for number, handler in self._handlers.items():

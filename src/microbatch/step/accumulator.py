@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,13 @@ class Accumulator:
         optimizers = ", ".join(type(each).__name__ for each in options.optimizers) or "no optimizer"
         size = self.microbatch_size or '"auto"'
         return f"Accumulator({type(options.bare_model).__name__}, {optimizers}, microbatch_size={size})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickle and copy: hooks, open files and process groups cannot be copied."""
+        raise ConfigError(
+            "an Accumulator cannot be pickled or copied: it refers to hooks and memory of this process. Save "
+            "accumulator.state_dict(), create an accumulator for the other model, and call load_state_dict there"
+        )
 
     @property
     def options(self) -> Options:
