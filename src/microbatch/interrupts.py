@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,7 +93,7 @@ class Interrupts:
         """Deliver the signals that waited, unless they have to wait longer."""
         while self._waiting and not self.held:
             number = self._waiting.pop()
-            self._handlers[number](number, sys._getframe())
+            self._handlers[number](number, inspect.currentframe())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.held or _must_return(frame):

@@ -235,7 +235,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float | Real)  # NumPy's numbers are real numbers, too
 
 
-def _overflows(value: float) -> bool:
+def _overflows(value: Any) -> bool:
     try:
         float(value)
     except OverflowError:

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from microbatch.arguments import check_callable, is_text
+from microbatch.arguments import check_callable
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import Batches
 from microbatch.batch.cut import check_microbatch_size
@@ -20,7 +20,6 @@ from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.loss.loss import LossLike
 from microbatch.loss.representations import stand_in
-from microbatch.memory.budget import parse_bytes
 from microbatch.memory.spill import Spill
 from microbatch.step.attempts import Attempts, ByHand, locate
 from microbatch.step.combinations import BATCHES, GRADIENT, WINDOW, WINDOWS, refuse
@@ -28,7 +27,7 @@ from microbatch.step.compose import Composition
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
-from microbatch.step.options import Options, Ranks, Sums, names_checked
+from microbatch.step.options import Options, Ranks, Sums, bytes_of, listed, names_checked
 from microbatch.step.part import Function
 from microbatch.step.record import Step
 from microbatch.step.window import Window
@@ -124,9 +123,9 @@ class Accumulator:
         self._it = Composition(
             Options(
                 model=model,
-                optimizers=[] if optimizer is None else _listed("optimizer", optimizer, Optimizer),
+                optimizers=[] if optimizer is None else listed("optimizer", optimizer, Optimizer),
                 microbatch_size=microbatch_size,
-                memory_budget=_bytes(memory_budget),
+                memory_budget=bytes_of(memory_budget),
                 max_grad_norm=max_grad_norm,
                 autocast=autocast,
                 grad_scaler=grad_scaler,
@@ -141,7 +140,7 @@ class Accumulator:
                 compile=compile,
                 sums=Sums() if sums is None else sums,
                 ranks=Ranks() if ranks is None else ranks,
-                listeners=_listed("listeners", listeners, ()),
+                listeners=listed("listeners", listeners, ()),
             )
         )
 
@@ -155,8 +154,7 @@ class Accumulator:
     def __reduce__(self) -> NoReturn:
         """Refuse pickle and copy: hooks, open files and process groups cannot be copied."""
         raise ConfigError(
-            "an Accumulator cannot be pickled or copied: it refers to hooks and memory of this process. Save "
-            "accumulator.state_dict(), create an accumulator for the other model, and call load_state_dict there"
+            "an Accumulator cannot be pickled or copied: save its state_dict(), and load it in another one"
         )
 
     @property
@@ -401,16 +399,3 @@ class Accumulator:
 def _alone(model: Any, microbatch: Any, *, loss_fn: Function, encode: Function | None) -> Any:
     """Put one microbatch through the model, for dry runs and to find a fault."""
     return loss_fn(model, microbatch) if encode is None else stand_in(encode(model, microbatch))
-
-
-def _bytes(budget: int | str | None) -> int | str | None:
-    return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
-
-
-def _listed(name: str, given: Any, kind: Any) -> list[Any]:
-    """Return a list of one object or of several."""
-    if isinstance(given, kind) or (kind == () and callable(given)):
-        return [given]
-    if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
-        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
-    return list(cast("Iterable[Any]", given))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
@@ -19,6 +19,7 @@ from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import LinearState, linear_state
+from microbatch.memory.budget import parse_bytes
 from microbatch.memory.spill import Spill
 from microbatch.ranks.fsdp import fully_sharded, group_and_device
 from microbatch.ranks.pipeline import Pipeline
@@ -348,3 +349,29 @@ def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
         init(*args, **kwargs)
 
     return checked
+
+
+def bytes_of(budget: int | str | None) -> int | str | None:
+    """Return a memory budget in bytes; `None` and ``"none"`` stay as they are."""
+    return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
+
+
+def listed(name: str, given: Any, kind: Any) -> list[Any]:
+    """Return a list of one object of a kind, or of several; a kind of ``()`` is a function.
+
+    Args:
+        name: Name of the argument.
+        given: The value that the user passed.
+        kind: The class of one object.
+
+    Returns:
+        The list.
+
+    Raises:
+        ConfigError: The value is neither one object nor iterable.
+    """
+    if isinstance(given, kind) or (kind == () and callable(given)):
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
+        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
+    return list(cast("Iterable[Any]", given))
