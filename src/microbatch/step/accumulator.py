@@ -152,10 +152,8 @@ class Accumulator:
         return f"Accumulator({type(options.bare_model).__name__}, {optimizers}, microbatch_size={size})"
 
     def __reduce__(self) -> NoReturn:
-        """Refuse pickle and copy: hooks, open files and process groups cannot be copied."""
-        raise ConfigError(
-            "an Accumulator cannot be pickled or copied: save its state_dict(), and load it in another one"
-        )
+        """Refuse pickle and copy: hooks and process groups cannot be copied."""
+        raise ConfigError("an Accumulator cannot be pickled or copied: save its state_dict(), load it in another")
 
     @property
     def options(self) -> Options:
@@ -307,7 +305,7 @@ class Accumulator:
             source = iter(loader)
         except TypeError:
             raise ConfigError(
-                f"the loader must be an iterable of microbatches, such as a DataLoader, not a {type(loader).__name__}"
+                f"the loader must be an iterable of microbatches, not a {type(loader).__name__}"
             ) from None
         return self._windows(source, min(microbatches, sys.maxsize), counts)
 
