@@ -1,4 +1,4 @@
-"""Let signals wait while a window changes what must change together: Ctrl-C never leaves half a step."""
+"""Postpone signals while a window changes what must change together: Ctrl-C never leaves half a step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _UNBROKEN = set[CodeType]()
 
 
 def unbroken(function: _F) -> _F:
-    """Let signals wait until a function has returned, inside of windows.
+    """Postpone signals until a function has returned, inside of windows.
 
     Args:
         function: A function that calls only functions of this package and of torch.

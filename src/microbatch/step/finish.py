@@ -110,9 +110,9 @@ def _refuse(window: OpenWindow, *, contributed: bool) -> None:
 def _step(window: OpenWindow) -> None:
     scaler, gradients = window.options.grad_scaler, window.gradients
     gradients.hand_over()
-    window.versions = [Versions(optimizer) for optimizer in window.options.optimizers]
+    window.undo.versions = [Versions(optimizer) for optimizer in window.options.optimizers]
     window.stepping = True
-    for before in window.versions:
+    for before in window.undo.versions:
         optimizer = before.optimizer
         step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
         apply(before, partial(gradients.step, optimizer, step), device=window.device)

@@ -299,6 +299,19 @@ class Options:
         for listener in self.listeners:
             listener(event)
 
+    def emit_after(self, *events: Event) -> None:
+        """Call every listener with events of a step that has been taken; an error of a listener says so.
+
+        Args:
+            events: The events.
+        """
+        try:
+            for event in events:
+                self.emit(event)
+        except BaseException as error:
+            error.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
+            raise
+
     def _check_optimizers(self) -> None:
         for optimizer in self.optimizers:
             if not isinstance(optimizer, Optimizer):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +38,28 @@ class OwnLoop(OpenWindow):
     ) -> None:
         """Close the window."""
         raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Open the window."""
+        raise NotImplementedError
+
+    def enclose(self, work: Callable[[Self], object]) -> Self:
+        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
+
+        Args:
+            work: Runs the microbatches.
+
+        Returns:
+            The window, closed.
+        """
+        try:
+            self.__enter__()
+            work(self)
+            self.__exit__(None, None, None)
+            return self  # noqa: TRY300 - as above
+        except BaseException as error:
+            self.__exit__(BaseException, error, None)
+            raise
 
     def split(self, batch: object) -> Iterator[Any]:
         """Cut this rank's share of the effective batch and hand out its microbatches, each on the model's device.

@@ -18,9 +18,9 @@ from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.step.cutting import Cutting
 from microbatch.step.denominator import Denominator
 from microbatch.step.events import Event
-from microbatch.step.optimizer_step import Versions
 from microbatch.step.options import Options
 from microbatch.step.record import Step
+from microbatch.step.undo import Undo
 
 Function: TypeAlias = Callable[[Any, Any], Any]
 """``function(model, microbatch)`` returns a loss, or the representations of the microbatch's rows."""
@@ -104,7 +104,7 @@ class OpenWindow(Protocol):
         now: The current pass; `None` between passes.
         stepping: Whether optimizers may step now.
         stepped: Whether an optimizer has begun its step.
-        versions: For each optimizer, the versions of its parameters and state before its step; empty before the step.
+        undo: Restores the state from before the window after an error.
         dropped: Whether the gradient is not applied, because it is not finite or nothing contributed.
         attempt: The object that decides what happens after a failure.
         coupled: The encoder of a batch with a coupled loss; `None` for other losses.
@@ -129,7 +129,7 @@ class OpenWindow(Protocol):
     now: Pass | None
     stepping: bool
     stepped: bool
-    versions: list[Versions]
+    undo: Undo
     dropped: bool
     attempt: Any
     coupled: Any

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -19,25 +18,21 @@ from microbatch.batch.random_masks import derive
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
-    OutOfMemoryError,
     WindowClosedError,
-    WindowError,
     WindowOpenError,
 )
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
 from microbatch.gradients.parameters import trainable
-from microbatch.interrupts import interrupts_here
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
-from microbatch.step.optimizer_step import Versions
 from microbatch.step.own_loop import OwnLoop
 from microbatch.step.part import Begin, Function, Pass, Run
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Snapshot, Unscaled
 from microbatch.step.setup import Attempt, Setup
+from microbatch.step.undo import Undo
 
 
 class Window(OwnLoop):
@@ -72,24 +67,19 @@ class Window(OwnLoop):
         self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
-        self.versions = list[Versions]()
-        self.outer, self._inner, self._around, self._undo = ExitStack(), ExitStack(), ExitStack(), ExitStack()
-        self._state, self._held, self._waited_for = "new", None, False
-        self._thread, self.interrupts = threading.current_thread(), interrupts_here()
+        self.outer, self._inner, self._around, self.undo = ExitStack(), ExitStack(), ExitStack(), Undo()
+        self._state = "new"
 
     def __enter__(self) -> Self:
         """Open the window: set gradients aside, and save the state that an error would restore."""
         if self._state != "new":
             raise WindowClosedError("a window is used once; ask the accumulator for another one")
-        self.interrupts, self._thread = interrupts_here(), threading.current_thread()
-        self._held = self.interrupts.held
         try:
-            self.interrupts.begin(self)
+            self.undo.begin(self)
             self.setup.history.claim(self)
             self._state = "open"
             self._open()
-            self.interrupts.held = self._held
-            self.interrupts.deliver()
+            self.undo.opened()
             return self  # noqa: TRY300 - an interrupt here closes the window
         except BaseException as error:
             self._fail(error)
@@ -100,15 +90,11 @@ class Window(OwnLoop):
         self.attempt.started = self.attempt.started or time.perf_counter()
         history.seed = torch.initial_seed() if history.seed is None else history.seed
         self.peers.prepare(self)
-        self._waited_for = True
+        self.undo.waited_for = True
         self.seed = derive(history.seed, history.windows)
-        unscaled = Unscaled(options.grad_scaler, options.optimizers)
-        self._undo.callback(unscaled.restore)
-        unscaled.set_aside()
-        self._snapshot = Snapshot(self.model, self.device)
-        self._undo.callback(self._snapshot.restore)
+        self.undo.save(self)
         self.gradients = self.setup.sums(self.peers.index)
-        self._undo.callback(self.gradients.put_back)
+        self.undo.restore.callback(self.gradients.put_back)
         self.gradients.open(trainable(options.model, options.optimizers))
         for optimizer in options.optimizers:
             self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
@@ -117,24 +103,6 @@ class Window(OwnLoop):
         self._run: Run = run_backward
         for part in reversed(self.setup.having("backward")):
             self._run = part.backward(self, self._run)
-
-    def enclose(self, work: Callable[[Self], object]) -> Self:
-        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
-
-        Args:
-            work: Runs the microbatches.
-
-        Returns:
-            The window, closed.
-        """
-        try:
-            self.__enter__()
-            work(self)
-            self.__exit__(None, None, None)
-            return self  # noqa: TRY300 - as above
-        except BaseException as error:
-            self.__exit__(BaseException, error, None)
-            raise
 
     # -- cut -----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +133,7 @@ class Window(OwnLoop):
 
     def go(self, p: Pass | None) -> None:
         """Leave the previous pass, and enter the next one; `None` after the last."""
-        self.interrupts.deliver()
+        self.undo.interrupts.deliver()
         self.now, self.rows = p, p and p.rows
         parts = self.setup.having("around")
         if parts:
@@ -245,7 +213,7 @@ class Window(OwnLoop):
         """Close the window: take the step, or restore everything if the block raised."""
         if self._state != "open":
             return
-        self.interrupts.held = True
+        self.undo.interrupts.held = True
         if error is not None:
             self._fail(error)
             return
@@ -254,12 +222,7 @@ class Window(OwnLoop):
         except BaseException as failure:
             self._fail(failure)
             raise
-        try:
-            for event in [StepDone(step=self.step), *self._events]:
-                self.options.emit(event)
-        except BaseException as failure:
-            failure.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
-            raise
+        self.options.emit_after(StepDone(step=self.step), *self._events)
 
     def _finish(self) -> None:
         history, largest = self.setup.history, max(self.done, default=0)
@@ -276,7 +239,7 @@ class Window(OwnLoop):
         for part in self.setup.having("figures"):
             found |= part.figures(self)
         if self.dropped:
-            self._snapshot.restore_buffers()
+            self.undo.restore_buffers()
             history.skipped += 1
         step = Step(
             index=history.windows,
@@ -292,7 +255,7 @@ class Window(OwnLoop):
             for part in self.setup.having("done"):
                 part.done(self, step)
         finally:
-            self._release()
+            self.undo.end(self)
 
     def _fail(self, error: BaseException) -> None:
         """End the window after an error; signals already wait."""
@@ -301,7 +264,7 @@ class Window(OwnLoop):
                 self._put_back(error)
         finally:
             self.setup.history.release(self)
-            self._release()
+            self.undo.end(self)
 
     def _put_back(self, error: BaseException) -> None:
         """Restore the state from before the window, and notify the other ranks, which would wait otherwise."""
@@ -310,39 +273,18 @@ class Window(OwnLoop):
             part.failed(self, error)
         self._around.__exit__(type(error), error, error.__traceback__)
         self._inner.close()
-        if all(each.untouched for each in self.versions):
-            self._undo.close()
-        else:
-            self._complete(error)
+        self.undo.restore_or_complete(self, error)
         self._close()
         for part in self.setup.having("put_back"):
             part.put_back(self, error)
         again = self.attempt.failed(self, error)
-        if self._waited_for and not self.peers.fail(self, error, again=again):
+        if self.undo.waited_for and not self.peers.fail(self, error, again=again):
             self.attempt.give_up()
-
-    def _complete(self, error: BaseException) -> None:
-        """End the step after weights were written: what was written cannot be restored, so nothing else is."""
-        self.setup.history.windows += 1
-        self.gradients.clear()
-        for optimizer in self.options.optimizers:
-            optimizer.zero_grad()
-        if not isinstance(error, OutOfMemoryError):  # which tells it itself
-            error.add_note(
-                "microbatch: the optimizer had begun to write, so the step is not undone: weights may be partly "
-                "updated. Continue from a checkpoint unless the step is known to be complete"
-            )
 
     def _close(self) -> None:
         self.outer.close()
         self._state, self.source = "closed", ()
         self.setup.history.release(self)
-
-    def _release(self) -> None:
-        """Let signals reach their handlers again."""
-        held, self._held = self._held, None
-        if held is not None:
-            self.interrupts.end(self, held=held)
 
     def _guard(self, *_: object) -> None:
         if not self.stepping:
@@ -351,12 +293,8 @@ class Window(OwnLoop):
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block, or in another thread."""
-        self.interrupts.deliver()
-        if self._thread.ident != threading.get_ident():
-            raise WindowError(
-                f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
-                f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"
-            )
+        self.undo.interrupts.deliver()
+        self.undo.check_thread(verb)
         if self._state != "open":
             when = "before it was entered" if self._state == "new" else "after it was closed"
             raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")

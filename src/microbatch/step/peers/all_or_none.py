@@ -62,7 +62,7 @@ def all_or_none(ranks: RankGroup, window: OpenWindow) -> Generator[None]:
         for optimizer, versions in zip(optimizers, before, strict=True):
             optimizer.state.clear()
             ranks.copy_(versions.parameters, source=source)
-        window.versions = []  # the weights are as before the window again
+        window.undo.versions = []  # the weights are as before the window again
     words = _outcome(taken_back=taken_back, nobody=len(failed) == ranks.size)
     if failure is not None:
         failure.add_note(f"microbatch: {words}")
