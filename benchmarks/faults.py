@@ -100,7 +100,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     part = given.seconds / 3
-    result: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "seconds": given.seconds}
+    result: dict[str, Any] = {"hardware": hardware("cpu"), "versions": versions(), "seconds": given.seconds}
     result |= {"values": values(part), "interrupts": interrupts(part), "memory": ends(part)}
     if given.leaks:
         result["leaks"] = {kind: leaked(kind, steps=given.leaks) for kind in LEAKS}

@@ -139,7 +139,7 @@ class Attempts:
             if self._relief is not None:
                 return error
             told = window.stepped and isinstance(error, MicrobatchError)
-            if not is_out_of_memory(error) or told or window.record is not None:
+            if not is_out_of_memory(error) or told or (window.record is not None and not window.stepped):
                 raise
             if window.stepped:
                 raise OutOfMemoryError(
