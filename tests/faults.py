@@ -33,3 +33,22 @@ class RunsOut(TorchDispatchMode):
                 self.armed = False  # until the loss is asked for again
                 raise copy.copy(self.error)
         return func(*args, **(kwargs or {}))
+
+
+class EndsAt(TorchDispatchMode):
+    """Refuse the n-th operator inside the block, whichever it is; count the operators.
+
+    Args:
+        at: The operator, from 0; -1 for none.
+    """
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.operators, self.refused = at, 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        if self.operators - 1 == self.at:
+            self.refused = str(func)
+            raise copy.copy(FULL)
+        return func(*args, **(kwargs or {}))

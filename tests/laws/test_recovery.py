@@ -24,7 +24,7 @@ from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.memory import out_of_memory
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 from microbatch.step import attempts
-from microbatch.step import window as window_module
+from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.sizing import PATIENCE
 
 from .reference import (
@@ -732,11 +732,11 @@ def test_an_error_of_another_kind_in_a_retry_says_that_it_was_one() -> None:
 
 
 def keep_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_module.Snapshot, "restore", lambda self: self.restore_buffers())
+    monkeypatch.setattr(Snapshot, "restore", lambda self: self.restore_buffers())
 
 
 def keep_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window_module.Snapshot, "restore", lambda self: self._random.restore())
+    monkeypatch.setattr(Snapshot, "restore", lambda self: self._random.restore())
 
 
 def count_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.arguments import check_callable, check_one_of
 from microbatch.batch.batch_tree import Rows, Whole, leaves, rows_of, select
 from microbatch.batch.copies import Copies
 from microbatch.batch.recognise import spread
@@ -58,14 +59,24 @@ class Lengths:
 
     def __post_init__(self) -> None:
         """Refuse values that would fail only later, when a batch is cut."""
-        if self.side not in {"right", "left"}:
-            raise ConfigError(f'lengths: side must be "right" or "left", not {self.side!r}')
+        if not isinstance(self.of, str):
+            check_callable("lengths: of, if it is no name,", self.of, "of(batch)")
+        check_one_of("lengths: side", self.side, ("right", "left"))
+        check_one_of("lengths: relative_positions", self.relative_positions, (True, False))
+        if self.keys is not None and not isinstance(self.keys, Sequence):
+            raise ConfigError(f"lengths: keys must be a list of names, not {self.keys!r}")
         if isinstance(self.keys, str):  # a str is a Sequence[str] too, of its letters
             raise ConfigError(f"lengths: keys must be a list of names, for example [{self.keys!r}]")
-        if self.microbatch_tokens is not None and self.microbatch_tokens < 1:
-            raise ConfigError(f"lengths: microbatch_tokens must be at least 1, not {self.microbatch_tokens}")
-        if self.overhead < 0:
-            raise ConfigError(f"lengths: overhead must be at least 0 tokens, not {self.overhead}")
+        if self.microbatch_tokens is not None and not _is_whole(self.microbatch_tokens, least=1):
+            raise ConfigError(
+                f"lengths: microbatch_tokens must be a whole number and at least 1, not {self.microbatch_tokens!r}"
+            )
+        if not _is_whole(self.overhead, least=0):
+            raise ConfigError(f"lengths: overhead must be a whole number of at least 0 tokens, not {self.overhead!r}")
+
+
+def _is_whole(number: object, *, least: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= least
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from microbatch.arguments import check_callable, is_text
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
 from microbatch.batch.layouts import modules_with_time_first, other_layout
@@ -131,6 +132,9 @@ def _given(
 ) -> Given:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(model)}")
+    check_callable("loss_fn", loss_fn, "loss_fn(model, microbatch)")
+    if encode is not None:
+        check_callable("encode", encode, "encode(model, microbatch)")
     if (loop is None) != (optimizer is None):
         raise ConfigError("pass loop= and optimizer= together: a loop is called as loop(model, optimizer, batch)")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -150,7 +154,7 @@ class _Bench:
         layout = other_layout(given.batch, time_first=modules_with_time_first(given.bare_model), thorough=True)
         self.notes = [layout] if layout else []
         self.options = options
-        self._budget = None if budget is None or budget == "none" else parse_bytes(budget)
+        self._budget = None if budget is None or is_text(budget, "none") else parse_bytes(budget)
         self.given = given
         self.wide = self._widest()
         self.own = self._stage(None)

@@ -55,8 +55,7 @@ class GradientSum:
         Args:
             named: The window's parameters.
         """
-        self._named = list(named)
-        self._before = [each.parameter.grad for each in named]
+        self._named, self._before = list(named), [each.parameter.grad for each in named]
         self._begun = False
         self._changes.open(self._named)
         for each in named:
@@ -360,7 +359,7 @@ class GradientSum:
         """End the window with the gradients, and the optimizer's states, from before it."""
         self._end()
         self.put_states_back()
-        for each, grad in zip(self._named, self._before, strict=True):
+        for each, grad in zip(self._named, self._before, strict=False):  # none, if the window has ended already
             each.parameter.grad = grad
         self._before = []
 

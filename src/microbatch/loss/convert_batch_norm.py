@@ -41,10 +41,12 @@ def convert_batch_norm(model: nn.Module, *, to: str, groups: int = 32) -> nn.Mod
     Source:
         Wu and He, Group Normalization, 2018 (32 groups).
     """
-    if to not in _KINDS:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    if not isinstance(to, str) or to not in _KINDS:
         raise ConfigError(f"to must be one of {', '.join(map(repr, _KINDS))}, not {to!r}")
-    if groups < 1:
-        raise ConfigError(f"groups must be at least 1, not {groups}")
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+        raise ConfigError(f"groups must be a whole number and at least 1, not {groups!r}")
     if to == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return _convert(model, 1 if to == "layer" else groups, {})

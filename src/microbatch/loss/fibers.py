@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from microbatch.interrupts import unbroken
 from microbatch.loss.thread_state import RemovedThreadState, ThreadState
 
 
@@ -81,6 +82,7 @@ class _GreenletFiber(Fiber):
         self._greenlet = greenlet.greenlet(partial(self._run, task))
         self._greenlet.gr_context = copy_context()
 
+    @unbroken
     def resume(self) -> None:
         import greenlet  # noqa: PLC0415 - optional
 
@@ -89,9 +91,12 @@ class _GreenletFiber(Fiber):
         # The first time, the task starts with the caller's state, as a called function does.
         (self._own_state or resumer_state).restore()
         self._own_state = None
-        self._greenlet.switch()
-        resumer_state.restore()
+        try:
+            self._greenlet.switch()
+        finally:
+            resumer_state.restore()
 
+    @unbroken
     def pause(self) -> None:
         self._own_state = RemovedThreadState(self._device)
         self._resumer.switch()
@@ -100,8 +105,10 @@ class _GreenletFiber(Fiber):
         self._greenlet = self._resumer = None
 
     def _run(self, task: Callable[[], object]) -> None:
-        task()
-        RemovedThreadState(self._device)
+        try:
+            task()
+        finally:
+            RemovedThreadState(self._device)
 
 
 class _ThreadFiber(Fiber):

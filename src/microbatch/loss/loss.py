@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from numbers import Real
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -57,9 +58,19 @@ class Loss:
     def __post_init__(self) -> None:
         """Refuse values that would fail only later, in backward or at the end of the window."""
         _check_scalar(self.sum, "Loss.sum")
-        _check_count(self.count, "Loss.count")
+        if not isinstance(self.count, Tensor):
+            number = check_number(self.count, "Loss.count")
+            if not isinstance(self.count, int | float):  # a number of NumPy
+                object.__setattr__(self, "count", int(number) if number.is_integer() else number)
+        elif self.count.ndim or self.count.dtype.is_complex or self.count.is_meta or self.count.is_sparse:
+            raise CountError(
+                f"Loss.count must be a number or a 0-d tensor, not of shape {tuple(self.count.shape)}, "
+                f"{self.count.dtype}, on {self.count.device}"
+            )
+        if not isinstance(self.metrics, Mapping):
+            raise LossError(f"Loss.metrics must be a dict of name to number, not {self.metrics!r}")
         for name, value in self.metrics.items():
-            _check_metric(value, name)
+            _check_metric(value, str(name))
 
     @property
     def mean(self) -> Tensor:
@@ -114,8 +125,12 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
     if returned is None:
         return []
     if isinstance(returned, Mapping):
-        terms = cast("Mapping[Any, Any]", returned)
-        return [share for name, loss in terms.items() for share in _shares_of_term(str(name), loss, rows)]
+        terms = {str(name): loss for name, loss in cast("Mapping[Any, Any]", returned).items()}
+        if len(terms) < len(returned):
+            raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
+        if hasattr(returned, "loss") or "logits" in terms:
+            _refuse_output(returned, "loss")
+        return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
     return _shares_of_term("loss", returned, rows)
 
 
@@ -128,6 +143,8 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         _check_graph(loss.sum, name)
         return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
+        if hasattr(loss, "loss") or (isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor)):
+            _refuse_output(loss, name)
         raise LossError(
             f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
             "samples), mb.Loss(sum=..., count=...), or a dict of these"
@@ -145,6 +162,16 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     return [Share(name, loss, float(rows), rows, is_mean=True)]
 
 
+def _refuse_output(output: object, name: str) -> None:
+    first = "output[0]" if isinstance(output, tuple) and not hasattr(output, "loss") else "output.loss"
+    raise LossError(
+        f"the loss {name!r} is the whole output of a model (a {type(output).__name__}), and not its loss alone. "
+        f"The loss in it is usually a mean over labels, so write: n = (labels[:, 1:] != -100).sum(); return "
+        f"mb.Loss(sum={first} * n, count=n). Return {first} itself if it is a mean over rows. As loss_fn, "
+        "mb.losses.from_model does this for models that return an output with a loss"
+    )
+
+
 def _check_scalar(value: object, what: str) -> None:
     if not isinstance(value, Tensor):
         raise LossShapeError(f"{what} must be a 0-d tensor, not {kind_of(value)}")
@@ -152,8 +179,11 @@ def _check_scalar(value: object, what: str) -> None:
         raise LossShapeError(
             f"{what} must be 0-d, not of shape {tuple(value.shape)}; return mb.Loss(sum=loss.sum(), count=...)"
         )
-    if not value.dtype.is_floating_point:
-        raise LossShapeError(f"{what} must be floating point, not {value.dtype}")
+    if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        raise LossShapeError(f"{what} must be floating point, of at least 16 bits, not {value.dtype}")
+    if value.is_meta or value.is_sparse:
+        where = "on the meta device, which holds no values" if value.is_meta else "sparse"
+        raise LossShapeError(f"{what} must be a dense tensor with a value, and it is {where}")
 
 
 def _metrics(loss: Loss) -> dict[str, Tensor]:
@@ -165,8 +195,11 @@ def _metrics(loss: Loss) -> dict[str, Tensor]:
 
 
 def _check_metric(value: object, name: str) -> None:
-    is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and not value.dtype.is_complex)
-    if not is_number or (isinstance(value, Tensor) and value.ndim):
+    if isinstance(value, Tensor):
+        is_number = not (value.ndim or value.dtype.is_complex or value.is_meta)
+    else:
+        is_number = _is_number(value) and not _overflows(value)
+    if not is_number:
         told = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
         raise LossShapeError(f"the metric {name!r} must be a number or a 0-d tensor, summed over the rows, not {told}")
 
@@ -177,16 +210,6 @@ def _check_graph(value: Tensor, name: str) -> None:
             f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
             "or depends on no parameter that requires a gradient; return None for a microbatch that contributes nothing"
         )
-
-
-def _check_count(count: object, what: str) -> None:
-    if isinstance(count, Tensor):
-        if count.ndim != 0 or count.dtype.is_complex:
-            raise CountError(
-                f"{what} must be a number or a 0-d tensor, not of shape {tuple(count.shape)}, {count.dtype}"
-            )
-        return
-    check_number(count, what)
 
 
 def check_number(count: object, what: str) -> float:
@@ -202,11 +225,23 @@ def check_number(count: object, what: str) -> float:
     Raises:
         CountError: ``count`` is negative, NaN, infinite, a bool, or not a number.
     """
-    if isinstance(count, bool) or not isinstance(count, int | float):
+    if isinstance(count, bool) or not _is_number(count):
         raise CountError(f"{what} must be a number or a 0-d tensor, not {count!r}")
-    if not math.isfinite(count) or count < 0:
-        raise CountError(f"{what} must be finite and at least 0, not {count}")
+    if _overflows(count) or not math.isfinite(count) or count < 0:
+        raise CountError(f"{what} must be finite and at least 0, not {str(count)[:30]}")
     return float(count)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float | Real)  # NumPy's numbers are real numbers, too
+
+
+def _overflows(value: Any) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return True
+    return False
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

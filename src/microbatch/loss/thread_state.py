@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,  # pyright: ignore[reportPrivateUsage]
 )
 
+from microbatch.interrupts import unbroken
+
 _AUTOGRAD: Any = getattr(torch, "_C")._autograd  # noqa: B009 - torch._C._autograd is private and has no types
 
 
@@ -83,6 +85,7 @@ class RemovedThreadState:
         device: The model's device.
     """
 
+    @unbroken
     def __init__(self, device: torch.device) -> None:
         self._grad, self._autocasts = torch.is_grad_enabled(), _autocasts(device)
         self._function_modes: list[Any] = [
@@ -99,6 +102,7 @@ class RemovedThreadState:
             _AUTOGRAD._pop_saved_tensors_default_hooks()
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
+    @unbroken
     def restore(self) -> None:
         """Restore the state on a thread that has no modes and no hooks."""
         if self._stream is not None:

@@ -64,6 +64,10 @@ def linear_cross_entropy(
         (1.3863, 2)
     """
     _check(hidden, weight, labels, tile)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 1 << 63:
+        raise LossError(f"linear_cross_entropy: ignore_index must be an int64 number, not {str(ignore_index)[:30]}")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+        raise LossError(f"linear_cross_entropy: bias must be a tensor of shape {tuple(weight.shape[:1])} or None")
     rows = hidden.reshape(-1, hidden.shape[-1])
     targets = labels.reshape(-1)
     count = (targets != ignore_index).sum()
@@ -303,7 +307,10 @@ def _split_to_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, .
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> None:
-    if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
+    for name, value in [("hidden", hidden), ("weight", weight), ("labels", labels)]:
+        if not isinstance(value, Tensor):
+            raise LossError(f"linear_cross_entropy: {name} must be a tensor, not a {type(value).__name__}")
+    if weight.ndim != 2 or not hidden.ndim or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
         raise LossError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "
             f"{tuple(labels.shape)} do not fit; pass the shapes (..., width), (vocabulary, width) and (...)"
@@ -312,5 +319,5 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> 
         raise LossError(
             f"linear_cross_entropy: labels must be int64 and hidden floating point, not {labels.dtype}, {hidden.dtype}"
         )
-    if tile is not None and tile < 1:
-        raise LossError(f"linear_cross_entropy: tile must be at least 1 token, not {tile}")
+    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile < 1 << 63):
+        raise LossError(f"linear_cross_entropy: tile must be a whole number and at least 1 token, not {str(tile)[:30]}")

@@ -13,6 +13,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from microbatch.errors import ConfigError
 from microbatch.memory.storage_copy import root_of
 from microbatch.memory.tensor_store import Handle, KeptHandle, Store, is_movable
 
@@ -72,10 +73,14 @@ class Spill:
         smallest: int = 1 << 16,
         device: str | torch.device | None = None,
     ) -> None:
+        if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
+            raise ConfigError(f"Spill: smallest must be a number of bytes of at least 0, not {smallest!r}")
+        if directory is not None and not isinstance(directory, str | Path):
+            raise ConfigError(f"Spill: directory must be a path or None, not {directory!r}")
         self.store = Store(directory=directory)
         named = [tensor for thing in stay for tensor in _tensors(thing)]
         if device is not None:
-            kinds = {torch.device(device).type}
+            kinds = {_device_of(device).type}
         else:
             kinds = {"cuda"} if any(tensor.is_cuda for tensor in named) else {"cpu", "cuda"}
         self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
@@ -185,6 +190,13 @@ class _Rule:
         if storage.nbytes() < self.smallest or storage in self.stay or isinstance(root, nn.Parameter):
             return KeptHandle(tensor)
         return KeptHandle(tensor) if self.room.takes(storage, briefly=briefly) else self.store.put(tensor)
+
+
+def _device_of(device: object) -> torch.device:
+    try:
+        return torch.device(device)  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, TypeError, ValueError):
+        raise ConfigError(f'Spill: device must be a device, such as "cuda", not {device!r}') from None
 
 
 class _Room:

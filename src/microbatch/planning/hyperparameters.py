@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from microbatch.arguments import is_finite
 from microbatch.errors import ConfigError
 
 
@@ -89,7 +89,7 @@ def is_number(value: object) -> bool:
     Returns:
         False for a truth value, an infinity and NaN too.
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return is_finite(value)
 
 
 def read_optimizer(optimizer: Optimizer) -> tuple[Hyperparameters, ...]:

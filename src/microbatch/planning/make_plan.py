@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
 from torch.optim import Optimizer
 
+from microbatch.arguments import check_callable, is_text
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, EmptyBatchError
@@ -106,6 +107,7 @@ def plan(
         asked = size if isinstance(size, int) else None
     if optimizer is None or loss_fn is None or batch is None:
         raise ConfigError("pass an mb.Job, an mb.Accumulator with loss_fn= and batch=, or a model with optimizer= too")
+    check_callable("loss_fn", loss_fn, "loss_fn(model, microbatch)")
     options = _options(job, optimizer, budget=memory_budget, autocast=autocast)
     rows = rows_of(batch)
     if not rows:
@@ -267,6 +269,12 @@ def _why(chosen: PlanChosen | None, best: Way) -> str:
     )
 
 
+def _listed(optimizer: Any) -> list[Optimizer]:
+    if isinstance(optimizer, list | tuple):
+        return list(cast("Sequence[Optimizer]", optimizer))
+    return [optimizer]
+
+
 def _options(
     job: Any, optimizer: Optimizer | Sequence[Optimizer], *, budget: int | str | None, autocast: torch.dtype | None
 ) -> Options:
@@ -277,7 +285,7 @@ def _options(
         lengths = job.lengths if planned else None
         base = Options(
             model=job.model if planned else job,
-            optimizers=[optimizer] if isinstance(optimizer, Optimizer) else list(optimizer),
+            optimizers=_listed(optimizer),
             microbatch_size="auto",
             memory_budget=job.memory_budget if planned else None,
             autocast=job.autocast if planned else None,
@@ -288,8 +296,8 @@ def _options(
     return replace(
         base,
         microbatch_size="auto",
-        memory_budget=limit if limit is None or limit == "none" else parse_bytes(limit),
-        autocast=autocast or base.autocast,
+        memory_budget=limit if limit is None or is_text(limit, "none") else parse_bytes(limit),
+        autocast=base.autocast if autocast is None else autocast,
         grad_scaler=None,
         compile=False,
         listeners=[],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from microbatch.arguments import is_text
 from microbatch.errors import ConfigError
 from microbatch.planning.hyperparameters import Hyperparameters
 
@@ -201,7 +202,7 @@ def choose_rule(name: str, *, optimizer: str) -> Rule:
         >>> choose_rule("auto", optimizer="AdamW").name
         'sqrt'
     """
-    if name == "auto":
+    if is_text(name, "auto"):
         for rule in RULES.values():
             if optimizer in rule.made_for:
                 return rule

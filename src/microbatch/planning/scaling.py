@@ -242,6 +242,8 @@ def _groups(given: object) -> tuple[Hyperparameters, ...]:
 def _check_whole(name: str, value: object, *, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if value >= 1 << 63:
+        raise ConfigError(f"{name} must be below 2 to the power of 63")
 
 
 def _warn(rule: Rule, pair: Sequence[Hyperparameters], change: Change) -> Iterator[str]:

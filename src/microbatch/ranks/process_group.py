@@ -241,7 +241,7 @@ def group_of(given: object) -> Any:
                 'mesh["name"], or flatten several dimensions into one: mesh["replicate", "shard"]._flatten("dp")'
             )
         given = mesh.get_group()
-    if dist.is_available() and given == dist.GroupMember.NON_GROUP_MEMBER:
+    if dist.is_available() and isinstance(given, int) and given == dist.GroupMember.NON_GROUP_MEMBER:
         raise ConfigError("Ranks: group: this process is not one of its ranks; pass the group that it belongs to")
     if not dist.is_available() or not isinstance(given, dist.ProcessGroup):
         raise ConfigError(f"Ranks: group must be a ProcessGroup, a DeviceMesh or None, not {kind_of(given)}")

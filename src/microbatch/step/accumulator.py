@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from microbatch.arguments import check_callable
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import Batches
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
-from microbatch.kind_words import kind_of
 from microbatch.loss.loss import LossLike
 from microbatch.loss.representations import stand_in
-from microbatch.memory.budget import parse_bytes
 from microbatch.memory.spill import Spill
 from microbatch.step.attempts import Attempts, ByHand, locate
 from microbatch.step.combinations import BATCHES, GRADIENT, WINDOW, WINDOWS, refuse
@@ -27,7 +26,7 @@ from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
 from microbatch.step.loader_windows import Windows
-from microbatch.step.options import Options, Ranks, Sums, names_checked
+from microbatch.step.options import Options, Ranks, Sums, bytes_of, listed, names_checked
 from microbatch.step.part import Function
 from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.record import Step
@@ -131,7 +130,7 @@ class Accumulator:
                 model=model,
                 optimizers=plain_optimizers(optimizer),
                 microbatch_size=microbatch_size,
-                memory_budget=_bytes(memory_budget),
+                memory_budget=bytes_of(memory_budget),
                 max_grad_norm=max_grad_norm,
                 autocast=autocast,
                 grad_scaler=grad_scaler,
@@ -147,7 +146,7 @@ class Accumulator:
                 compile=compile,
                 sums=Sums() if sums is None else sums,
                 ranks=Ranks() if ranks is None else ranks,
-                listeners=_listed("listeners", listeners, ()),
+                listeners=listed("listeners", listeners, ()),
             )
         )
 
@@ -157,6 +156,10 @@ class Accumulator:
         optimizers = ", ".join(type(each).__name__ for each in options.optimizers) or "no optimizer"
         size = self.microbatch_size or '"auto"'
         return f"Accumulator({type(options.bare_model).__name__}, {optimizers}, microbatch_size={size})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse pickle and copy: hooks and process groups cannot be copied."""
+        raise ConfigError("an Accumulator cannot be pickled or copied: save its state_dict(), load it in another")
 
     @property
     def options(self) -> Options:
@@ -341,20 +344,21 @@ class Accumulator:
     ) -> Step:
         """Run the window of a batch, again if memory runs out."""
         it, size = self._it, self._it.size
+        if encode is not None:
+            check_callable("encode", encode, "encode(model, microbatch)")
+        check_callable("loss_fn", loss_fn, "loss_fn(model, microbatch)")
         if isinstance(batch, Batches):
             refuse(self.options, use=[BATCHES])
-        # Methods, and no functions made here: these would hold on to the accumulator where annotations are checked.
+        # Methods: a function made here would hold on to the accumulator where annotations are checked.
         run = partial(self._run_in, batch=batch, loss_fn=loss_fn, encode=encode)
         alone = partial(_alone, loss_fn=loss_fn, encode=encode)
         if self.options.pipeline is not None:
             # A pipeline's batch is run once: the stages that did not fail do not know which size would fit.
-            with Window(it.setup(finish), attempt=ByHand(it.policies), counts=counts) as window:
-                run(window)
-            return window.step
+            return Window(it.setup(finish), attempt=ByHand(it.policies), counts=counts).enclose(run).step
+        it.history.check_free()
         attempts, saved = Attempts(lambda: it.setup(finish), it.policies, run, counts), size.saved()
         try:
-            if not it.history.open:
-                it.prepare(batch, alone)
+            it.prepare(batch, alone)
             return attempts.step().step
         except NonfiniteError as error:
             if attempts.window is None:
@@ -362,7 +366,8 @@ class Accumulator:
             again = it.to_locate().setup(finish)
             raise locate(attempts.window, again, batch=batch, function=alone, counts=counts, error=error) from None
         except BaseException:
-            size.restore(saved)
+            if attempts.window is None or attempts.window.record is None:
+                size.restore(saved)
             raise
         finally:
             attempts.window = None  # or the two would hold each other until the garbage collector runs
@@ -374,8 +379,7 @@ class Accumulator:
                 window.backward(loss)
                 del loss
             return
-        size = self._it.size
-        keep = self._it.way.keep(rows_of(batch), settled=size.tuning is None and not size.sizing.open)
+        keep = self._it.way.keep(rows_of(batch), settled=self._it.size.is_settled)
         representations = window.encode(batch, encode, keep=keep)
         window.backward(loss_fn(window.model, representations))
 
@@ -394,16 +398,3 @@ class Accumulator:
 def _alone(model: Any, microbatch: Any, *, loss_fn: Function, encode: Function | None) -> Any:
     """Put one microbatch through the model, for dry runs and to find a fault."""
     return loss_fn(model, microbatch) if encode is None else stand_in(encode(model, microbatch))
-
-
-def _bytes(budget: int | str | None) -> int | str | None:
-    return budget if budget is None or budget == "none" else parse_bytes(budget)
-
-
-def _listed(name: str, given: Any, kind: Any) -> list[Any]:
-    """Return a list of one object or of several."""
-    if isinstance(given, kind) or (kind == () and callable(given)):
-        return [given]
-    if not isinstance(given, Iterable):
-        raise ConfigError(f"{name} must be one or several of them in a list, not {kind_of(given)}")
-    return list(cast("Iterable[Any]", given))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from microbatch.errors import NonfiniteError, RankAgainError
+from microbatch.errors import MicrobatchError, NonfiniteError, OutOfMemoryError, RankAgainError
 from microbatch.gradients.clipping import first_nonfinite
 from microbatch.memory.out_of_memory import explained, is_out_of_memory, let_go
 from microbatch.step.cutting import Cut
@@ -132,13 +132,18 @@ class Attempts:
         self._relief = None
         self.started = self.started or time.perf_counter()
         try:
-            with window:
-                self._run(window)
+            window.enclose(self._run)
         except Exception as error:
             if self._relief is not None:
                 return error
-            if not is_out_of_memory(error) or window.stepped:
+            told = window.stepped and isinstance(error, MicrobatchError)
+            if not is_out_of_memory(error) or told or (window.record is not None and not window.stepped):
                 raise
+            if window.stepped:
+                raise OutOfMemoryError(
+                    "out of memory after the optimizer had begun its step: weights may be partly updated, so continue "
+                    f"from a checkpoint. The original error: {error}"
+                ) from error
             raise self._explained(window, error) from error
         return None
 

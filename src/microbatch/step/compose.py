@@ -145,12 +145,15 @@ class Composition:
             ConfigError: A key is missing.
         """
         try:
-            windows, skipped, count = state["windows"], state["skipped"], state["count"]
+            windows, skipped, count = int(state["windows"]), int(state["skipped"]), float(state["count"])
             for name, part in self._stateful().items():
                 part.load(state[name])
+            seed = state.get("seed")
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
-        self.history = History(windows, skipped, count, state.get("seed"))
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(f"the accumulator's state was not made by state_dict(): {error}") from error
+        self.history = History(windows, skipped, count, seed)
 
     def _stateful(self) -> dict[str, Part]:
         return {"size": self.size, "way": self.way, "checkpoint": self.checkpointing, "ranks": self._together}

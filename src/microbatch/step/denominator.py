@@ -370,7 +370,14 @@ def _evaluated(counts: Counts, batches: Sequence[Any]) -> dict[str, float]:
 
 
 def _number(count: Count, name: str) -> float:
-    return check_number(count.item() if isinstance(count, Tensor) else count, f"the count of {name!r}")
+    if isinstance(count, Tensor):
+        if count.numel() != 1 or count.dtype.is_complex or count.is_meta:
+            raise CountError(
+                f"the count of {name!r} must be one number, not a tensor of shape {tuple(count.shape)}, {count.dtype}, "
+                f"on {count.device}"
+            )
+        count = count.item()
+    return check_number(count, f"the count of {name!r}")
 
 
 def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.clipping import clip_factor, first_nonfinite
-from microbatch.step.optimizer_step import apply
+from microbatch.step.optimizer_step import Versions, apply
 from microbatch.step.part import Met, OpenWindow
 
 
@@ -110,10 +110,12 @@ def _refuse(window: OpenWindow, *, contributed: bool) -> None:
 def _step(window: OpenWindow) -> None:
     scaler, gradients = window.options.grad_scaler, window.gradients
     gradients.hand_over()
+    window.undo.versions = [Versions(optimizer) for optimizer in window.options.optimizers]
     window.stepping = True
-    for optimizer in window.options.optimizers:
+    for before in window.undo.versions:
+        optimizer = before.optimizer
         step = optimizer.step if scaler is None else partial(scaler.step, optimizer)
-        apply(optimizer, partial(gradients.step, optimizer, step), device=window.device)
+        apply(before, partial(gradients.step, optimizer, step), device=window.device)
 
 
 def record_of(met: Met, factor: float = 1.0) -> dict[str, Any]:

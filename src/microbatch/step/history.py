@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
+
+from microbatch.errors import WindowOpenError
 
 
 @dataclass(slots=True)
@@ -14,11 +17,47 @@ class History:
         skipped: Number of windows dropped because their gradient was not finite.
         count: Count of the last window, the estimate for the next one. It is only a scale and never changes a result.
         seed: Seed of random masks: the process's seed when the first window opens.
-        open: Whether a window is open now.
     """
 
     windows: int = 0
     skipped: int = 0
     count: float = 0.0
     seed: int | None = None
-    open: bool = False
+    # The open window and the name of its thread. A dict, because `setdefault` is indivisible between threads.
+    _open: dict[str, tuple[object, str]] = field(default_factory=dict[str, tuple[object, str]], init=False, repr=False)
+
+    def claim(self, window: object) -> None:
+        """Open a window, unless another one is open.
+
+        Args:
+            window: The window.
+
+        Raises:
+            WindowOpenError: Another window is open; the message names its thread if it is not this one.
+        """
+        self._refuse(self._open.setdefault("window", (window, threading.current_thread().name)), unless=window)
+
+    def check_free(self) -> None:
+        """Raise `WindowOpenError` if a window is open."""
+        self._refuse(self._open.get("window"))
+
+    def release(self, window: object) -> None:
+        """Close a window, if it is the open one.
+
+        Args:
+            window: The window.
+        """
+        if self._open.get("window", (None, ""))[0] is window:
+            self._open.clear()
+
+    @staticmethod
+    def _refuse(found: tuple[object, str] | None, *, unless: object = None) -> None:
+        if found is None or found[0] is unless:
+            return
+        here, there = threading.current_thread().name, found[1]
+        raise WindowOpenError(
+            "another window of this accumulator is open; leave it before opening the next one"
+            if here == there
+            else f"another window of this accumulator is open in thread {there!r}, and this is thread {here!r}; create "
+            "one accumulator, with its own model, for each thread"
+        )

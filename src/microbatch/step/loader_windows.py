@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import Any, Self, cast
 
+from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.step.window import Window
 
 
@@ -20,6 +23,9 @@ class Windows(Iterator[Window]):
         microbatches: Number of microbatches in a window; at least 1.
         create: Creates the window of a list of microbatches.
 
+    Raises:
+        ConfigError: The loader cannot be iterated over.
+
     Source:
         Laws B1, B2, E4 and S10.
     """
@@ -27,7 +33,11 @@ class Windows(Iterator[Window]):
     def __init__(self, loader: Iterable[Any], microbatches: int, create: Callable[[Sequence[Any]], Window]) -> None:
         self._loader, self._microbatches = loader, microbatches
         # The generator does not refer to this object, so that leaving the outer loop closes it at once.
-        self._windows = _windows_of(iter(loader), microbatches, create)
+        try:
+            source = iter(loader)
+        except TypeError:
+            raise ConfigError(f"the loader must be an iterable of microbatches, not {kind_of(loader)}") from None
+        self._windows = _windows_of(source, min(microbatches, sys.maxsize), create)
 
     def __iter__(self) -> Self:
         """Return this iterator."""

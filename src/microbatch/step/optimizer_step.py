@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
 
 from microbatch.errors import OutOfMemoryError
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 
 
-def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.device) -> None:
+def apply(before: Versions, step: Callable[[], object], *, device: torch.device) -> None:
     """Take an optimizer's step.
 
     At this point the activations are freed, so a smaller microbatch does not help. If memory runs out before the
@@ -21,18 +22,16 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
     If the optimizer has begun to write, its partial step cannot be undone.
 
     Args:
-        optimizer: The optimizer, whose parameters and state are watched.
+        before: The versions of the optimizer's parameters and state before the step.
         step: Takes the optimizer's step.
         device: The device of the model.
 
     Raises:
         OutOfMemoryError: Memory ran out again, or the weights may be partly updated; the message tells which.
 
-    Cost:
-        Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """
-    before = Versions(optimizer)
-    failure = _attempt(step)
+    optimizer = before.optimizer
+    failure = _attempt(partial(_reserved, optimizer, step))
     if failure is None:
         return
     if not before.put_back():
@@ -43,7 +42,7 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
             f"on the host. The original error: {failure}"
         ) from failure
     let_go(failure, device)
-    failure = _attempt(step)
+    failure = _attempt(partial(_reserved, optimizer, step))
     if failure is not None:
         untouched = before.put_back()
         raise OutOfMemoryError(
@@ -52,6 +51,27 @@ def apply(optimizer: Optimizer, step: Callable[[], object], *, device: torch.dev
             "not help here. These can help: an optimizer with less state, or state on the host. The original error: "
             f"{failure}"
         ) from failure
+
+
+def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
+    """Take a step; if it is the first, make sure of the memory for the state that it creates, before it writes."""
+    if not optimizer.state:
+        held = [
+            torch.empty_like(each)
+            for group in optimizer.param_groups
+            for each in group["params"]
+            if each.grad is not None
+            for _ in range(_copies(optimizer, group))
+        ]
+        del held
+    step()
+
+
+def _copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size its optimizer will keep; 0 if that is not known."""
+    if isinstance(optimizer, SGD):
+        return int(bool(group["momentum"]))
+    return 2 + int(group.get("amsgrad", False)) if isinstance(optimizer, Adam | NAdam | RAdam) else 0
 
 
 def _attempt(step: Callable[[], object]) -> Exception | None:
@@ -69,10 +89,16 @@ class Versions:
 
     Args:
         optimizer: The optimizer.
+
+    Attributes:
+        optimizer: The optimizer.
+
+    Cost:
+        Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._parameters = [(each, each._version) for group in optimizer.param_groups for each in group["params"]]
         self._state: dict[Any, Mapping[str, tuple[Any, int]]] = {
             parameter: {name: (value, _version(value)) for name, value in state.items()}
@@ -89,15 +115,20 @@ class Versions:
         """Whether the optimizer had no state."""
         return not any(self._state.values())
 
+    @property
+    def untouched(self) -> bool:
+        """Whether no parameter was written to since."""
+        return all(each._version == version for each, version in self._parameters)
+
     def put_back(self) -> bool:
         """Remove state that the optimizer has created since.
 
         Returns:
             Whether parameters and earlier state are unchanged.
         """
-        if any(each._version != version for each, version in self._parameters):
+        if not self.untouched:
             return False
-        state = self._optimizer.state
+        state = self.optimizer.state
         for parameter in [each for each in state if each not in self._state]:
             del state[parameter]
         for parameter, known in self._state.items():

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from microbatch.arguments import check_one_of, is_finite, is_text
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import LinearState, linear_state
 from microbatch.kind_words import kind_of
+from microbatch.memory.budget import parse_bytes
 from microbatch.memory.spill import Spill
 from microbatch.ranks.fsdp import fully_sharded, group_and_device
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.process_group import RankGroup, group_of
 from microbatch.shards import is_shard
 from microbatch.step.events import Event, Listener
+from microbatch.step.plain_optimizers import check_parameters
 
 EXACT, MICROBATCH, POOLED, FROZEN = "exact", "microbatch", "pooled", "frozen"
 ONCE, MEAN, EACH = "once", "mean", "each"
@@ -106,16 +108,16 @@ class Sums:
         """Check every value."""
         if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
             raise ConfigError(f"Sums: dtype must be a floating-point torch.dtype, not {self.dtype!r}")
-        if self.how not in {"plain", "compensated"}:
-            raise ConfigError(f'Sums: how must be "plain" or "compensated", not {self.how!r}')
+        check_one_of("Sums: how", self.how, ("plain", "compensated"))
+        check_one_of("Sums: fuse", self.fuse, (True, False))
         if self.how != "plain" and self.dtype != torch.bfloat16:
             raise ConfigError(
                 f'Sums: how="{self.how}" is only for sums in bfloat16, and dtype is {self.dtype}: pass '
                 "dtype=torch.bfloat16, or leave how= out"
             )
         for each in self.buffer if isinstance(self.buffer, list | tuple) else [self.buffer]:
-            if not isinstance(each, LinearState) and each not in {"own", "none"}:
-                raise ConfigError(f'Sums: buffer must be "own", "none" or a LinearState, not {each!r}')
+            if not isinstance(each, LinearState):
+                check_one_of("Sums: buffer", each, ("own", "none"), also="a LinearState")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +154,9 @@ class Ranks:
 
     def __post_init__(self) -> None:
         """Check every value."""
-        if self.sync not in {"auto", "lean", "fast"}:
-            raise ConfigError(f'Ranks: sync must be "auto", "lean" or "fast", not {self.sync!r}')
-        if self.reduce_dtype not in {None, torch.float32}:
+        check_one_of("Ranks: sync", self.sync, ("auto", "lean", "fast"))
+        check_one_of("Ranks: overlap", self.overlap, (True, False))
+        if self.reduce_dtype is not None and self.reduce_dtype is not torch.float32:
             raise ConfigError(
                 "Ranks: reduce_dtype must be torch.float32, or None for each parameter's own dtype, not "
                 f"{self.reduce_dtype!r}; float64 gradients are reduced in float64 anyway"
@@ -195,10 +197,10 @@ class Options:
         if not isinstance(self.model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(self.model)}")
         self._check_optimizers()
-        if self.microbatch_size != "auto":
+        if not is_text(self.microbatch_size, "auto"):
             check_microbatch_size(self.microbatch_size)
         norm = self.max_grad_norm
-        if norm is not None and not (isinstance(norm, int | float) and math.isfinite(norm) and norm > 0):
+        if norm is not None and not (is_finite(norm) and norm > 0):
             raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
         if not any(self.autocast is dtype for dtype in (None, torch.bfloat16, torch.float16)):
             raise ConfigError(f"autocast must be torch.bfloat16, torch.float16 or None, not {self.autocast!r}")
@@ -208,13 +210,14 @@ class Options:
             ("batch_norm", self.batch_norm, (EXACT, MICROBATCH, POOLED, FROZEN, None)),
             ("buffers", self.buffers, (ONCE, MEAN, EACH, None)),
             ("dropout", self.dropout, ("by_row", None)),
+            ("deterministic", self.deterministic, (True, False)),
             ("compile", self.compile, (True, False, *_COMPILE_MODES)),
         ]:
-            _check_one_of(name, value, allowed)
-        if not isinstance(self.offload, Spill) and self.offload not in {None, "activations"}:
-            raise ConfigError(f'offload must be "activations", a Spill or None, not {self.offload!r}')
-        blocks = [self.checkpoint] if isinstance(self.checkpoint, str) else self.checkpoint or ()
-        if not all(isinstance(name, str) for name in blocks):
+            check_one_of(name, value, allowed)
+        if not isinstance(self.offload, Spill):
+            check_one_of("offload", self.offload, ("activations", None), also="a Spill")
+        blocks: Any = () if self.checkpoint is None or isinstance(self.checkpoint, str) else self.checkpoint
+        if not isinstance(blocks, Sequence) or not all(isinstance(name, str) for name in blocks):
             raise ConfigError(f'checkpoint must be "auto", "all", names of submodules or None, not {self.checkpoint!r}')
         for listener in self.listeners:
             if not callable(listener):
@@ -301,6 +304,19 @@ class Options:
         for listener in self.listeners:
             listener(event)
 
+    def emit_after(self, *events: Event) -> None:
+        """Call every listener with events of a step that has been taken; an error of a listener says so.
+
+        Args:
+            events: The events.
+        """
+        try:
+            for event in events:
+                self.emit(event)
+        except BaseException as error:
+            error.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
+            raise
+
     def _check_optimizers(self) -> None:
         for optimizer in self.optimizers:
             if not isinstance(optimizer, Optimizer):
@@ -315,26 +331,7 @@ class Options:
                     "loss_fn) in the closure of LBFGS.step"
                 )
 
-        self._check_parameters()
-
-    def _check_parameters(self) -> None:
-        """Check that the optimizers step parameters of this model, and each of them once."""
-        stepped: dict[int, int] = {}
-        for index, optimizer in enumerate(self.optimizers):
-            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                if stepped.setdefault(id(parameter), index) != index:
-                    name = next((n for n, each in self.model.named_parameters() if each is parameter), "a parameter")
-                    raise ConfigError(
-                        f"{name!r} is in two optimizers ({stepped[id(parameter)]} and {index} of the list), so every "
-                        "step would update it twice; give each parameter to one optimizer"
-                    )
-        own = {id(each): name for name, each in self.model.named_parameters() if each.requires_grad}
-        if self.optimizers and own and not own.keys() & stepped.keys():
-            raise ConfigError(
-                f"the optimizer holds none of the model's {len(own)} trainable parameters (the first is "
-                f"{next(iter(own.values()))!r}), so a step would change nothing; create it from model.parameters(), "
-                "after the last change to the model's layers (such as LoRA or a move to another device)"
-            )
+        check_parameters(self.model, self.optimizers)
 
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:
@@ -374,7 +371,27 @@ def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
     return checked
 
 
-def _check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if not any(value is each or (type(value) is type(each) and value == each) for each in allowed):
-        *others, last = [f'"{each}"' if isinstance(each, str) else str(each) for each in allowed]
-        raise ConfigError(f"{name} must be {', '.join(others)} or {last}, not {value!r}")
+def bytes_of(budget: int | str | None) -> int | str | None:
+    """Return a memory budget in bytes; `None` and ``"none"`` stay as they are."""
+    return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
+
+
+def listed(name: str, given: Any, kind: Any) -> list[Any]:
+    """Return a list of one object of a kind, or of several; a kind of ``()`` is a function.
+
+    Args:
+        name: Name of the argument.
+        given: The value that the user passed.
+        kind: The class of one object.
+
+    Returns:
+        The list.
+
+    Raises:
+        ConfigError: The value is neither one object nor iterable.
+    """
+    if isinstance(given, kind) or (kind == () and callable(given)):
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
+        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
+    return list(cast("Iterable[Any]", given))

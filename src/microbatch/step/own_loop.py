@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from microbatch.arguments import check_callable
 from microbatch.batch.batches import Batches
 from microbatch.batch.lengths import in_order
 from microbatch.errors import WindowClosedError, WindowError
@@ -23,11 +24,16 @@ class OwnLoop(OpenWindow):
 
     source: Sequence[Any]
     record: Step | None
+    _state: str
     left = 0
 
     def check_open(self, verb: str) -> None:
-        """Raise an error for a call outside the window's block."""
-        raise NotImplementedError
+        """Raise an error for a call outside the window's block, or in another thread."""
+        self.undo.interrupts.deliver()
+        self.undo.check_thread(verb)
+        if self._state != "open":
+            when = "before it was entered" if self._state == "new" else "after it was closed"
+            raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")
 
     def begin(self, batch: object, cutting: Cutting) -> Begin:
         """Prepare all parts for the microbatches of a batch."""
@@ -38,6 +44,28 @@ class OwnLoop(OpenWindow):
     ) -> None:
         """Close the window."""
         raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Open the window."""
+        raise NotImplementedError
+
+    def enclose(self, work: Callable[[Self], object]) -> Self:
+        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
+
+        Args:
+            work: Runs the microbatches.
+
+        Returns:
+            The window, closed.
+        """
+        try:
+            self.__enter__()
+            work(self)
+            self.__exit__(None, None, None)
+            return self  # noqa: TRY300 - as above
+        except BaseException as error:
+            self.__exit__(BaseException, error, None)
+            raise
 
     def split(self, batch: object) -> Iterator[Any]:
         """Cut this rank's share of the effective batch and hand out its microbatches, each on the model's device.
@@ -115,6 +143,7 @@ class OwnLoop(OpenWindow):
             Laws C1 to C3; ``docs/coupled.md``.
         """
         self.check_open("encode in")
+        check_callable("encode", encode, "encode(model, microbatch)")
         if self.coupled is not None or self.done:
             raise WindowError("a window encodes one batch, and takes the loss of that batch alone; open another window")
         self.keeps_graphs = (keep and not self.attempt.twice) or self.passes.keeps

@@ -20,7 +20,7 @@ from microbatch.step.denominator import Denominator
 from microbatch.step.events import Event
 from microbatch.step.options import Options
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Snapshot
+from microbatch.step.undo import Undo
 
 Function: TypeAlias = Callable[[Any, Any], Any]
 """``function(model, microbatch)`` returns a loss, or the representations of the microbatch's rows."""
@@ -90,7 +90,6 @@ class OpenWindow(Protocol):
         model: The model that loss functions are called with.
         device: The device where the model computes.
         gradients: The gradient sums.
-        snapshot: The random state and the buffers from before the window.
         denominator: The sums and counts of the loss.
         peers: The other ranks.
         passes: The order in which microbatches run.
@@ -105,6 +104,7 @@ class OpenWindow(Protocol):
         now: The current pass; `None` between passes.
         stepping: Whether optimizers may step now.
         stepped: Whether an optimizer has begun its step.
+        undo: Restores the state from before the window after an error.
         dropped: Whether the gradient is not applied, because it is not finite or nothing contributed.
         attempt: The object that decides what happens after a failure.
         coupled: The encoder of a batch with a coupled loss; `None` for other losses.
@@ -116,7 +116,6 @@ class OpenWindow(Protocol):
     model: nn.Module
     device: torch.device
     gradients: GradientSum
-    snapshot: Snapshot
     denominator: Denominator
     peers: Peers
     passes: Passes
@@ -131,6 +130,7 @@ class OpenWindow(Protocol):
     now: Pass | None
     stepping: bool
     stepped: bool
+    undo: Undo
     dropped: bool
     attempt: Any
     coupled: Any

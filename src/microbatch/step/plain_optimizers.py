@@ -1,10 +1,11 @@
-"""Take the plain optimizers out of what other libraries wrap around them."""
+"""Take the plain optimizers out of what other libraries wrap around them, and check what they step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -39,6 +40,34 @@ def plain_optimizers(given: object) -> list[Optimizer]:
     if not isinstance(given, Iterable) or isinstance(given, str | bytes):
         raise ConfigError(_REFUSED.format(type(given).__name__))
     return [_plain(each) for each in cast("Iterable[object]", given)]
+
+
+def check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Check that the optimizers step parameters of this model, and each of them once.
+
+    Args:
+        model: The model.
+        optimizers: The optimizers.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    stepped: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            if stepped.setdefault(id(parameter), index) != index:
+                name = next((n for n, each in model.named_parameters() if each is parameter), "a parameter")
+                raise ConfigError(
+                    f"{name!r} is in two optimizers ({stepped[id(parameter)]} and {index} of the list), so every "
+                    "step would update it twice; give each parameter to one optimizer"
+                )
+    own = {id(each): name for name, each in model.named_parameters() if each.requires_grad}
+    if optimizers and own and not own.keys() & stepped.keys():
+        raise ConfigError(
+            f"the optimizer holds none of the model's {len(own)} trainable parameters (the first is "
+            f"{next(iter(own.values()))!r}), so a step would change nothing; create it from model.parameters(), "
+            "after the last change to the model's layers (such as LoRA or a move to another device)"
+        )
 
 
 def _plain(given: Any) -> Optimizer:

@@ -56,7 +56,13 @@ class Unscaled:
         # Private by name; without it nothing is set aside.
         self._stages: dict[int, Any] = getattr(scaler, "_per_optimizer_states", {})
         self._keys = [id(optimizer) for optimizer in optimizers]
-        self._before = {key: self._stages.pop(key) for key in self._keys if key in self._stages}
+        self._before = dict[int, Any]()
+
+    def set_aside(self) -> None:
+        """Set the scaler's record aside."""
+        self._before = {key: self._stages[key] for key in self._keys if key in self._stages}
+        for key in self._before:
+            del self._stages[key]
 
     def restore(self) -> None:
         """Restore the scaler's record of the earlier gradients."""
@@ -74,7 +80,6 @@ class Snapshot:
     Args:
         model: The module whose buffers forward passes may change.
         device: The device where the model computes.
-        unscaled: What a gradient scaler has unscaled before the window; `None` for no scaler.
 
     Attributes:
         buffers: Every buffer of the model.
@@ -86,8 +91,8 @@ class Snapshot:
         Laws B4, M1.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, unscaled: Unscaled | None = None) -> None:
-        self._random, self._unscaled = RandomState(device), unscaled
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._random = RandomState(device)
         self.buffers = [
             Buffer(module, name, tensor, tensor.detach().clone(), tensor._version)
             for module in model.modules()
@@ -98,8 +103,6 @@ class Snapshot:
         """Restore the random state and the buffers."""
         self._random.restore()
         self.restore_buffers()
-        if self._unscaled is not None:
-            self._unscaled.restore()
 
     @torch.no_grad()
     def restore_buffers(self) -> None:

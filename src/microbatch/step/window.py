@@ -15,7 +15,12 @@ from torch import Tensor
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import parts_of
 from microbatch.batch.random_masks import derive
-from microbatch.errors import EmptyBatchError, EmptyWindowError, WindowClosedError, WindowOpenError
+from microbatch.errors import (
+    EmptyBatchError,
+    EmptyWindowError,
+    WindowClosedError,
+    WindowOpenError,
+)
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
 from microbatch.gradients.parameters import trainable
@@ -26,8 +31,8 @@ from microbatch.step.events import Event, MicrobatchDone, StepDone
 from microbatch.step.own_loop import OwnLoop
 from microbatch.step.part import Begin, Function, Pass, Run
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Snapshot, Unscaled
 from microbatch.step.setup import Attempt, Setup
+from microbatch.step.undo import Undo
 
 
 class Window(OwnLoop):
@@ -62,37 +67,42 @@ class Window(OwnLoop):
         self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
+        self.outer, self._inner, self._around, self.undo = ExitStack(), ExitStack(), ExitStack(), Undo()
         self._state = "new"
 
     def __enter__(self) -> Self:
         """Open the window: set gradients aside, and save the state that an error would restore."""
-        history = self.setup.history
         if self._state != "new":
             raise WindowClosedError("a window is used once; ask the accumulator for another one")
-        if history.open:
-            raise WindowOpenError("another window of this accumulator is open; leave it before opening the next one")
+        try:
+            self.undo.begin(self)
+            self.setup.history.claim(self)
+            self._state = "open"
+            self._open()
+            self.undo.opened()
+            return self  # noqa: TRY300 - an interrupt here closes the window
+        except BaseException as error:
+            self._fail(error)
+            raise
+
+    def _open(self) -> None:
+        history, options = self.setup.history, self.options
         self.attempt.started = self.attempt.started or time.perf_counter()
         history.seed = torch.initial_seed() if history.seed is None else history.seed
-        self.outer, self._inner, self._around = ExitStack(), ExitStack(), ExitStack()
         self.peers.prepare(self)
+        self.undo.waited_for = True
         self.seed = derive(history.seed, history.windows)
-        unscaled = Unscaled(self.options.grad_scaler, self.options.optimizers)
-        self.snapshot = Snapshot(self.model, self.device, unscaled=unscaled)
+        self.undo.save(self)
         self.gradients = self.setup.sums(self.peers.index)
-        self.gradients.open(trainable(self.options.model, self.options.optimizers))
-        history.open, self._state = True, "open"
-        try:
-            for optimizer in self.options.optimizers:
-                self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
-            for part in self.setup.having("open"):
-                part.open(self, self._inner)
-            self._run: Run = run_backward
-            for part in reversed(self.setup.having("backward")):
-                self._run = part.backward(self, self._run)
-        except BaseException as error:
-            self._put_back(error)
-            raise
-        return self
+        self.undo.restore.callback(self.gradients.put_back)
+        self.gradients.open(trainable(options.model, options.optimizers))
+        for optimizer in options.optimizers:
+            self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
+        for part in self.setup.having("open"):
+            part.open(self, self._inner)
+        self._run: Run = run_backward
+        for part in reversed(self.setup.having("backward")):
+            self._run = part.backward(self, self._run)
 
     # -- cut -----------------------------------------------------------------------------------------------------------
 
@@ -123,6 +133,7 @@ class Window(OwnLoop):
 
     def go(self, p: Pass | None) -> None:
         """Leave the previous pass, and enter the next one; `None` after the last."""
+        self.undo.interrupts.deliver()
         self.now, self.rows = p, p and p.rows
         parts = self.setup.having("around")
         if parts:
@@ -151,8 +162,7 @@ class Window(OwnLoop):
             One backward, without host synchronisation. It communicates only with ``Ranks(overlap=True)``.
         """
         self.check_open("backward in")
-        take = self.take if self.coupled is None else self.coupled.take
-        take(loss, count)
+        (self.take if self.coupled is None else self.coupled.take)(loss, count)
 
     def take(self, loss: LossLike, count: float | None) -> None:
         """Run the backward of one microbatch's loss, now or together with the other microbatches."""
@@ -202,22 +212,18 @@ class Window(OwnLoop):
         """Close the window: take the step, or restore everything if the block raised."""
         if self._state != "open":
             return
+        self.undo.interrupts.held = True
         if error is not None:
-            self._put_back(error)
+            self._fail(error)
             return
         try:
-            self.record = step = self._finish()
+            self._finish()
         except BaseException as failure:
-            self._put_back(failure)
+            self._fail(failure)
             raise
-        for part in self.setup.having("done"):
-            part.done(self, step)
-        # These refer back to the window: without them, it is freed at once, and not by the garbage collector later.
-        self.coupled = self.function = None
-        for event in [StepDone(step=step), *self._events]:
-            self.options.emit(event)
+        self.options.emit_after(StepDone(step=self.step), *self._events)
 
-    def _finish(self) -> Step:
+    def _finish(self) -> None:
         history, largest = self.setup.history, max(self.done, default=0)
         self.go(None)
         self._inner.close()
@@ -232,7 +238,7 @@ class Window(OwnLoop):
         for part in self.setup.having("figures"):
             found |= part.figures(self)
         if self.dropped:
-            self.snapshot.restore_buffers()
+            self.undo.snapshot.restore_buffers()
             history.skipped += 1
         step = Step(
             index=history.windows,
@@ -242,9 +248,22 @@ class Window(OwnLoop):
             seconds=time.perf_counter() - (self.attempt.started or 0.0),
             **found,
         )
-        history.count, history.windows = step.count, history.windows + 1
+        history.count, history.windows, self.record = step.count, history.windows + 1, step
         self._close()
-        return step
+        try:
+            for part in self.setup.having("done"):
+                part.done(self, step)
+            self.coupled = self.function = None  # they refer back to the window, too
+        finally:
+            self._release()
+
+    def _fail(self, error: BaseException) -> None:
+        """End the window after an error; signals already wait."""
+        try:
+            if self._state == "open":
+                self._put_back(error)
+        finally:
+            self._release()
 
     def _put_back(self, error: BaseException) -> None:
         """Restore the state from before the window, and notify the other ranks, which would wait otherwise."""
@@ -253,26 +272,25 @@ class Window(OwnLoop):
             part.failed(self, error)
         self._around.__exit__(type(error), error, error.__traceback__)
         self._inner.close()
+        self.undo.restore_or_complete(self, error)
         self._close()
-        self.gradients.put_back()
-        self.snapshot.restore()
         for part in self.setup.having("put_back"):
             part.put_back(self, error)
         again = self.attempt.failed(self, error)
-        if not self.peers.fail(self, error, again=again):
+        if self.undo.waited_for and not self.peers.fail(self, error, again=again):
             self.attempt.give_up()
 
     def _close(self) -> None:
         self.outer.close()
-        self._state, self.setup.history.open, self.source = "closed", False, ()
+        self._state, self.source = "closed", ()
+        self.setup.history.release(self)
+
+    def _release(self) -> None:
+        self._run = run_backward  # what parts wrapped around it refers back to the window
+        self.setup.history.release(self)
+        self.undo.end(self)
 
     def _guard(self, *_: object) -> None:
         if not self.stepping:
             raise WindowOpenError("optimizer.step() was called inside a window; leaving the window takes the step")
         self.stepped = True
-
-    def check_open(self, verb: str) -> None:
-        """Raise an error for a call outside the window's block."""
-        if self._state != "open":
-            when = "before it was entered" if self._state == "new" else "after it was closed"
-            raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")

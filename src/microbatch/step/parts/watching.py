@@ -79,7 +79,7 @@ class WatchedBuffers(Part):
         """Warn about the buffers that the passes have written to, if there was more than one pass."""
         if len(window.done) < 2 or window.setup.warn.has("buffers"):
             return
-        buffers = window.snapshot.buffers
+        buffers = window.undo.snapshot.buffers
         moved = [each for each in buffers if each.moved and not isinstance(each.module, BatchNorm)]
         if moved:
             kinds = sorted({type(each.module).__name__ for each in moved})
@@ -122,7 +122,7 @@ class BuffersOnce(Part):
     @contextmanager
     def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
         """Start the pass from the values before the window, and record its update."""
-        snapshot = window.snapshot
+        snapshot = window.undo.snapshot
         snapshot.restore_buffers()
         yield
         if p.again or p.filler or not p.rows:
@@ -139,11 +139,11 @@ class BuffersOnce(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Leave the one update in the buffers."""
-        window.snapshot.restore_buffers()
+        window.undo.snapshot.restore_buffers()
         if not self._first:
             return
         with torch.no_grad():
-            for buffer, first, total in zip(window.snapshot.buffers, self._first, self._sums, strict=True):
+            for buffer, first, total in zip(window.undo.snapshot.buffers, self._first, self._sums, strict=True):
                 pooled = self._pooled and first.is_floating_point()
                 buffer.tensor.copy_(total / self._rows if pooled else first)
         self._first, self._sums = [], []

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from microbatch.errors import RankError
 from microbatch.ranks.agreement import tell
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.same_setup import ranks_named
 from microbatch.step.optimizer_step import Versions
+from microbatch.step.part import OpenWindow
 
 
 @contextmanager
-def all_or_none(ranks: RankGroup, optimizers: Sequence[Optimizer]) -> Generator[None]:
+def all_or_none(ranks: RankGroup, window: OpenWindow) -> Generator[None]:
     """Take the optimizers' steps inside the block on all ranks, or on none.
 
     All ranks hold replicas. So a rank that fails before it writes to any weight still has the old weights of all ranks.
@@ -25,7 +25,7 @@ def all_or_none(ranks: RankGroup, optimizers: Sequence[Optimizer]) -> Generator[
 
     Args:
         ranks: The process group; every rank enters the block.
-        optimizers: The optimizers that step in the block.
+        window: The window, whose optimizers step in the block.
 
     Yields:
         Once.
@@ -39,6 +39,7 @@ def all_or_none(ranks: RankGroup, optimizers: Sequence[Optimizer]) -> Generator[
     Source:
         Laws B4, R7.
     """
+    optimizers = window.options.optimizers
     before = [Versions(optimizer) for optimizer in optimizers]
     failure: Exception | None = None
     try:
@@ -62,6 +63,7 @@ def all_or_none(ranks: RankGroup, optimizers: Sequence[Optimizer]) -> Generator[
         for optimizer, versions in zip(optimizers, before, strict=True):
             optimizer.state.clear()
             ranks.copy_(versions.parameters, source=source)
+        window.undo.versions = []  # the weights are as before the window again
     words = _outcome(taken_back=taken_back, nobody=len(failed) == ranks.size)
     members = [ranks.members[index] for index in failed]
     if failure is not None:

@@ -217,7 +217,7 @@ class DataParallel(Peers):
         """Make all ranks or none take the step, if it updates parameters for the first time and creates state."""
         if self.ranks is None or self._present <= self._updated:
             return nullcontext()
-        return all_or_none(self.ranks, window.options.optimizers)
+        return all_or_none(self.ranks, window)
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Count a window that all ranks have ended."""

@@ -115,6 +115,11 @@ class MicrobatchSize(Part):
         """Whether a prediction of what fits may be needed."""
         return self.sizing.open or (self.tuning is not None and self.tuning.unsure)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no search for the size is under way."""
+        return self.tuning is None and not self.sizing.open
+
     def for_rows(self, rows: int) -> Sizing:
         """Return the size to cut a batch by, and start the search if there is none.
 

@@ -1,0 +1,83 @@
+"""What ends a window as a whole: how to restore the state before it, or to complete a step that has begun to write."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from typing import Any
+
+from microbatch.errors import OutOfMemoryError, WindowError
+from microbatch.interrupts import interrupts_here
+from microbatch.step.optimizer_step import Versions
+from microbatch.step.saved_state import Snapshot, Unscaled
+
+
+class Undo:
+    """Restore the state from before a window after an error, while signals wait; one thread uses the window.
+
+    Attributes:
+        restore: Restores the state when it is closed.
+        snapshot: The random state and the buffers from before the window, once they are saved.
+        versions: For each optimizer, the versions of its parameters and state before its step; empty before the step.
+        waited_for: Whether other ranks may wait for this one.
+        interrupts: Postpones signals.
+    """
+
+    def __init__(self) -> None:
+        self.restore, self.versions, self.waited_for = ExitStack(), list[Versions](), False
+        self.interrupts, self._thread = interrupts_here(), threading.current_thread()
+        self._held: bool | None = None
+
+    def begin(self, window: object) -> None:
+        """Postpone signals while the window opens."""
+        self.interrupts, self._thread = interrupts_here(), threading.current_thread()
+        self._held = self.interrupts.held
+        self.interrupts.begin(window)
+
+    def opened(self) -> None:
+        """Deliver the signals that came while the window opened."""
+        self.interrupts.held = bool(self._held)
+        self.interrupts.deliver()
+
+    def save(self, window: Any) -> None:
+        """Save random state, buffers and the scaler's record."""
+        unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
+        self.restore.callback(unscaled.restore)
+        unscaled.set_aside()
+        self.snapshot = Snapshot(window.model, window.device)
+        self.restore.callback(self.snapshot.restore)
+
+    def end(self, window: object) -> None:
+        """Restore the signal handlers after the window."""
+        held, self._held = self._held, None
+        if held is not None:
+            self.interrupts.end(window, held=held)
+
+    def check_thread(self, verb: str) -> None:
+        """Raise an error in a thread that did not open the window."""
+        if self._thread.ident != threading.get_ident():
+            raise WindowError(
+                f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
+                f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"
+            )
+
+    def restore_or_complete(self, window: Any, error: BaseException) -> None:
+        """Restore the state from before the window; or end the step, if weights were written already.
+
+        Args:
+            window: The window.
+            error: The error; it gets a note if the step is not undone.
+        """
+        # Several ranks agree by themselves on what a failed step leaves, and their error says so.
+        if window.peers.size > 1 or all(each.untouched for each in self.versions):
+            self.restore.close()
+            return
+        window.setup.history.windows += 1
+        window.gradients.clear()
+        for optimizer in window.options.optimizers:
+            optimizer.zero_grad()
+        if not isinstance(error, OutOfMemoryError):  # which tells it itself
+            error.add_note(
+                "microbatch: the optimizer had begun to write, so the step is not undone: weights may be partly "
+                "updated. Continue from a checkpoint unless the step is known to be complete"
+            )
