@@ -67,8 +67,6 @@ class Job:
         """Return a copy of everything that a step may change."""
         weights = self.model.named_parameters()
         state: dict[str, Any] = {f"weight {name}": each.detach().clone() for name, each in weights}
-            f"weight {name}": each.detach().clone() for name, each in self.model.named_parameters()
-        }
         state |= {f"buffer {name}": each.clone() for name, each in self.model.named_buffers()}
         for name, each in self.model.named_parameters():
             state[f"gradient {name}"] = None if each.grad is None else each.grad.clone()

@@ -501,6 +501,7 @@ def test_e7_everything_that_handles_rows_obeys_dim_and_group() -> None:
     assert [each["a"].tolist() for each in mb.cut(tree, 1)] == [x[:2].tolist(), x[2:].tolist()]
 
 
+@pytest.mark.filterwarnings("ignore:the loss is a plain mean")
 def test_e7_rows_of_another_layout_are_cut_by_length() -> None:
     sizes = [5, 1, 3, 2]
     mask = torch.arange(5) < torch.tensor(sizes)[:, None]

@@ -319,6 +319,7 @@ def test_statistics_of_a_microbatch_are_the_same_both_times_and_move_once(way: s
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:buffers move")
 @in_each_way
 def test_buffers_that_the_encoder_reads_and_the_loss_moves(way: str) -> None:
     class Counting(Towers):

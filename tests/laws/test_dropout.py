@@ -370,6 +370,7 @@ class Padded(nn.Module):
         return (self.head(hidden.tanh()) * mask.unsqueeze(-1)).sum(1)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is a plain mean")
 @on_each_device
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -160,6 +160,7 @@ def test_parameters_without_a_gradient_are_not_decayed(
     assert unused.tolist() != [1, 1, 1]
 
 
+@pytest.mark.filterwarnings("ignore:no optimizer of this accumulator holds")
 @through_each_door
 @on_each_device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -21,6 +21,8 @@ from microbatch.memory.recompute import blocks_of, checkpointed
 from microbatch.step.size.auto_checkpoint import Weight, by_worth, fewest, weigh
 from microbatch.step.size.dry_run import dry_run_at
 
+pytestmark = pytest.mark.filterwarnings("ignore:buffers move")  # counters, to see how often forward runs
+
 WIDTH = 32
 
 

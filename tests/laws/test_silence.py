@@ -316,5 +316,5 @@ def test_a_wrapped_optimizer_is_unwrapped_and_what_is_none_is_refused() -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     with pytest.raises(ConfigError, match=r"scheduler StepLR; pass its optimizer"):
         plain_optimizers(scheduler)
-    with pytest.raises(ConfigError, match="not a int"):
+    with pytest.raises(ConfigError, match="not an int"):
         plain_optimizers(3)

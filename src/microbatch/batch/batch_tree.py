@@ -15,6 +15,7 @@ from microbatch.batch.marks import Rows, Whole
 from microbatch.batch.recognise import count_rows, entries_of, spread
 from microbatch.batch.walk import contents, is_array, leaves, map_leaves, map_tensors
 from microbatch.errors import BatchError
+from microbatch.kind_words import kind_of
 
 __all__ = [
     "Rows",
@@ -237,7 +238,7 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
         return value[chosen]
     except Exception as error:
         raise BatchError(
-            f"{path} is a {type(value).__name__}, which does not select rows by a list of their numbers "
+            f"{path} is {kind_of(value)}, which does not select rows by a list of their numbers "
             f"({type(error).__name__}: {error!s:.200}); pass its tensors in a dict"
         ) from error
 

@@ -14,6 +14,7 @@ from microbatch.batch.marks import Rows, Whole
 from microbatch.batch.row_errors import Entry, disagreement, samples_in_a_list, unknown_object
 from microbatch.batch.walk import ENDLESS, children, holds_tensors, is_array, slices_itself
 from microbatch.errors import BatchError
+from microbatch.kind_words import kind_of
 
 _CHANNELS = 4  # most channels of an image: a first dimension of up to 4 may be colours
 _LONGEST_SIZE = 4  # a longer tuple of numbers is not a size or a shape
@@ -174,7 +175,7 @@ def _entries_along(mark: Rows, path: str) -> int:
     elif isinstance(value, list | tuple | str | bytes) or slices_itself(value):
         if dim:
             raise BatchError(
-                f"{path}: mb.Rows of a {type(value).__name__} has one item per row, so dim= must be 0, not {dim}; mark "
+                f"{path}: mb.Rows of {kind_of(value)} has one item per row, so dim= must be 0, not {dim}; mark "
                 "each tensor by itself, or put the tensors into a dict"
             )
         entries = len(value)
@@ -277,7 +278,7 @@ def _settle(found: Found, batch: object) -> int:
     if rows is None:
         if not numbers:
             raise BatchError(
-                f"the batch has no rows: a {type(batch).__name__} without any tensor of one or more dimensions was "
+                f"the batch has no rows: {kind_of(batch)} without any tensor of one or more dimensions was "
                 "given; pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
             )
         if len({each.rows for each in numbers}) > 1:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from microbatch.errors import BatchError, RowsDisagreeError
+from microbatch.kind_words import kind_of
 
 _SHOWN = 3
 
@@ -89,7 +90,7 @@ def unknown_object(value: object, path: str) -> BatchError:
         The error.
     """
     return BatchError(
-        f"{path} is a {type(value).__name__}, which holds tensors, and it is not known which of them have rows; wrap "
+        f"{path} is {kind_of(value)}, which holds tensors, and it is not known which of them have rows; wrap "
         "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict; or let the loader "
         "make microbatches, and use accumulator.windows(loader, microbatches=...), which hands them on uncut"
     )

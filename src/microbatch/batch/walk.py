@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from microbatch.batch.marks import Rows, Whole
 from microbatch.errors import BatchError
+from microbatch.kind_words import kind_of
 
 Leaf = Callable[[Any, str], Any]
 """``function(leaf, path)`` returns what stands in the leaf's place."""
@@ -241,7 +242,7 @@ def _rebuilt(make: Callable[[Any, Any], Any], old: object, new: object, *, path:
         return make(old, new)
     except Exception as error:
         raise BatchError(
-            f"{path} is a {type(old).__name__}, which cannot be made again with other values "
+            f"{path} is {kind_of(old)}, which cannot be made again with other values "
             f"({type(error).__name__}: {error!s:.200}); pass a dict or a dataclass instead, or mark it with "
             "mb.Whole(...) if it has no rows"
         ) from error

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 
 _KINDS = ("group", "layer", "sync")
 
@@ -42,7 +43,7 @@ def convert_batch_norm(model: nn.Module, *, to: str, groups: int = 32) -> nn.Mod
         Wu and He, Group Normalization, 2018 (32 groups).
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+        raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(model)}")
     if not isinstance(to, str) or to not in _KINDS:
         raise ConfigError(f"to must be one of {', '.join(map(repr, _KINDS))}, not {to!r}")
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:

@@ -165,7 +165,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
 def _refuse_output(output: object, name: str) -> None:
     first = "output[0]" if isinstance(output, tuple) and not hasattr(output, "loss") else "output.loss"
     raise LossError(
-        f"the loss {name!r} is the whole output of a model (a {type(output).__name__}), and not its loss alone. "
+        f"the loss {name!r} is the whole output of a model ({kind_of(output)}), and not its loss alone. "
         f"The loss in it is usually a mean over labels, so write: n = (labels[:, 1:] != -100).sum(); return "
         f"mb.Loss(sum={first} * n, count=n). Return {first} itself if it is a mean over rows. As loss_fn, "
         "mb.losses.from_model does this for models that return an output with a loss"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from microbatch.errors import LossError
+from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Loss
 from microbatch.products import add_product_
 
@@ -309,7 +310,7 @@ def _split_to_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, .
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> None:
     for name, value in [("hidden", hidden), ("weight", weight), ("labels", labels)]:
         if not isinstance(value, Tensor):
-            raise LossError(f"linear_cross_entropy: {name} must be a tensor, not a {type(value).__name__}")
+            raise LossError(f"linear_cross_entropy: {name} must be a tensor, not {kind_of(value)}")
     if weight.ndim != 2 or not hidden.ndim or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
         raise LossError(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)} and labels "

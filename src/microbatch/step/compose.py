@@ -172,7 +172,8 @@ class Composition:
             found.append(self.checkpointing)
         if options.batch_norm in _NORMS:
             found.append(_NORMS[options.batch_norm]())
-        found += _BUFFERS[options.buffers]()
+        if options.batch_norm != EXACT:  # lockstep moves buffers once
+            found += _BUFFERS[options.buffers]()
         if normalizes_rows(options.bare_model):
             found.append(OneRowNorms())
         if options.dropout:

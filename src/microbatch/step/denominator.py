@@ -56,6 +56,7 @@ class Denominator:
         declared: Denominators by term, over all ranks, once they are known; `None` without ``counts``.
         shared: Whether all ranks expect the same count, because their gradients are reduced before the division.
         metrics: Sum of each metric so far, by name, on the device.
+        means: Whether every term is a plain mean over the rows of a microbatch.
 
     Source:
         Laws N1 to N9.
@@ -65,11 +66,10 @@ class Denominator:
         self._counts, self._estimate = counts, estimate
         self.rows: int | None = None
         self.declared: Mapping[str, float] | None = None
-        self.shared = False
+        self.shared = self.means = False
         self.metrics: dict[str, Tensor] = {}
         self._expected = estimate or 1.0
         self._terms: dict[str, _Term] = {}
-        self._means = False
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     # -- before the first backward -------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Denominator:
         """
         if self.declared is not None or not self._terms:
             return 1.0
-        count = float(self.rows * ranks) if self._means and self.rows else self._expected
+        count = float(self.rows * ranks) if self.means and self.rows else self._expected
         return next(iter(self._terms.values())).expected / count
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -196,11 +196,6 @@ class Denominator:
     def names(self) -> list[str]:
         """Names of the terms, in order of appearance."""
         return list(self._terms)
-
-    @property
-    def means(self) -> bool:
-        """Whether every term is a plain mean over the rows of a microbatch."""
-        return self._means
 
     @property
     def contributed(self) -> bool:
@@ -314,7 +309,7 @@ class Denominator:
                 "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
                 f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
             )
-        self._means = not own
+        self.means = not own
         # One number for all terms, because one factor corrects all of them.
         exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
         expected = float(self.rows) if exact and self.rows else _power_of_two(self._expected)

@@ -393,5 +393,5 @@ def listed(name: str, given: Any, kind: Any) -> list[Any]:
     if isinstance(given, kind) or (kind == () and callable(given)):
         return [given]
     if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
-        raise ConfigError(f"{name} must be one or several of them in a list, not a {type(given).__name__}")
+        raise ConfigError(f"{name} must be one or several of them in a list, not {kind_of(given)}")
     return list(cast("Iterable[Any]", given))

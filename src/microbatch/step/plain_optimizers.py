@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 
 _DEPTH = 8  # wrappers around wrappers
 _REFUSED = (
-    "optimizer must be a torch.optim.Optimizer, several of them in a list, or None for gradients without a step, not a "
+    "optimizer must be a torch.optim.Optimizer, several of them in a list, or None for gradients without a step, not "
     "{}; if it wraps an optimizer, pass the optimizer inside"
 )
 
@@ -38,7 +39,7 @@ def plain_optimizers(given: object) -> list[Optimizer]:
     if _is_one(given):
         return [_plain(given)]
     if not isinstance(given, Iterable) or isinstance(given, str | bytes):
-        raise ConfigError(_REFUSED.format(type(given).__name__))
+        raise ConfigError(_REFUSED.format(kind_of(given)))
     return [_plain(each) for each in cast("Iterable[object]", given)]
 
 
@@ -82,7 +83,7 @@ def _plain(given: Any) -> Optimizer:
         if isinstance(inner, Optimizer) and "_optimizer_step_pre_hooks" in vars(inner):
             return inner
         inner = getattr(inner, "optimizer", None)
-    raise ConfigError(_REFUSED.format(type(given).__name__))
+    raise ConfigError(_REFUSED.format(kind_of(given)))
 
 
 def _is_one(given: object) -> bool:

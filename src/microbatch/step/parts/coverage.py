@@ -1,4 +1,4 @@
-"""Say that the optimizers do not step what the loss depends on."""
+"""Compare what the loss depends on with what the optimizers step."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class CountWarning(Part):
         self._found: tuple[str, str, float, float] | None = None
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
-        """Look for labels or masks that count differently in the microbatches."""
+        """Find labels or masks that count differently in the microbatches."""
         self._found = None
         if self._windows >= _WINDOWS or cutting.microbatches < 2:
             return

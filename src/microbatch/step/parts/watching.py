@@ -56,8 +56,12 @@ class WatchedWeights(Part):
         now = [weight._version for weight in self._weights]
         if now == self._versions:
             return
+        renormed = {id(each.weight) for each in window.model.modules() if _renorms(each)}
         pairs = zip(window.gradients.named, now, self._versions, strict=True)
-        moved = [each.name for each, version, before in pairs if version != before]
+        moved = [e.name for e, version, before in pairs if version != before and id(e.parameter) not in renormed]
+        if not moved:
+            self._versions = now
+            return
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         raise WeightsMovedError(
             f"the weight {moved[0]!r}{more} was written to inside the window, so its microbatches would have gradients "
@@ -147,6 +151,11 @@ class BuffersOnce(Part):
                 pooled = self._pooled and first.is_floating_point()
                 buffer.tensor.copy_(total / self._rows if pooled else first)
         self._first, self._sums = [], []
+
+
+def _renorms(module: Any) -> bool:
+    """Return whether forward shortens the rows of the weight that it reads; a row that is short stays as it is."""
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
 def _name(model: nn.Module, buffer: Buffer) -> str:
