@@ -120,8 +120,8 @@ def test_a_server_that_is_killed_leaves_no_trainer_behind() -> None:
 def test_what_cannot_be_is_refused_in_words(tmp_path: Path) -> None:
     for arguments, words in (
         ([str(tmp_path / "none")], "there is no run directory"),
-        (["--port", "70000"], "cannot be used"),
-        (["--port", "-1"], "ports go from 0 to 65535"),
+        (["--port", "70000"], "error: --port is 70000: it must be a whole number from 0 to 65535"),
+        (["--port", "-1"], "error: --port is -1: it must be a whole number from 0 to 65535"),
         (["--export", str(tmp_path.parent)], "is not empty"),
         (["--export", str(tmp_path / "copy"), "a-run"], "without a-run; leave the run out"),
         (["--export", str(tmp_path / "copy"), "--port", "8765"], "--port 8765 has no effect"),

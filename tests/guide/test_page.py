@@ -220,7 +220,11 @@ def test_cuts_are_as_they_were() -> None:
 def test_the_inside_of_a_step_is_as_it_was() -> None:
     known, inside = load_measured()["inside"]["series"], experiments.inside()["series"]
     assert len(inside["activations"]) == len(known["activations"])
-    assert max(inside["activations"]) == pytest.approx(max(known["activations"]), rel=0.02)
+    highest, was = (max(map(sum, zip(*series.values(), strict=True))) for series in (inside, known))
+    assert highest == pytest.approx(was, rel=0.002)
+    # Of a stretch of operators, the highest in total is shown. Where stretches begin depends on the number of operators,
+    # and decides whether the log-probabilities, 1 MiB, are activations there or what backward made of them.
+    assert max(inside["activations"]) == pytest.approx(max(known["activations"]), abs=1024 + 16)
 
 
 def test_what_is_derived_follows_from_what_was_measured() -> None:

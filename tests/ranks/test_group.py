@@ -70,7 +70,8 @@ def case_beside_tensor_parallel(rank: int, ranks: int) -> Any:
     split = parallelize_module(make_model(), mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     found["split"] = step_of(split, some_rows(make_rows(), dp.get_local_rank(), 2), ranks=Ranks(group=dp))
     try:
-        Accumulator(make_model(), torch.optim.SGD(make_model().parameters()), ranks=Ranks(group=mesh))
+        model = make_model()
+        Accumulator(model, torch.optim.SGD(model.parameters()), ranks=Ranks(group=mesh))
     except ConfigError as error:
         found["refused"] = str(error)
     return found

@@ -59,6 +59,7 @@ def small(*, device: torch.device) -> Job:
         batch_size=8,
         microbatch_size=3,
         batch_norm="microbatch",
+        buffers="each",
         steps=40,
         warmup_steps=3,
         max_grad_norm=1.0,

@@ -25,6 +25,7 @@ from microbatch.train.run_events import RunEvent, StepLogged
 from microbatch.train.rundir import MetricsLog, RunDirectory
 from microbatch.train.schedule import make_schedulers, warmup_cosine
 from microbatch.train.training_loop import TrainingLoop
+from microbatch.warned import MicrobatchWarning
 
 CPU = torch.device("cpu")
 
@@ -192,6 +193,23 @@ class Restless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return self.last(self.frozen(self.norm(self.first(x))) + 0.1 * torch.rand(8))
+
+
+@pytest.mark.parametrize(
+    ("by_job", "flag", "calls"), [("each", None, 6), (None, "each", 6), ("each", "once", 2), (None, "mean", 2)]
+)
+def test_buffers_move_as_the_settings_say_and_else_the_job(
+    by_job: str | None, flag: str | None, calls: int, tmp_path: Path
+) -> None:
+    job = a_job(Restless(), buffers=by_job, batch_norm="microbatch", validation=None, steps=2)
+    run_job(job, tmp_path / "run", buffers=flag)  # 8 rows are 3 microbatches, and the comparison leaves no trace
+    assert float(job.model.get_buffer("calls")) == calls
+
+
+def test_buffers_that_move_with_every_microbatch_are_warned_of(tmp_path: Path) -> None:
+    job = a_job(Restless(), batch_norm="microbatch", validation=None, steps=2)
+    with pytest.warns(MicrobatchWarning, match=r"buffers move with every microbatch: calls \(of Restless\)"):
+        run_job(job, tmp_path / "run")
 
 
 def everything(job: Job) -> dict[str, Any]:

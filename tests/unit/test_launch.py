@@ -91,7 +91,7 @@ def test_a_dead_rank_is_told_from_a_late_one_and_from_one_that_failed(tmp_path: 
 def test_a_rank_that_dies_a_moment_after_its_connections_is_not_called_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("microbatch.train.heartbeat._LOOKS", 200)  # the machine may be busy
+    monkeypatch.setattr("microbatch.ranks.lost_ranks._PATIENCE", 20.0)  # seconds; the machine may be busy
     beats = [Heartbeat(tmp_path, rank) for rank in range(2)]
     dying = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     Timer(0.2, dying.kill).start()

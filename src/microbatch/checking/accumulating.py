@@ -22,7 +22,7 @@ from microbatch.loss.loss import Count, Loss, shares_of
 from microbatch.step.accumulator import Accumulator
 
 COUNTS, COUPLING, ROW_ORDER, LENGTHS = "counts", "coupling", "row_order", "lengths"
-_WIDE_TAKES = ("lengths", "fuse", "batch_norm", "dropout", "deterministic")
+_WIDE_TAKES = ("lengths", "fuse", "batch_norm", "buffers", "dropout", "deterministic")
 """Options that say what is computed; the others say in which precision, where, or how fast."""
 _BY_SLOPES = frozenset({COUPLING, ROW_ORDER})
 LossFunction = Callable[[nn.Module, Any], Any]

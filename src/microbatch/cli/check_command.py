@@ -66,7 +66,8 @@ def _check(settings: Settings) -> Check:
     config = resolve(settings, job, device=device)
     batch = job.collate(fetch(job.data, list(range(min(config.batch_size, config.samples)))))
     encode = None if config.plain else job.encode
-    options: dict[str, Any] = {} if config.batch_norm is None else {"batch_norm": config.batch_norm}
+    said = {"batch_norm": config.batch_norm, "buffers": config.buffers}
+    options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     return check(
         job.model,
         job.batch_loss if encode is None else job.loss_fn,

@@ -66,6 +66,15 @@ def train(
             show_default="exact",
         ),
     ] = None,
+    buffers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="once|mean|each",
+            help="How buffers move that every microbatch would move: once a step, by the mean, or each time.",
+            rich_help_panel=BATCH,
+            show_default=THE_JOBS,
+        ),
+    ] = None,
     lr: Annotated[
         str | None,
         typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=BATCH, show_default=THE_JOBS),
@@ -194,6 +203,7 @@ def train(
         "seed": number_or_word(seed, int),
         "autocast": autocast,
         "accumulation": accumulation,
+        "buffers": buffers,
         "learning_rate": number_or_word(lr, float),
         "warmup_steps": number_or_word(warmup_steps, int),
         "max_grad_norm": number_or_word(max_grad_norm, float),

@@ -92,6 +92,7 @@ class Ways:
             nonfinite="skip",
             lengths=self._job.lengths,
             batch_norm=config.batch_norm or "microbatch",
+            buffers=config.buffers or "each",
         )
         self.microbatches = take_step(accumulator, self._job, self._batch, plain=config.plain).microbatches
 

@@ -43,6 +43,8 @@ class Settings(BaseModel):
         nonfinite: What to do with a window whose loss or gradient is not finite.
         accumulation: ``"plain"`` couples samples within each microbatch alone, as accumulation usually does, for
             comparison; ``"exact"`` over the whole batch.
+        buffers: What happens to buffers that every microbatch moves, but for those of batch normalisation: ``"once"``
+            or ``"mean"`` moves them once a step, ``"each"`` lets every microbatch move them; as for `Accumulator`.
         validate_every: Optimizer steps between validations.
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Checkpoints that are kept.
@@ -73,6 +75,7 @@ class Settings(BaseModel):
     max_grad_norm: Positive | Literal["none"] | None = None
     nonfinite: Literal["raise", "skip"] = "raise"
     accumulation: Literal["exact", "plain"] = "exact"
+    buffers: Literal["once", "mean", "each"] | None = None
     validate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3

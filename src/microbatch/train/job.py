@@ -31,6 +31,7 @@ class Job:
         batch_size: Effective batch in samples, over all ranks; at least 1.
         encode: For losses that couple samples: ``encode(model, microbatch)`` returns the representations of its rows.
         batch_norm: What batch normalisation normalises by, as for `Accumulator`.
+        buffers: What happens to other buffers that every microbatch moves, as for `Accumulator`.
         dropout: ``"by_row"`` to draw the same masks whatever the cut and the number of ranks, as for `Accumulator`.
         scheduler: Learning-rate scheduler, stepped once per optimizer step; `None` lets the training loop make one.
         collate: Turns a list of samples into one batch (nested tensors whose leading dimension is the rows).
@@ -61,6 +62,7 @@ class Job:
     batch_size: int
     encode: Callable[[nn.Module, Any], Any] | None = None
     batch_norm: str | None = None
+    buffers: str | None = None
     dropout: str | None = None
     scheduler: LRScheduler | None = None
     collate: Callable[[list[Any]], Any] = default_collate

@@ -155,6 +155,7 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
         unit=job.unit,
         plain=_is_plain(settings, job),
         batch_norm="microbatch" if settings.accumulation == "plain" and job.batch_norm else job.batch_norm,
+        buffers=settings.buffers or job.buffers,
         auto=_is_auto(settings, job) and not settings.deterministic,
         ragged=job.lengths is not None,
         ranks=place.ranks,
@@ -197,6 +198,7 @@ def resolved_settings(settings: Settings, config: RunConfig) -> Settings:
             "autocast": names[config.autocast] if config.autocast is not None else "none",
             "warmup_steps": config.warmup_steps,
             "max_grad_norm": config.max_grad_norm if config.max_grad_norm is not None else "none",
+            "buffers": config.buffers,
             "validate_every": config.validate_every,
             "checkpoint_every": config.checkpoint_every,
         }

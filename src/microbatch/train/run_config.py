@@ -31,6 +31,7 @@ class RunConfig:
         nonfinite: ``"raise"`` or ``"skip"``.
         plain: Whether the loss couples only the samples of one microbatch.
         batch_norm: Which statistics batch normalisation uses, as for `Accumulator`.
+        buffers: What happens to other buffers that every microbatch moves, as for `Accumulator`.
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of newest checkpoints that are kept.
@@ -74,6 +75,7 @@ class RunConfig:
     unit: str
     plain: bool = False
     batch_norm: str | None = None
+    buffers: str | None = None
     auto: bool = False
     ragged: bool = False
     ranks: int = 1

@@ -109,6 +109,7 @@ class TrainingLoop:
             nonfinite=config.nonfinite,
             lengths=job.lengths,
             batch_norm=config.batch_norm,
+            buffers=config.buffers,
             dropout=job.dropout,
             deterministic=config.deterministic,
             ranks=Ranks(sync=config.sync, group=self._place.group),

@@ -222,6 +222,8 @@ class ShardedPeers(DataParallel):
         """Run dummy passes after a failure, so that the other ranks' collectives complete."""
         if is_out_of_memory(error):
             let_go_of_locals(error, window.options.model)
+        if not window.undo.waited_for:  # the ranks have not begun this window: nothing is gathered
+            return
         ours = isinstance(error, Exception) and not isinstance(error, RankError) and not is_of_the_group(error)
         if self.waited(window) and ours:
             try:
