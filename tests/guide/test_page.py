@@ -222,7 +222,7 @@ def test_the_inside_of_a_step_is_as_it_was() -> None:
     assert len(inside["activations"]) == len(known["activations"])
     highest, was = (max(map(sum, zip(*series.values(), strict=True))) for series in (inside, known))
     assert highest == pytest.approx(was, rel=0.002)
-    # Of a stretch of operators, the highest in total is shown. Where stretches begin depends on the number of operators,
+    # Of a stretch of operators, the highest in total is shown. Where one begins depends on the number of operators,
     # and decides whether the log-probabilities, 1 MiB, are activations there or what backward made of them.
     assert max(inside["activations"]) == pytest.approx(max(known["activations"]), abs=1024 + 16)
 

@@ -118,7 +118,7 @@ def test_the_parts_are_the_whole_and_know_what_grows() -> None:
     parts = found.parts(200)
     assert sum(parts.values()) == found.peak_bytes(200)
     assert parts["parameters"] == parts["gradients"] == weights
-    assert parts["inputs"] == 8 * 200 * 8
+    assert parts["inputs"] == (8 + 4) * 200 * 8  # the batch, and the copy of a microbatch
     assert parts["activations"] > 4 * 4 * 200 * 200
 
 

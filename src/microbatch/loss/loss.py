@@ -53,7 +53,7 @@ class Loss:
 
     sum: Tensor
     count: Count
-    metrics: Mapping[str, Count] = field(default_factory=dict[str, "Count"], kw_only=True)
+    metrics: Mapping[str, Count] = field(default_factory=dict, kw_only=True)  # "dict[...]" would break compiled graphs
 
     def __post_init__(self) -> None:
         """Refuse values that would fail only later, in backward or at the end of the window."""
@@ -62,7 +62,7 @@ class Loss:
             number = check_number(self.count, "Loss.count")
             if not isinstance(self.count, int | float):  # a number of NumPy
                 object.__setattr__(self, "count", int(number) if number.is_integer() else number)
-        elif self.count.ndim or self.count.dtype.is_complex or self.count.is_meta or self.count.is_sparse:
+        elif self.count.ndim or self.count.dtype.is_complex or _where_unread(self.count):
             raise CountError(
                 f"Loss.count must be a number or a 0-d tensor, not of shape {tuple(self.count.shape)}, "
                 f"{self.count.dtype}, on {self.count.device}"
@@ -181,9 +181,16 @@ def _check_scalar(value: object, what: str) -> None:
         )
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         raise LossShapeError(f"{what} must be floating point, of at least 16 bits, not {value.dtype}")
-    if value.is_meta or value.is_sparse:
-        where = "on the meta device, which holds no values" if value.is_meta else "sparse"
+    if where := _where_unread(value):
         raise LossShapeError(f"{what} must be a dense tensor with a value, and it is {where}")
+
+
+def _where_unread(value: Tensor) -> str:
+    """Say why a tensor has no value to read; empty if it has one."""
+    # `is_meta` and `is_sparse` would be operators for the compiler, and so a graph of their own.
+    if value.device.type == "meta":
+        return "on the meta device, which holds no values"
+    return "" if value.layout is torch.strided else "sparse"
 
 
 def _metrics(loss: Loss) -> dict[str, Tensor]:

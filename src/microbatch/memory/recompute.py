@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 
 # Buffers of at most this many bytes are copied before each forward: statistics are small, but masks and frozen weights
 # are large.
@@ -154,7 +155,7 @@ def _refuse_caches(name: str, given: Mapping[str, Any]) -> None:
         cache = given[argument]
         if not (cache is None or isinstance(cache, Tensor | tuple)):
             raise ConfigError(
-                f"checkpoint: {name!r} was given a cache ({argument}=, a {type(cache).__name__}), to which it would "
+                f"checkpoint: {name!r} was given a cache ({argument}=, {kind_of(cache)}), to which it would "
                 "write again when it is recomputed in backward; pass use_cache=False to the model, or leave this block "
                 "out"
             )

@@ -145,6 +145,7 @@ class _Trial:
             sums=Sums(fuse=options.sums.fuse),
             lengths=options.lengths,
             batch_norm="microbatch",
+            buffers="each",
             listeners=(self._listen,),
         )
         for _ in range(_MOST_STEPS):

@@ -69,7 +69,8 @@ class Stage:
             lengths=options.lengths,
             offload=options.offload,
             checkpoint=options.checkpoint,
-            batch_norm=options.batch_norm,
+            batch_norm=options.batch_norm or "microbatch",  # without a warning
+            buffers=options.buffers or "each",
         )
         gc.collect()
         try:

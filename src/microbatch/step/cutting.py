@@ -190,4 +190,5 @@ def _largest(cuts: Sequence[Cut]) -> Cut | None:
 def _bytes_of(batch: object) -> int:
     found = contents(batch)
     strided = [leaf for leaf in found if not isinstance(leaf, Tensor) or leaf.layout is torch.strided]
-    return sum(int(getattr(leaf, "nbytes", 0)) for leaf in strided)
+    known = [getattr(leaf, "nbytes", 0) for leaf in strided]  # a method of a storage, which is handed on whole
+    return sum(int(each) for each in known if not callable(each))

@@ -270,9 +270,9 @@ class Passes(Part):
     def losses(self, window: OpenWindow, batch: object, loss_fn: Function) -> Iterator[Any]:
         """Yield the loss of each microbatch of a batch; the caller passes it to `Window.backward`."""
         function = window.called(loss_fn)  # before the ranks agree: dummy passes after a failure run it
-        for _, loss in self.values(window, window.cut(batch), function):
+        for p, loss in self.values(window, window.cut(batch), function):
             yield loss
-            del loss
+            del p, loss  # the next forward runs without this microbatch and its graph
         self.finish(window)
 
     def start(self, window: OpenWindow, rows: float | None, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -38,7 +38,7 @@ def plain_optimizers(given: object) -> list[Optimizer]:
         return []
     if _is_one(given):
         return [_plain(given)]
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes):
+    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Tensor):
         raise ConfigError(_REFUSED.format(kind_of(given)))
     return [_plain(each) for each in cast("Iterable[object]", given)]
 

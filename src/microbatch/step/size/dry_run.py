@@ -9,11 +9,13 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from microbatch.batch.batch_tree import map_tensors, rows_of
+from microbatch.batch.copies import Copies
 from microbatch.errors import ConfigError
 from microbatch.gradients.parameters import trainable
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
@@ -197,14 +199,24 @@ def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> None:
     """Run windows until one has had forward passes beside the optimizer's state."""
     options = cast.options
     meter.track(options.model, *options.optimizers)
-    first = some_rows(cast.batch, size)
-    # On a GPU, microbatches are copies, and the next one is copied while this one runs. On the CPU, they are views.
-    second = first if cast.device.type == "cpu" else map_tensors(torch.clone, first)
-    meter.track(first, second, category=INPUTS)
+    held = [some_rows(cast.batch, size)]
+    on_cpu = cast.device.type == "cpu"
+    if not on_cpu:
+        # On a GPU, microbatches are copies of what the host has, and the next one is copied while this one runs.
+        held.append(map_tensors(torch.clone, held[0]))
+    meter.track(held, category=INPUTS)
     learn_to_count(type(torch.empty(0, device="cpu")))
     with meter:
         for _ in range(1 if all(each.state for each in options.optimizers) else 2):
-            run_window(options, cast.loss_fn, [first, second], meter)
+            run_window(options, cast.loss_fn, _copied(held[0], meter) if on_cpu else held, meter)
+
+
+def _copied(rows: object, meter: MemoryMeter) -> Generator[Any]:
+    """Yield two microbatches as a window does on the CPU: each is a copy beside the batch, made when its turn comes."""
+    for _ in range(2):
+        made = Copies(torch.device("cpu"))(rows)
+        meter.track(made, category=INPUTS)
+        yield made
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +26,13 @@ from microbatch.step.sums import sums_for
 from microbatch.step.window import Window
 
 
-def run_window(options: Options, loss_fn: Function, microbatches: Sequence[Any], meter: MemoryMeter) -> None:
+def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any], meter: MemoryMeter) -> None:
     """Run the parts of a window that take memory, and the optimizers' steps.
 
     Args:
         options: Options with copies of the model and the optimizers.
         loss_fn: As for `Accumulator.step`.
-        microbatches: The microbatches.
+        microbatches: The microbatches. As in a real window, one is held until the next one is there.
         meter: Measures the memory, with gradients as a category.
     """
     parts: list[Part] = [_Gradients(meter)]
@@ -59,6 +60,7 @@ def run_window(options: Options, loss_fn: Function, microbatches: Sequence[Any],
     with window:
         for microbatch in microbatches:
             window.backward(loss_fn(window.model, microbatch), count=1)
+        microbatch = None  # no longer held when the optimizers step
 
 
 class _AnyTerms(Denominator):
@@ -77,11 +79,13 @@ class _Gradients(Part):
         self._meter = meter
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
-        def tracked(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
-            run(tensors, seeds)
-            self._meter.track([total for _, total in window.gradients.gradients()], category=GRADIENTS)
+        return partial(self._tracked, window, run)
 
-        return tracked
+    # No function in a function: where annotations are checked, it would be in a reference cycle, and keep the window
+    # and what it saved alive.
+    def _tracked(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+        run(tensors, seeds)
+        self._meter.track([total for _, total in window.gradients.gradients()], category=GRADIENTS)
 
 
 def _finish(window: OpenWindow) -> dict[str, Any]:
