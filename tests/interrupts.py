@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any, Self
 
 import microbatch as mb
+from microbatch.interrupts import interrupts_here
 
 from .kinds import Job, differences, make
 
@@ -85,18 +86,21 @@ def interrupted(kind: str, line: int, *, before: Any, after: Any, raising: bool 
     now = job.state()
     old, new = differences(before, now), differences(after, now)
     outcome = ended or ("before" if not old else "after" if not new else "mixed")
-    return Outcome(
-        line, trace.where, outcome, min(old, new, key=len), _next(job, again=not old, after=after, handler=handler)
-    )
+    # An error of no signal, at the very line that puts the handler back, leaves that to the next step.
+    put_back = raising or signal.getsignal(signal.SIGINT) is handler
+    told = _next(job, again=not old, after=after, handler=handler) if put_back else "the handler was not put back"
+    return Outcome(line, trace.where, outcome, min(old, new, key=len), told)
 
 
 def _next(job: Job, *, again: bool, after: Any, handler: Any) -> str:
-    if signal.getsignal(signal.SIGINT) is not handler:
-        return "the handler was not put back"
     try:
         job.step()
     except BaseException as error:  # noqa: BLE001 - what is not to happen
         return f"{type(error).__name__}: {error}"
+    if signal.getsignal(signal.SIGINT) is not handler:
+        return "the handler was not put back by the next step"
+    if interrupts_here().held:
+        return "signals wait after the next step"
     return ", ".join(differences(after, job.state())) if again else ""
 
 

@@ -58,6 +58,11 @@ class Interrupts:
         self._windows = WeakSet[Any]()  # a window that was abandoned counts no longer
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
+    @property
+    def held_by_window(self) -> bool:
+        """Whether `held` is set and a window is left; an error that was no signal may have left it set."""
+        return self.held and bool(self._windows)
+
     def begin(self, window: object) -> None:
         """Start to watch, with `held` set.
 

@@ -426,7 +426,7 @@ def test_the_norm_is_not_known_and_says_so() -> None:
         (sgd, {"max_grad_norm": 1.0}, "max_grad_norm="),
         (sgd, {"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler="),
         (sgd, {"dtype": torch.bfloat16, "how": "compensated"}, r'Sums\(how="compensated"\)'),
-        (sgd, {"buffer": "momentum"}, '"own", "none"'),
+        (sgd, {"buffer": "momentum"}, 'buffer must be "own", a LinearState or "none"'),
         (sgd, {"buffer": ["none", "own"]}, "2 values for 1"),
     ],
 )

@@ -23,6 +23,7 @@ CALLS = [
     "Lengths( Loss( Spill( Batches( cut( divide_batch( convert_batch_norm( linear_cross_entropy(",
     "scale_hyperparameters( Hyperparameters( check( plan(",
     "loss: counts:",
+    "batch:",
 ]
 
 
@@ -36,7 +37,7 @@ def raw_errors(*parts: str, least: int) -> dict[str, str]:
     return told["raw"]
 
 
-@pytest.mark.parametrize(("parts", "least"), list(zip(CALLS, [700, 400, 250, 60], strict=True)))
+@pytest.mark.parametrize(("parts", "least"), list(zip(CALLS, [700, 400, 250, 60, 50], strict=True)))
 def test_no_call_ends_in_a_raw_error(parts: str, least: int) -> None:
     assert raw_errors(*parts.split(), least=least) == {}
 

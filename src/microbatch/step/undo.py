@@ -31,7 +31,7 @@ class Undo:
     def begin(self, window: object) -> None:
         """Postpone signals while the window opens."""
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
-        self._held = self.interrupts.held
+        self._held = self.interrupts.held_by_window
         self.interrupts.begin(window)
 
     def opened(self) -> None:
