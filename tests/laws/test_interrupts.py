@@ -27,8 +27,15 @@ def handler() -> Iterator[None]:
     """Put the handler of Ctrl-C back; a shell may have started the tests without one."""
     gc.collect()  # windows that another test has left open
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(120)  # a test that waits for ever fails
     yield
+    signal.alarm(0)
     signal.signal(signal.SIGINT, before)
+
+
+def too_long(*_: object) -> None:
+    raise TimeoutError("the test waits for ever")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -205,7 +212,7 @@ def test_f8_a_second_thread_is_refused_at_once_and_by_name() -> None:
 
 def test_f8_one_of_many_threads_that_begin_together_gets_the_window() -> None:
     job, count = make("window"), 8
-    barrier, opened, refused = threading.Barrier(count), list[Window](), list[BaseException]()
+    barrier, opened, refused = threading.Barrier(count, timeout=60), list[Window](), list[BaseException]()
 
     def work() -> None:
         window = job.accumulator.window()
