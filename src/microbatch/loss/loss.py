@@ -186,7 +186,7 @@ def _check_scalar(value: object, what: str) -> None:
 
 
 def _where_unread(value: Tensor) -> str:
-    """Say why a tensor has no value to read; empty if it has one."""
+    """Return why a tensor has no value to read; empty if it has one."""
     # `is_meta` and `is_sparse` would be operators for the compiler, and so a graph of their own.
     if value.device.type == "meta":
         return "on the meta device, which holds no values"

@@ -15,6 +15,9 @@ class StopRequest:
     Ctrl-C raises `KeyboardInterrupt` where the program stands. Outside the main thread, where Python allows no
     handlers, nothing is listened for. SIGHUP stays ignored where it is, as under ``nohup``.
 
+    One of several ranks goes on to listen after an error: its launcher sends SIGTERM as soon as another rank has died,
+    which would end this one before it has written to its log which rank it was.
+
     Attributes:
         signal: The first signal that came, or `None`.
 
@@ -25,13 +28,14 @@ class StopRequest:
         SIGTERM
     """
 
-    def __init__(self, *, insist: bool = True) -> None:
+    def __init__(self, *, ranks: int = 1) -> None:
         """Listen for nothing yet.
 
         Args:
-            insist: Whether a second Ctrl-C raises.
+            ranks: Number of ranks. With several, a second Ctrl-C does not raise: a launcher sends the terminal's signal
+                to each rank again.
         """
-        self._insist = insist
+        self._alone = ranks == 1
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -53,7 +57,9 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put the handlers back that were there before."""
+        """Put the handlers back that were there before, except after an error of one of several ranks."""
+        if error is not None and not self._alone:
+            return
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -61,6 +67,6 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-        elif number == signal.SIGINT and self._insist:
+        elif number == signal.SIGINT and self._alone:
             # Schedulers repeat SIGTERM; only a person at the keyboard means "now" by asking twice.
             raise KeyboardInterrupt

@@ -132,8 +132,7 @@ class TrainingLoop:
             patience=config.rank_timeout,
             written=self._written,
         )
-        # With several ranks a second Ctrl-C is not counted: a launcher sends the terminal's signal to each rank again.
-        self._stop = StopRequest(insist=self._ranks is None)
+        self._stop = StopRequest(ranks=1 if self._ranks is None else self._ranks.size)
         self._stopped_by: signal.Signals | None = None
         self._announced = False
         self._handed: int | None = None
