@@ -68,7 +68,7 @@ def write_run(folder: Path, steps: int) -> int:
 
 
 def measure(run: Path, picture: Path | None) -> dict[str, float]:
-    """Look at a run, and measure what that takes.
+    """Open the live view of a run, and measure its time and memory.
 
     Args:
         run: Its directory.

@@ -83,7 +83,7 @@ class _Divisions(TorchFunctionMode):
     def __torch_function__(  # noqa: PLR0917 - torch calls it by position
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Look at a function, and run it."""
+        """Run a function, and record what it divides and adds."""
         out = func(*args, **(kwargs or {}))
         if not (isinstance(out, Tensor) and out.ndim == 0 and len(args) > 1 and isinstance(args[0], Tensor)):
             return out

@@ -126,7 +126,7 @@ class Still(TorchDispatchMode):
 
 
 def is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a call of an operator draws random numbers.
+    """Return whether a call of an operator draws random numbers.
 
     Args:
         func: The dispatcher's operator.

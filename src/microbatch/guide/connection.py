@@ -69,7 +69,7 @@ class Connection(H11Protocol):
         self._stop_writing()
 
     def shutdown(self) -> None:
-        """Let an answer that is under way end soon."""
+        """End an answer that is under way, within a short time."""
         super().shutdown()
         self.loop.call_later(CLOSING_SECONDS, self.transport.abort)
 

@@ -64,7 +64,7 @@ class Guard:
 
 
 def _refusal(headers: Headers, *, method: str, port: int | None) -> str | None:
-    """Say why a request is refused, or return `None`."""
+    """Return why a request is refused, or `None`."""
     own = {f"{host}:{port}" for host in HOSTS} | ({*HOSTS} if port == HTTP_PORT else set())
     hosts = [host.lower() for host in headers.getlist("host")]
     if len(hosts) != 1 or hosts[0] not in own:

@@ -71,7 +71,7 @@ class Accumulator:
         buffers: What happens to other buffers that forward passes move, such as those of spectral normalisation or
             moving averages. ``"each"``: every microbatch moves them; the default, `None`, does the same and warns.
             ``"once"``: every microbatch starts from the values before the window, and the update of the first one
-            stays. ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/batchnorm.md``.
+            stays. ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/warnings.md``.
         dropout: ``"by_row"`` to draw a dropout mask for each row of the effective batch, so that masks do not depend
             on the cut. See ``docs/dropout.md``.
         deterministic: Whether results are bitwise identical on any number of ranks, dropout included. Each microbatch

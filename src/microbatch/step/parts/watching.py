@@ -29,14 +29,11 @@ class WatchedWeights(Part):
     """
 
     def __init__(self) -> None:
-        self._weights: list[Tensor] = []
         self._versions: list[int] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Read the versions."""
-        self._weights = [each.parameter for each in window.gradients.named]
-        self._versions = [weight._version for weight in self._weights]
-        stack.callback(self._weights.clear)
+        self._versions = _versions(window)
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Compare the versions after every backward."""
@@ -44,16 +41,14 @@ class WatchedWeights(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Compare the versions before the step."""
-        self._weights = [each.parameter for each in window.gradients.named]
         self._compare(window)
-        self._weights = []
 
     def _watched(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
         run(tensors, seeds)
         self._compare(window)
 
     def _compare(self, window: OpenWindow) -> None:
-        now = [weight._version for weight in self._weights]
+        now = _versions(window)
         if now == self._versions:
             return
         renormed = {id(each.weight) for each in window.model.modules() if _renorms(each)}
@@ -151,6 +146,10 @@ class BuffersOnce(Part):
                 pooled = self._pooled and first.is_floating_point()
                 buffer.tensor.copy_(total / self._rows if pooled else first)
         self._first, self._sums = [], []
+
+
+def _versions(window: OpenWindow) -> list[int]:
+    return [each.parameter._version for each in window.gradients.named]
 
 
 def _renorms(module: Any) -> bool:
