@@ -94,8 +94,13 @@ def test_time_is_up_at_whichever_call(way: str) -> None:
     WAYS[way](calls)
     assert calls.calls > 4  # more than the step's own
     for last in sorted({1, 2, 3, calls.calls // 3, calls.calls // 2, calls.calls}):
-        with pytest.raises(TimeIsUpError):
-            WAYS[way](Timed(last))
+        timed = Timed(last)
+        try:
+            WAYS[way](timed)
+        except TimeIsUpError:
+            continue
+        # a plan measures times, and these decide how many calls it makes: this one may have ended before the last
+        assert way == "plan" and last > 3 and timed.calls < last
 
 
 @pytest.mark.parametrize("kind", ["function", "method", "object", "partial"])
