@@ -18,17 +18,22 @@ TESTERS ?= --numprocesses=auto --maxprocesses=8 --dist=loadfile
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
+INTEGRATIONS := $(VENV)/.installed-integrations
 
-.PHONY: help train test browser lint bench format clean
+.PHONY: help train test test-integrations browser lint bench format clean
 
 help: ## List the commands.
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
 
 train: $(RUNTIME) ## Set up, then train a small language model on real text.
 	$(BIN)/microbatch train $(ARGS)
 
 test: lint browser ## Set up, then lint, types, contracts between the rooms, and the whole suite.
-	$(BIN)/python -m pytest $(TESTERS) $(ARGS)
+	$(BIN)/python -m pytest $(TESTERS) --ignore=tests/integrations --ignore=src/microbatch/integrations $(ARGS)
+
+test-integrations: $(INTEGRATIONS) ## Set up with the frameworks, then the adapters' types and tests.
+	$(BIN)/pyright --warnings src/microbatch/integrations tests/integrations
+	$(BIN)/python -m pytest $(TESTERS) tests/integrations $(ARGS)
 
 browser: ## Install Chromium for the guide's tests, where that may be done; they say so and are skipped where not.
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
@@ -70,4 +75,8 @@ $(DEV): $(RUNTIME)
 
 $(BENCH): $(RUNTIME)
 	$(INSTALL) --group bench
+	@touch $@
+
+$(INTEGRATIONS): $(DEV)
+	$(INSTALL) --group integrations
 	@touch $@
