@@ -1,18 +1,15 @@
 """DeepSpeed engines: the whole batch's gradient from ZeRO 0 to 3, whatever the cut, the rank and the counts."""
 
 import copy
-import gc
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tests.ranks.start_deepspeed import IS_THERE, make_engine
 from torch import Tensor, nn
 
 from microbatch.engines.deepspeed import DeepSpeed
@@ -20,9 +17,7 @@ from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install microbatch[deepspeed]"
-)
+pytestmark = pytest.mark.skipif(not IS_THERE, reason="needs DeepSpeed: pip install microbatch[deepspeed]")
 
 Batch = dict[str, Tensor]
 LENGTH = 6
@@ -108,18 +103,10 @@ class World:
     """An engine over the ranks, and what a step of it changes."""
 
     def __init__(self, stage: int, **config: Any) -> None:
-        deepspeed, model = start(), make_model()
+        model = make_model()
         self.stage = stage
-        made: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 3,
-            "gradient_accumulation_steps": 5,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, **config.pop("zero", {})},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made | config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.pop("lr", LR))
+        self.engine = make_engine(model, optimizer, stage=stage, **config)
         self.events: list[str] = []
         self.sized(2)
 
@@ -166,20 +153,6 @@ class World:
             assert torch.equal(random, torch.get_rng_state()), "a step that failed drew random numbers"
             return f"{type(error).__name__}: {error}"
         return "none"
-
-
-def start() -> Any:
-    """Start DeepSpeed in a rank that the ranks' worker has begun."""
-    names = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    os.environ.update({name: str(number) for name, number in names.items()})
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=os.environ["WORLD_SIZE"], MASTER_ADDR="127.0.0.1")
-    # Not by name, for the type checker of those who have not installed it.
-    deepspeed, operators = importlib.import_module("deepspeed"), importlib.import_module("deepspeed.ops")
-    # Gloo as it is, and nothing compiled: DeepSpeed would build an all-reduce of its own, for a minute.
-    operators.__dict__["__compatible_ops__"] = {}
-    deepspeed.init_distributed(dist_backend="gloo")
-    gc.freeze()  # it collects garbage whenever it makes an engine, and what has been imported is none
-    return deepspeed
 
 
 @cache
@@ -318,6 +291,17 @@ def case_parameters(rank: int, ranks: int) -> Any:
     return found
 
 
+def case_set_up(rank: int, ranks: int) -> Any:
+    """Differ on rank 1 in what must be the same; the control is the same engine afterwards."""
+    own = share(rank, ranks)
+    several = World(1, lr=0.25 if rank else 0.5, gradient_clipping=0.5 * rank, zero={"reduce_bucket_size": 99 + rank})
+    found = [several.error(own, row_mean)]
+    bias = world_of(0).engine.module.last.bias.requires_grad_(rank != 1)
+    found.append(world_of(0).sized(2).error(own, row_mean))
+    bias.requires_grad_(True)
+    return [*found, world_of(0).error(own, row_mean)]
+
+
 def case_spoilt(rank: int, ranks: int) -> Any:
     """Fail in the midst of what communicates, where there is nobody to wait."""
 
@@ -362,7 +346,7 @@ def case_refused(rank: int, ranks: int) -> Any:
 
 def all_cases(rank: int, ranks: int) -> Any:
     cases = [case_tokens, case_losses, case_late]
-    several = [case_no_rows, case_fails, case_parameters, case_configured, case_narrow]
+    several = [case_no_rows, case_fails, case_parameters, case_configured, case_narrow, case_set_up]
     cases += [case_spoilt, case_refused] if ranks == 1 else several
     return {case.__name__: case(rank, ranks) for case in cases}
 
@@ -508,6 +492,16 @@ def test_parameters_that_one_rank_uses_are_exact_or_refused(two: list[Any]) -> N
         for stage in ("0", "1"):
             assert_exact(each["case_parameters"][stage], "rows", choose=(0,) * 7 + (1,))
         assert each["case_parameters"]["2"].startswith("RankError: the ranks' microbatches used different parameters")
+
+
+def test_engines_that_are_set_up_differently_are_named_on_every_rank(two: list[Any]) -> None:
+    for each in two:
+        settings, frozen, after = each["case_set_up"]
+        assert "the optimizer, group 0, lr is 0.5 on rank 0, and 0.25 on rank 1" in settings
+        assert "gradient_clipping is 0.0 on rank 0, and 0.5 on rank 1" in settings
+        assert "zero_optimization.reduce_bucket_size is 99 on rank 0, and 100 on rank 1" in settings
+        assert "parameter 'module.last.bias' is (4,) torch.float32, trained on rank 0, and (4,)" in frozen
+        assert after == "none"
 
 
 def test_an_engine_that_holds_half_a_gradient_is_not_used_again(one: list[Any]) -> None:

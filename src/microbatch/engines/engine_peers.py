@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -189,19 +189,16 @@ class EnginePeers(DataParallel):
         """Return whether the other ranks wait for this one's message; inside passes that communicate, they do not."""
         return super().waited(window) and not (self._passing and self.passes_together)
 
-    def failed(self, window: OpenWindow, error: BaseException) -> None:
-        """Do not use the engine again, unless `put_back` is reached and the engine could drop its gradient."""
-        del window, error
-        self.spoilt = True
-
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
-        """Decide whether the engine can be used again."""
+        """Drop the engine's gradient; if that is not possible, the engine is not used again."""
         del window, error
         # How far a failed backward has communicated is not known; nor what a failed forward of ZeRO-3 has gathered.
         half = self._begun or (self._zero.stage == 3 and not self._outputs)
-        inside = self._passing and self.passes_together and half
-        self.spoilt = inside or self._stepping or (self._begun and self._zero.on_host)
+        inside, self.spoilt = self._passing and self.passes_together and half, True
         self._outputs.clear()
+        with suppress(Exception):  # the engine's own error must not hide the window's
+            self._zero.drop()
+            self.spoilt = inside or self._stepping or (self._begun and self._zero.on_host)
 
 
 def _described(zero: ZeroEngine) -> dict[str, str]:

@@ -89,6 +89,15 @@ class ZeroEngine:
         found = {} if norm is None else {"grad_norm": torch.tensor(float(norm), device=self.engine.device)}
         return found | {"applied": applied}
 
+    def drop(self) -> None:
+        """Drop the gradient of a window that failed, as the engine does after an overflow."""
+        self.engine.optimizer.zero_grad()
+        self.engine.zero_grad()
+        # ZeRO-3 starts a new gradient after its zero_grad.
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            held = getattr(self.engine.optimizer, name, {})
+            held.update(dict.fromkeys(held))
+
     def describe(self) -> dict[str, str]:
         """Describe the settings that must be the same on all ranks.
 
@@ -154,14 +163,7 @@ class EngineGradients(GradientSum):
                 setattr(each.parameter, self._where, torch.zeros_like(each.parameter, dtype=dtype))
 
     def put_back(self) -> None:
-        """Drop the gradient of a window that failed, as the engine does after an overflow."""
-        optimizer = self._zero.engine.optimizer
-        optimizer.zero_grad()
-        self._zero.engine.zero_grad()
-        # ZeRO-3 starts a new gradient after its zero_grad.
-        for name in ("averaged_gradients", "all_grad_tensors"):
-            held = getattr(optimizer, name, {})
-            held.update(dict.fromkeys(held))
+        """Do nothing: `ZeroEngine.drop` has to be tried last, because it may fail."""
 
     def _sums(self, indices: Any) -> list[Tensor | None]:
         return [None for _ in indices]
