@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -12,10 +13,12 @@ import torch.nn.functional as F
 from tests.ranks.start_deepspeed import IS_THERE, make_engine
 from torch import Tensor, nn
 
+from microbatch.batch.batches import Batches
 from microbatch.engines.deepspeed import DeepSpeed
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
+from microbatch.warned import MicrobatchWarning
 
 pytestmark = pytest.mark.skipif(not IS_THERE, reason="needs DeepSpeed: pip install microbatch[deepspeed]")
 
@@ -126,7 +129,7 @@ class World:
     def hear(self, event: object) -> None:
         self.events.append(type(event).__name__)
 
-    def step(self, batch: Batch, loss_fn: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    def step(self, batch: Batch | Batches, loss_fn: Callable[..., Any], **settings: Any) -> dict[str, Any]:
         before = self.weights()
         step = self.accumulator.step(batch, loss_fn, **settings)
         return {
@@ -323,6 +326,27 @@ def case_spoilt(rank: int, ranks: int) -> Any:
     return found
 
 
+def case_as_in_every_window(rank: int, ranks: int) -> Any:
+    """Use what an engine's window has from the window of an accumulator."""
+
+    def writing(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(0.0)
+        return row_mean(model, batch)
+
+    whole, found = make_batch(), []
+    shorter = {"x": whole["x"][:3, :4], "labels": whole["labels"][:3, :4]}  # two tokens fewer
+    parts = Batches([shorter, {name: tensor[3:] for name, tensor in whole.items()}])
+    for stage in (0, 1):
+        world = world_of(stage).sized(2)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", MicrobatchWarning)
+            world.step(whole, row_mean)
+        said = [str(each.message) for each in told if each.category is MicrobatchWarning]
+        found.append([said, world.error(whole, writing), world.step(parts, token_loss, counts=tokens_of)])
+    return found
+
+
 def case_refused(rank: int, ranks: int) -> Any:
     engine, found = world_of(1).engine, {}
     for name, value in [("pipeline_parallelism", True), ("sequence_parallel_size", 2), ("optimizer", None)]:
@@ -347,16 +371,18 @@ def case_refused(rank: int, ranks: int) -> Any:
 def all_cases(rank: int, ranks: int) -> Any:
     cases = [case_tokens, case_losses, case_late]
     several = [case_no_rows, case_fails, case_parameters, case_configured, case_narrow, case_set_up]
-    cases += [case_spoilt, case_refused] if ranks == 1 else several
+    cases += [case_as_in_every_window, case_spoilt, case_refused] if ranks == 1 else several
     return {case.__name__: case(rank, ranks) for case in cases}
 
 
 # -- what is expected, by plain PyTorch -------------------------------------------------------------------------------
 
 
-def expected(name: str, weights: Tensor, choose: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+def expected(
+    name: str, weights: Tensor, choose: tuple[int, ...] = (), *, counts: list[int] = MIXED
+) -> tuple[Tensor, Tensor]:
     """Return gradient and loss of one backward of the whole batch in float64."""
-    model, batch = make_model().double(), make_batch()
+    model, batch = make_model().double(), make_batch(counts)
     nn.utils.vector_to_parameters(weights, model.parameters())
     x, labels = batch["x"].double(), batch["labels"].flatten()
     y = torch.cat([model(row[None], choose=at) for row, at in zip(x, choose, strict=True)]) if choose else model(x)
@@ -511,6 +537,15 @@ def test_an_engine_that_holds_half_a_gradient_is_not_used_again(one: list[Any]) 
     assert inside.startswith("ZeroDivisionError")
     assert after.startswith("WindowError: an earlier window failed inside the engine")
     assert [each[:4] for each in one[0]["case_spoilt"][0]] == ["Zero", "Wind"]  # in the engine's step
+
+
+def test_a_window_over_an_engine_is_a_window(one: list[Any]) -> None:
+    for warned, written, batches in one[0]["case_as_in_every_window"]:
+        assert len(warned) == 1
+        assert "the loss is a plain mean, and the microbatches have between" in warned[0]
+        assert written.startswith("WeightsMovedError: the weight 'module.first.weight'")
+        assert (batches["count"], batches["samples"], batches["microbatches"]) == (sum(MIXED) - 2, len(MIXED), 5)
+        assert_exact(batches, "tokens", counts=[4, *MIXED[1:]])
 
 
 def test_engines_of_another_kind_are_refused(one: list[Any]) -> None:
