@@ -21,7 +21,7 @@ from microbatch.loss.loss import LossLike
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.history import History
-from microbatch.step.options import Options, Ranks
+from microbatch.step.options import Options, Ranks, listeners_of
 from microbatch.step.part import Part, Passes
 from microbatch.step.parts.batch_warnings import BatchWarnings
 from microbatch.step.parts.loss_warnings import CountWarning
@@ -46,7 +46,7 @@ class DeepSpeed:
             (``managed_gradient_accumulation``).
         microbatch_size: Rows that go through the model at once; at least 1. `None` takes what the engine
             is configured for.
-        listeners: Callables that are given every event.
+        listeners: A callable, or several, that is called with every event.
 
     Raises:
         ConfigError: It is no such engine, or does something that this cannot make exact.
@@ -62,13 +62,15 @@ class DeepSpeed:
     """
 
     def __init__(
-        self, engine: nn.Module, *, microbatch_size: int | None = None, listeners: Sequence[Listener] = ()
+        self, engine: nn.Module, *, microbatch_size: int | None = None, listeners: Listener | Sequence[Listener] = ()
     ) -> None:
         checked = _checked(engine)
         size = checked.train_micro_batch_size_per_gpu() if microbatch_size is None else microbatch_size
         check_microbatch_size(size)
         ranks = Ranks(group=checked.data_parallel_group)
-        options = EngineOptions(model=checked, optimizers=[], microbatch_size=size, ranks=ranks, listeners=listeners)
+        options = EngineOptions(
+            model=checked, optimizers=[], microbatch_size=size, ranks=ranks, listeners=listeners_of(listeners)
+        )
         zero, passes = ZeroEngine(checked), Passes()
         self._size, self._peers = size, EnginePeers(zero)
         # ZeRO-3 itself writes to weights when it gathers them.

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from microbatch.errors import RankError
 from microbatch.gradients.parameters import Named
 from microbatch.ranks.agreement import Message
-from microbatch.ranks.lost_ranks import COMPUTING, WAITING
+from microbatch.ranks.lost_ranks import COMPUTING, WAITING, missing_ranks_named
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.same_setup import check_same
 from microbatch.ranks.store_beats import StoreBeats
@@ -79,7 +79,7 @@ class RankSetup:
         if self.beats is None:
             yield
             return
-        with self.beats.naming():
+        with missing_ranks_named(self.beats.name):
             options = describe_options(window.options, windows=window.setup.history.windows)
             whole = {**options, **describe_model(window.options), **self._also()}
             described = [(ranks, whole if same else options) for ranks, same in groups]
