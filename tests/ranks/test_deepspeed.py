@@ -272,6 +272,11 @@ def case_fails(rank: int, ranks: int) -> Any:
     def fail_in_python(model: nn.Module, batch: Batch) -> Tensor:
         return fail(model, batch) if rank or len(batch["x"]) > 1 else row_mean(model, batch) * (1 // 0)
 
+    def fail_before(model: nn.Module, batch: Batch) -> Tensor:
+        if rank == 0 and first.pop():
+            raise ZeroDivisionError
+        return row_mean(model, batch)
+
     def bad_counts(batch: Batch) -> dict[str, Any]:
         return {"loss": 1 // 0} if rank == 0 else tokens_of(batch)
 
@@ -279,8 +284,9 @@ def case_fails(rank: int, ranks: int) -> Any:
     for stage in STAGES:
         own, world = share(rank, ranks), world_of(stage).sized(2)
         found[stage] = {"counts": world.error(own, token_loss, counts=bad_counts)}
-        if stage < 2:
-            found[stage]["loss function"] = world.error(own, fail_in_python)
+        found[stage]["loss function"] = world.error(own, fail_in_python)
+        first = [False, False, False, True, False]  # in the second pass, and in none after it
+        found[stage]["before the model"] = world.error(own, fail_before)
         found[stage]["after"] = world.step(own, token_loss, counts=tokens_of)
     return found
 
@@ -503,13 +509,14 @@ def test_what_cannot_be_exact_is_refused_and_leaves_nothing(told: list[Any]) -> 
             assert_exact(found["after"], "tokens")
 
 
-def test_a_rank_that_fails_while_nobody_waits_inside_a_pass_is_heard(two: list[Any]) -> None:
+def test_a_rank_that_fails_makes_its_passes_and_is_heard(two: list[Any]) -> None:
     for rank, each in enumerate(two):
         for stage in STAGES:
             found = each["case_fails"][stage]
             own = "RankError: 1 of 2 ranks failed" if rank else "ZeroDivisionError"
             assert found["counts"].startswith(own)
-            assert found.get("loss function", own).startswith(own)
+            assert found["loss function"].startswith(own)
+            assert found["before the model"].startswith(own)
             assert_exact(found["after"], "tokens")
 
 

@@ -17,6 +17,7 @@ from microbatch.engines.engine_denominator import engine_loss, graphs_of, silent
 from microbatch.engines.zero_engine import ZeroEngine
 from microbatch.errors import EmptyWindowError, LossError, NonfiniteError, RankError
 from microbatch.ranks.agreement import Message
+from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.cutting import Cutting
 from microbatch.step.finish import record_of
@@ -52,6 +53,7 @@ class EnginePeers(DataParallel):
         self._rows: Any = None  # a batch for fillers
         # Whether this rank makes passes, has had a backward, and has begun the engine's step.
         self._passing = self._begun = self._stepping = False
+        self._inside = False  # whether a collective may have begun that is not complete
 
     # -- before the first backward -------------------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ class EnginePeers(DataParallel):
         for index, each in enumerate(window.gradients.named):
             hook = each.parameter.register_post_accumulate_grad_hook(partial(self._order.add, index))
             stack.callback(hook.remove)
+        stack.callback(self._zero.engine.register_forward_pre_hook(self._called).remove)
         stack.callback(self._zero.engine.register_forward_hook(self._returned).remove)
 
     def agree_on(self, window: OpenWindow, cutting: Cutting, batch: object) -> None:
@@ -128,12 +131,17 @@ class EnginePeers(DataParallel):
         divisor = self.size if self._zero.engine.gradient_average else 1
         loss = engine_loss(tensors, seeds, divisor=divisor)
         self._outputs.clear()
-        self._begun = True
+        self._begun = self._inside = True
         self._zero.backward(loss)
+        self._inside = False
         self._order.add(-1)
         self._made += 1
 
+    def _called(self, *_: object) -> None:
+        self._inside = self._zero.stage == 3  # which gathers weights in the forward
+
     def _returned(self, _: nn.Module, __: object, output: object) -> None:
+        self._inside = False
         self._outputs.extend(graphs_of(output))
 
     # -- the end -------------------------------------------------------------------------------------------------------
@@ -189,16 +197,40 @@ class EnginePeers(DataParallel):
         """Return whether the other ranks wait for this one's message; inside passes that communicate, they do not."""
         return super().waited(window) and not (self._passing and self.passes_together)
 
+    def failed(self, window: OpenWindow, error: BaseException) -> None:
+        """Run dummy passes after a failure, so that the other ranks' collectives complete."""
+        ours = isinstance(error, Exception) and not isinstance(error, RankError) and not is_of_the_group(error)
+        if self.ranks is None or not (self._passing and self.passes_together and ours) or self._inside:
+            return
+        with suppress(Exception):  # this rank's own error is the one to raise
+            while self._made < self._planned:
+                self._dummy_pass(window)
+            self._passing = False  # now the other ranks wait for this one's message
+
+    def _dummy_pass(self, window: OpenWindow) -> None:
+        """Run a pass that adds nothing; the outputs of a pass that failed after its forward need only a backward."""
+        loss = None
+        if not self._outputs:
+            assert window.function is not None  # noqa: S101 - the passes of `Accumulator.step` set it
+            self._zero.set_boundary(last=self._made + 1 == self._planned)
+            for _, microbatch in feed([(0, few_of(self._rows))], window.device):
+                with suppress(Exception):
+                    loss = window.function(window.model, microbatch)
+        tensors, seeds = self.silence(loss)
+        if self._inside or not tensors:
+            raise LossError("the model has not been called")
+        self._run(tensors, seeds)
+
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Drop the engine's gradient; if that is not possible, the engine is not used again."""
         del window, error
-        # How far a failed backward has communicated is not known; nor what a failed forward of ZeRO-3 has gathered.
-        half = self._begun or (self._zero.stage == 3 and not self._outputs)
-        inside, self.spoilt = self._passing and self.passes_together and half, True
+        # Passes of this rank are missing, or a collective is not complete.
+        half = self._passing and self.passes_together and (self._begun or self._inside)
+        self.spoilt = True
         self._outputs.clear()
         with suppress(Exception):  # the engine's own error must not hide the window's
             self._zero.drop()
-            self.spoilt = inside or self._stepping or (self._begun and self._zero.on_host)
+            self.spoilt = half or self._stepping or (self._begun and self._zero.on_host)
 
 
 def _described(zero: ZeroEngine) -> dict[str, str]:
