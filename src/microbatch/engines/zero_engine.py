@@ -124,6 +124,8 @@ class ZeroEngine:
 class EngineGradients(GradientSum):
     """The gradients of a window that an engine holds: the window itself neither adds them up nor divides them.
 
+    After an error, `ZeroEngine.drop` drops them; the window has nothing to restore.
+
     Args:
         zero: The engine.
     """
@@ -161,9 +163,6 @@ class EngineGradients(GradientSum):
         for each, want in zip(self._named, wanted, strict=True):
             if want and getattr(each.parameter, self._where, None) is None:
                 setattr(each.parameter, self._where, torch.zeros_like(each.parameter, dtype=dtype))
-
-    def put_back(self) -> None:
-        """Do nothing: `ZeroEngine.drop` has to be tried last, because it may fail."""
 
     def _sums(self, indices: Any) -> list[Tensor | None]:
         return [None for _ in indices]

@@ -113,7 +113,7 @@ def is_of_a_lost_rank(error: BaseException) -> bool:
 
 @contextmanager
 def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
-    """Let a function replace an error of a collective by an error that names the missing ranks.
+    """Replace an error of a collective by an error that names the missing ranks, which a function raises.
 
     Args:
         name: Takes an error. Raises a `RankError` if the error comes from a collective.
