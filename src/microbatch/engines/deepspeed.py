@@ -58,7 +58,7 @@ class DeepSpeed:
         microbatch.errors.ConfigError: engine must be what deepspeed.initialize(...) returned first, not a Linear
 
     Source:
-        Laws N1 to N5, N7 to N9, B4 to B6, R1, R2.
+        Laws N1 to N5, N7 to N9, B4 to B6, R1, R2, F5, F6.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class DeepSpeed:
             BatchError: The batch cannot be cut, or is empty on every rank.
             LossError: What ``loss_fn`` returned cannot be used, or a denominator is missing.
             NonfiniteError: A loss is infinite or NaN, and the engine does not look after that by scaling losses.
-            RankError: Another rank failed, or the ranks used different parameters.
+            RankError: Another rank failed or is lost, or the ranks are set up differently or used different parameters.
             WindowError: Nothing contributed; or an earlier window failed, and the engine still holds part of its
                 gradient.
 
         Cost:
             One forward and one backward a microbatch, and what the engine communicates; three or four small
-            collectives, and a host synchronisation at the end.
+            collectives, and a host synchronisation at the end. The first step checks that the ranks are set up alike.
         """
         check_callable("loss_fn", loss_fn, "loss_fn(engine, microbatch)")
         if self._peers.spoilt:
