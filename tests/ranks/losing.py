@@ -75,6 +75,7 @@ INSIDE: dict[str, Callable[[int, int], None]] = {
     "engine_inside": killed,
     "engine_fails": failing,
 }
+ENGINES = {"engine": 0, "engine_inside": 2, "engine_fails": 3}  # the ZeRO stage of each
 CASES = {
     "killed": 3,
     "stopped": 3,
@@ -85,9 +86,8 @@ CASES = {
     "returned": 2,
     "loader_fails": 2,
     "sharded": 2,
+    **(dict.fromkeys(ENGINES, 2) if IS_THERE else {}),
 }
-ENGINES = {"engine": 0, "engine_inside": 2, "engine_fails": 3}  # the ZeRO stage of each
-CASES |= dict.fromkeys(ENGINES, 2) if IS_THERE else {}
 
 
 def train(case: str, rank: int, began: list[float]) -> None:
