@@ -1,4 +1,4 @@
-"""Several ranks with uneven shares: ``torchrun --nproc-per-node 2 examples/ranks.py``.
+"""Several ranks with uneven shares: ``torchrun --standalone --nproc-per-node 2 examples/ranks.py``.
 
 Rank 0 has twice the rows of the others, and the tokens are uneven as well. The accumulator divides once, by the tokens
 of all ranks, so the weights are those of one process with the whole batch. DistributedDataParallel divides by the ranks
