@@ -19,11 +19,12 @@ import microbatch as mb
 pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
-import torchmetrics
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torchdata.stateful_dataloader import StatefulDataLoader
+from torchmetrics.classification import MulticlassAccuracy
 
 from microbatch.integrations.lightning import Microbatch
 
@@ -64,7 +65,7 @@ class Tagger(pl.LightningModule):
         self.net = torch.nn.Sequential(
             torch.nn.Linear(WIDTH, 8), torch.nn.Tanh(), torch.nn.Dropout(dropout), torch.nn.Linear(8, 4)
         ).double()
-        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4, average="micro", ignore_index=-100)
+        self.accuracy = MulticlassAccuracy(4, average="micro", ignore_index=-100)
         self.history: list[dict[str, float]] = []
         self.norms: list[float] = []
 
@@ -82,7 +83,9 @@ class Tagger(pl.LightningModule):
         return {"loss": mb.Loss(sum=loss * (n := (labels != -100).sum()), count=n), "rows": labels, "mean": loss}
 
     def on_after_backward(self) -> None:
-        self.norms.append(float(torch.nn.utils.get_total_norm([each.grad for each in self.net.parameters()])))
+        self.norms.append(
+            float(torch.nn.utils.get_total_norm([each.grad for each in self.net.parameters() if each.grad is not None]))
+        )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.history.append({name: value.item() for name, value in self.trainer.callback_metrics.items()})
@@ -150,7 +153,7 @@ def apart(one: Any, other: Any) -> float:
     return max(abs(a[name] - b[name]) for a, b in pairs for name in a)
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 5, 12, "auto"])
+@pytest.mark.parametrize("microbatch_size", [1, 5, "auto"])
 def test_a_run_is_the_run_of_whole_batches(microbatch_size: int | str) -> None:
     whole, ours = fit(Whole), fit(Tagger, Microbatch(microbatch_size))
     assert distance(ours, whole) < 1e-12
@@ -169,7 +172,7 @@ def test_several_batches_are_one_window() -> None:
     theirs = fit(Whole, batch_size=4, accumulate_grad_batches=3)
     assert distance(ours, whole) < 1e-12
     assert distance(theirs, whole) > 1e-3
-    steps = ours.history[2::3] if len(ours.history) % 3 == 0 else [ours.history[i] for i in (2, 5, 8, 11, 14, 17)]
+    steps = ours.history[2::3]  # 9 batches an epoch, in windows of 3
     assert [each["loss_step"] for each in steps] == pytest.approx([each["loss_step"] for each in whole.history])
 
 
@@ -194,7 +197,7 @@ def test_what_is_returned_beside_the_loss_is_joined() -> None:
     assert kept[0]["name"] == ["text"] * 2
 
 
-@pytest.mark.parametrize("at", [(3,), (9,), (40,), (60,), (8, 30)])
+@pytest.mark.parametrize("at", [(3,), (40,), (8, 30)])
 def test_memory_that_ends_leaves_the_same_history(at: tuple[int, ...]) -> None:
     full = RunsOut(*at)
 
@@ -241,11 +244,10 @@ def test_lbfgs_runs_a_window_for_every_closure() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters(), max_iter=4, lr=0.1)
 
-    options: dict[str, Any] = {"batch_size": 12, "gradient_clip_val": None}
-    whole, ours = fit(Closures, **options), fit(Closures, Microbatch(5), **options)
+    options: dict[str, Any] = {"max_epochs": 1, "gradient_clip_val": None}
+    whole = fit(Closures, **options)
+    ours = fit(Closures, Microbatch(5), batch_size=4, accumulate_grad_batches=3, **options)
     assert distance(ours, whole) < 1e-10
-    joined = fit(Closures, Microbatch(5), batch_size=4, accumulate_grad_batches=3, gradient_clip_val=None)
-    assert distance(joined, whole) < 1e-10
 
 
 def test_exact_batch_norm_through_lightning() -> None:
@@ -316,7 +318,7 @@ def test_the_scaler_of_lightning_scales_every_microbatch() -> None:
 
 def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     make = partial(Tagger, dropout=0.3)
-    keep = pl.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=2)
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=2)
     whole = Microbatch(5, dropout="by_row")
     through = fit(make, whole, keep, enable_checkpointing=True)
     checkpoints = sorted(tmp_path.glob("*.ckpt"))
@@ -329,7 +331,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_the_checkpoint_holds_the_size(tmp_path: Path) -> None:
-    keep = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    keep = ModelCheckpoint(tmp_path, save_last=True)
     full = RunsOut(3)
 
     class Ends(Tagger):
@@ -366,8 +368,9 @@ def left(fails: type[Exception] | None, *callbacks: Any) -> Any:
     module, run = Fails(), trainer(*callbacks, plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))])
     with suppress(RuntimeError, ValueError):
         run.fit(module, DataLoader(data(ragged=False), 12))
-    loop, scaler = run.fit_loop.epoch_loop.automatic_optimization, run.precision_plugin.scaler
-    return [sorted(vars(each)) for each in (module, run, run.strategy, loop, scaler)]
+    loop, plugin = run.fit_loop.epoch_loop.automatic_optimization, run.precision_plugin
+    assert isinstance(plugin, MixedPrecision)
+    return [sorted(vars(each)) for each in (module, run, run.strategy, loop, plugin.scaler)]
 
 
 @pytest.mark.parametrize("fails", [None, RuntimeError, ValueError])
@@ -392,7 +395,7 @@ class OwnBackward(Tagger):
 
 
 class Iterates(Tagger):
-    def training_step(self, dataloader_iter: Any) -> Any:
+    def training_step(self, dataloader_iter: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         raise AssertionError
 
 
@@ -469,21 +472,15 @@ def fit_on_rank(rank: int, make: Any, *callbacks: Any) -> Any:
     return module
 
 
-def ours_on_two_ranks(rank: int, ranks: int) -> Any:
-    module = fit_on_rank(rank, Tagger, Microbatch(3))
-    return weights(module), module.norms
-
-
-def theirs_on_two_ranks(rank: int, ranks: int) -> Any:
-    module = fit_on_rank(rank, Whole)
-    return weights(module), module.norms
+def on_two_ranks(rank: int, ranks: int) -> Any:
+    ours, theirs = fit_on_rank(rank, Tagger, Microbatch(3)), fit_on_rank(rank, Whole)
+    return weights(ours), ours.norms, weights(theirs)
 
 
 def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
     whole = fit(Whole)
     reference = weights(whole)
-    for found, norms in run_ranks(ours_on_two_ranks, 2, tmp_path / "ours"):
-        assert float((found - reference).norm() / reference.norm()) < 1e-12
+    for ours, norms, theirs in run_ranks(on_two_ranks, 2, tmp_path):
+        assert float((ours - reference).norm() / reference.norm()) < 1e-12
         assert norms == pytest.approx(whole.norms, rel=1e-10)
-    for found, _ in run_ranks(theirs_on_two_ranks, 2, tmp_path / "theirs"):
-        assert float((found - reference).norm() / reference.norm()) > 1e-3
+        assert float((theirs - reference).norm() / reference.norm()) > 1e-3
