@@ -19,7 +19,7 @@ import microbatch as mb
 pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
