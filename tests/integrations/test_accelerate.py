@@ -28,8 +28,13 @@ TOKENS = 9
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
-    """Accelerate's state is the process's own: each test begins without."""
+    """Accelerate's state is the process's own: each test begins without, and leaves none."""
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     PartialState._reset_state()
