@@ -109,6 +109,11 @@ class ModelLoss:
             return None  # no label at all
         return self._loss(model, batch, self.found.count, takes_items=self.found.takes_items)
 
+    @property
+    def known(self) -> bool:
+        """Whether the count was given or has been found."""
+        return self._count is not None or self.found is not None
+
     def find(self, model: nn.Module, microbatch: object) -> None:
         """Find out what the model's loss is a mean over, unless it is known already.
 
@@ -122,7 +127,7 @@ class ModelLoss:
         Raises:
             LossError: No count fits clearly.
         """
-        if self._count is not None or self.found is not None:
+        if self.known:
             return
         if torch.compiler.is_compiling():
             raise LossError(f'count="auto" cannot ask the model inside compiled code; {CHOICES}')
