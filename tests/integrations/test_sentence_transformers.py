@@ -2,6 +2,7 @@
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,13 +16,21 @@ import microbatch as mb
 
 pytest.importorskip("sentence_transformers")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-from sentence_transformers import SentenceTransformer
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tests.faults import RunsOut
+from tests.ranks.conftest import run_ranks_
 from transformers import BertConfig, BertModel
 from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from microbatch.integrations.embedding_losses import EmbeddingLoss, ModelAndLoss, check_loss
+from microbatch.integrations.sentence_transformers import MicrobatchSentenceTransformerTrainer as Ours
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -233,3 +242,133 @@ def test_a_loss_without_the_method_is_refused() -> None:
     wrapped.loss = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)
     with pytest.raises(mb.errors.ConfigError, match="guide model"):
         check_loss(wrapped)
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+EXACT = 1e-9
+
+
+def dataset(columns: int, label: Any = None) -> Any:
+    rows: dict[str, Any] = {f"column_{column}": texts(column) for column in range(columns)}
+    return Dataset.from_dict(rows if label is None else {**rows, "label": label.tolist()})
+
+
+def trained(
+    kind: Any, folder: Path, out: Path, *, make: Any = None, data: Any = None, resume: Any = None, **options: Any
+) -> Any:
+    model = model_of(folder, dropout=options.pop("dropout", 0.0))
+    own = {name: options.pop(name) for name in ("microbatch_size", "accumulator") if name in options}
+    if options.pop("evaluation", False):
+        own["eval_dataset"] = data or dataset(2)
+    given: dict[str, Any] = {
+        "per_device_train_batch_size": 5,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "lr_scheduler_type": "linear",
+        "learning_rate": 1e-2,
+        "seed": 3,
+    }
+    args = SentenceTransformerTrainingArguments(str(out), **{**given, **options})
+    loss = (make or of(MNRL))(model)
+    trainer = kind(model=model, args=args, train_dataset=data or dataset(2), loss=loss, **own)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def weights(trainer: Any) -> Tensor:
+    losses_ = trainer.loss.values() if isinstance(trainer.loss, dict) else [trainer.loss]
+    modules = nn.ModuleList([trainer.model, *losses_])
+    return torch.cat([each.detach().flatten() for each in modules.parameters()])
+
+
+def history(trainer: Any) -> list[dict[str, float]]:
+    kept = ("loss", "grad_norm", "learning_rate", "gor_mean", "gor_second_moment")
+    return [{k: v for k, v in line.items() if k in kept} for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_run_of_the_trainer_is_that_of_whole_batches(folder: Path, tmp_path: Path, *, together: bool) -> None:
+    whole = trained(SentenceTransformerTrainer, folder, tmp_path)
+    several: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
+    ours = trained(Ours, folder, tmp_path, microbatch_size=2, **(several if together else {}))
+    theirs = trained(SentenceTransformerTrainer, folder, tmp_path, **several)
+    assert distance(weights(ours), weights(whole)) < EXACT
+    assert distance(weights(theirs), weights(whole)) > 1e-3
+    assert len(history(ours)) == 4
+    for one, other in zip(history(ours), history(whole), strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+
+
+def test_parameters_and_terms_of_the_loss(folder: Path, tmp_path: Path) -> None:
+    softmax = {"make": of("SoftmaxLoss", sentence_embedding_dimension=16, num_labels=3), "data": dataset(2, CLASSES)}
+    for case in (softmax, {"make": of("GlobalOrthogonalRegularizationLoss")}):
+        whole = trained(SentenceTransformerTrainer, folder, tmp_path, max_grad_norm=0.0, **case)
+        ours = trained(Ours, folder, tmp_path, microbatch_size=2, max_grad_norm=0.0, **case)
+        assert distance(weights(ours), weights(whole)) < 1e-6  # the projection is in float32
+        for one, other in zip(history(ours), history(whole), strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+
+
+def test_several_datasets_have_a_loss_each(folder: Path, tmp_path: Path) -> None:
+    def both(model: Any) -> Any:
+        return {"pairs": of(MNRL)(model), "scores": of("CoSENTLoss")(model)}
+
+    data = {"pairs": dataset(2), "scores": dataset(2, SCORES)}
+    case: dict[str, Any] = {"make": both, "data": data}
+    whole = trained(SentenceTransformerTrainer, folder, tmp_path, **case)
+    ours = trained(Ours, folder, tmp_path, microbatch_size=2, **case)
+    assert distance(weights(ours), weights(whole)) < EXACT
+    with pytest.raises(mb.errors.ConfigError, match="which have no loss together"):
+        trained(Ours, folder, tmp_path, microbatch_size=2, gradient_accumulation_steps=4, **case)
+
+
+def test_memory_that_ends_leaves_the_same_run(folder: Path, tmp_path: Path) -> None:
+    full = RunsOut(9, 60)
+
+    class Ends(Ours):
+        def _encoded(self, model: Any, microbatch: Any) -> Any:
+            full.armed = True
+            return super()._encoded(model, microbatch)
+
+    with full:
+        ours = trained(Ends, folder, tmp_path, microbatch_size=5)
+    assert len(full.refused) == 2
+    assert distance(weights(ours), weights(trained(SentenceTransformerTrainer, folder, tmp_path))) < EXACT
+
+
+def test_a_run_resumes_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"microbatch_size": 2, "dropout": 0.2, "save_strategy": "steps", "save_steps": 1}
+    through = trained(Ours, folder, tmp_path, **case)
+    for step in (1, 2):
+        again = trained(Ours, folder, tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), **case)
+        assert torch.equal(weights(again), weights(through))
+
+
+def test_losses_are_refused_before_the_first_step(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(mb.errors.ConfigError, match="use MultipleNegativesRankingLoss"):
+        trained(Ours, folder, tmp_path, make=of("CachedMultipleNegativesRankingLoss"))
+
+
+def on_two_ranks(rank: int, ranks: int) -> Any:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": str(ranks)}
+    folder, case = Path(os.environ["ENCODER"]), {"per_device_train_batch_size": 3, "dataloader_drop_last": False}
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1}
+    gathers = of(MNRL, gather_across_devices=True)
+    with tempfile.TemporaryDirectory() as out:
+        ours = trained(Ours, folder, Path(out), make=gathers, microbatch_size=2, evaluation=True, **case, **evaluates)
+        theirs = trained(SentenceTransformerTrainer, folder, Path(out), **case)
+    return weights(ours), weights(theirs)
+
+
+def test_two_ranks_share_negatives(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENCODER", str(folder))
+    whole = trained(SentenceTransformerTrainer, folder, tmp_path, per_device_train_batch_size=6)
+    for ours, theirs in run_ranks_(on_two_ranks, 2, tmp_path / "ranks", timeout=120):
+        assert distance(ours, weights(whole)) < EXACT
+        assert distance(theirs, weights(whole)) > 1e-3
