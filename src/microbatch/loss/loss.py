@@ -166,9 +166,9 @@ def _refuse_output(output: object, name: str) -> None:
     first = "output[0]" if isinstance(output, tuple) and not hasattr(output, "loss") else "output.loss"
     raise LossError(
         f"the loss {name!r} is the whole output of a model ({kind_of(output)}), and not its loss alone. "
-        f"The loss in it is usually a mean over labels, so write: n = (labels[:, 1:] != -100).sum(); return "
-        f"mb.Loss(sum={first} * n, count=n). Return {first} itself if it is a mean over rows. As loss_fn, "
-        "mb.losses.from_model does this for models that return an output with a loss"
+        "Pass loss_fn=mb.losses.from_model(), which takes the loss out of it and finds its count. By hand: "
+        f"n = (labels[:, 1:] != -100).sum(); return mb.Loss(sum={first} * n, count=n). Return {first} itself if it is "
+        "a mean over rows"
     )
 
 

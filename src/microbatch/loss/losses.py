@@ -1,8 +1,11 @@
-"""Sum losses over all pairs of a batch, one tile of rows at a time, so that the similarity matrix is never complete.
+"""Losses with their counts: over targets, of models, and over all pairs of a batch.
 
-Each loss takes the representations of the whole batch, as ``accumulator.step(batch, loss_fn, encode=...)`` passes them,
-or of any batch that fits in memory. For cosine similarity, normalise the representations first, for example with
-``torch.nn.functional.normalize(x, dim=1)``.
+`cross_entropy`, `causal_lm`, `mse` and `bce` sum over targets; `from_model` uses the loss that a model computes.
+
+`clip`, `info_nce` and `siglip` sum over pairs, one tile of rows at a time, so that the similarity matrix is never
+complete. Each of these takes the representations of the whole batch, as ``accumulator.step(batch, loss_fn,
+encode=...)`` passes them, or of any batch that fits in memory. For cosine similarity, normalise the representations
+first, for example with ``torch.nn.functional.normalize(x, dim=1)``.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from torch import Tensor
 from microbatch.errors import LossError
 from microbatch.loss.coupling import notice
 from microbatch.loss.loss import Loss
+from microbatch.loss.model_loss import from_model
+from microbatch.loss.target_losses import bce, causal_lm, cross_entropy, mse
 
-__all__ = ["clip", "info_nce", "siglip"]
+__all__ = ["bce", "causal_lm", "clip", "cross_entropy", "from_model", "info_nce", "mse", "siglip"]
 
 # Similarities of a tile: few enough for the cache on the CPU, and enough for a fast matrix product on other devices.
 _TILE_ON_CPU, _TILE_ON_DEVICE = 1 << 20, 1 << 24

@@ -1,0 +1,316 @@
+"""Exact batches of any size in Transformers' `Trainer` and its subclasses.
+
+::
+
+    from microbatch.integrations.transformers import MicrobatchTrainer
+
+    trainer = MicrobatchTrainer(model, args, train_dataset=dataset)  # in the place of Trainer
+    trainer.train()
+
+See ``docs/transformers.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microbatch.batch.batches import Batches
+from microbatch.errors import ConfigError, LossError, MissingDependencyError
+from microbatch.integrations.trainer_limits import check_trainer
+from microbatch.loss.counted_labels import IGNORED, CountOf, fields_of, rows_in, take
+from microbatch.loss.find_count import Found
+from microbatch.loss.loss import Loss
+from microbatch.loss.model_loss import ModelLoss
+from microbatch.step.accumulator import Accumulator
+from microbatch.step.plain_optimizers import check_parameters, plain_optimizers
+from microbatch.step.record import Step
+
+try:
+    from accelerate.utils import gather_object
+    from transformers import Trainer
+except ImportError as error:
+    raise MissingDependencyError('install the frameworks with: pip install "microbatch[transformers]"') from error
+
+__all__ = ["MicrobatchMixin", "MicrobatchTrainer"]
+
+_Trainer: Any = Trainer  # decorated there, so that type checkers see no class
+
+_ASKED = 4  # rows that the model is asked about
+_OWN = {"model", "optimizer", "microbatch_size", "autocast", "grad_scaler", "max_grad_norm"}
+
+
+class MicrobatchMixin(_Trainer):
+    """Run each batch of a `Trainer` in microbatches, with the whole batch's gradient; put it before the trainer.
+
+    ``per_device_train_batch_size`` is the batch; it is cut to fit. With ``gradient_accumulation_steps=N``, the N
+    batches of a step are one effective batch. Losses, norms, learning rates, evaluations and checkpoints are those of a
+    run with the whole batch.
+
+    Args:
+        args: Arguments of the trainer.
+        microbatch_size: Rows that go through the model at once, or ``"auto"``; as for `Accumulator`.
+        count: What the loss is a mean over; as for `microbatch.losses.from_model`.
+        accumulator: Other options of `Accumulator` by name, such as ``{"memory_budget": "6 GiB"}``.
+        kwargs: Arguments of the trainer.
+
+    Attributes:
+        accumulator: The accumulator; `None` before the first step.
+        last_step: The record of the last step; `None` before the first.
+
+    Raises:
+        ConfigError: An argument of the trainer does not go with a window; the message tells what to do.
+
+    Example:
+        >>> from transformers import Seq2SeqTrainer
+        >>> class MyTrainer(MicrobatchMixin, Seq2SeqTrainer):
+        ...     pass
+    """
+
+    known_classes: Sequence[str] = ()
+    """Names of classes behind this one whose `training_step` may be replaced."""
+
+    def __init__(
+        self,
+        *args: Any,
+        microbatch_size: int | str = "auto",
+        count: CountOf = "auto",
+        accumulator: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._options: dict[str, Any] = {**(accumulator or {}), "microbatch_size": microbatch_size}
+        for name in _OWN & (accumulator or {}).keys():
+            raise ConfigError(f"accumulator= does not take {name!r}, which the trainer's own arguments set")
+        self.accumulator: Accumulator | None = None
+        self.last_step: Step | None = None
+        self._held: list[Any] = []
+        self._resume: Path | None = None
+        super().__init__(*args, **kwargs)
+        check_trainer(self, MicrobatchMixin, known=self.known_classes)
+        self._loss = ModelLoss(self._ask, count, takes_items=_always, ignores=self.label_smoother is not None)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """Collect the batches of a step; fill up a shorter last step, which the trainer would not take otherwise.
+
+        Args:
+            epoch_iterator: Yields batches.
+            num_batches: Number of batches of a step.
+            device: The device.
+
+        Returns:
+            The batches, and `None`: the window counts by itself.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._held = []
+        if 0 < len(samples) < num_batches:
+            name = getattr(self.model, "main_input_name", "input_ids")
+            samples = [*samples, *(_Filler({name: torch.empty(0)}) for _ in range(num_batches - len(samples)))]
+        return samples, None
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
+        """Return nothing: the window counts by itself, over all ranks."""
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Keep a batch until the step's last one, then run all of them as one window.
+
+        The trainer's loop calls this method with each batch, then clips and steps.
+
+        Args:
+            model: The wrapped model.
+            inputs: A batch.
+            num_items_in_batch: Ignored.
+
+        Returns:
+            The effective batch's mean loss after the last batch of a step, and 0 after the others.
+        """
+        del num_items_in_batch
+        if not isinstance(inputs, _Filler):
+            self._held.append(inputs)
+        if not self.accelerator.sync_gradients or not self._held:
+            return torch.zeros((), device=self.args.device)
+        batches, self._held = self._held, []
+        model.train()
+        if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
+            self.optimizer.train()
+        accumulator = self._accumulator_of(model)
+        with self._as_whole_batch():
+            self._find_count(accumulator.options.bare_model, batches)
+            folded = [self.fold(each) for each in batches]
+            step = self.gradient(accumulator, folded[0] if len(folded) == 1 else Batches(folded))
+        self.last_step = step
+        self.report(step)
+        return step.loss.to(self.args.device, torch.float32)
+
+    def gradient(self, accumulator: Accumulator, batch: Any) -> Step:
+        """Run the window of a step; a subclass does it for losses of another kind.
+
+        Args:
+            accumulator: The accumulator.
+            batch: The effective batch.
+
+        Returns:
+            The record of the window.
+        """
+        return accumulator.gradient(batch, self._loss_of)
+
+    def fold(self, batch: Any) -> Any:
+        """Mark the rows of a batch; a subclass does where several entries are one row.
+
+        Args:
+            batch: A batch of the loader.
+
+        Returns:
+            What the accumulator cuts.
+        """
+        return batch
+
+    def unfold(self, microbatch: Any) -> Any:
+        """Undo `fold` for a microbatch.
+
+        Args:
+            microbatch: Rows of what `fold` returned.
+
+        Returns:
+            What `compute_loss` takes.
+        """
+        return microbatch
+
+    def report(self, step: Step) -> None:
+        """Take over the metrics of a step; a subclass does.
+
+        Args:
+            step: The record.
+        """
+
+    def _loss_of(self, model: nn.Module, microbatch: Any) -> Loss | None:
+        return self._loss(model, self._prepare_inputs(self.unfold(microbatch)))
+
+    def _ask(self, model: Any, batch: Any, items: Tensor | None) -> tuple[Tensor, Any]:
+        """Compute the loss of some rows, and the output where it contains a router's loss."""
+        outputs = bool(getattr(getattr(self.model, "config", None), "output_router_logits", False))
+        with self.compute_loss_context_manager():
+            found: Any = self.compute_loss(model, batch, return_outputs=outputs, num_items_in_batch=items)
+        return found if outputs else (found, None)
+
+    def _gathered(self, value: Any) -> Any:
+        del value
+        raise ConfigError(
+            "compute_loss gathers values from all ranks, and the ranks may have different numbers of microbatches: "
+            "gather in a callback, or after the step from trainer.last_step"
+        )
+
+    @contextmanager
+    def _as_whole_batch(self) -> Generator[None]:
+        """Let `compute_loss` see a step of one batch on one rank: the window counts and reduces."""
+        args, accelerator = self.args, self.accelerator
+        before = args.average_tokens_across_devices, args.gradient_accumulation_steps
+        steps = self.current_gradient_accumulation_steps
+        args.average_tokens_across_devices, args.gradient_accumulation_steps = False, 1
+        self.current_gradient_accumulation_steps = 1
+        gathers = ("gather", "gather_for_metrics", "reduce") if args.world_size > 1 else ()
+        for name in gathers:
+            setattr(accelerator, name, self._gathered)
+        try:
+            yield
+        finally:
+            for name in gathers:
+                delattr(accelerator, name)
+            args.average_tokens_across_devices, args.gradient_accumulation_steps = before
+            self.current_gradient_accumulation_steps = steps
+
+    # -- what is made before the first step ----------------------------------------------------------------------------
+
+    def _accumulator_of(self, model: nn.Module) -> Accumulator:
+        made = self.accumulator
+        if made is None or made.options.model is not model:
+            optimizers, scaler = plain_optimizers(self.optimizer), self.accelerator.scaler
+            check_parameters(model, optimizers)
+            if scaler is None:
+                made = Accumulator(model, **self._options)
+            else:
+                made = Accumulator(model, optimizers, grad_scaler=scaler, **self._options)
+                # The window has unscaled the gradients, and a scaler refuses to do it twice.
+                self.accelerator.unscale_gradients = _nothing
+            self.accumulator = made
+        if self._resume is not None:
+            path, self._resume = self._resume, None
+            if path.exists():
+                state = json.loads(path.read_text(encoding="utf-8"))
+                made.load_state_dict(state["accumulator"])
+                self._loss.found = None if state["count"] is None else Found(**state["count"])
+        return made
+
+    def _find_count(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Find out what the loss is a mean over: every rank asks about the same rows, and comes to the same answer."""
+        if self._loss.known:
+            return
+        offer: Any = None
+        try:
+            offer = max((_rows_to_ask(fields_of(self.unfold(each))) for each in batches), key=_labelled)
+        except LossError as problem:
+            offer = problem
+        offers = gather_object([offer]) if self.args.world_size > 1 else [offer]
+        for each in offers:
+            if isinstance(each, LossError):
+                raise each
+        self._loss.find(model, self._prepare_inputs(max(offers, key=_labelled)[1]))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.accumulator is not None:
+            found = self._loss.found
+            count = None if found is None else {"count": found.count, "takes_items": found.takes_items}
+            state = {"accumulator": self.accumulator.state_dict(), "count": count}
+            path = self._state_file(output_dir)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(state), encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._resume = self._state_file(checkpoint)
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"microbatch_{self.args.process_index}.json"
+
+
+class MicrobatchTrainer(MicrobatchMixin):
+    """A `Trainer` with exact batches of any size; see `MicrobatchMixin`."""
+
+
+class _Filler(dict[str, Any]):
+    """No batch: it fills up a step that data without a length ends."""
+
+
+def _rows_to_ask(batch: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Return the rows with the most labels, on the host, and their number of labels."""
+    rows, labels = rows_in(batch), batch.get("labels")
+    order, number = list(range(rows)), 0
+    if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
+        kept = (labels != IGNORED).reshape(rows, -1).sum(1)
+        order, number = kept.argsort(descending=True, stable=True).tolist(), int(kept.sum())
+    some = take(batch, order[:_ASKED])
+    return number, {name: each.cpu() if isinstance(each, Tensor) else each for name, each in some.items()}
+
+
+def _labelled(offer: tuple[int, Any]) -> int:
+    return offer[0]
+
+
+def _always(model: Any) -> bool:
+    del model
+    return True
+
+
+def _nothing(optimizer: Any = None) -> None:
+    del optimizer

@@ -1,0 +1,245 @@
+"""`from_model`: the count is found by asking, or refused; asking leaves everything as before."""
+
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import microbatch as mb
+from microbatch.errors import LossError
+from microbatch.loss.model_loss import ModelLoss
+
+EXACT = 1e-9
+CLASSES = 5
+
+
+class Tokens(nn.Module):
+    """A model that predicts a class for each token, with a head that one may choose."""
+
+    def __init__(self, head: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(9, 6), nn.Linear(6, CLASSES)
+        self.drop, self.norm, self.head = nn.Dropout(0.5), nn.BatchNorm1d(6, dtype=torch.float64), head
+        self.calls = 0
+        self.double()
+
+    def forward(self, ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        self.calls += 1
+        x = self.embed(ids)
+        logits = self.linear(self.drop(x) if self.training and self.drop.p else x)
+        return SimpleNamespace(loss=self.head(logits, labels, **kwargs))
+
+
+def labelled(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def next_token(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def next_token_of_items(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    if num_items_in_batch is None:
+        return next_token(logits, labels)
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+def by_row(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    return (each.sum(1) / (labels != -100).sum(1).clamp(min=1)).mean()
+
+
+def added(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def squared(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return labelled(logits, labels) ** 2
+
+
+def weighted(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), torch.arange(1, CLASSES + 1).double())
+
+
+def other_label(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=4)
+
+
+def tokens(rows: int = 6, *, full: bool = False) -> dict[str, Tensor]:
+    labels = torch.randint(0, CLASSES - 1, (rows, 7))
+    if not full:
+        labels[torch.arange(7) >= torch.randint(2, 8, (rows, 1))] = -100
+    return {"ids": torch.randint(0, 9, (rows, 7)), "labels": labels}
+
+
+def gradient_of(model: nn.Module, batch: Any, **options: Any) -> list[Tensor]:
+    mb.Accumulator(model, **options).gradient(batch, mb.losses.from_model())
+    return [each.grad.clone() for each in model.parameters() if each.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("head", "count"),
+    [(labelled, "labels"), (next_token, "next_labels"), (next_token_of_items, "next_labels"), (by_row, "rows")],
+)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_count_is_found_and_the_gradient_is_the_batchs(
+    head: Callable[..., Tensor], count: str, full: bool, size: int
+) -> None:
+    model, batch = Tokens(head).eval(), tokens(full=full)
+    model(**batch).loss.backward()
+    expected = [each.grad.clone() for each in model.parameters() if each.grad is not None]
+    loss_fn = mb.losses.from_model()
+    step = mb.Accumulator(model, microbatch_size=size, batch_norm="frozen").gradient(batch, loss_fn)
+    assert loss_fn.found is not None
+    assert loss_fn.found.count == count
+    torch.testing.assert_close(step.loss, model(**batch).loss.detach(), rtol=EXACT, atol=EXACT)
+    for parameter, want in zip([p for p in model.parameters() if p.grad is not None], expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want, rtol=EXACT, atol=EXACT)
+
+
+def test_the_wrong_count_is_seen_by_the_same_comparison() -> None:
+    model, batch = Tokens(labelled).eval(), tokens()
+    expected = model(**batch).loss.item()
+    step = mb.Accumulator(model, microbatch_size=1, batch_norm="frozen").gradient(batch, mb.losses.from_model("rows"))
+    assert abs(step.loss.item() - expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        (added, "adds up over the rows"),
+        (squared, "not clearly a mean"),
+        (weighted, "not clearly a mean"),
+        (other_label, r"ignores the label 4"),
+    ],
+)
+def test_what_is_no_mean_over_a_count_is_refused_with_the_choices(head: Callable[..., Tensor], match: str) -> None:
+    with pytest.raises(LossError, match=match):
+        mb.losses.from_model()(Tokens(head), tokens(full=head is other_label))
+
+
+def test_a_function_counts_what_has_no_name() -> None:
+    model, batch = Tokens(other_label).eval(), tokens(full=True)
+    batch["labels"][0, 1:] = 4
+    loss_fn = mb.losses.from_model(lambda microbatch: (microbatch["labels"] != 4).sum())
+    step = mb.Accumulator(model, microbatch_size=2, batch_norm="frozen").gradient(batch, loss_fn)
+    assert step.loss.item() == pytest.approx(model(**batch).loss.item(), abs=EXACT)
+
+
+def test_equal_losses_show_nothing() -> None:
+    model = Tokens(labelled)
+    with torch.no_grad():
+        model.linear.weight.zero_()
+        model.linear.bias.zero_()
+    with pytest.raises(LossError, match="no losses that differ"):
+        mb.losses.from_model()(model, tokens())
+
+
+def test_rows_are_seen_without_classes() -> None:
+    class Fit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return {"loss": F.mse_loss(self.linear(x), labels)}
+
+    model, batch = Fit().double(), {"x": torch.randn(5, 3).double(), "labels": torch.randn(5, 2).double()}
+    expected = model(**batch)["loss"].item()
+    step = mb.Accumulator(model, microbatch_size=2).gradient(batch, mb.losses.from_model())
+    assert step.loss.item() == pytest.approx(expected, abs=EXACT)
+
+
+def test_asking_leaves_everything_as_before_and_happens_once() -> None:
+    model, batch = Tokens(labelled).train(), tokens()
+    model.linear.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loss_fn = mb.losses.from_model()
+    expected = torch.get_rng_state(), random.getstate()
+    loss_fn.find(model, batch)
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert random.getstate() == expected[1]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert (model.training, model.drop.training, model.linear.training) == (True, True, False)
+    assert all(each.grad is None for each in model.parameters())
+    asked = model.calls
+    loss_fn(model, batch)
+    loss_fn.find(model, batch)
+    assert model.calls == asked + 1
+
+
+@pytest.mark.parametrize("head", [labelled, next_token_of_items])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_microbatch_without_labels_contributes_nothing(head: Callable[..., Tensor], first: bool) -> None:
+    model, batch = Tokens(head).eval(), tokens(full=True)
+    batch["labels"][slice(0, 2) if first else slice(2, 4)] = -100
+    expected = model(**batch).loss.item()
+    step = mb.Accumulator(model, microbatch_size=2, batch_norm="frozen").gradient(batch, mb.losses.from_model())
+    assert step.loss.item() == pytest.approx(expected, abs=EXACT)
+    assert all(torch.isfinite(each.grad).all() for each in model.parameters() if each.grad is not None)
+
+
+class Routed(nn.Module):
+    """Two experts and a balancing loss, as in Mixtral."""
+
+    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor] | None = None, *, reachable: bool = True) -> None:
+        super().__init__()
+        self.embed, self.gate, self.linear = nn.Embedding(9, 6), nn.Linear(6, 2), nn.Linear(6, CLASSES)
+        self.router_aux_loss_coef, self.num_experts_per_tok = 0.5, 1
+        self.formula, self.reachable = formula or (lambda f, p: 2 * (f * p).sum()), reachable
+
+    def forward(self, ids: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> Any:
+        x = self.embed(ids)
+        router = self.gate(x).flatten(0, 1)
+        weights = router.softmax(-1)
+        chosen = F.one_hot(weights.argmax(-1), 2).float().mean(0)
+        aux = self.formula(chosen, weights.mean(0))
+        logits = self.linear(x * weights.amax(-1).view(*ids.shape, 1))
+        loss = next_token_of_items(logits, labels, num_items_in_batch) + self.router_aux_loss_coef * aux
+        return SimpleNamespace(loss=loss, aux_loss=aux, router_logits=(router,) if self.reachable else None)
+
+
+def test_the_balancing_loss_of_experts_is_exact_with_shared_statistics() -> None:
+    model, batch = Routed(), tokens()
+    model(**batch).loss.backward()
+    expected = [each.grad.clone() for each in model.parameters() if each.grad is not None]
+    step = mb.Accumulator(model, microbatch_size=2, batch_norm="exact").gradient(batch, mb.losses.from_model())
+    torch.testing.assert_close(step.loss.float(), model(**batch).loss.detach(), rtol=1e-6, atol=1e-6)
+    for parameter, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (Routed(), 'batch_norm="exact"'),
+        (Routed(reachable=False), "router_logits are not reachable"),
+        (Routed(lambda f, p: (f * p).square().sum()), "another formula"),
+    ],
+)
+def test_the_balancing_loss_of_experts_is_refused_by_name_elsewhere(model: nn.Module, match: str) -> None:
+    with pytest.raises(LossError, match=match):
+        mb.Accumulator(model, microbatch_size=2).gradient(tokens(), mb.losses.from_model())
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"), [((torch.ones(2, 3),), "must be a dict"), ({"ids": torch.zeros(2, 3).long()}, "labels")]
+)
+def test_batches_without_names_or_losses_are_refused(batch: Any, match: str) -> None:
+    def call(model: Any, batch: Any, items: Any) -> Any:
+        raise LossError(f"no labels for {model} {batch} {items}")
+
+    with pytest.raises(LossError, match=match):
+        ModelLoss(call, "auto", takes_items=lambda _: False)(nn.Linear(1, 1), batch)
+
+
+def test_an_unknown_count_is_refused() -> None:
+    with pytest.raises(LossError, match=r"'tokens'.*next_labels"):
+        mb.losses.from_model("tokens")
