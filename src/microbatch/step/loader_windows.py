@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from dis import opname
 from itertools import islice
 from typing import Any, Self, cast
 
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.step.window import Window
+
+_POPS = {"POP_TOP", "POP_ITER"}  # the second one since Python 3.14
 
 
 class Windows(Iterator[Window]):
@@ -62,5 +65,24 @@ def _windows_of(
     while held := list(islice(source, microbatches)):
         with create(held) as window:
             del held
-            yield window
+            try:
+                yield window
+            except GeneratorExit:
+                if window.left and _left_by_statement():
+                    window.warn_left("no step is taken, because the loop over windows was left at the same time")
+                raise
             window.leave()
+
+
+def _left_by_statement() -> bool:
+    """Return whether a ``break`` or ``return`` closes the generator that calls this, rather than an error.
+
+    Both statements pop the iterators of their loops, one instruction for each. An error pops them too, but its frame
+    then stands at the instruction that raised the error. Loops may be nested in generators of the user.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if opname[frame.f_code.co_code[frame.f_lasti]] in _POPS:
+            return True
+        frame = frame.f_back
+    return False
