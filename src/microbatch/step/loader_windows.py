@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dis import opname
+from inspect import currentframe
 from itertools import islice
 from typing import Any, Self, cast
 
@@ -63,15 +64,16 @@ def _windows_of(
     source: Iterator[Any], microbatches: int, create: Callable[[Sequence[Any]], Window]
 ) -> Generator[Window]:
     while held := list(islice(source, microbatches)):
-        with create(held) as window:
-            del held
-            try:
+        window = create(held)
+        try:
+            with window:
+                del held
                 yield window
-            except GeneratorExit:
-                if window.left and _left_by_statement():
-                    window.warn_left("no step is taken, because the loop over windows was left at the same time")
-                raise
-            window.leave()
+                window.leave()
+        except GeneratorExit:
+            if window.left and _left_by_statement():
+                window.warn_left("no step is taken, because the loop over windows was left at the same time")
+            raise
 
 
 def _left_by_statement() -> bool:
@@ -80,7 +82,7 @@ def _left_by_statement() -> bool:
     Both statements pop the iterators of their loops, one instruction for each. An error pops them too, but its frame
     then stands at the instruction that raised the error. Loops may be nested in generators of the user.
     """
-    frame = sys._getframe(1)
+    frame = currentframe()
     while frame is not None:
         if opname[frame.f_code.co_code[frame.f_lasti]] in _POPS:
             return True
