@@ -47,14 +47,15 @@ class Plannable(Protocol):
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
     batch_loss: LossFunction
-    data: Any
-    batch_size: int
-    collate: Callable[[list[Any]], Any]
     lengths: Lengths | str | None
     counts: Callable[[Any], Mapping[str, Any]] | None
     microbatch_size: int | None
     autocast: torch.dtype | None
     memory_budget: int | str | None
+
+    def first_batch(self) -> Any:
+        """Collate the first rows of the data."""
+        ...
 
 
 def plan(
@@ -101,7 +102,7 @@ def plan(
         optimizer, loss_fn = optimizer or job.optimizer, loss_fn or job.batch_loss
         counts, asked = job.counts, job.microbatch_size
         if batch is None:
-            batch = job.collate([job.data[index] for index in range(min(job.batch_size, len(job.data)))])
+            batch = job.first_batch()
     elif isinstance(job, Accumulator):
         optimizer, size = job.options.optimizers, job.options.microbatch_size
         asked = size if isinstance(size, int) else None

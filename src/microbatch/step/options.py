@@ -276,11 +276,8 @@ class Options:
         shared = group_and_device(self.model) if self.ranks.group is None else None
         return group_of(self.ranks.group) if shared is None else shared[0]
 
-    def find_ranks(self, device: torch.device) -> RankGroup | None:
+    def find_ranks(self) -> RankGroup | None:
         """Find the data-parallel ranks.
-
-        Args:
-            device: The device where the model computes.
 
         Returns:
             The ranks; `None` for a single process.
@@ -288,7 +285,7 @@ class Options:
         if not (dist.is_available() and dist.is_initialized()):
             return None
         alone = self.pipeline is not None and self.ranks.group is None
-        return None if alone else RankGroup.find(device, self.group)
+        return None if alone else RankGroup.find(self.device, self.group)
 
     @property
     def bare_model(self) -> nn.Module:
