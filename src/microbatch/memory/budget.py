@@ -9,7 +9,9 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from microbatch.memory.byte_amounts import format_bytes, parse_bytes  # noqa: F401 - used together with this file
+from microbatch.memory.byte_amounts import format_bytes, parse_bytes
+
+__all__ = ["available_bytes", "format_bytes", "parse_bytes"]
 
 # Reserved for other processes, and for memory that the meter does not see.
 _MARGIN_BYTES, _MARGIN_SHARE = 256 * 1024**2, 0.05
