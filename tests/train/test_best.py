@@ -62,7 +62,9 @@ def kept(folder: Path) -> list[int]:
     return sorted(int(each.name.removeprefix("step-")) for each in (folder / "checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("flags", [{}, {"best": "max:accuracy"}, {"best": "min:loss", "async_checkpoints": True}])
+@pytest.mark.parametrize(
+    "flags", [{"patience": 9}, {"best": "max:accuracy"}, {"best": "min:loss", "async_checkpoints": True}]
+)
 def test_the_best_checkpoint_outlives_newer_ones(flags: dict[str, Any], tmp_path: Path) -> None:
     loop = loop_of(tmp_path, Scripted([*SCORES[:9], 9.0]), **flags)
     assert loop.run() is None
@@ -76,6 +78,9 @@ def test_without_a_loss_nothing_is_the_best(tmp_path: Path) -> None:
 
     loop_of(tmp_path, evaluate).run()
     assert kept(tmp_path) == [10]
+    loop = loop_of(tmp_path / "not asked", Scripted(SCORES))
+    loop.run()
+    assert (kept(tmp_path / "not asked"), loop.progress.best.value) == ([10], None)
     with pytest.raises(ConfigError, match="--best min:loss: the validation has no 'loss'; it has 'accuracy'"):
         loop_of(tmp_path / "other", evaluate, patience=2).run()
 

@@ -111,6 +111,16 @@ class Short(IterableDataset[dict[str, Tensor]]):
         return iter(ROWS[:9])
 
 
+class Ragged:
+    """Collates each batch to another width than the one before."""
+
+    width = 6
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        self.width -= 1
+        return {"x": torch.stack([row["x"][: self.width] for row in rows])}
+
+
 def shuffled_loader() -> DataLoader[Any]:
     return DataLoader(ListSet(), batch_size=4, shuffle=True)
 
@@ -239,6 +249,8 @@ def test_batches_that_do_not_add_up_are_refused(tmp_path: Path) -> None:
 def test_refused_before_the_run() -> None:
     with pytest.raises(ConfigError, match="--deterministic: the job's data is read in its own order"):
         resolve(load_settings({"deterministic": True, "microbatch_size": 2}), a_job(data=Plain()), device=CPU)
+    with pytest.raises(ConfigError, match="a generator, which can be read once only"):
+        resolve(load_settings({}), a_job(data=(row for row in ROWS)), device=CPU)
     with pytest.raises(ConfigError, match="has no batch_size"):
         resolve(load_settings({}), a_job(data=DataLoader(ListSet(), batch_size=None)), device=CPU)
 
@@ -248,5 +260,27 @@ def test_the_first_batch_of_a_job() -> None:
         return len(job.first_batch()["x"])
 
     assert [rows(a_job(data=data)) for data in (ROWS, Plain(), DataLoader(ListSet(), batch_size=8))] == [8, 8, 8]
+    assert rows(a_job(data=DataLoader(ListSet(), batch_size=4))) == 8
+    ragged = DataLoader(ListSet(), batch_size=4, collate_fn=Ragged())
+    assert rows(a_job(data=ragged)) == 4  # batches of other widths are not one batch
     with pytest.raises(DataError, match="0 samples"):
         a_job(data=DataLoader(ListSet(), batch_size=8, sampler=[])).first_batch()
+
+
+def test_a_loader_of_smaller_batches_is_compared_with_the_full_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from microbatch.train.start import prepare
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.py").write_text(
+        "import torch, microbatch as mb\n"
+        "def job():\n"
+        "    torch.manual_seed(0)\n"
+        "    model, rows = torch.nn.Linear(2, 1), torch.utils.data.TensorDataset(torch.randn(24, 2))\n"
+        "    return mb.Job(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1),\n"
+        "                  loss_fn=lambda m, x: m(x[0]).square().mean(), batch_size=8, microbatch_size=2, steps=2,\n"
+        "                  data=torch.utils.data.DataLoader(rows, batch_size=4))\n"
+    )
+    summary = prepare({"job": "a.py:job"}, run=tmp_path / "run").train()
+    assert summary["comparison"]["samples"] == 8

@@ -117,9 +117,9 @@ def train(
         str | None,
         typer.Option(
             metavar="min:NAME|max:NAME",
-            help="Which validation is the best; its checkpoint is kept.",
+            help="Keep the checkpoint of the best validation, by this score.",
             rich_help_panel=LENGTH,
-            show_default="min:loss",
+            show_default="none",
         ),
     ] = None,
     patience: Annotated[

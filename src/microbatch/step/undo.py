@@ -8,6 +8,7 @@ from typing import Any
 
 from microbatch.errors import OutOfMemoryError, WindowError
 from microbatch.interrupts import interrupts_here
+from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.optimizer_step import Versions
 from microbatch.step.saved_state import Modes, Snapshot, Unscaled
 
@@ -73,7 +74,9 @@ class Undo:
             window: The window.
             error: The error; it gets a note if the step is not undone.
         """
-        self._modes.restore()
+        # Only a signal skips the end of a `with` block. After other errors, the blocks still end, those of the user too.
+        if not isinstance(error, Exception) or is_from_signal(error):
+            self._modes.restore()
         # Several ranks agree by themselves on what a failed step leaves, and their error says so.
         if window.peers.size > 1 or all(each.untouched for each in self.versions):
             self.restore.close()

@@ -49,9 +49,10 @@ class Settings(BaseModel):
             ``"auto"`` as few as the memory needs.
         validate_every: Optimizer steps between validations.
         checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Newest checkpoints that are kept; the one with the best validation is kept beside them.
-        best: Which validation is the best: ``"min:NAME"`` or ``"max:NAME"`` of its scores; ``"min:loss"`` if left out.
-        patience: Validations in a row without a better one after which the run ends early.
+        keep_checkpoints: Newest checkpoints that are kept.
+        best: Keep the checkpoint of the best validation, too: ``"min:NAME"`` or ``"max:NAME"`` of its scores.
+        patience: Validations in a row without a better one after which the run ends early; without ``best``, the loss
+            decides.
         compare: Whether the run ends with the comparison against the full batch.
         deterministic: Whether the run has the same bits on any number of ranks, dropout included.
         async_checkpoints: Whether training goes on while a checkpoint is written.

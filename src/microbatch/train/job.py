@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import DataError
 from microbatch.train.data import fetch, length_of
-from microbatch.train.streams import Stream, is_stream, rows_taken
+from microbatch.train.streams import Stream, is_stream, joined, rows_taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class Job:
         items, found, _ = Stream(self.data, rows=rows).take(0)
         if not found:
             raise DataError("the job's data has 0 samples; check the path that it was read from")
-        return rows_taken(self, items, range(found))
+        return joined(rows_taken(self, items, range(found)))
 
     def batch_loss(self, model: nn.Module, batch: Any) -> Any:
         """Return the loss of rows that go through the model at once, whatever the loss couples.

@@ -14,7 +14,7 @@ from microbatch.train.job import Job
 from microbatch.train.place import Place
 from microbatch.train.run_config import RunConfig
 from microbatch.train.share import share
-from microbatch.train.streams import Stream, is_stream, rows_taken
+from microbatch.train.streams import Stream, is_stream, joined, rows_taken
 
 
 class RankBatches:
@@ -123,7 +123,7 @@ class StreamBatches(RankBatches):
     def first(self) -> Any:
         """Collate the whole batch that the run began with; this begins the stream again."""
         items, rows, _, _ = self._pull(Stream(self._job.data, rows=self._config.batch_size), 0, Position())
-        return rows_taken(self._job, items, range(rows))
+        return joined(rows_taken(self._job, items, range(rows)))
 
     def state(self) -> dict[str, Any] | None:
         """Return where the stream itself says that it stands."""

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.memory.budget import parse_bytes
 from microbatch.memory.least_memory import least_memory
 from microbatch.ranks.fsdp import fully_sharded
@@ -232,6 +233,11 @@ def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[in
 
 
 def _check_stream(settings: Settings, job: Job) -> None:
+    if iter(job.data) is job.data:
+        raise ConfigError(
+            f"the job's data is {kind_of(job.data)}, which can be read once only; pass an IterableDataset, whose "
+            "__iter__ begins again"
+        )
     if settings.deterministic:
         raise ConfigError(
             "--deterministic: the job's data is read in its own order, and not by the numbers of its samples; use a "

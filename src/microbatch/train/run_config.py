@@ -36,8 +36,8 @@ class RunConfig:
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of newest checkpoints that are kept.
-        best: Score that tells which checkpoint is the best, ``"min:NAME"`` or ``"max:NAME"``; `None` for the loss, if
-            the validation has one.
+        best: Score that tells which checkpoint is the best, ``"min:NAME"`` or ``"max:NAME"``; `None` for the loss if
+            ``patience`` is set, else for none.
         patience: Validations without a better one after which the run ends early; `None` for never.
         compare: Whether the run ends with a comparison against the full batch.
         parameters: Number of trainable elements of the model.

@@ -7,6 +7,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, IterableDataset
 
 from microbatch.batch.batch_tree import rows_of, slice_rows
@@ -130,6 +133,27 @@ class Stream:
 
 
 _END = object()
+
+
+def joined(batch: Any) -> Any:
+    """Join several collated batches into one, for what needs the whole batch at once.
+
+    Args:
+        batch: A batch, or `Batches`.
+
+    Returns:
+        The batch; of `Batches` whose tensors differ in more than their rows, such as in their padding, the first alone.
+    """
+    if not isinstance(batch, Batches):
+        return batch
+    try:
+        return tree_map(_concatenated, *batch.batches)
+    except (RuntimeError, TypeError, ValueError):
+        return batch.batches[0]
+
+
+def _concatenated(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) and leaves[0].ndim else leaves[0]
 
 
 def rows_taken(job: Any, items: Sequence[Any], own: range) -> Any:

@@ -301,7 +301,7 @@ class TrainingLoop:
     def _is_best(self, values: Mapping[str, float]) -> bool:
         """Compare a validation with the best one so far."""
         asked, progress = self.config.best, self.progress
-        if not values or (asked is None and "loss" not in values and self.config.patience is None):
+        if not values or (asked is None and self.config.patience is None):
             return False
         return progress.best.look(values, score=asked or "min:loss", step=progress.step)
 
