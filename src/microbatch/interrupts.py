@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports] - behind `signal`, which searches an enum at every call
 import inspect
 import signal
 import threading
@@ -72,10 +73,10 @@ class Interrupts:
         self.held = True
         self._windows.add(window)
         for number in self._signals:
-            handler: Any = signal.getsignal(number)
+            handler: Any = _signal.getsignal(number)
             if callable(handler) and handler != self._handle:
                 self._handlers[number] = handler
-                signal.signal(number, self._handle)
+                _signal.signal(number, self._handle)
 
     def end(self, window: object, *, held: bool) -> None:
         """Restore the handlers after the last window, and deliver the signals that waited.
@@ -88,8 +89,8 @@ class Interrupts:
         try:
             if not self._windows and threading.current_thread() is threading.main_thread():
                 for number, handler in self._handlers.items():
-                    if signal.getsignal(number) == self._handle:
-                        signal.signal(number, handler)
+                    if _signal.getsignal(number) == self._handle:
+                        _signal.signal(number, handler)
         finally:
             self.held = held
             self.deliver()

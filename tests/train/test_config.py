@@ -1,6 +1,5 @@
 """Settings: flags over a file over the job's defaults, and every value that cannot work says why before work starts."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,8 @@ from microbatch.train.run_config import RunConfig
 CPU = torch.device("cpu")
 
 
-class Stream(torch.utils.data.IterableDataset[int]):
-    """A data set that can only be read from front to back."""
-
-    def __iter__(self) -> Iterator[int]:
-        return iter([1])
+class NoLength(torch.utils.data.Dataset[int]):
+    """A data set that can be indexed, and does not say how far."""
 
 
 def mean_output(model: nn.Module, x: Tensor) -> Tensor:
@@ -214,7 +210,7 @@ def test_none_switches_off_what_the_job_brings() -> None:
     [
         ({"steps": None}, {}, ConfigError, "pass --steps or --epochs"),
         ({"data": []}, {}, DataError, "data has 0 samples"),
-        ({"data": Stream()}, {}, DataError, "no length"),
+        ({"data": NoLength()}, {}, DataError, "no length"),
         ({"validation": []}, {}, DataError, "validation has 0 samples"),
         ({"batch_size": 0}, {}, ConfigError, "batch_size is 0"),
         ({"model": nn.ReLU()}, {}, ConfigError, "no trainable parameters"),

@@ -118,7 +118,7 @@ def select(
     *,
     rows: int,
     marked: bool = False,
-    copied: Callable[[Any], Any] | None = None,
+    copied: Copies | None = None,
     trim: Callable[[Any, str, int], Any] | None = None,
 ) -> Any:
     """Take rows of a batch.
@@ -150,11 +150,12 @@ class _Selection:
         *,
         rows: int,
         marked: bool,
-        copied: Callable[[Any], Any] | None,
+        copied: Copies | None,
         trim: Callable[[Any, str, int], Any] | None,
     ) -> None:
         self._pick, self._rows, self._marked, self._trim = pick, rows, marked, trim
         self._share = copied or _as_it_is
+        self._share_rows = copied.tensor if copied is not None else _as_it_is
         self._consecutive = isinstance(pick, slice)
         self._taken: dict[Any, Any] = {}
 
@@ -163,7 +164,7 @@ class _Selection:
         if isinstance(value, Tensor) and value.ndim and self._consecutive:  # the usual case, without detours
             key = id(value)
             if key not in self._taken:
-                self._taken[key] = self._share(value[self._pick])
+                self._taken[key] = self._share_rows(value[self._pick])
             return self._taken[key]
         if isinstance(value, Rows):
             found = self._inside(value, path)

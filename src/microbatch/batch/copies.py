@@ -46,12 +46,16 @@ class Copies:
             made = self._made[id(value)] = value, self._copy(value)
         return made[1]
 
+    def tensor(self, view: Tensor) -> Tensor:
+        """Copy a tensor that is met once, such as rows that were just taken."""
+        return view.clone() if view.device == self._device else view
+
     def _leaf(self, value: Any, _: str) -> Any:
         return self(value)
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.clone() if value.device == self._device else value
+            return self.tensor(value)
         if children(value) is not None:
             return map_leaves(self._leaf, value)
         if type(value) is list:

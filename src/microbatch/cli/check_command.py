@@ -21,7 +21,6 @@ from microbatch.cli.error_report import report_error
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.errors import MicrobatchError
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.data import fetch
 from microbatch.train.resolve import check_data_path, resolve, resolve_device
 from microbatch.train.start import make_job
 
@@ -64,7 +63,7 @@ def _check(settings: Settings) -> Check:
     if job.steps is None and job.epochs is None:  # how long a run would be says nothing here
         job = replace(job, epochs=1.0)
     config = resolve(settings, job, device=device)
-    batch = job.collate(fetch(job.data, list(range(min(config.batch_size, config.samples)))))
+    batch = job.first_batch(config.batch_size)
     encode = None if config.plain else job.encode
     said = {"batch_norm": config.batch_norm, "buffers": config.buffers}
     options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}

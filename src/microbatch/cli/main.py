@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from microbatch.cli.check_options import check
 from microbatch.cli.guide_options import guide
+from microbatch.cli.new_options import new
 from microbatch.cli.plan_options import plan
 from microbatch.cli.train_options import train
 
@@ -85,3 +86,4 @@ app.command(cls=_Command, help="Check that accumulating gives the large batch's 
 app.command(
     cls=_Command, help="Open the guide: an explanation, a playground that really trains, and the live view of runs."
 )(guide)
+app.command(cls=_Command, help="Write a job of your own, as a file that runs as it is.")(new)

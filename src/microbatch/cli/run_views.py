@@ -109,7 +109,7 @@ def plan_view(event: RunPlanned) -> Panel:
         Something for a console.
     """
     config = event.config
-    batch = min(config.batch_size, config.samples)
+    batch = min(config.batch_size, config.samples or config.batch_size)
     grid = _grid()
     cut_into = f"{config.microbatches} microbatches of {config.microbatch_size}"
     if config.pipelines is not None:
@@ -138,8 +138,9 @@ def plan_view(event: RunPlanned) -> Panel:
     )
     grid.add_row("memory", limit)
     held_out = f", {config.validation_samples:,} held out" if config.validation_samples else ""
-    grid.add_row("data", f"{config.samples:,} samples{held_out}")
-    grid.add_row("length", f"{config.steps:,} steps = {config.epochs:.3g} epochs, {_schedule(config)}")
+    grid.add_row("data", f"{config.samples:,} samples{held_out}" if config.samples else f"a stream{held_out}")
+    passes = f" = {config.epochs:.3g} epochs" if config.samples else ""
+    grid.add_row("length", f"{config.steps:,} steps{passes}, {_schedule(config)}")
     grid.add_row("run", Text(str(event.path)))
     if event.step:
         grid.add_row("resumed", Text(f"after step {event.step}", style=GOOD))
@@ -242,6 +243,8 @@ def summary_view(summary: Mapping[str, Any]) -> Group:
         grid.add_row(
             Text("validation loss" if name == "loss" else f"validation {name}"), Text(_figure(value), style=GOOD)
         )
+    if summary.get("best") is not None and summary["best"]["step"] != summary["step"]:
+        grid.add_row("best", best_text(summary))
     if not summary["validation"]:
         grid.add_row("loss", Text(_figure(summary["loss"]), style=GOOD))
     for name, value in summary["facts"].items():
@@ -252,13 +255,28 @@ def summary_view(summary: Mapping[str, Any]) -> Group:
     if (said := summary.get("communication")) is not None:
         grid.add_row("communication", f"{format_bytes(said['bytes'])} from each rank in {said['calls']} calls a step")
     finished = summary["finished"]
-    title = "finished" if finished else f"stopped by {summary['stopped_by']}"
+    early = " early" if summary.get("stopped_early") else ""
+    title = f"finished{early}" if finished else f"stopped by {summary['stopped_by']}"
     parts: list[RenderableType] = [_framed(grid, title=title, color="green" if finished else "yellow")]
     if summary["comparison"] is not None:
         parts += _comparison(summary["comparison"])
     if summary["text"]:
         parts += [Text(), _framed(Text(summary["text"].rstrip()), title="in its own words", color="bright_black")]
     return Group(*parts, Text(), Padding(_closing(summary), (0, 2)))
+
+
+def best_text(summary: Mapping[str, Any]) -> Text:
+    """Describe the best validation of a run, and where its checkpoint is.
+
+    Args:
+        summary: As in ``summary.json``, with a best validation.
+
+    Returns:
+        One line.
+    """
+    best = summary["best"]
+    name = best["score"].partition(":")[2]
+    return Text.assemble((f"{name} {best['value']:.4f}", GOOD), f" at step {best['step']:,}, in {best['checkpoint']}")
 
 
 def _comparison(found: Mapping[str, Any]) -> list[RenderableType]:

@@ -104,6 +104,24 @@ def train(
             metavar="N", help="Steps between checkpoints.", rich_help_panel=LENGTH, show_default="a tenth of the run"
         ),
     ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            metavar="min:NAME|max:NAME",
+            help="Which validation is the best; its checkpoint is kept.",
+            rich_help_panel=LENGTH,
+            show_default="min:loss",
+        ),
+    ] = None,
+    patience: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="End early after N validations in a row without a better one.",
+            rich_help_panel=LENGTH,
+            show_default="never",
+        ),
+    ] = None,
     device: DeviceName = None,
     autocast: Autocast = None,
     seed: Seed = None,
@@ -209,6 +227,8 @@ def train(
         "max_grad_norm": number_or_word(max_grad_norm, float),
         "validate_every": number_or_word(validate_every, int),
         "checkpoint_every": number_or_word(checkpoint_every, int),
+        "best": best,
+        "patience": number_or_word(patience, int),
         "compare": False if no_compare else None,
         "deterministic": deterministic or None,
         "async_checkpoints": async_checkpoints or None,

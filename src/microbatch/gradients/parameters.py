@@ -35,16 +35,17 @@ def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:
     Returns:
         Every parameter with ``requires_grad`` set, in a fixed order; a tied parameter appears once.
     """
-    stepped = {
-        id(parameter): Named(f"optimizer {o}, group {g}, parameter {p}", parameter)
+    places = {
+        id(parameter): (parameter, o, g, p)
         for o, optimizer in enumerate(optimizers)
         for g, group in enumerate(optimizer.param_groups)
         for p, parameter in enumerate(group["params"])
     }
-    found: dict[int, Named] = {}
-    for name, parameter in model.named_parameters():
-        key = id(parameter)
-        found.setdefault(key, Named(name, parameter, held=key in stepped or not stepped))
-    for key, named in stepped.items():
-        found.setdefault(key, named)
-    return [named for named in found.values() if named.parameter.requires_grad]
+    any_stepped = bool(places)
+    found: list[Named] = []
+    for name, parameter in model.named_parameters():  # each once, tied ones too
+        held = places.pop(id(parameter), None) is not None or not any_stepped
+        if parameter.requires_grad:
+            found.append(Named(name, parameter, held=held))
+    rest = [each for each in places.values() if each[0].requires_grad]
+    return found + [Named(f"optimizer {o}, group {g}, parameter {p}", each) for each, o, g, p in rest]

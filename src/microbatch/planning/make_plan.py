@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from microbatch.planning.scaling import scale_hyperparameters
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, PlanChosen, StepDone
 from microbatch.step.options import Options, Sums
+from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.dry_run import dry_run
 from microbatch.step.size.dry_run_copies import LossFunction, Scene, copies_of
@@ -47,14 +48,15 @@ class Plannable(Protocol):
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
     batch_loss: LossFunction
-    data: Any
-    batch_size: int
-    collate: Callable[[list[Any]], Any]
     lengths: Lengths | str | None
     counts: Callable[[Any], Mapping[str, Any]] | None
     microbatch_size: int | None
     autocast: torch.dtype | None
     memory_budget: int | str | None
+
+    def first_batch(self) -> Any:
+        """Collate the first rows of the data."""
+        ...
 
 
 def plan(
@@ -101,7 +103,7 @@ def plan(
         optimizer, loss_fn = optimizer or job.optimizer, loss_fn or job.batch_loss
         counts, asked = job.counts, job.microbatch_size
         if batch is None:
-            batch = job.collate([job.data[index] for index in range(min(job.batch_size, len(job.data)))])
+            batch = job.first_batch()
     elif isinstance(job, Accumulator):
         optimizer, size = job.options.optimizers, job.options.microbatch_size
         asked = size if isinstance(size, int) else None
@@ -270,12 +272,6 @@ def _why(chosen: PlanChosen | None, best: Way) -> str:
     )
 
 
-def _listed(optimizer: Any) -> list[Optimizer]:
-    if isinstance(optimizer, list | tuple):
-        return list(cast("Sequence[Optimizer]", optimizer))
-    return [optimizer]
-
-
 def _options(
     job: Any, optimizer: Optimizer | Sequence[Optimizer], *, budget: int | str | None, autocast: torch.dtype | None
 ) -> Options:
@@ -286,7 +282,7 @@ def _options(
         lengths = job.lengths if planned else None
         base = Options(
             model=job.model if planned else job,
-            optimizers=_listed(optimizer),
+            optimizers=plain_optimizers(optimizer),
             microbatch_size="auto",
             memory_budget=job.memory_budget if planned else None,
             autocast=job.autocast if planned else None,

@@ -100,7 +100,7 @@ class Composition:
             The setup.
         """
         options = self.options
-        alone = not options.deterministic and options.pipeline is None and options.find_ranks(options.device) is None
+        alone = not options.deterministic and options.pipeline is None and options.find_ranks() is None
         peers = self._alone if alone else self._together
         return Setup(
             options=options,

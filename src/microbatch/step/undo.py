@@ -26,11 +26,13 @@ class Undo:
     def __init__(self) -> None:
         self.restore, self.versions, self.waited_for = ExitStack(), list[Versions](), False
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
+        self._ident = threading.get_ident()
         self._held: bool | None = None
 
     def begin(self, window: object) -> None:
         """Postpone signals while the window opens."""
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
+        self._ident = threading.get_ident()
         self._held = self.interrupts.held_by_window
         self.interrupts.begin(window)
 
@@ -55,7 +57,7 @@ class Undo:
 
     def check_thread(self, verb: str) -> None:
         """Raise an error in a thread that did not open the window."""
-        if self._thread.ident != threading.get_ident():
+        if self._ident != threading.get_ident():
             raise WindowError(
                 f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
                 f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"

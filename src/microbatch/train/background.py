@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,16 @@ class CheckpointWriter:
             group = dist.new_group(backend="gloo", timeout=dt.timedelta(seconds=patience))
             self._ranks = RankGroup(group, torch.device("cpu"))
 
-    def save(self, *, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def save(
+        self, *, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], best: int | None = None
+    ) -> None:
         """Write a checkpoint, or begin to.
 
         Args:
             step: Optimizer steps taken.
             weights: Parameters and buffers by name.
             state: Everything else.
+            best: The step whose checkpoint stays, however old; `None` for none.
 
         Raises:
             CheckpointError: The state cannot be stored, or the disk refused this one or the one before.
@@ -67,9 +71,10 @@ class CheckpointWriter:
         self.wait()
         what = copied(step=step, weights=weights, state=state)
         if self._thread is None:
-            self._written(step, store(self._folder, what, keep=self._keep, ranks=self._ranks))
+            self._written(step, store(self._folder, what, keep=self._keep, best=best, ranks=self._ranks))
             return
-        self._pending = step, self._thread.submit(store, self._folder, what, keep=self._keep, ranks=self._ranks)
+        write = partial(store, self._folder, what, keep=self._keep, best=best, ranks=self._ranks)
+        self._pending = step, self._thread.submit(write)
 
     def look(self) -> None:
         """Tell of the one that is being written, if it is safe by now."""

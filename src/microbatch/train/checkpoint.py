@@ -76,7 +76,7 @@ def write_checkpoint(
     return store(folder, copied(step=step, weights=weights, state=state), keep=keep)
 
 
-def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = None) -> Path:
+def store(folder: Path, what: Copied, *, keep: int, best: int | None = None, ranks: RankGroup | None = None) -> Path:
     """Write a copied checkpoint; a crash of any rank at any moment leaves either the whole checkpoint or none.
 
     All files are written to a temporary folder and flushed to the disk, the manifest with their hashes last. Then one
@@ -88,6 +88,7 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
             folder that exists.
         what: The copy.
         keep: Number of newest checkpoints that stay; at least 1. Older ones are removed once the new one is safe.
+        best: The step whose checkpoint stays, however old; `None` for none.
         ranks: The ranks; `None` for a single process.
 
     Returns:
@@ -115,8 +116,9 @@ def store(folder: Path, what: Copied, *, keep: int, ranks: RankGroup | None = No
         (temporary / "state.json").write_text(document, encoding="utf-8")
         write_manifest(temporary, what.step, version=FORMAT_OF_PARTS if what.in_parts else FORMAT)
         replace_folder(temporary, final)
-        for _, old in _listed(folder)[keep:]:
-            shutil.rmtree(old)
+        for step, old in _listed(folder)[keep:]:
+            if step != best:
+                shutil.rmtree(old)
         return final.name
 
     temporary = folder / by_the_first(ranks, lambda: _written(begin, final))

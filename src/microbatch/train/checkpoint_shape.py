@@ -102,6 +102,13 @@ class _Own(TypedDict):
     schedulers: list[dict[Any, Any]]
 
 
+class _Best(TypedDict):
+    score: str
+    value: _Real | None
+    step: _Count
+    waited: _Count
+
+
 class _Progress(TypedDict):
     run: _Run
     position: _Position
@@ -109,6 +116,8 @@ class _Progress(TypedDict):
     peak_bytes: _Count | None
     loss: _Real | None
     validation: dict[_Text, _Real]
+    best: NotRequired[_Best]
+    data: NotRequired[dict[Any, Any]]
     scaler: dict[_Text, Any] | None
     accumulator: dict[_Text, Any]
     random: _Random

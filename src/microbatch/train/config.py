@@ -47,7 +47,9 @@ class Settings(BaseModel):
             or ``"mean"`` moves them once a step, ``"each"`` lets every microbatch move them; as for `Accumulator`.
         validate_every: Optimizer steps between validations.
         checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Checkpoints that are kept.
+        keep_checkpoints: Newest checkpoints that are kept; the one with the best validation is kept beside them.
+        best: Which validation is the best: ``"min:NAME"`` or ``"max:NAME"`` of its scores; ``"min:loss"`` if left out.
+        patience: Validations in a row without a better one after which the run ends early.
         compare: Whether the run ends with the comparison against the full batch.
         deterministic: Whether the run has the same bits on any number of ranks, dropout included.
         async_checkpoints: Whether training goes on while a checkpoint is written.
@@ -79,6 +81,8 @@ class Settings(BaseModel):
     validate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3
+    best: Annotated[str, Field(pattern="^(min|max):.+$")] | None = None
+    patience: Count | None = None
     compare: bool = True
     deterministic: bool = False
     async_checkpoints: bool = False
@@ -266,6 +270,8 @@ def _reason(detail: Mapping[str, Any]) -> str:
             return "true or false"
         case "string_type" | "string_too_short":
             return "a text"
+        case "string_pattern_mismatch":
+            return 'min:NAME or max:NAME, such as "max:accuracy"'
         case "literal_error":
             return str(context["expected"])
         case "value_error":

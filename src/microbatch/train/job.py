@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import default_collate
 
 from microbatch.batch.lengths import Lengths
+from microbatch.errors import DataError
+from microbatch.train.data import fetch, length_of
+from microbatch.train.streams import Stream, is_stream, rows_taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,9 @@ class Job:
         optimizer: Optimizer over the model's parameters, or several of them.
         loss_fn: ``loss_fn(model, microbatch)`` returns a 0-d mean, a `Loss`, or a dict of `Loss`; with ``encode``,
             ``loss_fn(model, representations)`` of the whole batch does.
-        data: Map-style training set: ``len(data)`` samples, ``data[i]`` is one of them.
+        data: Training set. Usually a map-style one: ``len(data)`` samples, ``data[i]`` is one of them. Or an
+            `IterableDataset`, or a `DataLoader` whose batches are collated already; a resumed run goes on where it
+            stood, by the data's own ``state_dict``, or else by reading again what was read.
         batch_size: Effective batch in samples, over all ranks; at least 1.
         encode: For losses that couple samples: ``encode(model, microbatch)`` returns the representations of its rows.
         batch_norm: What batch normalisation normalises by, as for `Accumulator`.
@@ -58,7 +63,7 @@ class Job:
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
     loss_fn: Callable[[nn.Module, Any], Any]
-    data: Sequence[Any] | torch.utils.data.Dataset[Any]
+    data: Sequence[Any] | torch.utils.data.Dataset[Any] | torch.utils.data.DataLoader[Any]
     batch_size: int
     encode: Callable[[nn.Module, Any], Any] | None = None
     batch_norm: str | None = None
@@ -81,6 +86,26 @@ class Job:
     facts: Mapping[str, float] = field(default_factory=dict[str, float])
     show: Callable[[nn.Module], str] | None = None
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def first_batch(self, rows: int | None = None) -> Any:
+        """Collate the first rows of the data, unshuffled unless the data shuffles itself.
+
+        Args:
+            rows: At most this many; `None` for the effective batch.
+
+        Returns:
+            A batch, on the host.
+
+        Raises:
+            DataError: The data is empty, or cannot be indexed.
+        """
+        rows = self.batch_size if rows is None else rows
+        if not is_stream(self.data):
+            return self.collate(fetch(self.data, list(range(min(rows, length_of(self.data, role="data"))))))
+        items, found, _ = Stream(self.data, rows=rows).take(0)
+        if not found:
+            raise DataError("the job's data has 0 samples; check the path that it was read from")
+        return rows_taken(self, items, range(found))
 
     def batch_loss(self, model: nn.Module, batch: Any) -> Any:
         """Return the loss of rows that go through the model at once, whatever the loss couples.

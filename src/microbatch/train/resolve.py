@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import parse_bytes
@@ -21,6 +22,7 @@ from microbatch.train.jobs import BUILT_IN
 from microbatch.train.place import Place, check_piped_job
 from microbatch.train.run_config import RunConfig
 from microbatch.train.state import optimizers_of
+from microbatch.train.streams import is_stream, samples_in
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -113,13 +115,16 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
     if piped:
         check_piped_job(settings, job)
     notices: list[str] = []
-    samples = length_of(job.data, role="data")
+    stream = is_stream(job.data)
+    samples = samples_in(job.data) if stream else length_of(job.data, role="data")
     batch_size = settings.batch_size or job.batch_size
     if batch_size < 1:
         raise ConfigError(f"the job's batch_size is {batch_size}: it must be at least 1")
-    if batch_size > samples:
+    if 0 < samples < batch_size:
         notices.append(f"the data has {samples} samples, so every batch holds {samples} instead of {batch_size}")
     steps, epochs = _length(settings, job, batches_per_epoch=-(-samples // batch_size))
+    if stream:
+        _check_stream(settings, job)
     every = max(1, -(-steps // 10))
     if settings.deterministic:
         _check_deterministic(settings, job, notices=notices)
@@ -127,6 +132,9 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
     compare = settings.compare and place.ranks == 1 and not sharded and not piped
     if settings.compare and not compare:
         notices.append("the comparison with the full batch is left out: it is of one process, and a whole model")
+    if job.validation is None and (settings.best or settings.patience):
+        asked = "--patience" if settings.patience else "--best"
+        raise ConfigError(f"{asked}: the job has no validation set to compare by; pass mb.Job(validation=...)")
     parameters = [parameter for parameter in job.model.parameters() if parameter.requires_grad]
     if not parameters and not place.parameters:
         raise ConfigError("the job's model has no trainable parameters, so there is nothing to optimise")
@@ -134,7 +142,7 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
         job=settings.job,
         device=device,
         batch_size=batch_size,
-        microbatch_size=_microbatch_size(settings, job, batch=min(batch_size, samples), notices=notices),
+        microbatch_size=_microbatch_size(settings, job, batch=min(batch_size, samples or batch_size), notices=notices),
         memory_budget=_memory(settings, job),
         steps=steps,
         epochs=epochs,
@@ -150,6 +158,8 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
         validate_every=settings.validate_every or every,
         checkpoint_every=settings.checkpoint_every or every,
         keep_checkpoints=settings.keep_checkpoints,
+        best=settings.best,
+        patience=settings.patience,
         compare=compare,
         parameters=place.parameters or sum(parameter.numel() for parameter in parameters),
         unit=job.unit,
@@ -211,11 +221,23 @@ def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[in
         steps, epochs = job.steps, job.epochs
     if steps is None and epochs is None:
         raise ConfigError("neither the job nor the settings say when to stop; pass --steps or --epochs")
+    if steps is None and not batches_per_epoch:
+        raise ConfigError("--epochs: the job's data does not tell how many samples it has; pass --steps")
     if steps is None:
         steps = max(1, math.ceil(round((epochs or 0) * batches_per_epoch, 6)))
     if steps < 1:
         raise ConfigError(f"the job's steps is {steps}: it must be at least 1")
-    return steps, steps / batches_per_epoch
+    return steps, steps / batches_per_epoch if batches_per_epoch else 0.0
+
+
+def _check_stream(settings: Settings, job: Job) -> None:
+    if settings.deterministic:
+        raise ConfigError(
+            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples; use a "
+            "map-style data set, or leave it out"
+        )
+    if isinstance(job.data, DataLoader) and job.data.batch_size is None:
+        raise ConfigError("the job's DataLoader has no batch_size, so it hands out single samples; give it one")
 
 
 def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[str]) -> int:

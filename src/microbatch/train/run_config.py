@@ -19,8 +19,8 @@ class RunConfig:
         microbatch_size: Samples that go through the model at once; at most ``batch_size``.
         memory_budget: Bytes that a step may use; `None` for all the memory there is.
         steps: Optimizer steps of the whole run.
-        epochs: Passes over the data in these steps.
-        samples: Size of the training set.
+        epochs: Passes over the data in these steps; 0 if the size of the data is not known.
+        samples: Size of the training set; 0 for a stream that does not tell it.
         validation_samples: Size of the held-out set; 0 for none.
         seed: The run's seed.
         autocast: Dtype of the forward pass under autocast; `None` for no autocast.
@@ -35,6 +35,9 @@ class RunConfig:
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of newest checkpoints that are kept.
+        best: Score that tells which checkpoint is the best, ``"min:NAME"`` or ``"max:NAME"``; `None` for the loss, if
+            the validation has one.
+        patience: Validations without a better one after which the run ends early; `None` for never.
         compare: Whether the run ends with a comparison against the full batch.
         parameters: Number of trainable elements of the model.
         unit: Unit of the throughput, in the plural, such as ``"tokens"``.
@@ -85,12 +88,14 @@ class RunConfig:
     rank_timeout: float = 600.0
     shard: str = "none"
     sync: str = "auto"
+    best: str | None = None
+    patience: int | None = None
     notices: tuple[str, ...] = ()
 
     @property
     def microbatches(self) -> int:
         """Count the microbatches of a whole batch, on the rank that has most of them."""
-        rows = -(-min(self.batch_size, self.samples) // (self.pipelines or self.ranks))
+        rows = -(-min(self.batch_size, self.samples or self.batch_size) // (self.pipelines or self.ranks))
         return -(-rows // self.microbatch_size)
 
     @property

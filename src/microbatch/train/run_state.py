@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from microbatch.errors import CheckpointError, MicrobatchError
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.accumulator import Accumulator
+from microbatch.train.best import Best
 from microbatch.train.checkpoint import Checkpoint
 from microbatch.train.checkpoint_shape import check_like, check_run_state
 from microbatch.train.data import Position
@@ -37,6 +38,7 @@ class Progress:
         peak_bytes: Highest peak memory of the measured steps; `None` before the first.
         loss: Loss of the last step, in the loss function's unit.
         validation: Means of the last validation by name; empty before the first.
+        best: The best validation so far.
         communicated: Bytes that this rank sent in the last step, and the number of collectives; `None` for a single
             rank. This value is in no checkpoint.
     """
@@ -47,6 +49,7 @@ class Progress:
     peak_bytes: int | None = None
     loss: float | None = None
     validation: dict[str, float] = field(default_factory=dict[str, float])
+    best: Best = field(default_factory=Best)
     communicated: tuple[int, int] | None = None
 
 
@@ -105,6 +108,7 @@ class RunState:
             "peak_bytes": progress.peak_bytes,
             "loss": progress.loss,
             "validation": progress.validation,
+            "best": asdict(progress.best),
             **own,
             "scaler": self.scaler_state(),
             "accumulator": self.accumulator.state_dict(),
@@ -191,4 +195,5 @@ class RunState:
             peak_bytes=state["peak_bytes"],
             loss=state["loss"],
             validation=state["validation"],
+            best=Best(**state.get("best", {})),  # of an earlier version, there is none
         )

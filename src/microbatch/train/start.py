@@ -16,6 +16,7 @@ import torch
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.saved_state import seed_everything
+from microbatch.train.checkpoint_manifest import checkpoint_name
 from microbatch.train.compare import Comparison, compare
 from microbatch.train.config import Settings, flag_name, load_settings, read_toml
 from microbatch.train.data import mix_seed
@@ -40,6 +41,8 @@ _HARMLESS = (
     "validate_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "best",
+    "patience",
     "compare",
     "nonfinite",
     "async_checkpoints",
@@ -142,9 +145,11 @@ class PreparedRun:
             "stopped_by": stopped_by,
             "step": progress.step,
             "steps": config.steps,
-            "epoch": progress.position.epoch + progress.position.start / config.samples,
+            "epoch": progress.position.epoch + (progress.position.start / config.samples if config.samples else 0),
             "loss": progress.loss,
             "validation": progress.validation,
+            "best": self._best(),
+            "stopped_early": self.loop.stopped_early,
             "facts": dict(self.job.facts),
             "unit": config.unit,
             "seconds": progress.seconds,
@@ -156,6 +161,17 @@ class PreparedRun:
             "text": text,
         }
         return jsonable(summary)
+
+    def _best(self) -> dict[str, Any] | None:
+        best, folder = self.loop.progress.best, self.directory.checkpoints
+        if best.value is None:
+            return None
+        return {
+            "score": best.score,
+            "value": best.value,
+            "step": best.step,
+            "checkpoint": str(folder / checkpoint_name(best.step)),
+        }
 
 
 def prepare(

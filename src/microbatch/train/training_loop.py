@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from microbatch.ranks.lost_ranks import (
     READING,
     VALIDATING,
     WAITING,
+    missing_ranks_named,
 )
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.accumulator import Accumulator
@@ -28,11 +30,11 @@ from microbatch.step.options import Ranks
 from microbatch.train.background import CheckpointWriter
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.evaluate import evaluate
-from microbatch.train.heartbeat import Heartbeat, missing_ranks_named
+from microbatch.train.heartbeat import Heartbeat
 from microbatch.train.job import Job
 from microbatch.train.measured_steps import MeasuredSteps
 from microbatch.train.place import Place
-from microbatch.train.rank_batches import RankBatches
+from microbatch.train.rank_batches import batches_of
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import (
     CheckpointWritten,
@@ -95,7 +97,7 @@ class TrainingLoop:
         self._optimizers = optimizers_of(job.optimizer)
         scale_learning_rates(self._optimizers, config.learning_rate)
         self._schedulers = self._make_schedulers()
-        self._batches = RankBatches(job, config=config, place=self._place, rank=self._rank)
+        self._batches = batches_of(job, config=config, place=self._place, rank=self._rank)
         self._steps = MeasuredSteps(job, config=config, optimizers=self._optimizers)
         scaler = torch.amp.GradScaler(config.device.type) if config.autocast is torch.float16 else None
         self._accumulator = Accumulator(
@@ -143,8 +145,14 @@ class TrainingLoop:
         """Return the rows that go through the model at once: the size that the run found, or the configured one."""
         return self._accumulator.microbatch_size or self.config.microbatch_size
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the last ``patience`` validations were no better than one before them."""
+        patience = self.config.patience
+        return patience is not None and self.progress.best.waited >= patience
+
     def run(self) -> str | None:
-        """Train until the last step, or until a signal asks to stop.
+        """Train until the last step, until validations stop getting better, or until a signal asks to stop.
 
         Returns:
             `None` when every step was taken, else the name of the signal that stopped the run.
@@ -165,7 +173,7 @@ class TrainingLoop:
                 # is killed early has something to resume from.
                 self._save(log)
                 self.job.model.train()
-                while self.progress.step < self.config.steps and not self._asked_to_stop():
+                while self.progress.step < self.config.steps and not self._asked_to_stop() and not self.stopped_early:
                     self._one_step(log)
                 self._save(log)
                 self._writer.wait()
@@ -190,6 +198,7 @@ class TrainingLoop:
             check=self._state.check,
         )
         self.progress = self._state.restore(checkpoint)
+        self._batches.load(checkpoint.state.get("data"), step=self.progress.step, position=self.progress.position)
         self.saved_step = self._handed = checkpoint.step
 
     def first_batch(self) -> Any:
@@ -212,7 +221,7 @@ class TrainingLoop:
         """Make the context in which an error of a collective names the missing ranks."""
         if self._heartbeat is None or self._ranks is None:
             return nullcontext()
-        return missing_ranks_named(self._heartbeat, ranks=self._ranks.size, rank=self._rank)
+        return missing_ranks_named(partial(self._heartbeat.name, ranks=self._ranks.size, rank=self._rank))
 
     def _at(self, stage: int, detail: str = "") -> None:
         """Record the current stage of this rank in its heartbeat."""
@@ -261,12 +270,13 @@ class TrainingLoop:
         progress.communicated = (step.comm_bytes, step.comm_calls) if step.comm_calls else None
         due = progress.step == config.steps or progress.step % config.validate_every == 0
         validated = self._validate() if due else {}
+        is_best = due and self._is_best(validated)
         metrics = measured.metrics(index=progress.step, epoch=epoch, rate=rate, validation=validated)
         if log is not None:
             log.write(metrics)
         self._tell(StepLogged(metrics=metrics))
         self._writer.look()
-        if progress.step % config.checkpoint_every == 0:
+        if is_best or progress.step % config.checkpoint_every == 0:
             self._save(log)
 
     def _validate(self) -> dict[str, float]:
@@ -287,6 +297,13 @@ class TrainingLoop:
         self._tell(Validated(step=self.progress.step, values=values))
         return values
 
+    def _is_best(self, values: Mapping[str, float]) -> bool:
+        """Compare a validation with the best one so far."""
+        asked, progress = self.config.best, self.progress
+        if not values or (asked is None and "loss" not in values and self.config.patience is None):
+            return False
+        return progress.best.look(values, score=asked or "min:loss", step=progress.step)
+
     def _save(self, log: MetricsLog | None) -> None:
         """Write a checkpoint, unless this step's checkpoint has been written or begun already."""
         if self._handed == self.progress.step:
@@ -295,8 +312,10 @@ class TrainingLoop:
         if log is not None:
             log.sync()
         weights, state = self._state.capture(self.progress)
+        if (data := self._batches.state()) is not None:
+            state["data"] = data
         self._handed = self.progress.step
-        self._writer.save(step=self.progress.step, weights=weights, state=state)
+        self._writer.save(step=self.progress.step, weights=weights, state=state, best=self.progress.best.step or None)
 
     def _written(self, step: int, path: Path) -> None:
         self.saved_step = step

@@ -69,7 +69,7 @@ class DataParallel(Peers):
 
     def find(self, window: OpenWindow) -> None:
         """Find the ranks."""
-        self.ranks = window.options.find_ranks(window.device)
+        self.ranks = window.options.find_ranks()
 
     def groups(self) -> list[tuple[RankGroup, bool]]:
         """Return the process groups of this rank, and whether all ranks of each have the same parameters."""
