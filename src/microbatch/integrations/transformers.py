@@ -29,7 +29,7 @@ from microbatch.loss.find_count import Found
 from microbatch.loss.loss import Loss
 from microbatch.loss.model_loss import ModelLoss
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.plain_optimizers import check_parameters, plain_optimizers
+from microbatch.step.plain_optimizers import check_optimizers, plain_optimizers
 from microbatch.step.record import Step
 
 try:
@@ -223,7 +223,7 @@ class MicrobatchMixin(_Trainer):
         made = self.accumulator
         if made is None or made.options.model is not model:
             optimizers, scaler = plain_optimizers(self.optimizer), self.accelerator.scaler
-            check_parameters(model, optimizers)
+            check_optimizers(model, optimizers)
             if scaler is None:
                 made = Accumulator(model, **self._options)
             else:
