@@ -147,10 +147,22 @@ class MicrobatchMixin(_Trainer):
         with self._as_whole_batch():
             self._find_count(accumulator.options.bare_model, batches)
             folded = [self.fold(each) for each in batches]
-            step = accumulator.gradient(folded[0] if len(folded) == 1 else Batches(folded), self._loss_of)
+            step = self.gradient(accumulator, folded[0] if len(folded) == 1 else Batches(folded))
         self.last_step = step
         self.report(step)
         return step.loss.to(self.args.device, torch.float32)
+
+    def gradient(self, accumulator: Accumulator, batch: Any) -> Step:
+        """Run the window of a step; a subclass does it for losses of another kind.
+
+        Args:
+            accumulator: The accumulator.
+            batch: The effective batch.
+
+        Returns:
+            The record of the window.
+        """
+        return accumulator.gradient(batch, self._loss_of)
 
     def fold(self, batch: Any) -> Any:
         """Mark the rows of a batch; a subclass does where several entries are one row.
