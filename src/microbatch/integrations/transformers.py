@@ -42,7 +42,7 @@ __all__ = ["MicrobatchMixin", "MicrobatchTrainer"]
 
 _Trainer: Any = Trainer  # decorated there, so that type checkers see no class
 
-_ASKED = 4  # rows that the model is asked about
+_ASKED = 3  # rows that the model is asked about
 _OWN = {"model", "optimizer", "microbatch_size", "autocast", "grad_scaler", "max_grad_norm"}
 
 
