@@ -112,6 +112,7 @@ class TrainingLoop:
             lengths=job.lengths,
             batch_norm=config.batch_norm,
             buffers=config.buffers,
+            checkpoint=config.checkpoint,
             dropout=job.dropout,
             deterministic=config.deterministic,
             ranks=Ranks(sync=config.sync, group=self._place.group),
