@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import trl as installed
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
+from tests.faults import FULL
 from tests.integrations.tiny_models import Watch, flat, furthest, off
 from tests.ranks.conftest import run_ranks_
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -155,6 +157,25 @@ def test_what_the_trainer_averages_itself_is_another_number(name: str, tmp_path:
     assert furthest(own.history, whole.history) > 1e-2
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_memory_that_ends_changes_no_metric(name: str, tmp_path: Path) -> None:
+    class Forgets(KINDS[name][1]):
+        calls = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            self.calls += 1
+            if self.calls in {2, 9}:  # after the trainer has noted this microbatch's metrics
+                raise copy.copy(FULL)
+            return loss
+
+    found = Run(name, tmp_path, ours=True, batch=8, microbatch_size=4, kind=Forgets)
+    small = Run(name, tmp_path, ours=True, batch=8, microbatch_size=2)
+    whole = Run(name, tmp_path, ours=False, batch=8)
+    assert torch.equal(found.watch.gradients[0], small.watch.gradients[0])
+    assert furthest(found.history, whole.history) < 10 * EXACT
+
+
 def on_two_ranks(rank: int, ranks: int) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": str(ranks)}
@@ -187,6 +208,17 @@ def test_trainers_that_generate_are_refused(theirs: Any) -> None:
 
     with pytest.raises(ConfigError, match=f"{theirs.__name__} is not supported.*SFTTrainer, DPOTrainer"):
         Ours(model(), args=trl.GRPOConfig("unused", use_cpu=True, bf16=False))
+
+
+def test_a_trainer_that_extends_a_known_one_with_another_loss_is_refused() -> None:
+    class OtherTrainer(trl.DPOTrainer):
+        __module__ = "trl.experimental.other"
+
+    class Ours(MicrobatchMixin, OtherTrainer):
+        pass
+
+    with pytest.raises(ConfigError, match="OtherTrainer is not supported"):
+        Ours(model())
 
 
 def test_the_adapter_of_transformers_names_this_one(tmp_path: Path) -> None:
