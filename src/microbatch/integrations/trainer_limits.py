@@ -25,7 +25,20 @@ def check_trainer(trainer: Any, mixin: type, *, known: Collection[str] = ()) -> 
     Raises:
         ConfigError: Something does not go with a window; the message tells what, and what to do.
     """
-    for problem in (*_classes(trainer, mixin, known), *_arguments(trainer.args), *_devices(trainer)):
+    for problem in (*_classes(trainer, mixin, known), *_devices(trainer)):
+        raise ConfigError(problem)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments of a trainer that do not go with a window.
+
+    Args:
+        args: The `TrainingArguments`.
+
+    Raises:
+        ConfigError: One of them does not; the message tells what to set instead.
+    """
+    for problem in _arguments(args):
         raise ConfigError(problem)
 
 
@@ -77,11 +90,11 @@ def _devices(trainer: Any) -> Iterator[str]:
         )
     if accelerator.mixed_precision == "fp8":
         yield "fp8 keeps scales that every microbatch would change: set mixed_precision to bf16"
-    parallel = {"tensor": trainer.get_tp_size(), "context": trainer.get_cp_size(), "sequence": trainer.get_sp_size()}
-    for name, size in parallel.items():
+    for name in ("tensor", "context", "sequence"):
+        size = getattr(trainer, f"get_{name[0]}p_size", _one)()  # which not every release has
         if size > 1:
             yield f"{name} parallelism over {size} ranks splits rows that a window counts: use DDP or fsdp"
-    if trainer.is_distributed_loading_by_transformers:
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield "a model that from_pretrained has sharded is not supported: load it whole, and set fsdp in the arguments"
     if trainer.is_fsdp_enabled and getattr(accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
         yield "FSDP version 1 flattens parameters and averages gradients itself: set fsdp_config={'version': 2}"
@@ -89,3 +102,7 @@ def _devices(trainer: Any) -> Iterator[str]:
         yield "a model spread over devices by device_map is not supported: load it on one device, or set fsdp"
     if accelerator.distributed_type.value in {"XLA", "MEGATRON_LM"}:
         yield f"{accelerator.distributed_type.value} adds up gradients itself: use DDP or fsdp"
+
+
+def _one() -> int:
+    return 1

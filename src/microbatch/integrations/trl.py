@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microbatch.batch.marks import Rows
+from microbatch.batch.marks import Rows, Whole
 from microbatch.errors import ConfigError, MissingDependencyError
 from microbatch.integrations.transformers import MicrobatchMixin as TrainerMixin
 from microbatch.loss.counted_labels import IGNORED, NEXT_LABELS
@@ -123,10 +123,13 @@ class MicrobatchMixin(TrainerMixin):
 
     def fold(self, batch: Any) -> Any:
         """Mark pairs as rows."""
-        if not self._recipe.pairs:
-            return batch
         rows = len(batch["input_ids"])
-        self._stacked = {name for name, each in batch.items() if isinstance(each, Tensor) and each.shape[:1] == (rows,)}
+        if not self._recipe.pairs:
+            if not getattr(self, "padding_free", False):
+                return batch
+            # Rows joined to one: the lengths of the rows belong to all of them.
+            return {name: each if _has(each, rows) else Whole(each) for name, each in batch.items()}
+        self._stacked = {name for name, each in batch.items() if _has(each, rows)}
         return {
             name: Rows(each.unflatten(0, (2, -1)), dim=1) if name in self._stacked else each
             for name, each in batch.items()
@@ -254,15 +257,19 @@ class MicrobatchRewardTrainer(MicrobatchMixin, _RewardTrainer):
 
 def _kind_of(trainer: type) -> str:
     """Return the name of the trainer of TRL that a class extends."""
-    theirs = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
-    for name in theirs:
-        if name in _RECIPES:
-            return name
-    name = next((each for each in theirs if not each.startswith("_")), trainer.__name__)
+    named = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
+    theirs = [name for name in named if name.endswith("Trainer") and not name.startswith("_")]
+    if len(theirs) == 1 and theirs[0] in _RECIPES:
+        return theirs[0]
+    name = theirs[0] if theirs else trainer.__name__
     raise ConfigError(
         f"{name} is not supported: its losses or advantages depend on the whole batch, or on what was generated for "
         f"it. Supported are {', '.join(_RECIPES)}; for other losses, use mb.Accumulator in a loop of your own"
     )
+
+
+def _has(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (rows,)
 
 
 def _pairs_in(batch: Mapping[str, Any]) -> int:

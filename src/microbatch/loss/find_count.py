@@ -19,7 +19,10 @@ from microbatch.loss.counted_labels import CHOICES, IGNORED, NAMES, ROWS, Fields
 _TRIALS = 8  # most sets of rows and labels that a model is asked about
 _CLEAR = 10.0  # how many times further off every other count must be
 _FINE = 1e-6  # relative error of a float32 mean
-_ROWS = 4
+_ROWS = 3  # most rows that a model is asked about at once
+
+# What a model raises that is given a label or a keyword that it does not know.
+_NOT_TAKEN = (IndexError, RuntimeError, TypeError, ValueError)
 
 LossOf: TypeAlias = Callable[[Fields, bool], float]
 """Returns the loss of a microbatch: its mean, or with True as second argument its sum (``num_items_in_batch=1``)."""
@@ -44,7 +47,7 @@ class _Trial:
 
     whole: Fields
     parts: Sequence[Fields]
-    twice: Fields  # every row two times: whatever a mean is over, it stays as it is
+    twice: Fields  # the first part two times: whatever a mean is over, it stays as it is
 
 
 @dataclass(slots=True)
@@ -53,12 +56,14 @@ class _Fit:
 
     Attributes:
         errors: The largest relative error of each count.
+        precision: Relative rounding error of one loss.
         noise: The largest relative difference between equal means.
         spread: The largest relative difference between the losses of two parts.
         sums: Whether the losses of the parts added up to that of the whole.
     """
 
     errors: dict[str, float]
+    precision: float
     noise: float = 0.0
     spread: float = 0.0
     sums: bool = True
@@ -66,14 +71,14 @@ class _Fit:
     @property
     def slack(self) -> float:
         """Relative error that rounding explains."""
-        return max(_FINE, 2 * self.noise)
+        return max(_FINE, self.precision, 2 * self.noise)
 
     def add(self, trial: _Trial, loss_of: LossOf) -> None:
         """Compare the loss of the whole with those of its parts."""
         whole, twice = loss_of(trial.whole, False), loss_of(trial.twice, False)
         parts = [loss_of(part, False) for part in trial.parts]
         scale = max(abs(whole), 1e-30)
-        self.noise = max(self.noise, abs(twice - whole) / scale)
+        self.noise = max(self.noise, abs(twice - parts[0]) / scale)
         self.spread = max(self.spread, abs(parts[0] - parts[1]) / scale)
         self.sums = self.sums and abs(sum(parts) - whole) <= 1e-3 * scale
         for name in self.errors:
@@ -92,7 +97,9 @@ class _Fit:
         return name if all(error > clear for error in others) else None
 
 
-def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bool = False) -> Found | None:
+def find_count(
+    loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bool = False, precision: float = 0.0
+) -> Found | None:
     """Find the count by which the losses of parts make the loss of their union.
 
     A model that divides by ``num_items_in_batch`` tells its count: its sum over its mean. Any other model is asked for
@@ -104,6 +111,7 @@ def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bo
         batch: A microbatch, with at least one label if it has labels.
         takes_items: Whether the model may be given ``num_items_in_batch``.
         ignores: Whether the loss is known to ignore labels of -100.
+        precision: Relative rounding error of a loss, in the precision that the model computes in.
 
     Returns:
         The count; `None` for a microbatch without a single target, which shows nothing.
@@ -112,7 +120,7 @@ def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bo
         LossError: No count fits, or several fit; with the choices.
 
     Cost:
-        Some ten forward passes of at most eight rows, once.
+        Some ten forward passes of at most three rows, once.
     """
     labels, name = _labels_of(batch)
     if labels is not None and not bool((labels != IGNORED).any()):
@@ -128,17 +136,17 @@ def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bo
             trials = [*_relabelled(batch, labels, name), *trials]
     if takes_items and (told := _told(loss_of, trials[:3] or [_Trial(batch, [], batch)], counts)) is not None:
         return told
-    return Found(_fitted(loss_of, trials, counts), takes_items=False)
+    return Found(_fitted(loss_of, trials, _Fit(dict.fromkeys(counts, 0.0), precision)), takes_items=False)
 
 
-def _fitted(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> str:
-    fit, problem = _Fit(dict.fromkeys(counts, 0.0)), ""
+def _fitted(loss_of: LossOf, trials: Sequence[_Trial], fit: _Fit) -> str:
+    problem = ""
     for index, trial in enumerate(trials[:_TRIALS]):
         try:
             fit.add(trial, loss_of)
-        except (IndexError, RuntimeError, ValueError) as error:  # labels that this model does not take
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (torch.OutOfMemoryError, LossError):
+            raise
+        except _NOT_TAKEN as error:
             problem = f" ({type(error).__name__}: {error!s:.100})"
             continue
         if index and (winner := fit.winner()) is not None:
@@ -165,12 +173,15 @@ def _told(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> F
     fits, ignored = list(counts), True
     for trial in trials:
         try:
-            mean, total = loss_of(trial.whole, False), loss_of(trial.whole, True)
-        except TypeError:  # a model that hands its keywords on to what does not take them
+            rows = take(trial.whole, range(min(2, rows_in(trial.whole))))
+            mean, total = loss_of(rows, False), loss_of(rows, True)
+        except (torch.OutOfMemoryError, LossError):
+            raise
+        except _NOT_TAKEN:
             return None
         number = total / mean if mean else math.nan
         ignored = ignored and abs(number - 1) < 1e-3
-        fits = [each for each in fits if abs(number - float(count_in(trial.whole, each))) <= 1e-3 * abs(number)]
+        fits = [each for each in fits if abs(number - float(count_in(rows, each))) <= 1e-3 * abs(number)]
     if ignored:
         return None
     if len(fits) != 1:
@@ -185,7 +196,7 @@ def _told(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> F
 def _trial(rows: Fields) -> _Trial:
     number = rows_in(rows)
     index = range(number)
-    return _Trial(rows, [take(rows, [0]), take(rows, index[1:])], take(rows, [*index, *index]))
+    return _Trial(rows, [take(rows, [0]), take(rows, index[1:])], take(rows, [0, 0]))
 
 
 def _natural(batch: Fields) -> list[_Trial]:
@@ -212,8 +223,8 @@ def _relabelled(batch: Fields, labels: Tensor, name: str) -> list[_Trial]:
 def _kept(shape: torch.Size, index: int, random: torch.Generator) -> Tensor:
     """Draw which labels stay: the first row has few, and every part has at least one beside a first label."""
     if len(shape) == 1:
-        return torch.tensor([each in {0, 1 + index % 3} for each in range(shape[0])])
-    share = torch.tensor([0.1, 0.7, 0.3, 0.5]).view(-1, *[1] * (len(shape) - 1))
+        return torch.tensor([each in {0, 1 + index % 2} for each in range(shape[0])])
+    share = torch.tensor([0.1, 0.7, 0.4]).view(-1, *[1] * (len(shape) - 1))
     kept = torch.rand(shape, generator=random) < share
     for row in range(shape[0]):
         kept[row][..., 0] = (row + index) % 2 == 0

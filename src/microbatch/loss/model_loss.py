@@ -42,7 +42,7 @@ def from_model(count: CountOf = "auto") -> ModelLoss:
         LossError: ``count`` is none of these.
 
     Cost:
-        ``"auto"`` runs about ten forward passes of at most eight rows, once. For models that ignore
+        ``"auto"`` runs about ten forward passes of at most three rows, once. For models that ignore
         ``num_items_in_batch``, each microbatch reads its count from the device.
 
     Example:
@@ -142,7 +142,18 @@ class ModelLoss:
                     check_router_loss(router, model)
                 return float(loss if router is None else loss - router.own)
 
-            self.found = find_count(loss_of, batch, takes_items=self._takes_items(model), ignores=self._ignores)
+            try:
+                self.found = find_count(
+                    loss_of,
+                    batch,
+                    takes_items=self._takes_items(model),
+                    ignores=self._ignores,
+                    precision=_precision(model),
+                )
+            except torch.OutOfMemoryError as error:
+                raise LossError(
+                    f'memory ran out where count="auto" asked the model about three rows; {CHOICES}'
+                ) from error
 
     def _loss(self, model: nn.Module, batch: Fields, count: CountOf, *, takes_items: bool) -> Loss | None:
         number = count_in(batch, count)
@@ -177,6 +188,12 @@ def _check_loss(loss: Tensor, model: nn.Module) -> None:
             f"the loss of {type(model).__name__} has the shape {tuple(loss.shape)}, and must be one number; let the "
             "model average it, or write a loss function that returns mb.Loss(sum=loss.sum(), count=...)"
         )
+
+
+def _precision(model: nn.Module) -> float:
+    """Return the rounding error of the narrowest dtype that a model computes in."""
+    dtypes = {each.dtype for each in model.parameters() if each.is_floating_point() and each.dtype.itemsize > 1}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _takes_items(model: Any) -> bool:
