@@ -74,7 +74,7 @@ class Undo:
             window: The window.
             error: The error; it gets a note if the step is not undone.
         """
-        # Only a signal skips the end of a `with` block. After other errors, the blocks still end, those of the user too.
+        # Only a signal skips the end of a `with` block. After other errors the blocks still end, the user's too.
         if isinstance(error, KeyboardInterrupt) or is_from_signal(error):
             self._modes.restore()
         # Several ranks agree by themselves on what a failed step leaves, and their error says so.
