@@ -74,8 +74,8 @@ class Undo:
             window: The window.
             error: The error; it gets a note if the step is not undone.
         """
-        # Only a signal skips the end of a `with` block. After other errors, the blocks still end, those of the user too.
-        if not isinstance(error, Exception) or is_from_signal(error):
+        # Only a signal skips the end of a `with` block. After other errors the blocks still end, the user's too.
+        if isinstance(error, KeyboardInterrupt) or is_from_signal(error):
             self._modes.restore()
         # Several ranks agree by themselves on what a failed step leaves, and their error says so.
         if window.peers.size > 1 or all(each.untouched for each in self.versions):
