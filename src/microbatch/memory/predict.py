@@ -168,7 +168,7 @@ class Prediction:
         )
         if microbatch_size in self.measured and levels:
             # A single row uses other kernels, so its measured peak may be off the curves.
-            shift = self.peak_bytes(microbatch_size) - max(map(max, levels))
+            shift = self.peak_bytes(microbatch_size) - max(max(each) for each in levels)
             levels = [[level + shift for level in each] for each in levels]
         return Witnessed(
             _PredictedTimeline(
