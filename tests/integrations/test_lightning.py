@@ -328,6 +328,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         again = fit(make, callback, ckpt=file)
         assert torch.equal(weights(again), weights(through)), file
         assert callback.state_dict() == whole.state_dict()
+    assert whole.state_dict()["windows"] == 6
 
 
 def test_the_checkpoint_holds_the_size(tmp_path: Path) -> None:

@@ -364,12 +364,14 @@ def on_two_ranks(rank: int, ranks: int) -> Any:
     with tempfile.TemporaryDirectory() as out:
         ours = trained(Ours, folder, Path(out), make=gathers, microbatch_size=2, evaluation=True, **case, **evaluates)
         theirs = trained(SentenceTransformerTrainer, folder, Path(out), **case)
-    return weights(ours), weights(theirs)
+    return weights(ours), weights(theirs), [line["loss"] for line in history(ours)]
 
 
 def test_two_ranks_share_negatives(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCODER", str(folder))
     whole = trained(SentenceTransformerTrainer, folder, tmp_path, per_device_train_batch_size=10)
-    for ours, theirs in run_ranks_(on_two_ranks, 2, tmp_path / "ranks", timeout=120):
+    expected = [line["loss"] for line in history(whole)]
+    for ours, theirs, losses_ in run_ranks_(on_two_ranks, 2, tmp_path / "ranks", timeout=120):
         assert distance(ours, weights(whole)) < EXACT
+        assert losses_ == pytest.approx(expected, rel=1e-6) or not losses_  # the first rank logs
         assert distance(theirs, weights(whole)) > 1e-3

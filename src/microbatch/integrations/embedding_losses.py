@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.errors import ConfigError
 
@@ -125,7 +124,7 @@ class EmbeddingLoss:
         """
         columns, labels = encoded["columns"], encoded.get("labels")
         loss = model.loss_of(self.dataset)
-        with _gives(model.model, columns), _alone(loss, model.model), _unmerged():
+        with _gives(model.model, columns), _alone(loss), _unmerged():
             found: Any = loss([{_COLUMN: index} for index in range(len(columns))], _plain(labels))
         self.parts = {}
         if isinstance(found, Mapping):
@@ -164,22 +163,14 @@ class _Embedded(dict[str, Any]):
 
 
 @contextmanager
-def _alone(loss: nn.Module, model: nn.Module) -> Generator[None]:
+def _alone(loss: nn.Module) -> Generator[None]:
     """Keep losses from talking to other ranks: the window has gathered the embeddings already."""
     with ExitStack() as stack:
         for each in list(loss.modules()):
             if getattr(each, "gather_across_devices", False) is True:
-                _put(each, "gather_across_devices", False, stack)
-            for name, child in list(each.named_children()):
-                # An evaluation on several ranks leaves the wrapped model in the loss.
-                if isinstance(child, DistributedDataParallel) and child.module is model:
-                    _put(each, name, model, stack)
+                stack.callback(setattr, each, "gather_across_devices", True)
+                setattr(each, "gather_across_devices", False)  # noqa: B010 - no attribute of every module
         yield
-
-
-def _put(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
 
 
 def _unmerged() -> Any:
