@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -423,6 +425,22 @@ def test_what_does_not_go_is_refused_before_the_first_step(make: Any, options: A
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DeepSpeedStrategy", "mb.DeepSpeed with a loop"),
+        ("FSDPStrategy", "ModelParallelStrategy, with fully_shard"),
+        ("XLAStrategy", "one device or DDPStrategy"),
+        ("DDPStrategy", "leave ddp_comm_hook="),
+    ],
+)
+def test_strategies_that_cannot_be_made_here_are_refused_by_name(name: str, words: str) -> None:
+    kind = type(name, (), {"handles_gradient_accumulation": name == "DeepSpeedStrategy", "_ddp_comm_hook": print})
+    run = SimpleNamespace(strategy=kind(), precision_plugin=None)
+    with pytest.raises(mb.errors.ConfigError, match=words):
+        Microbatch(5).on_fit_start(run, Tagger())
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"max_grad_norm": 1.0}, "gradient_clip_val"),
@@ -458,30 +476,59 @@ class UnevenRows(torch.utils.data.Sampler[list[int]]):
         return 3
 
 
-def fit_on_rank(rank: int, make: Any, *callbacks: Any) -> Any:
+def fit_on_rank(rank: int, make: Any, *callbacks: Any, strategy: Any = None, **options: Any) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.manual_seed(0)
     module = make()
     run = trainer(
         *callbacks,
-        strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"),
+        strategy=strategy or DDPStrategy(process_group_backend="gloo"),
+        plugins=[TorchElasticEnvironment()],
         devices=2,
         use_distributed_sampler=False,
+        **options,
     )
     run.fit(module, DataLoader(data(), batch_sampler=UnevenRows(rank)))
     return module
 
 
+class Sharded(Tagger):
+    """The weights are spread over the ranks."""
+
+    is_sharded = False
+
+    def configure_model(self) -> None:
+        if not self.is_sharded:
+            mesh: Any = self.device_mesh
+            mesh = mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+            self.is_sharded = True
+
+    def on_after_backward(self) -> None:
+        """Look at no gradient."""
+
+
 def on_two_ranks(rank: int, ranks: int) -> Any:
     ours, theirs = fit_on_rank(rank, Tagger, Microbatch(3)), fit_on_rank(rank, Whole)
-    return weights(ours), ours.norms, weights(theirs)
+    strategy: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    sharded = fit_on_rank(rank, Sharded, Microbatch(3), strategy=strategy, gradient_clip_val=None)
+    shards: list[Any] = list(sharded.parameters())
+    return (
+        weights(ours),
+        ours.norms,
+        weights(theirs),
+        torch.cat([each.full_tensor().detach().flatten() for each in shards]),
+    )
 
 
 def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
     whole = fit(Whole)
     reference = weights(whole)
-    for ours, norms, theirs in run_ranks(on_two_ranks, 2, tmp_path):
+    unclipped = weights(fit(Whole, gradient_clip_val=None))
+    for ours, norms, theirs, sharded in run_ranks(on_two_ranks, 2, tmp_path):
         assert float((ours - reference).norm() / reference.norm()) < 1e-12
         assert norms == pytest.approx(whole.norms, rel=1e-10)
         assert float((theirs - reference).norm() / reference.norm()) > 1e-3
+        assert float((sharded - unclipped).norm() / unclipped.norm()) < 1e-12
