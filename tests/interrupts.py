@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import signal
 import sys
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ class Interrupting:
 
     def __init__(self, at: int, *, raising: bool = False) -> None:
         self.at, self.raising, self.lines, self.where = at, raising, 0, ""
+        self.places: dict[tuple[str, int], list[int]] | None = None
 
     def __enter__(self) -> Self:
         """Begin to trace."""
@@ -43,6 +45,8 @@ class Interrupting:
 
     def _enter(self, frame: FrameType, event: str, arg: object) -> Any:
         if event == "line":
+            if self.places is not None:
+                self.places.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(self.lines)
             self.lines += 1
             if self.lines - 1 == self.at:
                 sys.settrace(None)
@@ -90,6 +94,23 @@ def interrupted(kind: str, line: int, *, before: Any, after: Any, raising: bool 
     put_back = raising or signal.getsignal(signal.SIGINT) is handler
     told = _next(job, again=not old, after=after, handler=handler) if put_back else "the handler was not put back"
     return Outcome(line, trace.where, outcome, min(old, new, key=len), told)
+
+
+def at_ends(kind: str) -> list[Outcome]:
+    """Interrupt a step of a kind at the first and the last line of each ``with`` statement that it goes through."""
+    job, places = make(kind), dict[tuple[str, int], list[int]]()
+    before = job.state()
+    with Interrupting(-1) as trace:
+        trace.places = places
+        job.step()
+    after, ends = job.state(), dict[str, set[int]]()
+    for file, _ in places:
+        if file not in ends:
+            tree = ast.parse(Path(file).read_text("utf-8"))
+            ends[file] = {each.lineno for each in ast.walk(tree) if isinstance(each, ast.With)}
+    # Python comes back to the line of the statement to leave its context.
+    lines = [line for (file, at), seen in places.items() if at in ends[file] for line in {*seen[:2], *seen[-2:]}]
+    return [interrupted(kind, line, before=before, after=after) for line in lines]
 
 
 def _next(job: Job, *, again: bool, after: Any, handler: Any) -> str:

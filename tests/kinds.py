@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import microbatch as mb
 
+_C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 ROWS, LARGE, SMALL = 8, 4, 2
 
 
@@ -71,7 +74,21 @@ class Job:
         for name, each in self.model.named_parameters():
             state[f"gradient {name}"] = None if each.grad is None else each.grad.clone()
             state[f"optimizer {name}"] = copy.deepcopy(dict(self.optimizer.state.get(each, {})))
-        return state | {"torch": torch.get_rng_state(), "python": random.getstate()}
+        return state | modes() | {"torch": torch.get_rng_state(), "python": random.getstate()}
+
+
+def modes() -> dict[str, Any]:
+    """Return what is switched on in this thread; steps leave it as it was."""
+    return {
+        "function modes": len(_get_current_function_mode_stack()),
+        "dispatch modes": len(_get_current_dispatch_mode_stack()),
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast cache": torch.is_autocast_cache_enabled(),
+        "hooks on saved tensors": _C._autograd._top_saved_tensors_default_hooks(False) is not None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from tests.same_bits_subject import (
     contrast,
     contrast_plain,
     encoder,
+    engine_steps,
     fails_once,
     loop_encodes,
     loop_fails,
@@ -33,6 +34,7 @@ from tests.same_bits_subject import (
     masked,
     memory_ends,
     not_a_number,
+    one_count,
     one_of_each,
     optimizer_runs_out,
     overflow,
@@ -278,6 +280,7 @@ def cases_of_two() -> dict[str, Case]:
         "bare fold 9/3": one(split=9, options=FOLD),
         **more_of_two(),
         **pipelines(),
+        **engines(),
         **faults_of_two(),
     }
 
@@ -365,6 +368,11 @@ def pipelines() -> dict[str, Case]:
         "pipeline fails": one(drive=partial(fails_once, error=MINE, at=7)),
         "pipeline memory ends": one(drive=partial(fails_once, error=FULL, at=7)),
     }
+
+
+def engines() -> dict[str, Case]:
+    one = partial(two_ranks, how="bare", net=DROP, split=9, loss=summed, counts=one_count)
+    return {f"engine zero-{stage} 9/3": one(drive=partial(engine_steps, stage=stage)) for stage in range(4)}
 
 
 def faults_of_two() -> dict[str, Case]:

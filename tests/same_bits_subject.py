@@ -1,6 +1,7 @@
 """What the combinations of `same_bits.py` are made of: models, losses, faults, and what is seen of a run."""
 
 import copy
+import importlib
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tests.faults import RunsOut
+from tests.ranks.start_deepspeed import IS_THERE, make_engine
 from tests.same_bits import options_for, set_clock
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -95,6 +97,10 @@ def two_terms(m: Any, b: Batch) -> dict[str, mb.Loss]:
 
 def two_counts(b: Batch) -> dict[str, Any]:
     return {"fit": b["w"].sum(), "size": len(b["w"])}
+
+
+def one_count(b: Batch) -> dict[str, Any]:
+    return {"loss": b["w"].sum()}
 
 
 def sometimes_none(m: Any, b: Batch) -> mb.Loss | None:
@@ -495,6 +501,25 @@ def loop_encodes(subject: Subject, *, keep: bool) -> None:
 
 
 # -- what an accumulator refuses --------------------------------------------------------------------------------------
+
+
+def engine_steps(subject: Subject, *, stage: int) -> dict[str, Any]:
+    """Take steps of a DeepSpeed engine, one of which fails on the first rank."""
+    if not IS_THERE:
+        raise Skipped("DeepSpeed is not installed")
+    model = Net(**subject.case.net)
+    engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=0.1), stage=stage)
+    accumulator = mb.DeepSpeed(engine, microbatch_size=2)
+
+    def wrong(batch: Batch) -> dict[str, Any]:
+        return {"loss": len(batch["w"]) // subject.rank}
+
+    for counts in (subject.case.counts, wrong, subject.case.counts):
+        act = partial(accumulator.step, subject.batch, subject.case.loss, counts=counts)
+        subject.note(act, fails=counts is wrong)
+    whole = importlib.import_module("deepspeed.utils").safe_get_full_fp32_param
+    weights = [plain(whole(each) if stage else each) for each in engine.module.parameters()]
+    return {"steps": subject.steps, "weights": weights, "random": random_states()}
 
 
 def refused(subject: Subject) -> None:

@@ -158,7 +158,7 @@ def _batches(**given: Any) -> Any:
 
 def _rows(**given: Any) -> Any:
     return _step(
-        batch={"x": X, "r": mb.Rows(**({"items": list(range(6))} | given))}, loss_fn=lambda m, b: mean(m, b["x"])
+        batch={"x": X, "r": mb.Rows(**({"value": list(range(6))} | given))}, loss_fn=lambda m, b: mean(m, b["x"])
     )
 
 
@@ -206,7 +206,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "Loss": (_loss, ["sum", "count", "metrics"]),
     "Spill": (_spill, ["stay", "directory", "smallest", "device"]),
     "Batches": (_batches, ["batches"]),
-    "Rows": (_rows, ["items"]),
+    "Rows": (_rows, ["value", "dim", "group"]),
     "Whole": (_whole, ["value"]),
     "LinearState": (
         lambda **given: mb.LinearState(

@@ -35,13 +35,10 @@ from __future__ import annotations
 
 import torch
 
-
-class MicrobatchError(Exception):
-    """Base of every error that this library raises on purpose."""
-
-
-class ConfigError(MicrobatchError, ValueError):
-    """An argument or an option cannot work."""
+from microbatch.plain_errors import CheckpointError as CheckpointError  # noqa: PLC0414 - public here
+from microbatch.plain_errors import ConfigError as ConfigError  # noqa: PLC0414 - public here
+from microbatch.plain_errors import MicrobatchError as MicrobatchError  # noqa: PLC0414 - public here
+from microbatch.plain_errors import MissingDependencyError as MissingDependencyError  # noqa: PLC0414 - public here
 
 
 class BatchError(MicrobatchError, ValueError):
@@ -176,11 +173,3 @@ class RankAgainError(RankError):
 
 class DataError(MicrobatchError, ValueError):
     """Data cannot be read or trained on."""
-
-
-class CheckpointError(MicrobatchError, RuntimeError):
-    """A checkpoint is missing, damaged, or from another run."""
-
-
-class MissingDependencyError(MicrobatchError, ImportError):
-    """An optional package is needed and is not installed."""

@@ -8,11 +8,11 @@ import time
 from typing import Any
 
 import pytest
-from tests.guide.conftest import within_a_second
+from tests.guide.conftest import serving, within_a_second
 
 from microbatch.guide.playground_settings import FIELDS, read_settings
 from microbatch.guide.runner import Run
-from microbatch.guide.server import MOST_BODY, PER_SECOND
+from microbatch.guide.server import MOST_BODY, PER_SECOND, Guide
 
 SLOW = {"model": "mlp", "steps": 400, "pace": "0.6"}
 
@@ -300,3 +300,18 @@ def test_the_overflow_and_the_recovery_are_the_librarys(idle: Any) -> None:
     assert step["retries"] == len(retries)
     assert step["error"] <= step["tolerance"]
     assert step["peak_bytes"] <= 2**20 < retries[0]["peak_bytes"]
+
+
+def test_a_training_process_is_made_ready_when_the_page_is_first_opened() -> None:
+    for client in serving(Guide()):
+        ready = client.guide.playground
+        assert client.ask("GET", "/run")[0] == 200
+        assert ready._ready is None  # the live view needs none
+        assert client.get("/")[0] == 200
+        until = time.monotonic() + 10
+        while ready._ready is None and time.monotonic() < until:
+            time.sleep(0.01)
+        first = ready._ready
+        assert first is not None
+        assert client.get("/")[0] == 200
+        assert ready._ready is first

@@ -15,6 +15,7 @@ CORE = (
     "__init__.py",
     "errors.py",
     "failed_layer.py",
+    "plain_errors.py",
     "products.py",
     "batch",
     "loss",
@@ -217,6 +218,22 @@ except SystemExit as end:
     assert not end.code, end.code
 """
     assert "torch" not in loaded(code)
+
+
+def test_the_live_view_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    code = f"""
+from pathlib import Path
+from microbatch.guide.live import open_runs
+from microbatch.guide.serve import serve
+from microbatch.guide.server import Guide
+Guide(open_runs([Path({str(tmp_path)!r})]))
+"""
+    packages = loaded(code)
+    assert "torch" not in packages
+    assert "starlette" in packages
+    # The negative control: the playground's own side needs it.
+    assert "torch" in loaded(code + "import microbatch.guide.worker")
 
 
 def imports(source: str) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import ChainMap, UserList, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +23,7 @@ import microbatch as mb
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.layouts import other_layout
 from microbatch.errors import BatchError, MissingCountError, RowsDisagreeError
+from microbatch.step import loader_windows
 
 from .reference import EXACT, WRONG, gradients_of, relative_error
 
@@ -365,6 +366,99 @@ def test_s10_an_error_and_the_end_of_training_are_no_break() -> None:
             for x in window:
                 window.backward(model(x).mean())
             break
+
+
+def leave_by_return(it: mb.Accumulator, loader: Sequence[Tensor], end: Callable[[], object]) -> None:
+    for window in it.windows(loader, microbatches=2):
+        for x in window:
+            window.backward(it._it.options.model(x).mean())
+            end()
+            return
+
+
+def leave_by_two_breaks(it: mb.Accumulator, loader: Sequence[Tensor], end: Callable[[], object]) -> None:
+    for _, window in enumerate(it.windows(loader, microbatches=2)):
+        for _, x in enumerate(window):
+            window.backward(it._it.options.model(x).mean())
+            break
+        end()
+        break
+
+
+def leave_a_generator(it: mb.Accumulator, loader: Sequence[Tensor], end: Callable[[], object]) -> None:
+    def microbatches() -> Iterator[Tensor]:
+        for window in it.windows(loader, microbatches=2):
+            for x in window:
+                yield x
+                window.backward(it._it.options.model(x).mean())
+
+    for number, _ in enumerate(microbatches()):
+        if number == 1:
+            end()
+            break
+
+
+LEAVINGS = [leave_by_return, leave_by_two_breaks, leave_a_generator]
+
+
+@pytest.mark.parametrize("leave", LEAVINGS)
+def test_s10_leaving_both_loops_at_once_is_said_once(leave: Callable[..., None]) -> None:
+    torch.manual_seed(0)
+    model, loader = nn.Linear(3, 1), [torch.ones(2, 3)] * 4
+    it = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [each.detach().clone() for each in model.parameters()]
+
+    def twice() -> None:
+        leave(it, loader, lambda: None)
+        leave(it, loader, lambda: None)
+
+    with pytest.warns(mb.MicrobatchWarning, match="backward of 1 of 2 microbatches; no step is taken") as seen:
+        twice()
+    assert [each.filename for each in seen] == [__file__]
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(each.grad is None for each in model.parameters())
+    assert it.step(torch.ones(4, 3), lambda model, x: model(x).mean()).applied
+
+
+@pytest.mark.parametrize("leave", LEAVINGS)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
+def test_s10_leaving_both_loops_by_an_error_is_not_said(leave: Callable[..., None], error: type[BaseException]) -> None:
+    # The negative control: the same loops are closed in the same state, and the error says it already.
+    model = nn.Linear(3, 1)
+    it = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def fails() -> None:
+        raise error
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(error):
+            leave(it, [torch.ones(2, 3)] * 4, fails)
+        with suppress(error):
+            leave(it, [torch.ones(2, 3)] * 4, fails)
+    assert it.step(torch.ones(4, 3), lambda model, x: model(x).mean()).applied
+
+
+def test_s10_leaving_by_a_loop_that_was_left_without_an_error_is_found_in_this_python() -> None:
+    # What tells a statement from an error: both close a generator, at another instruction of the loop's frame.
+    told = list[bool]()
+
+    def generator() -> Iterator[int]:
+        try:
+            yield 1
+        except GeneratorExit:
+            told.append(loader_windows._left_by_statement())
+
+    def leave(error: bool) -> None:
+        for _ in generator():
+            if error:
+                raise LookupError
+            return
+
+    leave(False)
+    with suppress(LookupError):
+        leave(True)
+    assert told == [True, False]
 
 
 # -- E5: what is advised -------------------------------------------------------------------------------------------

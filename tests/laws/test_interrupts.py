@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.interrupts import sweep
+from tests.interrupts import at_ends, sweep
 from tests.kinds import Job, differences, make
 
 import microbatch as mb
 from microbatch import interrupts
 from microbatch.errors import WindowError, WindowOpenError
+from microbatch.step import saved_state
 from microbatch.step.window import Window
 
 # A kind, and how many lines lie between two interrupts: a prime number, so that loops are interrupted everywhere.
@@ -44,6 +45,24 @@ def test_f1_everything_is_as_before_or_as_after(kind: str) -> None:
     assert lines > 1000
     assert [outcome for outcome in outcomes if outcome.wrong] == []
     assert {outcome.outcome for outcome in outcomes} == {"before", "after"}
+
+
+@pytest.mark.parametrize("kind", ["windows", "coupled", "exact", "spill", "checkpoint", "by_row", "momentum"])
+def test_f1_at_the_end_of_a_with_statement_what_it_switched_on_is_off(kind: str) -> None:
+    # Python has left the block there, and has not called __exit__: modes, grad mode, hooks and locks are still on.
+    outcomes = at_ends(kind)
+    assert len(outcomes) > 3
+    assert [outcome for outcome in outcomes if outcome.wrong] == []
+
+
+def test_f1_modes_that_stay_on_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The negative control: modes are not restored.
+    mine = saved_state.Modes()
+    monkeypatch.setattr(saved_state.Modes, "restore", lambda self: None)
+    found = at_ends("by_row")
+    monkeypatch.undo()
+    mine.restore()
+    assert "function modes" in {name for outcome in found if outcome.wrong for name in outcome.left}
 
 
 def test_f1_an_error_at_the_line_itself_is_not_half_a_step_either() -> None:

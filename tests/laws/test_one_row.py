@@ -194,6 +194,23 @@ def test_a_check_runs_no_microbatch_alone_that_needs_the_others(size: int) -> No
     assert mb.check(model, loss_fn, batch, microbatch_size=size, batch_norm="exact").ok
 
 
-def test_a_check_names_a_row_left_over() -> None:
-    with pytest.raises(BatchStatisticsError, match="7 rows in microbatches of 3 leave one row over"):
-        mb.check(pooling(), loss_fn, pictures(7), microbatch_size=3)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_check_names_a_row_left_over_and_judges_another_cut(size: int) -> None:
+    found = mb.check(pooling(), loss_fn, pictures(7), microbatch_size=size)
+    alone = next(cause for cause in found.causes if cause.kind == "one_row")
+    assert found.microbatch_size == 4
+    assert not found.ok
+    for each in ("'5' (BatchNorm2d)", "1 row", "microbatches of 4 rows was compared"):
+        assert each in alone.words
+    assert ("7 rows in microbatches of 3 leave one row over" in alone.words) == (size == 3)
+    assert "microbatch_size=4" in alone.remedy
+    # The rest is the verdict of the cut that is possible.
+    other = mb.check(pooling(), loss_fn, pictures(7), microbatch_size=4)
+    assert found.causes[1:] == other.causes
+    assert [cause.kind for cause in other.causes] == ["batch_statistics"]
+    assert found.relative_error == other.relative_error > WRONG
+
+
+def test_a_check_of_a_batch_that_has_no_other_cut_is_refused() -> None:
+    with pytest.raises(BatchStatisticsError, match="from a microbatch of 1 row"):
+        mb.check(pooling(), loss_fn, pictures(3), microbatch_size=2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tests.ranks.start_deepspeed import IS_THERE, make_engine
 from torch import Tensor, nn
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import init_device_mesh
@@ -70,7 +71,11 @@ INSIDE: dict[str, Callable[[int, int], None]] = {
     "failing": failing,
     "store_lost": store_lost,
     "sharded": failing,
+    "engine": killed,
+    "engine_inside": killed,
+    "engine_fails": failing,
 }
+ENGINES = {"engine": 0, "engine_inside": 2, "engine_fails": 3}  # the ZeRO stage of each
 CASES = {
     "killed": 3,
     "stopped": 3,
@@ -81,6 +86,7 @@ CASES = {
     "returned": 2,
     "loader_fails": 2,
     "sharded": 2,
+    **(dict.fromkeys(ENGINES, 2) if IS_THERE else {}),
 }
 
 
@@ -88,7 +94,11 @@ def train(case: str, rank: int, began: list[float]) -> None:
     model = nn.Linear(3, 1)
     if case == "sharded":
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if case in ENGINES:
+        accumulator = mb.DeepSpeed(make_engine(model, optimizer, stage=ENGINES[case]), microbatch_size=1)
+    else:
+        accumulator = mb.Accumulator(model, optimizer, microbatch_size=1)
     for step, batch in enumerate(batches(case, rank)):
 
         def loss_fn(model: nn.Module, x: Tensor, step: int = step) -> Tensor:

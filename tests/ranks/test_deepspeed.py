@@ -1,28 +1,26 @@
 """DeepSpeed engines: the whole batch's gradient from ZeRO 0 to 3, whatever the cut, the rank and the counts."""
 
 import copy
-import gc
 import importlib
-import importlib.util
-import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from tests.ranks.start_deepspeed import IS_THERE, make_engine
 from torch import Tensor, nn
 
+from microbatch.batch.batches import Batches
 from microbatch.engines.deepspeed import DeepSpeed
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
+from microbatch.warned import MicrobatchWarning
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: pip install microbatch[deepspeed]"
-)
+pytestmark = pytest.mark.skipif(not IS_THERE, reason="needs DeepSpeed: pip install microbatch[deepspeed]")
 
 Batch = dict[str, Tensor]
 LENGTH = 6
@@ -108,18 +106,10 @@ class World:
     """An engine over the ranks, and what a step of it changes."""
 
     def __init__(self, stage: int, **config: Any) -> None:
-        deepspeed, model = start(), make_model()
+        model = make_model()
         self.stage = stage
-        made: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 3,
-            "gradient_accumulation_steps": 5,
-            "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": stage, **config.pop("zero", {})},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=made | config)
+        optimizer = torch.optim.SGD(model.parameters(), lr=config.pop("lr", LR))
+        self.engine = make_engine(model, optimizer, stage=stage, **config)
         self.events: list[str] = []
         self.sized(2)
 
@@ -139,7 +129,7 @@ class World:
     def hear(self, event: object) -> None:
         self.events.append(type(event).__name__)
 
-    def step(self, batch: Batch, loss_fn: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+    def step(self, batch: Batch | Batches, loss_fn: Callable[..., Any], **settings: Any) -> dict[str, Any]:
         before = self.weights()
         step = self.accumulator.step(batch, loss_fn, **settings)
         return {
@@ -166,20 +156,6 @@ class World:
             assert torch.equal(random, torch.get_rng_state()), "a step that failed drew random numbers"
             return f"{type(error).__name__}: {error}"
         return "none"
-
-
-def start() -> Any:
-    """Start DeepSpeed in a rank that the ranks' worker has begun."""
-    names = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    os.environ.update({name: str(number) for name, number in names.items()})
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=os.environ["WORLD_SIZE"], MASTER_ADDR="127.0.0.1")
-    # Not by name, for the type checker of those who have not installed it.
-    deepspeed, operators = importlib.import_module("deepspeed"), importlib.import_module("deepspeed.ops")
-    # Gloo as it is, and nothing compiled: DeepSpeed would build an all-reduce of its own, for a minute.
-    operators.__dict__["__compatible_ops__"] = {}
-    deepspeed.init_distributed(dist_backend="gloo")
-    gc.freeze()  # it collects garbage whenever it makes an engine, and what has been imported is none
-    return deepspeed
 
 
 @cache
@@ -296,6 +272,11 @@ def case_fails(rank: int, ranks: int) -> Any:
     def fail_in_python(model: nn.Module, batch: Batch) -> Tensor:
         return fail(model, batch) if rank or len(batch["x"]) > 1 else row_mean(model, batch) * (1 // 0)
 
+    def fail_before(model: nn.Module, batch: Batch) -> Tensor:
+        if rank == 0 and first.pop():
+            raise ZeroDivisionError
+        return row_mean(model, batch)
+
     def bad_counts(batch: Batch) -> dict[str, Any]:
         return {"loss": 1 // 0} if rank == 0 else tokens_of(batch)
 
@@ -303,8 +284,9 @@ def case_fails(rank: int, ranks: int) -> Any:
     for stage in STAGES:
         own, world = share(rank, ranks), world_of(stage).sized(2)
         found[stage] = {"counts": world.error(own, token_loss, counts=bad_counts)}
-        if stage < 2:
-            found[stage]["loss function"] = world.error(own, fail_in_python)
+        found[stage]["loss function"] = world.error(own, fail_in_python)
+        first = [False, False, False, True, False]  # in the second pass, and in none after it
+        found[stage]["before the model"] = world.error(own, fail_before)
         found[stage]["after"] = world.step(own, token_loss, counts=tokens_of)
     return found
 
@@ -316,6 +298,17 @@ def case_parameters(rank: int, ranks: int) -> Any:
     found: dict[str, Any] = {str(stage): world_of(stage).step(share(rank, ranks), by_rank) for stage in (0, 1)}
     found["2"] = World(2).sized(8).error(share(rank, ranks), by_rank)
     return found
+
+
+def case_set_up(rank: int, ranks: int) -> Any:
+    """Differ on rank 1 in what must be the same; the control is the same engine afterwards."""
+    own = share(rank, ranks)
+    several = World(1, lr=0.25 if rank else 0.5, gradient_clipping=0.5 * rank, zero={"reduce_bucket_size": 99 + rank})
+    found = [several.error(own, row_mean)]
+    bias = world_of(0).engine.module.last.bias.requires_grad_(rank != 1)
+    found.append(world_of(0).sized(2).error(own, row_mean))
+    bias.requires_grad_(True)
+    return [*found, world_of(0).error(own, row_mean)]
 
 
 def case_spoilt(rank: int, ranks: int) -> Any:
@@ -336,6 +329,27 @@ def case_spoilt(rank: int, ranks: int) -> Any:
     hook = world.engine.optimizer.register_step_pre_hook(lambda *_: 1 // 0)
     found[0] = [world.error(own, row_mean), world.error(own, row_mean)]
     hook.remove()
+    return found
+
+
+def case_as_in_every_window(rank: int, ranks: int) -> Any:
+    """Use what an engine's window has from the window of an accumulator."""
+
+    def writing(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            next(iter(model.parameters())).add_(0.0)
+        return row_mean(model, batch)
+
+    whole, found = make_batch(), []
+    shorter = {"x": whole["x"][:3, :4], "labels": whole["labels"][:3, :4]}  # two tokens fewer
+    parts = Batches([shorter, {name: tensor[3:] for name, tensor in whole.items()}])
+    for stage in (0, 1):
+        world = world_of(stage).sized(2)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", MicrobatchWarning)
+            world.step(whole, row_mean)
+        said = [str(each.message) for each in told if each.category is MicrobatchWarning]
+        found.append([said, world.error(whole, writing), world.step(parts, token_loss, counts=tokens_of)])
     return found
 
 
@@ -362,17 +376,19 @@ def case_refused(rank: int, ranks: int) -> Any:
 
 def all_cases(rank: int, ranks: int) -> Any:
     cases = [case_tokens, case_losses, case_late]
-    several = [case_no_rows, case_fails, case_parameters, case_configured, case_narrow]
-    cases += [case_spoilt, case_refused] if ranks == 1 else several
+    several = [case_no_rows, case_fails, case_parameters, case_configured, case_narrow, case_set_up]
+    cases += [case_as_in_every_window, case_spoilt, case_refused] if ranks == 1 else several
     return {case.__name__: case(rank, ranks) for case in cases}
 
 
 # -- what is expected, by plain PyTorch -------------------------------------------------------------------------------
 
 
-def expected(name: str, weights: Tensor, choose: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+def expected(
+    name: str, weights: Tensor, choose: tuple[int, ...] = (), *, counts: list[int] = MIXED
+) -> tuple[Tensor, Tensor]:
     """Return gradient and loss of one backward of the whole batch in float64."""
-    model, batch = make_model().double(), make_batch()
+    model, batch = make_model().double(), make_batch(counts)
     nn.utils.vector_to_parameters(weights, model.parameters())
     x, labels = batch["x"].double(), batch["labels"].flatten()
     y = torch.cat([model(row[None], choose=at) for row, at in zip(x, choose, strict=True)]) if choose else model(x)
@@ -493,13 +509,14 @@ def test_what_cannot_be_exact_is_refused_and_leaves_nothing(told: list[Any]) -> 
             assert_exact(found["after"], "tokens")
 
 
-def test_a_rank_that_fails_while_nobody_waits_inside_a_pass_is_heard(two: list[Any]) -> None:
+def test_a_rank_that_fails_makes_its_passes_and_is_heard(two: list[Any]) -> None:
     for rank, each in enumerate(two):
         for stage in STAGES:
             found = each["case_fails"][stage]
             own = "RankError: 1 of 2 ranks failed" if rank else "ZeroDivisionError"
             assert found["counts"].startswith(own)
-            assert found.get("loss function", own).startswith(own)
+            assert found["loss function"].startswith(own)
+            assert found["before the model"].startswith(own)
             assert_exact(found["after"], "tokens")
 
 
@@ -510,6 +527,16 @@ def test_parameters_that_one_rank_uses_are_exact_or_refused(two: list[Any]) -> N
         assert each["case_parameters"]["2"].startswith("RankError: the ranks' microbatches used different parameters")
 
 
+def test_engines_that_are_set_up_differently_are_named_on_every_rank(two: list[Any]) -> None:
+    for each in two:
+        settings, frozen, after = each["case_set_up"]
+        assert "the optimizer, group 0, lr is 0.5 on rank 0, and 0.25 on rank 1" in settings
+        assert "gradient_clipping is 0.0 on rank 0, and 0.5 on rank 1" in settings
+        assert "zero_optimization.reduce_bucket_size is 99 on rank 0, and 100 on rank 1" in settings
+        assert "parameter 'module.last.bias' is (4,) torch.float32, trained on rank 0, and (4,)" in frozen
+        assert after == "none"
+
+
 def test_an_engine_that_holds_half_a_gradient_is_not_used_again(one: list[Any]) -> None:
     assert [each[:4] for each in one[0]["case_spoilt"][1]] == ["Zero", "Zero", "none"]
     before, inside, after = one[0]["case_spoilt"][2]
@@ -517,6 +544,15 @@ def test_an_engine_that_holds_half_a_gradient_is_not_used_again(one: list[Any]) 
     assert inside.startswith("ZeroDivisionError")
     assert after.startswith("WindowError: an earlier window failed inside the engine")
     assert [each[:4] for each in one[0]["case_spoilt"][0]] == ["Zero", "Wind"]  # in the engine's step
+
+
+def test_a_window_over_an_engine_is_a_window(one: list[Any]) -> None:
+    for warned, written, batches in one[0]["case_as_in_every_window"]:
+        assert len(warned) == 1
+        assert "the loss is a plain mean, and the microbatches have between" in warned[0]
+        assert written.startswith("WeightsMovedError: the weight 'module.first.weight'")
+        assert (batches["count"], batches["samples"], batches["microbatches"]) == (sum(MIXED) - 2, len(MIXED), 5)
+        assert_exact(batches, "tokens", counts=[4, *MIXED[1:]])
 
 
 def test_engines_of_another_kind_are_refused(one: list[Any]) -> None:

@@ -23,6 +23,9 @@ EXPECTED = {
     "ended": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
     "returned": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
     "sharded": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
+    "engine": ["step 2 came to a halt", "rank 1 has died (process "],
+    "engine_inside": ["step 2 came to a halt", "rank 1 has died (process "],
+    "engine_fails": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
     "loader_fails": ["step 2 came to a halt", "rank 1 failed in step 2 (OSError: no such file)"],
 }
 

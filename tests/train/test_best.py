@@ -39,7 +39,7 @@ class Scripted:
 def loop_of(folder: Path, evaluate: Any = None, **flags: Any) -> TrainingLoop:
     torch.manual_seed(0)
     model = nn.Linear(2, 1)
-    validation = {} if evaluate is None else {"validation": [torch.ones(2)], "evaluate": evaluate}
+    validation: dict[str, Any] = {} if evaluate is None else {"validation": [torch.ones(2)], "evaluate": evaluate}
     job = Job(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from microbatch.errors import CheckpointError
 from microbatch.step.saved_state import seed_everything
-from microbatch.train.checkpoint import clear_unfinished, read_checkpoint, read_newest, write_checkpoint
+from microbatch.train.atomic_files import clear_unfinished
+from microbatch.train.checkpoint import read_checkpoint, read_newest, write_checkpoint
 from microbatch.train.encode import decode, encode
 from microbatch.train.state import (
     load_model,

@@ -206,6 +206,31 @@ def test_buffers_move_as_the_settings_say_and_else_the_job(
     assert float(job.model.get_buffer("calls")) == calls
 
 
+class Block(nn.Module):
+    """Counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(4, 4), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.linear(x).tanh()
+
+
+def test_checkpoint_recomputes_blocks_and_changes_no_weight(tmp_path: Path) -> None:
+    calls, weights = dict[str, int](), dict[str, list[Tensor]]()
+    for flag in ("none", "all", "auto"):
+        torch.manual_seed(0)
+        blocks = [Block() for _ in range(3)]
+        job = a_job(nn.Sequential(*blocks, nn.Linear(4, 2)), validation=None, steps=2)
+        run_job(job, tmp_path / flag, checkpoint=flag, compare=False)
+        calls[flag], weights[flag] = blocks[1].calls, [each.detach() for each in job.model.parameters()]
+    assert calls["all"] == 2 * calls["none"] > 0
+    for found in weights.values():
+        assert all(map(torch.equal, found, weights["none"]))
+
+
 def test_buffers_that_move_with_every_microbatch_are_warned_of(tmp_path: Path) -> None:
     job = a_job(Restless(), batch_norm="microbatch", validation=None, steps=2)
     with pytest.warns(MicrobatchWarning, match=r"buffers move with every microbatch: calls \(of Restless\)"):

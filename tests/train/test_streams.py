@@ -203,9 +203,9 @@ def test_a_stream_trains_as_the_list_does(tmp_path: Path) -> None:
 def test_ranks_share_each_batch_of_the_same_stream(kind: str) -> None:
     """Every rank reads with the same random numbers, so that their shares are of one batch."""
     shares: list[list[Any]] = []
+    config = resolve(load_settings({"steps": 4}), a_job(data=STREAMS[kind]()), device=CPU)
     for rank in range(3):
         job = a_job(data=STREAMS[kind]())
-        config = resolve(load_settings({"steps": 4}), job, device=CPU)
         reader = StreamBatches(job, config=config, place=Place(ranks=3, shares=3, share=rank), rank=rank)
         shares.append(taken(reader, 4))
     job = a_job(data=STREAMS[kind]())

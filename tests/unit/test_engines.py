@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from microbatch.engines.deepspeed import DeepSpeed
-from microbatch.engines.engine_passes import Passes, engine_loss, graphs_of, silent_loss
-from microbatch.errors import ConfigError, UnknownTermError
+from microbatch.engines.engine_denominator import EngineDenominator, engine_loss, graphs_of, silent_loss
+from microbatch.errors import ConfigError, CountError, EmptyBatchError, MissingCountError, UnknownTermError
 from microbatch.loss.loss import Loss, shares_of
-from microbatch.step.denominator import Denominator
-
-CPU = torch.device("cpu")
 
 
-def declared(counts: dict[str, float], *, rows: int = 0) -> Denominator:
-    denominator = Denominator()
-    denominator.declare(rows, counts)
+def expecting(counts: dict[str, float] | None, *, rows: int = 1) -> EngineDenominator:
+    denominator = EngineDenominator(counts)
+    denominator.expect([{}], rows, begun=False, total=lambda own, counted: (own, counted))
     return denominator
+
+
+def given_to_the_engine(said: object, denominator: EngineDenominator, *, divisor: int = 1, rows: int = 1) -> Tensor:
+    shares = shares_of(said, rows=rows)
+    return engine_loss([share.value for share in shares], denominator.seeds(shares), divisor=divisor)
 
 
 @given(
@@ -38,12 +40,12 @@ def test_the_mean_of_what_ranks_are_given_is_the_whole_batchs_loss(counts: list[
     added = torch.zeros((), dtype=torch.float64)
     whole = weight * 0
     for rank, each in enumerate(counts):
-        denominator = declared({"tokens": float(total)}, rows=rows)
+        denominator = expecting({"tokens": float(total)}, rows=rows)
         for index, count in enumerate(each):
             tokens = weight * float(10 * rank + index) * count
             mean = weight**2 * (index + 1)
             said = {"tokens": Loss(sum=tokens, count=torch.tensor(count)), "samples": mean}
-            added = added + engine_loss(shares_of(said, rows=1), denominator, divisor=divisor)
+            added = added + given_to_the_engine(said, denominator, divisor=divisor)
             whole = whole + tokens / total + mean / rows
     got, want = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (added, whole))
     assert float(got) / divisor == pytest.approx(float(want), rel=1e-12)
@@ -52,14 +54,34 @@ def test_the_mean_of_what_ranks_are_given_is_the_whole_batchs_loss(counts: list[
 def test_a_term_that_nobody_declared_is_refused() -> None:
     loss = Loss(sum=torch.ones((), requires_grad=True), count=2)
     with pytest.raises(UnknownTermError, match="'router'"):
-        engine_loss(shares_of({"router": loss}, rows=2), declared({"tokens": 2.0}), divisor=1)
+        given_to_the_engine({"router": loss}, expecting({"tokens": 2.0}))
+
+
+def test_a_count_that_nobody_declared_is_refused_before_its_backward() -> None:
+    loss = Loss(sum=torch.ones((), requires_grad=True), count=2)
+    with pytest.raises(MissingCountError, match="pass counts="):
+        given_to_the_engine(loss, expecting(None))
+
+
+def test_a_mean_is_over_all_rows_or_refused() -> None:
+    denominator = expecting(None, rows=4)
+    loss = torch.ones((), requires_grad=True)
+    assert given_to_the_engine(loss, denominator, rows=3).item() == 0.75
+    assert denominator.means
+    assert denominator.factor({"loss": 4.0}) == 1.0
+    with pytest.raises(MissingCountError, match="3 of 4 contributed"):
+        denominator.factor({"loss": 3.0})
+    with pytest.raises(CountError):
+        denominator.factor({"loss": 5.0})
+    with pytest.raises(EmptyBatchError, match="on every rank"):
+        expecting(None, rows=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_losses_are_divided_in_float32(dtype: torch.dtype) -> None:
-    denominator = declared({"loss": 3e6})  # 1 / 3e6 is a subnormal number in float16
+    denominator = expecting({"loss": 3e6})  # 1 / 3e6 is a subnormal number in float16
     loss = torch.tensor(30.0, dtype=dtype, requires_grad=True)
-    got = engine_loss(shares_of(Loss(sum=loss, count=1), rows=1), denominator, divisor=1)
+    got = given_to_the_engine(Loss(sum=loss, count=1), denominator)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(1e-5, rel=1e-6)
 
@@ -83,26 +105,6 @@ def test_a_silent_loss_needs_a_graph() -> None:
     silent = silent_loss([], {"a": Loss(sum=weight * 2, count=0), "b": None})
     assert silent is not None
     assert silent.requires_grad
-
-
-@given(rows=st.integers(1, 9), size=st.integers(1, 4), more=st.integers(0, 3))
-def test_every_row_is_in_one_pass_and_fillers_count_for_nothing(rows: int, size: int, more: int) -> None:
-    own = Passes.agree(None, torch.arange(rows), size=size, together=True)
-    passes = Passes(own.batch, size, own.planned + more)
-    handed: list[tuple[int, Tensor]] = list(passes.microbatches(CPU))
-    assert torch.equal(torch.cat([piece for _, piece in handed]), torch.arange(rows))
-    assert [number for number, _ in handed] == [len(piece) for _, piece in handed]
-    assert len(handed) == passes.own == own.planned
-    count, few = passes.filler(CPU)
-    assert count == 0
-    assert 1 <= len(few) <= 2
-
-
-def test_a_rank_without_rows_runs_what_it_was_lent() -> None:
-    passes = Passes(torch.zeros(0, 3), 2, 3, lent=torch.ones(2, 3))
-    assert list(passes.microbatches(CPU)) == []
-    count, few = passes.filler(CPU)
-    assert (count, few.shape) == (0, (2, 3))
 
 
 def test_what_is_no_engine_is_refused_whether_or_not_deepspeed_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from microbatch.loss.loss import Loss, check_number, shares_of
 SCRIPT = Path(__file__).parents[1] / "wrong_values.py"
 CALLS = [
     "Accumulator( step( window( backward( windows( load_state_dict( Sums( Ranks( LinearState(",
-    "Lengths( Loss( Spill( Batches( cut( divide_batch( convert_batch_norm( linear_cross_entropy(",
+    "Lengths( Loss( Spill( Batches( Rows( Whole( cut( divide_batch( convert_batch_norm( linear_cross_entropy(",
     "scale_hyperparameters( Hyperparameters( check( plan(",
     "loss: counts:",
     "batch:",

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from microbatch.checking.boundary import Outputs
+from microbatch.checking.check_report import Cause
 from microbatch.checking.gradient import Gradient, plain, taken
 from microbatch.checking.survey import draw_apart
 from microbatch.checking.trial_runs import REMEDIED, Play, Stage, mean_of
-from microbatch.errors import NonfiniteError
+from microbatch.errors import BatchStatisticsError, NonfiniteError
 from microbatch.loss.loss import Count, Loss, shares_of
+from microbatch.loss.one_row_norm import size_without_one_row
 from microbatch.step.accumulator import Accumulator
 
 COUNTS, COUPLING, ROW_ORDER, LENGTHS = "counts", "coupling", "row_order", "lengths"
+ONE_ROW = "one_row"
 _WIDE_TAKES = ("lengths", "fuse", "batch_norm", "buffers", "dropout", "deterministic")
 """Options that say what is computed; the others say in which precision, where, or how fast."""
 _BY_SLOPES = frozenset({COUPLING, ROW_ORDER})
@@ -124,6 +127,38 @@ class Accumulating:
             named = play.model.named_parameters()
             return {name: torch.full_like(plain(each), math.inf) for name, each in named}
         return gradient
+
+
+def with_possible_cut(
+    stage: Stage, *, size: int, options: Mapping[str, Any], step: Mapping[str, Any]
+) -> tuple[Accumulating, list[Cause]]:
+    """Make what is checked; with another size if batch normalisation cannot normalise a microbatch of one row.
+
+    Args:
+        stage: Where one window is run to see.
+        size: Rows of a microbatch that were asked for.
+        options: The accumulator's arguments.
+        step: The arguments of its ``step``.
+
+    Returns:
+        The accumulating to check, and a cause that names the microbatch of one row, if there is one.
+
+    Raises:
+        BatchStatisticsError: Every cut of these rows leaves a microbatch of one row.
+    """
+    subject = Accumulating(size=size, options=options, step=step)
+    try:
+        subject.gradient(stage)
+    except BatchStatisticsError as error:
+        other = size_without_one_row(stage.rows, size)
+        if other is None:
+            raise
+        words = str(error).partition(" Take ")[0]
+        words += f" `Accumulator.step` refuses this batch, so the gradient of microbatches of {other} rows was compared"
+        remedy = f'take microbatch_size={other}, or batch_norm="exact" or "frozen", which normalise a single row too'
+        found = Cause(kind=ONE_ROW, words=words, where=("batch normalisation",), remedy=remedy)
+        return Accumulating(size=other, options=options, step=step), [found]
+    return subject, []
 
 
 # -- repairs ----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Cause:
     Attributes:
         kind: What it is, as one word to compare with: ``"batch_statistics"``, ``"counts"``, ``"coupling"``,
             ``"randomness"``, ``"state"``, ``"row_order"``, ``"lengths"``, ``"precision"``, ``"gradient_hooks"``,
-            ``"divided"``, ``"unexplained"``; of a loop also ``"not_divided"``, ``"wrong_divisor"``,
+            ``"divided"``, ``"one_row"``, ``"unexplained"``; of a loop also ``"not_divided"``, ``"wrong_divisor"``,
             ``"zeroed_inside"``, ``"clipped_inside"``, ``"stepped_inside"``, ``"never_stepped"``, ``"last_window"``,
             ``"rows_left_out"``, ``"gradients_left"``, ``"scheduler"``, ``"graph_kept"``, ``"host_reads"``,
             ``"reductions"``.

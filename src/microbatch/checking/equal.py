@@ -17,7 +17,7 @@ from microbatch.arguments import check_callable, is_text
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
 from microbatch.batch.layouts import modules_with_time_first, other_layout
-from microbatch.checking.accumulating import LENGTHS, Accumulating
+from microbatch.checking.accumulating import LENGTHS, with_possible_cut
 from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
 from microbatch.checking.check_report import Cause, Check, ParameterError
@@ -236,9 +236,11 @@ class _Bench:
     def check(self, *, counts: Any) -> Check:
         rows, looping = rows_of(self.given.batch), None
         step = {} if counts is None else {"counts": counts}
-        subject: Subject = Accumulating(size=self.size, options=self.options, step=step)
         if self.given.loop is not None:
-            subject = looping = Looping(self.wide, rows=rows)
+            subject, refused = (looping := Looping(self.wide, rows=rows)), list[Cause]()
+        else:
+            subject, refused = with_possible_cut(self.wide, size=self.size, options=self.options, step=step)
+        self.size = subject.size or self.size
         limit = self._limit_of_exactness()
         everything = frozenset[str]()
         exact, found = self._is_exact(subject, limit), Causes((), everything, 0.0)
@@ -248,7 +250,7 @@ class _Bench:
         # In another precision other random numbers are drawn, so what rounding makes is looked at without them.
         off = found.off | ({RANDOMNESS} if self.own.survey().random else everything)
         rounding = self._rounding(subject, off, limit=limit)
-        causes = list(found.causes)
+        causes = refused + list(found.causes)
         if rounding.error > rounding.limit:
             causes.append(self._imprecise(rounding.error, subject))
         if looping is None:

@@ -6,7 +6,8 @@ import re
 
 _TOLD_TWICE = re.compile(r" The original error: OutOfMemoryError: the memory budget of .*", re.DOTALL)
 _WORDS: tuple[tuple[str, str], ...] = (
-    (r'\(checkpoint="all"\)', "(in the job's model)"),
+    (r'(?<![\w.])checkpoint="(all|auto)"', r"--checkpoint \1"),
+    (r"(?<=repeated blocks in )(\w+); pass the names of submodules", r"\1; leave it out"),
     (r"\ba larger memory_budget\b", "a larger --memory"),
     (r"\ba smaller microbatch_size\b", "a smaller --microbatch-size"),
     (r'pass nonfinite="skip" to', 'write nonfinite = "skip" in a file for --config to'),

@@ -75,6 +75,15 @@ def train(
             show_default=THE_JOBS,
         ),
     ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|all|none",
+            help="Blocks that recompute activations in backward: as few as the memory needs, all, or none.",
+            rich_help_panel=MACHINE,
+            show_default="none",
+        ),
+    ] = None,
     lr: Annotated[
         str | None,
         typer.Option("--lr", metavar="X", help="Peak learning rate.", rich_help_panel=BATCH, show_default=THE_JOBS),
@@ -231,6 +240,7 @@ def train(
         "autocast": autocast,
         "accumulation": accumulation,
         "buffers": buffers,
+        "checkpoint": checkpoint,
         "learning_rate": number_or_word(lr, float),
         "warmup_steps": number_or_word(warmup_steps, int),
         "max_grad_norm": number_or_word(max_grad_norm, float),

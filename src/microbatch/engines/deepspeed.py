@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
+from microbatch.arguments import check_callable
 from microbatch.batch.cut import check_microbatch_size
-from microbatch.engines.engine_window import EngineWindow, LossFunction
+from microbatch.engines.engine_denominator import EngineDenominator
+from microbatch.engines.engine_peers import EnginePeers
+from microbatch.engines.zero_engine import EngineGradients, ZeroEngine
 from microbatch.errors import ConfigError, WindowError
 from microbatch.kind_words import kind_of
+from microbatch.loss.loss import LossLike
 from microbatch.step.denominator import Counts
-from microbatch.step.events import Event, Listener, StepDone
+from microbatch.step.events import Listener
+from microbatch.step.history import History
+from microbatch.step.options import Options, Ranks, listeners_of
+from microbatch.step.part import Part, Passes
+from microbatch.step.parts.batch_warnings import BatchWarnings
+from microbatch.step.parts.loss_warnings import CountWarning
+from microbatch.step.parts.watching import WatchedWeights
 from microbatch.step.record import Step
+from microbatch.step.setup import Never, Setup
+from microbatch.step.size.sizing import Sizing
+from microbatch.step.window import Window
 
 
 class DeepSpeed:
@@ -31,7 +46,7 @@ class DeepSpeed:
             (``managed_gradient_accumulation``).
         microbatch_size: Rows that go through the model at once; at least 1. `None` takes what the engine
             is configured for.
-        listeners: Callables that are given every event.
+        listeners: A callable, or several, that is called with every event.
 
     Raises:
         ConfigError: It is no such engine, or does something that this cannot make exact.
@@ -43,26 +58,45 @@ class DeepSpeed:
         microbatch.errors.ConfigError: engine must be what deepspeed.initialize(...) returned first, not a Linear
 
     Source:
-        Laws N1 to N5, N7 to N9, B4 to B6, R1, R2.
+        Laws N1 to N5, N7 to N9, B4 to B6, R1, R2, F5, F6.
     """
 
     def __init__(
-        self, engine: nn.Module, *, microbatch_size: int | None = None, listeners: Sequence[Listener] = ()
+        self, engine: nn.Module, *, microbatch_size: int | None = None, listeners: Listener | Sequence[Listener] = ()
     ) -> None:
-        self._engine = _checked(engine)
-        size = self._engine.train_micro_batch_size_per_gpu() if microbatch_size is None else microbatch_size
+        checked = _checked(engine)
+        size = checked.train_micro_batch_size_per_gpu() if microbatch_size is None else microbatch_size
         check_microbatch_size(size)
-        self._size: int = size
-        self._listeners = list(listeners)
-        self._steps = 0
-        self._spoilt = False
+        ranks = Ranks(group=checked.data_parallel_group)
+        options = EngineOptions(
+            model=checked, optimizers=[], microbatch_size=size, ranks=ranks, listeners=listeners_of(listeners)
+        )
+        zero, passes = ZeroEngine(checked), Passes()
+        self._size, self._peers = size, EnginePeers(zero)
+        # ZeRO-3 itself writes to weights when it gathers them.
+        watched: list[Part] = [] if zero.stage == 3 else [WatchedWeights()]
+        self._setup = Setup(
+            options=options,
+            history=History(),
+            # The peers run backward themselves, so they are the last.
+            parts=[BatchWarnings(), CountWarning(), *watched, passes, self._peers],
+            peers=self._peers,
+            passes=passes,
+            sizing=lambda rows: Sizing(asked=size),
+            sums=lambda rank: EngineGradients(zero),
+            couple=_none,
+            finish=self._peers.finish,
+            live_bytes=_none,
+        )
 
     @property
     def microbatch_size(self) -> int:
         """Rows that go through the model at once."""
         return self._size
 
-    def step(self, batch: object, loss_fn: LossFunction, *, counts: Counts | None = None) -> Step:
+    def step(
+        self, batch: object, loss_fn: Callable[[nn.Module, Any], LossLike], *, counts: Counts | None = None
+    ) -> Step:
         """Take exactly one step of the engine on a batch.
 
         Args:
@@ -80,33 +114,43 @@ class DeepSpeed:
             BatchError: The batch cannot be cut, or is empty on every rank.
             LossError: What ``loss_fn`` returned cannot be used, or a denominator is missing.
             NonfiniteError: A loss is infinite or NaN, and the engine does not look after that by scaling losses.
-            RankError: Another rank failed, or the ranks used different parameters.
+            RankError: Another rank failed or is lost, or the ranks are set up differently or used different parameters.
             WindowError: Nothing contributed; or an earlier window failed, and the engine still holds part of its
                 gradient.
 
         Cost:
             One forward and one backward a microbatch, and what the engine communicates; three or four small
-            collectives, and a host synchronisation at the end.
+            collectives, and a host synchronisation at the end. The first step checks that the ranks are set up alike.
         """
-        if self._spoilt:
+        check_callable("loss_fn", loss_fn, "loss_fn(engine, microbatch)")
+        if self._peers.spoilt:
             raise WindowError(
                 "an earlier window failed inside the engine, which holds part of that gradient and has no way to drop "
                 "it: make the engine anew, and load its last checkpoint"
             )
-        window = EngineWindow(self._engine, self._size, index=self._steps, tell=self._tell)
-        try:
-            step = window.run(batch, loss_fn, counts=counts)
-        except BaseException as error:
-            self._spoilt = True  # should that fail, too
-            self._spoilt = not window.abort(error)
-            raise
-        self._steps += 1
-        self._tell(StepDone(step=step))
-        return step
+        window = Window(self._setup, attempt=Never())
+        window.denominator = EngineDenominator(counts)
+        return window.enclose(partial(_run, batch, loss_fn)).step
 
-    def _tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            listener(event)
+
+class EngineOptions(Options):
+    """The options of a window over an engine, whose weights may be on the host."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device where the engine computes."""
+        engine: Any = self.model
+        return torch.device(engine.device)
+
+
+def _run(batch: object, loss_fn: Callable[[nn.Module, Any], LossLike], window: Window) -> None:
+    for loss in window.losses(batch, loss_fn):
+        window.backward(loss)
+        del loss
+
+
+def _none(*_: object, **__: object) -> Any:
+    """Return `None`, for functions that a window over an engine does not need."""
 
 
 def _checked(engine: Any) -> Any:

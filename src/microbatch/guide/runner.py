@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from microbatch.errors import MicrobatchError
 from microbatch.guide.playground_settings import Settings
+from microbatch.plain_errors import MicrobatchError
 
 LINE_LIMIT = 1 << 20
 ENDS = ("done", "overflow", "failed", "stopped")
@@ -163,6 +163,12 @@ class Playground:
         if self._closed or (self._ready is not None and self._ready.returncode is None):
             return
         self._ready = await spawn()
+
+    async def prepare(self) -> None:
+        """Make ready for the first run: somebody looks at the page. Who looks at the live view alone needs no torch."""
+        async with self._starting:
+            if self.run is None:
+                await self.make_ready()
 
     async def start(self, settings: Settings) -> Run:
         """Start a run.

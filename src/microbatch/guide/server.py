@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from microbatch.errors import ConfigError
 from microbatch.guide.guard import Guard
 from microbatch.guide.live import WatchedRun, follow_runs
 from microbatch.guide.page import STATIC, live_page, load_drawn, load_measured, page
 from microbatch.guide.playground_settings import read_settings
 from microbatch.guide.python_code import program
 from microbatch.guide.runner import BusyError, Playground, Run
+from microbatch.plain_errors import ConfigError
 from microbatch.train.rundir import jsonable
 
 MOST_BODY = 16 * 1024
@@ -84,12 +85,11 @@ class Guide:
 
     @asynccontextmanager
     async def _life(self, _: Starlette) -> AsyncGenerator[None, None]:
-        await self.playground.make_ready()
         yield
         await self.playground.close()
 
     async def _home(self, _: Request) -> Response:
-        return HTMLResponse(self._page)
+        return HTMLResponse(self._page, background=BackgroundTask(self.playground.prepare))
 
     async def _file(self, request: Request) -> Response:
         name = request.path_params["name"]

@@ -100,6 +100,23 @@ def is_of_one_value(error: BaseException) -> bool:
     return type(error) is ValueError and str(error).startswith(_ONE_VALUE)
 
 
+def size_without_one_row(rows: int, size: int) -> int | None:
+    """Return the next larger microbatch size that leaves no microbatch of one row.
+
+    Args:
+        rows: Rows of the batch.
+        size: Rows of a microbatch.
+
+    Returns:
+        The size, below that of the batch; `None` if there is none.
+
+    Example:
+        >>> size_without_one_row(7, 3), size_without_one_row(7, 1), size_without_one_row(3, 2)
+        (4, 4, None)
+    """
+    return next((each for each in range(max(2, size), rows) if rows % each != 1), None)
+
+
 def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | None, batch: int, size: int) -> str:
     """Describe which layer got a single value for each channel, and what to do.
 
@@ -121,7 +138,7 @@ def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | N
         f"{layer} normalises by the statistics of a microbatch, and got one value for each channel from a microbatch"
         f"{of_rows} (its input has the shape {shape}), which has no variance. "
     )
-    other = next((each for each in range(max(2, size), batch) if batch % each != 1), None)
+    other = size_without_one_row(batch, size)
     if rows == 1 and other is not None:
         if size > 1:
             words += f"{batch} rows in microbatches of {size} leave one row over. "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import SpillError
+from microbatch.interrupts import unbroken
 from microbatch.memory.budget import format_bytes
 from microbatch.warned import warn
 
@@ -103,13 +104,15 @@ class File(Place):
                 "directory that you can write to"
             ) from error
         weakref.finalize(self, self._file.close)
-        self._lock = threading.Lock()  # guards the file's position and the free extents
+        # Guards the file's position and the free extents. Reentrant: an interrupt may leave it locked.
+        self._lock = threading.RLock()
         self._free: dict[int, int] = {}
         # A piece may be freed at any moment, even while the lock is held, so its extent is queued here. Appending is
         # atomic.
         self._returned: deque[tuple[int, int]] = deque()
         self.size = 0
 
+    @unbroken
     def put(self, data: Tensor) -> Piece:
         """Write bytes to the file.
 
@@ -126,6 +129,7 @@ class File(Place):
         self.transfer(piece.at, data, write=True)
         return piece
 
+    @unbroken
     def transfer(self, at: int, data: Tensor, *, write: bool) -> None:
         """Write bytes to the file, or read them from it.
 
@@ -214,10 +218,11 @@ class _OnDisk(Piece):
     ahead = 0  # a prefetch would block the CPU
 
     def __init__(self, file: File, at: int, nbytes: int) -> None:
-        self._file, self.at, self.nbytes = file, at, nbytes
+        self.at, self.nbytes, self._file = at, nbytes, file
 
     def __del__(self) -> None:
-        self._file.give_back(self.at, -(-self.nbytes // _PAGE) * _PAGE)
+        if "_file" in self.__dict__:  # an interrupt may have ended the constructor
+            self._file.give_back(self.at, -(-self.nbytes // _PAGE) * _PAGE)
 
     def fetch(self) -> Tensor:
         data = torch.empty(self.nbytes, dtype=torch.uint8)

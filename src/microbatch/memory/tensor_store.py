@@ -88,7 +88,7 @@ class Store:
         self._copies: weakref.WeakKeyDictionary[UntypedStorage, list[weakref.ref[StorageCopy]]] = (
             weakref.WeakKeyDictionary()
         )
-        self._lock = threading.Lock()  # guards the byte counts and the creation of places
+        self._lock = threading.RLock()  # guards the byte counts and the creation of places
         self._pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
         self._last: Callable[[], StorageCopy | None] = _nothing
         self._recent: list[weakref.ref[StorageCopy]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from microbatch.planning.scaling import scale_hyperparameters
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, PlanChosen, StepDone
 from microbatch.step.options import Options, Sums
+from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.dry_run import dry_run
 from microbatch.step.size.dry_run_copies import LossFunction, Scene, copies_of
@@ -271,12 +272,6 @@ def _why(chosen: PlanChosen | None, best: Way) -> str:
     )
 
 
-def _listed(optimizer: Any) -> list[Optimizer]:
-    if isinstance(optimizer, list | tuple):
-        return list(cast("Sequence[Optimizer]", optimizer))
-    return [optimizer]
-
-
 def _options(
     job: Any, optimizer: Optimizer | Sequence[Optimizer], *, budget: int | str | None, autocast: torch.dtype | None
 ) -> Options:
@@ -287,7 +282,7 @@ def _options(
         lengths = job.lengths if planned else None
         base = Options(
             model=job.model if planned else job,
-            optimizers=_listed(optimizer),
+            optimizers=plain_optimizers(optimizer),
             microbatch_size="auto",
             memory_budget=job.memory_budget if planned else None,
             autocast=job.autocast if planned else None,

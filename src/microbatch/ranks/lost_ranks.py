@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +104,28 @@ def is_of_the_group(error: BaseException | None) -> bool:
         return False
     # Errors of gloo are plain RuntimeErrors, so only the words of the message can be compared.
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _WORDS)
+
+
+def is_of_a_lost_rank(error: BaseException) -> bool:
+    """Return whether a collective failed because of another rank; or whether a `RankError` reports this."""
+    return is_of_the_group(error.__cause__ if isinstance(error, RankError) else error)
+
+
+@contextmanager
+def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
+    """Replace an error of a collective by an error that names the missing ranks, which a function raises.
+
+    Args:
+        name: Takes an error. Raises a `RankError` if the error comes from a collective.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        name(error)
+        raise
 
 
 def describe_missing(read: Callable[[], Mapping[int, Beat | None]], *, rank: int) -> str:

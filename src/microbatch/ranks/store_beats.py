@@ -10,8 +10,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import util
 from typing import Any
@@ -27,7 +27,7 @@ from microbatch.ranks.lost_ranks import (
     WAITING,
     Beat,
     describe_missing,
-    is_of_the_group,
+    is_of_a_lost_rank,
     pause,
     process_space,
 )
@@ -93,22 +93,6 @@ class StoreBeats:
         """
         self._voice.say_now(self.own.step, FAILED, _named(error))
 
-    @contextmanager
-    def naming(self) -> Generator[None]:
-        """Replace an error of a collective by an error that names the missing ranks.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            RankError: A collective failed because of another rank.
-        """
-        try:
-            yield
-        except Exception as error:
-            self.name(error)
-            raise
-
     def name(self, error: BaseException) -> None:
         """Raise an error that names the missing ranks, if a collective has failed because of them.
 
@@ -118,7 +102,7 @@ class StoreBeats:
         Raises:
             RankError: The error comes from a collective.
         """
-        if not is_of_the_group(error.__cause__ if isinstance(error, RankError) else error):
+        if not is_of_a_lost_rank(error):
             return
         # First, so that the ranks that fail a moment later do not take this one for the missing one.
         self.failed(RankError(_LOOKING))

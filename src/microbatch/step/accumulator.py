@@ -26,7 +26,7 @@ from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
 from microbatch.step.loader_windows import Windows
-from microbatch.step.options import Options, Ranks, Sums, bytes_of, listed, names_checked
+from microbatch.step.options import Options, Ranks, Sums, bytes_of, listeners_of, names_checked
 from microbatch.step.part import Function
 from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.record import Step
@@ -146,7 +146,7 @@ class Accumulator:
                 compile=compile,
                 sums=Sums() if sums is None else sums,
                 ranks=Ranks() if ranks is None else ranks,
-                listeners=listed("listeners", listeners, ()),
+                listeners=listeners_of(listeners),
             )
         )
 

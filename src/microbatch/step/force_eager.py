@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
+from threading import RLock
 
 import torch
 
@@ -12,7 +12,7 @@ import torch
 class _Users:
     """The number of blocks inside `force_eager`: the process has one stance, and blocks may end in any order."""
 
-    lock = Lock()
+    lock = RLock()
     count = 0
     stack = ExitStack()
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from dis import opname
+from inspect import currentframe
 from itertools import islice
 from typing import Any, Self, cast
 
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.step.window import Window
+
+_POPS = {"POP_TOP", "POP_ITER"}  # the second one since Python 3.14
 
 
 class Windows(Iterator[Window]):
@@ -60,7 +64,27 @@ def _windows_of(
     source: Iterator[Any], microbatches: int, create: Callable[[Sequence[Any]], Window]
 ) -> Generator[Window]:
     while held := list(islice(source, microbatches)):
-        with create(held) as window:
-            del held
-            yield window
-            window.leave()
+        window = create(held)
+        try:
+            with window:
+                del held
+                yield window
+                window.leave()
+        except GeneratorExit:
+            if window.left and _left_by_statement():
+                window.warn_left("no step is taken, because the loop over windows was left at the same time")
+            raise
+
+
+def _left_by_statement() -> bool:
+    """Return whether a ``break`` or ``return`` closes the generator that calls this, rather than an error.
+
+    Both statements pop the iterators of their loops, one instruction for each. An error pops them too, but its frame
+    then stands at the instruction that raised the error. Loops may be nested in generators of the user.
+    """
+    frame = currentframe()
+    while frame is not None:
+        if opname[frame.f_code.co_code[frame.f_lasti]] in _POPS:
+            return True
+        frame = frame.f_back
+    return False

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from microbatch.arguments import check_one_of, is_finite, is_text
 from microbatch.batch.cut import check_microbatch_size
@@ -27,7 +27,7 @@ from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.process_group import RankGroup, group_of
 from microbatch.shards import is_shard
 from microbatch.step.events import Event, Listener
-from microbatch.step.plain_optimizers import check_parameters
+from microbatch.step.plain_optimizers import check_optimizers
 
 EXACT, MICROBATCH, POOLED, FROZEN = "exact", "microbatch", "pooled", "frozen"
 ONCE, MEAN, EACH = "once", "mean", "each"
@@ -196,7 +196,7 @@ class Options:
         """Check every value before any work starts."""
         if not isinstance(self.model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(self.model)}")
-        self._check_optimizers()
+        check_optimizers(self.model, self.optimizers)
         if not is_text(self.microbatch_size, "auto"):
             check_microbatch_size(self.microbatch_size)
         norm = self.max_grad_norm
@@ -314,22 +314,6 @@ class Options:
             error.add_note("microbatch: a listener raised this error after the step had been taken and recorded")
             raise
 
-    def _check_optimizers(self) -> None:
-        for optimizer in self.optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise ConfigError(
-                    f"optimizer must be a torch.optim.Optimizer, several of them, or None for gradients without a "
-                    f"step, not {kind_of(optimizer)}"
-                )
-            if isinstance(optimizer, LBFGS):
-                raise ConfigError(
-                    "LBFGS changes the weights several times within one step, and a window needs constant weights: "
-                    "create mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, "
-                    "loss_fn) in the closure of LBFGS.step"
-                )
-
-        check_parameters(self.model, self.optimizers)
-
     def _check_scaler(self) -> None:
         if self.grad_scaler is None:
             return
@@ -373,22 +357,20 @@ def bytes_of(budget: int | str | None) -> int | str | None:
     return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
 
 
-def listed(name: str, given: Any, kind: Any) -> list[Any]:
-    """Return a list of one object of a kind, or of several; a kind of ``()`` is a function.
+def listeners_of(given: Any) -> list[Listener]:
+    """Return a list of one listener, or of several.
 
     Args:
-        name: Name of the argument.
-        given: The value that the user passed.
-        kind: The class of one object.
+        given: The value of ``listeners=``.
 
     Returns:
         The list.
 
     Raises:
-        ConfigError: The value is neither one object nor iterable.
+        ConfigError: The value is neither a function nor iterable.
     """
-    if isinstance(given, kind) or (kind == () and callable(given)):
+    if callable(given):
         return [given]
     if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
-        raise ConfigError(f"{name} must be one or several of them in a list, not {kind_of(given)}")
-    return list(cast("Iterable[Any]", given))
+        raise ConfigError(f"listeners must be one or several of them in a list, not {kind_of(given)}")
+    return list(cast("Iterable[Listener]", given))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.errors import ConfigError
@@ -43,8 +43,8 @@ def plain_optimizers(given: object) -> list[Optimizer]:
     return [_plain(each) for each in cast("Iterable[object]", given)]
 
 
-def check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Check that the optimizers step parameters of this model, and each of them once.
+def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Check that the optimizers step once in a window, parameters of this model, and each of them once.
 
     Args:
         model: The model.
@@ -53,6 +53,12 @@ def check_parameters(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     Raises:
         ConfigError: They do not.
     """
+    if any(isinstance(each, LBFGS) for each in optimizers):
+        raise ConfigError(
+            "LBFGS changes the weights several times within one step, and a window needs constant weights: create "
+            "mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, loss_fn) in the closure "
+            "of LBFGS.step"
+        )
     stepped: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):

@@ -1,4 +1,4 @@
-"""Copies of random state and buffers, to restore when a window does not end in a step."""
+"""Copies of random state, buffers and modes, to restore when a window does not end in a step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +170,23 @@ class RandomState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+
+
+class Modes:
+    """What torch has switched on in this thread: grad mode, function modes, and hooks for saved tensors.
+
+    Contexts restore all this themselves, unless an error is raised after the last line of a ``with`` block and before
+    its end. Python then never leaves the context.
+    """
+
+    def __init__(self) -> None:
+        self._grad, self._functions = torch.is_grad_enabled(), _C._len_torch_function_stack()
+        self._hooks = _C._autograd._top_saved_tensors_default_hooks(True)
+
+    def restore(self) -> None:
+        """Switch off what has been switched on since."""
+        while _C._len_torch_function_stack() > self._functions:
+            _C._pop_torch_function_stack()
+        while (hooks := _C._autograd._top_saved_tensors_default_hooks(True)) is not None and hooks != self._hooks:
+            _C._autograd._pop_saved_tensors_default_hooks()
+        torch.set_grad_enabled(self._grad)

@@ -9,7 +9,7 @@ from typing import Any
 from microbatch.errors import OutOfMemoryError, WindowError
 from microbatch.interrupts import interrupts_here
 from microbatch.step.optimizer_step import Versions
-from microbatch.step.saved_state import Snapshot, Unscaled
+from microbatch.step.saved_state import Modes, Snapshot, Unscaled
 
 
 class Undo:
@@ -23,6 +23,8 @@ class Undo:
         interrupts: Postpones signals.
     """
 
+    _modes: Modes
+
     def __init__(self) -> None:
         self.restore, self.versions, self.waited_for = ExitStack(), list[Versions](), False
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
@@ -35,6 +37,7 @@ class Undo:
         self._ident = threading.get_ident()
         self._held = self.interrupts.held_by_window
         self.interrupts.begin(window)
+        self._modes = Modes()
 
     def opened(self) -> None:
         """Deliver the signals that came while the window opened."""
@@ -70,6 +73,7 @@ class Undo:
             window: The window.
             error: The error; it gets a note if the step is not undone.
         """
+        self._modes.restore()
         # Several ranks agree by themselves on what a failed step leaves, and their error says so.
         if window.peers.size > 1 or all(each.untouched for each in self.versions):
             self.restore.close()

@@ -52,3 +52,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove the unfinished checkpoints of killed processes.
+
+    Args:
+        folder: Folder of the run's checkpoints; it may be missing.
+    """
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)

@@ -93,6 +93,7 @@ class Ways:
             lengths=self._job.lengths,
             batch_norm=config.batch_norm or "microbatch",
             buffers=config.buffers or "each",
+            checkpoint=config.checkpoint,
         )
         self.microbatches = take_step(accumulator, self._job, self._batch, plain=config.plain).microbatches
 

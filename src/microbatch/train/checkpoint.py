@@ -261,16 +261,6 @@ def _checked(path: Path, read: Callable[[], Result]) -> Result:
         raise CheckpointError(f"the checkpoint {path.name} cannot be read: {error!a}") from error
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove the unfinished checkpoints of killed processes.
-
-    Args:
-        folder: Folder of the run's checkpoints; it may be missing.
-    """
-    for left in folder.glob(".writing-*"):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def _listed(folder: Path) -> list[tuple[int, Path]]:
     """List the checkpoints, newest first."""
     if not folder.is_dir():

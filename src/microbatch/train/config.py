@@ -45,6 +45,8 @@ class Settings(BaseModel):
             comparison; ``"exact"`` over the whole batch.
         buffers: What happens to buffers that every microbatch moves, but for those of batch normalisation: ``"once"``
             or ``"mean"`` moves them once a step, ``"each"`` lets every microbatch move them; as for `Accumulator`.
+        checkpoint: Which blocks of the model recompute their activations in backward: ``"all"``, ``"none"``, or with
+            ``"auto"`` as few as the memory needs.
         validate_every: Optimizer steps between validations.
         checkpoint_every: Optimizer steps between checkpoints.
         keep_checkpoints: Newest checkpoints that are kept; the one with the best validation is kept beside them.
@@ -79,6 +81,7 @@ class Settings(BaseModel):
     nonfinite: Literal["raise", "skip"] = "raise"
     accumulation: Literal["exact", "plain"] = "exact"
     buffers: Literal["once", "mean", "each"] | None = None
+    checkpoint: Literal["auto", "all", "none"] = "none"
     validate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3

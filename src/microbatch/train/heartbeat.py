@@ -6,13 +6,11 @@ import json
 import os
 import platform
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 from microbatch.errors import RankError
-from microbatch.ranks.lost_ranks import BEGINNING, FAILED, Beat, describe_missing, is_of_the_group
+from microbatch.ranks.lost_ranks import BEGINNING, FAILED, Beat, describe_missing, is_of_a_lost_rank
 
 _BYTES = 512
 
@@ -57,6 +55,24 @@ class Heartbeat:
         """
         self.at(self._step, FAILED, f"{type(error).__name__}: {error}")
 
+    def name(self, error: Exception, *, ranks: int, rank: int) -> None:
+        """Record an error; if a collective has failed because of other ranks, raise an error that names them.
+
+        Args:
+            error: Any error.
+            ranks: World size.
+            rank: This rank.
+
+        Raises:
+            RankError: The error comes from a collective.
+        """
+        if not is_of_a_lost_rank(error):
+            self.failed(error)
+            return
+        told = RankError(f"{who_is_missing(self.folder, ranks=ranks, rank=rank)}; its own log is in {self.folder}")
+        self.failed(told)
+        raise told from error
+
     def close(self) -> None:
         """Close the file, and keep it on the disk."""
         os.close(self._file)
@@ -90,34 +106,6 @@ def who_is_missing(folder: Path, *, ranks: int, rank: int) -> str:
         One sentence, without a full stop.
     """
     return describe_missing(lambda: {each: read_beat(folder, each) for each in range(ranks)}, rank=rank)
-
-
-@contextmanager
-def missing_ranks_named(heartbeat: Heartbeat, *, ranks: int, rank: int) -> Generator[None]:
-    """Replace an error of a collective by an error that names the missing ranks, and record every error.
-
-    Args:
-        heartbeat: This rank's heartbeat.
-        ranks: World size.
-        rank: This rank.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RankError: A collective failed because of another rank.
-    """
-    try:
-        yield
-    except Exception as error:
-        lost = error.__cause__ if isinstance(error, RankError) else error
-        if not is_of_the_group(lost):
-            heartbeat.failed(error)
-            raise
-        found = who_is_missing(heartbeat.folder, ranks=ranks, rank=rank)
-        told = RankError(f"{found}; its own log is in {heartbeat.folder}")
-        heartbeat.failed(told)
-        raise told from error
 
 
 def _path(folder: Path, rank: int) -> Path:

@@ -63,7 +63,7 @@ class Job:
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
     loss_fn: Callable[[nn.Module, Any], Any]
-    data: Sequence[Any] | torch.utils.data.Dataset[Any] | torch.utils.data.DataLoader[Any]
+    data: Any
     batch_size: int
     encode: Callable[[nn.Module, Any], Any] | None = None
     batch_norm: str | None = None

@@ -166,6 +166,7 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
         plain=_is_plain(settings, job),
         batch_norm="microbatch" if settings.accumulation == "plain" and job.batch_norm else job.batch_norm,
         buffers=settings.buffers or job.buffers,
+        checkpoint=None if settings.checkpoint == "none" else settings.checkpoint,
         auto=_is_auto(settings, job) and not settings.deterministic,
         ragged=job.lengths is not None,
         ranks=place.ranks,

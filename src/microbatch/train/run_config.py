@@ -32,6 +32,7 @@ class RunConfig:
         plain: Whether the loss couples only the samples of one microbatch.
         batch_norm: Which statistics batch normalisation uses, as for `Accumulator`.
         buffers: What happens to other buffers that every microbatch moves, as for `Accumulator`.
+        checkpoint: Blocks that recompute their activations, as for `Accumulator`.
         validate_every: Steps between validations.
         checkpoint_every: Steps between checkpoints.
         keep_checkpoints: Number of newest checkpoints that are kept.
@@ -79,6 +80,7 @@ class RunConfig:
     plain: bool = False
     batch_norm: str | None = None
     buffers: str | None = None
+    checkpoint: str | None = None
     auto: bool = False
     ragged: bool = False
     ranks: int = 1

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from microbatch.errors import CheckpointError, ConfigError
-from microbatch.train.atomic_files import write_text
-from microbatch.train.checkpoint import clear_unfinished
+from microbatch.plain_errors import CheckpointError, ConfigError
+from microbatch.train.atomic_files import clear_unfinished, write_text
 from microbatch.train.run_lock import LOCK
 
 

@@ -40,6 +40,7 @@ _FIXED = ("job", "data", "batch_size", "seed")
 """Settings that a resumed run keeps: with others it would be another run."""
 
 _HARMLESS = (
+    "checkpoint",
     "validate_every",
     "checkpoint_every",
     "keep_checkpoints",

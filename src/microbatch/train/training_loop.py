@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from microbatch.ranks.lost_ranks import (
     READING,
     VALIDATING,
     WAITING,
+    missing_ranks_named,
 )
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.accumulator import Accumulator
@@ -28,7 +30,7 @@ from microbatch.step.options import Ranks
 from microbatch.train.background import CheckpointWriter
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.evaluate import evaluate
-from microbatch.train.heartbeat import Heartbeat, missing_ranks_named
+from microbatch.train.heartbeat import Heartbeat
 from microbatch.train.job import Job
 from microbatch.train.measured_steps import MeasuredSteps
 from microbatch.train.place import Place
@@ -110,6 +112,7 @@ class TrainingLoop:
             lengths=job.lengths,
             batch_norm=config.batch_norm,
             buffers=config.buffers,
+            checkpoint=config.checkpoint,
             dropout=job.dropout,
             deterministic=config.deterministic,
             ranks=Ranks(sync=config.sync, group=self._place.group),
@@ -219,7 +222,7 @@ class TrainingLoop:
         """Make the context in which an error of a collective names the missing ranks."""
         if self._heartbeat is None or self._ranks is None:
             return nullcontext()
-        return missing_ranks_named(self._heartbeat, ranks=self._ranks.size, rank=self._rank)
+        return missing_ranks_named(partial(self._heartbeat.name, ranks=self._ranks.size, rank=self._rank))
 
     def _at(self, stage: int, detail: str = "") -> None:
         """Record the current stage of this rank in its heartbeat."""

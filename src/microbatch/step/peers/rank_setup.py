@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from microbatch.errors import RankError
 from microbatch.gradients.parameters import Named
 from microbatch.ranks.agreement import Message
-from microbatch.ranks.lost_ranks import COMPUTING, WAITING
+from microbatch.ranks.lost_ranks import COMPUTING, WAITING, missing_ranks_named
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.same_setup import check_same
 from microbatch.ranks.store_beats import StoreBeats
@@ -31,6 +31,9 @@ from microbatch.step.part import OpenWindow
 class RankSetup:
     """Check that the ranks of an accumulator are set up alike, and record how far this rank has come.
 
+    Args:
+        also: Returns further texts by name that must be the same on data-parallel ranks.
+
     Attributes:
         beats: The heartbeats of the ranks; `None` before the first window, and for a single process.
 
@@ -38,8 +41,9 @@ class RankSetup:
         Laws F5, F6.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, also: Callable[[], Mapping[str, str]] = dict) -> None:
         self.beats: StoreBeats | None = None
+        self._also = also
         self._room = 0
         self._parameters: list[Tensor] = []
         self._hash = 0
@@ -75,11 +79,10 @@ class RankSetup:
         if self.beats is None:
             yield
             return
-        with self.beats.naming():
+        with missing_ranks_named(self.beats.name):
             options = describe_options(window.options, windows=window.setup.history.windows)
-            described = [
-                (ranks, options | describe_model(window.options) if same else options) for ranks, same in groups
-            ]
+            whole = {**options, **describe_model(window.options), **self._also()}
+            described = [(ranks, whole if same else options) for ranks, same in groups]
             self.beats.know(check_same(described, self.beats.own))
             yield
 
@@ -183,7 +186,7 @@ def describe_model(options: Options) -> dict[str, str]:
     for name, buffer in model.named_buffers():
         found[f"buffer {name!r}"] = _form(buffer)
     for index, optimizer in enumerate(options.optimizers):
-        found |= _describe_optimizer(f"optimizer {index}", optimizer)
+        found |= describe_optimizer(f"optimizer {index}", optimizer)
     return found
 
 
@@ -191,7 +194,16 @@ def _describe_trained(named: Sequence[Named]) -> dict[str, str]:
     return {f"parameter {each.name!r} of this window": _form(each.parameter) for each in named}
 
 
-def _describe_optimizer(name: str, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
+def describe_optimizer(name: str, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
+    """Describe an optimizer, which must be the same on data-parallel ranks.
+
+    Args:
+        name: Name of the optimizer in the texts.
+        optimizer: The optimizer.
+
+    Yields:
+        Pairs of a name and a text.
+    """
     yield name, type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         yield f"{name}, group {index}", f"{len(group['params'])} parameters"
@@ -207,7 +219,8 @@ def _describe_optimizer(name: str, optimizer: Optimizer) -> Iterator[tuple[str, 
 def _form(tensor: Tensor) -> str:
     where: Any = tensor
     spread = f" spread by {where.placements}" if is_shard(tensor) else ""
-    return f"{tuple(tensor.shape)} {tensor.dtype}{spread}"
+    shape = getattr(tensor, "ds_shape", tensor.shape)  # DeepSpeed's ZeRO-3 leaves parameters empty between passes
+    return f"{tuple(shape)} {tensor.dtype}{spread}"
 
 
 def _checksum(tensor: Tensor) -> int:
