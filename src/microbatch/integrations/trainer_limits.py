@@ -25,7 +25,20 @@ def check_trainer(trainer: Any, mixin: type, *, known: Collection[str] = ()) -> 
     Raises:
         ConfigError: Something does not go with a window; the message tells what, and what to do.
     """
-    for problem in (*_classes(trainer, mixin, known), *_arguments(trainer.args), *_devices(trainer)):
+    for problem in (*_classes(trainer, mixin, known), *_devices(trainer)):
+        raise ConfigError(problem)
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse arguments of a trainer that do not go with a window.
+
+    Args:
+        args: The `TrainingArguments`.
+
+    Raises:
+        ConfigError: One of them does not; the message tells what to set instead.
+    """
+    for problem in _arguments(args):
         raise ConfigError(problem)
 
 

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 from microbatch.batch.batches import Batches
 from microbatch.errors import ConfigError, LossError, MissingDependencyError
-from microbatch.integrations.trainer_limits import check_trainer
+from microbatch.integrations.trainer_limits import check_arguments, check_trainer
 from microbatch.loss.counted_labels import IGNORED, CountOf, fields_of, rows_in, take
 from microbatch.loss.find_count import Found
 from microbatch.loss.loss import Loss
 from microbatch.loss.model_loss import ModelLoss
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.plain_optimizers import check_parameters, plain_optimizers
+from microbatch.step.plain_optimizers import check_optimizers, plain_optimizers
 from microbatch.step.record import Step
 
 try:
     from accelerate.utils import gather_object
-    from transformers import Trainer
+    from transformers import Trainer, TrainingArguments
 except ImportError as error:
     raise MissingDependencyError('install the frameworks with: pip install "microbatch[transformers]"') from error
 
@@ -42,7 +42,7 @@ __all__ = ["MicrobatchMixin", "MicrobatchTrainer"]
 
 _Trainer: Any = Trainer  # decorated there, so that type checkers see no class
 
-_ASKED = 4  # rows that the model is asked about
+_ASKED = 3  # rows that the model is asked about
 _OWN = {"model", "optimizer", "microbatch_size", "autocast", "grad_scaler", "max_grad_norm"}
 
 
@@ -91,6 +91,9 @@ class MicrobatchMixin(_Trainer):
         self.last_step: Step | None = None
         self._held: list[Any] = []
         self._resume: Path | None = None
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, TrainingArguments):
+                check_arguments(each)
         super().__init__(*args, **kwargs)
         check_trainer(self, MicrobatchMixin, known=self.known_classes)
         self._loss = ModelLoss(self._ask, count, takes_items=_always, ignores=self.label_smoother is not None)
@@ -232,7 +235,7 @@ class MicrobatchMixin(_Trainer):
         made = self.accumulator
         if made is None or made.options.model is not model:
             optimizers, scaler = plain_optimizers(self.optimizer), self.accelerator.scaler
-            check_parameters(model, optimizers)
+            check_optimizers(model, optimizers)
             if scaler is None:
                 made = Accumulator(model, **self._options)
             else:

@@ -42,7 +42,7 @@ def from_model(count: CountOf = "auto") -> ModelLoss:
         LossError: ``count`` is none of these.
 
     Cost:
-        ``"auto"`` runs about ten forward passes of at most eight rows, once. For models that ignore
+        ``"auto"`` runs about ten forward passes of at most three rows, once. For models that ignore
         ``num_items_in_batch``, each microbatch reads its count from the device.
 
     Example:
@@ -142,7 +142,12 @@ class ModelLoss:
                     check_router_loss(router, model)
                 return float(loss if router is None else loss - router.own)
 
-            self.found = find_count(loss_of, batch, takes_items=self._takes_items(model), ignores=self._ignores)
+            try:
+                self.found = find_count(loss_of, batch, takes_items=self._takes_items(model), ignores=self._ignores)
+            except torch.OutOfMemoryError as error:
+                raise LossError(
+                    f'memory ran out where count="auto" asked the model about three rows; {CHOICES}'
+                ) from error
 
     def _loss(self, model: nn.Module, batch: Fields, count: CountOf, *, takes_items: bool) -> Loss | None:
         number = count_in(batch, count)
