@@ -19,6 +19,9 @@ FOREIGN = re.compile(r"chunk|mini[ _-]?batch|accumulat(?:e|ion|ing)[ _-]?steps?\
 ALLOWED: dict[tuple[str, str], str] = {
     ("step/options.py", word): "the name of another library's option, which an error answers with our name"
     for word in ("micro_batch", "mini_batch", "accumulation_steps")
+} | {
+    (f"integrations/{file}.py", "accumulation_steps"): "the name of a framework's own option"
+    for file in ("accelerate", "sentence_transformers", "transformers", "trl")
 }
 
 

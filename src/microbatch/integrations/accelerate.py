@@ -9,7 +9,7 @@ from torch import nn
 from microbatch.errors import ConfigError
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, StepDone
-from microbatch.step.options import listed
+from microbatch.step.options import listeners_of
 
 _REFUSED = {
     "DEEPSPEED": "DeepSpeed runs backward and steps inside its engine: use mb.DeepSpeed with the engine, or leave the "
@@ -54,7 +54,7 @@ def accumulator_for(accelerator: Any, model: nn.Module, optimizer: Any, **option
                 "the model is wrapped in FullyShardedDataParallel, which reduces in every backward: use "
                 "FullyShardedDataParallelPlugin(fsdp_version=2), which uses fully_shard"
             )
-    optimizers = listed("optimizer", optimizer, ()) if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
 
     def hear(event: Event) -> None:
         if isinstance(event, StepDone):
@@ -63,7 +63,7 @@ def accumulator_for(accelerator: Any, model: nn.Module, optimizer: Any, **option
                     each._is_overflow = not event.step.applied  # read by a prepared scheduler
 
     given: dict[str, Any] = dict(options)
-    given["listeners"] = [*listed("listeners", options.get("listeners", ()), ()), hear]
+    given["listeners"] = [*listeners_of(options.get("listeners", ())), hear]
     if "grad_scaler" not in options:
         given["grad_scaler"] = accelerator.scaler
     accumulator = Accumulator(model, optimizers, **given)

@@ -21,7 +21,7 @@ from microbatch.errors import ConfigError, EmptyWindowError, MissingDependencyEr
 from microbatch.integrations.lightning_logs import WindowLogs, WindowMetrics
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, Retry
-from microbatch.step.options import listed
+from microbatch.step.options import listeners_of
 from microbatch.step.record import Step
 from microbatch.warned import warn
 
@@ -157,7 +157,7 @@ class _Fit:
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
         self._zero_grad = module.optimizer_zero_grad
         given: dict[str, Any] = {**options, "grad_scaler": scaler}
-        given["listeners"] = [*listed("listeners", options.get("listeners", ()), ()), self._heard]
+        given["listeners"] = [*listeners_of(options.get("listeners", ())), self._heard]
         wrapped = isinstance(strategy.model, DistributedDataParallel)
         self.accumulator = Accumulator(strategy.model if wrapped else module, _optimizer_of(trainer), **given)
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
