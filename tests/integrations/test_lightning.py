@@ -77,7 +77,7 @@ class Tagger(pl.LightningModule):
         self.accuracy(logits.flatten(0, 1), labels.flatten())
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
         self.log("rows", float(len(x)), on_step=True, on_epoch=True, reduce_fx="sum")
-        self.log("largest", logits.max(), on_step=True, on_epoch=True, reduce_fx="max")
+        self.log("largest", logits.max(), False, None, True, True, "max")
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         self.log("loss", loss, on_step=True, on_epoch=True)
         if not self.counted:

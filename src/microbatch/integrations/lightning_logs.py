@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -59,6 +60,7 @@ class WindowLogs:
 
     def __init__(self, log: Callable[..., None]) -> None:
         self._log = log
+        self._names = list(inspect.signature(log).parameters)[2:]
         self._records: list[Record] = []
         self._rows: list[float] = []
         # A context variable, because microbatches in lockstep run in threads or fibers of their own.
@@ -90,10 +92,10 @@ class WindowLogs:
     def log(self, name: str, value: Any, *args: Any, **rest: Any) -> None:
         """Keep a value for the end of the window; outside of microbatches, log it at once."""
         record = self._now.get()
-        if record is None or args:
+        if record is None:
             self._log(name, value, *args, **rest)
         else:
-            record.logged.append((name, _detached(value), rest))
+            record.logged.append((name, _detached(value), {**dict(zip(self._names, args, strict=False)), **rest}))
 
     def done(self, rows: float | None) -> None:
         """Note the rows of the next microbatch whose backward has run."""
