@@ -187,6 +187,23 @@ def test_a_scheduler_waits_where_a_window_is_dropped() -> None:
     assert accumulator.skipped == 1
 
 
+def test_the_scaler_of_the_accelerator_skips_a_step_that_overflows() -> None:
+    """Accelerate makes a scaler on a GPU alone; this one is put where it would be."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=100)
+    model, optimizer, schedule = prepared(accelerator, model_of().float())
+    accumulator = accumulator_for(accelerator, model, optimizer, microbatch_size=5)
+    applied: list[bool] = []
+    for _ in range(20):
+        batch = {**batches()[0], "x": batches()[0]["x"].float() * 100}
+        applied.append(accumulator.step(batch, lambda model, b: mb.Loss(sum=model(**b) * 100, count=1)).applied)
+        schedule.step()
+    assert applied[0] is False
+    assert applied[-1] is True
+    assert schedule.scheduler.last_epoch == sum(applied)
+    assert accelerator.scaler.get_scale() < 2.0**126
+
+
 def test_saved_state_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(start: int, load: Path | None = None) -> Tensor:
         accelerator = Accelerator(cpu=True)

@@ -107,6 +107,7 @@ def test_trackio_gets_every_step(job: Path, trackio: Any) -> None:
 def test_a_resumed_run_continues_at_its_tracker(job: Path, trackio: Any) -> None:
     run("trackio", steps=2, checkpoint_every=2)
     trackio.calls.clear()
+    (job / "out" / "tracker.json").write_text("damaged")
     run("trackio", resume=True, steps=4)
     assert [call[0] for call in trackio.calls] == ["init", "log", "log", "finish"]
     assert trackio.calls[0][1]["resume"] == "allow"
