@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -515,20 +515,27 @@ def on_two_ranks(rank: int, ranks: int) -> Any:
     strategy: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
     sharded = fit_on_rank(rank, Sharded, Microbatch(3), strategy=strategy, gradient_clip_val=None)
     shards: list[Any] = list(sharded.parameters())
-    return (
-        weights(ours),
-        ours.norms,
-        weights(theirs),
-        torch.cat([each.full_tensor().detach().flatten() for each in shards]),
-    )
+    full = RunsOut(15)
+
+    class Ends(Tagger):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            full.armed = True
+            return super().training_step(batch, batch_idx)
+
+    with full if rank == 1 else nullcontext():
+        again = fit_on_rank(rank, Ends, Microbatch(12))
+    assert len(full.refused) == rank
+    gathered = torch.cat([each.full_tensor().detach().flatten() for each in shards])
+    return weights(ours), ours.norms, weights(theirs), gathered, weights(again)
 
 
 def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
     whole = fit(Whole)
     reference = weights(whole)
     unclipped = weights(fit(Whole, gradient_clip_val=None))
-    for ours, norms, theirs, sharded in run_ranks(on_two_ranks, 2, tmp_path):
+    for ours, norms, theirs, sharded, again in run_ranks(on_two_ranks, 2, tmp_path):
         assert float((ours - reference).norm() / reference.norm()) < 1e-12
+        assert float((again - reference).norm() / reference.norm()) < 1e-12  # memory had ended on the second rank
         assert norms == pytest.approx(whole.norms, rel=1e-10)
         assert float((theirs - reference).norm() / reference.norm()) > 1e-3
         assert float((sharded - unclipped).norm() / unclipped.norm()) < 1e-12
