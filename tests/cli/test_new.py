@@ -34,7 +34,7 @@ def test_the_job_reads_a_table_of_numbers(tmp_path: Path) -> None:
     table.write_text("".join(f"{i}.5,{i % 3},{i % 3}\n" for i in range(30)))
     offered = {"seed": 0, "device": torch.device("cpu"), "data": table, "batch_size": None}
     job = call_job(find_job(f"{tmp_path / 'mine.py'}:job"), offered, name="mine")
-    assert (len(job.data), job.model[-1].out_features) == (27, 3)  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    assert (len(job.data), job.model[-1].out_features) == (27, 3)  # pyright: ignore[reportIndexIssue]
 
 
 @pytest.mark.parametrize(
