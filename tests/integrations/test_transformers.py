@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +256,8 @@ def every_case(rank: int, ranks: int) -> dict[str, Any]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "LOCAL_WORLD_SIZE": str(ranks)}
     folder, size = Path(tempfile.mkdtemp()), [3, 2][rank]
+    shared, saving = Path(sys.argv[-1]) / "run", {"max_grad_norm": 0.5, "save_strategy": "steps", "save_steps": 4}
+    kept: dict[str, Any] = {**LONG, "args": saving, "batch": 6, "microbatch_size": size}
 
     def told(run: Run) -> dict[str, Any]:
         steps = [line for line in run.history if "loss" in line]
@@ -268,6 +271,8 @@ def every_case(rank: int, ranks: int) -> dict[str, Any]:
         "cut": Run(MicrobatchTrainer, NAME, folder, batch=6, microbatch_size=size, **LONG),
         "joined": Run(MicrobatchTrainer, NAME, folder, batch=3, together=2, **LONG),
         "forgetting": Run(Forgets, NAME, folder, batch=6, microbatch_size=size, change=forget, **LONG),
+        "saved": Run(MicrobatchTrainer, NAME, shared, **kept),
+        "resumed": Run(MicrobatchTrainer, NAME, folder, resume=str(shared / "checkpoint-4"), **kept),
         "sharded": Run(MicrobatchTrainer, "Llama LM", folder, batch=6, microbatch_size=size, change=shard, **LONG),
     }
     return {name: told(run) for name, run in found.items()}
@@ -301,6 +306,11 @@ def test_two_ranks_with_uneven_tokens_are_one_batch(case: str, on_ranks: list[An
         assert off(found[case]["weights"], whole.weights) < EXACT
         assert furthest(found[case]["steps"], [line for line in whole.history if "loss" in line]) < EXACT
         assert off(found["plain"]["weights"], whole.weights) > 1e-4
+
+
+def test_two_ranks_resume_to_the_same_bits(on_ranks: list[Any]) -> None:
+    for found in on_ranks:
+        assert torch.equal(found["resumed"]["weights"], found["saved"]["weights"])
 
 
 def test_a_fully_sharded_model_is_exact(on_ranks: list[Any], tmp_path: Path) -> None:

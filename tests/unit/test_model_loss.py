@@ -67,6 +67,16 @@ def weighted(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), torch.arange(1, CLASSES + 1).double())
 
 
+def blind(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    return -logits.log_softmax(-1).gather(-1, labels[..., None]).mean()  # knows no label without a target
+
+
+def by_hand(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    kept = labels != -100
+    each = -logits.log_softmax(-1).gather(-1, labels.where(kept, 0)[..., None])[..., 0]
+    return (each * kept).sum() / kept.sum()
+
+
 def other_label(logits: Tensor, labels: Tensor, **_: Any) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=4)
 
@@ -118,11 +128,12 @@ def test_the_wrong_count_is_seen_by_the_same_comparison() -> None:
         (squared, "not clearly a mean"),
         (weighted, "not clearly a mean"),
         (other_label, r"ignores the label 4"),
+        (blind, "not clearly a mean"),  # every count would do, until a label is left out
     ],
 )
 def test_what_is_no_mean_over_a_count_is_refused_with_the_choices(head: Callable[..., Tensor], match: str) -> None:
     with pytest.raises(LossError, match=match):
-        mb.losses.from_model()(Tokens(head), tokens(full=head is other_label))
+        mb.losses.from_model()(Tokens(head), tokens(full=head in {other_label, blind}))
 
 
 def test_a_function_counts_what_has_no_name() -> None:
@@ -142,15 +153,36 @@ def test_equal_losses_show_nothing() -> None:
         mb.losses.from_model()(model, tokens())
 
 
+class Fit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        return {"loss": F.mse_loss(self.linear(x), labels)}
+
+
+def test_equal_losses_of_rows_show_nothing_either() -> None:
+    row, target = torch.randn(1, 3).double(), torch.randn(1, 2).double()
+    with pytest.raises(LossError, match="no losses that differ"):
+        mb.losses.from_model()(Fit().double(), {"x": row.repeat(4, 1), "labels": target.repeat(4, 1)})
+
+
+def test_low_precision_is_refused_rather_than_guessed() -> None:
+    found: list[str] = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        loss_fn = mb.losses.from_model()
+        try:
+            loss_fn.find(Tokens(labelled).bfloat16(), tokens())
+        except LossError as error:
+            found.append("count=" if 'count="rows"' in str(error) else "")
+        else:
+            found.append(loss_fn.found.count if loss_fn.found else "")
+    assert set(found) <= {"labels", "count="}
+
+
 def test_rows_are_seen_without_classes() -> None:
-    class Fit(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, x: Tensor, labels: Tensor) -> Any:
-            return {"loss": F.mse_loss(self.linear(x), labels)}
-
     model, batch = Fit().double(), {"x": torch.randn(5, 3).double(), "labels": torch.randn(5, 2).double()}
     expected = model(**batch)["loss"].item()
     step = mb.Accumulator(model, microbatch_size=2).gradient(batch, mb.losses.from_model())
@@ -175,7 +207,7 @@ def test_asking_leaves_everything_as_before_and_happens_once() -> None:
     assert model.calls == asked + 1
 
 
-@pytest.mark.parametrize("head", [labelled, next_token_of_items])
+@pytest.mark.parametrize("head", [by_hand, next_token_of_items])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_microbatch_without_labels_contributes_nothing(head: Callable[..., Tensor], first: bool) -> None:
     model, batch = Tokens(head).eval(), tokens(full=True)

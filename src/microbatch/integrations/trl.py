@@ -257,11 +257,11 @@ class MicrobatchRewardTrainer(MicrobatchMixin, _RewardTrainer):
 
 def _kind_of(trainer: type) -> str:
     """Return the name of the trainer of TRL that a class extends."""
-    theirs = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
-    for name in theirs:
-        if name in _RECIPES:
-            return name
-    name = next((each for each in theirs if not each.startswith("_")), trainer.__name__)
+    named = [each.__name__ for each in trainer.__mro__ if each.__module__.startswith("trl.")]
+    theirs = [name for name in named if name.endswith("Trainer") and not name.startswith("_")]
+    if len(theirs) == 1 and theirs[0] in _RECIPES:
+        return theirs[0]
+    name = theirs[0] if theirs else trainer.__name__
     raise ConfigError(
         f"{name} is not supported: its losses or advantages depend on the whole batch, or on what was generated for "
         f"it. Supported are {', '.join(_RECIPES)}; for other losses, use mb.Accumulator in a loop of your own"

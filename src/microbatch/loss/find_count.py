@@ -21,6 +21,9 @@ _CLEAR = 10.0  # how many times further off every other count must be
 _FINE = 1e-6  # relative error of a float32 mean
 _ROWS = 3  # most rows that a model is asked about at once
 
+# What a model raises that is given a label or a keyword that it does not know.
+_NOT_TAKEN = (IndexError, RuntimeError, TypeError, ValueError)
+
 LossOf: TypeAlias = Callable[[Fields, bool], float]
 """Returns the loss of a microbatch: its mean, or with True as second argument its sum (``num_items_in_batch=1``)."""
 
@@ -53,12 +56,14 @@ class _Fit:
 
     Attributes:
         errors: The largest relative error of each count.
+        precision: Relative rounding error of one loss.
         noise: The largest relative difference between equal means.
         spread: The largest relative difference between the losses of two parts.
         sums: Whether the losses of the parts added up to that of the whole.
     """
 
     errors: dict[str, float]
+    precision: float
     noise: float = 0.0
     spread: float = 0.0
     sums: bool = True
@@ -66,7 +71,7 @@ class _Fit:
     @property
     def slack(self) -> float:
         """Relative error that rounding explains."""
-        return max(_FINE, 2 * self.noise)
+        return max(_FINE, self.precision, 2 * self.noise)
 
     def add(self, trial: _Trial, loss_of: LossOf) -> None:
         """Compare the loss of the whole with those of its parts."""
@@ -92,7 +97,9 @@ class _Fit:
         return name if all(error > clear for error in others) else None
 
 
-def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bool = False) -> Found | None:
+def find_count(
+    loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bool = False, precision: float = 0.0
+) -> Found | None:
     """Find the count by which the losses of parts make the loss of their union.
 
     A model that divides by ``num_items_in_batch`` tells its count: its sum over its mean. Any other model is asked for
@@ -104,6 +111,7 @@ def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bo
         batch: A microbatch, with at least one label if it has labels.
         takes_items: Whether the model may be given ``num_items_in_batch``.
         ignores: Whether the loss is known to ignore labels of -100.
+        precision: Relative rounding error of a loss, in the precision that the model computes in.
 
     Returns:
         The count; `None` for a microbatch without a single target, which shows nothing.
@@ -128,17 +136,17 @@ def find_count(loss_of: LossOf, batch: Fields, *, takes_items: bool, ignores: bo
             trials = [*_relabelled(batch, labels, name), *trials]
     if takes_items and (told := _told(loss_of, trials[:3] or [_Trial(batch, [], batch)], counts)) is not None:
         return told
-    return Found(_fitted(loss_of, trials, counts), takes_items=False)
+    return Found(_fitted(loss_of, trials, _Fit(dict.fromkeys(counts, 0.0), precision)), takes_items=False)
 
 
-def _fitted(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> str:
-    fit, problem = _Fit(dict.fromkeys(counts, 0.0)), ""
+def _fitted(loss_of: LossOf, trials: Sequence[_Trial], fit: _Fit) -> str:
+    problem = ""
     for index, trial in enumerate(trials[:_TRIALS]):
         try:
             fit.add(trial, loss_of)
-        except (IndexError, RuntimeError, ValueError) as error:  # labels that this model does not take
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except (torch.OutOfMemoryError, LossError):
+            raise
+        except _NOT_TAKEN as error:
             problem = f" ({type(error).__name__}: {error!s:.100})"
             continue
         if index and (winner := fit.winner()) is not None:
@@ -167,7 +175,9 @@ def _told(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> F
         try:
             rows = take(trial.whole, range(min(2, rows_in(trial.whole))))
             mean, total = loss_of(rows, False), loss_of(rows, True)
-        except TypeError:  # a model that hands its keywords on to what does not take them
+        except (torch.OutOfMemoryError, LossError):
+            raise
+        except _NOT_TAKEN:
             return None
         number = total / mean if mean else math.nan
         ignored = ignored and abs(number - 1) < 1e-3

@@ -143,7 +143,13 @@ class ModelLoss:
                 return float(loss if router is None else loss - router.own)
 
             try:
-                self.found = find_count(loss_of, batch, takes_items=self._takes_items(model), ignores=self._ignores)
+                self.found = find_count(
+                    loss_of,
+                    batch,
+                    takes_items=self._takes_items(model),
+                    ignores=self._ignores,
+                    precision=_precision(model),
+                )
             except torch.OutOfMemoryError as error:
                 raise LossError(
                     f'memory ran out where count="auto" asked the model about three rows; {CHOICES}'
@@ -182,6 +188,12 @@ def _check_loss(loss: Tensor, model: nn.Module) -> None:
             f"the loss of {type(model).__name__} has the shape {tuple(loss.shape)}, and must be one number; let the "
             "model average it, or write a loss function that returns mb.Loss(sum=loss.sum(), count=...)"
         )
+
+
+def _precision(model: nn.Module) -> float:
+    """Return the rounding error of the narrowest dtype that a model computes in."""
+    dtypes = {each.dtype for each in model.parameters() if each.is_floating_point() and each.dtype.itemsize > 1}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _takes_items(model: Any) -> bool:
