@@ -231,6 +231,14 @@ def test_tensorboard_from_a_run_and_from_a_loop_of_ones_own(job: Path) -> None:
     tracker.finish()
 
 
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.raises(mb.errors.ConfigError, match=r"SummaryWriter\(\) failed.*leave the tracker out"):
+        trackers.TensorBoard(taken / "own")
+
+
 def test_the_command_line_has_it(job: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "microbatch", "train", "job.py:job", "--tracker", "trackio"],
