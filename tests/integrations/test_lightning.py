@@ -21,7 +21,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import fully_shard
@@ -188,6 +188,53 @@ def test_a_mean_over_rows_needs_no_count() -> None:
     assert distance(theirs, whole) > 1e-4
 
 
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_hooks_are_called_as_often_and_backwards_once_a_step(accumulated: int) -> None:
+    names = ["on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_before_optimizer_step"]
+    names += ["on_train_batch_end", "on_before_backward", "on_after_backward"]
+
+    class Counts(Rows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: dict[str, int] = dict.fromkeys(names, 0)
+            self.seen: list[float] = []
+            for name in names:
+                setattr(self, name, partial(self._call, name, getattr(self, name)))
+
+        def _call(self, name: str, function: Callable[..., None], *args: Any, **rest: Any) -> None:
+            self.calls[name] += 1
+            grad = next(self.net.parameters()).grad
+            if name == "on_before_zero_grad" and grad is not None:
+                self.seen.append(float(grad.norm()))
+            function(*args, **rest)
+
+    options: dict[str, Any] = {"batch_size": 12 // accumulated, "accumulate_grad_batches": accumulated}
+    ours, theirs, whole = fit(Counts, Microbatch(5), **options), fit(Counts, **options), fit(Counts)
+    assert [ours.calls[name] for name in names[:5]] == [theirs.calls[name] for name in names[:5]]
+    assert [ours.calls[name] for name in names[5:]] == [6, 6]
+    assert ours.seen == pytest.approx(whole.seen)  # the gradient of the last step
+    assert len(ours.seen) == 5
+
+
+class LogsItself(Rows):
+    """A module with a `log` of its own, and arguments by position."""
+
+    def log(self, name: str, value: Any, *args: Any, **rest: Any) -> None:
+        super().log("own " + name, value, *args, **rest)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().training_step(batch, batch_idx)
+        self.log("total", output["loss"].detach() * len(batch[0]), False, None, True, True, "sum")
+        self.log("shown", output["loss"], True)
+        return output
+
+
+def test_a_log_of_the_modules_own_gets_the_windows_values() -> None:
+    ours, whole = fit(LogsItself, Microbatch(5)), fit(LogsItself)
+    assert apart(ours, whole) < 1e-6
+    assert "own shown" in ours.history[0]
+
+
 def test_what_is_returned_beside_the_loss_is_joined() -> None:
     class Keeps(Rows):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -271,6 +318,53 @@ def test_exact_batch_norm_through_lightning() -> None:
     assert distance(ours, whole) < 1e-9
     assert apart(ours, whole) < 1e-6
     assert distance(cut, whole) > 1e-3
+
+
+class Averages(Rows):
+    """With BatchNorm, whose statistics the callback of weight averaging renews in an epoch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(TOKENS * WIDTH, 8), self.norm, torch.nn.Linear(8, 4)
+        ).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class CountedAverages(Averages):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return {"loss": mb.Loss(sum=loss * len(batch[0]), count=len(batch[0]))}
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+@pytest.mark.parametrize("make", [Averages, CountedAverages])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_averaged_weights_get_no_step_but_lightnings_own(make: type[Averages], accumulated: int) -> None:
+    """In the epoch of the statistics, Lightning runs no backward, and ends with one step of the old gradient."""
+
+    def run(make: type[Averages], *ours: Any, **options: Any) -> Averages:
+        return fit(make, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1), *ours, max_epochs=3, **options)
+
+    whole = run(Averages)
+    callback = Microbatch(5, batch_norm="exact")
+    ours = run(make, callback, batch_size=12 // accumulated, accumulate_grad_batches=accumulated)
+    assert whole.trainer.current_epoch == 4
+    assert distance(ours, whole) < 1e-9
+    if accumulated == 1:  # else Lightning takes the statistics of smaller batches
+        statistics = [torch.cat([each for each in one.norm.buffers() if each.ndim]) for one in (ours, whole)]
+        assert (statistics[0] - statistics[1]).abs().max() < 1e-9
+        assert apart(ours, whole) < 1e-6
+    assert callback.last_step is not None
+    assert callback.last_step.index == 8  # three steps in each of three epochs, and none in the fourth
 
 
 def single(make: type[Tagger]) -> pl.LightningModule:
