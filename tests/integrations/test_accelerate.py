@@ -187,6 +187,48 @@ def test_a_scheduler_waits_where_a_window_is_dropped() -> None:
     assert accumulator.skipped == 1
 
 
+def test_a_scheduler_moves_with_a_step_of_the_loops_own() -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, schedule = prepared(accelerator, model_of())
+    accumulator = accumulator_for(accelerator, model, optimizer, microbatch_size=5, max_grad_norm=0.2)
+    for batch in batches():
+        accumulator.gradient(batch, loss_fn)
+        optimizer.step()
+        schedule.step()
+    assert distance(weights(model), whole()[0]) < 1e-12
+    assert schedule.scheduler.last_epoch == 4
+
+
+def test_a_scheduler_waits_where_a_gradient_is_dropped() -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, schedule = prepared(accelerator, model_of())
+    accumulator = accumulator_for(accelerator, model, optimizer, microbatch_size=5, nonfinite="skip")
+    moved: list[int] = []
+    for factor in (1.0, float("inf"), 1.0):
+        accumulator.gradient(batches()[0], lambda model, batch, by=factor: mb.Loss(sum=model(**batch) * by, count=1))
+        optimizer.step()
+        schedule.step()
+        moved.append(schedule.scheduler.last_epoch)
+    assert moved == [1, 1, 2]
+
+
+def test_the_scaler_of_the_accelerator_skips_a_step_that_overflows() -> None:
+    """Accelerate makes a scaler on a GPU alone; this one is put where it would be."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=100)
+    model, optimizer, schedule = prepared(accelerator, model_of().float())
+    accumulator = accumulator_for(accelerator, model, optimizer, microbatch_size=5)
+    applied: list[bool] = []
+    for _ in range(20):
+        batch = {**batches()[0], "x": batches()[0]["x"].float() * 100}
+        applied.append(accumulator.step(batch, lambda model, b: mb.Loss(sum=model(**b) * 100, count=1)).applied)
+        schedule.step()
+    assert applied[0] is False
+    assert applied[-1] is True
+    assert schedule.scheduler.last_epoch == sum(applied)
+    assert accelerator.scaler.get_scale() < 2.0**126
+
+
 def test_saved_state_resumes_bit_for_bit(tmp_path: Path) -> None:
     def run(start: int, load: Path | None = None) -> Tensor:
         accelerator = Accelerator(cpu=True)

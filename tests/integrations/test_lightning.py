@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +21,10 @@ pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -75,7 +77,7 @@ class Tagger(pl.LightningModule):
         self.accuracy(logits.flatten(0, 1), labels.flatten())
         self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
         self.log("rows", float(len(x)), on_step=True, on_epoch=True, reduce_fx="sum")
-        self.log("largest", logits.max(), on_step=True, on_epoch=True, reduce_fx="max")
+        self.log("largest", logits.max(), False, None, True, True, "max")
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         self.log("loss", loss, on_step=True, on_epoch=True)
         if not self.counted:
@@ -186,6 +188,53 @@ def test_a_mean_over_rows_needs_no_count() -> None:
     assert distance(theirs, whole) > 1e-4
 
 
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_hooks_are_called_as_often_and_backwards_once_a_step(accumulated: int) -> None:
+    names = ["on_before_zero_grad", "optimizer_zero_grad", "on_train_batch_start", "on_before_optimizer_step"]
+    names += ["on_train_batch_end", "on_before_backward", "on_after_backward"]
+
+    class Counts(Rows):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: dict[str, int] = dict.fromkeys(names, 0)
+            self.seen: list[float] = []
+            for name in names:
+                setattr(self, name, partial(self._call, name, getattr(self, name)))
+
+        def _call(self, name: str, function: Callable[..., None], *args: Any, **rest: Any) -> None:
+            self.calls[name] += 1
+            grad = next(self.net.parameters()).grad
+            if name == "on_before_zero_grad" and grad is not None:
+                self.seen.append(float(grad.norm()))
+            function(*args, **rest)
+
+    options: dict[str, Any] = {"batch_size": 12 // accumulated, "accumulate_grad_batches": accumulated}
+    ours, theirs, whole = fit(Counts, Microbatch(5), **options), fit(Counts, **options), fit(Counts)
+    assert [ours.calls[name] for name in names[:5]] == [theirs.calls[name] for name in names[:5]]
+    assert [ours.calls[name] for name in names[5:]] == [6, 6]
+    assert ours.seen == pytest.approx(whole.seen)  # the gradient of the last step
+    assert len(ours.seen) == 5
+
+
+class LogsItself(Rows):
+    """A module with a `log` of its own, and arguments by position."""
+
+    def log(self, name: str, value: Any, *args: Any, **rest: Any) -> None:
+        super().log("own " + name, value, *args, **rest)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        output = super().training_step(batch, batch_idx)
+        self.log("total", output["loss"].detach() * len(batch[0]), False, None, True, True, "sum")
+        self.log("shown", output["loss"], True)
+        return output
+
+
+def test_a_log_of_the_modules_own_gets_the_windows_values() -> None:
+    ours, whole = fit(LogsItself, Microbatch(5)), fit(LogsItself)
+    assert apart(ours, whole) < 1e-6
+    assert "own shown" in ours.history[0]
+
+
 def test_what_is_returned_beside_the_loss_is_joined() -> None:
     class Keeps(Rows):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -271,6 +320,53 @@ def test_exact_batch_norm_through_lightning() -> None:
     assert distance(cut, whole) > 1e-3
 
 
+class Averages(Rows):
+    """With BatchNorm, whose statistics the callback of weight averaging renews in an epoch of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(8)
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(TOKENS * WIDTH, 8), self.norm, torch.nn.Linear(8, 4)
+        ).double()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return {"loss": loss}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class CountedAverages(Averages):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)["loss"]
+        return {"loss": mb.Loss(sum=loss * len(batch[0]), count=len(batch[0]))}
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler")
+@pytest.mark.parametrize("make", [Averages, CountedAverages])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_averaged_weights_get_no_step_but_lightnings_own(make: type[Averages], accumulated: int) -> None:
+    """In the epoch of the statistics, Lightning runs no backward, and ends with one step of the old gradient."""
+
+    def run(make: type[Averages], *ours: Any, **options: Any) -> Averages:
+        return fit(make, StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1), *ours, max_epochs=3, **options)
+
+    whole = run(Averages)
+    callback = Microbatch(5, batch_norm="exact")
+    ours = run(make, callback, batch_size=12 // accumulated, accumulate_grad_batches=accumulated)
+    assert whole.trainer.current_epoch == 4
+    assert distance(ours, whole) < 1e-9
+    if accumulated == 1:  # else Lightning takes the statistics of smaller batches
+        statistics = [torch.cat([each for each in one.norm.buffers() if each.ndim]) for one in (ours, whole)]
+        assert (statistics[0] - statistics[1]).abs().max() < 1e-9
+        assert apart(ours, whole) < 1e-6
+    assert callback.last_step is not None
+    assert callback.last_step.index == 8  # three steps in each of three epochs, and none in the fourth
+
+
 def single(make: type[Tagger]) -> pl.LightningModule:
     return make().float()
 
@@ -328,6 +424,7 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         again = fit(make, callback, ckpt=file)
         assert torch.equal(weights(again), weights(through)), file
         assert callback.state_dict() == whole.state_dict()
+    assert whole.state_dict()["windows"] == 6
 
 
 def test_the_checkpoint_holds_the_size(tmp_path: Path) -> None:
@@ -422,6 +519,22 @@ def test_what_does_not_go_is_refused_before_the_first_step(make: Any, options: A
 
 
 @pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("DeepSpeedStrategy", "mb.DeepSpeed with a loop"),
+        ("FSDPStrategy", "ModelParallelStrategy, with fully_shard"),
+        ("XLAStrategy", "one device or DDPStrategy"),
+        ("DDPStrategy", "leave ddp_comm_hook="),
+    ],
+)
+def test_strategies_that_cannot_be_made_here_are_refused_by_name(name: str, words: str) -> None:
+    kind = type(name, (), {"handles_gradient_accumulation": name == "DeepSpeedStrategy", "_ddp_comm_hook": print})
+    run = SimpleNamespace(strategy=kind(), precision_plugin=None)
+    with pytest.raises(mb.errors.ConfigError, match=words):
+        Microbatch(5).on_fit_start(run, Tagger())
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"max_grad_norm": 1.0}, "gradient_clip_val"),
@@ -457,30 +570,66 @@ class UnevenRows(torch.utils.data.Sampler[list[int]]):
         return 3
 
 
-def fit_on_rank(rank: int, make: Any, *callbacks: Any) -> Any:
+def fit_on_rank(rank: int, make: Any, *callbacks: Any, strategy: Any = None, **options: Any) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     torch.manual_seed(0)
     module = make()
     run = trainer(
         *callbacks,
-        strategy=DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"),
+        strategy=strategy or DDPStrategy(process_group_backend="gloo"),
+        plugins=[TorchElasticEnvironment()],
         devices=2,
         use_distributed_sampler=False,
+        **options,
     )
     run.fit(module, DataLoader(data(), batch_sampler=UnevenRows(rank)))
     return module
 
 
+class Sharded(Tagger):
+    """The weights are spread over the ranks."""
+
+    is_sharded = False
+
+    def configure_model(self) -> None:
+        if not self.is_sharded:
+            mesh: Any = self.device_mesh
+            mesh = mesh["data_parallel"]
+            fully_shard(self.net[0], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+            self.is_sharded = True
+
+    def on_after_backward(self) -> None:
+        """Look at no gradient."""
+
+
 def on_two_ranks(rank: int, ranks: int) -> Any:
     ours, theirs = fit_on_rank(rank, Tagger, Microbatch(3)), fit_on_rank(rank, Whole)
-    return weights(ours), ours.norms, weights(theirs)
+    strategy: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    sharded = fit_on_rank(rank, Sharded, Microbatch(3), strategy=strategy, gradient_clip_val=None)
+    shards: list[Any] = list(sharded.parameters())
+    full = RunsOut(15)
+
+    class Ends(Tagger):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            full.armed = True
+            return super().training_step(batch, batch_idx)
+
+    with full if rank == 1 else nullcontext():
+        again = fit_on_rank(rank, Ends, Microbatch(12))
+    assert len(full.refused) == rank
+    gathered = torch.cat([each.full_tensor().detach().flatten() for each in shards])
+    return weights(ours), ours.norms, weights(theirs), gathered, weights(again)
 
 
 def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
     whole = fit(Whole)
     reference = weights(whole)
-    for ours, norms, theirs in run_ranks(on_two_ranks, 2, tmp_path):
+    unclipped = weights(fit(Whole, gradient_clip_val=None))
+    for ours, norms, theirs, sharded, again in run_ranks(on_two_ranks, 2, tmp_path):
         assert float((ours - reference).norm() / reference.norm()) < 1e-12
+        assert float((again - reference).norm() / reference.norm()) < 1e-12  # memory had ended on the second rank
         assert norms == pytest.approx(whole.norms, rel=1e-10)
         assert float((theirs - reference).norm() / reference.norm()) > 1e-3
+        assert float((sharded - unclipped).norm() / unclipped.norm()) < 1e-12

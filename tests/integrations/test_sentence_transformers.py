@@ -112,6 +112,19 @@ TEACHER = torch.randn(ROWS, 16, generator=torch.Generator().manual_seed(4), dtyp
 MNRL = "MultipleNegativesRankingLoss"
 BOTH = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 
+
+def gist(model: Any, *, retokenizes: bool) -> Any:
+    """A guide with other weights; its tokens may be the model's."""
+    guide = copy.deepcopy(model).eval().requires_grad_(requires_grad=False)
+    for index, each in enumerate(guide.parameters()):
+        each.data.add_(0.1 * torch.sin(torch.arange(each.numel()) + index).reshape(each.shape))
+    loss = losses.GISTEmbedLoss(model, guide, temperature=0.2)
+    if retokenizes:
+        loss.must_retokenize, loss.tokenizer = True, model.tokenizer
+        guide.preprocess = lambda texts: model.preprocess([text[::-1] for text in texts])
+    return loss
+
+
 CASES: dict[str, tuple[Callable[[Any], Any], int, Any]] = {
     "mnrl": (of(MNRL), 2, None),
     "mnrl with negatives": (of(MNRL, scale=5.0), 4, None),
@@ -137,6 +150,9 @@ CASES: dict[str, tuple[Callable[[Any], Any], int, Any]] = {
     "distillation": (of("EmbedDistillLoss", projection_dim=16), 1, TEACHER),
     "softmax": (of("SoftmaxLoss", sentence_embedding_dimension=16, num_labels=3), 2, CLASSES),
     "regularization": (of("GlobalOrthogonalRegularizationLoss"), 2, None),
+    "gist": (lambda m: gist(m, retokenizes=False), 2, None),
+    "gist with other tokens": (lambda m: gist(m, retokenizes=True), 3, None),
+    "matryoshka of gist": (lambda m: losses.MatryoshkaLoss(m, gist(m, retokenizes=False), [16, 4]), 2, None),
     "matryoshka of mnrl": (lambda m: losses.MatryoshkaLoss(m, of(MNRL)(m), [16, 8, 4]), 3, None),
     "matryoshka of cosent": (lambda m: losses.MatryoshkaLoss(m, of("CoSENTLoss")(m), [16, 4]), 2, SCORES),
 }
@@ -181,14 +197,14 @@ def test_every_loss_with_embeddings_is_supported_or_refused() -> None:
             continue
         if hasattr(kind, "compute_loss_from_embeddings") and "Cached" not in name:
             assert name in tested, name
-        elif name not in tested:
+        elif name not in {*tested, "GISTEmbedLoss", "MatryoshkaLoss"}:
             with pytest.raises(mb.errors.ConfigError):
                 check_loss(kind.__new__(kind))
 
 
 def type_of(make: Any) -> str:
     inner = [each.cell_contents for each in make.__closure__ or () if isinstance(each.cell_contents, str)]
-    return inner[0] if inner else "MatryoshkaLoss"
+    return inner[0] if inner else "GISTEmbedLoss or MatryoshkaLoss"
 
 
 class Own(nn.Module):
@@ -239,8 +255,8 @@ def test_a_loss_without_the_method_is_refused() -> None:
         check_loss({"name": nn.Linear(1, 1)})
     wrapped = losses.MatryoshkaLoss.__new__(losses.MatryoshkaLoss)
     nn.Module.__init__(wrapped)
-    wrapped.loss = losses.GISTEmbedLoss.__new__(losses.GISTEmbedLoss)
-    with pytest.raises(mb.errors.ConfigError, match="guide model"):
+    wrapped.loss = losses.MegaBatchMarginLoss.__new__(losses.MegaBatchMarginLoss)
+    with pytest.raises(mb.errors.ConfigError, match="encodes parts of the batch itself"):
         check_loss(wrapped)
 
 
@@ -364,12 +380,14 @@ def on_two_ranks(rank: int, ranks: int) -> Any:
     with tempfile.TemporaryDirectory() as out:
         ours = trained(Ours, folder, Path(out), make=gathers, microbatch_size=2, evaluation=True, **case, **evaluates)
         theirs = trained(SentenceTransformerTrainer, folder, Path(out), **case)
-    return weights(ours), weights(theirs)
+    return weights(ours), weights(theirs), [line["loss"] for line in history(ours)]
 
 
 def test_two_ranks_share_negatives(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCODER", str(folder))
     whole = trained(SentenceTransformerTrainer, folder, tmp_path, per_device_train_batch_size=10)
-    for ours, theirs in run_ranks_(on_two_ranks, 2, tmp_path / "ranks", timeout=120):
+    expected = [line["loss"] for line in history(whole)]
+    for ours, theirs, losses_ in run_ranks_(on_two_ranks, 2, tmp_path / "ranks", timeout=120):
         assert distance(ours, weights(whole)) < EXACT
+        assert losses_ == pytest.approx(expected, rel=1e-6) or not losses_  # the first rank logs
         assert distance(theirs, weights(whole)) > 1e-3

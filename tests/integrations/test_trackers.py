@@ -107,6 +107,7 @@ def test_trackio_gets_every_step(job: Path, trackio: Any) -> None:
 def test_a_resumed_run_continues_at_its_tracker(job: Path, trackio: Any) -> None:
     run("trackio", steps=2, checkpoint_every=2)
     trackio.calls.clear()
+    (job / "out" / "tracker.json").write_text("damaged")
     run("trackio", resume=True, steps=4)
     assert [call[0] for call in trackio.calls] == ["init", "log", "log", "finish"]
     assert trackio.calls[0][1]["resume"] == "allow"
@@ -228,6 +229,14 @@ def test_tensorboard_from_a_run_and_from_a_loop_of_ones_own(job: Path) -> None:
     step = accumulator(tracker).step(torch.ones(5, 3), loss_fn)
     assert scalars(job / "own", "loss") == [(1, pytest.approx(step.loss.item()))]  # written before the end
     tracker.finish()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    taken = tmp_path / "file"
+    taken.write_text("")
+    with pytest.raises(mb.errors.ConfigError, match=r"SummaryWriter\(\) failed.*leave the tracker out"):
+        trackers.TensorBoard(taken / "own")
 
 
 def test_the_command_line_has_it(job: Path) -> None:

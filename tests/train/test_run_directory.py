@@ -128,7 +128,7 @@ def test_a_forked_child_neither_holds_nor_removes_it(tmp_path: Path) -> None:
         "child = os.fork()\n"
         "if child: os.waitpid(child, 0); print(os.listdir(sys.argv[1]), flush=True); child = os.fork()\n"
         "if not child and not Path(sys.argv[1], 'go').exists(): Path(sys.argv[1], 'go').touch(); sys.exit()\n"
-        "if not child: time.sleep(60)\n"
+        "if not child: Path(sys.argv[1], 'alive').touch(); time.sleep(60)\n"
         "print(child, flush=True)\n"
         "os.kill(os.getpid(), 9)",
     )
@@ -137,6 +137,8 @@ def test_a_forked_child_neither_holds_nor_removes_it(tmp_path: Path) -> None:
     assert LOCK in process.stdout.readline()  # the first child ended as a process ends, and the file is still there
     child = int(process.stdout.readline())
     process.wait()
+    while not (tmp_path / "alive").exists():  # a child that has not run yet has not let go yet either
+        time.sleep(0.01)
     try:
         claim = Claim()
         claim.take(tmp_path)  # the second child still lives

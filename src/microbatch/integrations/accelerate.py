@@ -24,7 +24,7 @@ def accumulator_for(accelerator: Any, model: nn.Module, optimizer: Any, **option
 
     Then ``accumulator.step(batch, loss_fn)`` takes the place of ``with accelerator.accumulate(model)``, backward,
     clipping, ``optimizer.step()`` and ``optimizer.zero_grad()``. The window uses the accelerator's loss scaling,
-    ``accelerator.save_state`` saves the accumulator too, and a prepared scheduler skips steps that were not applied.
+    ``accelerator.save_state`` saves the accumulator too, and a prepared scheduler waits when a window is dropped.
 
     Args:
         accelerator: The ``accelerate.Accelerator``.
@@ -54,13 +54,18 @@ def accumulator_for(accelerator: Any, model: nn.Module, optimizer: Any, **option
                 "the model is wrapped in FullyShardedDataParallel, which reduces in every backward: use "
                 "FullyShardedDataParallelPlugin(fsdp_version=2), which uses fully_shard"
             )
-    optimizers = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+    optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+
+    skipped = 0
 
     def hear(event: Event) -> None:
+        nonlocal skipped
         if isinstance(event, StepDone):
             for each in optimizers:
                 if hasattr(each, "step_was_skipped"):
-                    each._is_overflow = not event.step.applied  # read by a prepared scheduler
+                    # Read by a prepared scheduler. Not `applied`, which `gradient` leaves to the optimizer's own step.
+                    each._is_overflow = accumulator.skipped != skipped
+        skipped = accumulator.skipped
 
     given: dict[str, Any] = dict(options)
     given["listeners"] = [*listeners_of(options.get("listeners", ())), hear]

@@ -12,20 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.errors import ConfigError
 
 _COLUMN = "microbatch_column"
-_PLAIN = ("MSELoss", "SoftmaxLoss")
+_PLAIN = ("GISTEmbedLoss", "MSELoss", "SoftmaxLoss")
 _WRAPPERS = ("MatryoshkaLoss",)
 _REFUSED = {
     "CachedMultipleNegativesRankingLoss": "use MultipleNegativesRankingLoss: the window encodes in microbatches itself",
     "CachedMultipleNegativesSymmetricRankingLoss": "use MultipleNegativesSymmetricRankingLoss: the window encodes in "
     "microbatches itself",
-    "CachedGISTEmbedLoss": "its guide model runs inside the loss; use MultipleNegativesRankingLoss",
-    "GISTEmbedLoss": "its guide model runs inside the loss; use MultipleNegativesRankingLoss, or its "
-    "hardness_mode= for hard negatives",
+    "CachedGISTEmbedLoss": "use GISTEmbedLoss: the window encodes in microbatches itself",
     "MegaBatchMarginLoss": "it encodes parts of the batch itself; use MultipleNegativesRankingLoss or "
     "BatchHardTripletLoss",
     "AdaptiveLayerLoss": "it needs the outputs of every layer; use MatryoshkaLoss",
@@ -110,8 +107,12 @@ class EmbeddingLoss:
             The embeddings, and the labels if there are any.
         """
         columns, labels = self._columns_of({name: each for name, each in microbatch.items() if name != "dataset_name"})
-        encoded: dict[str, Any] = {"columns": [model.model(features)["sentence_embedding"] for features in columns]}
-        return encoded if labels is None else {**encoded, "labels": labels}
+        encoded: dict[str, Any] = {} if labels is None else {"labels": labels}
+        guided = _guided(model.loss_of(self.dataset))
+        if guided is not None:  # before the model, which fills the features
+            with torch.no_grad():
+                encoded["guide"] = _embed(guided.guide, [_tokens_for_guide(guided, each) for each in columns])
+        return {**encoded, "columns": _embed(model.model, columns)}
 
     def loss(self, model: Any, encoded: Mapping[str, Any]) -> Tensor:
         """Call the loss, and give it the embeddings of the whole batch where it calls the model.
@@ -125,7 +126,16 @@ class EmbeddingLoss:
         """
         columns, labels = encoded["columns"], encoded.get("labels")
         loss = model.loss_of(self.dataset)
-        with _gives(model.model, columns), _alone(loss, model.model), _unmerged():
+        guided = _guided(loss)
+        with ExitStack() as stack:
+            if guided is not None:
+                stack.enter_context(_gives(guided.guide, [each.detach() for each in encoded["guide"]]))
+                _put(guided, "must_retokenize", False, stack)
+            for each in loss.modules():
+                if getattr(each, "gather_across_devices", False) is True:
+                    _put(each, "gather_across_devices", False, stack)  # the window has gathered already
+            stack.enter_context(_gives(model.model, columns))
+            stack.enter_context(_unmerged())
             found: Any = loss([{_COLUMN: index} for index in range(len(columns))], _plain(labels))
         self.parts = {}
         if isinstance(found, Mapping):
@@ -163,23 +173,29 @@ class _Embedded(dict[str, Any]):
         raise ConfigError(f"the loss uses the model's {name!r}, and only sentence_embedding exists for a whole batch")
 
 
-@contextmanager
-def _alone(loss: nn.Module, model: nn.Module) -> Generator[None]:
-    """Keep losses from talking to other ranks: the window has gathered the embeddings already."""
-    with ExitStack() as stack:
-        for each in list(loss.modules()):
-            if getattr(each, "gather_across_devices", False) is True:
-                _put(each, "gather_across_devices", False, stack)
-            for name, child in list(each.named_children()):
-                # An evaluation on several ranks leaves the wrapped model in the loss.
-                if isinstance(child, DistributedDataParallel) and child.module is model:
-                    _put(each, name, model, stack)
-        yield
-
-
 def _put(owner: Any, name: str, value: Any, stack: ExitStack) -> None:
+    """Set an attribute until the stack is closed."""
     stack.callback(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
+
+
+def _embed(model: nn.Module, columns: Sequence[Any]) -> list[Tensor]:
+    return [model(features)["sentence_embedding"] for features in columns]
+
+
+def _guided(loss: nn.Module) -> Any:
+    """Return the loss inside that has a guide model, or `None`."""
+    return next((each for each in loss.modules() if isinstance(getattr(each, "guide", None), nn.Module)), None)
+
+
+def _tokens_for_guide(loss: Any, features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a column's tokens for the guide model, which may have another tokenizer."""
+    if not loss.must_retokenize:
+        return dict(features)
+    texts = loss.tokenizer.batch_decode(features["input_ids"], skip_special_tokens=True)
+    device = next(loss.guide.parameters()).device
+    tokens = loss.guide.preprocess(texts)
+    return {name: each.to(device) if isinstance(each, Tensor) else each for name, each in tokens.items()}
 
 
 def _unmerged() -> Any:

@@ -19,6 +19,7 @@ from torch.optim import LBFGS, Optimizer
 from microbatch.batch.batches import Batches
 from microbatch.errors import ConfigError, EmptyWindowError, MissingDependencyError
 from microbatch.integrations.lightning_logs import WindowLogs, WindowMetrics
+from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, Retry
 from microbatch.step.options import listeners_of
@@ -49,7 +50,8 @@ class Microbatch(_callback()):
 
     `training_step` is called for each microbatch instead of the whole batch. It returns a mean over the rows, a `Loss`
     with its count, a dict with one of them as ``"loss"``, or `None`. What it logs with ``self.log`` is reported once,
-    with the value of the whole window. Every hook of Lightning is called as often as without the callback.
+    with the value of the whole window. Lightning calls its hooks as often as without the callback, except that those
+    around backward run once a step, also with ``accumulate_grad_batches=N``.
 
     Args:
         microbatch_size: As for `Accumulator`.
@@ -110,7 +112,7 @@ class Microbatch(_callback()):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Hold the batch until its window is complete."""
         if self._fit is not None:
-            self._fit.held = [*self._fit.held, batch] if trainer.fit_loop._should_accumulate() else []
+            self._fit.hold(batch)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the trainer and the module as they were."""
@@ -153,20 +155,21 @@ class _Fit:
         self._callback, self._trainer, self._module, self._counts = callback, trainer, module, counts
         self.held: list[Any] = []
         self._stack = ExitStack()
-        self._logs, self._metrics = WindowLogs(module.log), WindowMetrics(module)
+        self._logs, self._metrics = WindowLogs(module), WindowMetrics(module)
         strategy, scaler = trainer.strategy, getattr(trainer.precision_plugin, "scaler", None)
-        self._zero_grad = module.optimizer_zero_grad
+        self._zero_grad: Callable[[], None] | None = None
         given: dict[str, Any] = {**options, "grad_scaler": scaler}
         given["listeners"] = [*listeners_of(options.get("listeners", ())), self._heard]
         wrapped = isinstance(strategy.model, DistributedDataParallel)
         self.accumulator = Accumulator(strategy.model if wrapped else module, _optimizer_of(trainer), **given)
         self._loop = trainer.fit_loop.epoch_loop.automatic_optimization
-        self._run_batch = self._loop.run
+        self._run_batch, self._make_zero_grad = self._loop.run, self._loop._make_zero_grad_fn
+        self._run_whole = strategy.training_step
         self._put(self._loop, "run", self._run)
+        self._put(self._loop, "_make_zero_grad_fn", _nothing)
         self._put(strategy, "training_step", self._training_step)
         self._put(module, "log", _plain_function(self._logs.log))
         self._put(module, "backward", _nothing)
-        self._put(module, "optimizer_zero_grad", _nothing)
         if scaler is not None:
             self._put(scaler, "unscale_", _unscale_once(scaler))
 
@@ -187,17 +190,32 @@ class _Fit:
             self._logs.begin()
             self._metrics.again()
 
-    def _run(self, *args: Any) -> Any:
+    def hold(self, batch: Any) -> None:
+        """Hold the batch until its window is complete.
+
+        Args:
+            batch: The batch that has just run.
+        """
+        waits = self._trainer.fit_loop._should_accumulate() and not self._loop._skip_backward
+        self.held = [*self.held, batch] if waits else []
+
+    def _run(self, optimizer: Any, batch_idx: int, kwargs: Any) -> Any:
         """Stand where Lightning runs a batch: only hold it, if later batches belong to the same window."""
-        if self._trainer.fit_loop._should_accumulate():
-            return {"loss": torch.zeros((), device=self._module.device)}
-        return self._run_batch(*args)
+        self._zero_grad = self._make_zero_grad(batch_idx, optimizer)
+        if self._loop._skip_backward or not self._trainer.fit_loop._should_accumulate():
+            return self._run_batch(optimizer, batch_idx, kwargs)
+        if self._zero_grad is not None:
+            self._zero_grad()
+        return {"loss": torch.zeros((), device=self._module.device)}
 
     def _training_step(self, batch: Any, *rest: Any) -> Any:
         """Stand where the strategy's `training_step` stands: run the window that this batch completes."""
         trainer = self._trainer
+        if self._loop._skip_backward:
+            return self._only_forward(batch, *rest)
         batches = [*self.held, batch]
-        self._zero_grad(trainer.current_epoch, rest[0] if rest else 0, trainer.strategy._lightning_optimizers[0])
+        if self._zero_grad is not None:
+            self._zero_grad()
         self._logs.begin()
         self._metrics.begin()
 
@@ -222,6 +240,14 @@ class _Fit:
         # Lightning divides by the number of batches, so that the losses of a window's batches add up to its mean.
         loss, extra = step.loss.detach() * trainer.accumulate_grad_batches, self._logs.extra()
         return {"loss": loss, **extra} if extra else loss
+
+    def _only_forward(self, *args: Any) -> Any:
+        """Run a whole batch without backward, where `StochasticWeightAveraging` renews the statistics of BatchNorm."""
+        with torch.no_grad():
+            output = self._run_whole(*args)
+        if isinstance(output, Mapping):
+            return {**output, "loss": _mean_of(output["loss"])} if output.get("loss") is not None else output
+        return output if output is None else _mean_of(output)
 
     def _loss(self, model: Any, microbatch: Any, rest: tuple[Any, ...]) -> Any:
         """Run the user's `training_step` on one microbatch, or on a copy of the module in a dry run."""
@@ -249,7 +275,13 @@ def _plain_function(method: Callable[..., None]) -> Callable[..., None]:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stand where Lightning runs backward and zeroes gradients: the window has done it."""
+    """Stand where Lightning runs backward or zeroes gradients, which is done already."""
+
+
+def _mean_of(loss: Any) -> Any:
+    if isinstance(loss, Mapping):
+        return sum(_mean_of(each) for each in loss.values() if each is not None)
+    return loss.mean if isinstance(loss, Loss) else loss
 
 
 def _unscale_once(scaler: torch.amp.GradScaler) -> Callable[[Optimizer], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -54,11 +55,12 @@ class WindowLogs:
     """Collect the logs of a window's microbatches.
 
     Args:
-        log: The method `log` of the module.
+        module: The module whose `log` they call.
     """
 
-    def __init__(self, log: Callable[..., None]) -> None:
-        self._log = log
+    def __init__(self, module: Any) -> None:
+        self._log: Callable[..., None] = module.log
+        self._names = _positional(type(module))
         self._records: list[Record] = []
         self._rows: list[float] = []
         # A context variable, because microbatches in lockstep run in threads or fibers of their own.
@@ -90,10 +92,10 @@ class WindowLogs:
     def log(self, name: str, value: Any, *args: Any, **rest: Any) -> None:
         """Keep a value for the end of the window; outside of microbatches, log it at once."""
         record = self._now.get()
-        if record is None or args:
+        if record is None:
             self._log(name, value, *args, **rest)
         else:
-            record.logged.append((name, _detached(value), rest))
+            record.logged.append((name, _detached(value), {**dict(zip(self._names, args, strict=False)), **rest}))
 
     def done(self, rows: float | None) -> None:
         """Note the rows of the next microbatch whose backward has run."""
@@ -145,6 +147,15 @@ class WindowLogs:
         how = entries[-1][1].get("reduce_fx", "mean")
         how = how.lower() if isinstance(how, str) else getattr(how, "__name__", "")
         return _reduced(values, counts, _REDUCTIONS.get(how, "")), int(sum(map(int, sizes)))  # type: ignore[arg-type]
+
+
+def _positional(kind: type) -> list[str]:
+    """Return the names of the arguments of `log` after name and value; a `log` of ``*args`` passes them to the next."""
+    for each in kind.__mro__:
+        parameters = list(inspect.signature(vars(each)["log"]).parameters.values()) if "log" in vars(each) else []
+        if parameters and all(one.kind is not one.VAR_POSITIONAL for one in parameters):
+            return [one.name for one in parameters[3:]]
+    return []
 
 
 def _reduced(values: Sequence[Any], counts: Sequence[Any], how: str) -> Any:

@@ -113,7 +113,7 @@ class MicrobatchSentenceTransformerMixin(MicrobatchMixin):
         bare = self.accelerator.unwrap_model(model)
         whole = made.options.model if made is not None else None
         if not isinstance(whole, ModelAndLoss) or whole.model is not bare:
-            whole = ModelAndLoss(bare, self.loss).train()
+            whole = ModelAndLoss(bare, self.loss)
         return super()._accumulator_of(whole)
 
 

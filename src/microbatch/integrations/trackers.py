@@ -165,12 +165,13 @@ class TensorBoard(Tracker):
 
     Raises:
         MissingDependencyError: ``tensorboard`` is not installed.
+        ConfigError: The folder cannot be written.
     """
 
     def __init__(self, folder: str | Path, *, tell: Callable[[str], object] = warn) -> None:
         super().__init__(tell)
         _package("tensorboard")
-        self._writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+        self._writer = _started("torch.utils.tensorboard", "SummaryWriter", log_dir=str(folder))
 
     def _log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class Tracked:
         if self._file is not None:
             return
         record = path / RECORD
-        before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        before: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # it is missing or damaged: the tracker gets a new run
+            before = dict(json.loads(record.read_text(encoding="utf-8")))
         run_id = before.get("id") if before.get("tracker") == self._kind else None
         self._tracker = _start(self._kind, path, config=config, run_id=run_id, tell=self._tell)
         record.write_text(json.dumps({"tracker": self._kind, "id": self._tracker.id}) + "\n", encoding="utf-8")
