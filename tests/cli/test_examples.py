@@ -1,6 +1,7 @@
 """Every example runs as it is, is short, and comes to what it says."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def test_the_detector_finds_boxes() -> None:
     heat, offset = result_of("detection")
     assert heat < 0.15
     assert offset < 0.3
+
+
+def needs(package: str) -> None:
+    """Skip where a package is missing: both need torchvision, which does not load beside every build of torch."""
+    if not all(importlib.util.find_spec(name) for name in (package, "torchvision")):
+        pytest.skip(f"needs {package} and torchvision")
+
+
+def test_a_model_of_timm_learns() -> None:
+    needs("timm")
+    assert result_of("timm_model") < 0.9
+
+
+def test_a_model_of_ultralytics_has_the_whole_batchs_gradient() -> None:
+    needs("ultralytics")
+    assert result_of("ultralytics_model") < 1e-4
 
 
 @pytest.mark.slow
