@@ -2,6 +2,7 @@
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -821,3 +822,33 @@ def test_auto_finds_a_size_for_the_encoder() -> None:
     assert plan.predicted_bytes is not None  # the encoder was rehearsed
     theirs = reference(model, clip, batch)
     assert all(relative_error(each, theirs) <= EXACT for each in it.updates)
+
+
+class Places(nn.Module):
+    """Add a constant buffer, as encoders do with the places of tokens; a moving one counts its calls."""
+
+    def __init__(self, *, moves: bool) -> None:
+        super().__init__()
+        self.moves, self.linear = moves, nn.Linear(4, 4)
+        self.register_buffer("places", torch.arange(4.0))
+        self.places: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.moves:
+            self.places += 1
+        return self.linear(x + self.places.clone())
+
+
+def test_a_buffer_that_does_not_move_is_not_said_to_move() -> None:
+    """The second encoding begins with the buffers of the first: putting them back is no move."""
+
+    def loss_fn(model: nn.Module, z: Tensor) -> Tensor:
+        return (z @ z.T).logsumexp(1).mean()
+
+    for moves in (False, True):
+        model = Places(moves=moves)
+        accumulator = mb.Accumulator(model, microbatch_size=2, coupled="twice")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            accumulator.gradient(torch.randn(6, 4), loss_fn, encode=lambda model, x: model(x))
+        assert len(told) == moves

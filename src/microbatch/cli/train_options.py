@@ -209,6 +209,15 @@ def train(
         bool,
         typer.Option("--tensorboard", metavar="", help="Write TensorBoard's event files too.", rich_help_panel=OUTPUT),
     ] = False,
+    tracker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="wandb|mlflow|trackio|tensorboard",
+            help="Send every step's metrics to this tracker too.",
+            rich_help_panel=OUTPUT,
+            show_default="none",
+        ),
+    ] = None,
 ) -> None:
     """Train a job: its batch in microbatches, one exact optimizer step each.
 
@@ -245,6 +254,7 @@ def train(
         "rank_timeout": number_or_word(rank_timeout, float),
         "shard": shard,
         "sync": sync,
+        "tracker": tracker,
     }
     output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
     raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,18 +102,33 @@ class Snapshot:
             for name, tensor in module.named_buffers(recurse=False)
         ]
 
-    def restore(self) -> None:
-        """Restore the random state and the buffers."""
+    def restore(self, *, uncounted: bool = False) -> None:
+        """Restore the random state and the buffers.
+
+        Args:
+            uncounted: As for `restore_buffers`.
+        """
         self._random.restore()
-        self.restore_buffers()
+        self.restore_buffers(uncounted=uncounted)
 
     @torch.no_grad()
-    def restore_buffers(self) -> None:
-        """Restore the buffers, including buffers that were replaced by other tensors."""
+    def restore_buffers(self, *, uncounted: bool = False) -> None:
+        """Restore the buffers, including buffers that were replaced by other tensors.
+
+        Args:
+            uncounted: Whether the buffers' version counters stay as they are, so that only the model's own writes
+                count. Only while no graph is alive that may have saved a buffer.
+        """
         for buffer in self.buffers:
             if buffer.now() is not buffer.tensor:
                 setattr(buffer.module, buffer.name, buffer.tensor)
-            buffer.tensor.copy_(buffer.copy)
+            with _version_kept(buffer.tensor) if uncounted else nullcontext():
+                buffer.tensor.copy_(buffer.copy)
+
+
+def _version_kept(tensor: Tensor) -> AbstractContextManager[object]:
+    keep = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)  # private by name
+    return nullcontext() if keep is None else keep(tensor)
 
 
 def seed_everything(seed: int) -> None:

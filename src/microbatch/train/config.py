@@ -59,6 +59,7 @@ class Settings(BaseModel):
         shard: What each of several ranks holds a share of: ``"zero2"`` of the gradients and the optimizer's state,
             ``"zero3"`` of the weights too; ``"none"`` of nothing that the job has not sharded itself.
         sync: When the gradients of a sharded model meet, as for `Accumulator`.
+        tracker: Where the metrics of every step go as well; a resumed run continues there.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -92,6 +93,7 @@ class Settings(BaseModel):
     rank_timeout: Positive = 600.0
     shard: Literal["none", "zero2", "zero3"] = "none"
     sync: Literal["auto", "lean", "fast"] = "auto"
+    tracker: Literal["wandb", "mlflow", "trackio", "tensorboard", "none"] = "none"
 
     @field_validator("memory")
     @classmethod

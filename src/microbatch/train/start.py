@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, R
 from microbatch.train.run_lock import Claim
 from microbatch.train.rundir import RunDirectory, jsonable
 from microbatch.train.shard_model import spread
+from microbatch.train.track import Tracked
 from microbatch.train.training_loop import TrainingLoop
 
 _FIXED = ("job", "data", "batch_size", "seed")
@@ -50,6 +52,7 @@ _HARMLESS = (
     "rank_timeout",
     "shard",
     "sync",
+    "tracker",
 )
 """Settings that a resumed run may change and still have the same losses."""
 
@@ -92,6 +95,9 @@ class PreparedRun:
         try:
             return self._train()
         finally:
+            for listener in self.listeners:
+                if isinstance(listener, Tracked):
+                    listener.close()
             self.claim.release()
 
     def _train(self) -> Mapping[str, Any]:
@@ -201,7 +207,7 @@ def prepare(
         ConfigError: A setting cannot work.
         DataError: The job's data cannot be used.
         CheckpointError: There is nothing to resume, or it does not fit.
-        MissingDependencyError: The job needs a package that is not installed.
+        MissingDependencyError: The job or the tracker needs a package that is not installed.
     """
     ranks, launch = RankGroup.find(torch.device("cpu")), launch or Launch()
     claim = Claim()
@@ -240,6 +246,8 @@ def _prepare(
     else:
         settings = load_settings(flags, file=file)
     check_data_path(settings)
+    tracked = _tracked(settings.tracker, tell=listeners, ranks=ranks)
+    listeners = (*listeners, *tracked)
     device = resolve_device(own_device(settings.device, launch))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -249,15 +257,31 @@ def _prepare(
         spread(job, how=settings.shard)
     config = resolve(settings, job, device=device, place=place)
     check_memory(settings, job, config)
-    text = resolved_settings(settings, config).toml()
-    by_the_first(ranks, lambda: directory.start(config=text, files=job.files))
+    settings_text = resolved_settings(settings, config).toml()
+    by_the_first(ranks, lambda: directory.start(config=settings_text, files=job.files))
     loop = TrainingLoop(job, config=config, run=directory, listeners=listeners, place=place)
     prepared = PreparedRun(job, config, directory, loop, tuple(listeners), launch, claim)
     for text in (*notices, *config.notices):
         prepared.tell(Notice(text))
     if resume:
         loop.restore()
+    # Last, so that a run that cannot begin leaves nothing at the tracker.
+    if settings.tracker != "none":
+        by_the_first(ranks, lambda: tracked[0].begin(path, tomllib.loads(settings_text)))
     return prepared
+
+
+def _tracked(kind: str, *, tell: Sequence[RunListener], ranks: RankGroup | None) -> list[Tracked]:
+    """Return the run's tracker, on the first rank, which alone sends metrics."""
+    made: list[Tracked] = []
+
+    def tell_all(text: str) -> None:
+        for listener in tell:
+            listener(Notice(text))
+
+    if kind != "none":
+        by_the_first(ranks, lambda: made.append(Tracked(kind, tell=tell_all)))
+    return made
 
 
 def _choose(

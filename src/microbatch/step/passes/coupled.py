@@ -217,12 +217,12 @@ class Coupled:
             yield from ((rows, [], []) for rows in self._sizes)
             return
         if self._start is not None:
-            self._start.restore_buffers()
+            self._start.restore_buffers(uncounted=True)
         pieces = self._taken() if self._keep else self._again()
         for rows, place, piece in zip(self._sizes, self._places(), pieces, strict=True):
             yield rows, *seeds_for(piece, [None if each is None else _take(each, place) for each in gradients])
         if self._start is not None:
-            after.restore()
+            after.restore(uncounted=True)
 
     def _again(self) -> Iterator[Representations]:
         window, states = self._window, iter(self._states)
