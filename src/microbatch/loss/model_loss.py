@@ -74,7 +74,6 @@ class ModelLoss:
         count: As for `from_model`.
         takes_items: Returns whether a model may be given ``num_items_in_batch``.
         ignores: Whether the loss is known to ignore labels of -100.
-        asks_again: Whether a call asks the model again where `is_due` says so; otherwise the caller does.
 
     Attributes:
         found: What the loss is a mean over; `None` before ``"auto"`` has found out.
@@ -90,14 +89,13 @@ class ModelLoss:
         *,
         takes_items: Callable[[Any], bool],
         ignores: bool = False,
-        asks_again: bool = True,
     ) -> None:
         if not callable(count) and count not in {*NAMES, "auto"}:
             raise LossError(f"count must not be {count!r}; {CHOICES}")
         self._ask, self._takes_items, self._ignores = ask, takes_items, ignores
         self._count = None if count == "auto" else count
         self.found: Found | None = None
-        self._asks_again, self._seen = asks_again, 0
+        self._seen = 0
         self._shown: Ranges = {}
         self._kept: Fields | None = None  # rows of the first microbatch
 
@@ -121,7 +119,7 @@ class ModelLoss:
             return self._loss(model, batch, self._count, takes_items=False)
         if self.found is None:
             self.find(model, batch)
-        elif self._asks_again and not _is_recorded() and not _is_sharded(model) and self.is_due(batch):
+        elif not _is_recorded() and not _is_sharded(model) and self.is_due(batch):
             self.confirm(model, batch)
         if self.found is None:
             return None  # no label at all
