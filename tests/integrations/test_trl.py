@@ -229,6 +229,30 @@ def test_the_adapter_of_transformers_names_this_one(tmp_path: Path) -> None:
         Run("SFT", tmp_path, ours=True, batch=8, kind=Ours)
 
 
+def test_a_loss_of_ones_own_is_asked_about(tmp_path: Path) -> None:
+    class ByRow(trl.SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = None, **_: Any) -> Any:
+            labels = inputs["labels"][:, 1:]
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+            return (each / (labels != -100).sum(1)).mean()
+
+    class Ours(MicrobatchMixin, ByRow):
+        pass
+
+    expected = Run("SFT", tmp_path, ours=False, batch=8, kind=ByRow).watch.gradients[0]
+    run = Run("SFT", tmp_path, ours=True, batch=8, kind=Ours, microbatch_size=3)
+    assert off(run.watch.gradients[0], expected) < 1e-5
+
+    class Pairs(KINDS["DPO"][1]):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ConfigError, match=r"Pairs has a compute_loss of its own.*// 2"):
+        Run("DPO", tmp_path, ours=True, batch=8, kind=Pairs)
+    Run("DPO", tmp_path, ours=True, batch=8, kind=Pairs, count=lambda batch: len(batch["input_ids"]) // 2)
+
+
 def test_activations_are_offloaded_by_the_accumulator(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'"offload": "activations"'):
         Run("SFT", tmp_path, ours=True, batch=8, args={"activation_offloading": True})

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from microbatch.batch.batches import Batches
 from microbatch.errors import ConfigError, EmptyWindowError, LossError, MissingDependencyError, NonfiniteError
+from microbatch.integrations.packed_batches import are_packed, as_batch, as_one_row
 from microbatch.integrations.trainer_limits import check_arguments, check_trainer, has_own_loss
 from microbatch.loss.asked_rows import different_rows, joined
 from microbatch.loss.counted_labels import IGNORED, CountOf, fields_of, rows_in, take
@@ -92,7 +93,7 @@ class MicrobatchMixin(_Trainer):
         self.accumulator: Accumulator | None = None
         self.last_step: Step | None = None
         self._held: list[Any] = []
-        self._collects = self._runs = False
+        self._collects = self._runs = self._packed = False
         self._noted_logs: list[dict[str, Any]] = []
         self._window_logs: list[tuple[Any, dict[str, Any]]] = []
         self._resume: Path | None = None
@@ -169,6 +170,8 @@ class MicrobatchMixin(_Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         accumulator = self._accumulator_of(model)
+        if type(self).fold is MicrobatchMixin.fold:
+            self._packed = are_packed(batches, together=self.args.gradient_accumulation_steps)
         with self._as_whole_batch(), _words_of_a_trainer():
             self._find_count(accumulator.options.bare_model, batches)
             folded = [self.fold(each) for each in batches]
@@ -200,7 +203,7 @@ class MicrobatchMixin(_Trainer):
         Returns:
             What the accumulator cuts.
         """
-        return batch
+        return as_one_row(batch) if self._packed else batch
 
     def unfold(self, microbatch: Any) -> Any:
         """Undo `fold` for a microbatch.
@@ -211,7 +214,7 @@ class MicrobatchMixin(_Trainer):
         Returns:
             What `compute_loss` takes.
         """
-        return microbatch
+        return as_batch(microbatch) if self._packed else microbatch
 
     def report(self, step: Step) -> None:
         """Take over the metrics of a step; a subclass does.
@@ -301,9 +304,12 @@ class MicrobatchMixin(_Trainer):
             return
         offer: Any = None
         try:
-            some = [_rows_to_ask(fields_of(self.unfold(each))) for each in batches]
-            together = joined([rows for _, rows in some]) if len(some) > 1 else None
-            offer = max(some, key=_labelled) if together is None else _rows_to_ask(together)
+            if self._packed:
+                offer = 0, batches[0]
+            else:
+                some = [_rows_to_ask(fields_of(self.unfold(each))) for each in batches]
+                together = joined([rows for _, rows in some]) if len(some) > 1 else None
+                offer = max(some, key=_labelled) if together is None else _rows_to_ask(together)
         except LossError as problem:
             offer = problem
         offers = gather_object([offer]) if self.args.world_size > 1 else [offer]

@@ -15,7 +15,18 @@ from torch.overrides import TorchFunctionMode
 
 from microbatch.errors import LossError
 from microbatch.loss.asked_rows import Trial, changed_trials, natural_trials, relabelled_trials
-from microbatch.loss.counted_labels import CHOICES, IGNORED, NAMES, ROWS, Fields, count_in, rows_in, take
+from microbatch.loss.counted_labels import (
+    CHOICES,
+    IGNORED,
+    LABELS,
+    NAMES,
+    NEXT_LABELS,
+    ROWS,
+    Fields,
+    count_in,
+    rows_in,
+    take,
+)
 
 _CLEAR = 10.0  # how many times further off every other count must be
 _FINE = 1e-6  # relative error of a float32 mean
@@ -130,6 +141,10 @@ def find_count(
     Cost:
         Some thirty forward passes of at most three rows.
     """
+    if takes_items and not _is_countable(batch, ROWS):  # packed: only the whole batch can be asked about
+        labels = [each for each in (LABELS, NEXT_LABELS) if _is_countable(batch, each)]
+        if labels and (told := _told(loss_of, [Trial(batch, [], batch)], labels)) is not None:
+            return told
     asked = _asked(loss_of, batch, ignores=ignores)
     if asked is None:
         return None
@@ -278,7 +293,8 @@ def _told(loss_of: LossOf, trials: Sequence[Trial], counts: Sequence[str]) -> Fo
     fits, ignored = list(counts), True
     for trial in trials:
         try:
-            rows = take(trial.whole, range(min(2, rows_in(trial.whole))))
+            packed = not _is_countable(trial.whole, ROWS)
+            rows = trial.whole if packed else take(trial.whole, range(min(2, rows_in(trial.whole))))
             mean, total = loss_of(rows, False), loss_of(rows, True)
         except (torch.OutOfMemoryError, LossError):
             raise
