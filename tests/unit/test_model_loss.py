@@ -379,3 +379,18 @@ def test_batches_without_names_or_losses_are_refused(batch: Any, match: str) -> 
 def test_an_unknown_count_is_refused() -> None:
     with pytest.raises(LossError, match=r"'tokens'.*next_labels"):
         mb.losses.from_model("tokens")
+
+
+def test_a_trained_models_small_losses_are_not_taken_for_another_count() -> None:
+    model, loss_fn, x = (
+        Odd(lambda z, labels: F.cross_entropy(z, labels)).float(),
+        mb.losses.from_model(),
+        torch.randn(8, 6),
+    )
+    labels = model.linear(x).argmax(1)
+    loss_fn(model, {"x": x, "labels": labels})
+    with torch.no_grad():
+        model.linear.weight.mul_(60)
+        model.linear.bias.mul_(60)
+    for first in range(0, 8, 2):
+        loss_fn.confirm(model, {"x": x[first:], "labels": labels[first:]})

@@ -31,8 +31,8 @@ def are_packed(batches: Sequence[Any], *, together: int) -> bool:
             told = ", ".join(f"{name}: {size}" for name, size in sizes.items())
             raise ConfigError(
                 f"the tensors of a batch have different numbers of rows ({told}), as packed images have, so it cannot "
-                "be cut. Set per_device_train_batch_size to what fits, and gradient_accumulation_steps=N for N times as "
-                "many rows: each batch of the loader is then one microbatch, and the gradient is that of all of them"
+                "be cut. Set per_device_train_batch_size to what fits, and gradient_accumulation_steps=N for N times "
+                "as many rows: each batch of the loader is then one microbatch of the step"
             )
     return False
 

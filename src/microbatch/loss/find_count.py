@@ -72,6 +72,7 @@ class _Fit:
     Attributes:
         errors: The largest relative error of each count.
         precision: Relative rounding error of one loss.
+        least: The smallest loss that errors are relative to.
         noise: The largest relative difference between equal means.
         spread: The largest relative difference between the losses of two parts.
         sums: Whether the losses of the parts added up to that of the whole.
@@ -79,6 +80,7 @@ class _Fit:
 
     errors: dict[str, float]
     precision: float
+    least: float = 1e-30
     noise: float = 0.0
     spread: float = 0.0
     sums: bool = True
@@ -94,7 +96,7 @@ class _Fit:
         parts = [loss_of(part, False) for part in trial.parts]
         if trial.changed and not math.isfinite(whole):
             return  # a copy that this loss has no value for
-        scale = max(abs(whole), 1e-30)
+        scale = max(abs(whole), self.least)
         self.noise = max(self.noise, abs(twice - parts[0]) / scale)
         self.spread = max(self.spread, abs(parts[0] - parts[1]) / scale)
         self.sums = self.sums and abs(sum(parts) - whole) <= 1e-3 * scale
@@ -161,7 +163,7 @@ def find_count(
 
 
 def confirm_count(
-    loss_of: LossOf, batch: Fields, found: Found, *, ignores: bool = False, precision: float = 0.0
+    loss_of: LossOf, batch: Fields, found: Found, *, tolerance: float, least: float, ignores: bool = False
 ) -> None:
     """Compare the count that was found with a later microbatch.
 
@@ -169,8 +171,9 @@ def confirm_count(
         loss_of: As for `find_count`.
         batch: A microbatch.
         found: What the loss was found to be a mean over.
+        tolerance: Relative error that rounding may have in a later window.
+        least: The smallest loss that errors are relative to: the loss of a trained model is small, and its error is not.
         ignores: As for `find_count`.
-        precision: Relative rounding error of a loss.
 
     Raises:
         LossError: The losses of parts no longer make the loss of their union.
@@ -182,7 +185,7 @@ def confirm_count(
     if asked is None:
         return
     trials, needed, _ = asked
-    fit = _Fit({found.count: 0.0}, precision)
+    fit = _Fit({found.count: 0.0}, tolerance / _LATER, least)
     _ask_all(loss_of, trials[:needed], fit)
     if fit.errors[found.count] > _LATER * fit.slack:
         _refuse(

@@ -14,12 +14,25 @@ from torch import Tensor, nn
 
 from microbatch.errors import LossError
 from microbatch.kind_words import kind_of
-from microbatch.loss.asked_rows import Ranges, different_rows, is_wider, joined, ranges_of, widened
-from microbatch.loss.counted_labels import CHOICES, NAMES, ROWS, CountOf, Fields, count_in, fields_of, is_fake, take
+from microbatch.loss.asked_rows import ROWS_ASKED, Ranges, different_rows, is_wider, joined, ranges_of, widened
+from microbatch.loss.counted_labels import (
+    CHOICES,
+    NAMES,
+    ROWS,
+    CountOf,
+    Fields,
+    count_in,
+    fields_of,
+    is_fake,
+    rows_in,
+    take,
+)
 from microbatch.loss.find_count import Found, confirm_count, find_count
 from microbatch.loss.loss import Loss
 from microbatch.loss.router_loss import check_router_loss, router_loss_of
 
+_DOUBLE = 1e-12  # rounding errors below it are those of float64
+_IN_DOUBLE, _ON_CPU, _ON_DEVICE = 1e-5, 1e-4, 5e-3  # relative errors of losses; devices may multiply in TF32
 _KEPT = 8  # most rows of a microbatch that are compared with those of a later one
 
 Ask: TypeAlias = Callable[[Any, Fields, Tensor | None], tuple[Tensor, Any]]
@@ -95,7 +108,7 @@ class ModelLoss:
         self._ask, self._takes_items, self._ignores = ask, takes_items, ignores
         self._count = None if count == "auto" else count
         self.found: Found | None = None
-        self._seen = 0
+        self._seen, self._scale = 0, 1.0
         self._shown: Ranges = {}
         self._kept: Fields | None = None  # rows of the first microbatch
 
@@ -156,6 +169,8 @@ class ModelLoss:
                 ignores=self._ignores,
                 precision=_precision(model),
             )
+            if self.found is not None and not self.found.takes_items:
+                self._scale = abs(loss_of(take(batch, range(min(ROWS_ASKED, rows_in(batch)))), False))
         if self.found is not None and not self.found.takes_items:
             self._seen, self._shown = 1, ranges_of(batch)
             self._kept = take(batch, different_rows(batch, _KEPT))
@@ -195,8 +210,8 @@ class ModelLoss:
         both = None if self._kept is None else joined([some, self._kept])
         with self._asking(model) as loss_of:
             rows = batch if both is None else both
-            precision = max(_precision(model), _rounding_of_autocast(rows))
-            confirm_count(loss_of, rows, self.found, ignores=self._ignores, precision=precision)
+            tolerance = _tolerance(model, rows)
+            confirm_count(loss_of, rows, self.found, tolerance=tolerance, least=self._scale, ignores=self._ignores)
 
     @contextmanager
     def _asking(self, model: nn.Module) -> Generator[Callable[[Fields, bool], float]]:
@@ -258,11 +273,12 @@ def _precision(model: nn.Module) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
-def _rounding_of_autocast(batch: Fields) -> float:
-    """Return the rounding error of the dtype that operations run in under autocast."""
-    devices = {each.device.type for each in batch.values() if isinstance(each, Tensor)}
+def _tolerance(model: nn.Module, batch: Fields) -> float:
+    """Return the relative error that rounding may have in the losses of a model that was trained for a while."""
+    own, devices = _precision(model), {each.device.type for each in batch.values() if isinstance(each, Tensor)}
     dtypes = [torch.get_autocast_dtype(each) for each in devices if torch.is_autocast_enabled(each)]
-    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    least = _IN_DOUBLE if 0 < own < _DOUBLE and not dtypes else _ON_CPU if devices <= {"cpu"} else _ON_DEVICE
+    return max(least, 10 * own, *(10 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _is_sharded(model: nn.Module) -> bool:
