@@ -172,7 +172,7 @@ def confirm_count(
         batch: A microbatch.
         found: What the loss was found to be a mean over.
         tolerance: Relative error that rounding may have in a later window.
-        least: The smallest loss that errors are relative to: the loss of a trained model is small, and its error is not.
+        least: The smallest loss that errors are relative to: a trained model has small losses, and no smaller errors.
         ignores: As for `find_count`.
 
     Raises:
