@@ -383,7 +383,7 @@ def test_an_unknown_count_is_refused() -> None:
 
 def test_a_trained_models_small_losses_are_not_taken_for_another_count() -> None:
     model, loss_fn, x = (
-        Odd(lambda z, labels: F.cross_entropy(z, labels)).float(),
+        Odd(F.cross_entropy).float(),
         mb.losses.from_model(),
         torch.randn(8, 6),
     )
