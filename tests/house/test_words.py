@@ -21,7 +21,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     for word in ("micro_batch", "mini_batch", "accumulation_steps")
 } | {
     (f"integrations/{file}.py", "accumulation_steps"): "the name of a framework's own option"
-    for file in ("accelerate", "sentence_transformers", "transformers", "trl")
+    for file in ("accelerate", "sentence_transformers", "transformers", "packed_batches", "trl")
 }
 
 

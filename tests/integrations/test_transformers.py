@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.faults import FULL
 from tests.integrations.tiny_models import (
     Run,
+    Watch,
     flat,
     full_batch_gradient,
     furthest,
@@ -393,6 +395,107 @@ def test_a_training_step_that_would_be_lost_is_refused(tmp_path: Path) -> None:
     refused("Theirs overrides training_step", tmp_path, kind=Lost)
     expected, _ = full_batch_gradient(NAME)
     assert off(Run(Kept, NAME, tmp_path, batch=8, microbatch_size=3).watch.gradients[0], expected) < EXACT
+
+
+def test_a_training_step_without_a_window_is_refused(tmp_path: Path) -> None:
+    class Own(MicrobatchTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    refused(r"Own overrides training_step.*super\(\)\.training_step", tmp_path, kind=Own)
+
+
+class Divides(Trainer):
+    """A loss of one's own that always divides by the number of items."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: Any = None, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        labels, outputs = inputs.pop("labels"), model(**inputs)
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        if not return_outputs and model.training:
+            logs: dict[str, Any] = {"mine": loss.item(), "note": "same"}
+            self.log(logs)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_divides_by_the_items_gets_them_and_logs_once_a_step(tmp_path: Path) -> None:
+    class Ours(MicrobatchMixin, Divides):
+        pass
+
+    expected, loss = full_batch_gradient("Llama LM")
+    run = Run(Ours, "Llama LM", tmp_path, batch=4, together=2, microbatch_size=3)
+    assert off(run.watch.gradients[0], expected) < EXACT
+    (mine,) = [line for line in run.history if "mine" in line]
+    assert mine["mine"] == pytest.approx(loss, rel=1e-5)
+    assert mine["note"] == "same"
+    rows: Any = rows_of("Llama LM")
+    plain = Run(Divides, "Llama LM", tmp_path, batch=8)
+    assert run.trainer.evaluate(rows)["eval_loss"] == pytest.approx(plain.trainer.evaluate(rows)["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["BERT classification", "BERT regression"])
+def test_rows_of_all_batches_of_a_step_are_asked_about(name: str, tmp_path: Path) -> None:
+    expected, _ = full_batch_gradient(name)
+    run = Run(MicrobatchTrainer, name, tmp_path, batch=1, together=8)
+    assert off(run.watch.gradients[0], expected) < EXACT
+
+
+class Packed(nn.Module):
+    """A model with images of all rows in one tensor."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language = model_of("Llama LM")
+
+    def forward(self, pixels: Tensor, image: Tensor, **given: Any) -> Any:
+        outputs = self.language(**given)
+        outputs.loss = outputs.loss * (1 + 0 * pixels.sum() * image.sum())
+        return outputs
+
+
+def packed(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return {**batch, "pixels": torch.ones(3 * len(rows) + 1, 5), "image": torch.ones(len(rows))}
+
+
+def test_a_batch_that_cannot_be_cut_is_a_microbatch_or_refused(tmp_path: Path) -> None:
+    def run(batch: int, together: int) -> Watch:
+        args = TrainingArguments(
+            str(tmp_path / str(batch)),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=together,
+            max_steps=1,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+        )
+        watch, rows = Watch(), rows_of("Llama LM")
+        MicrobatchTrainer(Packed(), args, packed, rows, callbacks=[watch]).train()
+        return watch
+
+    expected, _ = full_batch_gradient("Llama LM")
+    assert off(run(2, 4).gradients[0], expected) < EXACT
+    with pytest.raises(ConfigError, match=r"pixels: 25.*gradient_accumulation_steps=N"):
+        run(8, 1)
+
+
+def test_errors_name_the_trainers_arguments(tmp_path: Path) -> None:
+    class Broken(MicrobatchTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * torch.inf
+
+    with pytest.raises(MicrobatchError, match=r'accumulator=\{"nonfinite": "skip"\}'):
+        Run(Broken, NAME, tmp_path, batch=8, microbatch_size=3, count="labels")
 
 
 def test_options_that_the_trainer_sets_are_refused(tmp_path: Path) -> None:

@@ -164,12 +164,16 @@ def test_memory_that_ends_changes_no_metric(name: str, tmp_path: Path) -> None:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            self.calls += 1
-            if self.calls in {2, 9}:  # after the trainer has noted this microbatch's metrics
+            self.calls += torch.is_grad_enabled()  # not where the count is asked for
+            if torch.is_grad_enabled() and self.calls in {
+                2,
+                9,
+            }:  # after the trainer has noted this microbatch's metrics
                 raise copy.copy(FULL)
             return loss
 
-    found = Run(name, tmp_path, ours=True, batch=8, microbatch_size=4, kind=Forgets)
+    count: Any = "auto" if name == "SFT" else lambda batch: len(batch["input_ids"]) // 2
+    found = Run(name, tmp_path, ours=True, batch=8, microbatch_size=4, kind=Forgets, count=count)
     small = Run(name, tmp_path, ours=True, batch=8, microbatch_size=2)
     whole = Run(name, tmp_path, ours=False, batch=8)
     assert torch.equal(found.watch.gradients[0], small.watch.gradients[0])
@@ -227,6 +231,30 @@ def test_the_adapter_of_transformers_names_this_one(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"SFTTrainer.*microbatch\.integrations\.trl"):
         Run("SFT", tmp_path, ours=True, batch=8, kind=Ours)
+
+
+def test_a_loss_of_ones_own_is_asked_about(tmp_path: Path) -> None:
+    class ByRow(trl.SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = None, **_: Any) -> Any:
+            labels = inputs["labels"][:, 1:]
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+            return (each / (labels != -100).sum(1)).mean()
+
+    class Ours(MicrobatchMixin, ByRow):
+        pass
+
+    expected = Run("SFT", tmp_path, ours=False, batch=8, kind=ByRow).watch.gradients[0]
+    run = Run("SFT", tmp_path, ours=True, batch=8, kind=Ours, microbatch_size=3)
+    assert off(run.watch.gradients[0], expected) < 1e-5
+
+    class Pairs(KINDS["DPO"][1]):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs)
+
+    with pytest.raises(ConfigError, match=r"Pairs has a compute_loss of its own.*// 2"):
+        Run("DPO", tmp_path, ours=True, batch=8, kind=Pairs)
+    Run("DPO", tmp_path, ours=True, batch=8, kind=Pairs, count=lambda batch: len(batch["input_ids"]) // 2)
 
 
 def test_activations_are_offloaded_by_the_accumulator(tmp_path: Path) -> None:

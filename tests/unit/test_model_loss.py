@@ -162,10 +162,11 @@ class Fit(nn.Module):
         return {"loss": F.mse_loss(self.linear(x), labels)}
 
 
-def test_equal_losses_of_rows_show_nothing_either() -> None:
-    row, target = torch.randn(1, 3).double(), torch.randn(1, 2).double()
-    with pytest.raises(LossError, match="no losses that differ"):
-        mb.losses.from_model()(Fit().double(), {"x": row.repeat(4, 1), "labels": target.repeat(4, 1)})
+def test_equal_rows_are_asked_about_as_changed_copies() -> None:
+    row, target, loss_fn = torch.randn(1, 3).double(), torch.randn(1, 2).double(), mb.losses.from_model()
+    loss_fn(Fit().double(), {"x": row.repeat(4, 1), "labels": target.repeat(4, 1)})
+    assert loss_fn.found is not None
+    assert loss_fn.found.count == "rows"
 
 
 def test_low_precision_is_refused_rather_than_guessed() -> None:
@@ -189,22 +190,129 @@ def test_rows_are_seen_without_classes() -> None:
     assert step.loss.item() == pytest.approx(expected, abs=EXACT)
 
 
-def test_asking_leaves_everything_as_before_and_happens_once() -> None:
+def test_asking_leaves_everything_as_before() -> None:
     model, batch = Tokens(labelled).train(), tokens()
     model.linear.eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
     loss_fn = mb.losses.from_model()
     expected = torch.get_rng_state(), random.getstate()
     loss_fn.find(model, batch)
+    loss_fn.confirm(model, batch)
     assert torch.equal(torch.get_rng_state(), expected[0])
     assert random.getstate() == expected[1]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert (model.training, model.drop.training, model.linear.training) == (True, True, False)
     assert all(each.grad is None for each in model.parameters())
-    asked = model.calls
-    loss_fn(model, batch)
-    loss_fn.find(model, batch)
-    assert model.calls == asked + 1
+
+
+def test_the_model_is_asked_at_microbatches_that_double() -> None:
+    model, batch, loss_fn = Tokens(labelled), tokens(), mb.losses.from_model()
+    asked: list[int] = []
+    for index in range(1, 18):
+        before = model.calls
+        loss_fn(model, batch)
+        asked += [index] if model.calls > before + 1 else []
+    assert asked == [1, 2, 4, 8, 16]
+
+
+WEIGHTS = torch.tensor([1.0, 20.0, 3.0]).double()
+Y, FULL = torch.tensor([0, 0, 1, 2, 0, 1, 2, 2]), torch.ones(8, 5).double()
+MANY, RAGGED = Y[:, None].add(torch.arange(5)) % 3, (torch.arange(5) < torch.arange(1, 9)[:, None] % 5 + 1).double()
+
+
+class Odd(nn.Module):
+    """A model with a loss that is no mean over rows or labels, whatever its first rows look like."""
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.loss = nn.Linear(6, 3).double(), loss
+
+    def forward(self, x: Tensor, **given: Tensor) -> Any:
+        return SimpleNamespace(loss=self.loss(self.linear(x), **given))
+
+
+def of_mask(z: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    return (F.cross_entropy(z.transpose(1, 2), labels, reduction="none") * mask).sum() / mask.sum()
+
+
+def of_weights(z: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return (F.cross_entropy(z, labels, reduction="none") * weight).sum() / weight.sum()
+
+
+def of_labels(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels)
+
+
+def of_classes(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels, WEIGHTS)
+
+
+def of_one_class(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels) + (z[labels == 2].square().mean() if (labels == 2).any() else 0 * z.sum())
+
+
+def of_numbers(z: Tensor, labels: Tensor) -> Tensor:
+    return (z[..., 0] - labels)[labels != -100].square().mean()
+
+
+def of_targets(z: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(z.transpose(1, 2), targets)
+
+
+def of_places(z: Tensor, start_positions: Tensor) -> Tensor:
+    return F.cross_entropy(z[..., 0], start_positions.clamp(0, 5), ignore_index=5)
+
+
+def of_the_hardest(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels, reduction="none").topk(max(1, len(z) // 2)).values.mean()
+
+
+def of_the_batchs_mean(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z, labels) + 1e-3 * z.mean(0).square().sum()
+
+
+def of_pairs(z: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(z @ z.T, torch.arange(len(z))) + 0 * labels.sum()
+
+
+ODD: list[tuple[Callable[..., Tensor], list[dict[str, Tensor]], str]] = [
+    (of_classes, [{"labels": 0 * Y}, {"labels": Y}], "function that returns"),
+    (of_classes, [{"labels": Y}], "function that returns"),
+    (of_mask, [{"labels": MANY, "mask": FULL}, {"labels": MANY, "mask": RAGGED}], "function that returns"),
+    (of_weights, [{"labels": Y, "weight": torch.tensor([1, 1, 1, 5, 0.1, 2, 3, 4]).double()}], "function that returns"),
+    (of_numbers, [{"labels": RAGGED.where(torch.arange(8)[:, None] < 4, -100.0).where(RAGGED > 0, 1)}], "rows: "),
+    (of_targets, [{"targets": MANY.where((torch.arange(8)[:, None] < 4) | (torch.arange(5) == 0), -100)}], "rows: "),
+    (of_places, [{"start_positions": torch.tensor([0, 1, 2, 3, 9, 9, 1, 2])}], "rows: "),
+    (of_one_class, [{"labels": Y}], "several terms"),
+    (of_the_hardest, [{"labels": Y}], "compares rows with one another"),
+    (of_the_batchs_mean, [{"labels": Y}], "compares rows with one another"),
+    (of_pairs, [{"labels": Y}], "compares rows with one another"),
+]
+
+
+@pytest.mark.parametrize(("loss", "batches", "match"), ODD)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_count_that_fits_the_first_rows_by_chance_is_refused(
+    loss: Callable[..., Tensor], batches: list[dict[str, Tensor]], match: str, size: int
+) -> None:
+    model, loss_fn = Odd(loss), mb.losses.from_model()
+    before, accumulator = model.linear.weight.detach().clone(), mb.Accumulator(model, microbatch_size=size)
+    random = torch.Generator().manual_seed(1)
+    with pytest.raises(LossError, match=match if size > 2 else None) as caught:  # noqa: PT012
+        for batch in batches:
+            shape = (8, 5, 6) if any(each.ndim == 2 for each in batch.values()) or loss is of_places else (8, 6)
+            accumulator.gradient({"x": torch.randn(shape, generator=random).double(), **batch}, loss_fn)
+    assert 'count="rows"' not in str(caught.value)
+    assert torch.equal(model.linear.weight, before)
+
+
+def test_one_row_is_enough_where_a_copy_of_it_shows_the_count() -> None:
+    for labels, loss, count in ((Y[:1], F.cross_entropy, "labels"), (FULL[:1, :3], F.mse_loss, "rows")):
+        loss_fn = mb.losses.from_model()
+        loss_fn(Odd(lambda z, labels, of=loss: of(z, labels)), {"x": torch.randn(1, 6).double(), "labels": labels})
+        assert loss_fn.found is not None
+        assert loss_fn.found.count == count
 
 
 @pytest.mark.parametrize("head", [by_hand, next_token_of_items])
@@ -275,3 +383,18 @@ def test_batches_without_names_or_losses_are_refused(batch: Any, match: str) -> 
 def test_an_unknown_count_is_refused() -> None:
     with pytest.raises(LossError, match=r"'tokens'.*next_labels"):
         mb.losses.from_model("tokens")
+
+
+def test_a_trained_models_small_losses_are_not_taken_for_another_count() -> None:
+    model, loss_fn, x = (
+        Odd(of_labels).float(),
+        mb.losses.from_model(),
+        torch.randn(8, 6),
+    )
+    labels = model.linear(x).argmax(1)
+    loss_fn(model, {"x": x, "labels": labels})
+    with torch.no_grad():
+        model.linear.weight.mul_(60)
+        model.linear.bias.mul_(60)
+    for first in range(0, 8, 2):
+        loss_fn.confirm(model, {"x": x[first:], "labels": labels[first:]})

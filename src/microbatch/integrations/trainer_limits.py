@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -29,6 +30,20 @@ def check_trainer(trainer: Any, mixin: type, *, known: Collection[str] = ()) -> 
         raise ConfigError(problem)
 
 
+def has_own_loss(trainer: Any) -> bool:
+    """Return whether a trainer computes its loss by code of the user.
+
+    Args:
+        trainer: The trainer.
+
+    Returns:
+        Whether it has a ``compute_loss_func``, or a ``compute_loss`` that is not of Transformers or TRL.
+    """
+    kind: Any = inspect.unwrap(type(trainer).compute_loss)
+    theirs = ("transformers.", "trl.", "microbatch.", "sentence_transformers.")
+    return trainer.compute_loss_func is not None or not str(kind.__module__).startswith(theirs)
+
+
 def check_arguments(args: Any) -> None:
     """Refuse arguments of a trainer that do not go with a window.
 
@@ -44,6 +59,14 @@ def check_arguments(args: Any) -> None:
 
 def _classes(trainer: Any, mixin: type, known: Collection[str]) -> Iterator[str]:
     kinds = type(trainer).__mro__
+    for kind in kinds[: kinds.index(mixin)]:
+        own: Any = None if kind.__module__.startswith("microbatch.") else vars(kind).get("training_step")
+        code = getattr(inspect.unwrap(own), "__code__", None) if own is not None else None
+        if own is not None and (code is None or "training_step" not in code.co_names):
+            yield (
+                f"{kind.__name__} overrides training_step and does not call super().training_step(), which is the "
+                "window: override compute_loss instead, or call super().training_step(model, inputs)"
+            )
     behind = [each for each in kinds[kinds.index(mixin) + 1 :] if not each.__module__.startswith("transformers.")]
     for kind in behind:
         adapter = _ADAPTERS.get(kind.__module__.partition(".")[0])

@@ -22,13 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from microbatch.batch.batches import Batches
-from microbatch.errors import ConfigError, LossError, MissingDependencyError
-from microbatch.integrations.trainer_limits import check_arguments, check_trainer
+from microbatch.errors import ConfigError, EmptyWindowError, LossError, MissingDependencyError, NonfiniteError
+from microbatch.integrations.packed_batches import are_packed, as_batch, as_one_row
+from microbatch.integrations.trainer_limits import check_arguments, check_trainer, has_own_loss
+from microbatch.loss.asked_rows import different_rows, joined
 from microbatch.loss.counted_labels import IGNORED, CountOf, fields_of, rows_in, take
 from microbatch.loss.find_count import Found
 from microbatch.loss.loss import Loss
 from microbatch.loss.model_loss import ModelLoss
 from microbatch.step.accumulator import Accumulator
+from microbatch.step.events import Retry
 from microbatch.step.plain_optimizers import check_optimizers, plain_optimizers
 from microbatch.step.record import Step
 
@@ -90,12 +93,17 @@ class MicrobatchMixin(_Trainer):
         self.accumulator: Accumulator | None = None
         self.last_step: Step | None = None
         self._held: list[Any] = []
+        self._collects = self._runs = self._packed = False
+        self._noted_logs: list[dict[str, Any]] = []
+        self._window_logs: list[tuple[Any, dict[str, Any]]] = []
         self._resume: Path | None = None
         for each in (*args, *kwargs.values()):
             if isinstance(each, TrainingArguments):
                 check_arguments(each)
         super().__init__(*args, **kwargs)
         check_trainer(self, MicrobatchMixin, known=self.known_classes)
+        listeners = self._options.get("listeners", ())
+        self._options["listeners"] = [*([listeners] if callable(listeners) else listeners), self._start_again]
         self._loss = ModelLoss(self._ask, count, takes_items=_always, ignores=self.label_smoother is not None)
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -111,15 +119,33 @@ class MicrobatchMixin(_Trainer):
         Returns:
             The batches, and `None`: the window counts by itself.
         """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._collects = True
+        try:
+            samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        finally:
+            self._collects = False
         self._held = []
         if 0 < len(samples) < num_batches:
             name = getattr(self.model, "main_input_name", "input_ids")
             samples = [*samples, *(_Filler({name: torch.empty(0)}) for _ in range(num_batches - len(samples)))]
         return samples, None
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
-        """Return nothing: the window counts by itself, over all ranks."""
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Return nothing for the batches of a step: the window counts by itself, over all ranks."""
+        return None if self._collects else super()._get_num_items_in_batch(batch_samples, device)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log values; those that `compute_loss` logs are logged once a step, as the window's mean.
+
+        Args:
+            logs: The values.
+            args: As for the trainer.
+            kwargs: As for the trainer.
+        """
+        if self._runs:
+            self._noted_logs.append(dict(logs))
+        else:
+            super().log(logs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Keep a batch until the step's last one, then run all of them as one window.
@@ -144,12 +170,16 @@ class MicrobatchMixin(_Trainer):
         if hasattr(self.optimizer, "train") and callable(self.optimizer.train):
             self.optimizer.train()
         accumulator = self._accumulator_of(model)
-        with self._as_whole_batch():
+        if type(self).fold is MicrobatchMixin.fold:
+            self._packed = are_packed(batches, together=self.args.gradient_accumulation_steps)
+        with self._as_whole_batch(), _words_of_a_trainer():
             self._find_count(accumulator.options.bare_model, batches)
             folded = [self.fold(each) for each in batches]
             step = self.gradient(accumulator, folded[0] if len(folded) == 1 else Batches(folded))
         self.last_step = step
         self.report(step)
+        if self._window_logs:
+            self.log(_mean_of(self._window_logs))
         return step.loss.to(self.args.device, torch.float32)
 
     def gradient(self, accumulator: Accumulator, batch: Any) -> Step:
@@ -173,7 +203,7 @@ class MicrobatchMixin(_Trainer):
         Returns:
             What the accumulator cuts.
         """
-        return batch
+        return as_one_row(batch) if self._packed else batch
 
     def unfold(self, microbatch: Any) -> Any:
         """Undo `fold` for a microbatch.
@@ -184,7 +214,7 @@ class MicrobatchMixin(_Trainer):
         Returns:
             What `compute_loss` takes.
         """
-        return microbatch
+        return as_batch(microbatch) if self._packed else microbatch
 
     def report(self, step: Step) -> None:
         """Take over the metrics of a step; a subclass does.
@@ -194,10 +224,25 @@ class MicrobatchMixin(_Trainer):
         """
 
     def _loss_of(self, model: nn.Module, microbatch: Any) -> Loss | None:
-        return self._loss(model, self._prepare_inputs(self.unfold(microbatch)))
+        return self._weighed(self._loss(model, self._prepare_inputs(self.unfold(microbatch))))
+
+    def _weighed(self, loss: Loss | None) -> Loss | None:
+        """Keep what `compute_loss` logged for this microbatch, with the microbatch's count."""
+        if self._noted_logs and loss is not None:
+            self._window_logs += [(loss.count, each) for each in self._noted_logs]
+        self._noted_logs = []
+        return loss
+
+    def _start_again(self, event: object) -> None:
+        """Drop what was kept of a window that runs again."""
+        if isinstance(event, Retry):
+            self._window_logs = []
 
     def _ask(self, model: Any, batch: Any, items: Tensor | None) -> tuple[Tensor, Any]:
         """Compute the loss of some rows, and the output where it contains a router's loss."""
+        self._noted_logs = []  # of an earlier question
+        if items is None and has_own_loss(self):
+            items = self._get_num_items_in_batch([batch], self.args.device)
         outputs = bool(getattr(getattr(self.model, "config", None), "output_router_logits", False))
         with self.compute_loss_context_manager():
             found: Any = self.compute_loss(model, batch, return_outputs=outputs, num_items_in_batch=items)
@@ -218,12 +263,14 @@ class MicrobatchMixin(_Trainer):
         steps = self.current_gradient_accumulation_steps
         args.average_tokens_across_devices, args.gradient_accumulation_steps = False, 1
         self.current_gradient_accumulation_steps = 1
+        self._runs, self._window_logs = True, []
         gathers = ("gather", "gather_for_metrics", "reduce") if args.world_size > 1 else ()
         for name in gathers:
             setattr(accelerator, name, self._gathered)
         try:
             yield
         finally:
+            self._runs = False
             for name in gathers:
                 delattr(accelerator, name)
             args.average_tokens_across_devices, args.gradient_accumulation_steps = before
@@ -257,7 +304,12 @@ class MicrobatchMixin(_Trainer):
             return
         offer: Any = None
         try:
-            offer = max((_rows_to_ask(fields_of(self.unfold(each))) for each in batches), key=_labelled)
+            if self._packed:
+                offer = 0, batches[0]
+            else:
+                some = [_rows_to_ask(fields_of(self.unfold(each))) for each in batches]
+                together = joined([rows for _, rows in some]) if len(some) > 1 else None
+                offer = max(some, key=_labelled) if together is None else _rows_to_ask(together)
         except LossError as problem:
             offer = problem
         offers = gather_object([offer]) if self.args.world_size > 1 else [offer]
@@ -296,14 +348,37 @@ class _Filler(dict[str, Any]):
 
 
 def _rows_to_ask(batch: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Return the rows with the most labels, on the host, and their number of labels."""
+    """Return the rows with the most labels and some that differ, on the host, and their number of labels."""
     rows, labels = rows_in(batch), batch.get("labels")
     order, number = list(range(rows)), 0
     if isinstance(labels, Tensor) and labels.ndim and not labels.is_floating_point():
         kept = (labels != IGNORED).reshape(rows, -1).sum(1)
         order, number = kept.argsort(descending=True, stable=True).tolist(), int(kept.sum())
-    some = take(batch, order[:_ASKED])
+    order = list(dict.fromkeys([*order[:_ASKED], *different_rows(batch, 2 * _ASKED)]))
+    some = take(batch, order)
     return number, {name: each.cpu() if isinstance(each, Tensor) else each for name, each in some.items()}
+
+
+def _mean_of(logs: Sequence[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the mean of what the microbatches logged, by their counts; what is no number stays the last one's."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for _, each in logs for name in each):
+        values = [(float(count), each[name]) for count, each in logs if name in each]
+        total = sum(count for count, _ in values)
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for _, value in values)
+        found[name] = sum(count * value for count, value in values) / total if numbers and total else values[-1][1]
+    return found
+
+
+@contextmanager
+def _words_of_a_trainer() -> Generator[None]:
+    """Let errors name the trainer's arguments in the place of the accumulator's."""
+    try:
+        yield
+    except (NonfiniteError, EmptyWindowError) as error:
+        words = str(error).replace('pass nonfinite="skip"', 'pass accumulator={"nonfinite": "skip"}')
+        error.args = (words, *error.args[1:])
+        raise
 
 
 def _labelled(offer: tuple[int, Any]) -> int:

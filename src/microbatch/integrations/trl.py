@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from microbatch.batch.marks import Rows, Whole
 from microbatch.errors import ConfigError, MissingDependencyError
+from microbatch.integrations.trainer_limits import has_own_loss
 from microbatch.integrations.transformers import MicrobatchMixin as TrainerMixin
 from microbatch.loss.counted_labels import IGNORED, NEXT_LABELS
 from microbatch.loss.find_count import Found
@@ -114,11 +115,14 @@ class MicrobatchMixin(TrainerMixin):
         count = kwargs.pop("count", "auto")
         pairs = self._recipe.pairs
         super().__init__(*args, count=_pairs_in if pairs and count == "auto" else count, **kwargs)
-        own = self.label_smoother is not None or self.compute_loss_func is not None
-        if count == "auto" and not pairs and not own:
+        theirs = not has_own_loss(self)
+        if count == "auto" and pairs and not theirs:
+            raise ConfigError(
+                f"{type(self).__name__} has a compute_loss of its own, and pairs cannot be asked what it is a mean "
+                'over. If it is a mean over pairs, pass count=lambda batch: len(batch["input_ids"]) // 2'
+            )
+        if count == "auto" and not pairs and theirs and self.label_smoother is None:
             self._loss.found = Found(NEXT_LABELS, takes_items=True)
-        listeners = self._options.get("listeners", ())
-        self._options["listeners"] = [*([listeners] if callable(listeners) else listeners), self._start_again]
         self._check_loss()
 
     def fold(self, batch: Any) -> Any:
@@ -170,7 +174,7 @@ class MicrobatchMixin(TrainerMixin):
     def _loss_of(self, model: nn.Module, microbatch: Any) -> Loss | None:
         batch = self.unfold(microbatch)
         counts = self._counts(batch)  # before the trainer changes the batch
-        loss = self._loss(model, self._prepare_inputs(batch))
+        loss = self._weighed(self._loss(model, self._prepare_inputs(batch)))
         if loss is None:
             return None
         sums: dict[str, Any] = {**counts, "num_tokens": self._noted.tokens}
@@ -209,6 +213,7 @@ class MicrobatchMixin(TrainerMixin):
         return value  # the window adds up over the ranks
 
     def _start_again(self, event: object) -> None:
+        super()._start_again(event)
         if isinstance(event, Retry):
             self._ends.clear()
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,36 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from microbatch.errors import LossError
-from microbatch.loss.counted_labels import CHOICES, IGNORED, NAMES, ROWS, Fields, count_in, rows_in, take
+from microbatch.loss.asked_rows import Trial, changed_trials, natural_trials, relabelled_trials
+from microbatch.loss.counted_labels import (
+    CHOICES,
+    IGNORED,
+    LABELS,
+    NAMES,
+    NEXT_LABELS,
+    ROWS,
+    Fields,
+    count_in,
+    rows_in,
+    take,
+)
 
-_TRIALS = 8  # most sets of rows and labels that a model is asked about
 _CLEAR = 10.0  # how many times further off every other count must be
 _FINE = 1e-6  # relative error of a float32 mean
-_ROWS = 3  # most rows that a model is asked about at once
+_LATER = 10.0  # how many times the rounding error shows, in a later window, that a count was wrong
+_MOST_NOISE = 1e-2  # largest difference between equal means that rounding explains
+_HANDED = 3  # trials of a model that tells its count
+
+_OTHER_COUNT = (
+    "pass count= a function that returns what the loss of a microbatch is a mean over: with a mask, such as "
+    "lambda b: b['attention_mask'].sum(); with class weights, lambda b: weights[b['labels']].sum()"
+)
+_TERMS = "A loss of several terms needs a loss function that returns a dict with an mb.Loss for each"
+_COMPARES = (
+    "nor over weights of the rows: it compares rows with one another (such as CLIP and other contrastive losses, hard "
+    "mining, or a term of the batch's mean), or adds several means. For a loss that compares rows, pass encode= to "
+    "accumulator.step in a loop of your own, and compute the loss from the whole batch (docs/coupled.md)"
+)
 
 # What a model raises that is given a label or a keyword that it does not know.
 _NOT_TAKEN = (IndexError, RuntimeError, TypeError, ValueError)
@@ -41,15 +65,6 @@ class Found:
     takes_items: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Trial:
-    """Rows whose loss is compared with that of its two parts."""
-
-    whole: Fields
-    parts: Sequence[Fields]
-    twice: Fields  # the first part two times: whatever a mean is over, it stays as it is
-
-
 @dataclass(slots=True)
 class _Fit:
     """How far each count is off, over all trials so far.
@@ -57,6 +72,7 @@ class _Fit:
     Attributes:
         errors: The largest relative error of each count.
         precision: Relative rounding error of one loss.
+        least: The smallest loss that errors are relative to.
         noise: The largest relative difference between equal means.
         spread: The largest relative difference between the losses of two parts.
         sums: Whether the losses of the parts added up to that of the whole.
@@ -64,6 +80,7 @@ class _Fit:
 
     errors: dict[str, float]
     precision: float
+    least: float = 1e-30
     noise: float = 0.0
     spread: float = 0.0
     sums: bool = True
@@ -71,19 +88,23 @@ class _Fit:
     @property
     def slack(self) -> float:
         """Relative error that rounding explains."""
-        return max(_FINE, self.precision, 2 * self.noise)
+        return max(_FINE, self.precision, 2 * min(self.noise, _MOST_NOISE))
 
-    def add(self, trial: _Trial, loss_of: LossOf) -> None:
+    def add(self, trial: Trial, loss_of: LossOf) -> None:
         """Compare the loss of the whole with those of its parts."""
         whole, twice = loss_of(trial.whole, False), loss_of(trial.twice, False)
         parts = [loss_of(part, False) for part in trial.parts]
-        scale = max(abs(whole), 1e-30)
+        if trial.changed and not math.isfinite(whole):
+            return  # a copy that this loss has no value for
+        scale = max(abs(whole), self.least)
         self.noise = max(self.noise, abs(twice - parts[0]) / scale)
         self.spread = max(self.spread, abs(parts[0] - parts[1]) / scale)
         self.sums = self.sums and abs(sum(parts) - whole) <= 1e-3 * scale
         for name in self.errors:
             counts = [float(count_in(part, name)) for part in trial.parts]
-            mean = sum(loss * count for loss, count in zip(parts, counts, strict=True)) / max(sum(counts), 1e-30)
+            if not sum(counts):
+                continue  # a mean over nothing
+            mean = sum(loss * count for loss, count in zip(parts, counts, strict=True) if count) / sum(counts)
             error = abs(mean - whole) / scale
             self.errors[name] = max(self.errors[name], error if math.isfinite(error) else math.inf)
 
@@ -120,60 +141,163 @@ def find_count(
         LossError: No count fits, or several fit; with the choices.
 
     Cost:
-        Some ten forward passes of at most three rows, once.
+        Some thirty forward passes of at most three rows.
     """
-    labels, name = _labels_of(batch)
+    if takes_items and not _is_countable(batch, ROWS):  # packed: only the whole batch can be asked about
+        labels = [each for each in (LABELS, NEXT_LABELS) if _is_countable(batch, each)]
+        if labels and (told := _told(loss_of, [Trial(batch, [], batch)], labels)) is not None:
+            return told
+    asked = _asked(loss_of, batch, ignores=ignores)
+    if asked is None:
+        return None
+    trials, needed, counts = asked
+    if takes_items and (told := _told(loss_of, trials[:_HANDED] or [Trial(batch, [], batch)], counts)) is not None:
+        fit = _Fit({told.count: 0.0}, max(precision, _LATER * _FINE))
+        _ask_all(loss_of, trials[:_HANDED], fit)
+        if fit.errors[told.count] > _LATER * fit.slack:
+            _refuse(loss_of, trials, fit)
+        return told
+    return Found(
+        _fitted(loss_of, trials, _Fit(dict.fromkeys(counts, 0.0), precision), needed=needed), takes_items=False
+    )
+
+
+def confirm_count(
+    loss_of: LossOf, batch: Fields, found: Found, *, tolerance: float, least: float, ignores: bool = False
+) -> None:
+    """Compare the count that was found with a later microbatch.
+
+    Args:
+        loss_of: As for `find_count`.
+        batch: A microbatch.
+        found: What the loss was found to be a mean over.
+        tolerance: Relative error that rounding may have in a later window.
+        least: The smallest loss that errors are relative to: a trained model has small losses, and no smaller errors.
+        ignores: As for `find_count`.
+
+    Raises:
+        LossError: The losses of parts no longer make the loss of their union.
+
+    Cost:
+        As for `find_count`.
+    """
+    asked = _asked(loss_of, batch, ignores=ignores)
+    if asked is None:
+        return
+    trials, needed, _ = asked
+    fit = _Fit({found.count: 0.0}, tolerance / _LATER, least)
+    _ask_all(loss_of, trials[:needed], fit)
+    if fit.errors[found.count] > _LATER * fit.slack:
+        _refuse(
+            loss_of, trials, fit, why=f"was taken for a mean over {found.count}, and this batch shows that it is not"
+        )
+
+
+def _asked(loss_of: LossOf, batch: Fields, *, ignores: bool) -> tuple[list[Trial], int, list[str]] | None:
+    """Return the trials, how many of them must fit, and the counts; `None` without a target."""
+    labels, name = labels_of(batch)
     if labels is not None and not bool((labels != IGNORED).any()):
         return None
     counts = [each for each in NAMES if _is_countable(batch, each)] if labels is not None else [ROWS]
     if labels is not None and labels.ndim < 2:
         counts = counts[:2]
-    trials = _natural(batch)
-    if labels is not None:
-        # On a device, a label that the loss does not know would end the process.
-        safe = ignores or _ignores(loss_of, take(batch, [0])) or labels.device.type == "cpu"
-        if safe or bool((labels == IGNORED).any()):
-            trials = [*_relabelled(batch, labels, name), *trials]
-    if takes_items and (told := _told(loss_of, trials[:3] or [_Trial(batch, [], batch)], counts)) is not None:
-        return told
-    return Found(_fitted(loss_of, trials, _Fit(dict.fromkeys(counts, 0.0), precision)), takes_items=False)
+    seen = None if labels is None or ignores else _cross_entropies(loss_of, take(batch, [0]))
+    on_cpu = all(each.device.type == "cpu" for each in batch.values() if isinstance(each, Tensor))
+    # On a device, a label that the loss does not know would end the process.
+    safe = ignores or on_cpu or (seen is not None and bool(seen.found))
+    trials = [
+        *changed_trials(batch, name, labels, ignores=safe, classes=0 if seen is None else seen.classes),
+        *natural_trials(batch),
+    ]
+    needed = len(trials)
+    if labels is not None and (safe or bool((labels == IGNORED).any())):
+        relabelled = relabelled_trials(batch, labels, name, classes=0 if seen is None else seen.classes)
+        trials = [*relabelled[:2], *trials, *relabelled[2:]]
+        needed += 2
+    return trials, needed, counts
 
 
-def _fitted(loss_of: LossOf, trials: Sequence[_Trial], fit: _Fit) -> str:
+def _ask_all(loss_of: LossOf, trials: Sequence[Trial], fit: _Fit) -> str:
+    """Add trials to a fit; return what the model raised where it did not take one."""
     problem = ""
-    for index, trial in enumerate(trials[:_TRIALS]):
+    for trial in trials:
         try:
             fit.add(trial, loss_of)
         except (torch.OutOfMemoryError, LossError):
             raise
         except _NOT_TAKEN as error:
             problem = f" ({type(error).__name__}: {error!s:.100})"
-            continue
-        if index and (winner := fit.winner()) is not None:
+    return problem
+
+
+def _fitted(loss_of: LossOf, trials: Sequence[Trial], fit: _Fit, *, needed: int) -> str:
+    problem = _ask_all(loss_of, trials[:needed], fit)
+    for trial in (None, *trials[needed:]):
+        if trial is not None:
+            problem = _ask_all(loss_of, [trial], fit) or problem
+        if (winner := fit.winner()) is not None:
             return winner
+        if min(fit.errors.values()) > _LATER * fit.slack:
+            break
     if fit.sums and fit.spread > _FINE:
         raise LossError(
             "the model's loss adds up over the rows, so it is no mean; configure it to be a mean (for CTC: "
             'config.ctc_loss_reduction = "mean"), or write a loss function that returns mb.Loss(sum=..., count=...)'
         )
     if not trials or fit.spread <= fit.slack:
+        one = bool(trials) and not any(not each.changed for each in trials)
+        why = "it has one row, and a mean shows where rows differ" if one else "its rows have no losses that differ"
         raise LossError(
-            "what the model's loss is a mean over cannot be found out from this microbatch: its rows have no losses "
-            f"that differ{problem}; {CHOICES}"
+            f"what the model's loss is a mean over cannot be found out from this microbatch: {why}{problem}; {CHOICES}"
         )
+    return _refuse(loss_of, trials, fit)
+
+
+def _refuse(
+    loss_of: LossOf, trials: Sequence[Trial], fit: _Fit, *, why: str = "is not clearly a mean over one of these counts"
+) -> NoReturn:
+    """Raise the error for a loss that fits no count: does it weigh its rows, or compare them?"""
     told = ", ".join(f"{name}: {error:.1e} off" for name, error in fit.errors.items())
-    raise LossError(
-        f"the model's loss is not clearly a mean over one of these counts ({told}); {CHOICES}. A loss of several terms "
-        "needs a loss function that returns a dict with an mb.Loss for each"
-    )
+    if any(_compares(loss_of, each.whole, fit) for each in trials if not each.changed):
+        raise LossError(f"the model's loss {why} ({told}), {_COMPARES}. {_TERMS}")
+    clearly = min(fit.errors.values()) > _LATER * fit.slack
+    raise LossError(f"the model's loss {why} ({told}); {_OTHER_COUNT if clearly else CHOICES}. {_TERMS}")
 
 
-def _told(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> Found | None:
+def _compares(loss_of: LossOf, rows: Fields, fit: _Fit) -> bool:
+    """Return whether no weights of single rows explain the losses of pairs and of all three together."""
+    if fit.noise > _CLEAR * _MOST_NOISE:
+        return True  # the same row two times has another loss
+    number = rows_in(rows)
+    try:
+        one = [loss_of(take(rows, [each]), False) for each in range(number)]
+        weights = [1.0]
+        for other in range(1, number):
+            pair = loss_of(take(rows, [0, other]), False)
+            if abs(one[0] - one[other]) <= _CLEAR * fit.slack * abs(pair):
+                return False  # equal losses show no weight
+            weights.append((one[0] - pair) / (pair - one[other]) if pair != one[other] else math.inf)
+        whole = loss_of(rows, False)
+    except _NOT_TAKEN:
+        return False
+    if not all(math.isfinite(each) for each in (*one, whole)):
+        return False
+    if not all(0 < each < math.inf for each in weights):
+        return True
+    mean = sum(loss * weight for loss, weight in zip(one, weights, strict=True)) / sum(weights)
+    spread = (max(one) - min(one)) / max(abs(whole), 1e-30)
+    # A small difference of two losses makes a weight less exact.
+    exact = min(abs(one[0] - each) for each in one[1:]) / max(abs(whole), 1e-30)
+    return abs(mean - whole) > _LATER * fit.slack * abs(whole) * max(1.0, spread / exact)
+
+
+def _told(loss_of: LossOf, trials: Sequence[Trial], counts: Sequence[str]) -> Found | None:
     """Return the count that a model tells by its sum over its mean; `None` if it ignores ``num_items_in_batch``."""
     fits, ignored = list(counts), True
     for trial in trials:
         try:
-            rows = take(trial.whole, range(min(2, rows_in(trial.whole))))
+            packed = not _is_countable(trial.whole, ROWS)
+            rows = trial.whole if packed else take(trial.whole, range(min(2, rows_in(trial.whole))))
             mean, total = loss_of(rows, False), loss_of(rows, True)
         except (torch.OutOfMemoryError, LossError):
             raise
@@ -190,49 +314,7 @@ def _told(loss_of: LossOf, trials: Sequence[_Trial], counts: Sequence[str]) -> F
     return Found(fits[0], takes_items=True)
 
 
-# -- the rows that a model is asked about ------------------------------------------------------------------------------
-
-
-def _trial(rows: Fields) -> _Trial:
-    number = rows_in(rows)
-    index = range(number)
-    return _Trial(rows, [take(rows, [0]), take(rows, index[1:])], take(rows, [0, 0]))
-
-
-def _natural(batch: Fields) -> list[_Trial]:
-    """Return trials of different rows of the batch, as they are."""
-    number = rows_in(batch)
-    orders = [[(first + each) % number for each in range(min(_ROWS, number))] for first in range(min(number, 3))]
-    return [_trial(take(batch, order)) for order in orders] if number > 1 else []
-
-
-def _relabelled(batch: Fields, labels: Tensor, name: str) -> list[_Trial]:
-    """Return trials with labels that are left out at random, and with others of the batch's labels in their place."""
-    random = torch.Generator().manual_seed(0)
-    order = [each % rows_in(batch) for each in range(_ROWS)]
-    pool = labels[labels != IGNORED].flatten()
-    found: list[_Trial] = []
-    for index in range(_TRIALS - 2):
-        some = labels[torch.tensor(order, device=labels.device)]
-        drawn = pool[torch.randint(len(pool), some.shape, generator=random).to(pool.device)]
-        kept = _kept(some.shape, index, random).to(some.device)
-        found.append(_trial(take(batch, order, **{name: drawn.where(kept, torch.full_like(some, IGNORED))})))
-    return found
-
-
-def _kept(shape: torch.Size, index: int, random: torch.Generator) -> Tensor:
-    """Draw which labels stay: the first row has few, and every part has at least one beside a first label."""
-    if len(shape) == 1:
-        return torch.tensor([each in {0, 1 + index % 2} for each in range(shape[0])])
-    share = torch.tensor([0.1, 0.7, 0.4]).view(-1, *[1] * (len(shape) - 1))
-    kept = torch.rand(shape, generator=random) < share
-    for row in range(shape[0]):
-        kept[row][..., 0] = (row + index) % 2 == 0
-    kept[:2, ..., -1 - index % max(1, shape[-1] - 1)] = True
-    return kept
-
-
-def _labels_of(batch: Fields) -> tuple[Tensor | None, str]:
+def labels_of(batch: Fields) -> tuple[Tensor | None, str]:
     """Return the classes that a loss is about, and their name; `None` for a batch without classes."""
     name = "labels" if batch.get("shift_labels") is None else "shift_labels"
     labels = batch.get(name)
@@ -251,7 +333,7 @@ class _IgnoredLabels(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = set[int]()
+        self.found, self.classes = set[int](), 0
 
     def __torch_function__(  # noqa: PLR0917 - torch calls it
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -259,11 +341,13 @@ class _IgnoredLabels(TorchFunctionMode):
         given = kwargs or {}
         if func in {F.cross_entropy, F.nll_loss}:
             self.found.add(given.get("ignore_index", IGNORED))
+            scores = args[0] if args else given["input"]
+            self.classes = scores.shape[min(1, scores.ndim - 1)]
         return func(*args, **given)
 
 
-def _ignores(loss_of: LossOf, batch: Fields) -> bool:
-    """Return whether the model's cross-entropies are seen, and ignore labels of -100.
+def _cross_entropies(loss_of: LossOf, batch: Fields) -> _IgnoredLabels:
+    """Return the cross-entropies of a model that are seen; they ignore labels of -100.
 
     Raises:
         LossError: It ignores another label.
@@ -276,4 +360,4 @@ def _ignores(loss_of: LossOf, batch: Fields) -> bool:
             f"the model's loss ignores the label {others.pop()}, and the counts by name leave out {IGNORED}; pass "
             "count= a function that returns the count of a microbatch, such as lambda b: (b['labels'] != 255).sum()"
         )
-    return bool(seen.found)
+    return seen

@@ -14,10 +14,26 @@ from torch import Tensor, nn
 
 from microbatch.errors import LossError
 from microbatch.kind_words import kind_of
-from microbatch.loss.counted_labels import CHOICES, NAMES, ROWS, CountOf, Fields, count_in, fields_of, is_fake
-from microbatch.loss.find_count import Found, find_count
+from microbatch.loss.asked_rows import ROWS_ASKED, Ranges, different_rows, is_wider, joined, ranges_of, widened
+from microbatch.loss.counted_labels import (
+    CHOICES,
+    NAMES,
+    ROWS,
+    CountOf,
+    Fields,
+    count_in,
+    fields_of,
+    is_fake,
+    rows_in,
+    take,
+)
+from microbatch.loss.find_count import Found, confirm_count, find_count
 from microbatch.loss.loss import Loss
 from microbatch.loss.router_loss import check_router_loss, router_loss_of
+
+_DOUBLE = 1e-12  # rounding errors below it are those of float64
+_IN_DOUBLE, _ON_CPU, _ON_DEVICE = 1e-5, 1e-4, 5e-3  # relative errors of losses; devices may multiply in TF32
+_KEPT = 8  # most rows of a microbatch that are compared with those of a later one
 
 Ask: TypeAlias = Callable[[Any, Fields, Tensor | None], tuple[Tensor, Any]]
 """Runs a model on a microbatch, with ``num_items_in_batch`` or `None`; returns the loss and the output, if known."""
@@ -42,8 +58,9 @@ def from_model(count: CountOf = "auto") -> ModelLoss:
         LossError: ``count`` is none of these.
 
     Cost:
-        ``"auto"`` runs about ten forward passes of at most three rows, once. For models that ignore
-        ``num_items_in_batch``, each microbatch reads its count from the device.
+        ``"auto"`` runs about thirty forward passes of at most three rows. For models that ignore
+        ``num_items_in_batch``, it does so again at microbatches 2, 4, 8 and so on, and where a label or a mask has a
+        value that is new. For these models, each microbatch reads its count from the device.
 
     Example:
         >>> from types import SimpleNamespace
@@ -78,12 +95,22 @@ class ModelLoss:
         LossError: ``count`` is neither a known name nor a function.
     """
 
-    def __init__(self, ask: Ask, count: CountOf, *, takes_items: Callable[[Any], bool], ignores: bool = False) -> None:
+    def __init__(
+        self,
+        ask: Ask,
+        count: CountOf,
+        *,
+        takes_items: Callable[[Any], bool],
+        ignores: bool = False,
+    ) -> None:
         if not callable(count) and count not in {*NAMES, "auto"}:
             raise LossError(f"count must not be {count!r}; {CHOICES}")
         self._ask, self._takes_items, self._ignores = ask, takes_items, ignores
         self._count = None if count == "auto" else count
         self.found: Found | None = None
+        self._seen, self._scale = 0, 1.0
+        self._shown: Ranges = {}
+        self._kept: Fields | None = None  # rows of the first microbatch
 
     def __call__(self, model: nn.Module, microbatch: object) -> Loss | None:
         """Return the sum and the count of a microbatch's loss.
@@ -105,6 +132,8 @@ class ModelLoss:
             return self._loss(model, batch, self._count, takes_items=False)
         if self.found is None:
             self.find(model, batch)
+        elif not _is_recorded() and not _is_sharded(model) and self.is_due(batch):
+            self.confirm(model, batch)
         if self.found is None:
             return None  # no label at all
         return self._loss(model, batch, self.found.count, takes_items=self.found.takes_items)
@@ -132,6 +161,60 @@ class ModelLoss:
         if torch.compiler.is_compiling():
             raise LossError(f'count="auto" cannot ask the model inside compiled code; {CHOICES}')
         batch = fields_of(microbatch)
+        with self._asking(model) as loss_of:
+            self.found = find_count(
+                loss_of,
+                batch,
+                takes_items=self._takes_items(model),
+                ignores=self._ignores,
+                precision=_precision(model),
+            )
+            if self.found is not None and not self.found.takes_items:
+                self._scale = abs(loss_of(take(batch, range(min(ROWS_ASKED, rows_in(batch)))), False))
+        if self.found is not None and not self.found.takes_items:
+            self._seen, self._shown = 1, ranges_of(batch)
+            self._kept = take(batch, different_rows(batch, _KEPT))
+
+    def is_due(self, microbatch: object) -> bool:
+        """Count a microbatch; return whether the model should be asked about it.
+
+        Args:
+            microbatch: A microbatch, or a window's rows.
+
+        Returns:
+            Whether it is number 2, 4, 8 and so on, or shows an ignored label, a padded mask or a number that no
+            microbatch has shown before.
+        """
+        if self.found is None or self.found.takes_items:
+            return False
+        self._seen += 1
+        ranges = ranges_of(fields_of(microbatch))
+        due = not self._seen & (self._seen - 1) or is_wider(ranges, self._shown)
+        self._shown = widened(self._shown, ranges)
+        return due
+
+    def confirm(self, model: nn.Module, microbatch: object) -> None:
+        """Compare the count that was found with a later microbatch; as `find` does.
+
+        Args:
+            model: The model.
+            microbatch: Some rows.
+
+        Raises:
+            LossError: The losses of parts no longer make the loss of their union.
+        """
+        if self.found is None or self.found.takes_items:
+            return
+        batch = fields_of(microbatch)
+        some = take(batch, different_rows(batch, _KEPT))
+        both = None if self._kept is None else joined([some, self._kept])
+        with self._asking(model) as loss_of:
+            rows = batch if both is None else both
+            tolerance = _tolerance(model, rows)
+            confirm_count(loss_of, rows, self.found, tolerance=tolerance, least=self._scale, ignores=self._ignores)
+
+    @contextmanager
+    def _asking(self, model: nn.Module) -> Generator[Callable[[Fields, bool], float]]:
         with _undisturbed(model):
             one = torch.ones((), device=next((p.device for p in model.parameters()), None))
 
@@ -143,13 +226,7 @@ class ModelLoss:
                 return float(loss if router is None else loss - router.own)
 
             try:
-                self.found = find_count(
-                    loss_of,
-                    batch,
-                    takes_items=self._takes_items(model),
-                    ignores=self._ignores,
-                    precision=_precision(model),
-                )
+                yield loss_of
             except torch.OutOfMemoryError as error:
                 raise LossError(
                     f'memory ran out where count="auto" asked the model about three rows; {CHOICES}'
@@ -194,6 +271,24 @@ def _precision(model: nn.Module) -> float:
     """Return the rounding error of the narrowest dtype that a model computes in."""
     dtypes = {each.dtype for each in model.parameters() if each.is_floating_point() and each.dtype.itemsize > 1}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _tolerance(model: nn.Module, batch: Fields) -> float:
+    """Return the relative error that rounding may have in the losses of a model that was trained for a while."""
+    own, devices = _precision(model), {each.device.type for each in batch.values() if isinstance(each, Tensor)}
+    dtypes = [torch.get_autocast_dtype(each) for each in devices if torch.is_autocast_enabled(each)]
+    least = _IN_DOUBLE if 0 < own < _DOUBLE and not dtypes else _ON_CPU if devices <= {"cpu"} else _ON_DEVICE
+    return max(least, 10 * own, *(10 * torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Return whether ranks must run the model together, which each of them may ask at another microbatch."""
+    return any(type(each).__name__ in {"DTensor", "FlatParameter"} for each in model.parameters())
+
+
+def _is_recorded() -> bool:
+    """Return whether code is compiled or a graph of the device is recorded, where nothing can be asked."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _takes_items(model: Any) -> bool:
