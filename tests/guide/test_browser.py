@@ -30,6 +30,8 @@ def press_run(page: Any, *, key: str = "") -> None:
     """Begin a run, by its button or by a key, and wait until the page shows it: the one before may be there still."""
     # As the server knows it: the page may still be asking.
     before = page.evaluate("fetch('api/run').then((answer) => answer.json()).then(({ run }) => run?.name ?? '')")
+    # A press before the page shows the run that was is a press before it listens.
+    until(page, f"(document.querySelector('#playground').dataset.runName ?? '') === {before!r}")
     if key:
         page.keyboard.press(key)
     else:
