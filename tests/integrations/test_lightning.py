@@ -601,7 +601,7 @@ class Sharded(Tagger):
             self.is_sharded = True
 
     def on_after_backward(self) -> None:
-        """Look at no gradient."""
+        """Do nothing: the gradients are not needed."""
 
 
 def on_two_ranks(rank: int, ranks: int) -> Any:

@@ -32,6 +32,7 @@ from microbatch.loss.loss import Loss
 from microbatch.loss.model_loss import ModelLoss
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Retry
+from microbatch.step.options import listeners_of
 from microbatch.step.plain_optimizers import check_optimizers, plain_optimizers
 from microbatch.step.record import Step
 
@@ -102,8 +103,7 @@ class MicrobatchMixin(_Trainer):
                 check_arguments(each)
         super().__init__(*args, **kwargs)
         check_trainer(self, MicrobatchMixin, known=self.known_classes)
-        listeners = self._options.get("listeners", ())
-        self._options["listeners"] = [*([listeners] if callable(listeners) else listeners), self._start_again]
+        self._options["listeners"] = [*listeners_of(self._options.get("listeners", ())), self._start_again]
         self._loss = ModelLoss(self._ask, count, takes_items=_always, ignores=self.label_smoother is not None)
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ class MicrobatchMixin(_Trainer):
 
     @contextmanager
     def _as_whole_batch(self) -> Generator[None]:
-        """Let `compute_loss` see a step of one batch on one rank: the window counts and reduces."""
+        """Set what `compute_loss` reads to one batch on one rank, because the window counts and reduces."""
         args, accelerator = self.args, self.accelerator
         before = args.average_tokens_across_devices, args.gradient_accumulation_steps
         steps = self.current_gradient_accumulation_steps
@@ -372,7 +372,7 @@ def _mean_of(logs: Sequence[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
 
 @contextmanager
 def _words_of_a_trainer() -> Generator[None]:
-    """Let errors name the trainer's arguments in the place of the accumulator's."""
+    """Replace the accumulator's arguments in errors by the trainer's."""
     try:
         yield
     except (NonfiniteError, EmptyWindowError) as error:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.memory.budget import parse_bytes
+from microbatch.train.best import Score
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -86,7 +87,7 @@ class Settings(BaseModel):
     validate_every: Count | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 3
-    best: Annotated[str, Field(pattern="^(min|max):.+$")] | None = None
+    best: str | None = None
     patience: Count | None = None
     compare: bool = True
     deterministic: bool = False
@@ -102,6 +103,16 @@ class Settings(BaseModel):
         if value is not None and value != "none":
             try:
                 parse_bytes(value)
+            except MicrobatchError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("best")
+    @classmethod
+    def _best_is_readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                Score.parse(value)
             except MicrobatchError as error:
                 raise ValueError(str(error)) from None
         return value
@@ -276,8 +287,6 @@ def _reason(detail: Mapping[str, Any]) -> str:
             return "true or false"
         case "string_type" | "string_too_short":
             return "a text"
-        case "string_pattern_mismatch":
-            return 'min:NAME or max:NAME, such as "max:accuracy"'
         case "literal_error":
             return str(context["expected"])
         case "value_error":

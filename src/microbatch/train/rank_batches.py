@@ -107,18 +107,11 @@ class RankBatches:
 
 
 class StreamBatches(RankBatches):
-    """Read this rank's share of each batch from a stream; every rank reads the whole stream.
+    """Read this rank's share of each batch from a stream; every rank reads the whole stream."""
 
-    Args:
-        job: Data and collate function.
-        config: The run's configuration.
-        place: This rank's place in the run.
-        rank: This rank's index among all ranks.
-    """
-
-    def __init__(self, job: Job, *, config: RunConfig, place: Place, rank: int) -> None:
-        super().__init__(job, config=config, place=place, rank=rank)
-        self._stream = Stream(job.data, rows=config.batch_size)
+    @cached_property
+    def _stream(self) -> Stream:
+        return Stream(self._job.data, rows=self._config.batch_size)
 
     def first(self) -> Any:
         """Collate the whole batch that the run began with; this begins the stream again."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -82,9 +82,7 @@ class Stream:
             state: The result of `state`.
             epoch: The epoch it was in.
         """
-        self._set_epoch(epoch)
-        self._data.load_state_dict(state)
-        self._iterator, self._epoch = iter(self._data), epoch
+        self._begin(epoch, state)
 
     def take(self, epoch: int) -> tuple[list[Any], int, bool]:
         """Read the next piece.
@@ -99,10 +97,9 @@ class Stream:
         Raises:
             DataError: The batches of a loader do not add up to an effective batch.
         """
-        iterator = self._iterator
-        if iterator is None or self._epoch != epoch:
-            self._set_epoch(epoch)
-            self._iterator, self._epoch = iterator, _ = iter(self._data), epoch
+        if self._iterator is None or self._epoch != epoch:
+            self._begin(epoch)
+        iterator = cast("Iterator[Any]", self._iterator)
         if self._collated:
             items, rows = self._batches(iterator)
         else:
@@ -125,11 +122,15 @@ class Stream:
             )
         return items, rows
 
-    def _set_epoch(self, epoch: int) -> None:
+    def _begin(self, epoch: int, state: dict[str, Any] | None = None) -> None:
+        """Begin a pass over the data, or go on with one from a state."""
         for holder in (self._data, getattr(self._data, "sampler", None), getattr(self._data, "dataset", None)):
             set_epoch: Any = getattr(holder, "set_epoch", None)
-            if callable(set_epoch) and inspect.ismethod(set_epoch):
+            if inspect.ismethod(set_epoch):
                 set_epoch(epoch)
+        if state is not None:
+            self._data.load_state_dict(state)
+        self._iterator, self._epoch = iter(self._data), epoch
 
 
 _END = object()
