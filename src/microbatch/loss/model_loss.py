@@ -132,8 +132,8 @@ class ModelLoss:
             return self._loss(model, batch, self._count, takes_items=False)
         if self.found is None:
             self.find(model, batch)
-        elif not _is_recorded() and not _is_sharded(model) and self.is_due(batch):
-            self.confirm(model, batch)
+        elif not (self.found.takes_items or _is_recorded() or _is_sharded(model)) and self.is_due(batch):
+            self.confirm(model, batch)  # never of a head that takes its count: it is not asked again
         if self.found is None:
             return None  # no label at all
         return self._loss(model, batch, self.found.count, takes_items=self.found.takes_items)
