@@ -1,9 +1,10 @@
-"""Memory that ends at a chosen operator."""
+"""Memory that ends at a chosen operator, or in backward."""
 
 import copy
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1.00 GiB")
@@ -52,3 +53,15 @@ class EndsAt(TorchDispatchMode):
             self.refused = str(func)
             raise copy.copy(FULL)
         return func(*args, **(kwargs or {}))
+
+
+class FullInBackward(torch.autograd.Function):
+    """Return a tensor as it is, and end in backward as memory does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - the signature is autograd's
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - likewise
+        raise copy.copy(FULL)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.faults import FULL
+from tests.faults import FULL, FullInBackward
 from tests.integrations.tiny_models import (
     Run,
     Watch,
@@ -151,16 +151,6 @@ class Forgets(MicrobatchTrainer):
             raise copy.copy(FULL)
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         return FullInBackward.apply(loss) if number in self.at else loss
-
-
-class FullInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - the signature is autograd's
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - likewise
-        raise copy.copy(FULL)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.faults import FULL
+from tests.faults import FULL, FullInBackward
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,16 +27,6 @@ def share(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     whole = torch.randn(5 * ranks, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     starts = [0, 6, *[5 * (r + 2) for r in range(ranks - 2)], 5 * ranks]
     return whole[starts[rank] : starts[rank + 1]], whole
-
-
-class FullInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004 - the signature is autograd's
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:  # noqa: ARG004 - likewise
-        raise copy.copy(FULL)
 
 
 def running_out(at: set[int], *, where: str = "forward") -> Callable[[nn.Module, Tensor], Loss]:
