@@ -48,7 +48,9 @@ class Interrupting:
             if self.places is not None:
                 self.places.setdefault((frame.f_code.co_filename, frame.f_lineno), []).append(self.lines)
             self.lines += 1
-            if self.lines - 1 == self.at:
+            if self.lines - 1 == self.at and self.raising and _swallows(frame):
+                self.at += 1
+            elif self.lines - 1 == self.at:
                 sys.settrace(None)
                 self.where = f"{frame.f_code.co_filename.removeprefix(OURS)}:{frame.f_lineno} {frame.f_code.co_name}"
                 if self.raising:
@@ -56,6 +58,13 @@ class Interrupting:
                 handler: Any = signal.getsignal(signal.SIGINT)
                 handler(signal.SIGINT, frame)  # as Python calls it between two lines
         return self._enter
+
+
+def _swallows(frame: FrameType | None) -> bool:
+    """Return whether a finalizer is running, whose errors Python reports and then forgets."""
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 @dataclass

@@ -61,6 +61,7 @@ class Job:
     accumulator: mb.Accumulator
     batch: Tensor
     take: Callable[[Job], object]
+    scale: float = 1.0
 
     def step(self) -> object:
         """Take one step."""
@@ -129,6 +130,7 @@ def make(kind: str, *, rows: int = LARGE, **more: Any) -> Job:
     batch = torch.randn(ROWS, 4, dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
     job = Job(model, optimizer, accumulator, batch, take)
     job.step()
+    job.scale = float("nan")
     for each in model.parameters():
         each.grad = torch.full_like(each, 0.5)
     return job
@@ -160,6 +162,10 @@ def _gradient(job: Job) -> object:
     return job.accumulator.gradient(job.batch, mean)
 
 
+def _skipped(job: Job) -> object:
+    return job.accumulator.step(job.batch, lambda model, x: mean(model, x) * job.scale)
+
+
 KINDS: dict[str, tuple[dict[str, Any], Callable[[Job], object]]] = {
     "plain": ({}, _step),
     "window": ({}, _window),
@@ -169,11 +175,15 @@ KINDS: dict[str, tuple[dict[str, Any], Callable[[Job], object]]] = {
     "kept": ({"coupled": "keep"}, _coupled),
     "exact": ({"batch_norm": "exact"}, _step),
     "pooled": ({"batch_norm": "pooled"}, _step),
+    "once": ({"buffers": "once"}, _step),
+    "mean": ({"buffers": "mean"}, _step),
     "spill": ({}, _step),
     "checkpoint": ({}, _step),
     "by_row": ({"dropout": "by_row"}, _step),
     "scaler": ({"autocast": torch.float16}, _step),
     "momentum": ({"sums": mb.Sums(buffer="none")}, _step),
     "bfloat16": ({}, _step),
+    "skipped": ({"nonfinite": "skip"}, _skipped),
+    "skipped_momentum": ({"nonfinite": "skip", "sums": mb.Sums(buffer="none")}, _skipped),
     "unfused": ({"sums": mb.Sums(fuse=False)}, _step),
 }

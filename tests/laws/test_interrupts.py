@@ -17,6 +17,7 @@ import microbatch as mb
 from microbatch import interrupts
 from microbatch.errors import WindowError, WindowOpenError
 from microbatch.step import saved_state
+from microbatch.step.parts import batch_norm
 from microbatch.step.window import Window
 
 # A kind, and how many lines lie between two interrupts: a prime number, so that loops are interrupted everywhere.
@@ -70,6 +71,25 @@ def test_f1_an_error_at_the_line_itself_is_not_half_a_step_either() -> None:
     lines, outcomes = sweep("plain", stride=53, raising=True)
     assert lines > 1000
     assert [outcome for outcome in outcomes if outcome.wrong] == []
+
+
+# Buffers that move once a window, and so not where each microbatch is; and statistics of the whole batch.
+BUFFERS = {"pooled": 23, "once": 23, "mean": 23, "exact": 31, "gradient": 23, "skipped": 23, "skipped_momentum": 23}
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_f1_an_error_at_any_of_the_last_lines_leaves_buffers_that_go_with_the_weights(kind: str) -> None:
+    _, outcomes = sweep(kind, stride=BUFFERS[kind], last=900, raising=True)
+    assert [outcome for outcome in outcomes if outcome.wrong] == []
+    assert {outcome.outcome for outcome in outcomes} == {"before", "after"}
+
+
+def test_f1_buffers_that_move_after_the_step_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The negative control: running statistics move when the step is over.
+    monkeypatch.setattr(batch_norm.PooledNorms, "check", lambda self, window: None)
+    monkeypatch.setattr(batch_norm.PooledNorms, "done", lambda self, window, step: self._pooled.finish())
+    _, outcomes = sweep("pooled", stride=23, last=900, raising=True)
+    assert "buffer norm.running_mean" in {name for each in outcomes if each.wrong for name in each.left}
 
 
 def test_f1_without_waiting_a_step_is_left_half_taken(monkeypatch: pytest.MonkeyPatch) -> None:

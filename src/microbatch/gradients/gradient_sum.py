@@ -342,24 +342,22 @@ class GradientSum:
                 each.parameter.grad = total
 
     def clear(self) -> None:
-        """End the window with every `.grad` set to `None`."""
+        """End the window with every `.grad` set to `None`; `put_back` can still undo it."""
         self._end()
         if self._fold is not None:
             self._fold.end()
         for each in self._named:
             each.parameter.grad = None
-        self._before = []
 
     def leave(self) -> None:
-        """End the window with the gradients that were handed over."""
+        """End the window with the gradients that were handed over; `put_back` can still undo it."""
         self._end()
-        self._before = []
 
     def put_back(self) -> None:
         """End the window with the gradients, and the optimizer's states, from before it."""
         self._end()
         self.put_states_back()
-        for each, grad in zip(self._named, self._before, strict=False):  # none, if the window has ended already
+        for each, grad in zip(self._named, self._before, strict=False):  # none, if it was undone already
             each.parameter.grad = grad
         self._before = []
 

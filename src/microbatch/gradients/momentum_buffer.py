@@ -205,7 +205,7 @@ class Fold:
         Args:
             parameter: A parameter that got no gradient.
         """
-        self._restore(self._entries.pop(id(parameter)))
+        self._restore(id(parameter))
         parameter.grad = None
 
     @torch.no_grad()
@@ -257,8 +257,8 @@ class Fold:
     @torch.no_grad()
     def put_back(self) -> None:
         """Restore every state from before the window."""
-        while self._entries:
-            self._restore(self._entries.popitem()[1])
+        for key in list(self._entries):
+            self._restore(key)
 
     def end(self) -> None:
         """Free the saved states."""
@@ -278,7 +278,8 @@ class Fold:
             entry.held, entry.kept = held, self._aside(held)
         self._entries[id(parameter)] = entry
 
-    def _restore(self, entry: _Entry) -> None:
+    def _restore(self, key: int) -> None:
+        entry = self._entries[key]
         states, name = entry.optimizer.state, entry.rule.state
         if entry.held is not None and entry.kept is not None:
             states[entry.parameter][name] = entry.held.copy_(entry.kept())
@@ -286,6 +287,7 @@ class Fold:
             states[entry.parameter].pop(name, None)
             if not states[entry.parameter]:
                 del states[entry.parameter]
+        del self._entries[key]  # last: what an error interrupts is restored by the next call
 
 
 def _described(held: object) -> str:

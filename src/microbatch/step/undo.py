@@ -6,7 +6,7 @@ import threading
 from contextlib import ExitStack
 from typing import Any
 
-from microbatch.errors import OutOfMemoryError, WindowError
+from microbatch.errors import OutOfMemoryError, RankError, WindowError
 from microbatch.interrupts import interrupts_here
 from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.optimizer_step import Versions
@@ -77,15 +77,16 @@ class Undo:
         # Only a signal skips the end of a `with` block. After other errors the blocks still end, the user's too.
         if isinstance(error, KeyboardInterrupt) or is_from_signal(error):
             self._modes.restore()
-        # Several ranks agree by themselves on what a failed step leaves, and their error says so.
-        if window.peers.size > 1 or all(each.untouched for each in self.versions):
+        if all(each.untouched for each in self.versions):
             self.restore.close()
             return
-        window.setup.history.windows += 1
+        # Buffers stay, too: they had moved before the step began.
+        if window.record is None:
+            window.setup.history.windows += 1
         window.gradients.clear()
         for optimizer in window.options.optimizers:
             optimizer.zero_grad()
-        if not isinstance(error, OutOfMemoryError):  # which tells it itself
+        if not isinstance(error, OutOfMemoryError | RankError):  # which tell it themselves
             error.add_note(
                 "microbatch: the optimizer had begun to write, so the step is not undone: weights may be partly "
                 "updated. Continue from a checkpoint unless the step is known to be complete"

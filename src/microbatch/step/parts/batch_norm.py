@@ -15,7 +15,6 @@ from microbatch.loss.one_row_norm import ContiguousNorms, explain_one_value, is_
 from microbatch.loss.pooled_stats import Pooled
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import Function, OpenWindow, Part, Pass, Run
-from microbatch.step.record import Step
 
 _KIND = "batch norm"
 _NAMED = 4  # layers that a warning names
@@ -57,14 +56,12 @@ class PooledNorms(Part):
             pooled.next()
 
     def check(self, window: OpenWindow) -> None:
-        """Raise an error if a layer's statistics could not be collected."""
-        self._pooled.check()
+        """Update the running statistics, or raise an error if a layer's statistics could not be collected.
 
-    def done(self, window: OpenWindow, step: Step) -> None:
-        """Update the running statistics, unless the window was dropped."""
-        del step
-        if not window.dropped:
-            self._pooled.finish()
+        Before the step, like all other buffers: an error until then restores them, and so does a dropped window.
+        """
+        self._pooled.check()
+        self._pooled.finish()
 
 
 class OneRowNorms(Part):
