@@ -23,6 +23,8 @@ EXPECTED = {
     "ended": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
     "returned": ["step 2 came to a halt", "rank 1 has ended, last heard of in step 1", "fewer batches"],
     "sharded": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
+    "goes_on": ["1 of 3 ranks failed inside this window", "rank 1 failed in step 2"],
+    "goes_on_sharded": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
     "engine": ["step 2 came to a halt", "rank 1 has died (process "],
     "engine_inside": ["step 2 came to a halt", "rank 1 has died (process "],
     "engine_fails": ["step 2 came to a halt", "rank 1 failed in step 2 (ValueError: mine)"],
@@ -40,8 +42,9 @@ def test_a_lost_rank_is_named_with_its_step_by_every_other_rank(told: dict[str, 
         assert all(f"rank {other} " not in found["message"].replace("rank 0 has ended or died", "") for other in (0, 2))
 
 
-def test_the_error_of_a_rank_that_failed_is_told(told: dict[str, dict[int, Any]]) -> None:
-    assert "rank 1 failed in step 2 (ValueError: mine)" in told["failing"][0]["message"]
+@pytest.mark.parametrize("case", ["failing", "goes_on"])
+def test_the_error_of_a_rank_that_failed_is_told(told: dict[str, dict[int, Any]], case: str) -> None:
+    assert "rank 1 failed in step 2 (ValueError: mine)" in told[case][0]["message"]
 
 
 @pytest.mark.parametrize("case", CASES)

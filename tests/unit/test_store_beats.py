@@ -24,11 +24,11 @@ def store() -> Generator[HashStore]:
         dist.destroy_process_group()
 
 
-def say(beats: StoreBeats, rank: int, step: int, stage: int, detail: str = "") -> None:
+def say(beats: StoreBeats, rank: int, step: int, stage: int, detail: str = "", *, failures: int = 0) -> None:
     """Send a heartbeat in the place of another rank, whose process is this one."""
     dist.distributed_c10d._get_default_store().set(
         beats._key(rank),
-        f"{step}|{stage}|0.0|{os.getpid()}|{platform.node()}||{detail}",
+        f"{step}|{stage}|0.0|{os.getpid()}|{platform.node()}||{failures}|{detail}",
     )
 
 
@@ -78,9 +78,42 @@ def test_an_error_of_the_model_is_no_lost_rank() -> None:
 def test_the_ranks_that_report_a_failure_are_told_with_their_error() -> None:
     beats = StoreBeats([0, 1, 2])
     beats.at(5, WAITING)
-    say(beats, 1, 5, FAILED, "ValueError: a | b")
+    say(beats, 1, 5, FAILED, "ValueError: a | b", failures=1)
     assert beats.failures([1]) == "rank 1 failed in step 5 (ValueError: a | b)"
     assert beats.failures([2]) == "rank 2 failed in step 5"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_failure_is_told_with_its_own_error_also_if_the_rank_has_gone_on() -> None:
+    beats = StoreBeats([0, 1])
+    beats.at(5, WAITING)
+    say(beats, 1, 5, COMPUTING, "after ValueError: first", failures=1)
+    assert beats.failures([1]) == "rank 1 failed in step 5 (ValueError: first)"
+    # The next failure's message is late: the error of the first one is not told twice.
+    assert beats.failures([1]) == "rank 1 failed in step 5"
+    say(beats, 1, 5, COMPUTING, "after ValueError: second", failures=2)
+    assert beats.failures([1]) == "rank 1 failed in step 5 (ValueError: second)"
+
+
+@pytest.mark.usefixtures("store")
+def test_a_failure_stays_until_the_others_know_of_it_or_have_ended_the_step() -> None:
+    beats = StoreBeats([0, 1])
+    beats.at(3, COMPUTING)
+    beats.failed(ValueError("mine"))
+    beats.at(3, COMPUTING)  # the next window of a loop that catches the error
+    beats.failed(KeyError("another"))
+    assert (beats.own.stage, beats.own.detail, beats.own.failures) == (FAILED, "ValueError: mine", 1)
+    with pytest.raises(RankError, match=r"this rank failed in it \(ValueError: mine\) and began another window"):
+        beats.name(RuntimeError("[gloo] Connection closed by peer"))
+    assert beats.own.detail == "ValueError: mine"
+    beats.told()
+    beats.at(3, WAITING)
+    assert (beats.own.stage, beats.own.detail) == (WAITING, "after ValueError: mine")
+    beats.at(4, COMPUTING)
+    assert (beats.own.stage, beats.own.detail) == (COMPUTING, "")
+    beats.failed(OSError("the second one"))
+    beats.at(5, COMPUTING)  # step 4 has ended, so all ranks have agreed
+    assert (beats.own.stage, beats.own.detail, beats.own.failures) == (COMPUTING, "", 2)
 
 
 def test_a_message_is_sent_when_the_group_is_destroyed(store: HashStore) -> None:

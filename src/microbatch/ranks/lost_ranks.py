@@ -41,6 +41,7 @@ class Beat:
         host: Name of the rank's machine.
         process: Process id of the rank.
         space: Where the process id is valid: processes of one machine can be in different containers.
+        failures: Number of times that the rank has failed so far.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Beat:
     host: str
     process: int
     space: str = ""
+    failures: int = 0
 
     @property
     def at_fault(self) -> bool:

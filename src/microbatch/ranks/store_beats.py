@@ -33,6 +33,7 @@ from microbatch.ranks.lost_ranks import (
 )
 
 _PATIENCE = 2.0  # seconds that an answer of the store may take
+_AFTER = "after "  # of the detail of a rank that goes on after a failure
 _LOOKING = "a collective failed, and the missing ranks are looked for"
 _numbers = itertools.count()  # every rank makes its accumulators' first windows in the same order
 
@@ -57,6 +58,7 @@ class StoreBeats:
     def __init__(self, ranks: Iterable[int]) -> None:
         self._rank, self._number = dist.get_rank(), next(_numbers)
         self._known: dict[int, Beat | None] = dict.fromkeys(sorted({self._rank, *ranks}))
+        self._reported: dict[int, int] = {}  # of each rank, how many failures have been described
         self._voice = voice = _Voice(_store_of_the_group(), self._key(self._rank), ranks=len(self._known))
         # When this object is freed, or the process ends; and when the process group is destroyed.
         util.Finalize(self, _Voice.end, args=(voice,), exitpriority=100)
@@ -88,10 +90,17 @@ class StoreBeats:
     def failed(self, error: BaseException) -> None:
         """Record that this rank failed with an error.
 
+        The record stays, also if this rank opens another window, until the others know of it (`told`), or until all
+        ranks have ended the step.
+
         Args:
             error: The error.
         """
-        self._voice.say_now(self.own.step, FAILED, _named(error))
+        self._voice.say_failed(_named(error))
+
+    def told(self) -> None:
+        """Record that the other ranks know of this rank's failure."""
+        self._voice.told = True
 
     def name(self, error: BaseException) -> None:
         """Raise an error that names the missing ranks, if a collective has failed because of them.
@@ -104,9 +113,15 @@ class StoreBeats:
         """
         if not is_of_a_lost_rank(error):
             return
-        # First, so that the ranks that fail a moment later do not take this one for the missing one.
-        self.failed(RankError(_LOOKING))
-        found = describe_missing(self.read, rank=self._rank)
+        if self._voice.untold:
+            found = (
+                f"step {self.own.step} came to a halt, because this rank failed in it ({self.own.detail}) and began "
+                "another window, while the other ranks were still in the failed one"
+            )
+        else:
+            # First, so that the ranks that fail a moment later do not take this one for the missing one.
+            self.failed(RankError(_LOOKING))
+            found = describe_missing(self.read, rank=self._rank)
         told = RankError(f"{found}. The ranks cannot go on without one another: restart all of them, from a checkpoint")
         self.failed(told)
         self._wait_for_others()
@@ -123,12 +138,15 @@ class StoreBeats:
         """
         beats: dict[int, Beat] = {}
         for _ in range(10):  # the report may overtake the store's message
-            told = self._ask(ranks)
-            beats = {rank: beat for rank, text in told.items() if (beat := _decoded(text)).stage == FAILED}
+            told = {rank: _decoded(text) for rank, text in self._ask(ranks).items()}
+            beats = {
+                rank: beat for rank, beat in told.items() if beat.detail and beat.failures > self._reported.get(rank, 0)
+            }
             if len(beats) == len(ranks):
                 break
             time.sleep(pause(len(self._known)) / 2)
-        why = {rank: f" ({beats[rank].detail})" if rank in beats else "" for rank in ranks}
+        self._reported |= {rank: beat.failures for rank, beat in beats.items()}
+        why = {rank: f" ({beats[rank].detail.removeprefix(_AFTER)})" if rank in beats else "" for rank in ranks}
         return " and ".join(f"rank {rank} failed in step {self.own.step}{why[rank]}" for rank in ranks)
 
     def read(self) -> dict[int, Beat | None]:
@@ -201,12 +219,14 @@ class _Voice:
 
     Attributes:
         base: The store, to make other connections; `None` if it does not answer, or the process group has ended.
+        told: Whether the other ranks know of this rank's last failure.
     """
 
     def __init__(self, store: Any, key: str, *, ranks: int) -> None:
         self.base, self._key = store, key
         self._store = store and _own_connection(store)
         self.step, self.stage, self.detail, self.seconds = 0, BEGINNING, "", time.time()
+        self._failures, self._failure, self.told = 0, "", False
         self._host, self.process, self._space = platform.node(), os.getpid(), process_space()
         self._where = f"{self.process}|{self._host}|{self._space}"
         # A store in a file grows with every message.
@@ -218,14 +238,31 @@ class _Voice:
     @property
     def last(self) -> Beat:
         """The last heartbeat, also if it was not sent."""
-        return Beat(self.step, self.stage, self.detail, self.seconds, self._host, self.process, self._space)
+        where = self._host, self.process, self._space
+        return Beat(self.step, self.stage, self.detail, self.seconds, *where, self._failures)
+
+    @property
+    def untold(self) -> bool:
+        """Whether this rank has failed by an error of its own, of which the other ranks do not know."""
+        return bool(self._failure) and not self.told and self.last.at_fault
 
     def say(self, step: int, stage: int) -> None:
-        """Send a heartbeat, unless the last one was sent a moment ago."""
-        self.step, self.stage, self.detail = step, stage, ""
+        """Send a heartbeat, unless the last one was sent a moment ago, or is a failure that must stay."""
+        if self._failure:
+            if step > self.step:  # all ranks have agreed on the end of the failed step
+                self._failure = ""
+            elif not self.told:
+                return
+        self.step, self.stage, self.detail = step, stage, self._failure and _AFTER + self._failure
         if (now := time.monotonic()) >= self._next:
-            self.say_now(step, stage, "")
+            self.say_now(step, stage, self.detail)
             self._next = now + self._between
+
+    def say_failed(self, why: str) -> None:
+        """Send a failure in the current step; the first failure stays, if the other ranks do not know of it."""
+        if not self.untold:
+            self._failures, self._failure, self.told = self._failures + 1, why, False
+            self.say_now(self.step, FAILED, why)
 
     def say_now(self, step: int, stage: int, detail: str) -> None:
         """Send a heartbeat."""
@@ -233,7 +270,9 @@ class _Voice:
         self.step, self.stage, self.detail, self.seconds = step, stage, detail[:300], time.time()
         if self._store is not None:
             try:
-                self._store.set(self._key, f"{step}|{stage}|{self.seconds:.1f}|{self._where}|{self.detail}")
+                self._store.set(
+                    self._key, f"{step}|{stage}|{self.seconds:.1f}|{self._where}|{self._failures}|{self.detail}"
+                )
             except RuntimeError:
                 self._store = None  # the process that has the store is gone; the next collective fails, too
 
@@ -244,8 +283,8 @@ class _Voice:
             if isinstance(error, SystemExit | GeneratorExit):
                 error = error.__context__
             if isinstance(error, BaseException):
-                began = self.step + (self.stage == WAITING)  # the step that waited for the others is over
-                self.say_now(began, FAILED, _named(error))
+                self.step += self.stage == WAITING  # the step that waited for the others is over
+                self.say_failed(_named(error))
             else:
                 self.say_now(self.step, ENDED, "")
         self._store = self.base = None  # so that the store can end
@@ -256,8 +295,8 @@ def _named(error: BaseException) -> str:
 
 
 def _decoded(text: str) -> Beat:
-    step, stage, seconds, process, host, space, detail = text.split("|", 6)
-    return Beat(int(step), int(stage), detail, float(seconds), host, int(process), space)
+    step, stage, seconds, process, host, space, failures, detail = text.split("|", 7)
+    return Beat(int(step), int(stage), detail, float(seconds), host, int(process), space, int(failures))
 
 
 def _store_of_the_group() -> Any:

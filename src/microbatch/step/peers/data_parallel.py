@@ -254,12 +254,14 @@ class DataParallel(Peers):
         try:
             if self.talk is not None and not self.talk.over:
                 self.talk.fail(again=again)
-                return again
-            return self.tell_failure(window, again=again)
+            else:
+                again = self.tell_failure(window, again=again)
         except Exception as told:
             if isinstance(told, RankError) or is_of_the_group(told):
                 return False  # another rank has given up, or is lost, and this rank raises its own error
             raise
+        self.setup.told()
+        return again
 
     def tell_failure(self, window: OpenWindow, *, again: bool) -> bool:
         """Notify the ranks that wait at the end of the window; if this rank runs its batch again, they keep waiting."""

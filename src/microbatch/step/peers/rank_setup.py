@@ -112,6 +112,11 @@ class RankSetup:
         if self.beats is not None and not isinstance(error, RankError):
             self.beats.failed(error)
 
+    def told(self) -> None:
+        """Record that the other ranks know of this rank's failure."""
+        if self.beats is not None:
+            self.beats.told()
+
     def name_lost(self, error: BaseException) -> None:
         """Raise an error that names the missing ranks, if a collective has failed because of them.
 

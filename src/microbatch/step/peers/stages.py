@@ -83,4 +83,5 @@ class StagePeers(DataParallel):
         self.setup.record(error)
         if self.waited(window) and isinstance(error, Exception) and not isinstance(error, RankError):
             self._stages.agree(None, parameters=self.setup.room(window))
+            self.setup.told()
         return again
