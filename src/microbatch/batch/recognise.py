@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import IOBase
 from typing import Any, cast
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from microbatch.batch.marks import Rows, Whole
-from microbatch.batch.row_errors import Entry, disagreement, samples_in_a_list, unknown_object
-from microbatch.batch.walk import ENDLESS, children, holds_tensors, is_array, slices_itself
+from microbatch.batch.row_errors import Entry, disagreement, read_once, samples_in_a_list, unknown_object
+from microbatch.batch.walk import ENDLESS, LONGEST_SIZE, children, holds_tensors, is_array, is_number, slices_itself
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
 
 _CHANNELS = 4  # most channels of an image: a first dimension of up to 4 may be colours
-_LONGEST_SIZE = 4  # a longer tuple of numbers is not a size or a shape
 
 
 @dataclass(slots=True)
@@ -216,16 +216,13 @@ def _survey(node: Any, path: str, found: Found) -> None:
         return
     inner = children(node)
     if inner is None:
-        if isinstance(node, list | tuple) and not isinstance(node, PackedSequence):
-            _note_values(cast("Sequence[Any]", node), path, found)
-        elif not _note(node, path, found) and not isinstance(node, Rows) and holds_tensors(node):
-            raise unknown_object(node, path)
+        _survey_leaf(node, path, found)
         return
     if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
         values = [child for _, child in inner]
         if _are_numbers(values):
-            if isinstance(node, list) or len(values) > _LONGEST_SIZE:
-                found.numbers.append(Entry(path, len(values), (len(values),), what="list"))
+            if isinstance(node, list) or len(values) > LONGEST_SIZE:
+                found.numbers.append(Entry(path, len(values), (len(values),), what="list of 0-d tensors"))
             return
         what = _alike(values)
         if what:
@@ -237,6 +234,16 @@ def _survey(node: Any, path: str, found: Found) -> None:
             return
     for end, child in inner:
         _survey(child, path + end, found)
+
+
+def _survey_leaf(leaf: Any, path: str, found: Found) -> None:
+    if isinstance(leaf, list | tuple) and not isinstance(leaf, PackedSequence):
+        _note_values(cast("Sequence[Any]", leaf), path, found)
+    elif not _note(leaf, path, found) and not isinstance(leaf, Rows):
+        if isinstance(leaf, Iterator) and not isinstance(leaf, IOBase):
+            raise read_once(leaf, path)
+        if holds_tensors(leaf):
+            raise unknown_object(leaf, path)
 
 
 def _note(value: Any, path: str, found: Found) -> bool:
@@ -283,6 +290,12 @@ def _settle(found: Found, batch: object) -> int:
             )
         if len({each.rows for each in numbers}) > 1:
             raise disagreement(numbers)
+        for each in numbers:
+            if each.what != "list":
+                raise BatchError(
+                    f"{each.path} is a {each.what}: stack them into one tensor (torch.stack), or mark the list with "
+                    "mb.Rows(...) or with mb.Whole(...)"
+                )
         return numbers[0].rows
     for each in numbers:
         if each.rows != rows:
@@ -296,9 +309,7 @@ def _settle(found: Found, batch: object) -> int:
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
-    return bool(values) and all(
-        isinstance(each, int | float | complex) or (isinstance(each, Tensor) and each.ndim == 0) for each in values
-    )
+    return bool(values) and all(map(is_number, values))
 
 
 def _alike(values: Sequence[Any]) -> str:

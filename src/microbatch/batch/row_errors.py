@@ -96,6 +96,22 @@ def unknown_object(value: object, path: str) -> BatchError:
     )
 
 
+def read_once(value: object, path: str) -> BatchError:
+    """Return the error for a generator or another iterator, which the first microbatch would use up.
+
+    Args:
+        value: The iterator.
+        path: Where it is.
+
+    Returns:
+        The error.
+    """
+    return BatchError(
+        f"{path} is {kind_of(value)}, which can be read only once, so the first microbatch would use it up: pass "
+        "mb.Rows(list(...)) of it if it has one item per row, or a list in mb.Whole(...)"
+    )
+
+
 def _words(entry: Entry) -> str:
     if entry.what:
         return f"{entry.path} has {entry.rows} (a {entry.what})"

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from numbers import Number
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ Leaf = Callable[[Any, str], Any]
 """``function(leaf, path)`` returns what stands in the leaf's place."""
 
 ENDLESS = "the batch is nested too deeply, or contains itself; pass a batch whose dicts and lists end somewhere"
-_PLAIN = (str, bytes, int, float, complex, range, type(None), Rows, Whole)
+_PLAIN = (str, bytes, bytearray, memoryview, int, float, complex, range, type(None), Rows, Whole)
+LONGEST_SIZE = 4  # a longer tuple of numbers is not a size or a shape
 _DEPTH, _MOST = 5, 500  # how deep, and at how many objects, `holds_tensors` looks
 
 
@@ -123,6 +125,15 @@ def is_array(value: Any) -> bool:
         return False
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a single number: of Python, of NumPy, or a 0-d tensor or array."""
+    if isinstance(value, str | bytes):
+        return False
+    return isinstance(value, Number) or (
+        (isinstance(value, Tensor) or is_array(value)) and not cast("Any", value).shape
+    )
+
+
 def slices_itself(value: Any) -> bool:
     """Return whether an object has a length and slices of its own type, as a TensorDict has.
 
@@ -199,20 +210,23 @@ def _is_dataclass(node: object) -> bool:
 
 def _is_leaf(node: Sequence[Any]) -> bool:
     """Return whether a list or a tuple holds plain values, such as one string per row, and no tensor."""
-    # `default_collate` returns strings as a list or a tuple. A tuple of numbers is usually a size or a shape, so only
-    # tuples of strings count as one value per row.
+    # `default_collate` returns strings as a list or a tuple. A short tuple of numbers is usually a size or a shape.
     if isinstance(node, tuple):
         if hasattr(node, "_fields"):
             return isinstance(node, PackedSequence)
+        if len(node) > LONGEST_SIZE and all(is_number(item) and not isinstance(item, Tensor) for item in node):
+            return True
         return bool(node) and all(isinstance(item, str | bytes) for item in node)
     return not any(_holds_array(item) for item in node)
 
 
 def _holds_array(node: Any) -> bool:
     if isinstance(node, str | bytes | int | float):
-        return hasattr(node, "__array__")
-    if isinstance(node, Tensor | Whole | Rows) or hasattr(node, "__array__"):
+        return False
+    if isinstance(node, Tensor | Whole | Rows):
         return True
+    if hasattr(node, "__array__"):
+        return getattr(node, "shape", None) != ()  # a number of NumPy
     inner = children(node)
     if inner is None:
         return not isinstance(node, list | tuple) and holds_tensors(node)
