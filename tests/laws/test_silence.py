@@ -94,12 +94,53 @@ def test_s1_equal_counts_and_whole_batches_say_nothing(size: int) -> None:
     assert said(lambda: it.step(batch, token_mean)) == []
 
 
+def segmentation(ignored: int) -> dict[str, Tensor]:
+    maps = torch.arange(12 * 16).view(12, 4, 4) % 3
+    maps[0, :3] = ignored
+    return {"x": X[:, :, None, None].expand(12, 6, 4, 4), "target": maps}
+
+
+@pytest.mark.parametrize("ignored", [-100, -1, 255])
+def test_s1_every_usual_label_for_no_target_is_counted(ignored: int) -> None:
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["x"].movedim(1, -1)).movedim(-1, 1), batch["target"], ignore_index=ignored)
+
+    (text,) = said(lambda: accumulator(network()).step(segmentation(ignored), loss_fn))
+    assert f"batch['target'] != {ignored}).sum()" in text
+    assert said(lambda: accumulator(network()).step(segmentation(0), loss_fn)) == []
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"y": torch.tensor([-1, 1] * 5 + [1, 1])},  # two classes
+        {"missing": torch.tensor([-1] + [5] * 11), "z": X},  # no target
+        {"target": torch.tensor([255] + [254] * 11)[:, None, None].expand(12, 2, 2)},  # pictures
+    ],
+)
+def test_s1_other_integers_are_no_labels_for_no_target(other: dict[str, Tensor]) -> None:
+    it = accumulator(network())
+    assert said(lambda: it.step({"x": X} | other, lambda model, batch: square(model, batch["x"]))) == []
+
+
 # -- S3 and S6: what the optimizers hold -----------------------------------------------------------------------------
 
 
 def test_s3_an_optimizer_of_another_model_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"none of the model's 4 trainable parameters.*'0.weight'"):
         accumulator(network(), SGD(network().parameters(), lr=0.1))
+
+
+def test_s3_weights_that_cannot_be_trained_yet_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(3)).double()
+    with pytest.raises(ConfigError, match=r"'1\.weight' has no shape yet"):
+        accumulator(model)
+    model(X)
+    assert accumulator(model).step(X, square).applied
+    with torch.inference_mode():
+        made = network()
+    with pytest.raises(ConfigError, match=r"'0\.weight' was made inside torch.inference_mode"):
+        accumulator(made)
 
 
 def test_s3_a_parameter_in_two_optimizers_is_refused() -> None:
@@ -227,6 +268,29 @@ def test_s5_buffers_that_move_are_named_once() -> None:
     assert "_SpectralNorm" in text
     assert "moved 3 times" in text
     assert said(lambda: accumulator(normed(), buffers="each").step(X, square)) == []
+
+
+class Codebook(nn.Module):
+    """Moves its codes through ``.data``, as many implementations do, which raises no version counter."""
+
+    codes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("unused", torch.full((6,), float("nan")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Subtract the codes from before."""
+        out = x - self.codes
+        self.codes.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return out
+
+
+def test_s5_buffers_that_move_through_data_are_named() -> None:
+    it = accumulator(nn.Sequential(Codebook(), network()))
+    (text,) = said(lambda: [it.step(X, square) for _ in range(3)])
+    assert "0.codes (of Codebook)" in text
 
 
 def test_s5_statistics_of_instance_norm_are_named() -> None:

@@ -17,6 +17,7 @@ from microbatch.loss.loss import LossLike
 from microbatch.step.cutting import Cutting, handed_in
 from microbatch.step.part import Begin, Function, OpenWindow
 from microbatch.step.record import Step
+from microbatch.step.user_errors import as_raised
 
 
 class OwnLoop(OpenWindow):
@@ -65,6 +66,8 @@ class OwnLoop(OpenWindow):
             return self  # noqa: TRY300 - as above
         except BaseException as error:
             self.__exit__(BaseException, error, None)
+            if (own := as_raised(error)) is not error:
+                raise own from None
             raise
 
     def split(self, batch: object) -> Iterator[Any]:
@@ -148,7 +151,12 @@ class OwnLoop(OpenWindow):
             raise WindowError("a window encodes one batch, and takes the loss of that batch alone; open another window")
         self.keeps_graphs = (keep and not self.attempt.twice) or self.passes.keeps
         self.coupled = self.setup.couple(self, encode, keep=self.keeps_graphs)
-        return self.coupled.representations_of(batch)
+        try:
+            return self.coupled.representations_of(batch)
+        except Exception as error:
+            if (own := as_raised(error)) is not error:
+                raise own from None
+            raise
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:
         """Concatenate the microbatches' results, each of shape ``(rows, ...)``, in the order of the batch's rows."""

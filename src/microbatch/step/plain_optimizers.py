@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -59,6 +60,16 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             "mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, loss_fn) in the closure "
             "of LBFGS.step"
         )
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigError(
+                f"{name!r} has no shape yet, because its layer is lazy: run the model once on a few rows before the "
+                "optimizer and the accumulator are created"
+            )
+        if parameter.is_inference():
+            raise ConfigError(
+                f"{name!r} was made inside torch.inference_mode(), so it cannot be trained; make the model outside"
+            )
     stepped: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         for parameter in (each for group in optimizer.param_groups for each in group["params"]):

@@ -43,6 +43,18 @@ class Buffer:
         """Whether it was written to, or replaced by another tensor."""
         return self.now() is not self.tensor or self.tensor._version != self.version
 
+    @property
+    def same(self) -> bool:
+        """Whether its values are those of the start, bit by bit or NaN in both; waits for the device."""
+        if type(self.tensor) is not Tensor or self.tensor.layout is not torch.strided or self.tensor.is_quantized:
+            return True  # comparing them might communicate, or is not possible
+        if self.tensor.shape != self.copy.shape:
+            return False
+        equal = self.tensor == self.copy
+        return bool(
+            (equal | ((self.tensor != self.tensor) & (self.copy != self.copy))).all()
+        )  # NaN differs from itself
+
 
 class Unscaled:
     """Set aside which optimizers a scaler has unscaled, so that it can unscale the window's gradients.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import torch
 from torch import Tensor
 
 from microbatch.batch.batch_tree import leaves
@@ -15,6 +16,8 @@ from microbatch.step.part import OpenWindow, Part
 from microbatch.step.record import Step
 
 _IGNORED = -100  # torch's and everyone's label for "no target here"
+_VOID = 255  # of segmentation
+_TARGETS = ("label", "target", "'y'", ".y")
 _WINDOWS = 4  # windows whose batches are looked at
 _SLACK = 1.01  # counts that differ by less have next to no effect
 
@@ -106,14 +109,33 @@ def _unequal(batch: object, cutting: Cutting) -> tuple[str, str, float, float] |
 def _counted(tensors: list[tuple[str, Tensor]]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield each tensor that marks targets: its path, the condition for a target, and the targets of each row."""
     labels = False
-    for path, value in tensors:
-        if not value.is_floating_point() and not value.is_complex() and bool((value == _IGNORED).any()):
+    for index, (path, value) in enumerate(tensors):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool or not value.numel():
+            continue
+        named = index == len(tensors) - 1 or any(word in path.lower() for word in _TARGETS)
+        ignored = _ignored_in(value, is_target=named)
+        if ignored is not None:
             labels = True
-            kept = value != _IGNORED
-            yield path, f"{path} != {_IGNORED}", kept.flatten(1).sum(1) if value.ndim > 1 else kept
+            kept = value != ignored
+            yield path, f"{path} != {ignored}", kept.flatten(1).sum(1) if value.ndim > 1 else kept
     # A mask counts targets only where no tensor has one target a row: a classifier pools under its mask.
     if labels or any(value.ndim == 1 for _, value in tensors):
         return
     for path, value in tensors:
         if "mask" in path and value.ndim == 2 and bool(((value == 0) | (value == 1)).all()):
             yield path, path, value.sum(1)
+
+
+def _ignored_in(labels: Tensor, *, is_target: bool) -> int | None:
+    """Return the label that stands for "no target here"; `None` if there is none."""
+    if bool((labels == _IGNORED).any()):
+        return _IGNORED
+    if not is_target:
+        return None
+    least, most = int(labels.min()), int(labels.max())
+    if least == -1 and most > 1:  # labels of -1 and 1 are two classes
+        return -1
+    if most == _VOID and labels.ndim > 2 and labels.dtype == torch.int64:  # maps of classes, not pictures
+        classes = labels[labels != _VOID]
+        return _VOID if classes.numel() and int(classes.max()) < _VOID // 2 else None
+    return None

@@ -11,18 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from microbatch.errors import WeightsMovedError
+from microbatch.errors import WeightsMovedError, WindowError
+from microbatch.gradients.parameters import Named
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.saved_state import Buffer
 
 _NAMED = 4  # buffers that a warning names
+_WINDOWS = 2  # windows in which the values of buffers are compared
+_PLACES = 8  # weights whose places are compared in one window
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class WatchedWeights(Part):
     """Refuse a window in which something writes to the weights, such as another optimizer.
 
     Every write by a torch operator raises a tensor's version counter; a write through ``.data`` does not. The counters
-    are compared after each backward and before the step.
+    are compared after each backward and before the step. An assignment to ``.data`` replaces a weight's memory: the
+    places of a few weights in each window are compared before the step.
 
     Source:
         Law S4.
@@ -30,18 +35,42 @@ class WatchedWeights(Part):
 
     def __init__(self) -> None:
         self._versions: list[int] = []
+        self._places: list[tuple[Named, int]] = []
+        self._frozen: list[tuple[Tensor, Tensor | None]] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
-        """Read the versions."""
+        """Read the versions, and the places of a few weights."""
         self._versions = _versions(window)
+        named, groups = window.gradients.named, [g for each in window.options.optimizers for g in each.param_groups]
+        stride = len(named) // _PLACES + 1
+        some = named[window.setup.history.windows % stride :: stride]
+        self._places = [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in _PLAIN]
+        self._frozen = [(p, p.grad) for group in groups for p in group["params"] if not p.requires_grad]
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Compare the versions after every backward."""
         return partial(self._watched, window, run)
 
     def check(self, window: OpenWindow) -> None:
-        """Compare the versions before the step."""
+        """Compare the versions and the places before the step, and refuse a weight that was thawed in the window."""
         self._compare(window)
+        replaced = next((each.name for each, place in self._places if each.parameter.data_ptr() != place), None)
+        if replaced is not None and not _flattens(window, replaced):
+            raise WeightsMovedError(
+                f"the values of the weight {replaced!r} were replaced inside the window (weight.data = ..., or "
+                "model.to(...)), so its microbatches would have gradients of different weights; replace weights "
+                "between windows"
+            )
+        thawed = [(parameter, grad) for parameter, grad in self._frozen if parameter.grad is not grad]
+        for parameter, grad in thawed:
+            parameter.grad = grad
+        if thawed:
+            names = {id(parameter): name for name, parameter in window.model.named_parameters()}
+            raise WindowError(
+                f"the weight {names.get(id(thawed[0][0]), 'of the optimizer')!r} had requires_grad=False when the "
+                "window opened, and has got a gradient inside it, which is not the large batch's; thaw weights "
+                "between windows"
+            )
 
     def _watched(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
         run(tensors, seeds)
@@ -70,16 +99,25 @@ class WatchedBuffers(Part):
 
     Batch normalisation is left out: it has options and a warning of its own.
 
+    Cost:
+        In the first windows a comparison of the buffers with their copies, because a write through ``.data`` does not
+        raise the version counter.
+
     Source:
         Law S5.
     """
+
+    def __init__(self) -> None:
+        self._windows = 0
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the buffers that the passes have written to, if there was more than one pass."""
         if len(window.done) < 2 or window.setup.warn.has("buffers"):
             return
-        buffers = window.undo.snapshot.buffers
-        moved = [each for each in buffers if each.moved and not isinstance(each.module, BatchNorm)]
+        self._windows += 1
+        values = self._windows <= _WINDOWS
+        buffers = [each for each in window.undo.snapshot.buffers if not isinstance(each.module, BatchNorm)]
+        moved = [each for each in buffers if each.moved or (values and not each.same)]
         if moved:
             kinds = sorted({type(each.module).__name__ for each in moved})
             names = [_name(window.model, each) for each in moved]
@@ -150,6 +188,11 @@ class BuffersOnce(Part):
 
 def _versions(window: OpenWindow) -> list[int]:
     return [each.parameter._version for each in window.gradients.named]
+
+
+def _flattens(window: OpenWindow, name: str) -> bool:
+    """Return whether a weight is of a recurrent layer, whose `flatten_parameters` moves the weights unchanged."""
+    return isinstance(dict(window.model.named_modules()).get(name.rpartition(".")[0]), nn.RNNBase)
 
 
 def _renorms(module: Any) -> bool:

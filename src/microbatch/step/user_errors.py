@@ -1,0 +1,50 @@
+"""Errors of the user's functions that Python or torch report in other words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from microbatch.errors import WindowError
+
+_OURS = (str(Path(__file__).parents[1]), "<@")  # and functions that beartype generated
+_AGAIN = "backward through the graph a second time"
+
+
+def as_raised(error: BaseException) -> BaseException:
+    """Return the error that the user's function raised.
+
+    The library calls the functions inside of generators. There, Python replaces a `StopIteration`, such as that of
+    ``next(loader)`` at the loader's end, by a `RuntimeError`.
+
+    Args:
+        error: Any error that a window has ended with.
+
+    Returns:
+        The `StopIteration`, or the same error.
+    """
+    if type(error) is not RuntimeError or not isinstance(error.__cause__, StopIteration):
+        return error
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    ours = last is not None and last.tb_frame.f_code.co_filename.startswith(_OURS)
+    return error.__cause__ if ours else error
+
+
+def used_graph(error: RuntimeError) -> RuntimeError:
+    """Return the error for a backward through a graph that an earlier microbatch's backward has freed.
+
+    Args:
+        error: An error of backward.
+
+    Returns:
+        An error of this library; or the same error, if it has another cause.
+    """
+    if _AGAIN not in str(error):
+        return error
+    return WindowError(
+        "the loss goes back into a graph that an earlier backward of this window has used (torch: trying to go "
+        f"{_AGAIN}): something with a graph outlives its microbatch, such as a running total of losses, a hidden state "
+        "that is passed on, or a tensor that was computed outside of the loss function; detach() it, or compute it in "
+        "every call of the loss function"
+    )

@@ -1,0 +1,286 @@
+"""Common mistakes in a loss function are refused by name, and the user's own errors come out as they were raised."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import microbatch as mb
+from microbatch.errors import ConfigError, WeightsMovedError, WindowError
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Loss = Callable[[nn.Module, Any], Any]
+
+
+def network(*, frozen: bool = False) -> nn.Sequential:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[0].requires_grad_(not frozen)
+    return model
+
+
+def square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def accumulator(model: nn.Module, **options: Any) -> mb.Accumulator:
+    more: dict[str, Any] = {"microbatch_size": 2} | options
+    return mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), **more)
+
+
+def is_exact(it: mb.Accumulator, model: nn.Module) -> bool:
+    """Return whether the next window has the gradient of plain PyTorch."""
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    square(twin, X).backward()
+    it.gradient(X, square)
+    pairs = zip(model.parameters(), twin.parameters(), strict=True)
+    return all(torch.allclose(ours.grad, plain.grad, rtol=1e-12) for ours, plain in pairs)  # pyright: ignore[reportArgumentType]
+
+
+# -- errors of the user's ---------------------------------------------------------------------------------------------
+
+
+def second(error: BaseException) -> Loss:
+    """Return a loss function that raises in its second microbatch."""
+    calls: list[int] = []
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) == 2:
+            raise error
+        return square(model, x)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("kind", [StopIteration, StopAsyncIteration, GeneratorExit, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("options", [{}, {"batch_norm": "exact"}, {"microbatch_size": "auto"}])
+def test_b4_every_error_of_a_loss_function_reaches_the_caller(kind: type[BaseException], options: Any) -> None:
+    model, error = network(), kind("mine")
+    before = [each.detach().clone() for each in model.parameters()]
+    it = accumulator(model, **options)
+    with pytest.raises(kind) as caught:
+        it.step(X, second(error))
+    assert caught.value is error
+    assert all(map(torch.equal, before, model.parameters()))
+    assert is_exact(it, model)
+
+
+def test_b4_a_loader_that_ends_inside_an_encoder_reaches_the_caller() -> None:
+    def encode(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x) + next(loader)
+
+    it, loader = accumulator(network()), iter([torch.zeros(2, 2)])
+    with pytest.raises(StopIteration):
+        it.step(X, lambda model, out: (out @ out.T).mean(), encode=encode)
+    with pytest.raises(StopIteration), it.window() as window:
+        window.encode(X, encode)
+
+
+def test_b4_an_error_of_the_users_own_generator_stays_as_it_is() -> None:
+    def numbers() -> Iterator[int]:
+        yield next(iter(()))
+
+    with pytest.raises(RuntimeError, match="generator raised StopIteration"):
+        accumulator(network()).step(X, lambda model, x: square(model, x) * sum(numbers()))
+
+
+# -- graphs that outlive their microbatch -----------------------------------------------------------------------------
+
+
+def running_total() -> Loss:
+    total: list[Any] = [0.0]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        total[0] = total[0] + square(model, x)
+        return total[0]
+
+    return loss_fn
+
+
+def hidden_state() -> Loss:
+    state = [torch.zeros(2, 2, dtype=torch.float64)]
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        state[0] = torch.tanh(state[0] + model(x))
+        return state[0].square().mean()
+
+    return loss_fn
+
+
+def cached() -> Loss:
+    kept: list[Tensor] = []
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        if not kept:
+            kept.append(model(X[:2]).tanh())
+        return (model(x) * kept[0]).mean()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("make", [running_total, hidden_state, cached])
+def test_a_graph_that_outlives_its_microbatch_is_named(make: Callable[[], Loss]) -> None:
+    model = network()
+    it = accumulator(model)
+    with pytest.raises(WindowError, match=r"running total of losses.*detach\(\) it"):
+        it.step(X, make())
+    assert is_exact(it, model)
+
+
+def test_a_batch_that_was_computed_with_a_graph_is_named() -> None:
+    encoder = nn.Linear(3, 3).double()
+    it = accumulator(network())
+    with pytest.raises(WindowError, match="computed outside of the loss function"):
+        it.step(encoder(X), square)
+    assert it.step(encoder(X).detach(), square).applied
+
+
+# -- functions of other arguments -------------------------------------------------------------------------------------
+
+
+class Losses:
+    """Losses as methods."""
+
+    def right(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Take what is given."""
+        return square(model, x)
+
+    def wrong(self, x: Tensor) -> Tensor:
+        """Take one argument."""
+        return x.mean()
+
+    def __call__(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Take what is given."""
+        return square(model, x)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda x: x.mean(),
+        lambda: 0,
+        lambda model, x, y: 0,
+        lambda model, x, *, y: 0,
+        Losses().wrong,
+        Losses,
+        network(),
+        nn.MSELoss(),
+        nn.functional.cross_entropy,
+    ],
+)
+def test_a_loss_function_of_other_arguments_is_refused_before_anything_runs(loss_fn: Any) -> None:
+    it = accumulator(network())
+    with pytest.raises(
+        ConfigError, match=r"loss_fn (is|must be a function that is) called as loss_fn\(model, microbatch\)"
+    ):
+        it.step(X, loss_fn)
+    with pytest.raises(ConfigError, match=r"encode\(model, microbatch\)"):
+        it.step(X, square, encode=loss_fn)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda model, x, y=1: square(model, x) * y,
+        lambda model, x, *, y=1: square(model, x) * y,
+        lambda *both: square(*both) + 1,
+        Losses().right,
+        Losses(),
+        torch.enable_grad()(square),
+    ],
+)
+def test_a_loss_function_with_more_that_has_a_default_is_fine(loss_fn: Any) -> None:
+    assert accumulator(network()).step(X, loss_fn).applied
+
+
+# -- weights that change inside a window ------------------------------------------------------------------------------
+
+
+def replaced(model: nn.Module) -> None:
+    weight = model.get_parameter("0.weight")
+    weight.data = weight.data * 2
+
+
+def from_a_vector(model: nn.Module) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()) * 2, model.parameters())
+
+
+@pytest.mark.parametrize("change", [replaced, from_a_vector, lambda model: model.float()])
+def test_s4_weights_that_are_replaced_inside_a_window_are_refused(change: Callable[[nn.Module], object]) -> None:
+    model = network()
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        change(model)
+        return model(x.to(next(model.parameters()).dtype)).square().mean()
+
+    with pytest.raises(WeightsMovedError, match=r"'0\.weight'.*replaced inside the window"):
+        accumulator(model).step(X, loss_fn)
+
+
+def test_s4_each_of_many_weights_is_looked_at_within_a_few_windows() -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(10)]).double()
+    weight = model.get_parameter("7.bias")
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        weight.data = weight.data.clone()
+        return square(model, x)
+
+    def steps() -> None:
+        for _ in range(4):
+            it.step(X, loss_fn)
+
+    it = accumulator(model)
+    with pytest.raises(WeightsMovedError, match=r"'7\.bias'"):
+        steps()
+
+
+def test_s4_between_windows_and_for_a_look_at_other_weights_they_may_be_replaced() -> None:
+    model = network()
+    it = accumulator(model)
+    for _ in range(2):
+        with it.window() as window:
+            for x in window.split(X):
+                window.backward(square(model, x))
+                kept = [each.data for each in model.parameters()]
+                from_a_vector(model)
+                for each, data in zip(model.parameters(), kept, strict=True):
+                    each.data = data
+        replaced(model)
+    assert is_exact(it, model)
+
+
+@pytest.mark.parametrize("when", [0, 2])
+def test_s4_a_weight_that_is_thawed_inside_a_window_is_refused(when: int) -> None:
+    model = network(frozen=True)
+    it, done = accumulator(model), list[int]()
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        if len(done) == when:
+            model.get_submodule("0").requires_grad_()
+        done.append(0)
+        return square(model, x)
+
+    with pytest.raises(WindowError, match=r"'0\.weight' had requires_grad=False when the window opened"):
+        it.step(X, loss_fn)
+    assert all(each.grad is None for each in model.parameters())
+    assert is_exact(it, model)  # thawed between two windows, they take part
+
+
+def test_s4_a_discriminator_that_is_frozen_for_a_while_is_fine() -> None:
+    model, other = network(), network()
+    it = accumulator(model)
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        other.requires_grad_(False)
+        loss = other(torch.cat([model(x), x[:, :1]], 1)).mean()
+        other.requires_grad_(True)
+        return loss
+
+    assert it.step(X, loss_fn).applied
