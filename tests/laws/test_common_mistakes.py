@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import microbatch as mb
-from microbatch.errors import ConfigError, WeightsMovedError, WindowError
+from microbatch.errors import BatchError, ConfigError, WeightsMovedError, WindowError
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Loss = Callable[[nn.Module, Any], Any]
@@ -284,3 +286,59 @@ def test_s4_a_discriminator_that_is_frozen_for_a_while_is_fine() -> None:
         return loss
 
     assert it.step(X, loss_fn).applied
+
+
+# -- microbatches that are edited in place ----------------------------------------------------------------------------
+
+
+class Rows:
+    """Slices itself, holds views of the batch, and cannot copy itself."""
+
+    def __init__(self, x: Tensor, more: dict[str, Any]) -> None:
+        self.x, self.more = x, more
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.x)
+
+    def __getitem__(self, pick: slice) -> Rows:
+        """Return views."""
+        return Rows(self.x[pick], {**self.more, "y": self.more["y"][pick]})
+
+
+@pytest.mark.parametrize("how", ["step", "retry", "encode"])
+def test_e8_an_object_of_views_that_is_edited_leaves_the_batch_as_it_was(how: str) -> None:
+    x, y = X.clone(), np.ones((6, 1))
+    model, calls, names = network(), list[int](), {"train"}
+    plain = copy.deepcopy(model)
+    out = plain(X * 2) * 2
+    (out.var() if how == "encode" else out.mean()).backward()
+
+    def edit(model: nn.Module, piece: dict[str, Any]) -> Tensor:
+        calls.append(0)
+        piece["rows"].x.mul_(2)
+        piece["rows"].more["y"] *= 2
+        piece["names"].add(len(calls))
+        assert len(piece["names"]) == 2
+        if how == "retry" and len(calls) == 2:
+            raise MemoryError
+        return model(piece["rows"].x) * torch.as_tensor(piece["rows"].more["y"])
+
+    batch = {"rows": Rows(x, {"y": y, "name": "a"}), "names": names}
+    it = mb.Accumulator(model, microbatch_size=2)
+    if how == "encode":
+        it.gradient(batch, lambda model, encoded: encoded.var(), encode=edit)
+    else:
+        it.gradient(batch, lambda model, piece: edit(model, piece).mean())
+    assert torch.equal(x, X)
+    assert (y == 1).all()
+    assert names == {"train"}
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_e8_an_object_of_views_that_cannot_be_copied_is_refused_by_name() -> None:
+    it = accumulator(network())
+    rows = Rows(X.clone(), {"y": X, "lock": threading.Lock()})
+    with pytest.raises(BatchError, match=r"a Rows in the batch cannot be copied.*clone\(\)"):
+        it.step(rows, lambda model, piece: square(model, piece.x))

@@ -149,11 +149,12 @@ def test_s3_a_parameter_in_two_optimizers_is_refused() -> None:
         accumulator(model, [SGD(model.parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
 
 
-def test_s3_a_loss_of_another_model_is_refused_and_nothing_changes() -> None:
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"batch_norm": "exact"}])
+def test_s3_a_loss_of_another_model_is_refused_and_nothing_changes(options: Any) -> None:
     model, other = network(), network()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(NoGraphError, match="depends on no parameter"):
-        accumulator(model).step(X, lambda _, batch: square(other, batch))
+        accumulator(model, **options).step(X, lambda _, batch: square(other, batch))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.grad for p in model.parameters()] == [None] * 4
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from microbatch.batch.walk import children, is_array, map_leaves, slices_itself
+from microbatch.batch.walk import children, held_in, is_array, map_leaves, slices_itself
+from microbatch.errors import BatchError
+from microbatch.kind_words import kind_of
 
 _IMMUTABLE = (type(None), str, bytes, int, float, complex)
 
@@ -64,5 +67,17 @@ class Copies:
             return value.copy() if hasattr(value, "copy") else value
         if slices_itself(value):
             make = getattr(value, "clone", None) or getattr(value, "copy", None)
-            return make() if callable(make) else value
-        return value
+            return make() if callable(make) else self._deep(value)
+        return copy.copy(value) if type(value) in {set, bytearray} else value
+
+    def _deep(self, value: Any) -> Any:
+        """Copy an object that cannot copy itself, with the tensors and arrays in it."""
+        # Copied beforehand, because a deep copy of a view copies the memory of the whole batch.
+        found = [each for each in held_in(value) if isinstance(each, Tensor) or is_array(each)]
+        try:
+            return copy.deepcopy(value, {id(each): self(each) for each in found})
+        except Exception as error:
+            raise BatchError(
+                f"{kind_of(value)} in the batch cannot be copied ({type(error).__name__}: {error!s:.200}), and a loss "
+                "function that edits its microbatch would edit the batch; give the class a method clone()"
+            ) from error

@@ -164,15 +164,25 @@ def holds_tensors(value: object) -> bool:
     Returns:
         True if one is found within a few levels.
     """
+    return any(isinstance(each, Tensor) for each in held_in(value))
+
+
+def held_in(value: object) -> Iterator[Any]:
+    """Yield an object, and what it holds in its attributes and in containers in them, within a few levels.
+
+    Args:
+        value: Any object.
+
+    Yields:
+        Objects; nothing inside of tensors and of plain values.
+    """
     waiting, seen = [(value, 0)], set[int]()
     while waiting and len(seen) < _MOST:
         each, depth = waiting.pop()
-        if isinstance(each, Tensor):
-            return True
-        if depth < _DEPTH and id(each) not in seen and not isinstance(each, (*_PLAIN, type)):
+        yield each
+        if depth < _DEPTH and id(each) not in seen and not isinstance(each, (*_PLAIN, Tensor, type)):
             seen.add(id(each))
             waiting += [(inner, depth + 1) for inner in _inside(each)]
-    return False
 
 
 def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:

@@ -186,8 +186,7 @@ class Composition:
             found.append(self.compilation)
         if options.autocast is not None and options.pipeline is None:  # a pipeline enters autocast in each forward
             found.append(Autocast(options.autocast))
-        # deterministic= and pipelines hold each microbatch's gradient elsewhere until the end.
-        if options.optimizers and not options.deterministic and options.pipeline is None:
+        if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         return [*found, CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
 

@@ -350,6 +350,10 @@ class Peers(Part):
     def scatter(self, window: OpenWindow) -> None:
         """Reduce-scatter the gradients of one backward of all passes."""
 
+    def present(self, window: OpenWindow) -> list[bool]:
+        """Return for each parameter whether this rank has a gradient."""
+        return window.gradients.present
+
     def meet(self, window: OpenWindow) -> Met:
         """Reduce sums, counts and gradients over all ranks."""
         raise NotImplementedError

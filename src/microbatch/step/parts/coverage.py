@@ -19,7 +19,7 @@ class Coverage(Part):
         """Compare the gradients of a window with what the optimizers hold."""
         if window.peers.size > 1:
             return  # a rank may have no row that reaches a parameter
-        named, present = window.gradients.named, window.gradients.present
+        named, present = window.gradients.named, window.peers.present(window)
         if window.denominator.contributed and not any(
             got and each.held for each, got in zip(named, present, strict=True)
         ):

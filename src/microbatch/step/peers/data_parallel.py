@@ -158,10 +158,6 @@ class DataParallel(Peers):
             totals, dtypes = self._to_reduce(window)
             reserve(totals, dtypes=dtypes, flat=self._flat)
 
-    def present(self, window: OpenWindow) -> list[bool]:
-        """Return for each parameter whether this rank has a gradient."""
-        return window.gradients.present
-
     def agree(self, window: OpenWindow, message: Message | None) -> Message:
         """Add up the messages of the ranks; `None` means that this rank failed."""
         assert self.ranks is not None  # noqa: S101 - a subclass without ranks overrides this
