@@ -136,6 +136,16 @@ def test_a_graph_that_outlives_its_microbatch_is_named(make: Callable[[], Loss])
     assert is_exact(it, model)
 
 
+def test_a_backward_of_the_loss_functions_own_is_named_by_a_check() -> None:
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        loss = square(model, x)
+        loss.backward()
+        return loss
+
+    with pytest.raises(WindowError, match=r"the loss function calls backward\(\) itself"):
+        mb.check(network(), loss_fn, X, microbatch_size=2)
+
+
 def test_a_batch_that_was_computed_with_a_graph_is_named() -> None:
     encoder = nn.Linear(3, 3).double()
     it = accumulator(network())

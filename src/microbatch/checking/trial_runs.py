@@ -29,6 +29,7 @@ from microbatch.loss.loss import Loss
 from microbatch.loss.one_row_norm import ContiguousNorms
 from microbatch.memory.module_of_op import Where
 from microbatch.step.saved_state import RandomState, seed_everything
+from microbatch.step.user_errors import backward_once
 
 STATISTICS, RANDOMNESS, STATE, HOOKS = "batch_statistics", "randomness", "state", "gradient_hooks"
 SWITCHES = frozenset({STATISTICS, RANDOMNESS, STATE, HOOKS})
@@ -250,7 +251,7 @@ class Stage:
                 "the loss does not depend on the model that the loss function is given: it was detached, or it comes "
                 "from another model; use the model that is passed in"
             )
-        torch.autograd.backward(mean)  # not the tensor's method, which would run without the mode of the masks
+        backward_once(mean)
         gradient = taken(play.model)
         size = norm(gradient)
         if not math.isfinite(size):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from microbatch.errors import WindowError
 
 _OURS = (str(Path(__file__).parents[1]), "<@")  # and functions that beartype generated
@@ -43,8 +46,25 @@ def used_graph(error: RuntimeError) -> RuntimeError:
     if _AGAIN not in str(error):
         return error
     return WindowError(
-        "the loss goes back into a graph that an earlier backward of this window has used (torch: trying to go "
-        f"{_AGAIN}): something with a graph outlives its microbatch, such as a running total of losses, a hidden state "
-        "that is passed on, or a tensor that was computed outside of the loss function; detach() it, or compute it in "
-        "every call of the loss function"
+        f"the loss goes back into a graph that an earlier backward has used (torch: trying to go {_AGAIN}): the loss "
+        "function calls backward() itself, or something with a graph outlives its microbatch, such as a running total "
+        "of losses, a hidden state that is passed on, or a tensor that was computed outside of the loss function; "
+        "detach() it, or compute it in every call of the loss function"
     )
+
+
+def backward_once(loss: Tensor) -> None:
+    """Run the backward of a loss function's result.
+
+    Args:
+        loss: The result; shape ``()``.
+
+    Raises:
+        RuntimeError: Its graph has been used already, or an error of the model's backward.
+    """
+    try:
+        torch.autograd.backward(loss)  # not the tensor's method, which would run without the caller's function modes
+    except RuntimeError as error:
+        if (told := used_graph(error)) is not error:
+            raise told from error
+        raise
