@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from microbatch.errors import WindowError
 
@@ -34,37 +33,24 @@ def as_raised(error: BaseException) -> BaseException:
     return error.__cause__ if ours else error
 
 
-def used_graph(error: RuntimeError) -> RuntimeError:
-    """Return the error for a backward through a graph that an earlier microbatch's backward has freed.
+def backward_once(run: Callable[..., object], *roots: Any) -> None:
+    """Run a backward, and explain the error of a graph that an earlier microbatch's backward has freed.
 
     Args:
-        error: An error of backward.
-
-    Returns:
-        An error of this library; or the same error, if it has another cause.
-    """
-    if _AGAIN not in str(error):
-        return error
-    return WindowError(
-        f"the loss goes back into a graph that an earlier backward has used (torch: trying to go {_AGAIN}): the loss "
-        "function calls backward() itself, or something with a graph outlives its microbatch, such as a running total "
-        "of losses, a hidden state that is passed on, or a tensor that was computed outside of the loss function; "
-        "detach() it, or compute it in every call of the loss function"
-    )
-
-
-def backward_once(loss: Tensor) -> None:
-    """Run the backward of a loss function's result.
-
-    Args:
-        loss: The result; shape ``()``.
+        run: Runs the backward.
+        roots: Its arguments.
 
     Raises:
-        RuntimeError: Its graph has been used already, or an error of the model's backward.
+        WindowError: The graph has been used already.
     """
     try:
-        torch.autograd.backward(loss)  # not the tensor's method, which would run without the caller's function modes
-    except RuntimeError as error:
-        if (told := used_graph(error)) is not error:
-            raise told from error
-        raise
+        run(*roots)
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or _AGAIN not in str(error):
+            raise
+        raise WindowError(
+            f"the loss goes back into a graph that an earlier backward has used (torch: trying to go {_AGAIN}): the "
+            "loss function calls backward() itself, or something with a graph outlives its microbatch, such as a "
+            "running total of losses, a hidden state that is passed on, or a tensor that was computed outside of the "
+            "loss function; detach() it, or compute it in every call of the loss function"
+        ) from error

@@ -33,7 +33,7 @@ from microbatch.step.part import Begin, Function, Pass, Run
 from microbatch.step.record import Step
 from microbatch.step.setup import Attempt, Setup
 from microbatch.step.undo import Undo
-from microbatch.step.user_errors import used_graph
+from microbatch.step.user_errors import backward_once
 
 
 class Window(OwnLoop):
@@ -190,12 +190,7 @@ class Window(OwnLoop):
         gradients.check_untouched()
         if tensors:
             gradients.begin(partial(self.denominator.estimated_factor, ranks=1 if self.coupled else self.peers.size))
-            try:
-                self._run(tensors, seeds)
-            except RuntimeError as error:
-                if (told := used_graph(error)) is not error:
-                    raise told from error
-                raise
+            backward_once(self._run, tensors, seeds)
         # Code that writes to gradients does so in every microbatch: the first and the last are watched in full.
         gradients.mark(some=bool(self.planned) and 0 < len(self.done) < self.planned - 1)
 
