@@ -14,6 +14,9 @@ ARGS ?=
 # Tests run in one process a core, a file's tests in one of them; make test TESTERS= runs all in one.
 TESTERS ?= --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
+# Byte code is kept, also where the machine is told not to: each process of the tests would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What is installed, as one stamp each: made again when the project file or a pinned version changes.
 RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev

@@ -4,7 +4,9 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from beartype import BeartypeConf
@@ -19,6 +21,24 @@ if "microbatch" in sys.modules:
 beartype_package(
     "microbatch", conf=BeartypeConf(is_pep484_tower=True, claw_skip_package_names=("microbatch.cli",), is_random=False)
 )
+
+
+def once_for_a_type(check: Callable[[type, Any], bool]) -> Callable[[type, Any], bool]:
+    """Look for what a Protocol asks for once for each of our types; Python looks at every call, for all attributes."""
+    passed: set[tuple[type, type]] = set()
+
+    def has_all(protocol: type, value: Any) -> bool:
+        pair = protocol, type(value)
+        found = pair in passed or check(protocol, value)
+        if found and pair[1].__module__.startswith("microbatch."):  # whose instances have the same attributes
+            passed.add(pair)
+        return found
+
+    return has_all
+
+
+PROTOCOLS: Any = type(typing.Protocol)
+PROTOCOLS.__instancecheck__ = once_for_a_type(PROTOCOLS.__instancecheck__)
 
 # cuBLAS reads this once, when CUDA starts: without it, deterministic matrix products are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -2,18 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.forked import completed
 
 from microbatch.train.find_job import call_job, find_job
 
 
 def microbatch(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "microbatch", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    return completed(["-m", "microbatch", *arguments], cwd=folder)
 
 
 def test_the_job_runs_as_it_is(tmp_path: Path) -> None:

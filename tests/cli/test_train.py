@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from tests.forked import completed
 from typer.testing import CliRunner
 
 from microbatch.cli.main import app
@@ -64,15 +65,8 @@ def test_one_process_has_nothing_to_share_out(jobs: Path) -> None:
 
 def train(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
-    return subprocess.run(
-        [sys.executable, "-m", "microbatch", "train", *arguments],
-        cwd=folder,
-        env={**inherited, "COLUMNS": "100", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    settings = {**inherited, "COLUMNS": "100", "OMP_NUM_THREADS": "1", **environment}
+    return completed(["-m", "microbatch", "train", *arguments], cwd=folder, env=settings)
 
 
 def test_a_job_of_ones_own_for_people(jobs: Path) -> None:

@@ -26,6 +26,7 @@ EXACT = 1e-12  # relative error in float64 that only the order of summation expl
 WRONG = 1e-6  # a hand-written recipe that is further off than this is wrong, not rounded
 
 few = settings(max_examples=12)  # of each law, on each device and through each door, beside the law's own example
+fewer = settings(max_examples=4)  # of a law that is also held under each of many names
 on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 
 

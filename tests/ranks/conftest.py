@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.forked import Forked
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -31,18 +30,11 @@ def run_ranks_(function: Callable[[int, int], Any], ranks: int, folder: Path, *,
         AssertionError: A rank failed, or took too long; with what it wrote.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    processes: list[subprocess.Popen[bytes]] = []
-    for rank in range(ranks):
-        command = [sys.executable, str(WORKER), inspect.getfile(function), function.__name__, str(rank), str(ranks)]
-        with (folder / f"output-{rank}.txt").open("wb") as output:
-            processes.append(
-                subprocess.Popen(
-                    [*command, str(folder)],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                )
-            )
+    outputs = [folder / f"output-{rank}.txt" for rank in range(ranks)]
+    processes: list[Forked] = []
+    for rank, output in enumerate(outputs):
+        command = [str(WORKER), inspect.getfile(function), function.__name__, str(rank), str(ranks), str(folder)]
+        processes.append(Forked(command, out=output, err=output, env={**os.environ, "OMP_NUM_THREADS": "1"}))
     deadline = time.monotonic() + timeout
     try:
         while time.monotonic() < deadline:
@@ -52,11 +44,10 @@ def run_ranks_(function: Callable[[int, int], Any], ranks: int, folder: Path, *,
             time.sleep(0.02)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
     if any(process.returncode for process in processes):
-        written = [(folder / f"output-{rank}.txt").read_text(errors="replace")[-4000:] for rank in range(ranks)]
+        written = [output.read_text(errors="replace")[-4000:] for output in outputs]
         told = "\n".join(f"--- rank {r}: {p.returncode}\n{w}" for r, (p, w) in enumerate(zip(processes, written)))  # noqa: B905
         raise AssertionError(f"{function.__name__} on {ranks} ranks:\n{told}")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(ranks)]

@@ -4,25 +4,24 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from tests.forked import Forked
 
 JOB = f"{Path(__file__).with_name('small_job.py')}:small"
 FLAGS = ["--no-compare", "--checkpoint-every", "1", "--validate-every", "7", "--json", "--device", "cpu"]
 
 
-def start(run: Path, *flags: str, job: str = JOB) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "microbatch", "train", job, "--run", str(run), *FLAGS, *flags]
+def start(run: Path, *flags: str, job: str = JOB) -> Forked:
+    command = ["-m", "microbatch", "train", job, "--run", str(run), *FLAGS, *flags]
     # One thread: the sums of a matrix product depend on how many take part.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Forked(command, env=environment)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Forked) -> tuple[int | None, str, str]:
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
@@ -46,7 +45,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, lines: int, process: Forked) -> None:
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:

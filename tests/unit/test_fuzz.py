@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.forked import completed
 
 import microbatch as mb
 from microbatch.errors import ConfigError, CountError, LossError
@@ -29,8 +29,7 @@ CALLS = [
 
 def raw_errors(*parts: str, least: int) -> dict[str, str]:
     """Run the calls whose names contain one of the parts, in a process without a checker of types."""
-    command = [sys.executable, str(SCRIPT), "--some", *parts]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = completed([str(SCRIPT), "--some", *parts])
     assert result.returncode == 0, result.stderr[-2000:]
     told = json.loads(result.stdout)
     assert told["calls"] >= least
