@@ -89,6 +89,8 @@ def contents(node: object) -> list[Any]:
     Returns:
         The leaves, in order, without marks.
     """
+    if isinstance(node, Tensor):
+        return [node]
     found: list[Any] = []
     for _, leaf in leaves(node):
         found += contents(leaf.value) if isinstance(leaf, Rows | Whole) else [leaf]

@@ -64,8 +64,9 @@ class Fuse(TorchFunctionMode):
         self._keep = keep
         self._stand_ins: dict[Any, Callable[..., Any]] = {}
         self._gradients = gradients
-        self._reasons = {each.name: _unfit(each.parameter) for each in named}
-        self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
+        self._named = named
+        large = [each for each in named if each.parameter.numel() >= SMALLEST]
+        self._names = {id(each.parameter): each.name for each in large if not _unfit(each.parameter)}
         self._fused: set[int] = set()
         self._running = False
         self._passes = 0
@@ -97,10 +98,8 @@ class Fuse(TorchFunctionMode):
             By parameter name: ``"fused"``, or the reason why not.
         """
         fused = {name for key, name in self._names.items() if key in self._fused}
-        return {
-            name: "fused" if name in fused else reason or "not used by a plain linear or embedding call"
-            for name, reason in self._reasons.items()
-        }
+        unused = "not used by a plain linear or embedding call"
+        return {each.name: "fused" if each.name in fused else _unfit(each.parameter) or unused for each in self._named}
 
     def keep_casts(self) -> None:
         """Cache casts from the first microbatch on, so that the graphs of several microbatches share them."""

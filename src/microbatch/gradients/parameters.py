@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every parameter and window
 class Named:
     """A trainable parameter and its name in error messages.
 
@@ -22,6 +22,16 @@ class Named:
     name: str
     parameter: nn.Parameter | Tensor
     held: bool = True
+
+
+def first_parameter(model: nn.Module) -> nn.Parameter | None:
+    """Return what ``next(model.parameters(), None)`` returns, without the generators of a walk over all modules."""
+    own = model._parameters.values()  # pyright: ignore[reportPrivateUsage]
+    found = next((each for each in own if each is not None), None)
+    for child in model._modules.values() if found is None else ():  # pyright: ignore[reportPrivateUsage]
+        if child is not None and (found := first_parameter(child)) is not None:
+            break
+    return found
 
 
 def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:

@@ -47,9 +47,10 @@ class Undo:
 
     def save(self, window: Any) -> None:
         """Save random state, buffers and the scaler's record."""
-        unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
-        self.restore.callback(unscaled.restore)
-        unscaled.set_aside()
+        if window.options.grad_scaler is not None:
+            unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
+            self.restore.callback(unscaled.restore)
+            unscaled.set_aside()
         self.snapshot = Snapshot(window.model, window.device)
         self.restore.callback(self.snapshot.restore)
 

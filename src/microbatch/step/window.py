@@ -188,10 +188,13 @@ class Window(OwnLoop):
         gradients = self.gradients
         gradients.check_untouched()
         if tensors:
-            gradients.begin(partial(self.denominator.estimated_factor, ranks=1 if self.coupled else self.peers.size))
+            gradients.begin(self._estimated_factor)
             self._run(tensors, seeds)
         # Code that writes to gradients does so in every microbatch: the first and the last are watched in full.
         gradients.mark(some=bool(self.planned) and 0 < len(self.done) < self.planned - 1)
+
+    def _estimated_factor(self) -> float:
+        return self.denominator.estimated_factor(ranks=1 if self.coupled else self.peers.size)
 
     def went(self, rows: float | None) -> None:
         """Count a microbatch whose backward has run."""

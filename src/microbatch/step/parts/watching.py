@@ -33,7 +33,7 @@ class WatchedWeights(Part):
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Read the versions."""
-        self._versions = _versions(window)
+        self._versions = window.gradients.versions
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Compare the versions after every backward."""
@@ -48,7 +48,7 @@ class WatchedWeights(Part):
         self._compare(window)
 
     def _compare(self, window: OpenWindow) -> None:
-        now = _versions(window)
+        now = window.gradients.versions
         if now == self._versions:
             return
         renormed = {id(each.weight) for each in window.model.modules() if _renorms(each)}
@@ -146,10 +146,6 @@ class BuffersOnce(Part):
                 pooled = self._pooled and first.is_floating_point()
                 buffer.tensor.copy_(total / self._rows if pooled else first)
         self._first, self._sums = [], []
-
-
-def _versions(window: OpenWindow) -> list[int]:
-    return [each.parameter._version for each in window.gradients.named]
 
 
 def _renorms(module: Any) -> bool:
