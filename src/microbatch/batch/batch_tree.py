@@ -79,10 +79,10 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int, copy_on: torc
     Cost:
         Without ``copy_on``, no tensor is copied; with it, the rows are copied once.
     """
-    copied = None if copy_on is None else Copies(copy_on)
-    if isinstance(batch, Tensor) and batch.ndim:  # the shortest way, for a batch of one tensor
-        return batch[start:stop] if copied is None else copied.tensor(batch[start:stop])
-    return select(batch, slice(start, stop), rows=rows, copied=copied)
+    if isinstance(batch, Tensor) and batch.ndim:  # as below, without detours
+        view = batch[start:stop]
+        return view.clone() if view.device == copy_on else view
+    return select(batch, slice(start, stop), rows=rows, copied=None if copy_on is None else Copies(copy_on))
 
 
 def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = False) -> Any:

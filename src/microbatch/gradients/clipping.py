@@ -47,7 +47,8 @@ def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
     # Private by name, as below; get_total_norm would group the gradients by device and dtype first, which takes longer
     # than the norms of a small model.
     norms = torch._foreach_norm(dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms])).detach()
+    here = [norm if norm.device == device else norm.to(device) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(here)).detach()
 
 
 def _wide_norm(gradient: Tensor) -> Tensor:

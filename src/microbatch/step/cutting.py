@@ -18,7 +18,7 @@ from microbatch.errors import BatchError
 from microbatch.step.size.sizing import Sizing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, nor is `Cutting`: they are made for every window
 class Cut:
     """Sizes of the microbatches of a batch.
 
@@ -39,7 +39,7 @@ class Cut:
     tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cutting:
     """The microbatches of a batch.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from microbatch.arguments import check_callable
 from microbatch.batch.batches import Batches
 from microbatch.batch.lengths import in_order
+from microbatch.batch.random_masks import derive
 from microbatch.errors import WindowClosedError, WindowError
 from microbatch.loss.loss import LossLike
 from microbatch.step.cutting import Cutting, handed_in
@@ -26,6 +27,11 @@ class OwnLoop(OpenWindow):
     record: Step | None
     _state: str
     left = 0
+
+    @property
+    def seed(self) -> int:
+        """Seed of the window, the same for every attempt."""
+        return derive(self.setup.history.seed, self.setup.history.windows)
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block, or in another thread."""

@@ -94,7 +94,6 @@ class OpenWindow(Protocol):
         peers: The other ranks.
         passes: The order in which microbatches run.
         outer: Contexts that stay open until the step has been taken.
-        seed: Seed of the window, the same for every attempt.
         done: Rows of each microbatch whose backward has run.
         planned: Number of microbatches on this rank; `None` while it is not known.
         order: Row numbers of each microbatch; `None` if microbatches are consecutive rows.
@@ -120,7 +119,6 @@ class OpenWindow(Protocol):
     peers: Peers
     passes: Passes
     outer: ExitStack
-    seed: int
     done: list[float]
     planned: int | None
     order: list[Tensor] | None
@@ -135,6 +133,11 @@ class OpenWindow(Protocol):
     attempt: Any
     coupled: Any
     left: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of the window, the same for every attempt."""
+        ...
 
     def warn_left(self, result: str) -> None:
         """Warn once that a loop over microbatches was left by ``break``."""

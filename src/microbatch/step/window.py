@@ -14,7 +14,6 @@ from torch import Tensor
 
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import parts_of
-from microbatch.batch.random_masks import derive
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
@@ -23,7 +22,6 @@ from microbatch.errors import (
 )
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
-from microbatch.gradients.parameters import trainable
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
@@ -91,11 +89,10 @@ class Window(OwnLoop):
         history.seed = torch.initial_seed() if history.seed is None else history.seed
         self.peers.prepare(self)
         self.undo.waited_for = True
-        self.seed = derive(history.seed, history.windows)
         self.undo.save(self)
         self.gradients = self.setup.sums(self.peers.index)
         self.undo.restore.callback(self.gradients.put_back)
-        self.gradients.open(trainable(options.model, options.optimizers))
+        self.gradients.open(self.setup.trainable(options.model, options.optimizers, self.undo.snapshot.modules))
         for optimizer in options.optimizers:
             self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         for part in self.setup.having("open"):
