@@ -38,10 +38,10 @@ class _Term:
     """The sums and counts of one term so far; tensors stay on the device."""
 
     expected: float
-    values: list[Tensor] = field(default_factory=list[Tensor])
-    weights: list[float] = field(default_factory=list[float])
-    counts: list[Count] = field(default_factory=list["Count"])
-    microbatches: list[int | None] = field(default_factory=list[int | None])
+    values: list[Tensor] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+    microbatches: list[int | None] = field(default_factory=list)
 
 
 class Denominator:

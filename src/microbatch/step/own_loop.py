@@ -16,6 +16,7 @@ from microbatch.batch.random_masks import derive
 from microbatch.errors import WindowClosedError, WindowError
 from microbatch.loss.loss import LossLike
 from microbatch.step.cutting import Cutting, handed_in
+from microbatch.step.events import Event
 from microbatch.step.part import Begin, Function, OpenWindow
 from microbatch.step.record import Step
 
@@ -25,6 +26,7 @@ class OwnLoop(OpenWindow):
 
     source: Sequence[Any]
     record: Step | None
+    _events: list[Event]
     _state: str
     left = 0
 

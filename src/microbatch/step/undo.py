@@ -24,10 +24,11 @@ class Undo:
         interrupts: Postpones signals.
     """
 
+    versions: list[Versions]
     _modes: Modes
 
     def __init__(self) -> None:
-        self.restore, self.versions, self.waited_for = ExitStack(), list[Versions](), False
+        self.restore, self.versions, self.waited_for = ExitStack(), [], False
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
         self._ident = threading.get_ident()
         self._held: bool | None = None

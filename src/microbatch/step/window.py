@@ -62,7 +62,7 @@ class Window(OwnLoop):
         self.model, self.device = setup.options.bare_model, setup.options.device
         self.denominator = Denominator(counts, estimate=setup.history.count or None)
         self.keeps_graphs = setup.passes.keeps
-        self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
+        self.done, self.planned, self._events = [], len(source) or None, []
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
         self.outer, self._inner, self._around, self.undo = ExitStack(), ExitStack(), ExitStack(), Undo()
