@@ -23,7 +23,7 @@ from microbatch.kind_words import kind_of
 # Below this many elements, a temporary stays in the CPU's cache and costs less than the extra Python calls.
 SMALLEST = 1 << 18
 # Fake tensors are covered too, for dry runs of a window.
-_PLAIN = {Tensor, nn.Parameter, FakeTensor}
+_PLAIN, _FIT = {Tensor, nn.Parameter, FakeTensor}, {nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -65,7 +65,7 @@ class Fuse(TorchFunctionMode):
         self._stand_ins: dict[Any, Callable[..., Any]] = {}
         self._gradients = gradients
         self._named = named
-        large = [each for each in named if each.parameter.numel() >= SMALLEST]
+        large = [each for each in named if type(each.parameter) in _FIT and each.parameter.numel() >= SMALLEST]
         self._names = {id(each.parameter): each.name for each in large if not _unfit(each.parameter)}
         self._fused: set[int] = set()
         self._running = False
@@ -331,7 +331,7 @@ _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 
 def _unfit(parameter: Tensor) -> str:
     """Return why a parameter's gradient cannot be fused; an empty string if it can."""
-    if type(parameter) not in {nn.Parameter, FakeTensor}:
+    if type(parameter) not in _FIT:
         return f"{kind_of(parameter)}, not a plain parameter"
     if parameter.ndim != 2:
         return f"{parameter.ndim} dimensions: not the weight of a linear layer or an embedding"

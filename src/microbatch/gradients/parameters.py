@@ -66,8 +66,8 @@ class Trainable:
         seen: list[object] = [*found, *(None if each is None else each.requires_grad for each in found)]
         for module in modules:
             seen.append(module)
-            seen += module._parameters  # pyright: ignore[reportPrivateUsage]
-            seen += module._modules  # pyright: ignore[reportPrivateUsage]
+            seen += module._parameters.keys()  # pyright: ignore[reportPrivateUsage]
+            seen += module._modules.keys()  # pyright: ignore[reportPrivateUsage]
         if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
             self._seen, self._named = seen, trainable(model, optimizers)
         return self._named
