@@ -31,6 +31,8 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
     """
     if isinstance(batch, Mapping) and not _BATCH_FIRST.isdisjoint(batch):
         return ""
+    if isinstance(batch, Tensor) and not time_first:
+        return ""  # as below, sooner
     found = leaves(batch)
     if any(isinstance(leaf, Rows) for _, leaf in found):
         return ""

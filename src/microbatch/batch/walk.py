@@ -91,6 +91,8 @@ def contents(node: object) -> list[Any]:
     Returns:
         The leaves, in order, without marks.
     """
+    if isinstance(node, Tensor):
+        return [node]
     found: list[Any] = []
     for _, leaf in leaves(node):
         found += contents(leaf.value) if isinstance(leaf, Rows | Whole) else [leaf]
@@ -189,7 +191,7 @@ def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
     # Tensors and dicts are tested first, because isinstance(node, Mapping) is slow and this runs for every microbatch.
     if isinstance(node, Tensor):
         return function(node, path)
-    if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
+    if type(node) is dict or (isinstance(node, Mapping) and not _is_sliced_mapping(node)):
         items = cast("Mapping[Any, Any]", node)
         found = {key: _mapped(function, items[key], f"{path}[{key!r}]", lists=lists) for key in items}
         return _rebuilt(_mapping_like, items, found, path=path)

@@ -44,11 +44,11 @@ def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
     if any(gradient.dtype in _NARROW for gradient in dense):
         # torch computes the norm of a half-precision gradient in its own dtype.
         return torch.stack([_wide_norm(gradient).to(device) for gradient in dense]).norm()
-    with torch.no_grad():
-        # Private by name, as below; get_total_norm would group the gradients by device and dtype first, which takes
-        # longer than the norms of a small model.
-        norms = torch._foreach_norm(dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        return torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in norms]))
+    # Private by name, as below; get_total_norm would group the gradients by device and dtype first, which takes longer
+    # than the norms of a small model.
+    norms = torch._foreach_norm(dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    here = [norm if norm.device == device else norm.to(device) for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(here)).detach()
 
 
 def _wide_norm(gradient: Tensor) -> Tensor:

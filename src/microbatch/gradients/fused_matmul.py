@@ -23,7 +23,7 @@ from microbatch.kind_words import kind_of
 # Below this many elements, a temporary stays in the CPU's cache and costs less than the extra Python calls.
 SMALLEST = 1 << 18
 # Fake tensors are covered too, for dry runs of a window.
-_PLAIN = {Tensor, nn.Parameter, FakeTensor}
+_PLAIN, _FIT = {Tensor, nn.Parameter, FakeTensor}, {nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -64,8 +64,9 @@ class Fuse(TorchFunctionMode):
         self._keep = keep
         self._stand_ins: dict[Any, Callable[..., Any]] = {}
         self._gradients = gradients
-        self._reasons = {each.name: _unfit(each.parameter) for each in named}
-        self._names = {id(each.parameter): each.name for each in named if not self._reasons[each.name]}
+        self._named = named
+        large = [each for each in named if type(each.parameter) in _FIT and each.parameter.numel() >= SMALLEST]
+        self._names = {id(each.parameter): each.name for each in large if not _unfit(each.parameter)}
         self._fused: set[int] = set()
         self._running = False
         self._passes = 0
@@ -97,10 +98,8 @@ class Fuse(TorchFunctionMode):
             By parameter name: ``"fused"``, or the reason why not.
         """
         fused = {name for key, name in self._names.items() if key in self._fused}
-        return {
-            name: "fused" if name in fused else reason or "not used by a plain linear or embedding call"
-            for name, reason in self._reasons.items()
-        }
+        unused = "not used by a plain linear or embedding call"
+        return {each.name: "fused" if each.name in fused else _unfit(each.parameter) or unused for each in self._named}
 
     def keep_casts(self) -> None:
         """Cache casts from the first microbatch on, so that the graphs of several microbatches share them."""
@@ -332,7 +331,7 @@ _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 
 def _unfit(parameter: Tensor) -> str:
     """Return why a parameter's gradient cannot be fused; an empty string if it can."""
-    if type(parameter) not in {nn.Parameter, FakeTensor}:
+    if type(parameter) not in _FIT:
         return f"{kind_of(parameter)}, not a plain parameter"
     if parameter.ndim != 2:
         return f"{parameter.ndim} dimensions: not the weight of a linear layer or an embedding"

@@ -46,6 +46,7 @@ class GradientSum:
         self._changes = GradientChanges()
         self._fold = fold
         self._named: list[Named] = []
+        self._parameters: list[Tensor] = []
         self._before: list[Tensor | None] = []
         self._begun = False
 
@@ -55,11 +56,11 @@ class GradientSum:
         Args:
             named: The window's parameters.
         """
-        self._named, self._before = list(named), [each.parameter.grad for each in named]
-        self._begun = False
+        self._named, self._parameters = list(named), [each.parameter for each in named]
+        self._before, self._begun = [parameter.grad for parameter in self._parameters], False
         self._changes.open(self._named)
-        for each in named:
-            each.parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
         self._wide.open(self._named)
 
     def begin(self, factor: Callable[[], float]) -> None:
@@ -225,6 +226,21 @@ class GradientSum:
             if not want and self._fold is not None and self._fold.is_untouched(each.parameter):
                 self._fold.drop(each.parameter)
 
+    def drop_untouched(self) -> None:
+        """Restore the optimizer's state of parameters that got no gradient."""
+        if self._fold is not None:
+            self.drop(self.present)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether gradients add up in an optimizer's state."""
+        return self._fold is not None
+
+    @property
+    def versions(self) -> list[int]:
+        """The version counter of each parameter, in the order of `open`."""
+        return [parameter._version for parameter in self._parameters]
+
     @property
     def named(self) -> Sequence[Named]:
         """The window's parameters, in the order of `open`."""
@@ -346,8 +362,8 @@ class GradientSum:
         self._end()
         if self._fold is not None:
             self._fold.end()
-        for each in self._named:
-            each.parameter.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def leave(self) -> None:
         """End the window with the gradients that were handed over; `put_back` can still undo it."""
@@ -365,10 +381,10 @@ class GradientSum:
         return self._sums(range(len(self._named)))
 
     def _sums(self, indices: Iterable[int]) -> list[Tensor | None]:
-        named, totals = self._named, self._wide.totals
+        parameters, totals = self._parameters, self._wide.totals
         if not totals:
-            return [named[index].parameter.grad for index in indices]
-        return [totals[index] if index in totals else named[index].parameter.grad for index in indices]
+            return [parameters[index].grad for index in indices]
+        return [totals[index] if index in totals else parameters[index].grad for index in indices]
 
     def _end(self) -> None:
         self._wide.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every parameter and window
 class Named:
     """A trainable parameter and its name in error messages.
 
@@ -22,6 +24,53 @@ class Named:
     name: str
     parameter: nn.Parameter | Tensor
     held: bool = True
+
+
+def first_parameter(model: nn.Module) -> nn.Parameter | None:
+    """Return what ``next(model.parameters(), None)`` returns, without the generators of a walk over all modules."""
+    own = model._parameters.values()  # pyright: ignore[reportPrivateUsage]
+    found = next((each for each in own if each is not None), None)
+    for child in model._modules.values() if found is None else ():  # pyright: ignore[reportPrivateUsage]
+        if child is not None and (found := first_parameter(child)) is not None:
+            break
+    return found
+
+
+class Trainable:
+    """List the trainable parameters of each window, again only where something has changed since the last one."""
+
+    def __init__(self) -> None:
+        self._seen: list[object] = []
+        self._named: list[Named] = []
+
+    def __call__(
+        self, model: nn.Module, optimizers: Iterable[Optimizer], modules: Iterable[nn.Module]
+    ) -> Sequence[Named]:
+        """Return what `trainable` returns.
+
+        Args:
+            model: As for `trainable`.
+            optimizers: As for `trainable`.
+            modules: The modules of the model, of which a window has a list already.
+
+        Returns:
+            The parameters.
+        """
+        # All that the list depends on, as objects to compare by identity: names, modules, parameters, and whether each
+        # is trained.
+        found: list[Any] = [
+            each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
+        ]
+        for module in modules:
+            found += module._parameters.values()  # pyright: ignore[reportPrivateUsage]
+        seen: list[object] = [*found, *(None if each is None else each.requires_grad for each in found)]
+        for module in modules:
+            seen.append(module)
+            seen += module._parameters.keys()  # pyright: ignore[reportPrivateUsage]
+            seen += module._modules.keys()  # pyright: ignore[reportPrivateUsage]
+        if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
+            self._seen, self._named = seen, trainable(model, optimizers)
+        return self._named
 
 
 def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:

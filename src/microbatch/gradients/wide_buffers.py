@@ -45,7 +45,8 @@ class WideBuffers:
         """
         self.totals, self.narrow_sums, self._indices = {}, {}, {}
         for index, each in enumerate(named):
-            if self.dtype_of(each.parameter) != each.parameter.dtype or self._is_narrow(each.parameter):
+            dtype = each.parameter.dtype
+            if (dtype != self._dtype and self.dtype_of(each.parameter) != dtype) or self._is_narrow(each.parameter):
                 self._install(index, each.parameter)
 
     def dtype_of(self, parameter: Tensor) -> torch.dtype:

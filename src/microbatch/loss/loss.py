@@ -15,6 +15,7 @@ from microbatch.errors import CountError, LossError, LossShapeError, MissingCoun
 from microbatch.kind_words import kind_of
 
 Count: TypeAlias = int | float | Tensor
+_USUAL = {torch.float32, torch.float64, torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Loss:
 LossLike: TypeAlias = Tensor | Loss | Mapping[str, Tensor | Loss | None] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every microbatch, and a frozen one takes five times as long
 class Share:
     """One microbatch's part of one term of the loss: the sum ``weight * value`` over ``count`` targets.
 
@@ -102,7 +103,7 @@ class Share:
     weight: float
     count: Count
     is_mean: bool
-    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def shares_of(returned: object, *, rows: float | None) -> list[Share]:
@@ -124,7 +125,7 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
     """
     if returned is None:
         return []
-    if isinstance(returned, Mapping):
+    if not isinstance(returned, Tensor) and isinstance(returned, Mapping):  # the second question takes longer
         terms = {str(name): loss for name, loss in cast("Mapping[Any, Any]", returned).items()}
         if len(terms) < len(returned):
             raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
@@ -149,7 +150,8 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
             f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
             "samples), mb.Loss(sum=..., count=...), or a dict of these"
         )
-    _check_scalar(loss, f"the loss {name!r}")
+    if loss.ndim or loss.dtype not in _USUAL or loss.layout is not torch.strided or loss.is_meta:
+        _check_scalar(loss, f"the loss {name!r}")
     if rows is None:
         raise MissingCountError(
             f"the loss {name!r} is a plain mean, and its number of samples is not known, because this microbatch does "

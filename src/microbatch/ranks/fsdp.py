@@ -99,7 +99,7 @@ def reshard(model: nn.Module) -> None:
     Args:
         model: The model; nothing happens if it is not sharded.
     """
-    for module in fully_sharded(model):
+    for module in fully_sharded(model) if dist.is_available() and dist.is_initialized() else ():
         module.reshard()
 
 

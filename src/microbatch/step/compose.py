@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,10 +89,10 @@ class Composition:
         self._alone, self._together = self._peers()
         self.parts = self._parts()
         self.policies = Policies(self.size, self.way)
-        self._hooked: dict[bool, dict[str, list[Part]]] = {False: {}, True: {}}
+        self._setups: dict[Any, Setup] = {}
 
     def setup(self, finish: Callable[[OpenWindow], dict[str, Any]] = take_step) -> Setup:
-        """Return the setup of the next window.
+        """Return the setup of the next window, which is the same for every window over the same ranks.
 
         Args:
             finish: Takes the step, or leaves the gradient.
@@ -101,7 +102,12 @@ class Composition:
         """
         options = self.options
         alone = not options.deterministic and options.pipeline is None and options.find_ranks() is None
-        peers = self._alone if alone else self._together
+        if (alone, finish) not in self._setups:
+            self._setups[alone, finish] = self._setup(self._alone if alone else self._together, finish)
+        return self._setups[alone, finish]
+
+    def _setup(self, peers: Peers, finish: Callable[[OpenWindow], dict[str, Any]]) -> Setup:
+        options = self.options
         return Setup(
             options=options,
             history=self.history,
@@ -109,12 +115,11 @@ class Composition:
             peers=peers,
             passes=self.passes,
             sizing=self.size.for_rows,
-            sums=lambda rank: sums_for(options, aside=self._aside.put, rank=rank),
-            couple=self._couple,
+            sums=partial(sums_for, options, aside=self._aside.put),
+            couple=_couple,
             finish=finish,
             live_bytes=self.budget.live_bytes,
             warn=self.warn,
-            hooked=self._hooked[alone],
         )
 
     def to_locate(self) -> Composition:
@@ -154,6 +159,7 @@ class Composition:
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"the accumulator's state was not made by state_dict(): {error}") from error
         self.history = History(windows, skipped, count, seed)
+        self._setups.clear()  # they have the history
 
     def _stateful(self) -> dict[str, Part]:
         return {"size": self.size, "way": self.way, "checkpoint": self.checkpointing, "ranks": self._together}
@@ -228,9 +234,10 @@ class Composition:
         if self.size.unsure:
             self.size.before(batch, loss_fn, settled=replace(self.options, checkpoint=part.blocks))
 
-    def _couple(self, window: OpenWindow, encode: Function, *, keep: bool) -> Coupled:
-        refuse(self.options, use=[ENCODE, COUNTS] if window.denominator.declares else [ENCODE])
-        return Coupled(window, encode, keep=keep)
+
+def _couple(window: OpenWindow, encode: Function, *, keep: bool) -> Coupled:
+    refuse(window.options, use=[ENCODE, COUNTS] if window.denominator.declares else [ENCODE])
+    return Coupled(window, encode, keep=keep)
 
 
 _BUFFERS: Mapping[str | None, Callable[[], list[Part]]] = {

@@ -18,7 +18,7 @@ from microbatch.errors import BatchError
 from microbatch.step.size.sizing import Sizing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, nor is `Cutting`: they are made for every window
 class Cut:
     """Sizes of the microbatches of a batch.
 
@@ -39,7 +39,7 @@ class Cut:
     tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Cutting:
     """The microbatches of a batch.
 
@@ -131,13 +131,18 @@ def _by_rows(batch: object, rows: int, *, sizing: Sizing, device: torch.device) 
     size, there = sizing.rows, is_there(batch, device)
 
     def begin() -> Iterator[tuple[int | None, Any]]:
-        pieces = (range(start, min(start + size, rows)) for start in range(0, rows, size))
-        cut = ((len(p), slice_rows(batch, p.start, p.stop, rows=rows, copy_on=device)) for p in pieces)
+        cut = _sliced(batch, rows, size=size, device=device)
         return cut if there else feed(cut, device)
 
     largest, row_bytes = min(size, rows), _bytes_of(batch) / rows
     cut = Cut(sizing.most, largest, largest, row_bytes, row_bytes * largest)
     return Cutting(begin, -(-rows // size), cut, rows=rows, size=size)
+
+
+def _sliced(batch: object, rows: int, *, size: int, device: torch.device) -> Iterator[tuple[int | None, Any]]:
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        yield stop - start, slice_rows(batch, start, stop, rows=rows, copy_on=device)
 
 
 def _by_length(batch: object, first: int, *, sizing: Sizing, lengths: Lengths, device: torch.device) -> Cutting:

@@ -38,10 +38,10 @@ class _Term:
     """The sums and counts of one term so far; tensors stay on the device."""
 
     expected: float
-    values: list[Tensor] = field(default_factory=list[Tensor])
-    weights: list[float] = field(default_factory=list[float])
-    counts: list[Count] = field(default_factory=list["Count"])
-    microbatches: list[int | None] = field(default_factory=list[int | None])
+    values: list[Tensor] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
+    microbatches: list[int | None] = field(default_factory=list)
 
 
 class Denominator:
@@ -208,21 +208,21 @@ class Denominator:
         values = [value for term in self._terms.values() for value in term.values[:1]]
         return torch.promote_types(values[0].dtype, torch.float32) if values else torch.float32
 
-    def totals(self, device: torch.device) -> Tensor:
+    def totals(self, device: torch.device) -> list[tuple[Tensor, Tensor | float]]:
         """Add up every term.
 
         Args:
-            device: The device of the result.
+            device: The device of the tensors.
 
         Returns:
-            Sum and count of each term, in the order of `names`; shape ``(terms, 2)``, float64 if the device has it.
+            Sum and count of each term, in the order of `names`; 0-d tensors, float64 if the device has it. A count is a
+            number if no microbatch's count is on the device.
 
         Cost:
             No host synchronisation.
         """
         dtype = wide_dtype(device)
-        found = [each for term in self._terms.values() for each in _total(term, dtype, device)]
-        return torch.stack(found).view(-1, 2) if found else torch.zeros(0, 2, dtype=dtype, device=device)
+        return [_total(term, dtype, device) for term in self._terms.values()]
 
     def factor(self, counts: Mapping[str, float]) -> float:
         """Return the factor that turns the accumulated gradient into the mean's gradient: ``expected / count``.
@@ -239,7 +239,8 @@ class Denominator:
         """
         for name, count in counts.items():
             if not math.isfinite(count) or count < 0:
-                wrong = [number for number in self._counts_of(name) if not math.isfinite(number) or number < 0]
+                found = [float(number) for number in self._terms[name].counts] if name in self._terms else []
+                wrong = [number for number in found if not math.isfinite(number) or number < 0]
                 raise CountError(
                     f"a count of the term {name!r} is {wrong[0] if wrong else count:g}; counts must be finite and at "
                     "least 0"
@@ -296,10 +297,6 @@ class Denominator:
         return min(found, default=None)
 
     # -- how -----------------------------------------------------------------------------------------------------------
-
-    def _counts_of(self, name: str) -> list[float]:
-        term = self._terms.get(name)
-        return [] if term is None else [float(count) for count in term.counts]
 
     def _begin(self, shares: Sequence[Share]) -> None:
         own = [share.name for share in shares if not share.is_mean]
@@ -375,14 +372,15 @@ def _number(count: Count, name: str) -> float:
     return check_number(count, f"the count of {name!r}")
 
 
-def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Add up the sums and the counts of a term; 0-d tensors."""
+def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | float]:
+    """Add up the sums and the counts of a term."""
     if not term.values:
-        return torch.zeros((), dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)
-    sums = torch.stack([value.to(device) for value in term.values]).to(dtype)
-    sums = sums * torch.tensor(term.weights, dtype=dtype, device=device)
+        return torch.zeros((), dtype=dtype, device=device), 0.0
+    sums = torch.stack([value if value.device == device else value.to(device) for value in term.values]).to(dtype)
+    equal = len(set(term.weights)) == 1  # then a number does, which costs less than a tensor
+    sums = sums * (term.weights[0] if equal else torch.tensor(term.weights, dtype=dtype, device=device))
     if not any(isinstance(count, Tensor) for count in term.counts):  # numbers have been checked, and none is 0
-        return sums.sum(), torch.tensor(float(sum(term.counts)), dtype=dtype, device=device)
+        return sums.sum(), float(sum(term.counts))
     counts = _stack(term.counts, dtype, device)
     # A sum could hide a negative count; it cannot hide NaN.
     counts = torch.where(counts < 0, torch.nan, counts)

@@ -10,7 +10,7 @@ import torch
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.clipping import clip_factor, first_nonfinite
-from microbatch.step.optimizer_step import Versions, apply
+from microbatch.step.optimizer_step import Versions, apply, zero_grad
 from microbatch.step.part import Met, OpenWindow
 
 
@@ -46,7 +46,7 @@ def take_step(window: OpenWindow) -> dict[str, Any]:
         options.grad_scaler.update()
     window.gradients.clear()
     for optimizer in options.optimizers:
-        optimizer.zero_grad()
+        zero_grad(optimizer)
     return found | {"applied": not window.dropped}
 
 
@@ -91,7 +91,7 @@ def _finished(window: OpenWindow, met: Met) -> dict[str, Any]:
         window.gradients.scale_(factor * clip)
     elif options.nonfinite == "raise":
         _refuse(window, contributed=contributed)
-    return record_of(met, math.nan if any(options.linear_states) else factor)
+    return record_of(met, math.nan if window.gradients.is_folded else factor)
 
 
 def _refuse(window: OpenWindow, *, contributed: bool) -> None:
@@ -128,15 +128,15 @@ def record_of(met: Met, factor: float = 1.0) -> dict[str, Any]:
     Returns:
         The fields.
     """
-    pairs = zip(met.sums.unbind(), met.counts.values(), strict=True)
+    pairs = zip(met.sums, met.counts.values(), strict=True)
     means = [(total / count if count > 0 else torch.zeros_like(total)).to(met.dtype) for total, count in pairs]
     whole = {name: int(count) if count.is_integer() else count for name, count in met.counts.items()}
     several = list(met.names) != ["loss"]
     return {
-        "loss": means[0] if len(means) == 1 else sum(means, torch.zeros((), dtype=met.dtype, device=met.sums.device)),
+        "loss": means[0] if len(means) == 1 else sum(means, torch.zeros((), dtype=met.dtype, device=met.norm.device)),
         "metrics": dict(met.metrics),
         "terms": dict(zip(met.names, means, strict=True)) if several else {},
-        "grad_norm": met.norm * factor,
+        "grad_norm": met.norm if factor == 1.0 else met.norm * factor,
         "count": next(iter(whole.values()), 0),
         "counts": whole if several else {},
         "samples": int(met.samples) if float(met.samples).is_integer() else met.samples,

@@ -53,6 +53,17 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
         ) from failure
 
 
+def zero_grad(optimizer: Optimizer) -> None:
+    """Call an optimizer's `zero_grad`, unless it is torch's own and every gradient is `None` already.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    own = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
+    if not own or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
+        optimizer.zero_grad()
+
+
 def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
     """Take a step; if it is the first, make sure of the memory for the state that it creates, before it writes."""
     if not optimizer.state:

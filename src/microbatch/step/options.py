@@ -19,6 +19,7 @@ from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import LinearState, linear_state
+from microbatch.gradients.parameters import first_parameter
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import parse_bytes
 from microbatch.memory.spill import Spill
@@ -255,7 +256,7 @@ class Options:
         """The device where the model computes: that of its first parameter."""
         if self.pipeline is not None:
             return self.pipeline.device
-        first = next(self.model.parameters(), None)
+        first = first_parameter(self.model)
         if first is not None and is_shard(first) and (shared := group_and_device(self.model)) is not None:
             return shared[1]  # the shards may be on the host
         return torch.device("cpu") if first is None else first.device

@@ -12,9 +12,11 @@ from torch import Tensor
 from microbatch.arguments import check_callable
 from microbatch.batch.batches import Batches
 from microbatch.batch.lengths import in_order
+from microbatch.batch.random_masks import derive
 from microbatch.errors import WindowClosedError, WindowError
 from microbatch.loss.loss import LossLike
 from microbatch.step.cutting import Cutting, handed_in
+from microbatch.step.events import Event
 from microbatch.step.part import Begin, Function, OpenWindow
 from microbatch.step.record import Step
 from microbatch.step.user_errors import as_raised
@@ -25,8 +27,14 @@ class OwnLoop(OpenWindow):
 
     source: Sequence[Any]
     record: Step | None
+    _events: list[Event]
     _state: str
     left = 0
+
+    @property
+    def seed(self) -> int:
+        """Seed of the window, the same for every attempt."""
+        return derive(self.setup.history.seed, self.setup.history.windows)
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block, or in another thread."""

@@ -30,7 +30,7 @@ Run: TypeAlias = Callable[[Sequence[Any], Sequence[Tensor]], object]
 """`torch.autograd.backward`, or a function that a part wraps around it."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every microbatch, and a frozen one takes five times as long
 class Pass:
     """One forward and backward of a microbatch through the model.
 
@@ -49,13 +49,13 @@ class Pass:
     filler: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: many fields, made for every window
 class Met:
     """Results of a window over all ranks: sums and counts of the loss, and the gradient's norm.
 
     Attributes:
         names: Names of the loss's terms.
-        sums: Sum of each term, on the device; shape ``(terms,)``.
+        sums: Sum of each term, on the device; shape ``()`` each.
         host_sums: The values of ``sums`` on the host.
         counts: Count of each term.
         samples: Rows of the effective batch.
@@ -68,7 +68,7 @@ class Met:
     """
 
     names: Sequence[str]
-    sums: Tensor
+    sums: Sequence[Tensor]
     host_sums: Sequence[float]
     counts: Mapping[str, float]
     samples: float
@@ -94,7 +94,6 @@ class OpenWindow(Protocol):
         peers: The other ranks.
         passes: The order in which microbatches run.
         outer: Contexts that stay open until the step has been taken.
-        seed: Seed of the window, the same for every attempt.
         done: Rows of each microbatch whose backward has run.
         planned: Number of microbatches on this rank; `None` while it is not known.
         order: Row numbers of each microbatch; `None` if microbatches are consecutive rows.
@@ -120,7 +119,6 @@ class OpenWindow(Protocol):
     peers: Peers
     passes: Passes
     outer: ExitStack
-    seed: int
     done: list[float]
     planned: int | None
     order: list[Tensor] | None
@@ -135,6 +133,11 @@ class OpenWindow(Protocol):
     attempt: Any
     coupled: Any
     left: int
+
+    @property
+    def seed(self) -> int:
+        """Seed of the window, the same for every attempt."""
+        ...
 
     def warn_left(self, result: str) -> None:
         """Warn once that a loop over microbatches was left by ``break``."""

@@ -53,7 +53,7 @@ class Step:
     microbatch_size: int | float
     applied: bool
     seconds: float
-    metrics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     fused: int = 0
     retries: int = 0
     peak_bytes: int | None = None

@@ -97,6 +97,7 @@ class Snapshot:
         device: The device where the model computes.
 
     Attributes:
+        modules: Every module of the model.
         buffers: Every buffer of the model.
 
     Cost:
@@ -108,9 +109,11 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._random = RandomState(device)
+        self.modules = list(model.modules())
         self.buffers = [
             Buffer(module, name, tensor, tensor.detach().clone(), tensor._version)
-            for module in model.modules()
+            for module in self.modules
+            if module._buffers  # pyright: ignore[reportPrivateUsage] - most have none, and the call takes longer
             for name, tensor in module.named_buffers(recurse=False)
         ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from microbatch.gradients.gradient_sum import GradientSum
+from microbatch.gradients.parameters import Trainable
 from microbatch.step.history import History
 from microbatch.step.options import Options
 from microbatch.step.part import OpenWindow, Part, Passes, Peers
@@ -75,6 +76,7 @@ class Setup:
         finish: Takes the step, or leaves the gradient; returns fields of the `Step` record.
         live_bytes: Returns the bytes in use now; `None` if they are not measured.
         warn: Issues each kind of warning once.
+        trainable: Lists the parameters of a window.
         hooked: Cache of the parts that override a hook, by hook.
     """
 
@@ -89,6 +91,7 @@ class Setup:
     finish: Callable[[OpenWindow], dict[str, Any]]
     live_bytes: Callable[[], int | None]
     warn: WarnOnce = field(default_factory=WarnOnce)
+    trainable: Trainable = field(default_factory=Trainable)
     hooked: dict[str, list[Part]] = field(default_factory=dict[str, list[Part]])
 
     def having(self, hook: str) -> list[Part]:

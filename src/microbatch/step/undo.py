@@ -24,10 +24,11 @@ class Undo:
         interrupts: Postpones signals.
     """
 
+    versions: list[Versions]
     _modes: Modes
 
     def __init__(self) -> None:
-        self.restore, self.versions, self.waited_for = ExitStack(), list[Versions](), False
+        self.restore, self.versions, self.waited_for = ExitStack(), [], False
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
         self._ident = threading.get_ident()
         self._held: bool | None = None
@@ -47,9 +48,10 @@ class Undo:
 
     def save(self, window: Any) -> None:
         """Save random state, buffers and the scaler's record."""
-        unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
-        self.restore.callback(unscaled.restore)
-        unscaled.set_aside()
+        if window.options.grad_scaler is not None:
+            unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
+            self.restore.callback(unscaled.restore)
+            unscaled.set_aside()
         self.snapshot = Snapshot(window.model, window.device)
         self.restore.callback(self.snapshot.restore)
 

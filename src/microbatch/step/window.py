@@ -14,7 +14,6 @@ from torch import Tensor
 
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import parts_of
-from microbatch.batch.random_masks import derive
 from microbatch.errors import (
     EmptyBatchError,
     EmptyWindowError,
@@ -23,7 +22,6 @@ from microbatch.errors import (
 )
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
-from microbatch.gradients.parameters import trainable
 from microbatch.loss.loss import LossLike, Share, check_number, shares_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
@@ -65,7 +63,7 @@ class Window(OwnLoop):
         self.model, self.device = setup.options.bare_model, setup.options.device
         self.denominator = Denominator(counts, estimate=setup.history.count or None)
         self.keeps_graphs = setup.passes.keeps
-        self.done, self.planned, self._events = list[float](), len(source) or None, list[Event]()
+        self.done, self.planned, self._events = [], len(source) or None, []
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
         self.outer, self._inner, self._around, self.undo = ExitStack(), ExitStack(), ExitStack(), Undo()
@@ -92,11 +90,10 @@ class Window(OwnLoop):
         history.seed = torch.initial_seed() if history.seed is None else history.seed
         self.peers.prepare(self)
         self.undo.waited_for = True
-        self.seed = derive(history.seed, history.windows)
         self.undo.save(self)
         self.gradients = self.setup.sums(self.peers.index)
         self.undo.restore.callback(self.gradients.put_back)
-        self.gradients.open(trainable(options.model, options.optimizers))
+        self.gradients.open(self.setup.trainable(options.model, options.optimizers, self.undo.snapshot.modules))
         for optimizer in options.optimizers:
             self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
         for part in self.setup.having("open"):
@@ -189,10 +186,13 @@ class Window(OwnLoop):
         gradients = self.gradients
         gradients.check_untouched()
         if tensors:
-            gradients.begin(partial(self.denominator.estimated_factor, ranks=1 if self.coupled else self.peers.size))
+            gradients.begin(self._estimated_factor)
             backward_once(self._run, tensors, seeds)
         # Code that writes to gradients does so in every microbatch: the first and the last are watched in full.
         gradients.mark(some=bool(self.planned) and 0 < len(self.done) < self.planned - 1)
+
+    def _estimated_factor(self) -> float:
+        return self.denominator.estimated_factor(ranks=1 if self.coupled else self.peers.size)
 
     def went(self, rows: float | None) -> None:
         """Count a microbatch whose backward has run."""

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from microbatch.errors import BatchStatisticsError, ConfigError
 from microbatch.loss.batchnorm import layers_of
@@ -106,7 +107,8 @@ class NormWarning(Part):
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Warn after the second microbatch's backward."""
-        if window.setup.warn.has(_KIND) or not (layers := list(layers_of(window.model))):
+        norms = any(isinstance(each, BatchNorm) for each in window.undo.snapshot.modules)
+        if not norms or window.setup.warn.has(_KIND) or not (layers := list(layers_of(window.model))):
             return run
 
         def warning(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:

@@ -19,10 +19,9 @@ class Coverage(Part):
         """Compare the gradients of a window with what the optimizers hold."""
         if window.peers.size > 1:
             return  # a rank may have no row that reaches a parameter
-        named, present = window.gradients.named, window.peers.present(window)
-        if window.denominator.contributed and not any(
-            got and each.held for each, got in zip(named, present, strict=True)
-        ):
+        pairs = zip(window.gradients.named, window.peers.present(window), strict=True)
+        reached = [each for each, got in pairs if got]
+        if not any(each.held for each in reached) and window.denominator.contributed:
             raise NoGraphError(
                 "the loss depends on no parameter that an optimizer of this accumulator holds, so the step would "
                 "change nothing; compute the loss with the model that the loss function is given, and create the "
@@ -30,7 +29,7 @@ class Coverage(Part):
             )
         if window.setup.warn.has("coverage"):
             return
-        missing = [each.name for each, got in zip(named, present, strict=True) if got and not each.held]
+        missing = [each.name for each in reached if not each.held]
         if missing:
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
             window.setup.warn(

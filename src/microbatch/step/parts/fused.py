@@ -40,10 +40,10 @@ class Fused(Part):
             empty=scratch.empty,
             keep=None if spill is None else spill.leave,
         )
-        in_place = scratch.places(final=fuse.is_final)
-        fuse.replace(torch.nn.functional.cross_entropy, partial(cross_entropy, place=in_place))
-        stack.callback(fuse.forget)
         if fuse.useful or self._always:
+            in_place = scratch.places(final=fuse.is_final)
+            fuse.replace(torch.nn.functional.cross_entropy, partial(cross_entropy, place=in_place))
+            stack.callback(fuse.forget)
             stack.callback(scratch.forget)
             stack.enter_context(fuse)
 

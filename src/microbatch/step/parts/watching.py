@@ -40,7 +40,7 @@ class WatchedWeights(Part):
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Read the versions, and the places of a few weights."""
-        self._versions = _versions(window)
+        self._versions = window.gradients.versions
         named, groups = window.gradients.named, [g for each in window.options.optimizers for g in each.param_groups]
         stride = len(named) // _PLACES + 1
         some = named[window.setup.history.windows % stride :: stride]
@@ -77,7 +77,7 @@ class WatchedWeights(Part):
         self._compare(window)
 
     def _compare(self, window: OpenWindow) -> None:
-        now = _versions(window)
+        now = window.gradients.versions
         if now == self._versions:
             return
         renormed = {id(each.weight) for each in window.model.modules() if _renorms(each)}
@@ -184,10 +184,6 @@ class BuffersOnce(Part):
                 pooled = self._pooled and first.is_floating_point()
                 buffer.tensor.copy_(total / self._rows if pooled else first)
         self._first, self._sums = [], []
-
-
-def _versions(window: OpenWindow) -> list[int]:
-    return [each.parameter._version for each in window.gradients.named]
 
 
 def _flattens(window: OpenWindow, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.gradients.clipping import gradient_norm
 from microbatch.ranks.fsdp import reshard
+from microbatch.step.host_numbers import numbers_of
 from microbatch.step.part import Met, OpenWindow, Peers
 
 
@@ -27,14 +28,14 @@ class Alone(Peers):
     def meet(self, window: OpenWindow) -> Met:
         """Return the sums, counts and norm of this process."""
         denominator, device = window.denominator, window.device
-        table = denominator.totals(device)
-        window.gradients.drop(window.gradients.present)
+        totals = denominator.totals(device)
+        window.gradients.drop_untouched()
         norm = unscaled_norm(window)
-        # The only host synchronisation of the window: one copy has everything that the host needs.
-        *flat, host_norm = torch.cat([table.flatten(), norm.to(table.dtype).reshape(1)]).tolist()
+        # The only host synchronisation of the window.
+        *flat, host_norm = numbers_of([*(number for pair in totals for number in pair), norm], device)
         return Met(
             names=denominator.names,
-            sums=table[:, 0],
+            sums=[total for total, _ in totals],
             host_sums=flat[0::2],
             counts=dict(zip(denominator.names, flat[1::2], strict=True)),
             samples=sum(window.done),

@@ -22,6 +22,7 @@ from microbatch.ranks.reduce import Flat, reduce_, reserve
 from microbatch.ranks.sparse_reduce import reduce_sparse
 from microbatch.shards import local_of
 from microbatch.step.denominator import Denominator
+from microbatch.step.host_numbers import numbers_of
 from microbatch.step.part import Met, OpenWindow, Peers
 from microbatch.step.peers.all_or_none import all_or_none
 from microbatch.step.peers.alone import enter_no_sync, unscaled_norm
@@ -193,7 +194,7 @@ class DataParallel(Peers):
         norm, device = self.norm(window), window.device
         return Met(
             names=agreed.names,
-            sums=torch.tensor(sums, dtype=wide_dtype(device), device=device),
+            sums=torch.tensor(sums, dtype=wide_dtype(device), device=device).unbind(),
             host_sums=sums,
             counts=counts,
             samples=agreed.samples,
@@ -320,7 +321,8 @@ def message_of(denominator: Denominator, device: torch.device, *, samples: float
     Cost:
         A host synchronisation.
     """
-    flat, spoke = denominator.totals(device).flatten().tolist(), denominator.contributed
+    totals, spoke = denominator.totals(device), denominator.contributed
+    flat = numbers_of([number for pair in totals for number in pair], device)
     return Message(
         names=denominator.names if spoke else [],
         sums=flat[0::2] if spoke else [],
