@@ -74,8 +74,8 @@ class OwnLoop(OpenWindow):
             return self  # noqa: TRY300 - as above
         except BaseException as error:
             self.__exit__(BaseException, error, None)
-            if (own := as_raised(error)) is not error:
-                raise own from None
+            if as_raised(error) is not error:  # not kept in a name: the error would hold its own frame
+                raise as_raised(error) from None
             raise
 
     def split(self, batch: object) -> Iterator[Any]:
@@ -162,8 +162,8 @@ class OwnLoop(OpenWindow):
         try:
             return self.coupled.representations_of(batch)
         except Exception as error:
-            if (own := as_raised(error)) is not error:
-                raise own from None
+            if as_raised(error) is not error:  # not kept in a name: the error would hold its own frame
+                raise as_raised(error) from None
             raise
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:
