@@ -140,7 +140,7 @@ class EngineGradients(GradientSum):
         Args:
             named: The window's parameters.
         """
-        self._named = list(named)
+        self._named, self._parameters = list(named), [each.parameter for each in named]
 
     @property
     def present(self) -> list[bool]:
