@@ -19,6 +19,8 @@ _SAME = frozenset(
     "bfloat16 gather values logits".split()
 )
 _LIBRARIES = re.compile(r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)")
+_AVERAGES = re.compile(r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update", re.IGNORECASE)
+_RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
@@ -30,6 +32,8 @@ class Calls(Frameworks):
         """The value of a call, with what it does to the gradients."""
         func = node.func
         target = self.module.resolve(func, self.frame.owner)
+        if self.trace.tick and _AVERAGES.search(last_name(func)):
+            self.trace.mark("ema", node, last_name(func))
         if target is None and is_backward_call(node) and last_name(func) != "":
             found = self.backward_call(node)
             if found is not NotImplemented:
@@ -190,6 +194,8 @@ class Calls(Frameworks):
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
         if last in ("isnan", "isinf", "isfinite", "allclose", "is_tensor"):
+            if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
+                self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if last in ("mean", "nanmean", "sum") and data:
             return self.reduce(self.combine(data, node), "mean" if "mean" in last else "sum", len(data) if isinstance(args[0], list | tuple) else 0)
@@ -212,7 +218,8 @@ class Calls(Frameworks):
         _, keywords = self.arguments(node)
         if any("label" in name or name in ("targets", "target") for name in keywords):
             self.trace.settings["labels"] = node
-        return Data(self.this_microbatch(), forward_synced=self.sync_off == 0, source=node.lineno)
+        labelled = any("label" in name for name in keywords)  # then the model computes the loss, a mean over the labels
+        return Data(self.this_microbatch(), reduction="mean" if labelled else "", forward_synced=self.sync_off == 0, source=node.lineno)
 
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
         """A loss of this microbatch, with what its `reduction` says."""
@@ -233,6 +240,7 @@ class Calls(Frameworks):
             kind="loss",
             reduction=reduction if reduction != "none" else "",
             number=False,
+            opaque=tuple(o for v in data if v.kind == "loss" for o in v.opaque) if reduction else base.opaque,
             coupled=coupled,
             tokens=ignore if reduction == "mean" else 0,
             source=node.lineno,
@@ -295,6 +303,8 @@ class Calls(Frameworks):
         if "optimizer" in objects and (losses or "scaler" in objects or re.search(r"step|update|optimi[sz]e", last)):
             if not re.search(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load", last):
                 self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
+        if _RESCALES.search(last):
+            self.trace.opaque.setdefault(f"`{text}` rescales the gradients", node)
         if MEAN_LOSSES.search(text):
             return self.loss_call(node, "mean", text)
         if COUPLED_LOSSES.search(text):
@@ -323,7 +333,12 @@ class Calls(Frameworks):
     def launch(self, values: list[Any]) -> None:
         """A launcher runs what it is given: `mp.spawn(train, ...)`, `fabric.launch(main)`."""
         for value in values:
-            if isinstance(value, Function) and self.module.key(value) in self.module.facts and self.module.reaches(self.module.key(value)):
+            facts = self.module.facts.get(self.module.key(value)) if isinstance(value, Function) else None
+            if facts is None or not facts.backward:
+                continue
+            if facts.flat and not self.loop_depth and not self.trace.tick:
+                self.drive(value, value.owner)
+            else:
                 self.call_function(value, [], {}, guess=True)
 
     def flat(self, values: Any, depth: int = 0) -> list[Any]:

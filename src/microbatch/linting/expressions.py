@@ -108,6 +108,8 @@ class Expressions(Calls):
         """What a word alone says of a number that the file does not show."""
         if _RESUMED.search(word):
             return 0
+        if key.endswith("state.iteration"):
+            return self.trace.tick  # Ignite's engine counts from 1
         return self.run.length if _LENGTH.search(word) else Unknown(key)
 
     def _attribute(self, node: ast.Attribute) -> Any:
@@ -367,9 +369,6 @@ class Expressions(Calls):
                 return found
         elif all(is_number(v) for v in values) and all(type(op) in _COMPARE for op in node.ops):
             return all(_COMPARE[type(op)](number(a), number(b)) for op, a, b in zip(node.ops, values, values[1:], strict=False))
-        for value in values:
-            if isinstance(value, Data) and not value.number and value.kind != "batch" and type(node.ops[0]) in _COMPARE:
-                self.trace.mark("sync", node, "comparison")
         return Unknown(text_of(node), data=any(isinstance(v, Data) or (isinstance(v, Unknown) and v.data) for v in values))
 
     def _compare_two(self, left: Any, op: ast.cmpop, right: Any, node: ast.AST) -> bool | None:
@@ -419,7 +418,8 @@ class Expressions(Calls):
         """Which branch a condition takes."""
         value = self.evaluate(test)
         known = self.known_truth(value)
-        if isinstance(value, Data) and not value.number and value.kind != "batch":
+        tested = isinstance(value, Unknown) and value.data and "torch.is" in value.key and "loss" in value.key
+        if tested or (isinstance(value, Data) and not value.number and value.kind != "batch"):
             self.trace.mark("sync", test, "condition")
         if known is not None:
             return known

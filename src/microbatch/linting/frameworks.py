@@ -386,6 +386,8 @@ class Frameworks:
                 return Obj("context", "scale_loss", {"loss": replace(loss, scaled=True, kind="loss")})
             if name in ("join", "ExitStack", "profile", "device", "stream"):
                 return None
+            if "sync" in name and name not in ("no_sync", "no_backward_sync") and self.module.resolve(node.func, self.frame.owner) is None:
+                self.trace.frameworks.add("no_sync")  # a switch of its own, by its name
         return self.evaluate(node)
 
     def _sync_on(self) -> None:

@@ -62,10 +62,22 @@ def _counted_apart(view: View) -> ast.AST | None:
             continue
         statement = view.module.statement_of(node)
         names = {last_name(t) for t in (statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AugAssign) else [])}
-        divides = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div) and names & {last_name(x) for x in ast.walk(n.right)} for n in ast.walk(view.module.tree))
-        if names and not divides and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in view.module.above(node) if isinstance(p, Loop)):
+        for other in ast.walk(view.module.tree):
+            if isinstance(other, ast.AugAssign) and names & {last_name(x) for x in ast.walk(other.value)}:
+                names.add(last_name(other.target))
+        used = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div | ast.Mult) and names & {last_name(x) for x in ast.walk(n)} and not _is_inside(view, node, n) for n in ast.walk(view.module.tree))
+        if names and not used and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in view.module.above(node) if isinstance(p, Loop)):
             return node
     return None
+
+
+def _is_inside(view: View, node: ast.AST, outer: ast.AST) -> bool:
+    """Whether one node stands inside of another."""
+    while node in view.module.parents:
+        node = view.module.parents[node]
+        if node is outer:
+            return True
+    return False
 
 
 def _is_label_test(test: ast.Compare) -> bool:

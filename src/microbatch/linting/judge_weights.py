@@ -16,6 +16,8 @@ def judge_weights(view: View) -> Iterator[Fault]:
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
         return
+    if view.many_optimizers:
+        return  # a loss may belong to one of them alone
     for steps in view.by_optimizer.values():
         yield from _weights(view, steps)
         yield from _cleared(view, steps)

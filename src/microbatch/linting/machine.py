@@ -111,15 +111,18 @@ class Machine(Expressions):
             self.call_function(init, [], {}, guess=True, owner=owner)
         function = Function(facts.node.name, facts.node, owner)
         if facts.flat:
-            # A function that is called once a microbatch: Lightning's training_step, an update function.
-            for _ in range(self.run.epochs):
-                self.begin_epoch()
-                for index in range(self.run.length):
-                    self.begin_microbatch(last=index == self.run.length - 1)
-                    self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
+            self.drive(function, owner)
             return
         for _ in range(1 if self._has_epochs(facts.node, owner) else self.run.epochs):
             self.call_function(function, [], {}, guess=True, owner=owner)
+
+    def drive(self, function: Function, owner: str | None) -> None:
+        """Call a function once a microbatch: Lightning's training_step, an update function."""
+        for _ in range(self.run.epochs):
+            self.begin_epoch()
+            for index in range(self.run.length):
+                self.begin_microbatch(last=index == self.run.length - 1)
+                self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
 
     def _has_epochs(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a loop of the function holds the loop over microbatches."""
@@ -164,7 +167,7 @@ class Machine(Expressions):
     def _assign(self, node: ast.Assign) -> None:
         value = self.evaluate(node.value)
         for target in node.targets:
-            if isinstance(target, ast.Name) and self.names_window(target) and self.module.is_inside_loop(node):
+            if isinstance(target, ast.Name) and is_number(value) and self.names_window(target) and self.module.is_inside_loop(node):
                 self.moved.add((id(self.frame), target.id))
             self.store(target, value)
 

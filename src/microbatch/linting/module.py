@@ -132,6 +132,12 @@ class Module:
         """The name of a function in this module's tables."""
         return f"{function.owner}.{function.name}" if function.owner else function.name
 
+    @staticmethod
+    def _is_abstract(function: Function) -> bool:
+        """Whether a function only says that a subclass has to write it."""
+        body = [s for s in function.node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+        return not body or (len(body) == 1 and isinstance(body[0], ast.Raise | ast.Pass))
+
     def find_method(self, owner: str | None, name: str) -> Function | None:
         """A method of a class of the file or of its base classes there."""
         seen: set[str] = set()
@@ -150,7 +156,8 @@ class Module:
         """The function of the file that a call goes to, as far as names tell."""
         key = (func, owner)
         if key not in self._resolved:
-            self._resolved[key] = self._resolve(func, owner)
+            found = self._resolve(func, owner)
+            self._resolved[key] = None if found is None or self._is_abstract(found) else found
         return self._resolved[key]
 
     def _resolve(self, func: ast.AST, owner: str | None) -> Function | None:

@@ -138,7 +138,7 @@ def _switches(node: ast.stmt) -> bool:
         name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
         if name in ("unscale_", "require_backward_grad_sync", "grad", "update_parameters", "Accelerator", "prepare", "empty_cache"):
             return True
-        if name.startswith("clip_grad") or name in ("clip_master_grads",):
+        if name.startswith("clip_grad") or name == "clip_master_grads" or "ema" in name.split("_"):
             return True
         if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in ("step", "update"):
             return True

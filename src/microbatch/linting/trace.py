@@ -48,7 +48,7 @@ class StepTaken:
     lost: list[int]  # of these, the ones whose gradients were cleared
     scaled: bool
     prior: tuple[str, ...]  # what was done to the gradients since the last backward
-    reduced: bool  # some backward of the window ran outside of `no_sync`, or none ran inside
+    reduced: bool  # its last backward ran outside of `no_sync`
     last_of_epoch: bool = False
 
 
@@ -63,14 +63,13 @@ class Gradients:
     prior: list[str] = field(default_factory=list)
     scaled: bool = False
     unscaled: bool = False
-    any_synced: bool = False
-    any_unsynced: bool = False
+    last_synced: bool = True
     steps: int = 0
 
     def copy(self) -> "Gradients":
         return Gradients(
             dict(self.weights), dict(self.per_site), list(self.since), list(self.lost), list(self.prior),
-            self.scaled, self.unscaled, self.any_synced, self.any_unsynced, self.steps,
+            self.scaled, self.unscaled, self.last_synced, self.steps,
         )  # fmt: skip
 
 
@@ -121,8 +120,7 @@ class Trace:
                     group.since.append(m)
             group.prior.clear()
             group.scaled |= loss.scaled
-            group.any_synced |= synced
-            group.any_unsynced |= not synced
+            group.last_synced = synced
 
     def zero(self, node: ast.AST, optimizer: str | None) -> None:
         """Gradients are cleared: those of one optimizer, or all."""
@@ -161,14 +159,13 @@ class Trace:
             StepTaken(
                 node, self.tick, self.epoch, optimizer, dict(group.weights), list(group.since),
                 [m for m in group.lost if m in group.since and m not in group.weights],
-                group.scaled and not by_scaler, tuple(group.prior), group.any_synced or not group.any_unsynced,
+                group.scaled and not by_scaler, tuple(group.prior), group.last_synced,
                 self.tick in self.last_ticks,
             )
         )  # fmt: skip
         group.since.clear()
         group.lost.clear()
         group.prior.clear()
-        group.any_synced = group.any_unsynced = False
         group.steps += 1
         # The weights stay until they are cleared; a step that follows without clearing takes them again.
         if by_scaler:
