@@ -6,7 +6,7 @@ all rows of a window, then the optimizer.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -56,7 +56,7 @@ class Run:
     names: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recorded(self) -> Generator[None]:
         """Record every step of every optimizer."""
 
         def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -180,7 +180,7 @@ class Accelerator:
         return tuple(Prepared(self, each) if isinstance(each, wrapped) else each for each in things)
 
     @contextmanager
-    def accumulate(self, _: nn.Module) -> Iterator[None]:
+    def accumulate(self, _: nn.Module) -> Generator[None]:
         self.seen += 1
         self.last = self.seen % self.microbatches == 0
         yield

@@ -13,6 +13,7 @@ The loops of the rules are source that runs. They use these names, and import or
     scheduler    a learning-rate scheduler of the optimizer
     scaler       a ``GradScaler``
     max_norm     the norm that gradients are clipped to
+    log_scale    a parameter: the logarithm of an inverse temperature
 
 ``tests/linting/test_rules_measured.py`` gives them values, runs every loop, and holds the numbers in ``Rule.how_much``.
 """

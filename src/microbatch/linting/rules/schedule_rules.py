@@ -193,10 +193,10 @@ OPTIMIZER_RECREATED = Rule(
     code="MB305",
     name="optimizer-recreated",
     severity="error",
-    summary="The optimizer is created anew in every epoch, so its state is lost.",
+    summary="The optimizer is created again in every epoch, so its state is lost.",
     happens=(
         "Momentum and the moments of Adam begin at zero in every epoch. Adam's first steps then all have full length, "
-        "because its bias correction begins anew too. A scheduler still holds the old optimizer, and does nothing."
+        "because its bias correction starts again too. A scheduler still holds the old optimizer, and does nothing."
     ),
     how_much=(
         OFF + "SGD with momentum 50 %; AdamW 46 %; SGD without momentum nothing. "

@@ -11,7 +11,7 @@ from microbatch.linting.rules.speed_rules import SPEED_RULES
 from microbatch.linting.rules.tail_rules import TAIL_RULES
 from microbatch.linting.rules.weight_rules import WEIGHT_RULES
 
-__all__ = ["FAMILIES", "RULES", "rule_of", "select"]
+__all__ = ["BY_NAME", "FAMILIES", "RULES", "chosen", "rule_of", "select"]
 
 # What each family is about, by the beginning of its codes.
 FAMILIES: dict[str, str] = {

@@ -160,8 +160,8 @@ WINDOW_PHASE = Rule(
     summary="The first window, or every so many windows, has another number of microbatches than N.",
     happens=(
         "The counter that is tested is off by one, or is reset in the middle of a window. With `i % N == 0` and a "
-        "counter that begins at 0, the first step takes one microbatch with weight 1/N. If the counter begins anew "
-        "in every epoch, this happens once an epoch, and the last microbatches of an epoch wait for the next one."
+        "counter that begins at 0, the first step takes one microbatch with weight 1/N. If the counter begins at 0 "
+        "in every epoch, this happens once an epoch. The last microbatches of the epoch then wait for the next one."
     ),
     how_much=(
         OFF + "SGD 5 %; AdamW 13 %. "
