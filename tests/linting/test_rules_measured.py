@@ -222,6 +222,17 @@ def test_the_right_loop_is_the_full_batch(code: str, optimizer: str) -> None:
     same(case.run(RULES[code].right, optimizer), case.right(optimizer))
 
 
+@pytest.mark.parametrize("code", ["MB110", "MB111", "MB112", "MB113"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_last_window_is_whole_for_every_length(code: str, size: int) -> None:
+    for length in range(2 * size, 3 * size):
+        batches = regression(length)
+        right = full(windows(batches, size) * 2, clip=0.3 if code == "MB113" else None)
+        same(run(RULES[code].right, batches, N=size, epochs=2, max_norm=0.3), right)
+        if length % size:
+            assert apart(run(RULES[code].wrong, batches, N=size, epochs=2, max_norm=0.3), right) > 1e-3
+
+
 # -- how far the weights end from the full batch's --------------------------------------------------------------------
 
 

@@ -198,10 +198,7 @@ OPTIMIZER_RECREATED = Rule(
         "Momentum and the moments of Adam begin at zero in every epoch. Adam's first steps then all have full length, "
         "because its bias correction starts again too. A scheduler still holds the old optimizer, and does nothing."
     ),
-    how_much=(
-        OFF + "SGD with momentum 50 %; AdamW 46 %; SGD without momentum nothing. "
-        "There are 6 steps in an epoch; with more, the share is smaller."
-    ),
+    how_much=(OFF + "SGD with momentum 50 %; AdamW 46 %; SGD without momentum nothing. There are 6 steps in an epoch."),
     fix="Create the optimizer once, before the loop over epochs.",
     wrong="""\
 import torch

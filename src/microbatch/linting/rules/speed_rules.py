@@ -99,8 +99,8 @@ NEVER_REDUCES = Rule(
     severity="error",
     summary="The last microbatch of a window runs under `no_sync()` too, so gradients are never reduced.",
     happens=(
-        "Each rank steps with the gradient of its own data. The ranks' weights drift apart from the first step, and "
-        "only the weights of rank 0 are saved, as if it had trained alone."
+        "Each rank steps with the gradient of its own data. The ranks' weights differ from the first step on. "
+        "A checkpoint that rank 0 saves is that of a run on its share of the data alone."
     ),
     how_much=(
         "There are 0 reductions of the gradients in each step instead of 1, so every rank trains a model of its own."
@@ -198,7 +198,7 @@ EMPTY_CACHE = Rule(
     summary="The allocator's cache is emptied in every microbatch.",
     happens=(
         "`torch.cuda.empty_cache()` waits for the device and gives all free memory back to the driver. "
-        "The next microbatch has to ask for it again, which is slow. It does not lower the peak."
+        "The next microbatch has to ask for it again, which is slow. It does not lower the peak of what is in use."
     ),
     how_much="With N = 4 there are 4 calls in each step instead of 0. The gradients are right, with any optimizer.",
     fix="Leave it out, or call it once after evaluation.",

@@ -54,7 +54,8 @@ LOSS_DIVIDED_TWICE = Rule(
     severity="error",
     summary="The script divides the loss by N, and the framework divides it again.",
     happens=(
-        "Every microbatch enters the step with weight 1/N² instead of 1/N, so the gradient is N times too small. "
+        "Accelerate, DeepSpeed and `mb.Accumulator` divide by themselves. With a division in the script, every "
+        "microbatch has the weight 1/N² instead of 1/N, so the gradient is N times too small. "
         "SGD takes steps that are N times too short, and a clipping threshold is reached later. "
         "Adam and AdamW hardly notice."
     ),
@@ -165,7 +166,7 @@ WINDOW_PHASE = Rule(
     ),
     how_much=(
         OFF + "SGD 5 %; AdamW 13 %. "
-        "The first step takes one microbatch of four, times 1/4; all later windows begin one microbatch early."
+        "The first step takes one microbatch of four, times 1/4; later windows are shifted by one microbatch."
     ),
     fix="Test `(i + 1) % N == 0` where the counter begins at 0, and `i % N == 0` where it begins at 1.",
     wrong="""\
