@@ -30,8 +30,8 @@ CLIP_EVERY_MICROBATCH = Rule(
         "Below the threshold, nothing changes. The norm is computed N times instead of once."
     ),
     how_much=(
-        OFF + "SGD 8.6 %; AdamW 12 %, with a threshold of 0.3 of the first gradient's norm. "
-        "The first gradient is off by 29 % at 0.3 of the gradient's norm, and by nothing at 0.9 of the gradient's norm."
+        OFF + "SGD 8.6 %; AdamW 12 %. The threshold was 0.3 of the first gradient's norm. "
+        "That gradient is off by 29 % at 0.3 of the gradient's norm, and by nothing at 0.9 of the gradient's norm."
     ),
     fix="Clip once a window, between the last backward and `optimizer.step()`.",
     wrong="""\

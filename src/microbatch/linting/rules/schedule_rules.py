@@ -110,9 +110,8 @@ EMA_EVERY_MICROBATCH = Rule(
         "of N. The average follows the weights N times faster and smooths less."
     ),
     how_much=(
-        "A decay of 0.9 acts like 0.66 with N = 4. After 60 steps of SGD the average is 3.3 % of the distance "
-        "travelled, not 7.1 %, "
-        "behind the weights. The weights themselves are right."
+        "A decay of 0.9 acts like 0.66 with N = 4. After 60 steps of SGD, the average is behind the weights by "
+        "3.3 % of the distance travelled, not 7.1 %. The weights themselves are right."
     ),
     fix="Update the average once a window, after `optimizer.step()`.",
     wrong="""\
