@@ -299,5 +299,126 @@ RIGHT_LOOPS: dict[str, tuple[int, str]] = {
                 optimizer.zero_grad()
             """,
         ),
+        (
+            "an iterator by hand, begun again where it ends",
+            WHOLE,
+            """
+            data = iter(loader)
+            for step in range(steps):
+                for k in range(N):
+                    try:
+                        x, y = next(data)
+                    except StopIteration:
+                        data = iter(loader)
+                        x, y = next(data)
+                    loss = criterion(model(x), y) / N
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            """,
+        ),
+        (
+            "a scaler object that steps when it is told to",
+            WHOLE,
+            """
+            class LossScaler:
+                def __call__(self, loss, update_grad):
+                    scaler.scale(loss).backward()
+                    if update_grad:
+                        scaler.unscale_(optimizer)
+                        scaler.step(optimizer)
+                        scaler.update()
+
+
+            loss_scaler = LossScaler()
+            for i in range(steps * N):
+                x, y = next(batches)
+                loss = criterion(model(x), y)
+                loss /= N
+                loss_scaler(loss, update_grad=(i + 1) % N == 0)
+                if (i + 1) % N == 0:
+                    optimizer.zero_grad()
+            """,
+        ),
+        (
+            "a moving average behind the framework's own condition",
+            WHOLE,
+            """
+            from accelerate import Accelerator
+            from torch.optim.swa_utils import AveragedModel
+
+            accelerator = Accelerator(gradient_accumulation_steps=N)
+            average = AveragedModel(model)
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            for epoch in range(epochs):
+                for x, y in loader:
+                    with accelerator.accumulate(model):
+                        loss = criterion(model(x), y)
+                        accelerator.backward(loss)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    if accelerator.sync_gradients:
+                        average.update_parameters(model)
+            """,
+        ),
+        (
+            "an evaluation between the steps, with a division of its own",
+            WHOLE,
+            """
+            import torch
+
+
+            @torch.no_grad()
+            def evaluate():
+                total = 0.0
+                for x, y in loader:
+                    total += criterion(model(x), y)
+                return total / len(loader)
+
+
+            for step in range(steps):
+                for k in range(N):
+                    x, y = next(batches)
+                    loss = criterion(model(x), y) / N
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if step % 20 == 0:
+                    print("validation", evaluate().item())
+            """,
+        ),
+        (
+            "the optimizer stands in a list",
+            WHOLE,
+            """
+            optimizers = [optimizer]
+            for step in range(steps):
+                for opt in optimizers:
+                    opt.zero_grad()
+                for k in range(N):
+                    x, y = next(batches)
+                    loss = criterion(model(x), y) / N
+                    loss.backward()
+                for opt in optimizers:
+                    opt.step()
+            """,
+        ),
+        (
+            "the loss is logged with the division undone, as a mean over the window",
+            WHOLE,
+            """
+            total = 0.0
+            for i in range(steps * N):
+                x, y = next(batches)
+                loss = criterion(model(x), y) / N
+                loss.backward()
+                total += loss.detach() * N
+                if (i + 1) % N == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    print("loss", (total / N).item())
+                    total = 0.0
+            """,
+        ),
     ]
 }

@@ -179,6 +179,10 @@ class Accelerator:
         wrapped = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
         return tuple(Prepared(self, each) if isinstance(each, wrapped) else each for each in things)
 
+    @property
+    def sync_gradients(self) -> bool:
+        return self.last
+
     @contextmanager
     def accumulate(self, _: nn.Module) -> Generator[None]:
         self.seen += 1

@@ -1,21 +1,8 @@
 """Right loops that look wrong are the full batch, by running them; and the doctor finds nothing in them."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from tests.linting.right_loops import RIGHT_LOOPS
 from tests.linting.rule_loops import EPOCHS, apart, full, regression, run, windows
-
-
-@pytest.fixture(autouse=True)
-def float64_on_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step:UserWarning")

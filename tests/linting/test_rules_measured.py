@@ -40,16 +40,6 @@ from microbatch.linting.rules.table import RULES
 ROUNDING = 1e-12
 
 
-@pytest.fixture(autouse=True)
-def float64_on_one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)  # several threads wait for one another longer than such small products take
-    yield
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-
-
 def tokens(microbatches: int) -> Data:
     """Rows of 6 tokens and their labels; in a microbatch, from 1 to 6 labels of each row count."""
     made = torch.Generator().manual_seed(1)

@@ -52,7 +52,7 @@ LOSS_DIVIDED_TWICE = Rule(
     code="MB102",
     name="loss-divided-twice",
     severity="error",
-    summary="The script divides the loss by N, and the framework divides it again.",
+    summary="The loss is divided by N twice: by the script and by the framework, or twice by the script.",
     happens=(
         "Accelerate, DeepSpeed and `mb.Accumulator` divide by themselves. With a division in the script, every "
         "microbatch has the weight 1/N² instead of 1/N, so the gradient is N times too small. "
