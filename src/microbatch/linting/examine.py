@@ -1,0 +1,49 @@
+"""Judge one source: read its loops, leave out what comments silence, and turn lines into places of its cells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+from microbatch.linting.finding import Finding
+from microbatch.linting.sources import Source, unreadable
+from microbatch.linting.suppressions import suppress
+
+__all__ = ["Judge", "examine"]
+
+Judge = Callable[[Source, Path | None], list[Finding]]
+"""Finds the faults of a source, in lines of its text. The folder is where its imports are looked up."""
+
+
+def examine(
+    source: Source | Finding, judge: Judge, *, folder: Path | None = None, known: Collection[str] = ()
+) -> list[Finding]:
+    """Find the faults of one source. This never raises: what cannot be judged is a finding.
+
+    Args:
+        source: The source, or the finding that says why it cannot be read.
+        judge: What reads the loops.
+        folder: Where imports of the source's own project are looked up.
+        known: The codes of all rules.
+
+    Returns:
+        The findings in the order of their lines; a source that cannot be parsed has one, MB000.
+    """
+    if isinstance(source, Finding):
+        return [source]
+    if isinstance(source.tree, Finding):
+        return [source.tree]
+    try:
+        found = judge(source, folder) if source.can_accumulate else []
+        found = [replace(each, line=source.line_of(each.cell, each.line), cell=None) for each in found]
+        found = suppress(source, found, known=known)
+    except (RecursionError, MemoryError):
+        return [unreadable(source.path, "its expressions are nested too deeply")]
+    except Exception as error:  # noqa: BLE001 - one file that the doctor fails on must not hide what it found in others
+        return [unreadable(source.path, f"the doctor failed on it, which is a fault of its own: {error!r}")]
+    placed = list[Finding]()
+    for each in sorted(found, key=lambda each: (each.line, each.column, each.rule)):
+        cell, line = source.place(each.line)
+        placed.append(replace(each, cell=cell, line=line))
+    return placed

@@ -1,0 +1,124 @@
+"""Comments that silence findings: `# microbatch: ignore[MB105] reason`, and `# microbatch: ignore-file[MB105]`."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from microbatch.linting.finding import Finding
+from microbatch.linting.sources import Source
+
+__all__ = ["suppress"]
+
+_COMMENT = re.compile(r"#\s*microbatch:\s*ignore(?P<file>-file)?\b(?P<codes>\s*\[[^\]]*\]?)?", re.IGNORECASE)
+_CANNOT_BE_SILENCED = "MB000"
+
+
+@dataclass(frozen=True)
+class _Suppression:
+    line: int
+    column: int
+    lines: range  # of the statement that the comment stands on
+    codes: tuple[str, ...]  # none: all
+    alone: bool  # on a line without code
+
+    def covers(self, code: str, line: int) -> bool:
+        return code != _CANNOT_BE_SILENCED and line in self.lines and (not self.codes or code in self.codes)
+
+
+def suppress(source: Source, findings: Sequence[Finding], *, known: Collection[str] = ()) -> list[Finding]:
+    """Leave out the findings that comments silence, and report the comments that silence none.
+
+    A comment holds for the statement on whose lines it stands; in the head of a loop or a branch it holds for the head.
+    `ignore-file` holds everywhere. Text in strings is no comment.
+
+    Args:
+        source: The file; it can be parsed.
+        findings: What was found in it, in lines of the source's text.
+        known: The codes of all rules; a comment that names another one is reported. Empty: any code is one.
+
+    Returns:
+        The other findings, and a note MB003 for each unused comment or code.
+    """
+    suppressions = list(_suppressions(source))
+    kept = [each for each in findings if not any(one.covers(each.rule, each.line) for one in suppressions)]
+    for one in suppressions:
+        found = {each.rule for each in findings if one.covers(each.rule, each.line)}
+        message = _unused(one, found, known)
+        if message:
+            kept.append(Finding("MB003", source.path, one.line, one.column, "note", message, fix="Remove the comment."))
+    return kept
+
+
+def _unused(one: _Suppression, found: Collection[str], known: Collection[str]) -> str:
+    unknown = [code for code in one.codes if known and code not in known]
+    unused = [code for code in one.codes if code not in found and code not in unknown]
+    where = "; it stands on a line of its own: write it at the end of the statement's line" if one.alone else ""
+    if unknown:
+        return f"this comment names {', '.join(unknown)}, which is no rule"
+    if unused:
+        return f"this comment ignores {', '.join(unused)}, which is not found here{where}"
+    if not one.codes and not found:
+        return f"this comment ignores everything, and nothing is found here{where}"
+    return ""
+
+
+def _suppressions(source: Source) -> Iterator[_Suppression]:
+    if "microbatch:" not in source.text.lower().replace("microbatch :", "microbatch:"):
+        return
+    statements: list[tuple[int, int]] | None = None
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+            match = _COMMENT.match(token.string) if token.type == tokenize.COMMENT else None
+            if match is None:
+                continue
+            line, column = token.start
+            alone = not source.lines[line - 1][:column].strip()
+            if match["file"]:
+                lines, alone = range(1, len(source.lines) + 1), False
+            else:
+                statements = _statements(source.tree) if statements is None else statements
+                within = [(last - first, first, last) for first, last in statements if first <= line <= last]
+                _, first, last = min(within, default=(0, line, line))
+                lines, alone = range(first, last + 1), alone and first == last
+            codes = re.findall(r"\w+", match["codes"] or "")
+            yield _Suppression(line, column + 1, lines, tuple(dict.fromkeys(code.upper() for code in codes)), alone)
+    except (tokenize.TokenError, SyntaxError):  # text that can be parsed, and still not be tokenised to its end
+        return
+
+
+def _statements(tree: object) -> list[tuple[int, int]]:
+    """Return the first and the last line of every statement; of one that holds others, the lines of its head."""
+    if not isinstance(tree, ast.Module):
+        return []
+    spans = list[tuple[int, int]]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt):
+            body = getattr(node, "body", None) or getattr(node, "cases", None)
+            decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+            first = min([node.lineno, *(each.lineno for each in decorators)])
+            spans.append((first, _head_end(node) if body else node.end_lineno or node.lineno))
+    return spans
+
+
+def _head_end(node: ast.stmt) -> int:
+    """Return the last line of a head: where its last expression ends."""
+    ends = [node.lineno]
+    for name, value in ast.iter_fields(node):
+        if name not in {"body", "orelse", "finalbody", "handlers", "cases"}:
+            for each in value if isinstance(value, list) else [value]:
+                ends += [inner.end_lineno or 0 for inner in _expressions(each)]
+    return max(ends)
+
+
+def _expressions(value: object) -> Iterator[ast.expr]:
+    """Yield the outermost expressions of a field: an expression, or those of a context manager's item or an argument list."""
+    if isinstance(value, ast.expr):
+        yield value
+    elif isinstance(value, ast.arguments | ast.withitem | ast.keyword | ast.arg):
+        for child in ast.iter_child_nodes(value):
+            yield from _expressions(child)
