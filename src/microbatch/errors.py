@@ -21,6 +21,7 @@
     │   └── EmptyWindowError                    no microbatch contributed, so there is no mean to minimise
     ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
     ├── CheckError              (ValueError)    there is no loss, gradient or step to check
+    ├── LintError               (ValueError)    there is no such rule, or the doctor cannot use what it was given
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was exceeded
     ├── SpillError              (OSError)       tensors cannot be moved off the device
@@ -122,6 +123,10 @@ class BatchStatisticsError(MicrobatchError, RuntimeError):
 
 class CheckError(MicrobatchError, ValueError):
     """There is no loss, gradient or step to check."""
+
+
+class LintError(MicrobatchError, ValueError):
+    """There is no such rule, or the doctor cannot use what it was given."""
 
 
 class NonfiniteError(MicrobatchError, ArithmeticError):
