@@ -69,18 +69,18 @@ def file_diff(source: Source, edits: Iterable[Edit]) -> str:
     """
     edits = list(edits)
     if not source.cells:
-        return "".join(_diff(source.text, apply_edits(source.text, edits), source.path, source.newline))
+        return "".join(_diff(source.text, apply_edits(source.text, edits), source.path, newline=source.newline))
     diffs = list[str]()
     ends = [*(cell.first - 1 for cell in source.cells[1:]), len(source.lines)]
     for cell, end in zip(source.cells, ends, strict=True):
         old = "\n".join(source.lines[cell.first - 1 : end])
         inside = [each for each in edits if cell.first <= each.first <= end]
         moved = [replace(each, first=each.first - cell.first + 1, last=each.last - cell.first + 1) for each in inside]
-        diffs += _diff(old, apply_edits(old, moved), f"{source.path}:cell {cell.number}", "\n")
+        diffs += _diff(old, apply_edits(old, moved), f"{source.path}:cell {cell.number}")
     return "".join(diffs)
 
 
-def _diff(old: str, new: str, path: str, newline: str) -> Iterator[str]:
+def _diff(old: str, new: str, path: str, *, newline: str = "\n") -> Iterator[str]:
     if old == new:
         return
     names = f"a/{path}", f"b/{path}"

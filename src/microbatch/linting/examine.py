@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,16 +16,13 @@ Judge = Callable[[Source, Path | None], list[Finding]]
 """Finds the faults of a source, in lines of its text. The folder is where its imports are looked up."""
 
 
-def examine(
-    source: Source | Finding, judge: Judge, *, folder: Path | None = None, known: Collection[str] = ()
-) -> list[Finding]:
+def examine(source: Source | Finding, judge: Judge, *, folder: Path | None = None) -> list[Finding]:
     """Find the faults of one source. This never raises: what cannot be judged is a finding.
 
     Args:
         source: The source, or the finding that says why it cannot be read.
         judge: What reads the loops.
         folder: Where imports of the source's own project are looked up.
-        known: The codes of all rules.
 
     Returns:
         The findings in the order of their lines; a source that cannot be parsed has one, MB000.
@@ -35,9 +32,9 @@ def examine(
     if isinstance(source.tree, Finding):
         return [source.tree]
     try:
-        found = judge(source, folder) if source.can_accumulate else []
+        found = judge(source, folder) if source.can_accumulate else [_nothing(source)]
         found = [replace(each, line=source.line_of(each.cell, each.line), cell=None) for each in found]
-        found = suppress(source, found, known=known)
+        found = suppress(source, found)
     except (RecursionError, MemoryError):
         return [unreadable(source.path, "its expressions are nested too deeply")]
     except Exception as error:  # noqa: BLE001 - one file that the doctor fails on must not hide what it found in others
@@ -47,3 +44,8 @@ def examine(
         cell, line = source.place(each.line)
         placed.append(replace(each, cell=cell, line=line))
     return placed
+
+
+def _nothing(source: Source) -> Finding:
+    message = "no loop was found in which gradients of several microbatches are added up"
+    return Finding("MB001", source.path, 1, 1, "note", message)

@@ -24,7 +24,7 @@ class Report:
         sources: The sources of the findings, by path; a file that could not be read has none.
         rules: All rules, by code.
         files: How many files were read.
-        folders: The folders and files that were given.
+        show_window: Whether texts show the simulated windows.
     """
 
     findings: Sequence[Finding]
@@ -50,13 +50,13 @@ class Report:
         if finding.rule == "MB000":
             return "error"
         severity = self.severity(finding)
-        if finding.confidence == "certain":
-            return severity if severity in {"error", "warning"} else "note"
-        return "warning" if finding.confidence == "depends" and severity in {"error", "warning"} else "note"
+        if severity in {"error", "warning"} and finding.confidence != "note":
+            return "error" if severity == "error" and finding.confidence == "certain" else "warning"
+        return "note"
 
     def counts(self) -> dict[str, int]:
         """Count the findings: certain, depends, speed notes, files and loops not judged, and unused comments."""
-        counts = dict.fromkeys(("certain", "depends", "speed", "not_judged", "unused_comments"), 0)
+        counts: dict[str, int] = dict.fromkeys(("certain", "depends", "speed", "not_judged", "unused_comments"), 0)
         for finding in self.findings:
             if finding.rule in {"MB000", "MB002"}:
                 counts["not_judged"] += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from microbatch.errors import ConfigError
+from microbatch.linting.rules.table import BY_NAME, chosen
 
 __all__ = ["DoctorSettings", "read_settings"]
 
@@ -20,8 +21,8 @@ class DoctorSettings:
     """What is reported, of which files.
 
     Attributes:
-        select: Codes, or beginnings of codes, of the rules that are reported; empty for all.
-        ignore: Likewise of those that are not.
+        select: Beginnings of the codes that are reported; none for all.
+        ignore: Likewise of those that are not; of two beginnings the longer one wins.
         exclude: Patterns of files and folders that are left out.
         strict: Whether a fault that depends on something counts as much as a certain one.
         base: The folder that the patterns are relative to; `None` for the current one.
@@ -37,29 +38,9 @@ class DoctorSettings:
         """Return whether findings of a rule are reported; what could not be read, MB000, always is."""
         if code == "MB000":
             return True
-        # The longer beginning wins: --select MB105 --ignore MB1 keeps MB105.
-        selected = max(
-            (len(each) for each in self.select if code.startswith(each)), default=0 if not self.select else -1
-        )
+        # The longer beginning wins: `select = ["MB105"]` with `ignore = ["MB1"]` keeps MB105.
         ignored = max((len(each) for each in self.ignore if code.startswith(each)), default=-1)
-        return selected >= 0 and selected > ignored
-
-    def check_codes(self, known: Collection[str]) -> None:
-        """Refuse beginnings that no rule's code has.
-
-        Args:
-            known: The codes of all rules.
-
-        Raises:
-            ConfigError: A beginning fits no rule.
-        """
-        for name, codes in (("select", self.select), ("ignore", self.ignore)):
-            for code in codes:
-                if not any(each.startswith(code) for each in known):
-                    raise ConfigError(
-                        f"{name} names {code!r}, and no rule's code begins so; "
-                        f"the rules are {min(known)} to {max(known)}"
-                    )
+        return any(len(each) > ignored for each in self.select or ("",) if code.startswith(each))
 
 
 def read_settings(
@@ -74,7 +55,8 @@ def read_settings(
 
     Args:
         start: The folder, or the file, from which the nearest one is looked for, upwards.
-        select: Codes or their beginnings, several in one text where commas divide them; empty: the file's.
+        select: Codes, their beginnings, names of rules, or ALL, several in one text where commas divide them; empty:
+            the file's.
         ignore: Likewise.
         exclude: Patterns; empty: the file's, which are relative to its folder.
         strict: True goes over the file.
@@ -84,6 +66,7 @@ def read_settings(
 
     Raises:
         ConfigError: The file is not TOML, or has a key or a value that cannot work.
+        LintError: A code names no rule.
     """
     file, table = _nearest(start)
     values = {name: _texts(file, name, table[name]) for name in _LISTS if name in table}
@@ -144,4 +127,9 @@ def _texts(file: Path | None, name: str, value: Any) -> tuple[str, ...]:
 
 
 def _codes(texts: Sequence[str]) -> tuple[str, ...]:
-    return tuple(code.strip().upper() for text in texts for code in text.split(",") if code.strip())
+    """Return the codes, or their beginnings, that texts name; the beginning of all is empty."""
+    names = [name.strip() for text in texts for name in text.split(",") if name.strip()]
+    for name in names:
+        chosen(name)  # or it raises
+    codes = (BY_NAME[name.lower()].code if name.lower() in BY_NAME else name.upper() for name in names)
+    return tuple("" if code == "ALL" else code for code in codes)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from microbatch.linting.finding import Finding
+from microbatch.linting.rules.table import BY_NAME, RULES
 from microbatch.linting.sources import Source
 
 __all__ = ["suppress"]
@@ -30,7 +31,7 @@ class _Suppression:
         return code != _CANNOT_BE_SILENCED and line in self.lines and (not self.codes or code in self.codes)
 
 
-def suppress(source: Source, findings: Sequence[Finding], *, known: Collection[str] = ()) -> list[Finding]:
+def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
     """Leave out the findings that comments silence, and report the comments that silence none.
 
     A comment holds for the statement on whose lines it stands; in the head of a loop or a branch it holds for the head.
@@ -39,7 +40,6 @@ def suppress(source: Source, findings: Sequence[Finding], *, known: Collection[s
     Args:
         source: The file; it can be parsed.
         findings: What was found in it, in lines of the source's text.
-        known: The codes of all rules; a comment that names another one is reported. Empty: any code is one.
 
     Returns:
         The other findings, and a note MB003 for each unused comment or code.
@@ -48,14 +48,14 @@ def suppress(source: Source, findings: Sequence[Finding], *, known: Collection[s
     kept = [each for each in findings if not any(one.covers(each.rule, each.line) for one in suppressions)]
     for one in suppressions:
         found = {each.rule for each in findings if one.covers(each.rule, each.line)}
-        message = _unused(one, found, known)
+        message = _unused(one, found)
         if message:
             kept.append(Finding("MB003", source.path, one.line, one.column, "note", message, fix="Remove the comment."))
     return kept
 
 
-def _unused(one: _Suppression, found: Collection[str], known: Collection[str]) -> str:
-    unknown = [code for code in one.codes if known and code not in known]
+def _unused(one: _Suppression, found: Collection[str]) -> str:
+    unknown = [code for code in one.codes if code not in RULES]
     unused = [code for code in one.codes if code not in found and code not in unknown]
     where = "; it stands on a line of its own: write it at the end of the statement's line" if one.alone else ""
     if unknown:
@@ -85,8 +85,9 @@ def _suppressions(source: Source) -> Iterator[_Suppression]:
                 within = [(last - first, first, last) for first, last in statements if first <= line <= last]
                 _, first, last = min(within, default=(0, line, line))
                 lines, alone = range(first, last + 1), alone and first == last
-            codes = re.findall(r"\w+", match["codes"] or "")
-            yield _Suppression(line, column + 1, lines, tuple(dict.fromkeys(code.upper() for code in codes)), alone)
+            names = re.findall(r"[\w-]+", match["codes"] or "")
+            codes = (BY_NAME[name].code if name in BY_NAME else name.upper() for name in names)
+            yield _Suppression(line, column + 1, lines, tuple(dict.fromkeys(codes)), alone)
     except (tokenize.TokenError, SyntaxError):  # text that can be parsed, and still not be tokenised to its end
         return
 
@@ -116,7 +117,7 @@ def _head_end(node: ast.stmt) -> int:
 
 
 def _expressions(value: object) -> Iterator[ast.expr]:
-    """Yield the outermost expressions of a field: an expression, or those of a context manager's item or an argument list."""
+    """Yield the outermost expressions of a field of a statement."""
     if isinstance(value, ast.expr):
         yield value
     elif isinstance(value, ast.arguments | ast.withitem | ast.keyword | ast.arg):
