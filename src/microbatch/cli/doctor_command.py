@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from microbatch.cli.safe_stream import safe
 from microbatch.errors import LintError, MicrobatchError
@@ -36,7 +36,10 @@ CHANGES_THE_SIZE = {"MB101", "MB102", "MB112"}
 
 @dataclass(frozen=True)
 class DoctorFlags:
-    """The flags of the command, as they were given."""
+    """The flags of the command, as they were given.
+
+    A field is a flag: `stdin_filename` is ``--stdin-filename``. One with a tuple may be given several times.
+    """
 
     output_format: str = "text"
     show_window: bool = False
@@ -48,6 +51,40 @@ class DoctorFlags:
     stdin_filename: str | None = None
     diff: bool = False
     rewrite: bool = False
+
+
+def read_arguments(arguments: Sequence[str]) -> tuple[tuple[str, ...], DoctorFlags] | None:
+    """Read a command line without Typer, whose import takes longer than judging a file.
+
+    Args:
+        arguments: What stands behind ``microbatch doctor``.
+
+    Returns:
+        The paths and the flags; `None` for a command line that Typer has to answer: help, or a mistake.
+    """
+    kinds = {f"--{each.name.replace('_', '-')}": (each.name, each.default) for each in fields(DoctorFlags)}
+    paths, values, waiting = list[str](), dict[str, Any](), iter(arguments)
+    for argument in waiting:
+        if argument == "--":
+            paths += waiting
+            break
+        if argument == "-" or not argument.startswith("-"):
+            paths.append(argument)
+            continue
+        flag, has_value, value = argument.partition("=")
+        if flag not in kinds:
+            return None
+        name, default = kinds[flag]
+        if isinstance(default, bool):
+            if has_value:
+                return None
+            values[name] = True
+            continue
+        text = value if has_value else next(waiting, None)
+        if text is None:
+            return None
+        values[name] = (*values.get(name, ()), text) if isinstance(default, tuple) else text
+    return tuple(paths), DoctorFlags(**values)
 
 
 def run_doctor(paths: Sequence[str], flags: DoctorFlags) -> int:

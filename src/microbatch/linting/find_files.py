@@ -77,7 +77,7 @@ def _walk(folder: Path, patterns: Sequence[str], base: Path) -> Iterator[Path | 
             if entry.is_dir(follow_symlinks=False):
                 if entry.name not in _NOT_OURS and not (path / "pyvenv.cfg").exists():
                     inner.append(path)
-            elif path.suffix in _SUFFIXES and not entry.is_dir():
+            elif path.suffix in _SUFFIXES and not os.path.isdir(path):  # noqa: PTH112 - a link to itself is none
                 yield path
         waiting += reversed(inner)
 

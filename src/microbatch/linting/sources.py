@@ -22,6 +22,7 @@ LARGEST = 5_000_000
 LARGEST_NOTEBOOK = 100_000_000
 """Likewise of a notebook, which holds its pictures too."""
 _CAN_ACCUMULATE = re.compile(r"backward|training_step|accumulat|train_batch|\.grad\b")
+_NO_SOURCE = re.compile("[\0\ud800-\udfff]")  # a null, and halves of surrogate pairs
 _SUFFIXES = (".py", ".pyi", ".pyw", ".ipynb")
 
 
@@ -198,19 +199,20 @@ def read_text(text: str, *, path: str = "<source>") -> Source | Finding:
 
 
 def _parse(source: Source) -> ast.Module | Finding:
+    line, column = 1, 1
+    bad = _NO_SOURCE.search(source.text)
     try:
-        with warnings.catch_warnings():  # of escapes in strings: not what the doctor is asked about
-            warnings.simplefilter("ignore")
-            return ast.parse(source.text)
+        if bad is None:
+            with warnings.catch_warnings():  # of escapes in strings: not what the doctor is asked about
+                warnings.simplefilter("ignore")
+                return ast.parse(source.text)
+        line = source.text.count("\n", 0, bad.start()) + 1
+        reason = f"it is not Python: it holds the character {bad.group()!r}"
     except SyntaxError as error:
         line, column, reason = error.lineno or 1, error.offset or 1, f"it is not Python: {error.msg}"
     except (RecursionError, MemoryError):
-        line, column, reason = 1, 1, "its expressions are nested too deeply"
-    except ValueError as error:  # a null, or half of a surrogate pair
-        line, column, reason = 1, 1, f"it is not Python: {error}"
-        bad = re.search("[\0\ud800-\udfff]", source.text)
-        if bad:
-            line = source.text.count("\n", 0, bad.start()) + 1
-            reason = f"it is not Python: it holds the character {bad.group()!r}"
+        reason = "its expressions are nested too deeply"
+    except ValueError as error:  # a number of too many digits
+        reason = f"it is not Python: {error}"
     cell, line = source.place(line)
     return unreadable(source.path, reason, line=line, column=column, cell=cell)
