@@ -87,7 +87,7 @@ def _diff(old: str, new: str, path: str, *, newline: str = "\n") -> Iterator[str
     header = {f"--- {names[0]}\n", f"+++ {names[1]}\n"}
     for line in unified_diff(_ended(old), _ended(new), *names):
         if not line.endswith("\n"):
-            yield f"{line}{newline}\\ No newline at end of file\n"
+            yield f"{line}\n\\ No newline at end of file\n"
         elif line in header or line.startswith("@@"):
             yield line
         else:

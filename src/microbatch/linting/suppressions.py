@@ -6,6 +6,7 @@ import ast
 import io
 import re
 import tokenize
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,12 @@ _CANNOT_BE_SILENCED = "MB000"
 class _Suppression:
     line: int
     column: int
-    lines: range  # of the statement that the comment stands on
+    lines: range | None  # of the statement that the comment stands on; all where there are none
     codes: tuple[str, ...]  # none: all
     alone: bool  # on a line without code
 
-    def covers(self, code: str, line: int) -> bool:
-        return code != _CANNOT_BE_SILENCED and line in self.lines and (not self.codes or code in self.codes)
+    def covers(self, code: str) -> bool:
+        return code != _CANNOT_BE_SILENCED and (not self.codes or code in self.codes)
 
 
 def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
@@ -45,9 +46,20 @@ def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
         The other findings, and a note MB003 for each unused comment or code.
     """
     suppressions = list(_suppressions(source))
-    kept = [each for each in findings if not any(one.covers(each.rule, each.line) for one in suppressions)]
+    everywhere = [one for one in suppressions if one.lines is None]
+    at_line: defaultdict[int, list[_Suppression]] = defaultdict(list)
     for one in suppressions:
-        found = {each.rule for each in findings if one.covers(each.rule, each.line)}
+        for line in one.lines or ():
+            at_line[line].append(one)
+    silenced: dict[_Suppression, set[str]] = {one: set() for one in suppressions}
+    kept = list[Finding]()
+    for finding in findings:
+        silent = [one for one in (*everywhere, *at_line[finding.line]) if one.covers(finding.rule)]
+        for one in silent:
+            silenced[one].add(finding.rule)
+        if not silent:
+            kept.append(finding)
+    for one, found in silenced.items():
         message = _unused(one, found)
         if message:
             kept.append(Finding("MB003", source.path, one.line, one.column, "note", message, fix="Remove the comment."))
@@ -70,7 +82,7 @@ def _unused(one: _Suppression, found: Collection[str]) -> str:
 def _suppressions(source: Source) -> Iterator[_Suppression]:
     if "microbatch:" not in source.text.lower().replace("microbatch :", "microbatch:"):
         return
-    statements: list[tuple[int, int]] | None = None
+    spans: dict[int, range] | None = None
     try:
         for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
             match = _COMMENT.match(token.string) if token.type == tokenize.COMMENT else None
@@ -78,13 +90,13 @@ def _suppressions(source: Source) -> Iterator[_Suppression]:
                 continue
             line, column = token.start
             alone = not source.lines[line - 1][:column].strip()
+            lines = None
             if match["file"]:
-                lines, alone = range(1, len(source.lines) + 1), False
+                alone = False
             else:
-                statements = _statements(source.tree) if statements is None else statements
-                within = [(last - first, first, last) for first, last in statements if first <= line <= last]
-                _, first, last = min(within, default=(0, line, line))
-                lines, alone = range(first, last + 1), alone and first == last
+                spans = _statements(source.tree) if spans is None else spans
+                lines = spans.get(line, range(line, line + 1))
+                alone = alone and len(lines) == 1
             names = re.findall(r"[\w-]+", match["codes"] or "")
             codes = (BY_NAME[name].code if name in BY_NAME else name.upper() for name in names)
             yield _Suppression(line, column + 1, lines, tuple(dict.fromkeys(codes)), alone)
@@ -92,17 +104,18 @@ def _suppressions(source: Source) -> Iterator[_Suppression]:
         return
 
 
-def _statements(tree: object) -> list[tuple[int, int]]:
-    """Return the first and the last line of every statement; of one that holds others, the lines of its head."""
-    if not isinstance(tree, ast.Module):
-        return []
-    spans = list[tuple[int, int]]()
-    for node in ast.walk(tree):
+def _statements(tree: object) -> dict[int, range]:
+    """Return, for each line, the lines of the innermost statement on it; of a loop or a branch, those of its head."""
+    spans = dict[int, range]()
+    for node in ast.walk(tree) if isinstance(tree, ast.Module) else ():
         if isinstance(node, ast.stmt):
             body = getattr(node, "body", None) or getattr(node, "cases", None)
             decorators: list[ast.expr] = getattr(node, "decorator_list", [])
             first = min([node.lineno, *(each.lineno for each in decorators)])
-            spans.append((first, _head_end(node) if body else node.end_lineno or node.lineno))
+            span = range(first, (_head_end(node) if body else node.end_lineno or node.lineno) + 1)
+            for line in span:
+                if line not in spans or len(span) <= len(spans[line]):
+                    spans[line] = span
     return spans
 
 
