@@ -1,6 +1,6 @@
 """MB201 to MB204: clipping, and the order of a gradient scaler's calls."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import OFF, Rule
 
 __all__ = ["CLIP_RULES"]
 
@@ -29,7 +29,10 @@ CLIP_EVERY_MICROBATCH = Rule(
         "microbatches so far are cut down and later ones weigh more. "
         "Below the threshold, nothing changes. The norm is computed N times instead of once."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 8.6 %; AdamW 12 %, with a threshold of 0.3 of the first gradient's norm. "
+        "The first gradient is off by 29 % at 0.3 of the gradient's norm, and by nothing at 0.9 of the gradient's norm."
+    ),
     fix="Clip once a window, between the last backward and `optimizer.step()`.",
     wrong="""\
 from torch.nn.utils import clip_grad_norm_
@@ -68,7 +71,7 @@ CLIP_SCALED_GRADIENTS = Rule(
         "The scaler then divides what is left by the loss scale. The update is far too small, and its size depends on "
         "the scale alone. Adam and AdamW divide by the size of the gradient, so they hide it until eps matters."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 100 %; AdamW 4.5 %. With SGD, an update is 65,536 times too small: that is the loss scale."),
     fix="Call `scaler.unscale_(optimizer)` before clipping.",
     wrong=UNSCALED_ONCE.replace("    scaler.unscale_(optimizer)\n", ""),
     right=UNSCALED_ONCE,
@@ -84,7 +87,7 @@ UNSCALE_TWICE = Rule(
         "The first window with more than one microbatch ends in a RuntimeError. Gradients may be unscaled once a "
         "window only, when all of them are there: what is added later is still scaled."
     ),
-    how_much="?",
+    how_much="Nothing is trained: the first window raises a RuntimeError.",
     fix="Call `scaler.unscale_(optimizer)` once a window, after the last backward.",
     wrong="""\
 from torch.nn.utils import clip_grad_norm_
@@ -114,7 +117,11 @@ SCALER_ORDER = Rule(
         "scale again. Once a microbatch, `update` raises where no gradient was unscaled, or changes the scale inside a "
         "window, so that its microbatches have different weights. Where it is missing, the second step raises."
     ),
-    how_much="?",
+    how_much=(
+        "With SGD, the first update is 65,536 times too small: that is the loss scale. The second window raises "
+        "a RuntimeError. "
+        "The other wrong orders raise at once, or at the second step."
+    ),
     fix="In this order, once a window: `unscale_`, clip, `step`, `update`.",
     wrong=UNSCALED_ONCE.replace(
         "    scaler.step(optimizer)\n    scaler.update()\n", "    scaler.update()\n    scaler.step(optimizer)\n"

@@ -19,7 +19,9 @@ UNREADABLE = Rule(
     name="unreadable",
     severity="input",
     summary="The file could not be read, or is not valid Python.",
-    happens="Nothing in this file was judged. The exit status is 2, never 0, so that a hook cannot take it for success.",
+    happens=(
+        "Nothing in this file was judged. The exit status is 2, never 0, so that a hook cannot take it for success."
+    ),
     how_much="",
     fix="Mend the line that the message names, or leave the file out with `exclude`.",
     wrong=PLAIN.replace("range(steps):", "range(steps)"),
@@ -81,7 +83,8 @@ UNUSED_SUPPRESSION = Rule(
     severity="input",
     summary="A comment suppresses a rule that finds nothing on its line.",
     happens=(
-        "The code was changed, or the code of the rule is misspelt. A comment that is left over would hide the fault if "
+        "The code was changed, or the code of the rule is misspelt. A comment that is left over would hide the "
+        "fault if "
         "it came back."
     ),
     how_much="",

@@ -1,6 +1,6 @@
 """MB401 to MB405: losses and layers for which the mean of N microbatches is not the full batch."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import OFF, Rule
 
 __all__ = ["LOSS_RULES"]
 
@@ -14,7 +14,9 @@ MEAN_OF_MEANS = Rule(
         "The full batch gives every token the same weight. This happens with padding, `ignore_index`, masks, and "
         "losses of a model that leave labels of -100 out."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 3.3 %; AdamW 20 %. The first gradient is off by 35 % for microbatches of 20, 16, 4 and 24 tokens."
+    ),
     fix="Sum the loss in each microbatch, and divide by the number of counted tokens of the whole window.",
     wrong="""\
 import torch.nn.functional as F
@@ -54,7 +56,7 @@ BATCH_COUPLED_LOSS = Rule(
         "times fewer of them. The mean of the microbatches' losses is another loss, at any number of microbatches. "
         "Mixup, and statistics over the batch inside a loss, have the same problem in a weaker form."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 47 %; AdamW 44 %. A row has 3 negatives instead of 15."),
     fix=(
         "Encode all microbatches first, compute the loss of the whole batch on what they return, and run backward "
         "through each microbatch again. `accumulator.step(batch, loss_fn, encode=encode)` does that."
@@ -87,7 +89,9 @@ for step in range(steps):
     optimizer.step()
     optimizer.zero_grad()
 """,
-    certain="A loss that is known to couple rows, or `x @ y.T` with the labels `arange`, and no cached representations.",
+    certain=(
+        "A loss that is known to couple rows, or `x @ y.T` with the labels `arange`, and no cached representations."
+    ),
 )
 
 BATCH_NORM = Rule(
@@ -100,7 +104,10 @@ BATCH_NORM = Rule(
         "differ from the full batch's. The smaller the microbatch, the more. The running statistics move N times for "
         "each step."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 64 %; AdamW 38 %. "
+        "The first gradient is off by 47 % with 4 rows in a microbatch, 11 % with 16 rows and 2 % with 64 rows."
+    ),
     fix=(
         "Use a norm that looks at one row, such as GroupNorm or LayerNorm. Or keep BatchNorm and use "
         '`mb.Accumulator(batch_norm="exact")`, which normalises by the whole batch.'
@@ -143,7 +150,10 @@ UNEVEN_MICROBATCH = Rule(
         "If N does not divide the number of rows, the last slice is shorter than the others. "
         "Its rows weigh more than the rows of the other slices."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 14 %; AdamW 13 %. "
+        "There, a batch of 10 rows is cut into 3, 3, 3 and 1, so that one row weighs three times as much as the others."
+    ),
     fix="Weigh each slice by its share of the rows, `len(part) / len(x)`, or assert that N divides the number of rows.",
     wrong="""\
 import math
@@ -180,7 +190,10 @@ SHARED_PARAMETER = Rule(
         "another microbatch. The encoder's gradients are right. A parameter outside of the encoder is part of all N "
         "losses, so its gradient is N times too large."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 39 %; AdamW nothing that can be seen (5e-9). "
+        "The gradient of the parameter is 4 times too large with N = 4."
+    ),
     fix="Detach the parameter in all but one of the N losses, or divide its gradient by N before the step.",
     wrong="""\
 import torch

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Rule", "Severity"]
+__all__ = ["OFF", "Rule", "Severity"]
+
+# How `Rule.how_much` begins where a run was compared with the full batch's; "SGD 92 %; AdamW 3 %." follows.
+OFF = "After about 60 steps with N = 4, the weights are off by this share of the distance they travelled: "
 
 Severity = Literal["error", "warning", "logging", "speed", "input"]
 

@@ -1,6 +1,6 @@
 """MB301 to MB305: what is counted in steps and what in microbatches, and what should live as long as the run."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import OFF, Rule
 
 __all__ = ["SCHEDULE_RULES"]
 
@@ -8,14 +8,19 @@ SCHEDULE_UNITS = Rule(
     code="MB301",
     name="schedule-units",
     severity="error",
-    summary="The scheduler's length is counted in microbatches and it is stepped once a window, or the other way round.",
+    summary=(
+        "The scheduler's length is counted in microbatches and it is stepped once a window, or the other way round."
+    ),
     happens=(
         "A schedule of `len(loader)` steps that is stepped once a window walks 1/N of its way: warmup is N times too "
         "long, and the learning rate never comes down. The other way round it is at its end after 1/N of the run. "
         "Both units are right; only the pair is a fault."
     ),
-    how_much="?",
-    fix="Count both in optimizer steps: `len(loader) // N` for each epoch, and `scheduler.step()` after the optimizer's.",
+    how_much=(OFF + "SGD 20 %; AdamW 29 %. The last learning rate is 75 % of the first one, not 1 %."),
+    fix=(
+        "Count both in optimizer steps: `len(loader) // N` for each epoch, and `scheduler.step()` after the "
+        "optimizer's."
+    ),
     wrong="""\
 import torch
 
@@ -48,7 +53,9 @@ for epoch in range(epochs):
         scheduler.step()
         optimizer.zero_grad()
 """,
-    certain="Both in this file: the length from `len(loader)` with or without `// N`, and where the scheduler is stepped.",
+    certain=(
+        "Both in this file: the length from `len(loader)` with or without `// N`, and where the scheduler is stepped."
+    ),
 )
 
 SCHEDULER_NOT_PREPARED = Rule(
@@ -60,7 +67,7 @@ SCHEDULER_NOT_PREPARED = Rule(
         "Under `accumulate()`, a prepared optimizer or scheduler does nothing before the last microbatch of a window. "
         "A scheduler that was not prepared steps every time, so it is N times ahead of the optimizer."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 49 %; AdamW 70 %. The schedule is at its end after 15 of 60 steps."),
     fix="Pass the scheduler to `accelerator.prepare`.",
     wrong="""\
 from accelerate import Accelerator
@@ -102,7 +109,11 @@ EMA_EVERY_MICROBATCH = Rule(
         "The weights change once a window, but the average decays N times in it: a decay of d acts like d to the power "
         "of N. The average follows the weights N times faster and smooths less."
     ),
-    how_much="?",
+    how_much=(
+        "A decay of 0.9 acts like 0.66 with N = 4. After 60 steps of SGD the average is 3.3 % of the distance "
+        "travelled, not 7.1 %, "
+        "behind the weights. The weights themselves are right."
+    ),
     fix="Update the average once a window, after `optimizer.step()`.",
     wrong="""\
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -144,7 +155,10 @@ COUNTER_UNITS = Rule(
         "A resumed run that skips as many microbatches as it had made steps repeats most of its data. "
         "A run that ends when its microbatches reach `max_steps` makes 1/N of its steps."
     ),
-    how_much="?",
+    how_much=(
+        "A run that is resumed after 10 steps trains on 30 of 40 microbatches again, with N = 4. "
+        "After 50 more steps, the weights are off by this share of the distance they travelled: SGD 8.3 %; AdamW 16 %."
+    ),
     fix="Multiply the number of steps by N where it is compared with microbatches.",
     wrong="""\
 def resume(global_step):
@@ -184,7 +198,10 @@ OPTIMIZER_RECREATED = Rule(
         "Momentum and the moments of Adam begin at zero in every epoch. Adam's first steps then all have full length, "
         "because its bias correction begins anew too. A scheduler still holds the old optimizer, and does nothing."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD with momentum 50 %; AdamW 46 %; SGD without momentum nothing. "
+        "There are 6 steps in an epoch; with more, the share is smaller."
+    ),
     fix="Create the optimizer once, before the loop over epochs.",
     wrong="""\
 import torch

@@ -39,7 +39,10 @@ REDUCES_EVERY_MICROBATCH = Rule(
         "Every backward sends all gradients, although only the sum at the end of the window is needed. "
         "The gradients are right; the network carries N times as much."
     ),
-    how_much="?",
+    how_much=(
+        "With N = 4 there are 4 reductions of the gradients in each step instead of 1. The gradients are right, "
+        "with any optimizer."
+    ),
     fix="Run forward and backward of every microbatch but the last of a window under `model.no_sync()`.",
     wrong="""\
 from torch.nn.parallel import DistributedDataParallel
@@ -66,7 +69,10 @@ NO_SYNC_INEFFECTIVE = Rule(
         "DistributedDataParallel decides in the forward pass whether the backward of that pass reduces. "
         "A forward outside of `no_sync()` therefore reduces after every microbatch. The gradients are right."
     ),
-    how_much="?",
+    how_much=(
+        "With N = 4 there are 4 reductions of the gradients in each step instead of 1. The gradients are right, "
+        "with any optimizer."
+    ),
     fix="Put the forward pass under `no_sync()` too. The forward pass is what counts.",
     wrong="""\
 from contextlib import nullcontext
@@ -96,7 +102,9 @@ NEVER_REDUCES = Rule(
         "Each rank steps with the gradient of its own data. The ranks' weights drift apart from the first step, and "
         "only the weights of rank 0 are saved, as if it had trained alone."
     ),
-    how_much="?",
+    how_much=(
+        "There are 0 reductions of the gradients in each step instead of 1, so every rank trains a model of its own."
+    ),
     fix="Leave the last microbatch of each window out of `no_sync()`.",
     wrong="""\
 from torch.nn.parallel import DistributedDataParallel
@@ -124,7 +132,10 @@ HOST_SYNC = Rule(
         "`.item()`, `float()`, `print` and `if` on a tensor wait until the device has finished everything before. "
         "Meanwhile no new work is queued, so the device is idle until Python has queued some again."
     ),
-    how_much="?",
+    how_much=(
+        "With N = 4 there are 4 reads in each step instead of 1. What one costs depends on the device; the "
+        "gradients are right."
+    ),
     fix="Add up `loss.detach()` on the device, and read the sum once a window, or less often.",
     wrong="""\
 for step in range(steps):
@@ -162,7 +173,9 @@ GRAPH_RETAINED = Rule(
         "The graphs of all N microbatches are alive at the same time, with all their activations. "
         "The gradient is right, but the memory is that of the full batch: accumulation saves nothing."
     ),
-    how_much="?",
+    how_much=(
+        "With N = 4 there are 4 graphs at the same time instead of 1. The gradients are right, with any optimizer."
+    ),
     fix="Run backward for each microbatch: gradients add up, and the graph is freed. Add `loss.detach()` up for logs.",
     wrong="""\
 for step in range(steps):
@@ -187,7 +200,7 @@ EMPTY_CACHE = Rule(
         "`torch.cuda.empty_cache()` waits for the device and gives all free memory back to the driver. "
         "The next microbatch has to ask for it again, which is slow. It does not lower the peak."
     ),
-    how_much="?",
+    how_much="With N = 4 there are 4 calls in each step instead of 0. The gradients are right, with any optimizer.",
     fix="Leave it out, or call it once after evaluation.",
     wrong="""\
 import torch

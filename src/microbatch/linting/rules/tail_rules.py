@@ -1,6 +1,6 @@
 """MB110 to MB114: what becomes of the last, short window of an epoch, and of a window that loses a microbatch."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import OFF, Rule
 
 __all__ = ["TAIL_RULES"]
 
@@ -27,7 +27,7 @@ TAIL_LEAKS = Rule(
         "That step takes N + r microbatches with weight 1/N each, and r of them were computed with older weights. "
         "After the last epoch, the rest is never stepped."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 14 %; AdamW 10 %. With 26 microbatches an epoch, 60 steps are taken instead of 70."),
     fix=(
         "Step at the end of the epoch too, and divide the last window by the number of microbatches that it has. "
         "Or drop the rest on purpose, with a loop over `len(loader) // N * N` microbatches."
@@ -51,10 +51,14 @@ TAIL_DROPPED = Rule(
     severity="warning",
     summary="The microbatches after an epoch's last whole window are cleared, or never stepped.",
     happens=(
-        "If N does not divide the number of microbatches in an epoch, the gradients of the rest are computed and thrown "
+        "If N does not divide the number of microbatches in an epoch, the gradients of the rest are computed and "
+        "thrown "
         "away. If the loader does not shuffle, the same rows are never learnt from."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 27 %; AdamW 18 %. "
+        "With 26 microbatches an epoch, 60 steps are taken instead of 70, and 2 of 26 microbatches are lost."
+    ),
     fix=(
         "Step at the end of the epoch too, and divide the last window by the number of microbatches that it has. "
         "Or stop the loop before the rest, so that nothing is computed in vain."
@@ -83,7 +87,10 @@ TAIL_SCALE = Rule(
         "1/N. The gradient of that step is r/N of a mean. Adam and AdamW divide by the size of the gradient, but by "
         "one that is averaged over many steps, so they notice too."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 11 %; AdamW 7.1 %. "
+        "With 26 microbatches an epoch, the gradient of every seventh step is 2/4 of the full batch's."
+    ),
     fix="Divide by `min(N, len(loader) - i // N * N)`, which is the number of microbatches in this window.",
     wrong="""\
 for epoch in range(epochs):
@@ -109,7 +116,11 @@ TAIL_STEP_DIFFERS = Rule(
         "Without `scaler.unscale_`, the clipping there sees scaled gradients; without `scheduler.step()`, the schedule "
         "is one step short in every epoch."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 45 %; AdamW 36 %. "
+        "With 26 microbatches an epoch, a step without clipping at 0.1 of the first gradient's norm was 17 times "
+        "too large."
+    ),
     fix="Put the step into one function, or move the condition for the last microbatch into the loop.",
     wrong="""\
 from torch.nn.utils import clip_grad_norm_
@@ -153,7 +164,10 @@ SKIP_IN_WINDOW = Rule(
         "The gradient of that step is too small. If the handler calls `zero_grad`, the microbatches before are lost "
         "too. If memory ended in the middle of a backward, half of a gradient stays in the sum."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 6.4 %; AdamW 3.2 %. "
+        "There, every second window skips one microbatch of four, and its gradient is 3/4 of the right one."
+    ),
     fix="Count the microbatches that were used, and divide by that number before the step.",
     wrong="""\
 for step in range(steps):

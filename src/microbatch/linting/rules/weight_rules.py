@@ -1,6 +1,6 @@
 """MB101 to MB106: the microbatches of a window do not have the weights that the full batch gives them."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import OFF, Rule
 
 __all__ = ["WEIGHT_RULES"]
 
@@ -14,7 +14,11 @@ LOSS_NOT_DIVIDED = Rule(
         "batch. Clipping then cuts it by another amount, and SGD takes steps that are N times too long. "
         "Adam and AdamW divide by the size of the gradient, so without clipping they hardly notice."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 92 %; SGD with clipping at 1.0 34 %; AdamW with clipping at 1.0 15 %; AdamW nothing that can be "
+        "seen (3e-7). "
+        "The gradient is 4 times too large."
+    ),
     fix="Divide the loss by N before `backward`. With SGD, the learning rate was tuned for the sum: multiply it by N.",
     wrong="""\
 import torch.nn.functional as F
@@ -54,7 +58,7 @@ LOSS_DIVIDED_TWICE = Rule(
         "SGD takes steps that are N times too short, and a clipping threshold is reached later. "
         "Adam and AdamW hardly notice."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 41 %; AdamW nothing that can be seen (1e-6). The gradient is a quarter of the full batch's."),
     fix="Leave the division to the framework: pass the loss as it is.",
     wrong="""\
 from accelerate import Accelerator
@@ -94,7 +98,7 @@ ZERO_GRAD_IN_WINDOW = Rule(
         "Only the microbatches after the last clearing enter the step; the others are computed and thrown away. "
         "If the loss is divided by N, what is left also has the weight 1/N."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 44 %; AdamW 46 %. The gradient is that of one microbatch of four, times 1/4."),
     fix="Clear the gradients once a window: after `optimizer.step()`, or before the window's first backward.",
     wrong="""\
 for step in range(steps):
@@ -126,7 +130,7 @@ STEP_EVERY_MICROBATCH = Rule(
         "Nothing is accumulated: each step is taken with one microbatch, whose weight is 1/N. "
         "There are N times as many steps as planned. A schedule that counts steps ends N times too early."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 3.7 %; AdamW 61 %. There are 240 steps instead of 60."),
     fix="Call `optimizer.step()` and `optimizer.zero_grad()` once for N microbatches.",
     wrong="""\
 for step in range(steps):
@@ -159,7 +163,10 @@ WINDOW_PHASE = Rule(
         "counter that begins at 0, the first step takes one microbatch with weight 1/N. If the counter begins anew "
         "in every epoch, this happens once an epoch, and the last microbatches of an epoch wait for the next one."
     ),
-    how_much="?",
+    how_much=(
+        OFF + "SGD 5 %; AdamW 13 %. "
+        "The first step takes one microbatch of four, times 1/4; all later windows begin one microbatch early."
+    ),
     fix="Test `(i + 1) % N == 0` where the counter begins at 0, and `i % N == 0` where it begins at 1.",
     wrong="""\
 i = 0
@@ -195,7 +202,7 @@ BACKWARD_ONLY_AT_BOUNDARY = Rule(
         "The losses of the other microbatches are computed and thrown away, so they never enter a step. "
         "The effective batch is one microbatch. If its loss is divided by N, the gradient is too small as well."
     ),
-    how_much="?",
+    how_much=(OFF + "SGD 44 %; AdamW 46 %. The gradient is that of one microbatch of four, times 1/4."),
     fix="Call `backward` for every microbatch, and keep only the step and `zero_grad` behind the condition.",
     wrong="""\
 for i in range(steps * N):
