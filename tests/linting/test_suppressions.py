@@ -34,6 +34,7 @@ def notes(text: str, *findings: Finding) -> list[str]:
         "#microbatch:ignore[MB105]",
         "# Microbatch: ignore[mb105]",
         "# microbatch: ignore[window-phase]",
+        "# noqa: E501  # microbatch: ignore[MB105]",
         "# noqa # type: ignore",
     ],
 )

@@ -85,7 +85,7 @@ def _suppressions(source: Source) -> Iterator[_Suppression]:
     spans: dict[int, range] | None = None
     try:
         for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
-            match = _COMMENT.match(token.string) if token.type == tokenize.COMMENT else None
+            match = _COMMENT.search(token.string) if token.type == tokenize.COMMENT else None
             if match is None:
                 continue
             line, column = token.start
@@ -99,7 +99,7 @@ def _suppressions(source: Source) -> Iterator[_Suppression]:
                 alone = alone and len(lines) == 1
             names = re.findall(r"[\w-]+", match["codes"] or "")
             codes = (BY_NAME[name].code if name in BY_NAME else name.upper() for name in names)
-            yield _Suppression(line, column + 1, lines, tuple(dict.fromkeys(codes)), alone)
+            yield _Suppression(line, column + match.start() + 1, lines, tuple(dict.fromkeys(codes)), alone)
     except (tokenize.TokenError, SyntaxError):  # text that can be parsed, and still not be tokenised to its end
         return
 
