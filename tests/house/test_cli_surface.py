@@ -26,7 +26,7 @@ TRAIN_FLAGS = {
     "--data",
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
-CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--device", "--seed", "--config", "--json"}
+CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 DOCTOR_FLAGS = {
     "--output-format",

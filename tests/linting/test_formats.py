@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 from tests.linting.findings import LOOP, judge
 
-from microbatch.linting.examine import examine
+from microbatch.linting.examine import examine, examine_path
 from microbatch.linting.finding import Finding
 from microbatch.linting.formats.explain_form import explain_form
 from microbatch.linting.formats.github_form import github_form
@@ -64,7 +64,7 @@ def test_text_teaches() -> None:
         "  7 |             optimizer.step()  # MB110?",
         "    |             ^",
         "  depends on: len(loader) % N",
-        "  settle it: run the loop once: mb.check(model, loss_fn, batch, loop=loop, optimizer=optimizer)",
+        "  settle it: microbatch check FILE.py:job --loop FILE.py:loop runs the loop on your own model (docs/check.md)",
         "",
         "train.py:3:9: [speed] MB601 host-sync (lines 3, 5); MB501 reduces-every-microbatch (line 4)",
         "",
@@ -371,3 +371,26 @@ def test_a_fault_of_the_doctor_itself_is_a_finding() -> None:
     [found] = examine(Source("a.py", "y.backward()"), deep)
     assert (found.rule, "nested too deeply" in found.message) == ("MB000", True)
     assert examine(Source("a.py", "y.backward()"), broken) == []
+
+
+def test_text_files_and_folders_are_examined(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "train.py").write_text(LOOP)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    looked = list[tuple[str, Path | None]]()
+
+    def watch(source: Source, folder: Path | None) -> list[Finding]:
+        looked.append((source.path, folder))
+        return judge(source, folder)
+
+    file = tmp_path / "b" / "train.py"
+    for given in (LOOP, file, str(file), tmp_path, str(tmp_path)):
+        found = examine_path(given, watch)
+        assert [each.rule for each in found] == ["MB601", "MB501", "MB601", "MB105", "MB110"]
+    of_file, of_folder = (file.as_posix(), file.parent), (file.as_posix(), tmp_path)
+    assert looked == [("<source>", None), of_file, of_file, of_folder, of_folder]
+    assert [each.rule for each in examine_path(tmp_path / "a.py", judge)] == ["MB001"]
+    assert [each.rule for each in examine_path("", judge)] == ["MB001"]
+    assert [each.rule for each in examine_path(tmp_path / "gone.py", judge)] == ["MB000"]
+    assert [each.rule for each in examine_path("x\0", judge)] == ["MB000"]
+    assert [each.rule for each in examine_path("x" * 5_000, judge)] == ["MB001"]

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from microbatch.linting.find_files import find_files
 from microbatch.linting.finding import Finding
-from microbatch.linting.sources import Source, unreadable
+from microbatch.linting.sources import Source, read_file, source_of, unreadable
 from microbatch.linting.suppressions import suppress
 
-__all__ = ["Judge", "examine"]
+__all__ = ["Judge", "examine", "examine_path"]
 
 Judge = Callable[[Source, Path | None], list[Finding]]
 """Finds the faults of a source, in lines of its text. The folder is where its imports are looked up."""
@@ -44,6 +45,33 @@ def examine(source: Source | Finding, judge: Judge, *, folder: Path | None = Non
         cell, line = source.place(each.line)
         placed.append(replace(each, cell=cell, line=line))
     return placed
+
+
+def examine_path(source_or_path: str | Path, judge: Judge, *, folder: Path | None = None) -> list[Finding]:
+    """Find the faults of a text, of a file, or of all files in a folder.
+
+    Args:
+        source_or_path: Source text, or a path; `source_of` says which.
+        judge: What reads the loops.
+        folder: Where imports are looked up; `None` for the folder that is given, or that of the file.
+
+    Returns:
+        The findings. That a file has no loop is not said of the files of a folder.
+    """
+    path = Path(source_or_path) if "\0" not in str(source_or_path) else None
+    try:
+        is_folder = path is not None and str(source_or_path) != "" and path.is_dir()
+    except OSError:  # too long for a name
+        is_folder = False
+    if path is None or not is_folder:
+        source = source_of(source_or_path)
+        given = isinstance(source, Source) and source.path != "<source>"
+        return examine(source, judge, folder=Path(source.path).parent if given and folder is None else folder)
+    found = list[Finding]()
+    for file in find_files([path]):
+        source = file if isinstance(file, Finding) else read_file(file)
+        found += [each for each in examine(source, judge, folder=folder or path) if each.rule != "MB001"]
+    return found
 
 
 def _nothing(source: Source) -> Finding:

@@ -13,7 +13,7 @@ from microbatch.linting.sources import Source
 __all__ = ["clean", "place", "text_form"]
 
 _WIDTH = 100
-_SETTLE = "run the loop once: mb.check(model, loss_fn, batch, loop=loop, optimizer=optimizer)"
+_SETTLE = "microbatch check FILE.py:job --loop FILE.py:loop runs the loop on your own model (docs/check.md)"
 
 
 def text_form(report: Report) -> Iterator[str]:
