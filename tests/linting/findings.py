@@ -19,12 +19,12 @@ def judge(source: Source, folder: Path | None) -> list[Finding]:
             depends = mark[2] == "?"
             found.append(
                 Finding(
-                    mark[1],
-                    source.path,
-                    number,
-                    len(line) - len(line.lstrip()) + 1,
-                    CONFIDENCE[mark[2]],
-                    f"{mark[1]} of {line.strip().split('  ')[0]}",
+                    rule=mark[1],
+                    path=source.path,
+                    line=number,
+                    column=len(line) - len(line.lstrip()) + 1,
+                    confidence=CONFIDENCE[mark[2]],
+                    message=f"{mark[1]} of {line.strip().split('  ')[0]}",
                     happens="Step 1 takes microbatch 0 alone." if mark[1] == "MB105" else "",
                     how_much="19 % with SGD." if mark[1] == "MB105" else "",
                     fix="Count from 1." if mark[1] == "MB105" else "",

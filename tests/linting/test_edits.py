@@ -16,7 +16,7 @@ TEXT = "one\ntwo\nthree\nfour\n"
 
 
 def finding(*edits: Edit, line: int = 1) -> Finding:
-    return Finding("MB105", "a.py", line, 1, "certain", "a fault", edits=edits)
+    return Finding(rule="MB105", path="a.py", line=line, column=1, confidence="certain", message="a fault", edits=edits)
 
 
 @pytest.mark.parametrize(

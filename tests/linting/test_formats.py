@@ -100,7 +100,10 @@ def test_a_notebook_says_cell_and_line() -> None:
 
 def test_speed_notes_of_two_functions_are_two_lines() -> None:
     found = report(LOOP)
-    apart = [*found.findings, Finding("MB601", "train.py", 9, 1, "certain", "x", function="other")]
+    apart = [
+        *found.findings,
+        Finding(rule="MB601", path="train.py", line=9, column=1, confidence="certain", message="x", function="other"),
+    ]
     text = lines(text_form, Report(apart, found.sources, RULES, 1))
     assert [line.split(":")[1] for line in text if "[speed]" in line] == ["3", "9"]
 
@@ -127,7 +130,9 @@ def test_a_long_line_is_shown_in_part() -> None:
 
 
 def test_long_words_are_wrapped() -> None:
-    finding = Finding("MB105", "a.py", 1, 1, "certain", "m", happens="word " * 100)
+    finding = Finding(
+        rule="MB105", path="a.py", line=1, column=1, confidence="certain", message="m", happens="word " * 100
+    )
     text = lines(text_form, Report([finding], {}, RULES, 1))
     assert max(map(len, text)) <= 100
     assert sum(line.count("word") for line in text) == 100
@@ -179,7 +184,14 @@ def test_github_reads_kind_place_and_text() -> None:
 
 def test_github_escapes_what_would_end_a_command() -> None:
     text = "100% of a, b::c\n::error::no"
-    [line] = github_form(Report([Finding("MB105", "a,b:c%.py", 1, 1, "certain", text)], {}, RULES, 1))
+    [line] = github_form(
+        Report(
+            [Finding(rule="MB105", path="a,b:c%.py", line=1, column=1, confidence="certain", message=text)],
+            {},
+            RULES,
+            1,
+        )
+    )
     assert "\n" not in line
     _, properties, data = as_github_reads(line)
     assert properties["file"] == "a,b:c%.py"

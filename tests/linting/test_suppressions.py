@@ -12,7 +12,7 @@ ALONE = "; it stands on a line of its own: write it at the end of the statement'
 
 
 def finding(line: int, rule: str = "MB105") -> Finding:
-    return Finding(rule, "a.py", line, 1, "certain", "a fault")
+    return Finding(rule=rule, path="a.py", line=line, column=1, confidence="certain", message="a fault")
 
 
 def left(text: str, *findings: Finding) -> list[tuple[str, int]]:

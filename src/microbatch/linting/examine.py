@@ -76,4 +76,4 @@ def examine_path(source_or_path: str | Path, judge: Judge, *, folder: Path | Non
 
 def _nothing(source: Source) -> Finding:
     message = "no loop was found in which gradients of several microbatches are added up"
-    return Finding("MB001", source.path, 1, 1, "note", message)
+    return Finding(rule="MB001", path=source.path, line=1, column=1, confidence="note", message=message)

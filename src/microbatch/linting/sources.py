@@ -94,7 +94,9 @@ def unreadable(path: str, reason: str, *, line: int = 1, column: int = 1, cell: 
         The finding.
     """
     message = f"cannot be read: {reason}"
-    return Finding("MB000", path, max(line, 1), max(column, 1), "note", message, cell=cell)
+    return Finding(
+        rule="MB000", path=path, line=max(line, 1), column=max(column, 1), confidence="note", message=message, cell=cell
+    )
 
 
 def source_of(source_or_path: str | Path, *, path: str = "<source>") -> Source | Finding:

@@ -62,7 +62,17 @@ def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
     for one, found in silenced.items():
         message = _unused(one, found)
         if message:
-            kept.append(Finding("MB003", source.path, one.line, one.column, "note", message, fix="Remove the comment."))
+            kept.append(
+                Finding(
+                    rule="MB003",
+                    path=source.path,
+                    line=one.line,
+                    column=one.column,
+                    confidence="note",
+                    message=message,
+                    fix="Remove the comment.",
+                )
+            )
     return kept
 
 
