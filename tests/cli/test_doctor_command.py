@@ -81,6 +81,7 @@ def test_what_could_not_be_read_wins_over_what_was_found(folder: Path) -> None:
         (["--explain", "MB999"], "'MB999'"),
         (["--diff", "--rewrite"], "use one of them"),
         (["--diff", "--output-format", "json"], "no --output-format"),
+        (["--explain", "MB105", "--output-format", "json"], "--explain is text"),
         (["--selct", "MB1"], "--selct"),
         (["--select"], "--select"),
     ],
@@ -148,6 +149,16 @@ def test_that_there_is_no_loop_is_said_of_a_file_alone(folder: Path) -> None:
     assert invoke("a.py").exit_code == 0
 
 
+def test_files_of_a_folder_without_a_word_of_accumulation_are_not_parsed(folder: Path) -> None:
+    (folder / "template.py").write_text("import {{ name }}\nx = 1\n")
+    assert invoke(".").exit_code == 0
+    assert invoke("template.py").exit_code == 2
+    (folder / "template.py").write_text("import {{ name }}\nloss.backward()\n")
+    assert invoke(".").exit_code == 2
+    (folder / "template.py").write_text("x = 1  # microbatch: ignore\n")
+    assert "MB003" in invoke(".").stdout
+
+
 def test_imports_are_looked_up_in_the_folder_that_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = list[tuple[str, Path | None]]()
 
@@ -177,7 +188,7 @@ def test_imports_are_looked_up_in_the_folder_that_is_given(folder: Path, monkeyp
 @pytest.mark.parametrize("form", ["json", "sarif"])
 def test_standard_output_is_the_form_alone(folder: Path, form: str) -> None:
     (folder / "train.py").write_text(LOOP)
-    (folder / "broken.py").write_text("for in:\n")
+    (folder / "broken.py").write_text("x.backward() for in:\n")
     result = invoke("--output-format", form, ".", "gone.py")
     assert (result.exit_code, result.stderr) == (2, "")
     json.loads(result.stdout)
@@ -220,7 +231,7 @@ def test_a_diff_mends_the_file_and_is_to_be_read_first(folder: Path) -> None:
     assert (folder / "train.py").read_text() == LOOP.replace("  # MB105!~", "")
     assert invoke("--diff", "train.py").exit_code == 0
     assert invoke("--diff", "train.py").stdout == ""
-    broken = invoke("--diff", ".")
+    broken = invoke("--diff", ".", "broken.py")
     assert (broken.exit_code, broken.stdout) == (2, "")
     assert "broken.py:1:5: MB000" in broken.stderr
 
@@ -246,8 +257,12 @@ def test_a_sketch_of_the_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     result = invoke("--rewrite", ".")
     assert (result.exit_code, result.stdout) == (0, "--- a.py\n")
     assert "a sketch to read" in result.stderr
-    (folder / "b.py").write_text("for in:\n")
-    assert invoke("--rewrite", ".").exit_code == 2
+    (folder / "b.py").write_text("x.backward() for in:\n")
+    result = invoke("--rewrite", ".")
+    assert (result.exit_code, result.stdout) == (2, "--- a.py\n")
+    stand_in.__dict__["rewrite"] = lambda source: 1 / 0
+    result = invoke("--rewrite", "a.py")
+    assert (result.exit_code, "ZeroDivisionError" in result.stderr) == (2, True)
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

@@ -114,9 +114,10 @@ def _run(paths: Sequence[str], flags: DoctorFlags, *, out: TextIO, errors: TextI
     if (flags.diff or flags.rewrite) and (flags.diff is flags.rewrite or flags.output_format != "text"):
         raise LintError("--diff and --rewrite each print a diff; use one of them, and no --output-format")
     if flags.explain is not None:
+        if flags.output_format != "text" or flags.diff or flags.rewrite:
+            raise LintError("--explain is text; leave out --output-format, --diff and --rewrite")
         rule = rule_of(flags.explain)
-        if flags.output_format == "text":
-            out.write(import_module("microbatch.linting.formats.explain_form").explain_form(rule))
+        out.write(import_module("microbatch.linting.formats.explain_form").explain_form(rule))
         if not paths:
             return 0
         out.write("\n")
@@ -126,10 +127,10 @@ def _run(paths: Sequence[str], flags: DoctorFlags, *, out: TextIO, errors: TextI
     settings = read_settings(
         _start(paths), select=flags.select, ignore=flags.ignore, exclude=flags.exclude, strict=flags.strict
     )
-    sources = _sources(paths, flags, settings)
+    reads = _sources(paths, flags, settings)
     if flags.rewrite:
-        return _rewrite(sources, out=out, errors=errors)
-    report = _report(sources, settings, alone=len(paths) == 1 and not Path(paths[0]).is_dir())
+        return _rewrite(reads, out=out, errors=errors)
+    report = _report(reads, settings, alone=len(paths) == 1 and not Path(paths[0]).is_dir())
     report = replace(report, show_window=flags.show_window)
     if flags.diff:
         _diff(report, out=out, errors=errors)
@@ -140,41 +141,50 @@ def _run(paths: Sequence[str], flags: DoctorFlags, *, out: TextIO, errors: TextI
     return report.exit_code(strict=settings.strict)
 
 
-def _sources(
-    paths: Sequence[str], flags: DoctorFlags, settings: DoctorSettings
-) -> Iterator[tuple[Source | Finding, Path]]:
-    """Yield every source, or why it cannot be read, with the folder in which its imports are looked up."""
-    here = Path.cwd()
+@dataclass(frozen=True)
+class _Read:
+    """A source, or why it cannot be read; the folder in which its imports are looked up; how it was found."""
+
+    source: Source | Finding
+    folder: Path
+    walked: bool = False
+
+
+def _sources(paths: Sequence[str], flags: DoctorFlags, settings: DoctorSettings) -> Iterator[_Read]:
+    """Yield what is read of every path."""
+    here, named = Path.cwd(), {shown(Path(path)) for path in paths}
     for given in paths:
         if given == "-":
             name = Path(flags.stdin_filename or "<stdin>")
-            yield read_bytes(sys.stdin.buffer.read(LARGEST_NOTEBOOK), path=shown(name)), here
+            yield _Read(read_bytes(sys.stdin.buffer.read(LARGEST_NOTEBOOK), path=shown(name)), here)
             continue
         folder = Path(given)
         for file in find_files([folder], exclude=settings.exclude, base=settings.base):
             if isinstance(file, Finding):
-                yield file, here
+                yield _Read(file, here)
             elif file is folder:
-                yield read_file(file, path=shown(file)), here if here in file.absolute().parents else file.parent
+                near = here if here in file.absolute().parents else file.parent
+                yield _Read(read_file(file, path=shown(file)), near)
             else:
-                yield read_file(file, path=shown(file)), folder
+                yield _Read(read_file(file, path=shown(file)), folder, walked=shown(file) not in named)
 
 
-def _report(sources: Iterator[tuple[Source | Finding, Path]], settings: DoctorSettings, *, alone: bool) -> Report:
+def _report(reads: Iterator[_Read], settings: DoctorSettings, *, alone: bool) -> Report:
     """Judge every source, once each; that a file has no loop is said of a file that is given alone."""
     judge: Judge = import_module("microbatch.linting.doctor").judge
-    findings, kept, read = list[Finding](), dict[str, Source](), set[str]()
-    for source, folder in sources:
-        if source.path in read:
+    findings, kept, seen = list[Finding](), dict[str, Source](), set[str]()
+    for read in reads:
+        source = read.source
+        if source.path in seen:
             continue
         if isinstance(source, Source):
-            read.add(source.path)
-        found = examine(source, judge, folder=folder)
+            seen.add(source.path)
+        found = examine(source, judge, folder=read.folder, walked=read.walked)
         found = [each for each in found if settings.keeps(each.rule) and (alone or each.rule != "MB001")]
         findings += found
         if found and isinstance(source, Source):
             kept[source.path] = source
-    return Report(findings, kept, RULES, len(read))
+    return Report(findings, kept, RULES, len(seen))
 
 
 def _diff(report: Report, *, out: TextIO, errors: TextIO) -> None:
@@ -198,19 +208,23 @@ def _diff(report: Report, *, out: TextIO, errors: TextIO) -> None:
     errors.write(f"mended here: {len(mended)}; found: {report.summary()}\n")
 
 
-def _rewrite(sources: Iterator[tuple[Source | Finding, Path]], *, out: TextIO, errors: TextIO) -> int:
+def _rewrite(reads: Iterator[_Read], *, out: TextIO, errors: TextIO) -> int:
     """Print each loop with `mb.Accumulator` as a diff."""
     rewrite = import_module("microbatch.linting.rewrite").rewrite
-    code, found = 0, 0
-    for source, _ in sources:
-        problem = source if isinstance(source, Finding) else source.tree
-        if isinstance(problem, Finding):
-            errors.write(clean(f"{place(problem)}: {problem.rule} {problem.message}") + "\n")
-            code = BAD_INPUT
-        elif isinstance(source, Source) and source.can_accumulate and (diff := rewrite(source)):
-            out.write(diff)
-            found += 1
-    errors.write(f"rewritten: {found}; each is a sketch to read, and has not been run\n")
+
+    def judge(source: Source, folder: Path | None) -> list[Finding]:  # noqa: ARG001 - as every judge
+        sketch = rewrite(source)
+        sketches.extend([sketch] if sketch else [])
+        return []
+
+    sketches, code = list[str](), 0
+    for read in reads:
+        for problem in examine(read.source, judge, folder=read.folder, walked=read.walked):
+            if problem.rule == "MB000":
+                errors.write(clean(f"{place(problem)}: {problem.rule} {problem.message}") + "\n")
+                code = BAD_INPUT
+    out.write("".join(sketches))
+    errors.write(f"rewritten: {len(sketches)}; each is a sketch to read, and has not been run\n")
     return code
 
 

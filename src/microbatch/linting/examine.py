@@ -9,7 +9,7 @@ from pathlib import Path
 from microbatch.linting.find_files import find_files
 from microbatch.linting.finding import Finding
 from microbatch.linting.sources import Source, read_file, source_of, unreadable
-from microbatch.linting.suppressions import suppress
+from microbatch.linting.suppressions import has_comments, suppress
 
 __all__ = ["Judge", "examine", "examine_path"]
 
@@ -17,19 +17,27 @@ Judge = Callable[[Source, Path | None], list[Finding]]
 """Finds the faults of a source, in lines of its text. The folder is where its imports are looked up."""
 
 
-def examine(source: Source | Finding, judge: Judge, *, folder: Path | None = None) -> list[Finding]:
+def examine(
+    source: Source | Finding, judge: Judge, *, folder: Path | None = None, walked: bool = False
+) -> list[Finding]:
     """Find the faults of one source. This never raises: what cannot be judged is a finding.
+
+    Of the files of a folder, those without any word of accumulation are not parsed, and nothing is said of those
+    without a loop.
 
     Args:
         source: The source, or the finding that says why it cannot be read.
         judge: What reads the loops.
         folder: Where imports of the source's own project are looked up.
+        walked: Whether the source is one of the files of a folder.
 
     Returns:
         The findings in the order of their lines; a source that cannot be parsed has one, MB000.
     """
     if isinstance(source, Finding):
         return [source]
+    if walked and not source.can_accumulate and not has_comments(source):
+        return []
     if isinstance(source.tree, Finding):
         return [source.tree]
     try:
@@ -42,6 +50,8 @@ def examine(source: Source | Finding, judge: Judge, *, folder: Path | None = Non
         return [unreadable(source.path, f"the doctor failed on it, which is a fault of its own: {error!r}")]
     placed = list[Finding]()
     for each in sorted(found, key=lambda each: (each.line, each.column, each.rule)):
+        if walked and each.rule == "MB001":
+            continue
         cell, line = source.place(each.line)
         placed.append(replace(each, cell=cell, line=line))
     return placed
@@ -70,7 +80,7 @@ def examine_path(source_or_path: str | Path, judge: Judge, *, folder: Path | Non
     found = list[Finding]()
     for file in find_files([path]):
         source = file if isinstance(file, Finding) else read_file(file)
-        found += [each for each in examine(source, judge, folder=folder or path) if each.rule != "MB001"]
+        found += examine(source, judge, folder=folder or path, walked=True)
     return found
 
 

@@ -21,7 +21,7 @@ LARGEST = 5_000_000
 """Bytes of a file that is still read; no training script is larger."""
 LARGEST_NOTEBOOK = 100_000_000
 """Likewise of a notebook, which holds its pictures too."""
-_CAN_ACCUMULATE = re.compile(r"backward|training_step|accumulat|train_batch|\.grad\b")
+_WORDS = ("backward", "accumul", "zero_grad", "training_step", "train_batch", "scaler")
 _NO_SOURCE = re.compile("[\0\ud800-\udfff]")  # a null, and halves of surrogate pairs
 _SUFFIXES = (".py", ".pyi", ".pyw", ".ipynb")
 
@@ -58,7 +58,7 @@ class Source:
     @cached_property
     def can_accumulate(self) -> bool:
         """Whether the text has any word of a loop that adds gradients up. Most files of a project do not."""
-        return _CAN_ACCUMULATE.search(self.text) is not None
+        return any(word in self.text for word in _WORDS)
 
     def place(self, line: int) -> tuple[int | None, int]:
         """Return the cell, `None` for a script, and the line in it, of a line of the text."""

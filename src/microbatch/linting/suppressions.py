@@ -14,10 +14,10 @@ from microbatch.linting.finding import Finding
 from microbatch.linting.rules.table import BY_NAME, RULES
 from microbatch.linting.sources import Source
 
-__all__ = ["suppress"]
+__all__ = ["has_comments", "suppress"]
 
 _COMMENT = re.compile(r"#\s*microbatch:\s*ignore(?P<file>-file)?\b(?P<codes>\s*\[[^\]]*\]?)?", re.IGNORECASE)
-_CANNOT_BE_SILENCED = "MB000"
+_OF_THE_FILE = {"MB000", "MB001"}  # which no line has
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,12 @@ class _Suppression:
     alone: bool  # on a line without code
 
     def covers(self, code: str) -> bool:
-        return code != _CANNOT_BE_SILENCED and (not self.codes or code in self.codes)
+        return code not in _OF_THE_FILE and (not self.codes or code in self.codes)
+
+
+def has_comments(source: Source) -> bool:
+    """Return whether the text may have comments that silence findings."""
+    return _COMMENT.search(source.text) is not None
 
 
 def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
@@ -90,7 +95,7 @@ def _unused(one: _Suppression, found: Collection[str]) -> str:
 
 
 def _suppressions(source: Source) -> Iterator[_Suppression]:
-    if "microbatch:" not in source.text.lower().replace("microbatch :", "microbatch:"):
+    if not has_comments(source):
         return
     spans: dict[int, range] | None = None
     try:
