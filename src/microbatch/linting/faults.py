@@ -1,0 +1,104 @@
+"""Faults as one run shows them; `doctor.py` puts the runs together."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from microbatch.linting.module import Module
+from microbatch.linting.runs import Outcome
+from microbatch.linting.trace import Mark, StepTaken
+
+__all__ = ["Fault", "View", "fraction"]
+
+
+def fraction(value: Fraction) -> str:
+    """A weight as it is written in a message: "1/4", "1"."""
+    return str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+
+
+@dataclass
+class Fault:
+    """One fault of one run.
+
+    Attributes:
+        rule: The rule's code.
+        node: The statement at fault.
+        message: What happens, with the numbers of this run.
+        certain: Whether this run settles it; `False` where `needs` decides.
+        needs: What decides.
+        data: Numbers for the words: N, sizes, weights.
+    """
+
+    rule: str
+    node: ast.AST
+    message: str
+    certain: bool = True
+    needs: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class View:
+    """One run, with the questions that all judges ask."""
+
+    def __init__(self, module: Module, outcome: Outcome) -> None:
+        self.module = module
+        self.outcome = outcome
+        self.trace = outcome.trace
+        self.n = outcome.run.microbatches
+        self.clean = outcome.clean
+
+    @cached_property
+    def ticks(self) -> list[int]:
+        """The microbatches that ran a backward, in order."""
+        return list(dict.fromkeys(b.tick for b in self.trace.backwards))
+
+    @cached_property
+    def step_ticks(self) -> set[int]:
+        return {s.tick for s in self.trace.steps}
+
+    @cached_property
+    def by_optimizer(self) -> dict[str, list[StepTaken]]:
+        """The steps of each optimizer that took gradients."""
+        found: dict[str, list[StepTaken]] = {}
+        for step in self.trace.steps:
+            if step.since:
+                found.setdefault(step.optimizer, []).append(step)
+        return found
+
+    @cached_property
+    def many_optimizers(self) -> bool:
+        """Whether several optimizers step at places of their own, so that a loss may belong to one of them alone."""
+        return len({s.node for s in self.trace.steps}) > 1 and len(self.by_optimizer) > 1
+
+    @cached_property
+    def divides(self) -> bool:
+        """Whether some loss was divided by N, by the script itself."""
+        return any(b.loss.divided for b in self.trace.backwards)
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether this is accumulation at all: a step takes several microbatches, or the script divides by N."""
+        return any(len(s.since) > 1 for s in self.trace.steps) or (self.divides and self.outcome.used_window)
+
+    @cached_property
+    def managed(self) -> bool:
+        """Whether a framework decides which microbatch steps: Accelerate's `accumulate()`, DeepSpeed's engine."""
+        return bool(self.trace.frameworks & {"accumulate", "deepspeed"})
+
+    @cached_property
+    def blocked(self) -> tuple[str, ...]:
+        """What on the way to the step could not be read."""
+        return tuple(self.trace.opaque)
+
+    def marks(self, *kinds: str) -> list[Mark]:
+        return [m for m in self.trace.marks if m.kind in kinds]
+
+    def after_epochs(self) -> Iterator[int]:
+        """The last microbatch of each epoch that ran a backward."""
+        yield from (t for t in self.ticks if t in self.trace.last_ticks)
+
+    def opaque_losses(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(o for b in self.trace.backwards for o in b.loss.opaque))

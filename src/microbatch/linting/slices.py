@@ -1,0 +1,145 @@
+"""Which statements of a file decide its gradients, so that a run passes over all others."""
+
+import ast
+from dataclasses import dataclass
+
+from microbatch.linting.guesses import kind_of_name
+from microbatch.linting.module import FunctionNode, Module, dotted, last_name
+
+__all__ = ["Slice", "cut"]
+
+_COMPOUND = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, *FunctionNode.__args__, ast.ClassDef)
+_JUMPS = (ast.Return, ast.Break, ast.Continue, ast.Raise)
+_COMMON = frozenset({"args", "config", "cfg", "self", "device", "torch", "nn", "parameters", "epoch", "step", "backward", "batch", "data", "grad", "lr"})
+_MUTATES = frozenset({"append", "extend", "clear", "update", "setdefault", "div_", "mul_"})
+
+
+@dataclass
+class Slice:
+    """What matters in a file: the statements to run, and those whose branches are worth trying both ways."""
+
+    statements: set[ast.stmt]
+    deciding: set[ast.stmt]
+
+
+def cut(module: Module) -> Slice:
+    """The statements that touch gradients, that make a value which these use, and all that lead there.
+
+    Names are compared by their last word alone: too many statements are kept rather than too few.
+    """
+    kept, core, simple = _statements(module)
+    names: set[str] = set()
+    for statement in core:
+        names |= _names(statement)
+        for node in module.above(statement):
+            names |= _head(node) if isinstance(node, ast.stmt) else set()
+    # Which object a name holds hardly ever decides anything; whether there is a scaler does.
+    names = {name for name in names if kind_of_name(name) in (None, "scaler", "criterion", "ema") and name not in _COMMON}
+    deciding = set(core)
+    for statement in kept - core:
+        if not isinstance(statement, _COMPOUND) and _made(statement) & names:
+            deciding.add(statement)
+    for statement in list(deciding):
+        deciding.update(node for node in module.above(statement) if isinstance(node, ast.stmt))
+    return Slice(kept, deciding)
+
+
+def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.stmt]]:
+    """The statements to run, and among them the simple ones that touch gradients."""
+    core: set[ast.stmt] = set()
+    simple: list[tuple[ast.stmt, set[str], set[str]]] = []  # statement, names it makes, names it reads
+    kept: set[ast.stmt] = set()
+    wanted: set[str] = set()
+
+    def keep(statement: ast.stmt) -> None:
+        node: ast.AST = statement
+        while isinstance(node, ast.AST) and node is not module.tree:
+            if isinstance(node, ast.stmt):
+                if node in kept:
+                    break
+                kept.add(node)
+                wanted.update(_head(node))
+            node = module.parents[node]
+
+    for statement in ast.walk(module.tree):
+        if not isinstance(statement, ast.stmt):
+            continue
+        if isinstance(statement, _COMPOUND):
+            if not isinstance(statement, ast.ClassDef | FunctionNode) and module.touches_gradients_here(statement):
+                keep(statement)
+            continue
+        if isinstance(statement, ast.Pass | ast.Import | ast.ImportFrom | ast.Global):
+            continue
+        owner = module.owner_of(statement)
+        if module.touches_gradients(statement, owner) or _switches(statement):
+            keep(statement)
+            core.add(statement)
+            wanted.update(_names(statement))
+        else:
+            made = _made(statement)
+            if isinstance(statement, ast.Return):
+                # What a function returns is wanted where the function is called, or an object of its class is.
+                made = {module.function_of(statement), owner or ""} - {"", "__init__"}
+            simple.append((statement, made, _names(statement)))
+    changed = True
+    while changed:
+        changed = False
+        rest = []
+        for statement, made, read in simple:
+            if made & wanted or (isinstance(statement, _JUMPS) and module.parents.get(statement) in kept):
+                keep(statement)
+                wanted.update(read)
+                changed = True
+            else:
+                rest.append((statement, made, read))
+        simple = rest
+    return kept, core, [statement for statement, _, _ in simple]
+
+
+def _head(node: ast.stmt) -> set[str]:
+    """The names that a compound statement itself reads."""
+    parts: list[ast.AST] = []
+    if isinstance(node, ast.If | ast.While):
+        parts = [node.test]
+    elif isinstance(node, ast.For | ast.AsyncFor):
+        parts = [node.iter]
+    elif isinstance(node, ast.With | ast.AsyncWith):
+        parts = [item.context_expr for item in node.items]
+    return {name for part in parts for name in _names(part)}
+
+
+def _names(node: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name):
+            found.add(child.id)
+        elif isinstance(child, ast.Attribute):
+            found.add(child.attr)
+        elif isinstance(child, ast.Subscript) and (name := last_name(child)):
+            found.add(name)
+    found.discard("self")
+    return found
+
+
+def _made(node: ast.stmt) -> set[str]:
+    found: set[str] = set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name | ast.Attribute | ast.Subscript) and isinstance(child.ctx, ast.Store):
+            found.add(last_name(child) or dotted(child))
+        elif isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in _MUTATES:
+            found.add(last_name(child.func.value))
+    found.discard("")
+    return found
+
+
+def _switches(node: ast.stmt) -> bool:
+    """A statement that changes how gradients are handled without touching them: clipping, scaling, synchronisation, EMA."""
+    for child in ast.walk(node):
+        name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
+        if name in ("unscale_", "require_backward_grad_sync", "grad", "update_parameters", "Accelerator", "prepare", "empty_cache"):
+            return True
+        if name.startswith("clip_grad") or name in ("clip_master_grads",):
+            return True
+        if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in ("step", "update"):
+            return True
+    return False
