@@ -10,12 +10,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from microbatch.errors import ConfigError
 from microbatch.guide.form import form_html
 from microbatch.guide.number_format import FORMATS
 from microbatch.guide.playground_settings import FIELDS, read_settings
 from microbatch.guide.presets import PRESETS
 from microbatch.guide.python_code import program
-from microbatch.plain_errors import ConfigError
 
 ROOM = Path(__file__).parent
 STATIC = ROOM / "static"

@@ -17,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from microbatch.errors import ConfigError
 from microbatch.guide.guard import Guard
 from microbatch.guide.live import WatchedRun, follow_runs
 from microbatch.guide.page import STATIC, live_page, load_drawn, load_measured, page
 from microbatch.guide.playground_settings import read_settings
 from microbatch.guide.python_code import program
 from microbatch.guide.runner import BusyError, Playground, Run
-from microbatch.plain_errors import ConfigError
 from microbatch.train.rundir import jsonable
 
 MOST_BODY = 16 * 1024

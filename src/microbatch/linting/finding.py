@@ -20,12 +20,12 @@ class Edit:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """One fault of one loop.
 
-    `certain` means that it happens in every setting that the file allows; `depends` that `needs` decides; `note` that the doctor
-    could not judge (MB000 to MB002), or that a suppression is not used (MB003).
+    `certain` means that it happens in every setting that the file allows; `depends` that `needs` decides; `note` that
+    the doctor could not judge (MB000 to MB002), or that a suppression is not used (MB003).
 
     Attributes:
         rule: The rule's code, such as "MB105".
@@ -38,7 +38,8 @@ class Finding:
         how_much: What it changes, by the optimizer that the file uses.
         fix: What to do, in one sentence.
         needs: What decides, where it depends: settings and lengths, in the words of the file.
-        edits: The lines to change, where the change is safe. Empty otherwise.
+        edits: The lines to change, where the change is safe; in a notebook, lines of its code cells joined. Empty
+            otherwise.
         window: The simulated windows as text: which microbatches enter which step, with their weights. May be empty.
         function: The function that holds the statement; empty at the top level of the file.
         cell: The 1-based code cell of a notebook; `None` for a script.
