@@ -1,118 +1,107 @@
 """The doctor: reads a file, runs its loops in a simulation, and says what is wrong with them."""
 
+from __future__ import annotations
+
 import ast
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 
-from microbatch.linting.faults import Fault, View
-from microbatch.linting.judge_costs import judge_costs, judge_survey
-from microbatch.linting.judge_gradients import judge_gradients
-from microbatch.linting.judge_loss import judge_loss
-from microbatch.linting.judge_weights import judge_weights
-from microbatch.linting.module import Module
-from microbatch.linting.runs import Outcome, Root, simulate
+from microbatch.linting.drawing import draw
+from microbatch.linting.examine import examine_path
+from microbatch.linting.finding import Finding
+from microbatch.linting.imports import with_imports
+from microbatch.linting.module import Module, text_of
+from microbatch.linting.rules.how_much import how_much_for
+from microbatch.linting.rules.table import RULES
+from microbatch.linting.sources import Source
+from microbatch.linting.verdicts import Reading, Verdict, read
 
-__all__ = ["Verdict", "verdicts"]
-
-# A setting that is about the machine, not about the method: what is wrong under it is wrong.
-_PRECISION = re.compile(r"amp|fp16|half|autocast|scaler|mixed|bf16|precision", re.IGNORECASE)
-_JUDGES: tuple[Callable[[View], Iterator[Fault]], ...] = (judge_weights, judge_gradients, judge_loss, judge_costs)
+__all__ = ["doctor", "judge"]
 
 
-@dataclass
-class Verdict:
-    """A fault with all runs taken together."""
+def doctor(source_or_path: str | Path, *, folder: str | Path | None = None) -> list[Finding]:
+    """Find what is wrong with gradient accumulation loops, from their source, without running them.
 
-    fault: Fault
-    certain: bool
-    needs: tuple[str, ...] = ()
-    lines: list[int] = field(default_factory=list)
+    Args:
+        source_or_path: Source text, or the path of a Python file, of a notebook or of a folder.
+        folder: Where imports of the project itself are looked up. `None` for the folder of the file.
 
+    Returns:
+        The findings in the order of their lines. Of a file that cannot be read or parsed there is one, MB000; of a file without a loop that
+        accumulates gradients there is one, MB001.
 
-def verdicts(module: Module) -> list[Verdict]:
-    """All faults of a file."""
-    found: dict[tuple[str, ast.AST], Verdict] = {}
-    for root in simulate(module):
-        for verdict in _of_root(module, root):
-            key = (verdict.fault.rule, verdict.fault.node)
-            if key not in found or (verdict.certain and not found[key].certain):
-                found[key] = verdict
-    return sorted(found.values(), key=lambda v: (getattr(v.fault.node, "lineno", 0), v.fault.rule))
+    Example:
+        >>> for finding in mb.doctor("train.py"):
+        ...     print(finding.rule, finding.line, finding.confidence, finding.message)
+    """
+    return examine_path(source_or_path, judge, folder=None if folder is None else Path(folder))
 
 
-def _of_root(module: Module, root: Root) -> Iterator[Verdict]:
-    shown: dict[tuple[str, ast.AST], list[tuple[Fault, int, int, bool]]] = {}
-    for outcome in root.outcomes:
-        view = View(module, outcome)
-        for judge in _JUDGES:
-            for fault in judge(view):
-                shown.setdefault((fault.rule, fault.node), []).append((fault, outcome.fork, outcome.run.microbatches, outcome.clean))
-    for (_, node), faults in shown.items():
-        yield _together(root, node, faults)
-    yield from _steps_too_often(root)
-    yield from _skips(root)
-    if root.survey is not None:
-        for fault in judge_survey(View(module, root.survey)):
-            yield Verdict(fault, fault.certain, fault.needs)
+def judge(source: Source, folder: Path | None = None) -> list[Finding]:
+    """Find the faults of a source that parses; lines are those of its text."""
+    tree = source.tree
+    if not isinstance(tree, ast.Module):
+        return [tree]
+    module = Module(tree)
+    if folder is not None:
+        with_imports(module, Path(source.path), folder)
+    reading = read(module)
+    found = [_finding(source, module, reading, verdict) for verdict in reading.verdicts]
+    return found + _not_judged(source, module, reading, found)
 
 
-def _steps_too_often(root: Root) -> Iterator[Verdict]:
-    """MB104 by comparison: with one setting windows are accumulated, and with another every microbatch steps."""
-    clean = [o for o in root.outcomes if o.clean and not o.trace.opaque]
-    windows = [o for o in clean if o.used_window and any(len(s.since) > 1 for s in o.trace.steps)]
-    for outcome in clean:
-        steps = [s for s in outcome.trace.steps if s.since]
-        ticks = {b.tick for b in outcome.trace.backwards}
-        if not windows or len(steps) < 2 or any(len(s.since) != 1 for s in steps) or {s.tick for s in steps} != ticks:
-            continue
-        settings = [key for key, said in root.questions[outcome.fork].items() if said]
-        if not any(node_before.run.microbatches == outcome.run.microbatches and node_before.fork != outcome.fork for node_before in windows):
-            continue
-        needs = tuple(f"`{key}`" for key in settings)
-        message = f"with {' and '.join(needs) or 'the other setting'}, the optimizer steps after every microbatch and ignores N"
-        yield Verdict(Fault("MB104", steps[0].node, message), any(_PRECISION.search(key) for key in settings), needs)
-        return
+def _finding(source: Source, module: Module, reading: Reading, verdict: Verdict) -> Finding:
+    fault = verdict.fault
+    rule = RULES[fault.rule]
+    outcome = verdict.outcome
+    path, line, column = _place(source, module, fault.node)
+    return Finding(
+        rule=fault.rule,
+        path=path,
+        line=line,
+        column=column,
+        confidence="certain" if verdict.certain else "depends",
+        message=fault.message,
+        happens=rule.happens,
+        how_much=how_much_for(rule, reading.optimizer, clipped=reading.clipped),
+        fix=rule.fix,
+        needs=() if verdict.certain else verdict.needs,
+        window=draw(outcome) if outcome is not None else "",
+        function=module.function_of(fault.node),
+        microbatches=outcome.run.microbatches if outcome is not None else 0,
+    )
 
 
-def _skips(root: Root) -> Iterator[Verdict]:
-    """MB114: a microbatch that is left out makes its window short."""
-    for outcome in root.skips:
-        trace = outcome.trace
-        mark = next((m for m in trace.marks if m.kind == "skip"), None)
-        if mark is None or trace.opaque:
-            continue
-        n = outcome.run.microbatches
-        short = next((s for s in trace.steps if s.tick >= mark.tick and 0 < len([m for m in s.since if m in s.weights]) < n), None)
-        if short is not None and any(len(s.since) == n for s in trace.steps):
-            count = len([m for m in short.since if m in short.weights])
-            message = f"a microbatch that is left out here makes its window short: the step takes {count} of {n} microbatches, each with weight 1/{n}"
-            yield Verdict(Fault("MB114", mark.node, message, certain=False), certain=False, needs=("whether a microbatch is ever left out",))
-            return
+def _place(source: Source, module: Module, node: ast.AST) -> tuple[str, int, int]:
+    """The file, line and column of a node, which may stand in a file that this one imports."""
+    line = getattr(node, "lineno", 1)
+    path = module.path_of(node)
+    if path is not None:
+        return path, line, getattr(node, "col_offset", 0) + 1
+    return source.path, line, source.column(line, getattr(node, "col_offset", 0))
 
 
-def _together(root: Root, node: ast.AST, faults: list[tuple[Fault, int, int, bool]]) -> Verdict:
-    """One verdict from all runs: certain if every run that comes to the statement, with no remainder, shows it."""
-    first = faults[0][0]
-    active = {(o.fork, o.run.microbatches) for o in root.outcomes if o.clean and node in o.seen and _matters(first.rule, o)}
-    holds = {(fork, n) for _, fork, n, clean in faults if clean}
-    needs = list(dict.fromkeys(need for fault, *_ in faults for need in fault.needs))
-    certain = all(f.certain for f, *_ in faults) and bool(holds) and holds >= active
-    if not certain and not needs:
-        needs = _settings(root, holds, active)
-    return Verdict(first, certain, tuple(needs))
+def _not_judged(source: Source, module: Module, reading: Reading, found: list[Finding]) -> list[Finding]:
+    """MB001 where there is no loop, MB002 where something on the way to the step could not be read."""
+    outcomes = [outcome for root in reading.roots for outcome in root.outcomes]
+    if not outcomes or not any(o.used_window or any(len(s.since) > 1 for s in o.trace.steps) for o in outcomes):
+        if found or module.hints_at_accumulation:
+            node = module.hints_at_accumulation
+            if found or node is None:
+                return []
+            what = f"`{text_of(node)}` speaks of accumulation, and no backward of its loop stands in this file"
+            return [_note(source, module, "MB002", node, what)]
+        return [_note(source, module, "MB001", None, "no loop that accumulates gradients")]
+    opaque = {what: node for o in outcomes for what, node in o.trace.opaque.items()}
+    notes = [_note(source, module, "MB002", node, f"{what}, and the doctor cannot see what it does to the gradients") for what, node in opaque.items()]
+    if not all(root.complete for root in reading.roots):
+        notes.append(_note(source, module, "MB002", None, "there are more settings than the doctor tries; it judged the first of them"))
+    return notes
 
 
-def _matters(rule: str, outcome: Outcome) -> bool:
-    """Whether a run can have a fault at all: clipping scaled gradients needs a scaler, a short window needs windows."""
-    if rule == "MB202":
-        return any(b.loss.scaled for b in outcome.trace.backwards)
-    return rule in ("MB104", "MB106") or any(len(s.since) > 1 for s in outcome.trace.steps)
-
-
-def _settings(root: Root, holds: set[tuple[int, int]], active: set[tuple[int, int]]) -> list[str]:
-    """The settings by which runs with the fault differ from runs without it."""
-    with_it = [root.questions[fork] for fork in {fork for fork, _ in holds}]
-    without = [root.questions[fork] for fork in {fork for fork, _ in active - holds}]
-    keys = {key for decisions in with_it for key in decisions} or {key for decisions in without for key in decisions}
-    return [f"`{key}`" for key in sorted(keys)]
+def _note(source: Source, module: Module, code: str, node: ast.AST | None, message: str) -> Finding:
+    path, line, column = (source.path, 1, 1) if node is None else _place(source, module, node)
+    rule = RULES[code]
+    return Finding(
+        rule=code, path=path, line=line, column=column, confidence="note", message=message, happens=rule.happens, fix=rule.fix,
+        function="" if node is None else module.function_of(node),
+    )  # fmt: skip

@@ -99,11 +99,55 @@ class Module:
         self.parents: dict[ast.AST, ast.AST] = {}
         self.facts: dict[str, _Facts] = {"": _Facts(tree, None)}
         self._resolved: dict[tuple[ast.AST, str | None], Function | None] = {}
-        self._texts: dict[ast.AST, str] = {}
+        self.paths: dict[ast.AST, str] = {}
         self._collect(tree, None, None)
         self._reach()
 
     # ---- what is there
+
+    def add(self, node: FunctionNode | ast.ClassDef, tree: ast.Module, path: str) -> None:
+        """Add a function or class of another file. What this file defines itself stays."""
+        if node.name in self.functions or node.name in self.classes:
+            return
+        self.paths[node] = path
+        self.parents[node] = self.tree
+        before = set(self.facts)
+        holder = ast.Module([node], [])
+        self._collect(holder, None, None)
+        self.parents[node] = self.tree
+        for key in set(self.facts) - before:
+            self._look(self.facts[key])
+        self._resolved.clear()
+        self._again()
+
+    def _again(self) -> None:
+        """Read what calls what anew."""
+        for facts in self.facts.values():
+            facts.backward = facts.flat = facts.in_loop = False
+            facts.calls.clear()
+            facts.flat_calls.clear()
+            facts.sites.clear()
+        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp"):
+            self.__dict__.pop(name, None)
+        self._reach()
+
+    def path_of(self, node: ast.AST) -> str | None:
+        """The file of a node that was added from another one; `None` for this file's own."""
+        while node is not self.tree:
+            if node in self.paths:
+                return self.paths[node]
+            if node not in self.parents:
+                return None
+            node = self.parents[node]
+        return None
+
+    @cached_property
+    def hints_at_accumulation(self) -> ast.AST | None:
+        """A name for the number of microbatches, where no loop of it is in the file."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name | ast.Attribute) and names_window(last_name(node)) and dotted(node) not in self.counters:
+                return node
+        return None
 
     def _collect(self, node: ast.AST, owner: str | None, scope: FunctionNode | None) -> None:
         stack: list[tuple[ast.AST, str | None, FunctionNode | None]] = [(node, owner, scope)]
