@@ -11,7 +11,7 @@ __all__ = ["judge_weights"]
 
 def judge_weights(view: View) -> Iterator[Fault]:
     """The faults of windows and weights that one run shows."""
-    if not view.accumulates or view.blocked:
+    if not view.accumulates or view.blocked or "cached" in view.trace.settings:
         return
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
@@ -166,7 +166,7 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
         weight = fraction(next(iter(backward.loss.weights.values())))
         yield Fault("MB104", steps[0].node, f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
                     f"microbatch with weight {weight}", certain=not view.many_optimizers)  # fmt: skip
-    elif view.trace.last_ticks and len(at) < view.trace.tick and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False)):
+    elif len(at) > 1 and len(at) < view.trace.tick and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False)):
         if view.clean:
             yield Fault("MB106", view.trace.backwards[0].node, f"only one of {view.n} microbatches runs a backward: the others are computed "
                         "and thrown away")  # fmt: skip

@@ -4,7 +4,7 @@ import ast
 from dataclasses import dataclass
 
 from microbatch.linting.guesses import kind_of_name
-from microbatch.linting.module import FunctionNode, Module, dotted, last_name
+from microbatch.linting.module import FunctionNode, Loop, Module, dotted, last_name
 
 __all__ = ["Slice", "cut"]
 
@@ -86,7 +86,7 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
         changed = False
         rest = []
         for statement, made, read in simple:
-            if made & wanted or (isinstance(statement, _JUMPS) and module.parents.get(statement) in kept):
+            if made & wanted or (isinstance(statement, _JUMPS) and _frame(module, statement) in kept):
                 keep(statement)
                 wanted.update(read)
                 changed = True
@@ -94,6 +94,15 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
                 rest.append((statement, made, read))
         simple = rest
     return kept, core, [statement for statement, _, _ in simple]
+
+
+def _frame(module: Module, node: ast.AST) -> ast.AST | None:
+    """The loop, or else the function, that a jump leaves."""
+    while node in module.parents:
+        node = module.parents[node]
+        if isinstance(node, Loop | FunctionNode):
+            return node
+    return None
 
 
 def _head(node: ast.stmt) -> set[str]:
