@@ -213,7 +213,7 @@ class Calls(Frameworks):
     def this_microbatch(self) -> dict[int, Fraction]:
         return {self.trace.tick: Fraction(1)}
 
-    def forward(self, node: ast.Call) -> Data:
+    def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""
         if self.trace.tick == 0:
             self.arguments(node)

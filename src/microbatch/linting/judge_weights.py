@@ -133,6 +133,11 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
             yield Fault("MB111", steps[-1].node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never "
                         "enter a step", certain=False, needs=needs)  # fmt: skip
+    for before, step in zip(steps, steps[1:], strict=False):
+        if before.tick in view.trace.last_ticks and len(before.since) < view.n and 0 < len(step.since) < view.n and step.tick not in view.trace.last_ticks:
+            yield Fault("MB105", step.node, f"the forced step at the end of an epoch does not reset the counter: the next window has "
+                        f"{_many(len(step.since))} instead of {view.n}", certain=False, needs=needs)  # fmt: skip
+            break
     tails = [s for s in steps if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1]
     for step in tails:
         weights = {w for m, w in step.weights.items() if m in step.since}
