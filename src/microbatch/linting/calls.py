@@ -21,6 +21,7 @@ _SAME = frozenset(
 )
 _LIBRARIES = re.compile(r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)")
 _AVERAGES = re.compile(r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update", re.IGNORECASE)
+_NO_AVERAGES = re.compile(r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore", re.IGNORECASE)
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
@@ -33,7 +34,7 @@ class Calls(Frameworks):
         """The value of a call, with what it does to the gradients."""
         func = node.func
         target = self.module.resolve(func, self.frame.owner)
-        if self.trace.tick and _AVERAGES.search(last_name(func)):
+        if self.trace.tick and _AVERAGES.search(last_name(func)) and not _NO_AVERAGES.search(last_name(func)):
             self.trace.mark("ema", node, last_name(func))
         if target is None and is_backward_call(node) and last_name(func) != "":
             found = self.backward_call(node)
@@ -161,7 +162,7 @@ class Calls(Frameworks):
         if made is not None:
             return made
         guessed = self.guess(attr) if attr not in ("eval", "train") else None
-        if guessed is not None and guessed.kind in ("model", "criterion", "ema"):
+        if guessed is not None and guessed.kind in ("model", "criterion"):
             return self.call_object(guessed, node)
         if _LOGS.match(text):
             return self.log_call(node, text)

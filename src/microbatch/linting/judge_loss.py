@@ -20,13 +20,13 @@ def judge_loss(view: View) -> Iterator[Fault]:
         return
     yield from _token_means(view)
     yield from _coupled(view)
-    yield from _batch_norm(view)
+    yield from view.module.once("MB403", lambda: list(_batch_norm(view)))
     yield from _slices(view)
 
 
 def _token_means(view: View) -> Iterator[Fault]:
     said: set[ast.AST] = set()
-    counted = _counted_apart(view)
+    counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
         yield Fault("MB401", view.trace.backwards[0].node, f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
                     "averaged over its own, and all microbatches weigh the same")  # fmt: skip
@@ -55,7 +55,7 @@ def _counted_apart(view: View) -> ast.AST | None:
     """Where a loop counts its valid labels, and divides by the count nowhere."""
     if any(b.loss.reduction == "sum" or b.loss.tokens for b in view.trace.backwards):
         return None
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if not (isinstance(node, ast.Call) and last_name(node.func) == "sum" and isinstance(node.func, ast.Attribute)):
             continue
         test = node.func.value
@@ -63,10 +63,10 @@ def _counted_apart(view: View) -> ast.AST | None:
             continue
         statement = view.module.statement_of(node)
         names = {last_name(t) for t in (statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AugAssign) else [])}
-        for other in ast.walk(view.module.tree):
+        for other in view.module.nodes:
             if isinstance(other, ast.AugAssign) and names & {last_name(x) for x in ast.walk(other.value)}:
                 names.add(last_name(other.target))
-        used = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div | ast.Mult) and names & {last_name(x) for x in ast.walk(n)} and not _is_inside(view, node, n) for n in ast.walk(view.module.tree))
+        used = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div | ast.Mult) and names & {last_name(x) for x in ast.walk(n)} and not _is_inside(view, node, n) for n in view.module.nodes)
         if names and not used and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in view.module.above(node) if isinstance(p, Loop)):
             return node
     return None
@@ -90,12 +90,16 @@ def _is_label_test(test: ast.Compare) -> bool:
 
 
 def _at_line(view: View, line: int) -> ast.AST | None:
-    return next((n for n in ast.walk(view.module.tree) if isinstance(n, ast.expr) and n.lineno == line), None)
+    return next((n for n in view.module.nodes if isinstance(n, ast.expr) and n.lineno == line), None)
 
 
 def _masked_labels(view: View) -> int:
     """The line where labels are filled with -100, 0 if there is none."""
-    for node in ast.walk(view.module.tree):
+    return int(view.module.once("masked", lambda: _find_masked(view)))
+
+
+def _find_masked(view: View) -> int:
+    for node in view.module.nodes:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) and node.operand.value == 100:
             return node.lineno
     return 0
@@ -119,7 +123,7 @@ def _coupled(view: View) -> Iterator[Fault]:
 
 
 def _batch_norm(view: View) -> Iterator[Fault]:
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if isinstance(node, ast.Call) and re.match(r"BatchNorm[123]d$", last_name(node.func)):
             yield Fault("MB403", node, "BatchNorm computes its statistics from one microbatch, not from the effective batch", certain=False,
                         needs=("the rows of a microbatch",))  # fmt: skip

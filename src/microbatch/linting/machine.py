@@ -189,7 +189,11 @@ class Machine(Expressions):
     def store(self, target: ast.AST, value: Any) -> None:
         """Bind a target of an assignment."""
         if isinstance(value, Unknown) and not value.data and isinstance(target, ast.Name | ast.Attribute):
-            value = self.guess(dotted(target)) or value
+            guessed = self.guess(dotted(target))
+            if guessed is not None and not self.trace.tick:
+                self.made += 1  # set up once: an object of its own
+                guessed.info["key"] = f"{guessed.name} {self.made}"
+            value = guessed or value
         if isinstance(value, Obj) and "node" in value.info and "named" not in value.info and (name := last_name(target)):
             value.name, value.info["named"] = name, True
         if isinstance(target, ast.Name):

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,8 @@ from microbatch.linting.values import Function
 __all__ = ["Loop", "Module", "dotted", "is_backward_call", "last_name", "text_of"]
 
 _PIECES = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches)\b")
+# What one microbatch has several of.
+_PARTS = re.compile(r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name", re.IGNORECASE)
 _GENERIC = frozenset(
     "backward step zero_grad forward eval update state_dict load_state_dict to parameters item append add log write get items keys values "
     "cuda cpu detach mean sum close save load format join reset size view __init__ prepare no_sync scale unscale_ clip_grad_norm_ next".split()
@@ -103,6 +105,7 @@ class Module:
         self.facts: dict[str, _Facts] = {"": _Facts(tree, None)}
         self._resolved: dict[tuple[ast.AST, str | None], Function | None] = {}
         self.paths: dict[ast.AST, str] = {}
+        self._found: dict[str, Any] = {}
         self._collect(tree, None, None)
         self._reach()
 
@@ -147,7 +150,7 @@ class Module:
     @cached_property
     def hints_at_accumulation(self) -> ast.AST | None:
         """A name for the number of microbatches, where no loop of it is in the file."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Name | ast.Attribute) and names_window(last_name(node)) and dotted(node) not in self.counters:
                 return node
         return None
@@ -221,6 +224,17 @@ class Module:
             return None
         candidates = self.by_method.get(func.attr, [])
         return candidates[0] if len(candidates) == 1 else None
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the file."""
+        return list(ast.walk(self.tree))
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What is found in the file itself, the same for all runs: it is looked for once."""
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
 
     # ---- which functions and loops reach a backward
 
@@ -384,9 +398,9 @@ class Module:
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or names_window(name) or "batch" in name.lower() or "chunk" in name.lower() for name in names):
             return True
-        if text.startswith(("range(", "trange(", "tqdm(", "enumerate(", "count(", "itertools.count(")):
+        if not any(isinstance(parent, Loop) for parent in self.above(loop)):
             return True
-        return not any(isinstance(parent, Loop) for parent in self.above(loop))
+        return not any(_PARTS.search(name) for name in names)
 
     def above(self, node: ast.AST) -> list[ast.AST]:
         """The nodes around one, inside its function."""
@@ -417,12 +431,12 @@ class Module:
     @cached_property
     def names_text(self) -> str:
         """All names of the file, for a search by words."""
-        return " ".join({n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(self.tree) if isinstance(n, ast.Attribute)})
+        return " ".join({n.id for n in self.nodes if isinstance(n, ast.Name)} | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)})
 
     @cached_property
     def wraps_ddp(self) -> bool:
         """Whether the file wraps a model in DistributedDataParallel."""
-        return any(isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in ast.walk(self.tree))
+        return any(isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in self.nodes)
 
     # ---- the words for N
 
@@ -430,7 +444,7 @@ class Module:
     def counters(self) -> set[str]:
         """Names that count: added to, or set back to a small number inside of a loop."""
         found: set[str] = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
                 found.add(dotted(node.target))
             elif isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -458,7 +472,7 @@ class Module:
             elif (text := dotted(node)) and text not in self.counters:
                 names.add(text)
 
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
                 _moduli(node.test, add, self.counters)
             elif isinstance(node, ast.Call):
