@@ -9,19 +9,49 @@ from typing import Any
 from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, kind_of_constructor
 from microbatch.linting.module import dotted, is_backward_call, last_name, text_of
-from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.python_functions import PYTHON_FUNCTIONS
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
 __all__ = ["Calls"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 _PIECES = frozenset({"split", "chunk", "tensor_split"})
 _SAME = frozenset(
-    "to cuda half float double view reshape squeeze unsqueeze contiguous flatten clone transpose permute t type requires_grad_ "
-    "bfloat16 gather values logits".split()
+    [
+        "to",
+        "cuda",
+        "half",
+        "float",
+        "double",
+        "view",
+        "reshape",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "flatten",
+        "clone",
+        "transpose",
+        "permute",
+        "t",
+        "type",
+        "requires_grad_",
+        "bfloat16",
+        "gather",
+        "values",
+        "logits",
+    ]
 )
-_LIBRARIES = re.compile(r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)")
-_AVERAGES = re.compile(r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update", re.IGNORECASE)
-_NO_AVERAGES = re.compile(r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore", re.IGNORECASE)
+_LIBRARIES = re.compile(
+    r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
+)
+_AVERAGES = re.compile(
+    r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
+    re.IGNORECASE,
+)
+_NO_AVERAGES = re.compile(
+    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore",
+    re.IGNORECASE,
+)
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
@@ -42,8 +72,8 @@ class Calls(Frameworks):
                 return found
         if isinstance(func, ast.Attribute):
             return self._method(node, func, target)
-        if isinstance(func, ast.Name) and func.id in _BUILTINS and func.id not in self.module.functions:
-            return _BUILTINS[func.id](self, node)
+        if isinstance(func, ast.Name) and func.id in PYTHON_FUNCTIONS and func.id not in self.module.functions:
+            return PYTHON_FUNCTIONS[func.id](self, node)
         return self._plain(node, self.evaluate(func))
 
     def arguments(self, node: ast.Call) -> tuple[list[Any], dict[str, Any]]:
@@ -95,7 +125,9 @@ class Calls(Frameworks):
         """A call of an object: a model, a loss, an object of a class of the file."""
         kind = callee.kind
         if kind == "instance":
-            method = self.module.find_method(callee.info["class"], "__call__") or self.module.find_method(callee.info["class"], "forward")
+            method = self.module.find_method(callee.info["class"], "__call__") or self.module.find_method(
+                callee.info["class"], "forward"
+            )
             if method is not None:
                 args, keywords = self.arguments(node)
                 return self.call_function(method, args, keywords, owner=callee.info["class"])
@@ -115,8 +147,14 @@ class Calls(Frameworks):
         name = cls.name
         definition = self.module.classes.get(name)
         bases = [last_name(base) for base in definition.bases] if definition is not None else []
-        is_loss = re.search(r"loss|criterion", name, re.IGNORECASE) is not None or kind_of_constructor(name) == "criterion"
-        if not is_loss and self.module.find_method(name, "forward") and self.module.find_method(name, "__call__") is None:
+        is_loss = (
+            re.search(r"loss|criterion", name, re.IGNORECASE) is not None or kind_of_constructor(name) == "criterion"
+        )
+        if (
+            not is_loss
+            and self.module.find_method(name, "forward")
+            and self.module.find_method(name, "__call__") is None
+        ):
             self.arguments(node)
             return Obj("model", name, {"class": name})
         guessed = kind_of_constructor(name)
@@ -138,7 +176,11 @@ class Calls(Frameworks):
         if text and _LIBRARIES.match(text):
             return self._library(node, text)
         base = self.evaluate(func.value)
-        if isinstance(base, Obj) and base.kind == "instance" and (own := self.module.find_method(base.info["class"], attr)):
+        if (
+            isinstance(base, Obj)
+            and base.kind == "instance"
+            and (own := self.module.find_method(base.info["class"], attr))
+        ):
             args, keywords = self.arguments(node)
             return self.call_function(own, args, keywords, owner=base.info["class"])
         if target is not None:
@@ -202,7 +244,11 @@ class Calls(Frameworks):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if last in ("mean", "nanmean", "sum") and data:
-            return self.reduce(self.combine(data, node), "mean" if "mean" in last else "sum", len(data) if isinstance(args[0], list | tuple) else 0)
+            return self.reduce(
+                self.combine(data, node),
+                "mean" if "mean" in last else "sum",
+                len(data) if isinstance(args[0], list | tuple) else 0,
+            )
         if data:
             return replace(self.combine(data, node), source=node.lineno)
         if any(isinstance(v, Unknown) and v.data for v in values):
@@ -223,7 +269,12 @@ class Calls(Frameworks):
         if any("label" in name or name in ("targets", "target") for name in keywords):
             self.trace.settings["labels"] = node
         labelled = any("label" in name for name in keywords)  # then the model computes the loss, a mean over the labels
-        return Data(self.this_microbatch(), reduction="mean" if labelled else "", forward_synced=self.sync_off == 0, source=node.lineno)
+        return Data(
+            self.this_microbatch(),
+            reduction="mean" if labelled else "",
+            forward_synced=self.sync_off == 0,
+            source=node.lineno,
+        )
 
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
         """A loss of this microbatch, with what its `reduction` says."""
@@ -235,7 +286,9 @@ class Calls(Frameworks):
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
         base = self.combine(data, node) if data else Data({})
-        is_one_hot = any(isinstance(v, Unknown) and "arange" in v.key for v in values) or any("arange" in text_of(a) for a in node.args)
+        is_one_hot = any(isinstance(v, Unknown) and "arange" in v.key for v in values) or any(
+            "arange" in text_of(a) for a in node.args
+        )
         coupled = node.lineno if COUPLED_LOSSES.search(name) or (base.coupled and is_one_hot) else 0
         ignore = (info or {}).get("ignore") or (node.lineno if "ignore_index" in keywords else 0)
         return replace(
@@ -330,7 +383,11 @@ class Calls(Frameworks):
             kind="loss" if losses or "loss" in last.lower() else "tensor",
             reduction=base.reduction if losses else "",
             divided=base.divided,
-            opaque=(*base.opaque, f"divided inside of `{text}`") if data and any("n" in tags(v) for v in values) else base.opaque if numeric or re.search(r"reduce|gather|average|sync|mean", last) else (*base.opaque, f"`{text}`"),
+            opaque=(*base.opaque, f"divided inside of `{text}`")
+            if data and any("n" in tags(v) for v in values)
+            else base.opaque
+            if numeric or re.search(r"reduce|gather|average|sync|mean", last)
+            else (*base.opaque, f"`{text}`"),
             forward_synced=self.sync_off == 0 if seen else base.forward_synced,
             number=numeric,
             source=node.lineno,
@@ -372,119 +429,3 @@ class Calls(Frameworks):
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
         return None
-
-
-# ---- Python's own functions
-
-
-def _len(machine: Any, node: ast.Call) -> Any:
-    value = machine.evaluate(node.args[0]) if node.args else None
-    if isinstance(value, Obj) and value.kind in ("loader", "enumerate", "zip", "model") or (
-        isinstance(value, Unknown) and not value.data and value.key
-    ):
-        return Num(machine.run.length, frozenset({"len"}))
-    if isinstance(value, list | tuple):
-        losses = [v for v in value if isinstance(v, Data) and v.kind == "loss"]
-        return Num(len(value), frozenset({"n"})) if losses else len(value)
-    return Unknown(text_of(node), data=True)
-
-
-def _range(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    if args and all(is_number(a) for a in args):
-        numbers = [int(number(a)) for a in args]
-        machine.range_end = args[0] if len(args) == 1 else args[1]
-        step = numbers[2] if len(numbers) > 2 else 1
-        if step == 0:
-            return Unknown(text_of(node))
-        return range(*numbers[:2], step) if len(numbers) > 1 else range(numbers[0])
-    if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
-        machine.range_end = args[1]
-        return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args))
-
-
-def _enumerate(machine: Any, node: ast.Call) -> Any:
-    args, keywords = machine.arguments(node)
-    start = args[1] if len(args) > 1 else keywords.get("start", 0)
-    over = args[0] if args else Unknown("")
-    if isinstance(over, list | tuple) and over:
-        return [(number(start) + i if is_number(start) else i, item) for i, item in enumerate(over)]
-    if isinstance(over, range):
-        return [(i, item) for i, item in enumerate(over)][: machine.run.length + 2]
-    return Obj("enumerate", "enumerate", {"over": over, "start": start if is_number(start) else 0})
-
-
-def _zip(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    return Obj("zip", "zip", {"over": args})
-
-
-def _first(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    return args[0] if args else Unknown(text_of(node))
-
-
-def _next(machine: Any, node: ast.Call) -> Any:
-    machine.arguments(node)
-    return Data({}, kind="batch")
-
-
-def _number_of(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    value = args[0] if args else 0
-    if isinstance(value, Data):
-        if not value.number and value.kind != "batch":
-            machine.trace.mark("sync", node, last_name(node.func))
-        return replace(value, number=True)
-    if is_number(value) and last_name(node.func) in ("int", "round"):
-        rounded = int(number(value))
-        return Num(rounded, tags(value)) if tags(value) else rounded
-    return value
-
-
-def _extreme(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    if len(args) > 1 and all(is_number(a) for a in args):
-        plain = [number(a) for a in args]
-        value = max(plain) if last_name(node.func) == "max" else min(plain)
-        origin = tags(args[plain.index(value)])
-        return Num(value, origin) if origin else value
-    data = [v for v in machine.flat(args) if isinstance(v, Data)]
-    return data[0] if data else Unknown(text_of(node), tags=tags(*args))
-
-
-def _sum(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    data = [v for v in machine.flat(args) if isinstance(v, Data)]
-    return machine.combine(data, node) if data else Unknown(text_of(node))
-
-
-def _print(machine: Any, node: ast.Call) -> Any:
-    return machine.log_call(node, "print")
-
-
-def _truth(machine: Any, node: ast.Call) -> Any:
-    args, _ = machine.arguments(node)
-    known = machine.known_truth(args[0]) if args else False
-    return Unknown(text_of(node), data=isinstance(args[0], Data)) if known is None else known
-
-
-def _test(machine: Any, node: ast.Call) -> Any:
-    machine.arguments(node)
-    return Unknown(text_of(node))
-
-
-def _getattr(machine: Any, node: ast.Call) -> Any:
-    if len(node.args) >= 2 and isinstance(node.args[1], ast.Constant) and isinstance(node.args[1].value, str):
-        attribute = ast.copy_location(ast.Attribute(node.args[0], node.args[1].value, ast.Load()), node)
-        return machine.evaluate(attribute)
-    return machine.unknown_call(node, "getattr")
-
-
-_BUILTINS: dict[str, Any] = {
-    "len": _len, "range": _range, "trange": _range, "enumerate": _enumerate, "zip": _zip, "tqdm": _first, "iter": _first, "list": _first,
-    "tuple": _first, "reversed": _first, "islice": _first, "cycle": _first, "next": _next, "int": _number_of, "float": _number_of,
-    "round": _number_of, "max": _extreme, "min": _extreme, "sum": _sum, "print": _print, "bool": _truth, "isinstance": _test, "hasattr": _test,
-    "callable": _test, "getattr": _getattr,
-}  # fmt: skip

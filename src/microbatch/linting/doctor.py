@@ -92,9 +92,20 @@ def _not_judged(source: Source, module: Module, reading: Reading, found: list[Fi
             return [_note(source, module, "MB002", node, what)]
         return [_note(source, module, "MB001", None, "no loop that accumulates gradients")]
     opaque = {what: node for o in outcomes for what, node in o.trace.opaque.items()}
-    notes = [_note(source, module, "MB002", node, f"{what}, and the doctor cannot see what it does to the gradients") for what, node in opaque.items()]
+    notes = [
+        _note(source, module, "MB002", node, f"{what}, and the doctor cannot see what it does to the gradients")
+        for what, node in opaque.items()
+    ]
     if not all(root.complete for root in reading.roots):
-        notes.append(_note(source, module, "MB002", None, "there are more settings than the doctor tries; it judged the first of them"))
+        notes.append(
+            _note(
+                source,
+                module,
+                "MB002",
+                None,
+                "there are more settings than the doctor tries; it judged the first of them",
+            )
+        )
     return notes
 
 

@@ -1,17 +1,18 @@
-"""How the simulation evaluates an expression, and how it decides a condition that the file does not settle."""
+"""How the simulation evaluates an expression."""
 
 import ast
 import operator
 import re
-from functools import lru_cache
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any
 
 from microbatch.linting.calls import Calls
+from microbatch.linting.conditions import Conditions
 from microbatch.linting.guesses import kind_of_name, names_window
 from microbatch.linting.module import dotted, last_name, text_of
-from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Expressions"]
 
@@ -22,27 +23,21 @@ _ARITHMETIC: dict[type, Any] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-_COMPARE: dict[type, Any] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
 # Holders of settings: what they hold is a setting, not an object with a part in the loop.
-_SETTINGS = re.compile(r"(^|\.)_?(args?|cfg|config|conf|configs|hparams|hps|flags|params|opts?|options|settings|hyper\w*|c|cli_args|training_args)$", re.I)
-_COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.I)
+_SETTINGS = re.compile(
+    r"(^|\.)_?(args?|cfg|config|conf|configs|hparams|hps|flags|params|opts?|options|settings|hyper\w*|c|cli_args|training_args)$",
+    re.IGNORECASE,
+)
+_COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
 _ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
 # A counter that goes on where an earlier run ended; the doctor begins it at its first value.
-_RESUMED = re.compile(r"(^|\.|_)(start|restore[d]?|resume[d]?|init(ial)?|begin|first|last|starting)_?(global_)?(step|iter|iteration|epoch|batch|idx|index)s?$", re.I)
+_RESUMED = re.compile(
+    r"(^|\.|_)(start|restore[d]?|resume[d]?|init(ial)?|begin|first|last|starting)_?(global_)?(step|iter|iteration|epoch|batch|idx|index)s?$",
+    re.IGNORECASE,
+)
 # The length of an epoch in microbatches.
 _LENGTH = re.compile(r"(^|_)(epoch_len|len_epoch|(?<!training_)(?<!train_)(num|n|nb)_(train(ing)?_)?batch(es)?|(?<!training_)(?<!train_)(steps|iters|batches)_(per|in)_epoch|(train_)?(loader|dataloader)_len\w*|"
-                     r"len_(train_|data_?)?(loader|iter)|epoch_length|num_iters|iters|epoch_batches|num_steps|epoch_size)$", re.I)  # fmt: skip
-_TRAINING = re.compile(r"(^|\W)(is_)?train(ing|_mode)?(?![\w.])|is_grad_enabled", re.I)
-_MAIN_RANK = re.compile(r"main_process|is_main|(^|_)rank\b.*(== 0|in )|master_process|is_rank_zero|is_global_zero|\bverbose\b|primary", re.I)
-_FINITE = re.compile(r"isfinite")
-_BROKEN = re.compile(r"isnan|isinf|is_nan|nan\b|overflow|== 0|exceed", re.I)
+                     r"len_(train_|data_?)?(loader|iter)|epoch_length|num_iters|iters|epoch_batches|num_steps|epoch_size)$", re.IGNORECASE)  # fmt: skip
 
 
 @lru_cache(8192)
@@ -53,20 +48,12 @@ def _kind_by_name(name: str) -> str | None:
 
 
 @lru_cache(8192)
-def _usual_answer(key: str) -> bool | None:
-    """The answer of a condition that is the same in all training: yes, this is training, on the first rank."""
-    if _TRAINING.search(key) and "trainer" not in key.lower():
-        return not re.search(r"!=|not in|eval", key)
-    return True if _MAIN_RANK.search(key) else None
-
-
-@lru_cache(8192)
 def _word_of_number(word: str) -> str:
     """Whether a word is a counter that is resumed ("begin"), or the length of an epoch ("length")."""
     return "begin" if _RESUMED.search(word) else "length" if _LENGTH.search(word) else ""
 
 
-class Expressions(Calls):
+class Expressions(Conditions, Calls):
     """The part of the machine that reads expressions."""
 
     def evaluate(self, node: ast.expr) -> Any:
@@ -148,7 +135,7 @@ class Expressions(Calls):
             found = self.attribute_of_object(base, node)
             if found is not None:
                 return found
-        if isinstance(base, Obj) and base.kind == "self" or (isinstance(base, Unknown) and not base.data):
+        if (isinstance(base, Obj) and base.kind == "self") or (isinstance(base, Unknown) and not base.data):
             found = None if not text else self.guess(text if "." in text else node.attr)
             if found is not None and key:
                 self.heap[key] = found
@@ -175,7 +162,9 @@ class Expressions(Calls):
         if key and key in self.heap:
             return self.heap[key]
         base = self.evaluate(node.value)
-        index = self.evaluate(node.slice) if not isinstance(node.slice, ast.Slice) else self._slice(node.slice, base, node)
+        index = (
+            self.evaluate(node.slice) if not isinstance(node.slice, ast.Slice) else self._slice(node.slice, base, node)
+        )
         if isinstance(base, tuple | list) and isinstance(index, int | Num):
             position = int(number(index))
             if -len(base) <= position < len(base):
@@ -188,7 +177,9 @@ class Expressions(Calls):
             return base
         if isinstance(base, Unknown) and base.data:
             return Unknown(text_of(node), data=True)
-        return (self.guess(str(index)) if isinstance(index, str) and not _SETTINGS.search(dotted(node.value)) else None) or Unknown(text or text_of(node))
+        return (
+            self.guess(str(index)) if isinstance(index, str) and not _SETTINGS.search(dotted(node.value)) else None
+        ) or Unknown(text or text_of(node))
 
     def _slice(self, node: ast.Slice, base: Any, where: ast.AST) -> Any:
         for part in (node.lower, node.upper, node.step):
@@ -232,11 +223,16 @@ class Expressions(Calls):
         return tuple(parts)
 
     def _comprehension(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Any:
+        times = 1
         for generator in node.generators:
             value = self.evaluate(generator.iter)
-            self.store(generator.target, self.item_of(value) if isinstance(value, Obj | Data) else Unknown(text_of(generator.target)))
+            times *= len(value) if isinstance(value, range) else 1
+            self.store(
+                generator.target,
+                self.item_of(value) if isinstance(value, Obj | Data) else Unknown(text_of(generator.target)),
+            )
         element = self.evaluate(node.elt)
-        return [element] if isinstance(element, Data) else Unknown(text_of(node))
+        return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node))
 
     def _lambda(self, node: ast.Lambda) -> Any:
         return Unknown("lambda")
@@ -259,7 +255,11 @@ class Expressions(Calls):
         value = self.evaluate(node.operand)
         if isinstance(node.op, ast.Not):
             known = self.known_truth(value)
-            return Unknown(f"not {text_of(node.operand)}", data=isinstance(value, Data) or getattr(value, "data", False)) if known is None else not known
+            return (
+                Unknown(f"not {text_of(node.operand)}", data=isinstance(value, Data) or getattr(value, "data", False))
+                if known is None
+                else not known
+            )
         if isinstance(node.op, ast.USub) and is_number(value):
             return Num(-number(value), tags(value))
         return value
@@ -272,7 +272,12 @@ class Expressions(Calls):
             return self._operate_numbers(left, op, right, node)
         if isinstance(left, str) and isinstance(op, ast.Mod):
             return right if isinstance(right, tuple) else (right,)
-        if isinstance(left, list) and isinstance(right, list) and isinstance(op, ast.Add) and len(left) + len(right) < 200:
+        if (
+            isinstance(left, list)
+            and isinstance(right, list)
+            and isinstance(op, ast.Add)
+            and len(left) + len(right) < 200
+        ):
             return left + right
         if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
@@ -317,7 +322,11 @@ class Expressions(Calls):
     def _scaled(self, data: Data, op: ast.operator, other: Any, node: ast.AST) -> Data:
         line = getattr(node, "lineno", 0)
         if is_number(other):
-            value = Fraction(number(other)) if number(other) == number(other) and abs(number(other)) != float("inf") else Fraction(1)
+            value = (
+                Fraction(number(other))
+                if number(other) == number(other) and abs(number(other)) != float("inf")
+                else Fraction(1)
+            )
             is_n = "n" in tags(other)
             if value == 0:
                 return data
@@ -331,11 +340,16 @@ class Expressions(Calls):
                 return replace(data, blurred=True)
             if data.reduction == "sum":
                 rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
-                counted = isinstance(other, Unknown) and (other.data or _COUNTS.search(other.key))
+                counted = isinstance(other, Unknown) and other.data
+                if not counted and not rows:  # a count of the whole window, as far as the file shows
+                    return replace(data, reduction="", opaque=(*data.opaque, "divided by a count"))
                 return replace(data, reduction="mean", tokens=line if counted and not rows else data.tokens)
             if isinstance(other, Unknown) and (other.data or _ROWS.search(other.key)):
                 return data
-            return replace(data, opaque=(*data.opaque, f"divided by {text_of(node.right if isinstance(node, ast.BinOp) else node)}"))
+            return replace(
+                data,
+                opaque=(*data.opaque, f"divided by {text_of(node.right if isinstance(node, ast.BinOp) else node)}"),
+            )
         if isinstance(other, Unknown) and not data.number:
             return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
         return replace(data, blurred=True) if data.number else data
@@ -352,7 +366,10 @@ class Expressions(Calls):
         if isinstance(op, ast.Mult):
             return left if left.weights else right
         if isinstance(op, ast.Sub) and left.number and right.number:
-            weights = {m: left.weights.get(m, Fraction(0)) - right.weights.get(m, Fraction(0)) for m in {*left.weights, *right.weights}}
+            weights = {
+                m: left.weights.get(m, Fraction(0)) - right.weights.get(m, Fraction(0))
+                for m in {*left.weights, *right.weights}
+            }
             return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
         return self.combine([left, right], node)
 
@@ -367,7 +384,11 @@ class Expressions(Calls):
         synced = [v.forward_synced for v in values if v.forward_synced is not None]
         return Data(
             weights,
-            kind="loss" if any(v.kind == "loss" for v in values) else "tensor" if any(v.kind == "tensor" for v in values) else "batch",
+            kind="loss"
+            if any(v.kind == "loss" for v in values)
+            else "tensor"
+            if any(v.kind == "tensor" for v in values)
+            else "batch",
             reduction=reductions.pop() if len(reductions) == 1 else "",
             number=all(v.number for v in values),
             scaled=any(v.scaled for v in values),
@@ -380,174 +401,25 @@ class Expressions(Calls):
             source=first.source,
         )
 
-    # ---- conditions
-
-    def _compare(self, node: ast.Compare) -> Any:
-        left = self.evaluate(node.left)
-        values = [left] + [self.evaluate(c) for c in node.comparators]
-        if len(values) == 2:
-            found = self._compare_two(values[0], node.ops[0], values[1], node)
-            if found is not None:
-                return found
-        elif all(is_number(v) for v in values) and all(type(op) in _COMPARE for op in node.ops):
-            return all(_COMPARE[type(op)](number(a), number(b)) for op, a, b in zip(node.ops, values, values[1:], strict=False))
-        return Unknown(text_of(node), data=any(isinstance(v, Data) or (isinstance(v, Unknown) and v.data) for v in values))
-
-    def _compare_two(self, left: Any, op: ast.cmpop, right: Any, node: ast.AST) -> bool | None:
-        if isinstance(op, ast.Is | ast.IsNot):
-            if right is None and not isinstance(left, Unknown):
-                missing = left is None
-                if isinstance(left, Obj) and left.info.get("maybe"):
-                    missing = not self.decide(left.name, node)
-                return missing if isinstance(op, ast.Is) else not missing
-            if isinstance(left, bool) and isinstance(right, bool):
-                return (left is right) if isinstance(op, ast.Is) else left is not right
-            return None
-        if is_number(left) and is_number(right) and type(op) in _COMPARE:
-            return _COMPARE[type(op)](number(left), number(right))
-        if isinstance(left, str) and isinstance(right, str) and type(op) in _COMPARE:
-            return _COMPARE[type(op)](left, right)
-        return None
-
-    def _bool(self, node: ast.BoolOp) -> Any:
-        is_and = isinstance(node.op, ast.And)
-        unknown: Any = None
-        value: Any = None
-        for part in node.values:
-            value = self.evaluate(part)
-            known = self.known_truth(value)
-            if known is None:
-                unknown = unknown or Unknown(text_of(node), data=isinstance(value, Data) or getattr(value, "data", False))
-            elif known != is_and:
-                return not is_and if unknown is None or isinstance(value, bool) else unknown
-        return unknown if unknown is not None else value
-
-    def known_truth(self, value: Any) -> bool | None:
-        """Whether a value is true; `None` where the file does not show it."""
-        if isinstance(value, Unknown | Data):
-            return None
-        if isinstance(value, Obj):
-            return None if value.info.get("maybe") else True
-        if isinstance(value, Function | Bound):
-            return True
-        return bool(number(value))
-
-    def truth(self, value: Any, node: ast.AST) -> bool:
-        known = self.known_truth(value)
-        return self.decide(value.key if isinstance(value, Unknown) and value.key else text_of(node), node) if known is None else known
-
-    def choose(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], node: ast.AST) -> bool:
-        """Which branch a condition takes."""
-        value = self.evaluate(test)
-        known = self.known_truth(value)
-        tested = isinstance(value, Unknown) and value.data and "torch.is" in value.key and "loss" in value.key
-        if tested or (isinstance(value, Data) and not value.number and value.kind != "batch"):
-            self.trace.mark("sync", test, "condition")
-        if known is not None:
-            return known
-        return self._settle(test, value, body, orelse, node)
-
-    def _settle(self, test: ast.expr, value: Any, body: list[ast.stmt], orelse: list[ast.stmt], node: ast.AST) -> bool:
-        text = value.key if isinstance(value, Unknown) and value.key else text_of(test)
-        data = isinstance(value, Data) or (isinstance(value, Unknown) and value.data)
-        if data and self._may_skip(body, orelse):
-            skips = self.run.skip == self.trace.tick
-            if skips:
-                self.trace.mark("skip", node, text)
-            jumps = _jumps(body) or not self._holds(body)
-            return skips == jumps
-        if _FINITE.search(text) and not text.startswith("not "):
-            return True
-        if _BROKEN.search(text) and data:
-            return text.startswith("not ")
-        if body and _jumps(body) and not self._holds(body):
-            if _continues(body) and not data and self.trace.tick:
-                self.trace.settings["bounds"] = node  # the loop ends where the file does not show
-            return False
-        if orelse and _jumps(orelse) and not self._holds(orelse):
-            return True
-        if isinstance(node, ast.If) and not orelse and self._runs_backward(body) and not self.loop_depth:
-            return True
-        if isinstance(test, ast.BoolOp):
-            return self._settle_parts(test, node)
-        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            return not self._settle(test.operand, self.evaluate(test.operand), orelse, body, node)
-        if data:
-            return bool(self._holds(body)) or not orelse
-        if "%" in text and not self._holds(body) and not self._holds(orelse):
-            self.now_and_then = bool(body)
-            return True
-        return self.decide(text, node)
-
-    def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
-        is_and = isinstance(test.op, ast.And)
-        for part in test.values:
-            value = self.evaluate(part)
-            known = self.known_truth(value)
-            taken = self._settle(part, value, [], [], node) if known is None else known
-            self.now_and_then |= known is None and "%" in text_of(part)
-            if taken != is_and:
-                return taken
-        return is_and
-
-    def _may_skip(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
-        """A condition on the data that leaves out this microbatch's backward."""
-        if not self.loop_depth:
-            return False
-        return _continues(body) and not self._holds(body) or (not orelse and self._runs_backward(body)) or (
-            self._runs_backward(body) != self._runs_backward(orelse) and bool(orelse) and not self._holds(body if self._runs_backward(orelse) else orelse)
-        )
-
-    def _runs_backward(self, body: list[ast.stmt]) -> bool:
-        return any(self.module.contains_backward(statement, self.frame.owner) for statement in body)
-
-    def _holds(self, body: list[ast.stmt]) -> bool:
-        """Whether statements touch gradients: a backward, a step or a clearing."""
-        return any(self.module.touches_gradients(statement, self.frame.owner) for statement in body)
-
-    def decide(self, key: str, node: ast.AST) -> bool:
-        """The truth of a condition that only the user's settings know; the run fixes it, the same each time."""
-        if key in self.run.decisions:
-            return self.run.decisions[key]
-        if key.startswith("not "):
-            return not self.decide(key[4:].strip("()"), node)
-        usual = _usual_answer(key)
-        if usual is not None:
-            return usual
-        for opposite, sign in ((" is not None", True), (" is None", False)):
-            if key.endswith(opposite):
-                return self.decide(key[: -len(opposite)], node) == sign
-        if self.deciding is None or self.module.statement_of(node) in self.deciding:
-            self.run.asked.setdefault(key, node)
-        return False
-
-
-def _jumps(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Break | ast.Continue | ast.Return | ast.Raise)
-
-
-def _continues(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Continue)
-
 
 _EXPRESSIONS: dict[type, Any] = {
-    ast.Name: Expressions._name,  # noqa: SLF001 - a table of this module
-    ast.Attribute: Expressions._attribute,  # noqa: SLF001
-    ast.Subscript: Expressions._subscript,  # noqa: SLF001
-    ast.Constant: Expressions._constant,  # noqa: SLF001
-    ast.Tuple: Expressions._sequence,  # noqa: SLF001
-    ast.List: Expressions._sequence,  # noqa: SLF001
-    ast.Dict: Expressions._dict,  # noqa: SLF001
-    ast.JoinedStr: Expressions._joined,  # noqa: SLF001
-    ast.ListComp: Expressions._comprehension,  # noqa: SLF001
-    ast.GeneratorExp: Expressions._comprehension,  # noqa: SLF001
-    ast.SetComp: Expressions._comprehension,  # noqa: SLF001
-    ast.Lambda: Expressions._lambda,  # noqa: SLF001
-    ast.IfExp: Expressions._if_expression,  # noqa: SLF001
-    ast.NamedExpr: Expressions._named,  # noqa: SLF001
-    ast.BinOp: Expressions._binary,  # noqa: SLF001
-    ast.UnaryOp: Expressions._unary,  # noqa: SLF001
-    ast.Compare: Expressions._compare,  # noqa: SLF001
-    ast.BoolOp: Expressions._bool,  # noqa: SLF001
+    ast.Name: Expressions._name,
+    ast.Attribute: Expressions._attribute,
+    ast.Subscript: Expressions._subscript,
+    ast.Constant: Expressions._constant,
+    ast.Tuple: Expressions._sequence,
+    ast.List: Expressions._sequence,
+    ast.Dict: Expressions._dict,
+    ast.JoinedStr: Expressions._joined,
+    ast.ListComp: Expressions._comprehension,
+    ast.GeneratorExp: Expressions._comprehension,
+    ast.SetComp: Expressions._comprehension,
+    ast.Lambda: Expressions._lambda,
+    ast.IfExp: Expressions._if_expression,
+    ast.NamedExpr: Expressions._named,
+    ast.BinOp: Expressions._binary,
+    ast.UnaryOp: Expressions._unary,
+    ast.Compare: Conditions.compare,
+    ast.BoolOp: Conditions.boolean,
     ast.Call: Expressions.call,
 }

@@ -5,16 +5,36 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor, kind_of_name
+from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor
 from microbatch.linting.module import dotted, last_name, text_of
+from microbatch.linting.simulated import Simulated
 from microbatch.linting.trace import Gradients
-from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Frameworks"]
 
 _LOG_METHODS = frozenset(
-    "update add append log log_dict add_scalar add_scalars info debug warning set_postfix set_postfix_str set_description write print "
-    "log_metrics log_scalar track push".split()
+    [
+        "update",
+        "add",
+        "append",
+        "log",
+        "log_dict",
+        "add_scalar",
+        "add_scalars",
+        "info",
+        "debug",
+        "warning",
+        "set_postfix",
+        "set_postfix_str",
+        "set_description",
+        "write",
+        "print",
+        "log_metrics",
+        "log_scalar",
+        "track",
+        "push",
+    ]
 )
 
 
@@ -22,7 +42,7 @@ def _nothing() -> None:
     pass
 
 
-class Frameworks:
+class Frameworks(Simulated):
     """The part of the machine that knows what training objects do."""
 
     # ---- what a constructor makes
@@ -32,7 +52,12 @@ class Frameworks:
         if not text:
             return None
         kind = kind_of_constructor(text)
-        if kind is None or (kind == "optimizer" and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer") and not node.args and not node.keywords):
+        if kind is None or (
+            kind == "optimizer"
+            and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
+            and not node.args
+            and not node.keywords
+        ):
             return None
         args, keywords = self.arguments(node)
         name = text.rsplit(".", 1)[-1]
@@ -43,7 +68,9 @@ class Frameworks:
         if kind == "criterion":
             said = keywords.get("reduction")
             reduction = said if isinstance(said, str) else ("mean" if MEAN_LOSSES.search(text) else "")
-            return Obj("criterion", name, {"reduction": reduction, "ignore": node.lineno if "ignore_index" in keywords else 0})
+            return Obj(
+                "criterion", name, {"reduction": reduction, "ignore": node.lineno if "ignore_index" in keywords else 0}
+            )
         self.made += 1
         made = Obj(kind, name, {"node": node, "key": f"{name} {self.made}"})
         if kind == "optimizer":
@@ -55,7 +82,9 @@ class Frameworks:
         elif kind == "accelerator":
             plugin = keywords.get("gradient_accumulation_plugin")
             steps = keywords.get("gradient_accumulation_steps")
-            made.info["steps"] = steps if steps is not None else (self.window() if plugin is not None or "**" in keywords else 1)
+            made.info["steps"] = (
+                steps if steps is not None else (self.window() if plugin is not None or "**" in keywords else 1)
+            )
             self.heap["accelerator"] = made
         elif kind == "scaler" and keywords.get("enabled") is False:
             made.info["off"] = True
@@ -77,7 +106,11 @@ class Frameworks:
         base = self.evaluate(func.value) if isinstance(func, ast.Attribute) else None
         name = last_name(func)
         if name not in ("backward", "manual_backward"):
-            return self._native_scaler(node) if not isinstance(base, Obj) or base.kind != "native_scaler" else NotImplemented
+            return (
+                self._native_scaler(node)
+                if not isinstance(base, Obj) or base.kind != "native_scaler"
+                else NotImplemented
+            )
         args, keywords = self.arguments(node)
         values = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
         given = values[0] if values else None
@@ -88,10 +121,16 @@ class Frameworks:
             loss = base
         elif given is not None:
             loss = given
-        elif isinstance(base, Obj) and base.kind in ("optimizer", "accelerator", "engine", "model", "fabric", "self", "scaler") and not args:
+        elif (
+            isinstance(base, Obj)
+            and base.kind in ("optimizer", "accelerator", "engine", "model", "fabric", "self", "scaler")
+            and not args
+        ):
             return None
         else:
-            what = text_of(node.args[0]) if node.args else text_of(func.value) if isinstance(func, ast.Attribute) else name
+            what = (
+                text_of(node.args[0]) if node.args else text_of(func.value) if isinstance(func, ast.Attribute) else name
+            )
             loss = replace(self.opaque_loss(what), scaled=self._is_scaled(func))
         if not loss.weights:
             loss = replace(loss, weights=self.this_microbatch())
@@ -110,7 +149,11 @@ class Frameworks:
     @staticmethod
     def _is_scaled(func: ast.AST) -> bool:
         """Whether a loss that cannot be seen went through a scaler: `anything.scale(loss).backward()`."""
-        return isinstance(func, ast.Attribute) and isinstance(func.value, ast.Call) and last_name(func.value.func) == "scale"
+        return (
+            isinstance(func, ast.Attribute)
+            and isinstance(func.value, ast.Call)
+            and last_name(func.value.func) == "scale"
+        )
 
     def opaque_loss(self, what: str) -> Data:
         """A loss of this microbatch, of which the file does not show how it is made."""
@@ -130,7 +173,7 @@ class Frameworks:
         return loss
 
     def _native_scaler(self, node: ast.Call) -> Any:
-        """timm's scaler: backward, and at the boundary unscale, clip, step and update."""
+        """Timm's scaler: backward, and at the boundary unscale, clip, step and update."""
         condition = next((k.value for k in node.keywords if k.arg in ("update_grad", "need_update")), None)
         update = self.truth(self.evaluate(condition), condition) if condition is not None else True
         args, keywords = self.arguments(node)
@@ -233,7 +276,9 @@ class Frameworks:
         if attr == "step" and not args and not node.keywords:
             if self._runs_now(base):
                 prepared = bool(base.info.get("prepared")) or not self.trace.settings.get("prepare")
-                self.trace.mark("schedule", node, base.name, base.info.get("units", ""), "" if prepared else "unprepared")
+                self.trace.mark(
+                    "schedule", node, base.name, base.info.get("units", ""), "" if prepared else "unprepared"
+                )
             return None
         return Unknown(text_of(node))
 
@@ -255,8 +300,19 @@ class Frameworks:
             return None
         if attr in ("train", "eval", "to", "cuda", "half", "apply", "requires_grad_", "module"):
             return base
-        if attr in ("parameters", "named_parameters", "state_dict", "modules", "named_modules", "children", "load_state_dict", "buffers"):
-            return Unknown(f"{dotted(node.func.value) or base.name}.{attr}()" if isinstance(node.func, ast.Attribute) else attr)
+        if attr in (
+            "parameters",
+            "named_parameters",
+            "state_dict",
+            "modules",
+            "named_modules",
+            "children",
+            "load_state_dict",
+            "buffers",
+        ):
+            return Unknown(
+                f"{dotted(node.func.value) or base.name}.{attr}()" if isinstance(node.func, ast.Attribute) else attr
+            )
         made = self.made_by(node, attr)
         return made if made is not None else self.forward(node)
 
@@ -268,7 +324,9 @@ class Frameworks:
         return NotImplemented
 
     def _on_instance(self, base: Obj, node: ast.Call, attr: str) -> Any:
-        return self._on_model(base, node, attr) if attr in ("zero_grad", "train", "eval", "parameters") else NotImplemented
+        return (
+            self._on_model(base, node, attr) if attr in ("zero_grad", "train", "eval", "parameters") else NotImplemented
+        )
 
     def _on_loader(self, base: Obj, node: ast.Call, attr: str) -> Any:
         args, _ = self.arguments(node)
@@ -294,7 +352,10 @@ class Frameworks:
         if attr == "lr_schedulers":
             return Obj("scheduler", "scheduler")
         if attr in ("log", "log_dict"):
-            if any(k.arg == "sync_dist" and isinstance(k.value, ast.Constant) and k.value.value is True for k in node.keywords):
+            if any(
+                k.arg == "sync_dist" and isinstance(k.value, ast.Constant) and k.value.value is True
+                for k in node.keywords
+            ):
                 self.trace.mark("sync", node, "sync_dist")
             self.arguments(node)  # Lightning averages what it is given over the microbatches, without a wait
             return None
@@ -351,7 +412,9 @@ class Frameworks:
         """Gradients are clipped."""
         args, keywords = self.arguments(node)
         limits = [*args[1:], *keywords.values()]
-        if any(isinstance(v, float) and v == float("inf") for v in limits) or any("inf" in text_of(a) for a in node.args[1:]):
+        if any(isinstance(v, float) and v == float("inf") for v in limits) or any(
+            "inf" in text_of(a) for a in node.args[1:]
+        ):
             return Unknown(text_of(node))  # a norm is measured, nothing is clipped
         if unscales:
             for group in self.trace.every_group():
@@ -378,7 +441,10 @@ class Frameworks:
                 return self._apex_left
         if target is not None:
             guessed = self.guess(dotted(target))
-            self.store(target, value if isinstance(value, Obj | Data) and value is not None else guessed or Unknown(text_of(target)))
+            self.store(
+                target,
+                value if isinstance(value, Obj | Data) and value is not None else guessed or Unknown(text_of(target)),
+            )
         return _nothing
 
     def _context_value(self, node: ast.expr) -> Any:
@@ -390,7 +456,11 @@ class Frameworks:
                 return Obj("context", "scale_loss", {"loss": replace(loss, scaled=True, kind="loss")})
             if name in ("join", "ExitStack", "profile", "device", "stream"):
                 return None
-            if "sync" in name and name not in ("no_sync", "no_backward_sync") and self.module.resolve(node.func, self.frame.owner) is None:
+            if (
+                "sync" in name
+                and name not in ("no_sync", "no_backward_sync")
+                and self.module.resolve(node.func, self.frame.owner) is None
+            ):
                 self.trace.frameworks.add("no_sync")  # a switch of its own, by its name
         return self.evaluate(node)
 

@@ -11,6 +11,7 @@ __all__ = [
     "COUPLED_LOSSES",
     "LOADER_WORDS",
     "MEAN_LOSSES",
+    "SHARED",
     "kind_of_constructor",
     "kind_of_name",
     "names_window",
@@ -82,6 +83,9 @@ MEAN_LOSSES = re.compile(
     r"SoftTargetCrossEntropy|KLDivLoss|kl_div|CTCLoss|ctc_loss)$"
 )
 
+# A parameter of the loss itself, which is in the loss of every microbatch.
+SHARED = re.compile(r"\b(logit_scale|log_scale|temperature|log_temperature|logit_bias|scale_param)\b")
+
 # A loss that compares the rows of one batch.
 COUPLED_LOSSES = re.compile(
     r"InfoNCE|info_nce|NT_?Xent|contrastive_loss|ContrastiveLoss|BiEncoderNll|MultipleNegatives|SupCon|ClipLoss|CLIPLoss|clip_loss|"
@@ -93,7 +97,9 @@ CLIP_CALLS = re.compile(
     r"dispatch_clip_grad|adaptive_clip_grad|gradient_clipping)$"
 )
 
-LOADER_WORDS = re.compile(r"loader|iterator|batches|train_iter|data_iter|dataset|train_data|(^|_)(data|dl|train|batch_iter)$", re.IGNORECASE)
+LOADER_WORDS = re.compile(
+    r"loader|iterator|batches|train_iter|data_iter|dataset|train_data|(^|_)(data|dl|train|batch_iter)$", re.IGNORECASE
+)
 
 
 @lru_cache(4096)

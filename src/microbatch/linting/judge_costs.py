@@ -11,7 +11,9 @@ from microbatch.linting.trace import Mark
 __all__ = ["judge_costs", "judge_survey"]
 
 _HELD = re.compile(r"\b(no_sync|no_backward_sync|require_backward_grad_sync|require_forward_param_sync)\b")
-_RANKS = re.compile(r"\b(all_reduce\w*|is_main_process|world_size|DistributedSampler|is_dist\w*|init_process_group|distributed)\b")
+_RANKS = re.compile(
+    r"\b(all_reduce\w*|is_main_process|world_size|DistributedSampler|is_dist\w*|init_process_group|distributed)\b"
+)
 
 
 def judge_costs(view: View) -> Iterator[Fault]:
@@ -25,9 +27,18 @@ def judge_costs(view: View) -> Iterator[Fault]:
         unsynced = [b for b in backwards if not b.synced]
         outside = next((b for b in unsynced if b.loss.forward_synced), None)
         if outside is not None:
-            yield Fault("MB502", outside.node, "`no_sync` holds the backward and not the forward: gradients are reduced in every microbatch all the same")
+            yield Fault(
+                "MB502",
+                outside.node,
+                "`no_sync` holds the backward and not the forward: gradients are reduced in every microbatch all the same",
+            )
         never = next((s for s in view.trace.steps if not s.reduced and s.since), None)
-        if never is not None and outside is None and not view.managed and all(b.loss.forward_synced is False for b in unsynced):
+        if (
+            never is not None
+            and outside is None
+            and not view.managed
+            and all(b.loss.forward_synced is False for b in unsynced)
+        ):
             yield Fault("MB503", never.node, "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the ranks "
                         "drift apart")  # fmt: skip
     kept = next((m for m in view.marks("retained")), None)
@@ -43,7 +54,11 @@ def _reduces(view: View) -> Iterator[Fault]:
         return
     backward = view.trace.backwards[0].node
     if "ddp" in frameworks or view.module.wraps_ddp:
-        yield Fault("MB501", backward, f"DistributedDataParallel reduces all gradients in every microbatch: {view.n} times for each step")
+        yield Fault(
+            "MB501",
+            backward,
+            f"DistributedDataParallel reduces all gradients in every microbatch: {view.n} times for each step",
+        )
     elif _RANKS.search(words) or "accelerate" in frameworks or "lightning" in frameworks:
         yield Fault("MB501", backward, f"if the model is wrapped in DistributedDataParallel, all gradients are reduced in every microbatch: {view.n} "
                     "times for each step", certain=False, needs=("whether the model is wrapped in DistributedDataParallel",))  # fmt: skip
@@ -67,9 +82,16 @@ def judge_survey(view: View) -> Iterator[Fault]:
         elif len(often) >= 0.9 * ticks and ticks > 2 and node.lineno not in lines:
             lines.add(node.lineno)
             if kind == "sync":
-                yield Fault("MB601", node, f"`{marks[0].name}` waits for the device in every microbatch", data={"what": marks[0].name})
+                yield Fault(
+                    "MB601",
+                    node,
+                    f"`{marks[0].name}` waits for the device in every microbatch",
+                    data={"what": marks[0].name},
+                )
             else:
-                yield Fault("MB603", node, "the memory cache is emptied in every microbatch: memory is asked for anew each time")
+                yield Fault(
+                    "MB603", node, "the memory cache is emptied in every microbatch: memory is asked for anew each time"
+                )
 
 
 def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
@@ -80,7 +102,9 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
     scaled = Fraction(1, view.n)
     single = [m for m in values if len(m.value.weights) == 1]
     if all(m.value.total() == scaled for m in values) and view.n > 1:
-        yield Fault("MB701", node, f"`{values[0].name}` gets the loss divided by N: what is reported is 1/{view.n} of the loss")
+        yield Fault(
+            "MB701", node, f"`{values[0].name}` gets the loss divided by N: what is reported is 1/{view.n} of the loss"
+        )
         return
     boundary = all(m.tick in view.step_ticks or _is_outside(view, node) for m in values)
     if boundary and len(single) == len(values) and all(m.value.total() == 1 for m in values) and len(values) > 1:

@@ -33,7 +33,11 @@ def _clips(view: View) -> Iterator[Fault]:
             yield Fault("MB202", mark.node, f"`{mark.name}` sees gradients that are still multiplied by the loss scale")
         if ("MB201", mark.node) not in said and _is_partial(view, mark):
             said.add(("MB201", mark.node))
-            yield Fault("MB201", mark.node, f"gradients are clipped after every microbatch: partial sums of 1 to {view.n} microbatches are clipped")
+            yield Fault(
+                "MB201",
+                mark.node,
+                f"gradients are clipped after every microbatch: partial sums of 1 to {view.n} microbatches are clipped",
+            )
 
 
 def _is_partial(view: View, mark: Mark) -> bool:
@@ -47,18 +51,30 @@ def _is_partial(view: View, mark: Mark) -> bool:
 def _scaler(view: View) -> Iterator[Fault]:
     again = next((m for m in view.marks("unscale") if m.detail), None)
     if again is not None:
-        yield Fault("MB203", again.node, "`unscale_` runs twice before `update`: a RuntimeError in the second microbatch")
+        yield Fault(
+            "MB203", again.node, "`unscale_` runs twice before `update`: a RuntimeError in the second microbatch"
+        )
     updates = view.marks("update")
     steps = view.marks("scaler step")
     if steps and not updates and not view.blocked:
-        yield Fault("MB204", steps[0].node, "`scaler.update` is never called: the loss scale never moves, and a step after a skipped one fails")
+        yield Fault(
+            "MB204",
+            steps[0].node,
+            "`scaler.update` is never called: the loss scale never moves, and a step after a skipped one fails",
+        )
     elif steps and updates:
         early = next((u for u in updates if u.tick not in {s.tick for s in steps}), None)
         if early is not None and len(updates) > len(steps) and not view.managed:
-            yield Fault("MB204", early.node, "`scaler.update` runs after every microbatch: the loss scale moves inside a window")
+            yield Fault(
+                "MB204", early.node, "`scaler.update` runs after every microbatch: the loss scale moves inside a window"
+            )
         order = [m for m in view.trace.marks if m.kind in ("scaler step", "update") and m.tick == steps[0].tick]
         if order and order[0].kind == "update" and early is None:
-            yield Fault("MB204", order[0].node, "`scaler.update` runs before `scaler.step`: the step uses another scale than its gradients have")
+            yield Fault(
+                "MB204",
+                order[0].node,
+                "`scaler.update` runs before `scaler.step`: the step uses another scale than its gradients have",
+            )
 
 
 def _schedules(view: View) -> Iterator[Fault]:
@@ -81,7 +97,12 @@ def _schedules(view: View) -> Iterator[Fault]:
                 yield Fault("MB301", node, f"the schedule advances after every microbatch: {view.n} times for each optimizer step",
                             certain=sure, needs=() if sure else ("whether the schedule's length is meant in microbatches",),
                             data={"kind": "every"})  # fmt: skip
-        elif units == "microbatches" and ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
+        elif (
+            units == "microbatches"
+            and ticks <= view.step_ticks
+            and len(ticks) >= len(view.step_ticks) - 1
+            and len(ticks) > 2
+        ):
             made = _constructor(view, marks[0])
             yield Fault("MB301", made or node, f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
                         "is walked", data={"kind": "length"})  # fmt: skip
@@ -109,7 +130,11 @@ def _averages(view: View) -> Iterator[Fault]:
     for node, marks in by_node.items():
         ticks = {m.tick for m in marks}
         if len(ticks) >= 0.9 * len(view.ticks) and len(ticks - view.step_ticks) >= len(view.ticks) // 2:
-            yield Fault("MB303", node, f"the moving average is updated after every microbatch: it decays {view.n} times for each optimizer step")
+            yield Fault(
+                "MB303",
+                node,
+                f"the moving average is updated after every microbatch: it decays {view.n} times for each optimizer step",
+            )
 
 
 def _recreated(view: View) -> Iterator[Fault]:
@@ -117,7 +142,9 @@ def _recreated(view: View) -> Iterator[Fault]:
         loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
         if loops and isinstance(loops[0], ast.For) and "epoch" in text_of(loops[0].target).lower():
             if view.module.contains_backward(loops[0], None):
-                yield Fault("MB305", mark.node, "the optimizer is made anew in every epoch: its moments are lost each time")
+                yield Fault(
+                    "MB305", mark.node, "the optimizer is made anew in every epoch: its moments are lost each time"
+                )
                 return
 
 
@@ -130,10 +157,16 @@ def _skipped_units(view: View) -> Iterator[Fault]:
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod) and _counts_steps(part.right):
                     in_steps.add(dotted(node.targets[0]))
     for node in view.module.nodes:
-        if not isinstance(node, ast.If) or not isinstance(node.test, ast.Compare) or not isinstance(node.body[-1], ast.Continue):
+        if (
+            not isinstance(node, ast.If)
+            or not isinstance(node.test, ast.Compare)
+            or not isinstance(node.body[-1], ast.Continue)
+        ):
             continue
         name = dotted(node.test.left)
-        counts_down = any(isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name for s in node.body)
+        counts_down = any(
+            isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name for s in node.body
+        )
         if name in in_steps and counts_down:
             yield Fault("MB304", node, f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
                         "1/N of what it should")  # fmt: skip
@@ -143,13 +176,26 @@ def _skipped_units(view: View) -> Iterator[Fault]:
 def _replayed(view: View) -> Iterator[Fault]:
     """MB304 once more: as many microbatches are drawn as steps were taken."""
     for node in view.module.nodes:
-        if not (isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and last_name(node.iter.func) == "range" and len(node.body) == 1):
+        if not (
+            isinstance(node, ast.For)
+            and isinstance(node.iter, ast.Call)
+            and last_name(node.iter.func) == "range"
+            and len(node.body) == 1
+        ):
             continue
         body = node.body[0]
-        draws = isinstance(body, ast.Expr | ast.Assign) and isinstance(body.value, ast.Call) and last_name(body.value.func) == "next"
+        draws = (
+            isinstance(body, ast.Expr | ast.Assign)
+            and isinstance(body.value, ast.Call)
+            and last_name(body.value.func) == "next"
+        )
         name = dotted(node.iter.args[-1]) if node.iter.args else ""
         if draws and name and _counted_in_steps(view, name):
-            yield Fault("MB304", node, f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of what it should")
+            yield Fault(
+                "MB304",
+                node,
+                f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of what it should",
+            )
             return
 
 
@@ -159,11 +205,18 @@ def _counted_in_steps(view: View, name: str) -> bool:
         if isinstance(node, ast.AugAssign) and dotted(node.target) == name and isinstance(node.op, ast.Add):
             owner = view.module.owner_of(node)
             loop = next((p for p in view.module.above(node) if isinstance(p, Loop)), None)
-            if loop is not None and view.module.contains_backward(loop, owner) and not view.module.is_microbatch_loop(loop, owner):
+            if (
+                loop is not None
+                and view.module.contains_backward(loop, owner)
+                and not view.module.is_microbatch_loop(loop, owner)
+            ):
                 return True
     return False
 
 
 def _counts_steps(node: ast.AST) -> bool:
     """Whether an expression is a number of steps of an epoch: a length divided by N."""
-    return any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.FloorDiv) and names_window(last_name(n.right)) for n in ast.walk(node))
+    return any(
+        isinstance(n, ast.BinOp) and isinstance(n.op, ast.FloorDiv) and names_window(last_name(n.right))
+        for n in ast.walk(node)
+    )

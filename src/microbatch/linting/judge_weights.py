@@ -13,6 +13,8 @@ def judge_weights(view: View) -> Iterator[Fault]:
     """The faults of windows and weights that one run shows."""
     if not view.accumulates or view.blocked or "cached" in view.trace.settings:
         return
+    if "no_grad" in view.module.names_text and any(b.loss.coupled for b in view.trace.backwards):
+        return  # outputs are cached: each backward is one part of one loss
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
         return
@@ -134,11 +136,20 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             yield Fault("MB111", steps[-1].node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never "
                         "enter a step", certain=False, needs=needs)  # fmt: skip
     for before, step in zip(steps, steps[1:], strict=False):
-        if before.tick in view.trace.last_ticks and len(before.since) < view.n and 0 < len(step.since) < view.n and step.tick not in view.trace.last_ticks:
+        if (
+            before.tick in view.trace.last_ticks
+            and len(before.since) < view.n
+            and 0 < len(step.since) < view.n
+            and step.tick not in view.trace.last_ticks
+        ):
             yield Fault("MB105", step.node, f"the forced step at the end of an epoch does not reset the counter: the next window has "
                         f"{_many(len(step.since))} instead of {view.n}", certain=False, needs=needs)  # fmt: skip
             break
-    tails = [s for s in steps if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1]
+    tails = [
+        s
+        for s in steps
+        if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1
+    ]
     for step in tails:
         weights = {w for m, w in step.weights.items() if m in step.since}
         if weights == {Fraction(1, view.n)} and len(step.since) == remainder:
@@ -147,7 +158,9 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             break
     for step in tails:
         main = next((s for s in full if s.node is not step.node), None)
-        if main is not None and (missing := [p for p in dict.fromkeys(main.prior) if p not in step.prior and p in ("clip", "unscale")]):
+        if main is not None and (
+            missing := [p for p in dict.fromkeys(main.prior) if p not in step.prior and p in ("clip", "unscale")]
+        ):
             words = {"clip": "clipping", "unscale": "`unscale_`"}
             yield Fault("MB113", step.node, f"the step for the remainder lacks the {' and the '.join(words[p] for p in missing)} of the main "
                         "step", certain=False, needs=needs)  # fmt: skip
@@ -171,7 +184,11 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
         weight = fraction(next(iter(backward.loss.weights.values())))
         yield Fault("MB104", steps[0].node, f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
                     f"microbatch with weight {weight}", certain=not view.many_optimizers)  # fmt: skip
-    elif len(at) > 1 and len(at) < view.trace.tick and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False)):
+    elif (
+        len(at) > 1
+        and len(at) < view.trace.tick
+        and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False))
+    ):
         if view.clean:
             yield Fault("MB106", view.trace.backwards[0].node, f"only one of {view.n} microbatches runs a backward: the others are computed "
                         "and thrown away")  # fmt: skip

@@ -14,10 +14,52 @@ __all__ = ["Loop", "Module", "dotted", "is_backward_call", "last_name", "text_of
 
 _PIECES = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches)\b")
 # What one microbatch has several of.
-_PARTS = re.compile(r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name", re.IGNORECASE)
+_PARTS = re.compile(
+    r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name",
+    re.IGNORECASE,
+)
 _GENERIC = frozenset(
-    "backward step zero_grad forward eval update state_dict load_state_dict to parameters item append add log write get items keys values "
-    "cuda cpu detach mean sum close save load format join reset size view __init__ prepare no_sync scale unscale_ clip_grad_norm_ next".split()
+    [
+        "backward",
+        "step",
+        "zero_grad",
+        "forward",
+        "eval",
+        "update",
+        "state_dict",
+        "load_state_dict",
+        "to",
+        "parameters",
+        "item",
+        "append",
+        "add",
+        "log",
+        "write",
+        "get",
+        "items",
+        "keys",
+        "values",
+        "cuda",
+        "cpu",
+        "detach",
+        "mean",
+        "sum",
+        "close",
+        "save",
+        "load",
+        "format",
+        "join",
+        "reset",
+        "size",
+        "view",
+        "__init__",
+        "prepare",
+        "no_sync",
+        "scale",
+        "unscale_",
+        "clip_grad_norm_",
+        "next",
+    ]
 )
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
@@ -151,7 +193,11 @@ class Module:
     def hints_at_accumulation(self) -> ast.AST | None:
         """A name for the number of microbatches, where no loop of it is in the file."""
         for node in self.nodes:
-            if isinstance(node, ast.Name | ast.Attribute) and names_window(last_name(node)) and dotted(node) not in self.counters:
+            if (
+                isinstance(node, ast.Name | ast.Attribute)
+                and names_window(last_name(node))
+                and dotted(node) not in self.counters
+            ):
                 return node
         return None
 
@@ -220,7 +266,12 @@ class Module:
         if isinstance(func.value, ast.Call) and last_name(func.value.func) == "super":
             bases = [last_name(base) for base in self.classes[owner].bases] if owner in self.classes else []
             return next((found for base in bases if (found := self.find_method(base, func.attr))), None)
-        if func.attr in _GENERIC or kind_of_name(dotted(func.value)) in ("optimizer", "scheduler", "accelerator", "model"):
+        if func.attr in _GENERIC or kind_of_name(dotted(func.value)) in (
+            "optimizer",
+            "scheduler",
+            "accelerator",
+            "model",
+        ):
             return None
         candidates = self.by_method.get(func.attr, [])
         return candidates[0] if len(candidates) == 1 else None
@@ -282,7 +333,9 @@ class Module:
     @cached_property
     def roots(self) -> list[str]:
         """Functions that reach a backward and that no other such function calls; the top level comes first."""
-        called = {callee for key, facts in self.facts.items() if facts.backward for callee in facts.calls if callee != key}
+        called = {
+            callee for key, facts in self.facts.items() if facts.backward for callee in facts.calls if callee != key
+        }
         found = [key for key, facts in self.facts.items() if facts.backward and key not in called]
         # Functions that only call one another in a circle are begun at the first of them.
         return found or [key for key, facts in self.facts.items() if facts.backward][:1]
@@ -321,7 +374,11 @@ class Module:
                 return False
             if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
                 added.add(dotted(node.target))
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and isinstance(node.value.op, ast.Add):
+            elif (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.BinOp)
+                and isinstance(node.value.op, ast.Add)
+            ):
                 added.update({dotted(node.targets[0])} & {dotted(node.value.left), dotted(node.value.right)})
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
                 added.add(dotted(node.func.value))
@@ -330,7 +387,11 @@ class Module:
         after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
         for statement in after:
             for node in ast.walk(statement):
-                if is_backward_call(node) and isinstance(node, ast.Call) and added & {dotted(part) for part in ast.walk(node)}:
+                if (
+                    is_backward_call(node)
+                    and isinstance(node, ast.Call)
+                    and added & {dotted(part) for part in ast.walk(node)}
+                ):
                     return True
         return False
 
@@ -339,7 +400,13 @@ class Module:
         if isinstance(node, ast.With | ast.AsyncWith):
             return any(last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
                        for item in node.items if isinstance(item.context_expr, ast.Call))  # fmt: skip
-        head = node.test if isinstance(node, ast.If | ast.While) else node.iter if isinstance(node, ast.For | ast.AsyncFor) else None
+        head = (
+            node.test
+            if isinstance(node, ast.If | ast.While)
+            else node.iter
+            if isinstance(node, ast.For | ast.AsyncFor)
+            else None
+        )
         return head is not None and self.touches_gradients(head, self.owner_of(node))
 
     def touches_gradients(self, node: ast.AST, owner: str | None) -> bool:
@@ -396,7 +463,10 @@ class Module:
         if _PIECES.search(text):
             return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
-        if any(LOADER_WORDS.search(name) or names_window(name) or "batch" in name.lower() or "chunk" in name.lower() for name in names):
+        if any(
+            LOADER_WORDS.search(name) or names_window(name) or "batch" in name.lower() or "chunk" in name.lower()
+            for name in names
+        ):
             return True
         if not any(isinstance(parent, Loop) for parent in self.above(loop)):
             return True
@@ -405,7 +475,9 @@ class Module:
     def above(self, node: ast.AST) -> list[ast.AST]:
         """The nodes around one, inside its function."""
         found: list[ast.AST] = []
-        while (node := self.parents.get(node, self.tree)) is not self.tree and not isinstance(node, FunctionNode | ast.ClassDef):
+        while (node := self.parents.get(node, self.tree)) is not self.tree and not isinstance(
+            node, FunctionNode | ast.ClassDef
+        ):
             found.append(node)
         return found
 
@@ -431,12 +503,17 @@ class Module:
     @cached_property
     def names_text(self) -> str:
         """All names of the file, for a search by words."""
-        return " ".join({n.id for n in self.nodes if isinstance(n, ast.Name)} | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)})
+        return " ".join(
+            {n.id for n in self.nodes if isinstance(n, ast.Name)}
+            | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)}
+        )
 
     @cached_property
     def wraps_ddp(self) -> bool:
         """Whether the file wraps a model in DistributedDataParallel."""
-        return any(isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in self.nodes)
+        return any(
+            isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in self.nodes
+        )
 
     # ---- the words for N
 
@@ -450,7 +527,9 @@ class Module:
             elif isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target = dotted(node.targets[0])
                 value = node.value
-                is_count = isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) and dotted(value.left) == target
+                is_count = (
+                    isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) and dotted(value.left) == target
+                )
                 is_reset = isinstance(value, ast.Constant) and value.value in (0,) and not isinstance(value.value, bool)
                 if target and (is_count or is_reset):
                     found.add(target)
@@ -479,11 +558,17 @@ class Module:
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
                         _moduli(keyword.value, add, self.counters)
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.IfExp):
+            elif isinstance(node, ast.Assign) and isinstance(
+                node.value, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.IfExp
+            ):
                 target = last_name(node.targets[0]).lower()
                 if any(word in target for word in ("step", "update", "accum", "sync", "last", "boundary")):
                     _moduli(node.value, add, self.counters)
-            elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and last_name(node.iter.func) in ("range", "trange"):
+            elif (
+                isinstance(node, ast.For)
+                and isinstance(node.iter, ast.Call)
+                and last_name(node.iter.func) in ("range", "trange")
+            ):
                 inner = any(isinstance(parent, Loop) for parent in self.above(node))
                 if inner and node.iter.args and self.is_microbatch_loop(node, self.owner_of(node)):
                     end = node.iter.args[0] if len(node.iter.args) == 1 else node.iter.args[1]
@@ -499,7 +584,11 @@ class Module:
         if any(self.touches_gradients(s, owner) for s in (*node.body, *node.orelse)):
             return True
         loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
-        return isinstance(node.body[-1], ast.Continue) and loop is not None and any(self.touches_gradients(s, owner) for s in loop.body)
+        return (
+            isinstance(node.body[-1], ast.Continue)
+            and loop is not None
+            and any(self.touches_gradients(s, owner) for s in loop.body)
+        )
 
     def owner_of(self, node: ast.AST) -> str | None:
         """The class that holds a node."""
@@ -515,7 +604,9 @@ def _steps(body: Sequence[ast.AST]) -> bool:
         for node in ast.walk(statement):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 base = node.func.value
-                kind = kind_of_name(dotted(base)) or kind_of_name(last_name(base.func) if isinstance(base, ast.Call) else "")
+                kind = kind_of_name(dotted(base)) or kind_of_name(
+                    last_name(base.func) if isinstance(base, ast.Call) else ""
+                )
                 if node.func.attr == "step" and kind not in ("scheduler", "ema", "log", "meter"):
                     return True
                 if node.func.attr == "zero_grad":
@@ -531,5 +622,7 @@ def _moduli(test: ast.AST, add, counters: set[str]) -> None:  # noqa: ANN001 - a
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
             add(node.right)
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
-            if dotted(node.left) in counters and (names_window(last_name(node.comparators[0])) or isinstance(node.comparators[0], ast.Constant)):
+            if dotted(node.left) in counters and (
+                names_window(last_name(node.comparators[0])) or isinstance(node.comparators[0], ast.Constant)
+            ):
                 add(node.comparators[0])

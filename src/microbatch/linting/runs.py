@@ -71,7 +71,11 @@ def simulate(module: Module) -> list[Root]:
             roots.append(root)
         covered |= sites
         if not waiting:
-            waiting = [key for key in module.holders_of_backward() if key not in tried and not module.backward_sites(key) <= covered][:3]
+            waiting = [
+                key
+                for key in module.holders_of_backward()
+                if key not in tried and not module.backward_sites(key) <= covered
+            ][:3]
     return [root for root in roots if root.outcomes]
 
 
@@ -96,7 +100,9 @@ def _runs_of(module: Module, name: str, relevant: Slice, budget: list[int]) -> R
     return root
 
 
-def _forks(module: Module, name: str, relevant: Slice, microbatches: int, root: Root, budget: list[int]) -> list[Outcome]:
+def _forks(
+    module: Module, name: str, relevant: Slice, microbatches: int, root: Root, budget: list[int]
+) -> list[Outcome]:
     """The settings that make a difference: one answer of an unknown condition is turned at a time, and kept if the run changes."""
     forks: list[Outcome] = []
     signatures: set[Any] = set()
@@ -126,7 +132,10 @@ def _forks(module: Module, name: str, relevant: Slice, microbatches: int, root: 
 def _signature(trace: Trace) -> Any:
     """What a run did to the gradients, to compare two runs."""
     steps = tuple((s.node, s.tick, tuple(s.weights.items()), tuple(s.since), s.prior, s.scaled) for s in trace.steps)
-    losses = {(b.node, b.loss.reduction, b.loss.tokens, b.loss.coupled, b.loss.divided, b.loss.opaque, b.synced) for b in trace.backwards}
+    losses = {
+        (b.node, b.loss.reduction, b.loss.tokens, b.loss.coupled, b.loss.divided, b.loss.opaque, b.synced)
+        for b in trace.backwards
+    }
     marks = {(m.kind, m.node, m.tick, m.name, m.detail) for m in trace.marks if m.kind not in ("log", "sync", "slice")}
     return steps, frozenset(losses), frozenset(marks), frozenset(trace.opaque), len(trace.backwards)
 

@@ -8,9 +8,37 @@ from microbatch.linting.module import FunctionNode, Loop, Module, dotted, last_n
 
 __all__ = ["Slice", "cut"]
 
-_COMPOUND = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, *FunctionNode.__args__, ast.ClassDef)
+_COMPOUND = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.With,
+    ast.AsyncWith,
+    ast.Try,
+    *FunctionNode.__args__,
+    ast.ClassDef,
+)
 _JUMPS = (ast.Return, ast.Break, ast.Continue, ast.Raise)
-_COMMON = frozenset({"args", "config", "cfg", "self", "device", "torch", "nn", "parameters", "epoch", "step", "backward", "batch", "data", "grad", "lr"})
+_COMMON = frozenset(
+    {
+        "args",
+        "config",
+        "cfg",
+        "self",
+        "device",
+        "torch",
+        "nn",
+        "parameters",
+        "epoch",
+        "step",
+        "backward",
+        "batch",
+        "data",
+        "grad",
+        "lr",
+    }
+)
 _MUTATES = frozenset({"append", "extend", "clear", "update", "setdefault", "div_", "mul_"})
 
 
@@ -34,7 +62,9 @@ def cut(module: Module) -> Slice:
         for node in module.above(statement):
             names |= _head(node) if isinstance(node, ast.stmt) else set()
     # Which object a name holds hardly ever decides anything; whether there is a scaler does.
-    names = {name for name in names if kind_of_name(name) in (None, "scaler", "criterion", "ema") and name not in _COMMON}
+    names = {
+        name for name in names if kind_of_name(name) in (None, "scaler", "criterion", "ema") and name not in _COMMON
+    }
     deciding = set(core)
     for statement in kept - core:
         if not isinstance(statement, _COMPOUND) and _made(statement) & names:
@@ -87,7 +117,11 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
         changed = False
         rest = []
         for statement, made, read in simple:
-            if made & wanted or not calls[statement].isdisjoint(kept) or (isinstance(statement, _JUMPS) and _frame(module, statement) in kept):
+            if (
+                made & wanted
+                or not calls[statement].isdisjoint(kept)
+                or (isinstance(statement, _JUMPS) and _frame(module, statement) in kept)
+            ):
                 keep(statement)
                 wanted.update(read)
                 changed = True
@@ -153,10 +187,22 @@ def _switches(node: ast.stmt) -> bool:
     """A statement that changes how gradients are handled without touching them: clipping, scaling, synchronisation, EMA."""
     for child in ast.walk(node):
         name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
-        if name in ("unscale_", "require_backward_grad_sync", "grad", "update_parameters", "Accelerator", "prepare", "empty_cache"):
+        if name in (
+            "unscale_",
+            "require_backward_grad_sync",
+            "grad",
+            "update_parameters",
+            "Accelerator",
+            "prepare",
+            "empty_cache",
+        ):
             return True
         if name.startswith("clip_grad") or name == "clip_master_grads" or "ema" in name.split("_"):
             return True
-        if isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in ("step", "update"):
+        if (
+            isinstance(child, ast.Call)
+            and isinstance(child.func, ast.Attribute)
+            and child.func.attr in ("step", "update")
+        ):
             return True
     return False

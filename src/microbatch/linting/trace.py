@@ -147,7 +147,13 @@ class Trace:
 
     def clip(self, node: ast.AST, name: str) -> None:
         groups = [g for g in self.groups.values() if g.steps or g.unscaled] or [self.fresh]
-        self.mark("clip", node, name, value=all(g.scaled for g in groups), detail="pending" if any(g.weights for g in groups) else "")
+        self.mark(
+            "clip",
+            node,
+            name,
+            value=all(g.scaled for g in groups),
+            detail="pending" if any(g.weights for g in groups) else "",
+        )
         for group in self.every_group():
             group.prior.append("clip")
 

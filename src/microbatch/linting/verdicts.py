@@ -92,11 +92,16 @@ def _steps_too_often(root: Root) -> Iterator[Verdict]:
         if not windows or len(steps) < 2 or any(len(s.since) != 1 for s in steps) or {s.tick for s in steps} != ticks:
             continue
         settings = [key for key, said in root.questions[outcome.fork].items() if said]
-        if not any(node_before.run.microbatches == outcome.run.microbatches and node_before.fork != outcome.fork for node_before in windows):
+        if not any(
+            node_before.run.microbatches == outcome.run.microbatches and node_before.fork != outcome.fork
+            for node_before in windows
+        ):
             continue
         needs = tuple(f"`{key}`" for key in settings)
         message = f"with {' and '.join(needs) or 'the other setting'}, the optimizer steps after every microbatch and ignores N"
-        yield Verdict(Fault("MB104", steps[0].node, message), any(_PRECISION.search(key) for key in settings), needs, outcome)
+        yield Verdict(
+            Fault("MB104", steps[0].node, message), any(_PRECISION.search(key) for key in settings), needs, outcome
+        )
         return
 
 
@@ -108,18 +113,29 @@ def _skips(root: Root) -> Iterator[Verdict]:
         if mark is None or trace.opaque:
             continue
         n = outcome.run.microbatches
-        short = next((s for s in trace.steps if s.tick >= mark.tick and 0 < len([m for m in s.since if m in s.weights]) < n), None)
+        short = next(
+            (s for s in trace.steps if s.tick >= mark.tick and 0 < len([m for m in s.since if m in s.weights]) < n),
+            None,
+        )
         if short is not None and sum(short.weights.values()) != 1 and any(len(s.since) == n for s in trace.steps):
             count = len([m for m in short.since if m in short.weights])
             message = f"a microbatch that is left out here makes its window short: the step takes {count} of {n} microbatches, each with weight 1/{n}"
-            yield Verdict(Fault("MB114", mark.node, message, certain=False), certain=False, needs=("whether a microbatch is ever left out",), outcome=outcome)
+            yield Verdict(
+                Fault("MB114", mark.node, message, certain=False),
+                certain=False,
+                needs=("whether a microbatch is ever left out",),
+                outcome=outcome,
+            )
             return
 
 
 def _together(root: Root, node: ast.AST, faults: list[tuple[Fault, Outcome]]) -> Verdict:
     """One verdict from all runs: certain if every run that comes to the statement, with no remainder, shows it."""
+    faults = [(fault, outcome) for fault, outcome in faults if outcome.clean] or faults
     first, outcome = faults[0]
-    active = {(o.fork, o.run.microbatches) for o in root.outcomes if o.clean and node in o.seen and _matters(first.rule, o)}
+    active = {
+        (o.fork, o.run.microbatches) for o in root.outcomes if o.clean and node in o.seen and _matters(first.rule, o)
+    }
     holds = {(o.fork, o.run.microbatches) for _, o in faults if o.clean}
     needs = list(dict.fromkeys(need for fault, _ in faults for need in fault.needs))
     certain = all(f.certain for f, _ in faults) and bool(holds) and holds >= active
@@ -132,6 +148,8 @@ def _matters(rule: str, outcome: Outcome) -> bool:
     """Whether a run can have a fault at all: clipping scaled gradients needs a scaler, a short window needs windows."""
     if rule == "MB202":
         return any(b.loss.scaled for b in outcome.trace.backwards)
+    if rule in ("MB502", "MB503"):
+        return any(not b.synced for b in outcome.trace.backwards)
     return rule in ("MB104", "MB106") or any(len(s.since) > 1 for s in outcome.trace.steps)
 
 
