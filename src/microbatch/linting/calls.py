@@ -14,6 +14,7 @@ from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, 
 __all__ = ["Calls"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
+_PIECES = frozenset({"split", "chunk", "tensor_split"})
 _SAME = frozenset(
     "to cuda half float double view reshape squeeze unsqueeze contiguous flatten clone transpose permute t type requires_grad_ "
     "bfloat16 gather values logits".split()
@@ -190,6 +191,8 @@ class Calls(Frameworks):
             return made
         if MEAN_LOSSES.search(text):
             return self.loss_call(node, "mean", text)
+        if last in _PIECES:
+            self.trace.mark("pieces", node, text)
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
@@ -210,7 +213,7 @@ class Calls(Frameworks):
     def this_microbatch(self) -> dict[int, Fraction]:
         return {self.trace.tick: Fraction(1)}
 
-    def forward(self, node: ast.Call) -> Data:
+    def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""
         if self.trace.tick == 0:
             self.arguments(node)
@@ -276,6 +279,8 @@ class Calls(Frameworks):
                 self.store(func.value, value)
             return value
         args, keywords = self.arguments(node)
+        if attr in _PIECES:
+            self.trace.mark("pieces", node, text_of(func))
         if attr in ("size", "dim", "numel", "__len__", "nelement"):
             return Unknown(text_of(node), data=True)
         data = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
@@ -395,7 +400,7 @@ def _range(machine: Any, node: ast.Call) -> Any:
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
         return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})")
+    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args))
 
 
 def _enumerate(machine: Any, node: ast.Call) -> Any:

@@ -10,6 +10,7 @@ from microbatch.linting.module import Loop, last_name, text_of
 __all__ = ["judge_loss"]
 
 _TOKENS = re.compile(r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|chunked_cross_entropy)\b")
+_SHARED = re.compile(r"\b(logit_scale|log_scale|temperature|log_temperature|logit_bias|scale_param)\b")
 _CACHED = re.compile(r"grad_?cache|GradCache|cached_?(multiple|loss|contrast)|CachedMultiple", re.IGNORECASE)
 
 
@@ -101,7 +102,14 @@ def _masked_labels(view: View) -> int:
 
 
 def _coupled(view: View) -> Iterator[Fault]:
-    if _CACHED.search(view.module.names_text):
+    words = view.module.names_text
+    if _CACHED.search(words) or "cached" in view.trace.settings:
+        return
+    cached = "no_grad" in words and any(b.loss.coupled and _SHARED.search(words) for b in view.trace.backwards)
+    if cached:
+        b = next(b for b in view.trace.backwards if b.loss.coupled)
+        yield Fault("MB405", b.node, f"a parameter that is in every one of the {view.n} losses of a window gets {view.n} times its gradient", certain=False,
+                    needs=("whether a scale or a bias of the loss is trained",))  # fmt: skip
         return
     for b in view.trace.backwards:
         if b.loss.coupled:
@@ -119,6 +127,13 @@ def _batch_norm(view: View) -> Iterator[Fault]:
 
 
 def _slices(view: View) -> Iterator[Fault]:
+    if "cached" in view.trace.settings or any(o.startswith("multiplied") for o in view.opaque_losses()):
+        return  # each microbatch is weighted, or gradients of cached outputs are handed on
+    for mark in view.marks("pieces"):
+        if any(isinstance(p, Loop) and mark.node in ast.walk(p.iter) and len(view.module.above(p)) > 0 for p in view.module.above(mark.node) if isinstance(p, ast.For)):
+            yield Fault("MB404", mark.node, f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same", certain=False,
+                        needs=("whether the rows divide evenly",))  # fmt: skip
+            return
     for mark in view.marks("slice"):
         loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
         if not loops or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0])) or len(loops) < 2:
