@@ -342,6 +342,64 @@ def path() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
+# -- the doctor itself ------------------------------------------------------------------------------------------------
+
+WRONG = """\
+def train(model, loader, optimizer, N):
+    for i, (x, y) in enumerate(loader):
+        loss = F.mse_loss(model(x), y) / N
+        loss.backward()
+        if i % N == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+
+DOCTOR = """
+import runpy
+sys.argv = ["microbatch", "doctor", "train.py"]
+runpy.run_module("microbatch", run_name="__main__")
+"""
+
+
+def alone(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python of its own that has the standard library and this package."""
+    absent = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in OTHERS)
+    return subprocess.run(
+        [sys.executable, "-c", absent + code], capture_output=True, text=True, check=False, env=path(), timeout=60
+    )
+
+
+def test_the_real_doctor_needs_the_standard_library_alone(folder: Path) -> None:
+    (folder / "train.py").write_text(WRONG)
+    result = alone(DOCTOR)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "train.py:6:13: MB105 [certain]" in result.stdout
+    result = alone("import microbatch as mb\nprint([each.rule for each in mb.doctor('train.py')])")
+    assert "MB105" in result.stdout
+    # The negative control: a part of the package that needs torch.
+    assert "torch" in alone("import microbatch as mb\nmb.Accumulator").stderr
+
+
+HOSTILE = {
+    "a long function": "def f(loader, m, opt, N):\n" + "    x = 1\n" * 10_000 + WRONG.split("\n", 1)[1],
+    "deep blocks": "".join(" " * depth + "if c:\n" for depth in range(90)) + " " * 90 + "loss.backward()\n",
+    "a cycle of helpers": "def a(x):\n  b(x)\ndef b(x):\n  x.backward()\n  a(x)\nfor x in y:\n  a(x)\n  opt.step()\n",
+    "a long sum": "for x in y:\n    loss = " + " + ".join(["m(x)"] * 3_000) + "\n    loss.backward()\n    opt.step()\n",
+    "huge numbers": "N = 9 ** 9 ** 9\nfor i in range(10 ** 12):\n    loss.backward()\n    if i % N == 0: opt.step()\n",
+    "no end": "while True:\n    loss.backward()\n    while True:\n        opt.step()\n",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_soon_and_without_a_traceback(folder: Path, name: str) -> None:
+    (folder / "train.py").write_text(HOSTILE[name])
+    result = alone(DOCTOR)
+    assert result.returncode in {0, 1, 2}
+    assert result.stderr == ""
+    assert "fault of its own" not in result.stdout
+
+
 # -- one command line, two readers of it ------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +23,8 @@ from microbatch.linting.report import Report
 from microbatch.linting.rules.rule import Rule
 from microbatch.linting.rules.table import RULES
 from microbatch.linting.sources import Source, read_text
+
+PYTHON = f"{sys.version_info[0]}.{sys.version_info[1]}"
 
 
 def notebook(*cells: str) -> str:
@@ -88,7 +91,7 @@ def test_nothing_found_is_one_line() -> None:
 
 def test_what_could_not_be_judged_is_counted() -> None:
     text = lines(text_form, report("for in:\n", "x.backward()  # MB002.\ny = 1  # microbatch: ignore\n"))
-    assert text[0] == "train.py:1:5: MB000 [note] cannot be read: it is not Python: invalid syntax"
+    assert text[0] == f"train.py:1:5: MB000 [note] cannot be read: it is not Python {PYTHON}: invalid syntax"
     assert text[-1] == "0 certain, 0 depends, 0 speed notes, 1 unused comment; could not judge: 2 (2 files read)"
 
 
@@ -127,6 +130,20 @@ def test_a_long_line_is_shown_in_part() -> None:
     text = lines(text_form, report("x = '" + "a" * 1_000_000 + "'; y.backward()  # MB105!\n"))
     assert max(map(len, text)) < 1_000_100  # the message has the line; what is shown of the source is short
     assert all(len(line) < 120 for line in text[1:])
+
+
+def test_what_was_said_is_not_said_again() -> None:
+    found = report(LOOP + LOOP, show_window=True)
+    text = lines(text_form, found)
+    assert [line for line in text if " MB105 [" in line] == [
+        "train.py:6:9: MB105 [certain] MB105 of if i % N == 0:",
+        "train.py:13:9: MB105 [certain] MB105 of if i % N == 0:",
+    ]
+    assert text.count("  what happens: Step 1 takes microbatch 0 alone.") == 1
+    assert text.count("  the window:") == 1
+    assert sum(line.startswith("  settle it") for line in text) == 1
+    assert text.count("    -        if i % N == 0:  # MB105!~") == 2
+    assert lines(text_form, report(LOOP, LOOP)).count("  what happens: Step 1 takes microbatch 0 alone.") == 2
 
 
 def test_long_words_are_wrapped() -> None:
@@ -406,3 +423,22 @@ def test_text_files_and_folders_are_examined(tmp_path: Path) -> None:
     assert [each.rule for each in examine_path(tmp_path / "gone.py", judge)] == ["MB000"]
     assert [each.rule for each in examine_path("x\0", judge)] == ["MB000"]
     assert [each.rule for each in examine_path("x" * 5_000, judge)] == ["MB001"]
+
+
+def test_what_is_found_in_an_imported_file_is_its_own(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "loop.py", tmp_path / "train.py"
+    inner.write_text(LOOP.replace("# MB110?", "# MB110?  # microbatch: ignore[MB110]"))
+    outer.write_text("from loop import train  # microbatch: ignore[MB601]\ntrain.backward()\n" + "x = 1\n" * 9)
+
+    def follow(source: Source, folder: Path | None) -> list[Finding]:
+        imported = read_text(inner.read_text(), path=inner.as_posix())
+        assert isinstance(imported, Source)
+        return judge(imported, folder)
+
+    found = examine_path(outer, follow)
+    # The comments of each file hold for its own lines.
+    assert {each.path for each in found if each.rule != "MB003"} == {inner.as_posix()}
+    assert [each.rule for each in found] == ["MB003", "MB601", "MB501", "MB601", "MB105"]
+    # Found from both files, and said once.
+    both = [each for each in examine_path(tmp_path, follow) if each.rule != "MB003"]
+    assert [each.rule for each in both] == ["MB601", "MB501", "MB601", "MB105"]

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from microbatch.cli.safe_stream import safe
 from microbatch.errors import LintError, MicrobatchError
 from microbatch.linting.edits import file_diff, fitting
-from microbatch.linting.examine import Judge, examine
+from microbatch.linting.examine import Judge, examine, once_each
 from microbatch.linting.find_files import find_files, shown
 from microbatch.linting.finding import Finding
 from microbatch.linting.formats.text_form import clean, place
@@ -184,6 +184,10 @@ def _report(reads: Iterator[_Read], settings: DoctorSettings, *, alone: bool) ->
         findings += found
         if found and isinstance(source, Source):
             kept[source.path] = source
+    findings = once_each(findings)
+    for path in {finding.path for finding in findings if finding.rule != "MB000"} - set(kept):
+        imported = read_file(Path(path), path=path)
+        kept |= {path: imported} if isinstance(imported, Source) else {}
     return Report(findings, kept, RULES, len(seen))
 
 

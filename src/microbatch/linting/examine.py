@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from microbatch.linting.finding import Finding
 from microbatch.linting.sources import Source, read_file, source_of, unreadable
 from microbatch.linting.suppressions import has_comments, suppress
 
-__all__ = ["Judge", "examine", "examine_path"]
+__all__ = ["Judge", "examine", "examine_path", "once_each"]
 
 Judge = Callable[[Source, Path | None], list[Finding]]
 """Finds the faults of a source, in lines of its text. The folder is where its imports are looked up."""
@@ -42,19 +42,38 @@ def examine(
         return [source.tree]
     try:
         found = judge(source, folder) if source.can_accumulate else [_nothing(source)]
-        found = [replace(each, line=source.line_of(each.cell, each.line), cell=None) for each in found]
-        found = suppress(source, found)
+        elsewhere = [each for each in found if each.path != source.path]
+        own = [each for each in found if each.path == source.path]
+        own = [replace(each, line=source.line_of(each.cell, each.line), cell=None) for each in own]
+        own = suppress(source, own)
     except (RecursionError, MemoryError):
         return [unreadable(source.path, "its expressions are nested too deeply")]
     except Exception as error:  # noqa: BLE001 - one file that the doctor fails on must not hide what it found in others
         return [unreadable(source.path, f"the doctor failed on it, which is a fault of its own: {error!r}")]
     placed = list[Finding]()
-    for each in sorted(found, key=lambda each: (each.line, each.column, each.rule)):
+    for each in sorted(own, key=lambda each: (each.line, each.column, each.rule)):
         if walked and each.rule == "MB001":
             continue
         cell, line = source.place(each.line)
         placed.append(replace(each, cell=cell, line=line))
-    return placed
+    return placed + _without_comments(elsewhere)
+
+
+def once_each(findings: Iterable[Finding]) -> list[Finding]:
+    """Return findings without repetition: a file that another one imports is judged with it, and by itself.
+
+    Args:
+        findings: Of several files.
+
+    Returns:
+        One for each rule and place: the certain one, where there are several.
+    """
+    best = dict[tuple[str, str, int | None, int, int], Finding]()
+    for each in findings:
+        key = (each.rule, each.path, each.cell, each.line, each.column)
+        if key not in best or (each.confidence == "certain" and best[key].confidence != "certain"):
+            best[key] = each
+    return list(best.values())
 
 
 def examine_path(source_or_path: str | Path, judge: Judge, *, folder: Path | None = None) -> list[Finding]:
@@ -81,7 +100,17 @@ def examine_path(source_or_path: str | Path, judge: Judge, *, folder: Path | Non
     for file in find_files([path]):
         source = file if isinstance(file, Finding) else read_file(file)
         found += examine(source, judge, folder=folder or path, walked=True)
-    return found
+    return once_each(found)
+
+
+def _without_comments(findings: list[Finding]) -> list[Finding]:
+    """Leave out the findings in imported files that comments there silence."""
+    kept = list[Finding]()
+    for path in dict.fromkeys(each.path for each in findings):
+        here = [each for each in findings if each.path == path]
+        source = read_file(Path(path), path=path)
+        kept += [each for each in suppress(source, here) if each in here] if isinstance(source, Source) else here
+    return kept
 
 
 def _nothing(source: Source) -> Finding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import sys
 import tokenize
 import warnings
 from bisect import bisect_right
@@ -23,6 +24,7 @@ LARGEST_NOTEBOOK = 100_000_000
 """Likewise of a notebook, which holds its pictures too."""
 _WORDS = ("backward", "accumul", "zero_grad", "training_step", "train_batch", "scaler")
 _NO_SOURCE = re.compile("[\0\ud800-\udfff]")  # a null, and halves of surrogate pairs
+_VERSION = ".".join(map(str, sys.version_info[:2]))
 _SUFFIXES = (".py", ".pyi", ".pyw", ".ipynb")
 
 
@@ -211,7 +213,7 @@ def _parse(source: Source) -> ast.Module | Finding:
         line = source.text.count("\n", 0, bad.start()) + 1
         reason = f"it is not Python: it holds the character {bad.group()!r}"
     except SyntaxError as error:
-        line, column, reason = error.lineno or 1, error.offset or 1, f"it is not Python: {error.msg}"
+        line, column, reason = error.lineno or 1, error.offset or 1, f"it is not Python {_VERSION}: {error.msg}"
     except (RecursionError, MemoryError):
         reason = "its expressions are nested too deeply"
     except ValueError as error:  # a number of too many digits

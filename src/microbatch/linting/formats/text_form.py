@@ -19,7 +19,8 @@ _SETTLE = "microbatch check FILE.py:job --loop FILE.py:loop runs the loop on you
 def text_form(report: Report) -> Iterator[str]:
     """Write findings for people.
 
-    The speed notes of one loop are one line. Characters that would move a terminal's cursor are written as escapes.
+    The speed notes of one loop are one line. What is said of a finding is not said again of the next one. Characters
+    that would move a terminal's cursor are written as escapes.
 
     Args:
         report: The findings.
@@ -27,10 +28,11 @@ def text_form(report: Report) -> Iterator[str]:
     Yields:
         Lines without their ends, of ASCII alone where the source has no other characters.
     """
+    said = set[tuple[str, ...]]()
     quick = [finding for finding in report.findings if report.severity(finding) == "speed"]
     for finding in report.findings:
         if finding not in quick:
-            yield from (clean(line) for line in _one(report, finding))
+            yield from (clean(line) for line in _one(report, finding, said))
             yield ""
     notes = 0
     for _, group in groupby(quick, key=lambda each: (each.path, each.cell, each.function)):
@@ -56,21 +58,27 @@ def clean(text: str) -> str:
     )
 
 
-def _one(report: Report, finding: Finding) -> Iterator[str]:
+def _one(report: Report, finding: Finding, said: set[tuple[str, ...]]) -> Iterator[str]:
+    """Yield the lines of a finding, without the texts that were said of the same rule in the same file."""
+
+    def is_new(*texts: str) -> bool:
+        key = (finding.path, finding.rule, *texts)
+        return key not in said and not said.add(key)
+
     yield f"{place(finding)}: {finding.rule} [{finding.confidence}] {finding.message}"
     source = report.sources.get(finding.path)
     if source is not None and finding.rule != "MB001":  # of the whole file
         yield from _excerpt(source, finding)
     for title, text in (("what happens", finding.happens), ("how much", finding.how_much), ("fix", finding.fix)):
-        if text:
+        if text and is_new(title, text):
             yield from _titled(title, text)
     if source is not None and finding.edits:
         yield from (f"    {line}" for line in fragment(source, finding))
     if finding.needs:
         yield from _titled("depends on", "; ".join(finding.needs))
-    if finding.confidence == "depends":
+    if finding.confidence == "depends" and is_new("settle it"):
         yield f"  settle it: {_SETTLE}"
-    if report.show_window and finding.window:
+    if report.show_window and finding.window and is_new("window", finding.window):
         yield "  the window:"
         yield from (f"    {line}" for line in finding.window.split("\n"))
 
