@@ -8,8 +8,8 @@ from typing import Any
 
 from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, kind_of_constructor
-from microbatch.linting.module import dotted, is_backward_call, last_name, text_of
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
+from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
 __all__ = ["Calls"]

@@ -6,8 +6,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from microbatch.linting.module import text_of
 from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import text_of
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number
 
 __all__ = ["Conditions"]

@@ -9,10 +9,11 @@ from microbatch.linting.drawing import draw
 from microbatch.linting.examine import examine_path
 from microbatch.linting.finding import Finding
 from microbatch.linting.imports import with_imports
-from microbatch.linting.module import Module, text_of
+from microbatch.linting.module import Module
 from microbatch.linting.rules.how_much import how_much_for
 from microbatch.linting.rules.table import RULES
 from microbatch.linting.sources import Source
+from microbatch.linting.syntax import text_of
 from microbatch.linting.verdicts import Reading, Verdict, read
 
 __all__ = ["doctor", "judge"]

@@ -11,7 +11,7 @@ from typing import Any
 from microbatch.linting.calls import Calls
 from microbatch.linting.conditions import Conditions
 from microbatch.linting.guesses import kind_of_name, names_window
-from microbatch.linting.module import dotted, last_name, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Expressions"]
@@ -175,8 +175,10 @@ class Expressions(Conditions, Calls):
             return self.as_loss(base) if isinstance(index, str) and "loss" in index else base
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
             return base
-        if isinstance(base, Unknown) and base.data:
-            return Unknown(text_of(node), data=True)
+        if isinstance(base, Unknown) and (
+            base.data or (self.trace.tick and not isinstance(node.slice, ast.Constant | ast.Slice))
+        ):
+            return Unknown(text_of(node), data=True)  # a part that this microbatch picks
         return (
             self.guess(str(index)) if isinstance(index, str) and not _SETTINGS.search(dotted(node.value)) else None
         ) or Unknown(text or text_of(node))

@@ -60,18 +60,21 @@ class View:
         return {s.tick for s in self.trace.steps}
 
     @cached_property
-    def by_optimizer(self) -> dict[str, list[StepTaken]]:
-        """The steps of each optimizer that took gradients."""
-        found: dict[str, list[StepTaken]] = {}
+    def by_optimizer(self) -> dict[tuple[str, ast.AST | None], list[StepTaken]]:
+        """The steps of each optimizer, in each loop, that took gradients."""
+        found: dict[tuple[str, ast.AST | None], list[StepTaken]] = {}
         for step in self.trace.steps:
             if step.since:
-                found.setdefault(step.optimizer, []).append(step)
+                found.setdefault((step.optimizer, step.loop), []).append(step)
         return found
 
     @cached_property
     def many_optimizers(self) -> bool:
         """Whether several optimizers step at places of their own, so that a loss may belong to one of them alone."""
-        return len({s.node for s in self.trace.steps}) > 1 and len(self.by_optimizer) > 1
+        loops: dict[ast.AST | None, set[str]] = {}
+        for optimizer, loop in self.by_optimizer:
+            loops.setdefault(loop, set()).add(optimizer)
+        return len({s.node for s in self.trace.steps}) > 1 and any(len(names) > 1 for names in loops.values())
 
     @cached_property
     def divides(self) -> bool:

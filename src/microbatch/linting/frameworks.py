@@ -6,8 +6,8 @@ from fractions import Fraction
 from typing import Any
 
 from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor
-from microbatch.linting.module import dotted, last_name, text_of
 from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Gradients
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 

@@ -6,8 +6,9 @@ from fractions import Fraction
 from typing import Any
 
 from microbatch.linting.guesses import SHARED
-from microbatch.linting.module import FunctionNode, Module, last_name, text_of
+from microbatch.linting.module import Module
 from microbatch.linting.simulated import Frame, Simulated
+from microbatch.linting.syntax import FunctionNode, last_name, text_of
 from microbatch.linting.values import Function, Obj, Unknown, is_number, number
 
 __all__ = ["Functions"]

@@ -3,7 +3,8 @@
 import ast
 from pathlib import Path
 
-from microbatch.linting.module import FunctionNode, Module
+from microbatch.linting.module import Module
+from microbatch.linting.syntax import FunctionNode
 
 __all__ = ["with_imports"]
 

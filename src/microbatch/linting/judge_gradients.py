@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.module import Loop, dotted, last_name, text_of
+from microbatch.linting.syntax import Loop, dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
 __all__ = ["judge_gradients"]

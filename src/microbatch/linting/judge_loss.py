@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import SHARED
-from microbatch.linting.module import Loop, last_name, text_of
+from microbatch.linting.syntax import Loop, last_name, text_of
 
 __all__ = ["judge_loss"]
 
@@ -143,8 +143,12 @@ def _coupled(view: View) -> Iterator[Fault]:
     words = view.module.names_text
     if _CACHED.search(words) or "cached" in view.trace.settings:
         return
-    cached = "no_grad" in words and "shared" not in view.trace.settings and any(b.loss.coupled and SHARED.search(words) for b in view.trace.backwards)
-    if any(b.loss.coupled for b in view.trace.backwards) and "no_grad" in words and not cached:
+    cached = (
+        view.module.caches_outputs
+        and "shared" not in view.trace.settings
+        and any(b.loss.coupled and SHARED.search(words) for b in view.trace.backwards)
+    )
+    if any(b.loss.coupled for b in view.trace.backwards) and view.module.caches_outputs and not cached:
         return
     if cached:
         b = next(b for b in view.trace.backwards if b.loss.coupled)

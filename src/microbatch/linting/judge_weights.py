@@ -13,7 +13,7 @@ def judge_weights(view: View) -> Iterator[Fault]:
     """The faults of windows and weights that one run shows."""
     if not view.accumulates or view.blocked or "cached" in view.trace.settings:
         return
-    if "no_grad" in view.module.names_text and any(b.loss.coupled for b in view.trace.backwards):
+    if view.module.caches_outputs and any(b.loss.coupled for b in view.trace.backwards):
         return  # outputs are cached: each backward is one part of one loss
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
@@ -131,7 +131,7 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
             return  # windows run on over the end of an epoch, each with N microbatches
         last = steps[-1].tick
-        left = [t for t in view.ticks if t > last]
+        left = [t for t in view.ticks if t > last and view.trace.loop_of.get(t) is steps[-1].loop]
         if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
             yield Fault("MB111", steps[-1].node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never "
                         "enter a step", certain=False, needs=needs)  # fmt: skip

@@ -5,8 +5,8 @@ import re
 from typing import Any
 
 from microbatch.linting.guesses import LOADER_WORDS
-from microbatch.linting.module import Loop, dotted, last_name, text_of
 from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import Loop, dotted, last_name, text_of
 from microbatch.linting.values import Data, Num, Obj, Unknown, number
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
@@ -30,6 +30,7 @@ class Loops(Simulated):
         if not micro and not self.module.contains_backward(node, self.frame.owner):
             limit = 1
         if micro:
+            self.trace.loop = node
             self.begin_epoch()
         for index in range(limit):
             value = self.evaluate(node.test)
@@ -48,6 +49,8 @@ class Loops(Simulated):
 
     def _loop(self, node: ast.For, items: list[Any], counted: bool) -> Any:
         micro = self.module.is_microbatch_loop(node, self.frame.owner)
+        if micro:
+            self.trace.loop = node
         if micro and not counted:
             self.begin_epoch()
         if (
@@ -86,7 +89,7 @@ class Loops(Simulated):
         owner = self.frame.owner
         if self.module.is_microbatch_loop(node, owner):
             return self.run.length
-        if not self.module.contains_backward(node, owner):
+        if not self.module.contains_backward(node, owner) or self.loop_depth > 2:
             return 1
         return (
             3

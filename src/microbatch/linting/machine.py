@@ -12,14 +12,14 @@ from microbatch.linting.expressions import Expressions
 from microbatch.linting.functions import Functions
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
-from microbatch.linting.module import dotted, last_name, text_of
 from microbatch.linting.simulated import Run, TooLongError
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Trace
 from microbatch.linting.values import Data, Function, Obj, Unknown, is_number
 
 __all__ = ["Frame", "Machine", "Run", "TooLongError"]
 
-STATEMENTS = 60_000
+STATEMENTS = 30_000
 
 
 class Machine(Loops, Functions, Expressions):
@@ -85,6 +85,7 @@ class Machine(Loops, Functions, Expressions):
     def begin_microbatch(self, *, last: bool = False) -> None:
         self.trace.tick += 1
         self.trace.epoch_of[self.trace.tick] = self.trace.epoch
+        self.trace.loop_of[self.trace.tick] = self.trace.loop
         if last:
             self.trace.last_ticks.add(self.trace.tick)
         self.at_last = last

@@ -1,16 +1,15 @@
-"""What a file holds: its functions and classes, which of them reach a backward, which loops run once a microbatch, and the words for N."""
+"""Which functions and loops of a file reach a backward, which loops run once a microbatch, and the words for N."""
 
 import ast
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from microbatch.linting.guesses import LOADER_WORDS, kind_of_name, names_window
-from microbatch.linting.values import Function
+from microbatch.linting.definitions import Definitions, Facts
+from microbatch.linting.guesses import LOADER_WORDS, names_window
+from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
 
-__all__ = ["Loop", "Module", "dotted", "is_backward_call", "last_name", "text_of"]
+__all__ = ["Module"]
 
 _PIECES = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches)\b")
 # What one microbatch has several of.
@@ -18,119 +17,9 @@ _PARTS = re.compile(
     r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name",
     re.IGNORECASE,
 )
-_GENERIC = frozenset(
-    [
-        "backward",
-        "step",
-        "zero_grad",
-        "forward",
-        "eval",
-        "update",
-        "state_dict",
-        "load_state_dict",
-        "to",
-        "parameters",
-        "item",
-        "append",
-        "add",
-        "log",
-        "write",
-        "get",
-        "items",
-        "keys",
-        "values",
-        "cuda",
-        "cpu",
-        "detach",
-        "mean",
-        "sum",
-        "close",
-        "save",
-        "load",
-        "format",
-        "join",
-        "reset",
-        "size",
-        "view",
-        "__init__",
-        "prepare",
-        "no_sync",
-        "scale",
-        "unscale_",
-        "clip_grad_norm_",
-        "next",
-    ]
-)
-FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
-Loop = ast.For | ast.AsyncFor | ast.While
 
 
-def dotted(node: ast.AST) -> str:
-    """The text of a name, an attribute or a subscript by a constant: "self.args.n", "config['n']"; empty for anything else."""
-    if isinstance(node, ast.Name):
-        return node.id
-    found = getattr(node, "_dotted", None)  # asked many times for each node
-    if found is None:
-        found = ""
-        if isinstance(node, ast.Attribute):
-            base = dotted(node.value)
-            found = f"{base}.{node.attr}" if base else ""
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            base = dotted(node.value)
-            found = f"{base}[{node.slice.value!r}]" if base else ""
-        node._dotted = found  # type: ignore[attr-defined]
-    return found
-
-
-def last_name(node: ast.AST) -> str:
-    """The last word of a name: `n` of "self.args.n" and of "config['n']"."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
-        return node.slice.value
-    return ""
-
-
-def text_of(node: ast.AST) -> str:
-    """The source of an expression, short enough for a message."""
-    found = getattr(node, "_text", None)
-    if found is None:
-        try:
-            found = ast.unparse(node)
-        except (ValueError, RecursionError):
-            found = "an expression"
-        found = found if len(found) <= 60 else found[:57] + "..."
-        node._text = found  # type: ignore[attr-defined]
-    return found
-
-
-def is_backward_call(node: ast.AST) -> bool:
-    """Whether a call adds to the gradients: `x.backward()`, Lightning's `manual_backward`, a scaler that does all in one."""
-    if not isinstance(node, ast.Call):
-        return False
-    name = last_name(node.func)
-    if name in ("backward", "manual_backward"):
-        return True
-    return kind_of_name(name) == "native_scaler" and not name[:1].isupper() and len(node.args) >= 2
-
-
-@dataclass
-class _Facts:
-    """What one function (or the top level) does, outside and inside its loops."""
-
-    node: ast.AST
-    owner: str | None
-    backward: bool = False
-    in_loop: bool = False  # its backward stands in a loop of its own
-    flat: bool = False  # a backward stands outside of its loops
-    sites: set[ast.AST] = field(default_factory=set)
-    calls: set[str] = field(default_factory=set)
-    flat_calls: set[str] = field(default_factory=set)
-
-
-class Module:
+class Module(Definitions):
     """One parsed file.
 
     Args:
@@ -138,35 +27,8 @@ class Module:
     """
 
     def __init__(self, tree: ast.Module) -> None:
-        self.tree = tree
-        self.functions: dict[str, Function] = {}
-        self.classes: dict[str, ast.ClassDef] = {}
-        self.methods: dict[str, dict[str, Function]] = {}
-        self.by_method: dict[str, list[Function]] = {}
-        self.parents: dict[ast.AST, ast.AST] = {}
-        self.facts: dict[str, _Facts] = {"": _Facts(tree, None)}
-        self._resolved: dict[tuple[ast.AST, str | None], Function | None] = {}
-        self.paths: dict[ast.AST, str] = {}
-        self._found: dict[str, Any] = {}
-        self._collect(tree, None, None)
+        super().__init__(tree)
         self._reach()
-
-    # ---- what is there
-
-    def add(self, node: FunctionNode | ast.ClassDef, tree: ast.Module, path: str) -> None:
-        """Add a function or class of another file. What this file defines itself stays."""
-        if node.name in self.functions or node.name in self.classes:
-            return
-        self.paths[node] = path
-        self.parents[node] = self.tree
-        before = set(self.facts)
-        holder = ast.Module([node], [])
-        self._collect(holder, None, None)
-        self.parents[node] = self.tree
-        for key in set(self.facts) - before:
-            self._look(self.facts[key])
-        self._resolved.clear()
-        self._again()
 
     def _again(self) -> None:
         """Read what calls what anew."""
@@ -179,16 +41,6 @@ class Module:
             self.__dict__.pop(name, None)
         self._reach()
 
-    def path_of(self, node: ast.AST) -> str | None:
-        """The file of a node that was added from another one; `None` for this file's own."""
-        while node is not self.tree:
-            if node in self.paths:
-                return self.paths[node]
-            if node not in self.parents:
-                return None
-            node = self.parents[node]
-        return None
-
     @cached_property
     def hints_at_accumulation(self) -> ast.AST | None:
         """A name for the number of microbatches, where no loop of it is in the file."""
@@ -200,92 +52,6 @@ class Module:
             ):
                 return node
         return None
-
-    def _collect(self, node: ast.AST, owner: str | None, scope: FunctionNode | None) -> None:
-        stack: list[tuple[ast.AST, str | None, FunctionNode | None]] = [(node, owner, scope)]
-        while stack:
-            node, owner, scope = stack.pop()
-            for child in ast.iter_child_nodes(node):
-                self.parents[child] = node
-                if isinstance(child, ast.ClassDef):
-                    self.classes.setdefault(child.name, child)
-                    self.methods.setdefault(child.name, {})
-                    stack.append((child, child.name, None))
-                elif isinstance(child, FunctionNode):
-                    function = Function(child.name, child, owner if scope is None else None, scope)
-                    if owner is not None and scope is None:
-                        self.methods[owner][child.name] = function
-                        self.by_method.setdefault(child.name, []).append(function)
-                    else:
-                        self.functions.setdefault(child.name, function)
-                    self.facts[self.key(function)] = _Facts(child, function.owner)
-                    stack.append((child, owner, child))
-                else:
-                    stack.append((child, owner, scope))
-
-    @staticmethod
-    def key(function: Function) -> str:
-        """The name of a function in this module's tables."""
-        return f"{function.owner}.{function.name}" if function.owner else function.name
-
-    @staticmethod
-    def _is_abstract(function: Function) -> bool:
-        """Whether a function only says that a subclass has to write it."""
-        body = [s for s in function.node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-        return not body or (len(body) == 1 and isinstance(body[0], ast.Raise | ast.Pass))
-
-    def find_method(self, owner: str | None, name: str) -> Function | None:
-        """A method of a class of the file or of its base classes there."""
-        seen: set[str] = set()
-        waiting = [owner] if owner else []
-        while waiting:
-            current = waiting.pop(0)
-            if current in seen or current not in self.classes:
-                continue
-            seen.add(current)
-            if name in self.methods[current]:
-                return self.methods[current][name]
-            waiting += [last_name(base) for base in self.classes[current].bases]
-        return None
-
-    def resolve(self, func: ast.AST, owner: str | None) -> Function | None:
-        """The function of the file that a call goes to, as far as names tell."""
-        key = (func, owner)
-        if key not in self._resolved:
-            found = self._resolve(func, owner)
-            self._resolved[key] = None if found is None or self._is_abstract(found) else found
-        return self._resolved[key]
-
-    def _resolve(self, func: ast.AST, owner: str | None) -> Function | None:
-        if isinstance(func, ast.Name):
-            return self.functions.get(func.id)
-        if not isinstance(func, ast.Attribute):
-            return None
-        if isinstance(func.value, ast.Name) and func.value.id in ("self", "cls"):
-            return self.find_method(owner, func.attr)
-        if isinstance(func.value, ast.Call) and last_name(func.value.func) == "super":
-            bases = [last_name(base) for base in self.classes[owner].bases] if owner in self.classes else []
-            return next((found for base in bases if (found := self.find_method(base, func.attr))), None)
-        if func.attr in _GENERIC or kind_of_name(dotted(func.value)) in (
-            "optimizer",
-            "scheduler",
-            "accelerator",
-            "model",
-        ):
-            return None
-        candidates = self.by_method.get(func.attr, [])
-        return candidates[0] if len(candidates) == 1 else None
-
-    @cached_property
-    def nodes(self) -> list[ast.AST]:
-        """All nodes of the file."""
-        return list(ast.walk(self.tree))
-
-    def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """What is found in the file itself, the same for all runs: it is looked for once."""
-        if name not in self._found:
-            self._found[name] = find()
-        return self._found[name]
 
     # ---- which functions and loops reach a backward
 
@@ -302,7 +68,7 @@ class Module:
                     facts.backward, facts.flat = backward, flat
                     changed = True
 
-    def _look(self, facts: _Facts) -> None:
+    def _look(self, facts: Facts) -> None:
         body = facts.node.body if isinstance(facts.node, FunctionNode | ast.Module) else []
         stack: list[tuple[ast.AST, bool]] = [(statement, False) for statement in body]
         while stack:
@@ -417,7 +183,7 @@ class Module:
         key = (node, owner, "touch")
         if key in self._memo:
             return self._memo[key]
-        found = _steps([node]) or self.contains_backward(node, owner)
+        found = steps_inside([node]) or self.contains_backward(node, owner)
         if not found:
             for call in ast.walk(node):
                 target = self.resolve(call.func, owner) if isinstance(call, ast.Call) else None
@@ -472,48 +238,14 @@ class Module:
             return True
         return not any(_PARTS.search(name) for name in names)
 
-    def above(self, node: ast.AST) -> list[ast.AST]:
-        """The nodes around one, inside its function."""
-        found: list[ast.AST] = []
-        while (node := self.parents.get(node, self.tree)) is not self.tree and not isinstance(
-            node, FunctionNode | ast.ClassDef
-        ):
-            found.append(node)
-        return found
-
-    def statement_of(self, node: ast.AST) -> ast.stmt | None:
-        """The statement that holds an expression, or the statement itself."""
-        while not isinstance(node, ast.stmt):
-            if node not in self.parents:
-                return None
-            node = self.parents[node]
-        return node
-
-    def is_inside_loop(self, node: ast.AST) -> bool:
-        """Whether a statement stands inside of a loop of its function."""
-        return any(isinstance(parent, Loop) for parent in self.above(node))
-
-    def function_of(self, node: ast.AST) -> str:
-        """The name of the function that holds a node; empty at the top level."""
-        while (node := self.parents.get(node, self.tree)) is not self.tree:
-            if isinstance(node, FunctionNode):
-                return node.name
-        return ""
-
     @cached_property
-    def names_text(self) -> str:
-        """All names of the file, for a search by words."""
-        return " ".join(
-            {n.id for n in self.nodes if isinstance(n, ast.Name)}
-            | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)}
-        )
-
-    @cached_property
-    def wraps_ddp(self) -> bool:
-        """Whether the file wraps a model in DistributedDataParallel."""
-        return any(
-            isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in self.nodes
-        )
+    def caches_outputs(self) -> bool:
+        """Whether a loop that runs a backward computes something without a graph first, as gradient caching does."""
+        for node in self.nodes:
+            if isinstance(node, ast.With) and any("no_grad" in text_of(item.context_expr) for item in node.items):
+                if any(isinstance(p, Loop) and self.contains_backward(p, self.owner_of(p)) for p in self.above(node)):
+                    return True
+        return False
 
     # ---- the words for N
 
@@ -579,7 +311,7 @@ class Module:
     def _guards_step(self, node: ast.If | ast.IfExp) -> bool:
         """Whether a condition decides about a step: inside of it, or after its `continue`."""
         if isinstance(node, ast.IfExp):
-            return _steps([node])
+            return steps_inside([node])
         owner = self.owner_of(node)
         if any(self.touches_gradients(s, owner) for s in (*node.body, *node.orelse)):
             return True
@@ -589,31 +321,6 @@ class Module:
             and loop is not None
             and any(self.touches_gradients(s, owner) for s in loop.body)
         )
-
-    def owner_of(self, node: ast.AST) -> str | None:
-        """The class that holds a node."""
-        while (node := self.parents.get(node, self.tree)) is not self.tree:
-            if isinstance(node, ast.ClassDef):
-                return node.name
-        return None
-
-
-def _steps(body: Sequence[ast.AST]) -> bool:
-    """Whether an optimizer's step or the clearing of gradients is inside."""
-    for statement in body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                base = node.func.value
-                kind = kind_of_name(dotted(base)) or kind_of_name(
-                    last_name(base.func) if isinstance(base, ast.Call) else ""
-                )
-                if node.func.attr == "step" and kind not in ("scheduler", "ema", "log", "meter"):
-                    return True
-                if node.func.attr == "zero_grad":
-                    return True
-                if "optim" in node.func.attr and "step" in node.func.attr:
-                    return True
-    return False
 
 
 def _moduli(test: ast.AST, add, counters: set[str]) -> None:  # noqa: ANN001 - a function of one node

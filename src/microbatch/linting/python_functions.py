@@ -4,7 +4,7 @@ import ast
 from dataclasses import replace
 from typing import Any
 
-from microbatch.linting.module import last_name, text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["PYTHON_FUNCTIONS"]

@@ -13,7 +13,7 @@ __all__ = ["Outcome", "Root", "simulate"]
 
 FORKS = 12
 PROBES = 32
-STATEMENTS = 900_000  # of all runs of one file together
+STATEMENTS = 300_000  # of all runs of one file together
 
 
 @dataclass

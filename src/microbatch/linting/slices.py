@@ -4,7 +4,8 @@ import ast
 from dataclasses import dataclass
 
 from microbatch.linting.guesses import kind_of_name
-from microbatch.linting.module import FunctionNode, Loop, Module, dotted, last_name
+from microbatch.linting.module import Module
+from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name
 
 __all__ = ["Slice", "cut"]
 

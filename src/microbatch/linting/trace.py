@@ -49,7 +49,7 @@ class StepTaken:
     scaled: bool
     prior: tuple[str, ...]  # what was done to the gradients since the last backward
     reduced: bool  # its last backward ran outside of `no_sync`
-    last_of_epoch: bool = False
+    loop: ast.AST | None = None  # the loop over microbatches that ran last
 
 
 @dataclass
@@ -79,7 +79,9 @@ class Trace:
     def __init__(self) -> None:
         self.tick = 0  # the microbatch at hand
         self.epoch = 0
+        self.loop: ast.AST | None = None
         self.epoch_of: dict[int, int] = {}
+        self.loop_of: dict[int, ast.AST | None] = {}
         self.last_ticks: set[int] = set()  # the last microbatch of each epoch
         self.backwards: list[Backward] = []
         self.steps: list[StepTaken] = []
@@ -165,7 +167,7 @@ class Trace:
                 node, self.tick, self.epoch, optimizer, dict(group.weights), list(group.since),
                 [m for m in group.lost if m in group.since and m not in group.weights],
                 group.scaled and not by_scaler, tuple(group.prior), group.last_synced,
-                self.tick in self.last_ticks,
+                self.loop,
             )
         )  # fmt: skip
         group.since.clear()
