@@ -236,6 +236,8 @@ class Calls(Frameworks):
             return self.loss_call(node, "mean", text)
         if last in _PIECES:
             self.trace.mark("pieces", node, text)
+        if last in ("tensor", "as_tensor", "LongTensor") and len(node.args) == 1 and isinstance(value := self.evaluate(node.args[0]), Unknown):
+            return value
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
@@ -250,7 +252,9 @@ class Calls(Frameworks):
                 len(data) if isinstance(args[0], list | tuple) else 0,
             )
         if data:
-            return replace(self.combine(data, node), source=node.lineno)
+            coupled = node.lineno if last in ("matmul", "mm", "bmm", "einsum") and len(data) > 1 else 0
+            made = self.combine(data, node)
+            return replace(made, source=node.lineno, coupled=coupled or made.coupled)
         if any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True)
         return Unknown(text_of(node), tags=tags(*args))
@@ -268,6 +272,8 @@ class Calls(Frameworks):
         _, keywords = self.arguments(node)
         if any("label" in name or name in ("targets", "target") for name in keywords):
             self.trace.settings["labels"] = node
+        if any(name.startswith(("num_items", "num_tokens", "normalizer")) for name in keywords):
+            self.trace.settings["criterion"] = node  # the model divides by the count of the window
         labelled = any("label" in name for name in keywords)  # then the model computes the loss, a mean over the labels
         return Data(
             self.this_microbatch(),
@@ -279,6 +285,8 @@ class Calls(Frameworks):
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
         """A loss of this microbatch, with what its `reduction` says."""
         args, keywords = self.arguments(node)
+        if self.trace.tick:
+            self.trace.settings["criterion"] = node
         if isinstance(said := keywords.get("reduction"), str):
             reduction = said
         if keywords.get("size_average") is False:
@@ -286,7 +294,7 @@ class Calls(Frameworks):
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
         base = self.combine(data, node) if data else Data({})
-        is_one_hot = any(isinstance(v, Unknown) and "arange" in v.key for v in values) or any(
+        is_one_hot = any(isinstance(v, Unknown) and "range(" in v.key for v in values) or any(
             "arange" in text_of(a) for a in node.args
         )
         coupled = node.lineno if COUPLED_LOSSES.search(name) or (base.coupled and is_one_hot) else 0

@@ -76,6 +76,13 @@ _CONSTRUCTORS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     )
 )  # fmt: skip
 
+# Numbers, texts and settings that bear the name of an object.
+_NO_OBJECT = re.compile(
+    r"_(num|steps?|size|lr|rate|epochs?|path|names?|dir|type|config|cfg|args|kwargs|state|dict|state_dict|id|idx|count|freq|every|interval|file|"
+    r"params|parameters|groups?|cls|class|key|keys|prefix|dim|dtype|weights?)$|^(num|n|use|is|has|do|save|load)_",
+    re.IGNORECASE,
+)
+
 # What a call of these returns is a mean over rows or counted tokens, if its `reduction` says nothing else.
 MEAN_LOSSES = re.compile(
     r"(^|\.)(cross_entropy|nll_loss|mse_loss|l1_loss|smooth_l1_loss|huber_loss|binary_cross_entropy(_with_logits)?|bce_loss|"
@@ -112,6 +119,8 @@ def names_window(name: str) -> bool:
 def kind_of_name(name: str) -> str | None:
     """What a name is usually used for, or `None`."""
     last = name.rsplit(".", 1)[-1]
+    if _NO_OBJECT.search(last):
+        return None
     for kind, pattern in _NAMES:
         if pattern.search(last):
             return kind

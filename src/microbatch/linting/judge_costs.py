@@ -37,7 +37,7 @@ def judge_costs(view: View) -> Iterator[Fault]:
             never is not None
             and outside is None
             and not view.managed
-            and all(b.loss.forward_synced is False for b in unsynced)
+            and all(b.loss.forward_synced is not True for b in unsynced)
         ):
             yield Fault("MB503", never.node, "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the ranks "
                         "drift apart")  # fmt: skip

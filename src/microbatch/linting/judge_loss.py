@@ -39,7 +39,9 @@ def _token_means(view: View) -> Iterator[Fault]:
         loss = b.loss
         if b.node in said or loss.reduction == "sum":
             continue
-        if loss.reduction != "mean" or not (loss.tokens or ("labels" in view.trace.settings and _masked_labels(view))):
+        by_model = loss.forward_synced is not None and "criterion" not in view.trace.settings
+        masked = _masked_labels(view) if by_model else 0
+        if not masked and (loss.reduction != "mean" or not loss.tokens):
             if _TOKENS.search(view.module.names_text):
                 said.add(b.node)
                 yield Fault("MB401", b.node, "if the loss is a mean over the tokens or labels that are not masked, one of a microbatch with few of them "
@@ -49,9 +51,10 @@ def _token_means(view: View) -> Iterator[Fault]:
             said.add(b.node)
             yield Fault("MB401", _at_line(view, loss.tokens) or b.node, "each microbatch is averaged over its own counted tokens, and then all "
                         "microbatches weigh the same: a token of a short microbatch weighs more")  # fmt: skip
-        elif "labels" in view.trace.settings and (line := _masked_labels(view)):
+        else:
             said.add(b.node)
-            yield Fault("MB401", view.trace.settings["labels"], f"the model's loss is a mean over the labels that are not -100 (line {line}), and all "
+            place = view.trace.settings.get("labels", b.node)
+            yield Fault("MB401", place, f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
                         "microbatches weigh the same: a token of a short microbatch weighs more")  # fmt: skip
 
 
@@ -128,6 +131,9 @@ def _masked_labels(view: View) -> int:
 
 
 def _find_masked(view: View) -> int:
+    for node in view.module.nodes:
+        if (isinstance(node, ast.keyword) and node.arg == "ignore_index") or (isinstance(node, ast.Attribute) and node.attr == "ignore_index"):
+            return node.lineno
     for node in view.module.nodes:
         if (
             isinstance(node, ast.UnaryOp)

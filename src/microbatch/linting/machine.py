@@ -140,7 +140,7 @@ class Machine(Loops, Functions, Expressions):
 
     def store(self, target: ast.AST, value: Any) -> None:
         """Bind a target of an assignment."""
-        if isinstance(value, Unknown) and not value.data and isinstance(target, ast.Name | ast.Attribute):
+        if isinstance(value, Unknown) and not value.data and not value.tags and isinstance(target, ast.Name | ast.Attribute):
             guessed = self.guess(dotted(target))
             if guessed is not None and not self.trace.tick:
                 self.made += 1  # set up once: an object of its own
@@ -163,6 +163,9 @@ class Machine(Loops, Functions, Expressions):
                     made = self.opaque_loss(value.key or target.id)
                     value = replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made
             self.frame.locals[target.id] = value
+            if target.id in self.rooted:  # what was kept under the old value is gone with it
+                for key in [key for key in self.heap if key.startswith((f"{target.id}[", f"{target.id}."))]:
+                    del self.heap[key]
         elif isinstance(target, ast.Tuple | ast.List):
             self._unpack(target.elts, value)
         elif isinstance(target, ast.Starred):
@@ -174,8 +177,10 @@ class Machine(Loops, Functions, Expressions):
             elif target.attr == "grad" and isinstance(value, Data):
                 return
             self.heap[self.heap_key(target)] = value
+            self.rooted.add(dotted(target).partition(".")[0].partition("[")[0])
         elif isinstance(target, ast.Subscript) and (key := self.heap_key(target)):
             self.heap[key] = value
+            self.rooted.add(key.partition(".")[0].partition("[")[0])
 
     def _unpack(self, targets: list[ast.expr], value: Any) -> None:
         if (

@@ -238,12 +238,22 @@ class Module(Definitions):
             return True
         return not any(_PARTS.search(name) for name in names)
 
+    def _up(self, node: ast.AST) -> list[ast.AST]:
+        found: list[ast.AST] = []
+        while node in self.parents:
+            node = self.parents[node]
+            found.append(node)
+        return found
+
     @cached_property
     def caches_outputs(self) -> bool:
         """Whether a loop that runs a backward computes something without a graph first, as gradient caching does."""
         for node in self.nodes:
             if isinstance(node, ast.With) and any("no_grad" in text_of(item.context_expr) for item in node.items):
-                if any(isinstance(p, Loop) and self.contains_backward(p, self.owner_of(p)) for p in self.above(node)):
+                loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
+                holder = loop or next((p for p in self._up(node) if isinstance(p, FunctionNode)), self.tree)
+                # What comes after the backward is an evaluation.
+                if any(is_backward_call(n) and n.lineno > node.lineno for n in ast.walk(holder) if isinstance(n, ast.Call)):
                     return True
         return False
 

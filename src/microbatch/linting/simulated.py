@@ -65,6 +65,7 @@ class Simulated:
         self.deciding = relevant.deciding if relevant is not None else None
         self.trace = Trace()
         self.heap: dict[str, Any] = {}
+        self.rooted: set[str] = set()  # the first words of what the heap holds
         self.globals = Frame("", None)
         self.frame = self.globals
         self.depth = 0

@@ -147,13 +147,13 @@ class Trace:
         group.prior.append("unscale")
         group.unscaled, group.scaled = True, False
 
-    def clip(self, node: ast.AST, name: str) -> None:
+    def clip(self, node: ast.AST, name: str, *, handled: bool = False) -> None:
         groups = [g for g in self.groups.values() if g.steps or g.unscaled] or [self.fresh]
         self.mark(
             "clip",
             node,
             name,
-            value=all(g.scaled for g in groups),
+            value=not handled and all(g.scaled for g in groups),
             detail="pending" if any(g.weights for g in groups) else "",
         )
         for group in self.every_group():
