@@ -236,7 +236,11 @@ class Calls(Frameworks):
             return self.loss_call(node, "mean", text)
         if last in _PIECES:
             self.trace.mark("pieces", node, text)
-        if last in ("tensor", "as_tensor", "LongTensor") and len(node.args) == 1 and isinstance(value := self.evaluate(node.args[0]), Unknown):
+        if (
+            last in ("tensor", "as_tensor", "LongTensor")
+            and len(node.args) == 1
+            and isinstance(value := self.evaluate(node.args[0]), Unknown)
+        ):
             return value
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])

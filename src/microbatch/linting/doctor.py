@@ -114,6 +114,13 @@ def _note(source: Source, module: Module, code: str, node: ast.AST | None, messa
     path, line, column = (source.path, 1, 1) if node is None else _place(source, module, node)
     rule = RULES[code]
     return Finding(
-        rule=code, path=path, line=line, column=column, confidence="note", message=message, happens=rule.happens, fix=rule.fix,
+        rule=code,
+        path=path,
+        line=line,
+        column=column,
+        confidence="note",
+        message=message,
+        happens=rule.happens,
+        fix=rule.fix,
         function="" if node is None else module.function_of(node),
-    )  # fmt: skip
+    )

@@ -36,8 +36,11 @@ _RESUMED = re.compile(
     re.IGNORECASE,
 )
 # The length of an epoch in microbatches.
-_LENGTH = re.compile(r"(^|_)(epoch_len|len_epoch|(?<!training_)(?<!train_)(num|n|nb)_(train(ing)?_)?batch(es)?|(?<!training_)(?<!train_)(steps|iters|batches)_(per|in)_epoch|(train_)?(loader|dataloader)_len\w*|"
-                     r"len_(train_|data_?)?(loader|iter)|epoch_length|num_iters|iters|epoch_batches|num_steps|epoch_size)$", re.IGNORECASE)  # fmt: skip
+_LENGTH = re.compile(
+    r"(^|_)(epoch_len|len_epoch|(?<!training_)(?<!train_)(num|n|nb)_(train(ing)?_)?batch(es)?|(?<!training_)(?<!train_)(steps|iters|batches)_(per|in)_epoch|(train_)?(loader|dataloader)_len\w*|"
+    r"len_(train_|data_?)?(loader|iter)|epoch_length|num_iters|iters|epoch_batches|num_steps|epoch_size)$",
+    re.IGNORECASE,
+)
 
 
 @lru_cache(8192)

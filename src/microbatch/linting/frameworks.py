@@ -419,7 +419,9 @@ class Frameworks(Simulated):
         if unscales:
             for group in self.trace.every_group():
                 group.scaled = False
-        handled = any("scal" in text_of(arg) for arg in (*node.args, *(k.value for k in node.keywords)))  # it knows of the scale
+        handled = any(
+            "scal" in text_of(arg) for arg in (*node.args, *(k.value for k in node.keywords))
+        )  # it knows of the scale
         self.trace.clip(node, name, handled=handled)
         return Unknown(text_of(node), data=True)
 

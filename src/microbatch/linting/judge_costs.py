@@ -39,12 +39,20 @@ def judge_costs(view: View) -> Iterator[Fault]:
             and not view.managed
             and all(b.loss.forward_synced is not True for b in unsynced)
         ):
-            yield Fault("MB503", never.node, "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the ranks "
-                        "drift apart")  # fmt: skip
+            yield Fault(
+                "MB503",
+                never.node,
+                "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the ranks "
+                "drift apart",
+            )
     kept = next((m for m in view.marks("retained")), None)
     if kept is not None and kept.value is not None and len(kept.value.weights) >= view.n:
-        yield Fault("MB602", kept.node, f"one backward runs through {len(kept.value.weights)} microbatches: their graphs are all kept, which is the "
-                    "memory of the whole batch")  # fmt: skip
+        yield Fault(
+            "MB602",
+            kept.node,
+            f"one backward runs through {len(kept.value.weights)} microbatches: their graphs are all kept, which is the "
+            "memory of the whole batch",
+        )
 
 
 def _reduces(view: View) -> Iterator[Fault]:
@@ -60,8 +68,14 @@ def _reduces(view: View) -> Iterator[Fault]:
             f"DistributedDataParallel reduces all gradients in every microbatch: {view.n} times for each step",
         )
     elif _RANKS.search(words) or "accelerate" in frameworks or "lightning" in frameworks:
-        yield Fault("MB501", backward, f"if the model is wrapped in DistributedDataParallel, all gradients are reduced in every microbatch: {view.n} "
-                    "times for each step", certain=False, needs=("whether the model is wrapped in DistributedDataParallel",))  # fmt: skip
+        yield Fault(
+            "MB501",
+            backward,
+            f"if the model is wrapped in DistributedDataParallel, all gradients are reduced in every microbatch: {view.n} "
+            "times for each step",
+            certain=False,
+            needs=("whether the model is wrapped in DistributedDataParallel",),
+        )
 
 
 def judge_survey(view: View) -> Iterator[Fault]:

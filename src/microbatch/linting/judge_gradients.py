@@ -90,13 +90,23 @@ def _schedules(view: View) -> Iterator[Fault]:
         units = marks[0].value or ""
         if len(inside) >= len(view.ticks) // 2 and len(ticks) >= 0.9 * len(view.ticks):
             if view.managed and marks[0].detail == "unprepared":
-                yield Fault("MB302", node, f"`{marks[0].name}` is not given to `prepare()`: it advances {view.n} times for each optimizer step",
-                            certain=units == "windows", needs=("whether the schedule is meant in microbatches",))  # fmt: skip
+                yield Fault(
+                    "MB302",
+                    node,
+                    f"`{marks[0].name}` is not given to `prepare()`: it advances {view.n} times for each optimizer step",
+                    certain=units == "windows",
+                    needs=("whether the schedule is meant in microbatches",),
+                )
             elif units != "microbatches" and not view.managed:
                 sure = units == "windows"
-                yield Fault("MB301", node, f"the schedule advances after every microbatch: {view.n} times for each optimizer step",
-                            certain=sure, needs=() if sure else ("whether the schedule's length is meant in microbatches",),
-                            data={"kind": "every"})  # fmt: skip
+                yield Fault(
+                    "MB301",
+                    node,
+                    f"the schedule advances after every microbatch: {view.n} times for each optimizer step",
+                    certain=sure,
+                    needs=() if sure else ("whether the schedule's length is meant in microbatches",),
+                    data={"kind": "every"},
+                )
         elif (
             units == "microbatches"
             and ticks <= view.step_ticks
@@ -104,8 +114,13 @@ def _schedules(view: View) -> Iterator[Fault]:
             and len(ticks) > 2
         ):
             made = _constructor(view, marks[0])
-            yield Fault("MB301", made or node, f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
-                        "is walked", data={"kind": "length"})  # fmt: skip
+            yield Fault(
+                "MB301",
+                made or node,
+                f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
+                "is walked",
+                data={"kind": "length"},
+            )
 
 
 def _constructor(view: View, mark: Mark) -> ast.AST | None:
@@ -168,8 +183,12 @@ def _skipped_units(view: View) -> Iterator[Fault]:
             isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name for s in node.body
         )
         if name in in_steps and counts_down:
-            yield Fault("MB304", node, f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
-                        "1/N of what it should")  # fmt: skip
+            yield Fault(
+                "MB304",
+                node,
+                f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
+                "1/N of what it should",
+            )
             return
 
 

@@ -32,8 +32,12 @@ def _token_means(view: View) -> Iterator[Fault]:
     said: set[ast.AST] = set()
     counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
-        yield Fault("MB401", view.trace.backwards[0].node, f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
-                    "averaged over its own, and all microbatches weigh the same")  # fmt: skip
+        yield Fault(
+            "MB401",
+            view.trace.backwards[0].node,
+            f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
+            "averaged over its own, and all microbatches weigh the same",
+        )
         return
     for b in view.trace.backwards:
         loss = b.loss
@@ -44,18 +48,32 @@ def _token_means(view: View) -> Iterator[Fault]:
         if not masked and (loss.reduction != "mean" or not loss.tokens):
             if _TOKENS.search(view.module.names_text):
                 said.add(b.node)
-                yield Fault("MB401", b.node, "if the loss is a mean over the tokens or labels that are not masked, one of a microbatch with few of them "
-                            "weighs more", certain=False, needs=("whether labels are masked or padded",))  # fmt: skip
+                yield Fault(
+                    "MB401",
+                    b.node,
+                    "if the loss is a mean over the tokens or labels that are not masked, one of a microbatch with few of them "
+                    "weighs more",
+                    certain=False,
+                    needs=("whether labels are masked or padded",),
+                )
             continue
         if loss.tokens:
             said.add(b.node)
-            yield Fault("MB401", _at_line(view, loss.tokens) or b.node, "each microbatch is averaged over its own counted tokens, and then all "
-                        "microbatches weigh the same: a token of a short microbatch weighs more")  # fmt: skip
+            yield Fault(
+                "MB401",
+                _at_line(view, loss.tokens) or b.node,
+                "each microbatch is averaged over its own counted tokens, and then all "
+                "microbatches weigh the same: a token of a short microbatch weighs more",
+            )
         else:
             said.add(b.node)
             place = view.trace.settings.get("labels", b.node)
-            yield Fault("MB401", place, f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
-                        "microbatches weigh the same: a token of a short microbatch weighs more")  # fmt: skip
+            yield Fault(
+                "MB401",
+                place,
+                f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
+                "microbatches weigh the same: a token of a short microbatch weighs more",
+            )
 
 
 def _counted_apart(view: View) -> ast.AST | None:
@@ -132,7 +150,9 @@ def _masked_labels(view: View) -> int:
 
 def _find_masked(view: View) -> int:
     for node in view.module.nodes:
-        if (isinstance(node, ast.keyword) and node.arg == "ignore_index") or (isinstance(node, ast.Attribute) and node.attr == "ignore_index"):
+        if (isinstance(node, ast.keyword) and node.arg == "ignore_index") or (
+            isinstance(node, ast.Attribute) and node.attr == "ignore_index"
+        ):
             return node.lineno
     for node in view.module.nodes:
         if (
@@ -158,21 +178,35 @@ def _coupled(view: View) -> Iterator[Fault]:
         return
     if cached:
         b = next(b for b in view.trace.backwards if b.loss.coupled)
-        yield Fault("MB405", b.node, f"a parameter that is in every one of the {view.n} losses of a window gets {view.n} times its gradient", certain=False,
-                    needs=("whether a scale or a bias of the loss is trained",))  # fmt: skip
+        yield Fault(
+            "MB405",
+            b.node,
+            f"a parameter that is in every one of the {view.n} losses of a window gets {view.n} times its gradient",
+            certain=False,
+            needs=("whether a scale or a bias of the loss is trained",),
+        )
         return
     for b in view.trace.backwards:
         if b.loss.coupled:
-            yield Fault("MB402", _at_line(view, b.loss.coupled) or b.node, "the loss compares the rows of one batch: a microbatch sees only its own rows, "
-                        f"so {view.n} microbatches are another loss than one large batch")  # fmt: skip
+            yield Fault(
+                "MB402",
+                _at_line(view, b.loss.coupled) or b.node,
+                "the loss compares the rows of one batch: a microbatch sees only its own rows, "
+                f"so {view.n} microbatches are another loss than one large batch",
+            )
             return
 
 
 def _batch_norm(view: View) -> Iterator[Fault]:
     for node in view.module.nodes:
         if isinstance(node, ast.Call) and re.match(r"BatchNorm[123]d$", last_name(node.func)):
-            yield Fault("MB403", node, "BatchNorm computes its statistics from one microbatch, not from the effective batch", certain=False,
-                        needs=("the rows of a microbatch",))  # fmt: skip
+            yield Fault(
+                "MB403",
+                node,
+                "BatchNorm computes its statistics from one microbatch, not from the effective batch",
+                certain=False,
+                needs=("the rows of a microbatch",),
+            )
             return
 
 
@@ -185,8 +219,13 @@ def _slices(view: View) -> Iterator[Fault]:
             for p in view.module.above(mark.node)
             if isinstance(p, ast.For)
         ):
-            yield Fault("MB404", mark.node, f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same", certain=False,
-                        needs=("whether the rows divide evenly",))  # fmt: skip
+            yield Fault(
+                "MB404",
+                mark.node,
+                f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same",
+                certain=False,
+                needs=("whether the rows divide evenly",),
+            )
             return
     for mark in view.marks("slice"):
         loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
@@ -196,6 +235,11 @@ def _slices(view: View) -> Iterator[Fault]:
         if names & {last_name(n) for n in ast.walk(mark.node)} and not any(
             isinstance(n, ast.Assert) for n in ast.walk(loops[1])
         ):
-            yield Fault("MB404", mark.node, f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same", certain=False,
-                        needs=("whether the rows divide evenly",))  # fmt: skip
+            yield Fault(
+                "MB404",
+                mark.node,
+                f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same",
+                certain=False,
+                needs=("whether the rows divide evenly",),
+            )
             return

@@ -33,8 +33,13 @@ def _engine(view: View) -> Iterator[Fault]:
     """DeepSpeed divides by the steps of its configuration."""
     for b in view.trace.backwards:
         if b.loss.divided:
-            yield Fault("MB102", b.node, "the loss is divided by N here, and DeepSpeed's engine divides it again", certain=False,
-                        needs=("`gradient_accumulation_steps` of the DeepSpeed configuration",))  # fmt: skip
+            yield Fault(
+                "MB102",
+                b.node,
+                "the loss is divided by N here, and DeepSpeed's engine divides it again",
+                certain=False,
+                needs=("`gradient_accumulation_steps` of the DeepSpeed configuration",),
+            )
             return
 
 
@@ -55,11 +60,20 @@ def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             return
         sure = loss.reduction == "mean" and not loss.opaque and not view.many_optimizers
         needs = () if sure else (f"whether the loss is a mean{_made_in(loss.opaque)}",)
-        yield Fault("MB101", line.node, f"{view.n} microbatches are added and not divided: step 1 takes {view.n} times the mean gradient",
-                    certain=sure, needs=needs)  # fmt: skip
+        yield Fault(
+            "MB101",
+            line.node,
+            f"{view.n} microbatches are added and not divided: step 1 takes {view.n} times the mean gradient",
+            certain=sure,
+            needs=needs,
+        )
     elif weight == Fraction(1, view.n**2):
-        yield Fault("MB102", line.node, f"each microbatch enters with weight 1/{view.n**2}: the loss is divided by N twice",
-                    certain=not view.many_optimizers)  # fmt: skip
+        yield Fault(
+            "MB102",
+            line.node,
+            f"each microbatch enters with weight 1/{view.n**2}: the loss is divided by N twice",
+            certain=not view.many_optimizers,
+        )
 
 
 def _made_in(opaque: tuple[str, ...]) -> str:
@@ -78,8 +92,12 @@ def _cleared(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             if zero is None:
                 continue
             kept = [m for m in step.since if m in step.weights]
-            yield Fault("MB103", zero.node, f"gradients are cleared inside the window: step 1 keeps {len(kept)} of {len(step.since)} microbatches",
-                        certain=not view.many_optimizers)  # fmt: skip
+            yield Fault(
+                "MB103",
+                zero.node,
+                f"gradients are cleared inside the window: step 1 keeps {len(kept)} of {len(step.since)} microbatches",
+                certain=not view.many_optimizers,
+            )
             return
 
 
@@ -101,8 +119,14 @@ def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
     weight = fraction(next(iter(step.weights.values()), Fraction(0)))
     if wrong != 0 and step.since and view.trace.epoch_of[step.since[0]] != view.trace.epoch_of[step.since[-1]]:
         return
-    yield Fault("MB105", step.node, f"{first} has {len(step.since)} microbatch{'es' if len(step.since) > 1 else ''} instead of {view.n} "
-                f"(each with weight {weight})", certain=not view.many_optimizers, data={"size": len(step.since), "first": wrong == 0})  # fmt: skip
+    yield Fault(
+        "MB105",
+        step.node,
+        f"{first} has {len(step.since)} microbatch{'es' if len(step.since) > 1 else ''} instead of {view.n} "
+        f"(each with weight {weight})",
+        certain=not view.many_optimizers,
+        data={"size": len(step.since), "first": wrong == 0},
+    )
 
 
 def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
@@ -119,13 +143,25 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         live = [m for m in step.since if m in step.weights]
         if len({epochs[m] for m in live}) > 1 and len(live) != view.n:
             old = [m for m in live if epochs[m] != step.epoch]
-            yield Fault("MB110", step.node, f"with {view.outcome.run.length} microbatches an epoch, {_many(len(old))} left at its end "
-                        f"{'enter' if len(old) > 1 else 'enters'} the first step of the next epoch", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB110",
+                step.node,
+                f"with {view.outcome.run.length} microbatches an epoch, {_many(len(old))} left at its end "
+                f"{'enter' if len(old) > 1 else 'enters'} the first step of the next epoch",
+                certain=False,
+                needs=needs,
+            )
             break
         gone = [m for m in step.lost if epochs[m] != step.epoch]
         if gone:
-            yield Fault("MB111", step.node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(gone))} "
-                        "are cleared at the start of the next epoch without a step", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB111",
+                step.node,
+                f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(gone))} "
+                "are cleared at the start of the next epoch without a step",
+                certain=False,
+                needs=needs,
+            )
             break
     else:
         if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
@@ -133,8 +169,13 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         last = steps[-1].tick
         left = [t for t in view.ticks if t > last and view.trace.loop_of.get(t) is steps[-1].loop]
         if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
-            yield Fault("MB111", steps[-1].node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never "
-                        "enter a step", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB111",
+                steps[-1].node,
+                f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never enter a step",
+                certain=False,
+                needs=needs,
+            )
     for before, step in zip(steps, steps[1:], strict=False):
         if (
             before.tick in view.trace.last_ticks
@@ -142,8 +183,14 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             and 0 < len(step.since) < view.n
             and step.tick not in view.trace.last_ticks
         ):
-            yield Fault("MB105", step.node, f"the forced step at the end of an epoch does not reset the counter: the next window has "
-                        f"{_many(len(step.since))} instead of {view.n}", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB105",
+                step.node,
+                f"the forced step at the end of an epoch does not reset the counter: the next window has "
+                f"{_many(len(step.since))} instead of {view.n}",
+                certain=False,
+                needs=needs,
+            )
             break
     tails = [
         s
@@ -153,8 +200,14 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
     for step in tails:
         weights = {w for m, w in step.weights.items() if m in step.since}
         if weights == {Fraction(1, view.n)} and len(step.since) == remainder:
-            yield Fault("MB112", step.node, f"the last window has {_many(len(step.since))} and is still divided by {view.n}: its step takes "
-                        f"{len(step.since)}/{view.n} of the mean gradient", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB112",
+                step.node,
+                f"the last window has {_many(len(step.since))} and is still divided by {view.n}: its step takes "
+                f"{len(step.since)}/{view.n} of the mean gradient",
+                certain=False,
+                needs=needs,
+            )
             break
     for step in tails:
         main = next((s for s in full if s.node is not step.node), None)
@@ -162,8 +215,13 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             missing := [p for p in dict.fromkeys(main.prior) if p not in step.prior and p in ("clip", "unscale")]
         ):
             words = {"clip": "clipping", "unscale": "`unscale_`"}
-            yield Fault("MB113", step.node, f"the step for the remainder lacks the {' and the '.join(words[p] for p in missing)} of the main "
-                        "step", certain=False, needs=needs)  # fmt: skip
+            yield Fault(
+                "MB113",
+                step.node,
+                f"the step for the remainder lacks the {' and the '.join(words[p] for p in missing)} of the main step",
+                certain=False,
+                needs=needs,
+            )
             break
 
 
@@ -182,13 +240,21 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
     if view.divides and view.step_ticks >= at and len(at) >= 2 * view.n:
         backward = view.trace.backwards[0]
         weight = fraction(next(iter(backward.loss.weights.values())))
-        yield Fault("MB104", steps[0].node, f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
-                    f"microbatch with weight {weight}", certain=not view.many_optimizers)  # fmt: skip
+        yield Fault(
+            "MB104",
+            steps[0].node,
+            f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
+            f"microbatch with weight {weight}",
+            certain=not view.many_optimizers,
+        )
     elif (
         len(at) > 1
         and len(at) < view.trace.tick
         and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False))
     ):
         if view.clean:
-            yield Fault("MB106", view.trace.backwards[0].node, f"only one of {view.n} microbatches runs a backward: the others are computed "
-                        "and thrown away")  # fmt: skip
+            yield Fault(
+                "MB106",
+                view.trace.backwards[0].node,
+                f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
+            )

@@ -140,7 +140,12 @@ class Machine(Loops, Functions, Expressions):
 
     def store(self, target: ast.AST, value: Any) -> None:
         """Bind a target of an assignment."""
-        if isinstance(value, Unknown) and not value.data and not value.tags and isinstance(target, ast.Name | ast.Attribute):
+        if (
+            isinstance(value, Unknown)
+            and not value.data
+            and not value.tags
+            and isinstance(target, ast.Name | ast.Attribute)
+        ):
             guessed = self.guess(dotted(target))
             if guessed is not None and not self.trace.tick:
                 self.made += 1  # set up once: an object of its own

@@ -164,8 +164,11 @@ class Module(Definitions):
     def touches_gradients_here(self, node: ast.AST) -> bool:
         """Whether the head of a compound statement touches gradients: `while not closure():`."""
         if isinstance(node, ast.With | ast.AsyncWith):
-            return any(last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
-                       for item in node.items if isinstance(item.context_expr, ast.Call))  # fmt: skip
+            return any(
+                last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
+                for item in node.items
+                if isinstance(item.context_expr, ast.Call)
+            )
         head = (
             node.test
             if isinstance(node, ast.If | ast.While)
@@ -253,7 +256,9 @@ class Module(Definitions):
                 loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
                 holder = loop or next((p for p in self._up(node) if isinstance(p, FunctionNode)), self.tree)
                 # What comes after the backward is an evaluation.
-                if any(is_backward_call(n) and n.lineno > node.lineno for n in ast.walk(holder) if isinstance(n, ast.Call)):
+                if any(
+                    is_backward_call(n) and n.lineno > node.lineno for n in ast.walk(holder) if isinstance(n, ast.Call)
+                ):
                     return True
         return False
 

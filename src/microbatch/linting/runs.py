@@ -12,7 +12,9 @@ from microbatch.linting.trace import Trace
 
 __all__ = ["Outcome", "Root", "simulate"]
 
-_FIRST = re.compile(r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE)
+_FIRST = re.compile(
+    r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE
+)
 FORKS = 12
 PROBES = 32
 STATEMENTS = 300_000  # of all runs of one file together

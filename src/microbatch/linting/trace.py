@@ -68,9 +68,16 @@ class Gradients:
 
     def copy(self) -> "Gradients":
         return Gradients(
-            dict(self.weights), dict(self.per_site), list(self.since), list(self.lost), list(self.prior),
-            self.scaled, self.unscaled, self.last_synced, self.steps,
-        )  # fmt: skip
+            dict(self.weights),
+            dict(self.per_site),
+            list(self.since),
+            list(self.lost),
+            list(self.prior),
+            self.scaled,
+            self.unscaled,
+            self.last_synced,
+            self.steps,
+        )
 
 
 class Trace:
@@ -164,12 +171,19 @@ class Trace:
         group = self.group(optimizer)
         self.steps.append(
             StepTaken(
-                node, self.tick, self.epoch, optimizer, dict(group.weights), list(group.since),
+                node,
+                self.tick,
+                self.epoch,
+                optimizer,
+                dict(group.weights),
+                list(group.since),
                 [m for m in group.lost if m in group.since and m not in group.weights],
-                group.scaled and not by_scaler, tuple(group.prior), group.last_synced,
+                group.scaled and not by_scaler,
+                tuple(group.prior),
+                group.last_synced,
                 self.loop,
             )
-        )  # fmt: skip
+        )
         group.since.clear()
         group.lost.clear()
         group.prior.clear()
