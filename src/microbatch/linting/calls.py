@@ -1,49 +1,31 @@
-"""How the simulation reads a call: of Python's own functions, of the file's functions, of data, and of what it cannot see into."""
+"""How the simulation reads a call.
+
+It goes to a function of Python's own, to one of the file, to a method of data or of an object, or to what the file does
+not show.
+"""
 
 import ast
 import re
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
+from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
-from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, kind_of_constructor
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
+from microbatch.linting.tensor_calls import TensorCalls
+from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
 __all__ = ["Calls"]
 
-_SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
-_PIECES = frozenset({"split", "chunk", "tensor_split"})
-_SAME = frozenset(
-    [
-        "to",
-        "cuda",
-        "half",
-        "float",
-        "double",
-        "view",
-        "reshape",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "flatten",
-        "clone",
-        "transpose",
-        "permute",
-        "t",
-        "type",
-        "requires_grad_",
-        "bfloat16",
-        "gather",
-        "values",
-        "logits",
-    ]
-)
 _LIBRARIES = re.compile(
     r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
 )
+_LOSS_CLASSES = re.compile(r"loss|criterion", re.IGNORECASE)
+# What a class of the file is by its name, if none of its methods runs a backward.
+_KNOWN_BY_NAME = frozenset({"loader", "ema", "meter", "scheduler", "optimizer", "scaler", "native_scaler"})
 _AVERAGES = re.compile(
     r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
     re.IGNORECASE,
@@ -53,11 +35,14 @@ _NO_AVERAGES = re.compile(
     re.IGNORECASE,
 )
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
+_STEPS = re.compile(r"step|update|optimi[sz]e")
+_NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
+_AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
-class Calls(Frameworks):
+class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
     """The part of the machine that reads calls."""
 
     def call(self, node: ast.Call) -> Any:
@@ -108,11 +93,12 @@ class Calls(Frameworks):
         if isinstance(callee, Obj) and callee.kind == "class":
             return self.construct(node, callee)
         if isinstance(callee, Bound):
-            args, keywords = self.arguments(node)
-            return self.call_bound(callee, node, args, keywords)
-        if text.rsplit(".", 1)[-1][:1].isupper() and (made := self.made_by(node, text)) is not None:
+            args, _ = self.arguments(node)
+            return self.call_bound(callee, node, args)
+        last = text.rsplit(".", 1)[-1]
+        if last[:1].isupper() and (made := self.made_by(node, text)) is not None:
             return made
-        if CLIP_CALLS.match(text.rsplit(".", 1)[-1]):
+        if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
         if isinstance(callee, Obj):
             return self.call_object(callee, node)
@@ -125,12 +111,11 @@ class Calls(Frameworks):
         """A call of an object: a model, a loss, an object of a class of the file."""
         kind = callee.kind
         if kind == "instance":
-            method = self.module.find_method(callee.info["class"], "__call__") or self.module.find_method(
-                callee.info["class"], "forward"
-            )
+            cls, find = callee.info["class"], self.module.find_method
+            method = find(cls, "__call__") or find(cls, "forward")
             if method is not None:
                 args, keywords = self.arguments(node)
-                return self.call_function(method, args, keywords, owner=callee.info["class"])
+                return self.call_function(method, args, keywords, owner=cls)
         if kind in ("model", "engine"):
             return self.forward(node)
         if kind == "criterion":
@@ -144,30 +129,19 @@ class Calls(Frameworks):
 
     def construct(self, node: ast.Call, cls: Obj) -> Any:
         """An object of a class of the file."""
-        name = cls.name
-        definition = self.module.classes.get(name)
-        bases = [last_name(base) for base in definition.bases] if definition is not None else []
-        is_loss = (
-            re.search(r"loss|criterion", name, re.IGNORECASE) is not None or kind_of_constructor(name) == "criterion"
-        )
-        if (
-            not is_loss
-            and self.module.find_method(name, "forward")
-            and self.module.find_method(name, "__call__") is None
-        ):
-            self.arguments(node)
-            return Obj("model", name, {"class": name})
+        name, find = cls.name, self.module.find_method
         guessed = kind_of_constructor(name)
-        if guessed in ("loader", "ema", "meter", "scheduler", "optimizer", "scaler", "native_scaler") and not any(
-            self.module.reaches(self.module.key(method)) for method in self.module.methods.get(name, {}).values()
-        ):
-            self.arguments(node)
-            return Obj(guessed, name, {"class": name})
         args, keywords = self.arguments(node)
-        init = self.module.find_method(name, "__init__")
+        is_loss = _LOSS_CLASSES.search(name) is not None or guessed == "criterion"
+        if not is_loss and find(name, "forward") and find(name, "__call__") is None:
+            return Obj("model", name, {"class": name})
+        methods = self.module.methods.get(name, {}).values()
+        if guessed in _KNOWN_BY_NAME and not any(self.module.reaches(self.module.key(method)) for method in methods):
+            return Obj(guessed, name, {"class": name})
+        init = find(name, "__init__")
         if init is not None:
             self.call_function(init, args, keywords, owner=name)
-        return Obj("instance", name, {"class": name, "bases": bases})
+        return Obj("instance", name, {"class": name})
 
     # ---- a method
 
@@ -221,11 +195,8 @@ class Calls(Frameworks):
         last = text.rsplit(".", 1)[-1]
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
-        if last == "empty_cache":
-            self.trace.mark("empty_cache", node)
-            return None
-        if last == "synchronize":
-            self.trace.mark("sync", node, "synchronize")
+        if last in ("empty_cache", "synchronize"):
+            self.trace.mark("sync" if last == "synchronize" else last, node, last)
             return None
         if last in ("enable_grad", "no_grad", "autocast", "set_grad_enabled", "nullcontext", "inference_mode"):
             return Obj("context", last)
@@ -234,7 +205,7 @@ class Calls(Frameworks):
             return made
         if MEAN_LOSSES.search(text):
             return self.loss_call(node, "mean", text)
-        if last in _PIECES:
+        if last in PIECE_CALLS:
             self.trace.mark("pieces", node, text)
         if (
             last in ("tensor", "as_tensor", "LongTensor")
@@ -249,116 +220,19 @@ class Calls(Frameworks):
             if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
-        if last in ("mean", "nanmean", "sum") and data:
-            return self.reduce(
-                self.combine(data, node),
-                "mean" if "mean" in last else "sum",
-                len(data) if isinstance(args[0], list | tuple) else 0,
-            )
         if data:
-            coupled = node.lineno if last in ("matmul", "mm", "bmm", "einsum") and len(data) > 1 else 0
-            made = self.combine(data, node)
-            return replace(made, source=node.lineno, coupled=coupled or made.coupled)
+            return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
         if any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True)
         return Unknown(text_of(node), tags=tags(*args))
 
-    # ---- losses and forwards
-
-    def this_microbatch(self) -> dict[int, Fraction]:
-        return {self.trace.tick: Fraction(1)}
-
-    def forward(self, node: ast.Call) -> Any:
-        """A model's output, made by the microbatch at hand."""
-        if self.trace.tick == 0:
-            self.arguments(node)
-            return Unknown(text_of(node))
-        _, keywords = self.arguments(node)
-        if any("label" in name or name in ("targets", "target") for name in keywords):
-            self.trace.settings["labels"] = node
-        if any(name.startswith(("num_items", "num_tokens", "normalizer")) for name in keywords):
-            self.trace.settings["criterion"] = node  # the model divides by the count of the window
-        labelled = any("label" in name for name in keywords)  # then the model computes the loss, a mean over the labels
-        return Data(
-            self.this_microbatch(),
-            reduction="mean" if labelled else "",
-            forward_synced=self.sync_off == 0,
-            source=node.lineno,
-        )
-
-    def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
-        """A loss of this microbatch, with what its `reduction` says."""
-        args, keywords = self.arguments(node)
-        if self.trace.tick:
-            self.trace.settings["criterion"] = node
-        if isinstance(said := keywords.get("reduction"), str):
-            reduction = said
-        if keywords.get("size_average") is False:
-            reduction = "sum"
-        values = self.flat([*args, *keywords.values()])
-        data = [v for v in values if isinstance(v, Data)]
-        base = self.combine(data, node) if data else Data({})
-        is_one_hot = any(isinstance(v, Unknown) and "range(" in v.key for v in values) or any(
-            "arange" in text_of(a) for a in node.args
-        )
-        coupled = node.lineno if COUPLED_LOSSES.search(name) or (base.coupled and is_one_hot) else 0
-        ignore = (info or {}).get("ignore") or (node.lineno if "ignore_index" in keywords else 0)
-        return replace(
-            base,
-            weights=base.weights if data and all(v.kind == "loss" for v in data) else self.this_microbatch(),
-            kind="loss",
-            reduction=reduction if reduction != "none" else "",
-            number=False,
-            opaque=tuple(o for v in data if v.kind == "loss" for o in v.opaque) if reduction else base.opaque,
-            coupled=coupled,
-            tokens=ignore if reduction == "mean" else 0,
-            source=node.lineno,
-        )
-
-    def reduce(self, data: Data, how: str, count: int = 0) -> Data:
-        """A sum or a mean of data: over the rows of one microbatch, or over a list of microbatches."""
-        if len(data.weights) > 1 and count > 1:
-            return data.times(Fraction(1, count), data.divided) if how == "mean" else data
-        if data.kind == "loss" and data.reduction in ("mean", "sum"):
-            return data
-        return replace(data, reduction=how, kind=data.kind if data.kind != "batch" else "tensor")
-
-    def data_method(self, node: ast.Call, base: Data, func: ast.Attribute) -> Any:
-        """A method of a tensor."""
-        attr = func.attr
-        if attr in _SYNCS and base.kind != "batch":
-            self.trace.mark("sync", node, attr)
-            return replace(base, number=True)
-        if attr == "detach":
-            return replace(base, number=True) if base.kind == "loss" else base
-        if attr in _SAME:
-            return base
-        if attr in ("mean", "sum"):
-            self.arguments(node)
-            if base.kind == "batch":
-                return Data({}, kind="batch", reduction=attr)
-            return self.reduce(base, attr)
-        if attr.rstrip("_") in ("div", "mul", "true_divide", "divide", "multiply") and node.args:
-            op = ast.Mult() if attr.startswith("mul") else ast.Div()
-            value = self.operate(base, op, self.evaluate(node.args[0]), node)
-            if attr.endswith("_") and isinstance(func.value, ast.Name | ast.Attribute):
-                self.store(func.value, value)
-            return value
-        args, keywords = self.arguments(node)
-        if attr in _PIECES:
-            self.trace.mark("pieces", node, text_of(func))
-        if attr in ("size", "dim", "numel", "__len__", "nelement"):
-            return Unknown(text_of(node), data=True)
-        data = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
-        if attr in ("matmul", "mm", "bmm") and data:
-            return replace(self.combine([base, *data], node), coupled=node.lineno)
-        made = [v for v in data if v.kind != "batch"]
-        if any("n" in tags(v) for v in [*args, *keywords.values()]) and (made or base.kind == "loss"):
-            value = self.combine(made, node) if made else base
-            return replace(value, opaque=(*value.opaque, f"divided inside of `{text_of(func)}`"))
-        if base.kind == "batch" and not base.weights and attr not in ("items", "get", "pop", "keys"):
-            return self.combine(made, node) if made else base
-        return self.combine([base, *made], node) if made else base
+    def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
+        """What a function of a library makes of data."""
+        made = self.combine(data)
+        if name in ("mean", "nanmean", "sum"):
+            return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
+        compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
+        return replace(made, source=node.lineno, coupled=node.lineno if compares else made.coupled)
 
     def unknown_call(self, node: ast.Call, text: str) -> Any:
         """A function that the file does not show: what it is given may be used for anything."""
@@ -371,9 +245,9 @@ class Calls(Frameworks):
         if _LOGS.match(text) or re.search(r"(^|_)log(_|$|ging)", last):
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
-        if "optimizer" in objects and (losses or "scaler" in objects or re.search(r"step|update|optimi[sz]e", last)):
-            if not re.search(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load", last):
-                self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
+        may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
+        if may_step and not _NO_STEPS.search(last):
+            self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
         if _RESCALES.search(last):
             self.trace.opaque.setdefault(f"`{text}` rescales the gradients", node)
         if MEAN_LOSSES.search(text):
@@ -385,21 +259,20 @@ class Calls(Frameworks):
             return Unknown(text_of(node), data=hangs, tags=tags(*args, *keywords.values()))
         if self.trace.tick == 0:
             return Unknown(text_of(node))  # before the first microbatch: setup
-        base = self.combine(data, node) if data else Data({})
-        weights = dict(base.weights) if data and all(v.kind == "loss" for v in data) else self.this_microbatch()
+        base = self.combine(data) if data else Data({})
         seen = objects & {"model", "engine"}
         numeric = bool(data) and all(v.number for v in data) and not seen
+        opaque = base.opaque
+        if data and any("n" in tags(v) for v in values):
+            opaque = (*opaque, f"divided inside of `{text}`")
+        elif not numeric and not _AVERAGE_RANKS.search(last):
+            opaque = (*opaque, f"`{text}`")
         return replace(
             base,
-            weights=weights,
+            weights=dict(base.weights) if data and all(v.kind == "loss" for v in data) else self.this_microbatch(),
             kind="loss" if losses or "loss" in last.lower() else "tensor",
             reduction=base.reduction if losses else "",
-            divided=base.divided,
-            opaque=(*base.opaque, f"divided inside of `{text}`")
-            if data and any("n" in tags(v) for v in values)
-            else base.opaque
-            if numeric or re.search(r"reduce|gather|average|sync|mean", last)
-            else (*base.opaque, f"`{text}`"),
+            opaque=opaque,
             forward_synced=self.sync_off == 0 if seen else base.forward_synced,
             number=numeric,
             source=node.lineno,
@@ -437,7 +310,7 @@ class Calls(Frameworks):
                 return args[0]
         for value in evaluated:
             if isinstance(value, Data) and value.kind == "loss" and value.weights:
-                self.trace.mark("log", node, name, value)
+                self.trace.mark("log", node, name, value=value)
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
         return None

@@ -3,12 +3,14 @@
 import ast
 import operator
 import re
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number
 
 __all__ = ["Conditions"]
 
@@ -37,25 +39,35 @@ def _usual_answer(key: str) -> bool | None:
     return True if _MAIN_RANK.search(key) else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Branches:
+    """What a condition decides about: the statements of its two branches, and the place of the whole."""
+
+    taken: list[ast.stmt]
+    other: list[ast.stmt]
+    node: ast.AST
+
+    def turned(self) -> "_Branches":
+        """The same of the opposite condition."""
+        return _Branches(self.other, self.taken, self.node)
+
+
 class Conditions(Simulated):
     """The part of the machine that decides conditions."""
 
     def compare(self, node: ast.Compare) -> Any:
-        left = self.evaluate(node.left)
-        values = [left] + [self.evaluate(c) for c in node.comparators]
+        """The value of a comparison."""
+        values = [self.evaluate(node.left)] + [self.evaluate(c) for c in node.comparators]
         if len(values) == 2:
-            found = self._compare_two(values[0], node.ops[0], values[1], node)
+            found = self._compare_two(values[0], node.ops[0], values[1], node=node)
             if found is not None:
                 return found
         elif all(is_number(v) for v in values) and all(type(op) in _COMPARE for op in node.ops):
-            return all(
-                _COMPARE[type(op)](number(a), number(b)) for op, a, b in zip(node.ops, values, values[1:], strict=False)
-            )
-        return Unknown(
-            text_of(node), data=any(isinstance(v, Data) or (isinstance(v, Unknown) and v.data) for v in values)
-        )
+            pairs = zip(node.ops, pairwise(values), strict=True)
+            return all(_COMPARE[type(op)](number(a), number(b)) for op, (a, b) in pairs)
+        return Unknown(text_of(node), data=any(hangs_on_data(v) for v in values))
 
-    def _compare_two(self, left: Any, op: ast.cmpop, right: Any, node: ast.AST) -> bool | None:
+    def _compare_two(self, left: Any, op: ast.cmpop, right: Any, *, node: ast.AST) -> bool | None:
         if isinstance(op, ast.Is | ast.IsNot):
             if right is None and not isinstance(left, Unknown):
                 missing = left is None
@@ -72,6 +84,7 @@ class Conditions(Simulated):
         return None
 
     def boolean(self, node: ast.BoolOp) -> Any:
+        """The value of `and` or `or`; unknown where the parts that are known do not settle it."""
         is_and = isinstance(node.op, ast.And)
         unknown: Any = None
         value: Any = None
@@ -79,9 +92,7 @@ class Conditions(Simulated):
             value = self.evaluate(part)
             known = self.known_truth(value)
             if known is None:
-                unknown = unknown or Unknown(
-                    text_of(node), data=isinstance(value, Data) or getattr(value, "data", False)
-                )
+                unknown = unknown or Unknown(text_of(node), data=hangs_on_data(value))
             elif known != is_and:
                 return not is_and if unknown is None or isinstance(value, bool) else unknown
         return unknown if unknown is not None else value
@@ -97,15 +108,15 @@ class Conditions(Simulated):
         return bool(number(value))
 
     def truth(self, value: Any, node: ast.AST) -> bool:
+        """Whether a value is true; the run decides where the file does not show it."""
         known = self.known_truth(value)
-        return (
-            self.decide(value.key if isinstance(value, Unknown) and value.key else text_of(node), node)
-            if known is None
-            else known
-        )
+        if known is not None:
+            return known
+        return self.decide(value.key if isinstance(value, Unknown) and value.key else text_of(node), node)
 
-    def choose(self, test: ast.expr, body: list[ast.stmt], orelse: list[ast.stmt], node: ast.AST) -> bool:
-        """Which branch a condition takes."""
+    def choose(self, node: ast.If | ast.IfExp) -> bool:
+        """Whether a condition takes its first branch."""
+        test = node.test
         value = self.evaluate(test)
         known = self.known_truth(value)
         tested = isinstance(value, Unknown) and value.data and "torch.is" in value.key and "loss" in value.key
@@ -113,11 +124,14 @@ class Conditions(Simulated):
             self.trace.mark("sync", test, "condition")
         if known is not None:
             return known
-        return self._settle(test, value, body, orelse, node)
+        branches = _Branches(node.body, node.orelse, node) if isinstance(node, ast.If) else _Branches([], [], node)
+        return self._settle(test, value, branches)
 
-    def _settle(self, test: ast.expr, value: Any, body: list[ast.stmt], orelse: list[ast.stmt], node: ast.AST) -> bool:
+    def _settle(self, test: ast.expr, value: Any, branches: _Branches) -> bool:
+        """Decide a condition that the file does not show, by what its branches do to gradients."""
         text = value.key if isinstance(value, Unknown) and value.key else text_of(test)
-        data = isinstance(value, Data) or (isinstance(value, Unknown) and value.data)
+        data = hangs_on_data(value)
+        body, orelse, node = branches.taken, branches.other, branches.node
         if data and self._may_skip(body, orelse):
             skips = self.run.skip == self.trace.tick
             if skips:
@@ -139,7 +153,7 @@ class Conditions(Simulated):
         if isinstance(test, ast.BoolOp):
             return self._settle_parts(test, node)
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            return not self._settle(test.operand, self.evaluate(test.operand), orelse, body, node)
+            return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:
             return bool(self._holds(body)) or not orelse
         if "%" in text and not self._holds(body) and not self._holds(orelse):
@@ -149,10 +163,11 @@ class Conditions(Simulated):
 
     def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
         is_and = isinstance(test.op, ast.And)
+        nothing = _Branches([], [], node)
         for part in test.values:
             value = self.evaluate(part)
             known = self.known_truth(value)
-            taken = self._settle(part, value, [], [], node) if known is None else known
+            taken = self._settle(part, value, nothing) if known is None else known
             self.now_and_then |= known is None and "%" in text_of(part)
             if taken != is_and:
                 return taken
@@ -162,15 +177,13 @@ class Conditions(Simulated):
         """A condition on the data that leaves out this microbatch's backward."""
         if not self.loop_depth:
             return False
-        return (
-            (_continues(body) and not self._holds(body))
-            or (not orelse and self._runs_backward(body))
-            or (
-                self._runs_backward(body) != self._runs_backward(orelse)
-                and bool(orelse)
-                and not self._holds(body if self._runs_backward(orelse) else orelse)
-            )
-        )
+        if _continues(body) and not self._holds(body):
+            return True
+        runs = self._runs_backward(body)
+        if not orelse:
+            return runs
+        other_runs = self._runs_backward(orelse)
+        return runs != other_runs and not self._holds(body if other_runs else orelse)
 
     def _runs_backward(self, body: list[ast.stmt]) -> bool:
         return any(self.module.contains_backward(statement, self.frame.owner) for statement in body)

@@ -92,20 +92,14 @@ class Definitions:
         self._found: dict[str, Any] = {}
         self._collect(tree, None, None)
 
-    def add(self, node: FunctionNode | ast.ClassDef, tree: ast.Module, path: str) -> None:
+    def add(self, node: FunctionNode | ast.ClassDef, path: str) -> None:
         """Add a function or class of another file. What this file defines itself stays."""
         if node.name in self.functions or node.name in self.classes:
             return
         self.paths[node] = path
+        self._collect(ast.Module([node], []), None, None)
         self.parents[node] = self.tree
-        before = set(self.facts)
-        holder = ast.Module([node], [])
-        self._collect(holder, None, None)
-        self.parents[node] = self.tree
-        for key in set(self.facts) - before:
-            self._look(self.facts[key])
         self._resolved.clear()
-        self._again()
 
     def path_of(self, node: ast.AST) -> str | None:
         """The file of a node that was added from another one; `None` for this file's own."""
@@ -209,6 +203,14 @@ class Definitions:
         while (node := self.parents.get(node, self.tree)) is not self.tree and not isinstance(
             node, FunctionNode | ast.ClassDef
         ):
+            found.append(node)
+        return found
+
+    def around(self, node: ast.AST) -> list[ast.AST]:
+        """All nodes around one, functions and classes included."""
+        found: list[ast.AST] = []
+        while node in self.parents:
+            node = self.parents[node]
             found.append(node)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass
 from pathlib import Path
 
 from microbatch.linting.drawing import draw
@@ -27,8 +28,8 @@ def doctor(source_or_path: str | Path, *, folder: str | Path | None = None) -> l
         folder: Where imports of the project itself are looked up. `None` for the folder of the file.
 
     Returns:
-        The findings in the order of their lines. Of a file that cannot be read or parsed there is one, MB000; of a file without a loop that
-        accumulates gradients there is one, MB001.
+        The findings in the order of their lines. Of a file that cannot be read or parsed there is one, MB000; of a file
+        without a loop that accumulates gradients there is one, MB001.
 
     Example:
         >>> for finding in mb.doctor("train.py"):
@@ -46,15 +47,25 @@ def judge(source: Source, folder: Path | None = None) -> list[Finding]:
     if folder is not None:
         with_imports(module, Path(source.path), folder)
     reading = read(module)
-    found = [_finding(source, module, reading, verdict) for verdict in reading.verdicts]
-    return found + _not_judged(source, module, reading, found)
+    file = _File(source, module, reading)
+    found = [_finding(file, verdict) for verdict in reading.verdicts]
+    return found + _not_judged(file, found)
 
 
-def _finding(source: Source, module: Module, reading: Reading, verdict: Verdict) -> Finding:
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A source with what the doctor read in it."""
+
+    source: Source
+    module: Module
+    reading: Reading
+
+
+def _finding(file: _File, verdict: Verdict) -> Finding:
     fault = verdict.fault
     rule = RULES[fault.rule]
     outcome = verdict.outcome
-    path, line, column = _place(source, module, fault.node)
+    path, line, column = _place(file, fault.node)
     return Finding(
         rule=fault.rule,
         path=path,
@@ -63,55 +74,47 @@ def _finding(source: Source, module: Module, reading: Reading, verdict: Verdict)
         confidence="certain" if verdict.certain else "depends",
         message=fault.message,
         happens=rule.happens,
-        how_much=how_much_for(rule, reading.optimizer, clipped=reading.clipped),
+        how_much=how_much_for(rule, file.reading.optimizer, clipped=file.reading.clipped),
         fix=rule.fix,
         needs=() if verdict.certain else verdict.needs,
         window=draw(outcome) if outcome is not None else "",
-        function=module.function_of(fault.node),
+        function=file.module.function_of(fault.node),
         microbatches=outcome.run.microbatches if outcome is not None else 0,
     )
 
 
-def _place(source: Source, module: Module, node: ast.AST) -> tuple[str, int, int]:
+def _place(file: _File, node: ast.AST) -> tuple[str, int, int]:
     """The file, line and column of a node, which may stand in a file that this one imports."""
     line = getattr(node, "lineno", 1)
-    path = module.path_of(node)
+    path = file.module.path_of(node)
     if path is not None:
         return path, line, getattr(node, "col_offset", 0) + 1
-    return source.path, line, source.column(line, getattr(node, "col_offset", 0))
+    return file.source.path, line, file.source.column(line, getattr(node, "col_offset", 0))
 
 
-def _not_judged(source: Source, module: Module, reading: Reading, found: list[Finding]) -> list[Finding]:
+def _not_judged(file: _File, found: list[Finding]) -> list[Finding]:
     """MB001 where there is no loop, MB002 where something on the way to the step could not be read."""
-    outcomes = [outcome for root in reading.roots for outcome in root.outcomes]
-    if not outcomes or not any(o.used_window or any(len(s.since) > 1 for s in o.trace.steps) for o in outcomes):
-        if found or module.hints_at_accumulation:
-            node = module.hints_at_accumulation
-            if found or node is None:
-                return []
-            what = f"`{text_of(node)}` speaks of accumulation, and no backward of its loop stands in this file"
-            return [_note(source, module, "MB002", node, what)]
-        return [_note(source, module, "MB001", None, "no loop that accumulates gradients")]
+    roots = file.reading.roots
+    outcomes = [outcome for root in roots for outcome in root.outcomes]
+    if not any(o.used_window or any(len(s.since) > 1 for s in o.trace.steps) for o in outcomes):
+        if found:
+            return []
+        hint = file.module.hints_at_accumulation
+        if hint is None:
+            return [_note(file, "MB001", None, message="no loop that accumulates gradients")]
+        what = f"`{text_of(hint)}` speaks of accumulation, and no backward of its loop stands in this file"
+        return [_note(file, "MB002", hint, message=what)]
     opaque = {what: node for o in outcomes for what, node in o.trace.opaque.items()}
-    notes = [
-        _note(source, module, "MB002", node, f"{what}, and the doctor cannot see what it does to the gradients")
-        for what, node in opaque.items()
-    ]
-    if not all(root.complete for root in reading.roots):
-        notes.append(
-            _note(
-                source,
-                module,
-                "MB002",
-                None,
-                "there are more settings than the doctor tries; it judged the first of them",
-            )
-        )
+    unseen = "and the doctor cannot see what it does to the gradients"
+    notes = [_note(file, "MB002", node, message=f"{what}, {unseen}") for what, node in opaque.items()]
+    if not all(root.complete for root in roots):
+        message = "there are more settings than the doctor tries; it judged the first of them"
+        notes.append(_note(file, "MB002", None, message=message))
     return notes
 
 
-def _note(source: Source, module: Module, code: str, node: ast.AST | None, message: str) -> Finding:
-    path, line, column = (source.path, 1, 1) if node is None else _place(source, module, node)
+def _note(file: _File, code: str, node: ast.AST | None, *, message: str) -> Finding:
+    path, line, column = (file.source.path, 1, 1) if node is None else _place(file, node)
     rule = RULES[code]
     return Finding(
         rule=code,
@@ -122,5 +125,5 @@ def _note(source: Source, module: Module, code: str, node: ast.AST | None, messa
         message=message,
         happens=rule.happens,
         fix=rule.fix,
-        function="" if node is None else module.function_of(node),
+        function="" if node is None else file.module.function_of(node),
     )

@@ -14,6 +14,12 @@ def draw(outcome: Outcome) -> str:
     """The windows of one run.
 
     Each line is one step; `4*1/4` is microbatch 4 with the weight 1/4. The last line is what the full batch would have.
+
+    Args:
+        outcome: The run.
+
+    Returns:
+        The lines; empty where no step took a gradient.
     """
     trace, n = outcome.trace, outcome.run.microbatches
     steps = [step for step in trace.steps if step.since]

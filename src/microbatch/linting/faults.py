@@ -1,7 +1,6 @@
-"""Faults as one run shows them; `doctor.py` puts the runs together."""
+"""Faults as one run shows them; `verdicts.py` puts the runs together."""
 
 import ast
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -48,7 +47,7 @@ class View:
         self.outcome = outcome
         self.trace = outcome.trace
         self.n = outcome.run.microbatches
-        self.clean = outcome.clean
+        self.clean = outcome.clean  # no remainder at the end of an epoch
 
     @cached_property
     def ticks(self) -> list[int]:
@@ -57,6 +56,7 @@ class View:
 
     @cached_property
     def step_ticks(self) -> set[int]:
+        """The microbatches after which an optimizer stepped."""
         return {s.tick for s in self.trace.steps}
 
     @cached_property
@@ -84,7 +84,12 @@ class View:
     @cached_property
     def accumulates(self) -> bool:
         """Whether this is accumulation at all: a step takes several microbatches, or the script divides by N."""
-        return any(len(s.since) > 1 for s in self.trace.steps) or (self.divides and self.outcome.used_window)
+        return self.has_windows or (self.divides and self.outcome.used_window)
+
+    @cached_property
+    def has_windows(self) -> bool:
+        """Whether some step takes several microbatches."""
+        return any(len(s.since) > 1 for s in self.trace.steps)
 
     @cached_property
     def managed(self) -> bool:
@@ -97,11 +102,9 @@ class View:
         return tuple(self.trace.opaque)
 
     def marks(self, *kinds: str) -> list[Mark]:
+        """The events of these kinds, in order."""
         return [m for m in self.trace.marks if m.kind in kinds]
 
-    def after_epochs(self) -> Iterator[int]:
-        """The last microbatch of each epoch that ran a backward."""
-        yield from (t for t in self.ticks if t in self.trace.last_ticks)
-
     def opaque_losses(self) -> tuple[str, ...]:
+        """What on the way to the losses could not be read."""
         return tuple(dict.fromkeys(o for b in self.trace.backwards for o in b.loss.opaque))

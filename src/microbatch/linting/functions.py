@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,19 @@ from microbatch.linting.values import Function, Obj, Unknown, is_number, number
 __all__ = ["Functions"]
 
 _EVALUATES = re.compile(r"_?(eval|valid|test|val_|predict|infer|estimate_loss|validate)", re.IGNORECASE)
-DEPTH = 14
+# Parameters of a function that is called once a microbatch: how many there were in the epoch, and in all.
+_BATCH_INDEX = frozenset({"batch_idx", "batch_index", "batch_nb", "batch_i", "step", "idx", "i", "iteration", "index"})
+_GLOBAL_STEP = frozenset({"global_step", "global_iter", "total_steps", "n_iter"})
+DEPTH = 14  # calls inside of calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What a call gives to a function; `guess` says that the user's settings may differ from the defaults."""
+
+    args: list[Any]
+    keywords: dict[str, Any]
+    guess: bool
 
 
 class Functions(Simulated):
@@ -36,7 +49,7 @@ class Functions(Simulated):
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
         frame = Frame(node.name, owner or function.owner, parent)
-        self._bind(node, frame, args, keywords, method=function.owner is not None, guess=guess)
+        self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
         outer, self.frame = self.frame, frame
         evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)
         self.depth += 1
@@ -51,12 +64,12 @@ class Functions(Simulated):
             self.frame = outer
         return signal[1] if isinstance(signal, tuple) else None
 
-    def _bind(
-        self, node: FunctionNode, frame: Frame, args: list[Any], keywords: dict[str, Any], *, method: bool, guess: bool
-    ) -> None:
+    def _bind(self, function: Function, frame: Frame, values: _Given) -> None:
+        """Bind the parameters of a function: to what the call gives, to a default, or to a guess."""
+        node: FunctionNode = function.node
         names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
         static = any(last_name(d) == "staticmethod" for d in node.decorator_list)
-        if method and not static and names:
+        if function.owner is not None and not static and names:
             frame.locals[names[0]] = Obj("self", frame.owner or "")
             names = names[1:]
         defaults = dict(zip(reversed(names), reversed(node.args.defaults), strict=False))
@@ -64,32 +77,22 @@ class Functions(Simulated):
             names.append(keyword.arg)
             if default is not None:
                 defaults[keyword.arg] = default
-        given = dict(zip(names, args, strict=False))
-        given |= {name: value for name, value in keywords.items() if name in names}
-        index = keywords.get("__index__")
+        given = dict(zip(names, values.args, strict=False))
+        given |= {name: value for name, value in values.keywords.items() if name in names}
+        index = values.keywords.get("__index__")
         for name in names:
             if name in given:
                 frame.locals[name] = given[name]
-            elif index is not None and name in ("global_step", "global_iter", "total_steps", "n_iter"):
+            elif index is not None and name in _GLOBAL_STEP:
                 frame.locals[name] = self.trace.tick - 1
-            elif index is not None and name in (
-                "batch_idx",
-                "batch_index",
-                "batch_nb",
-                "step",
-                "idx",
-                "i",
-                "iteration",
-                "batch_i",
-                "index",
-            ):
+            elif index is not None and name in _BATCH_INDEX:
                 frame.locals[name] = index
             elif name in defaults:
-                frame.locals[name] = self._default(name, defaults[name], guess)
+                frame.locals[name] = self._default(name, defaults[name], guess=values.guess)
             else:
                 frame.locals[name] = self.guess(name) or Unknown(name, data="batch" in name)
 
-    def _default(self, name: str, default: ast.expr, guess: bool) -> Any:
+    def _default(self, name: str, default: ast.expr, *, guess: bool) -> Any:
         if not guess:
             return self.evaluate(default)
         value = self.evaluate(default)

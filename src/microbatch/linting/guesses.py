@@ -1,6 +1,7 @@
 """What a name or a constructor says about a value: optimizer, scheduler, scaler, model, loader and so on.
 
-A guess decides how a call is read (`x.step()` of a scheduler is no optimizer's step); the simulation decides what is wrong.
+A guess decides how a call is read: `x.step()` of a scheduler is no optimizer's step. The simulation decides what is
+wrong.
 """
 
 import re
@@ -11,6 +12,8 @@ __all__ = [
     "COUPLED_LOSSES",
     "LOADER_WORDS",
     "MEAN_LOSSES",
+    "PIECE_CALLS",
+    "PIECE_WORDS",
     "SHARED",
     "kind_of_constructor",
     "kind_of_name",
@@ -28,8 +31,9 @@ _WINDOW = re.compile(
 )
 # Words that are near it and mean a flag, a counter, or something that is added up.
 _NO_WINDOW = re.compile(
-    r"(is|do|should|use|enable|has|with|no)_|(^|_)(last|remain\w*|rest|tail|left|current|cur)_|accumulat(ed|or|ing)|_?(loss|grads?|tokens|batch_size|samples|counter|idx|index|"
-    r"flag|fn|func\w*|type|dtype|mode|context|ctx|metrics?|(?<!grad_)(?<!gradient_)acc|accuracy|correct|scale)$|^accuracy|^accum$",
+    r"(is|do|should|use|enable|has|with|no)_|(^|_)(last|remain\w*|rest|tail|left|current|cur)_|accumulat(ed|or|ing)|"
+    r"_?(loss|grads?|tokens|batch_size|samples|counter|idx|index|flag|fn|func\w*|type|dtype|mode|context|ctx|metrics?|"
+    r"(?<!grad_)(?<!gradient_)acc|accuracy|correct|scale)$|^accuracy|^accum$",
     re.IGNORECASE,
 )
 
@@ -45,24 +49,58 @@ _NAMES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("fabric", r"^_?fabric$"),
         ("engine", r"(^|_)engine$|model_engine|ds_model|deepspeed_engine"),
         ("clipper", r"clipper"),
-        ("loader", r"loader|(^|_)(data|train|training|trn)_?(iter|iterator|gen|generator|set|dl)$|dataset$|batches$|^dl$|_dl$|^train_data$"),
-        ("criterion", r"criterion|loss_?(fn|func|function|fct|fun|compute|module|layer)$|^(ce|bce|mse|l1|nll|kl)_?loss(es)?(_fn)?$|^loss_?f$|^compute_loss$|_criterion"),
-        ("model", r"(^|_)(model|net|network|unet|encoder|decoder|generator|discriminator|policy|actor|critic|backbone|module|netd|netg|gpt|bert|llm|student|teacher|transformer)s?\d?$"),
-        ("meter", r"meter|metric_logger|losses$|loss_(meter|avg|log|history|hist|list)|metrics?$|^stats$|^history$|tracker$|averages?$"),
+        (
+            "loader",
+            (
+                r"loader|(^|_)(data|train|training|trn)_?(iter|iterator|gen|generator|set|dl)$|dataset$|batches$|^dl$|_dl$|"
+                r"^train_data$"
+            ),
+        ),
+        (
+            "criterion",
+            (
+                r"criterion|loss_?(fn|func|function|fct|fun|compute|module|layer)$|"
+                r"^(ce|bce|mse|l1|nll|kl)_?loss(es)?(_fn)?$|^loss_?f$|^compute_loss$|_criterion"
+            ),
+        ),
+        (
+            "model",
+            (
+                r"(^|_)(model|net|network|unet|encoder|decoder|generator|discriminator|policy|actor|critic|backbone|module|"
+                r"netd|netg|gpt|bert|llm|student|teacher|transformer)s?\d?$"
+            ),
+        ),
+        (
+            "meter",
+            (
+                r"meter|metric_logger|losses$|loss_(meter|avg|log|history|hist|list)|metrics?$|^stats$|^history$|tracker$|"
+                r"averages?$"
+            ),
+        ),
         ("log", r"logger|writer|wandb|tensorboard|^tb$|^run$|mlflow|neptune|progress|pbar|p_?bar|bar$|tqdm"),
     )
-)  # fmt: skip
+)
 
 _CONSTRUCTORS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
-        ("scheduler", r"(lr_scheduler\.\w+|get_\w*sched\w*|\w*(Scheduler|Schedule|AnnealingLR|StepLR|LambdaLR|CycleLR|ExponentialLR|"
-                      r"Plateau|WarmRestarts|PolynomialLR|SequentialLR|LinearLR|ConstantLR|NoamLR|AnnealingWarmRestarts|ChainedScheduler)|"
-                      r"(build|create|make|get|init|setup)_\w*sched\w*)$"),
+        (
+            "scheduler",
+            (
+                r"(lr_scheduler\.\w+|get_\w*sched\w*|\w*(Scheduler|Schedule|AnnealingLR|StepLR|LambdaLR|CycleLR|"
+                r"ExponentialLR|Plateau|WarmRestarts|PolynomialLR|SequentialLR|LinearLR|ConstantLR|NoamLR|"
+                r"AnnealingWarmRestarts|ChainedScheduler)|(build|create|make|get|init|setup)_\w*sched\w*)$"
+            ),
+        ),
         ("ddp", r"(^|\.)(DistributedDataParallel|DDP)$"),
-        ("optimizer", r"(^|\.)(optim\.\w+|(\w*(Adam|AdamW|SGD|RMSprop|Adagrad|Adadelta|Adafactor|LAMB|Lamb|LARS|Lion|NAdam|RAdam|Ranger|"
-                      r"Muon|Adan|LBFGS|SparseAdam|NovoGrad|ASGD|Rprop|BertAdam|Optimizer\w*|optimizer\w*|AdamW8bit|Adam8bit|AdaBelief))|"
-                      r"(configure|create|build|make|get|setup|init\w*)_optimizers?)$"),
+        (
+            "optimizer",
+            (
+                r"(^|\.)(optim\.\w+|(\w*(Adam|AdamW|SGD|RMSprop|Adagrad|Adadelta|Adafactor|LAMB|Lamb|LARS|Lion|NAdam|RAdam|"
+                r"Ranger|Muon|Adan|LBFGS|SparseAdam|NovoGrad|ASGD|Rprop|BertAdam|Optimizer\w*|optimizer\w*|AdamW8bit|"
+                r"Adam8bit|AdaBelief))|(configure|create|build|make|get|setup|init\w*)_optimizers?)$"
+            ),
+        ),
         ("native_scaler", r"NativeScaler\w*$|ApexScaler$|NativeScalerWithGradNormCount$"),
         ("scaler", r"GradScaler$"),
         ("accelerator", r"(^|\.)Accelerator$"),
@@ -74,7 +112,7 @@ _CONSTRUCTORS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("log", r"(SummaryWriter|tqdm|trange|getLogger|Progbar|ProgressBar)$"),
         ("clipper", r"\w*Clipper$"),
     )
-)  # fmt: skip
+)
 
 # Numbers, texts and settings that bear the name of an object.
 _NO_OBJECT = re.compile(
@@ -107,6 +145,11 @@ CLIP_CALLS = re.compile(
 LOADER_WORDS = re.compile(
     r"loader|iterator|batches|train_iter|data_iter|dataset|train_data|(^|_)(data|dl|train|batch_iter)$", re.IGNORECASE
 )
+
+
+# Calls that cut a batch into pieces, and words that an iterable of pieces has.
+PIECE_CALLS = frozenset({"split", "chunk", "tensor_split"})
+PIECE_WORDS = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
 
 
 @lru_cache(4096)

@@ -32,7 +32,7 @@ def with_imports(module: Module, path: Path, folder: Path) -> None:
         wanted = {alias.name: alias.asname or alias.name for alias in statement.names}
         for node in tree.body:
             if isinstance(node, FunctionNode | ast.ClassDef) and node.name in wanted and wanted[node.name] == node.name:
-                module.add(node, tree, _shown(file, path, folder))
+                module.add(node, _shown(file, folder))
 
 
 def _file_of(statement: ast.ImportFrom, path: Path, folder: Path) -> Path | None:
@@ -61,8 +61,8 @@ def _parse(file: Path) -> ast.Module | None:
         return None
 
 
-def _shown(file: Path, path: Path, folder: Path) -> str:
-    """The name of an imported file beside the name of the file that imports it."""
+def _shown(file: Path, folder: Path) -> str:
+    """The name of an imported file, as short as the working directory and the folder allow."""
     for base in (Path(), folder):
         try:
             return file.resolve().relative_to(base.resolve()).as_posix()

@@ -20,9 +20,8 @@ def judge_costs(view: View) -> Iterator[Fault]:
     """The faults of communication, and graphs that are kept."""
     if not view.accumulates:
         return
-    frameworks = view.trace.frameworks
     backwards = view.trace.backwards
-    if any(len(s.since) > 1 for s in view.trace.steps) and not view.blocked:
+    if view.has_windows and not view.blocked:
         yield from _reduces(view)
         unsynced = [b for b in backwards if not b.synced]
         outside = next((b for b in unsynced if b.loss.forward_synced), None)
@@ -30,7 +29,8 @@ def judge_costs(view: View) -> Iterator[Fault]:
             yield Fault(
                 "MB502",
                 outside.node,
-                "`no_sync` holds the backward and not the forward: gradients are reduced in every microbatch all the same",
+                "`no_sync` holds the backward and not the forward: gradients are reduced in every microbatch all the "
+                "same",
             )
         never = next((s for s in view.trace.steps if not s.reduced and s.since), None)
         if (
@@ -42,16 +42,16 @@ def judge_costs(view: View) -> Iterator[Fault]:
             yield Fault(
                 "MB503",
                 never.node,
-                "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the ranks "
-                "drift apart",
+                "forward and backward of every microbatch run under `no_sync`: gradients are never reduced, and the "
+                "ranks drift apart",
             )
-    kept = next((m for m in view.marks("retained")), None)
+    kept = next(iter(view.marks("retained")), None)
     if kept is not None and kept.value is not None and len(kept.value.weights) >= view.n:
         yield Fault(
             "MB602",
             kept.node,
-            f"one backward runs through {len(kept.value.weights)} microbatches: their graphs are all kept, which is the "
-            "memory of the whole batch",
+            f"one backward runs through {len(kept.value.weights)} microbatches: their graphs are all kept, which is "
+            "the memory of the whole batch",
         )
 
 
@@ -71,8 +71,8 @@ def _reduces(view: View) -> Iterator[Fault]:
         yield Fault(
             "MB501",
             backward,
-            f"if the model is wrapped in DistributedDataParallel, all gradients are reduced in every microbatch: {view.n} "
-            "times for each step",
+            "if the model is wrapped in DistributedDataParallel, all gradients are reduced in every microbatch: "
+            f"{view.n} times for each step",
             certain=False,
             needs=("whether the model is wrapped in DistributedDataParallel",),
         )
@@ -88,13 +88,14 @@ def judge_survey(view: View) -> Iterator[Fault]:
         by_node.setdefault((mark.kind, mark.node), []).append(mark)
     lines: set[int] = set()
     for (kind, node), marks in by_node.items():
-        often = {m.tick for m in marks if m.tick in set(view.ticks)}
+        often = {m.tick for m in marks} & set(view.ticks)
+        line = getattr(node, "lineno", 0)
         if kind == "log":
             yield from _logged(view, node, marks)
         elif kind == "sum":
             yield from _summed(view, node, marks)
-        elif len(often) >= 0.9 * ticks and ticks > 2 and node.lineno not in lines:
-            lines.add(node.lineno)
+        elif len(often) >= 0.9 * ticks and ticks > 2 and line not in lines:
+            lines.add(line)
             if kind == "sync":
                 yield Fault(
                     "MB601",
@@ -111,7 +112,7 @@ def judge_survey(view: View) -> Iterator[Fault]:
 def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
     """MB701 and MB702: the number that is logged is not the loss of the window."""
     values = [m for m in marks if m.value is not None and not m.value.blurred and m.value.weights]
-    if not values or not any(len(s.since) > 1 for s in view.trace.steps):
+    if not values or not view.has_windows:
         return
     scaled = Fraction(1, view.n)
     single = [m for m in values if len(m.value.weights) == 1]
@@ -127,7 +128,7 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
 
 def _summed(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
     """MB702: a sum that takes the loss of the last microbatch of each window alone."""
-    if not any(len(s.since) > 1 for s in view.trace.steps) or len(marks) < 2:
+    if not view.has_windows or len(marks) < 2:
         return
     single = all(m.value.weights and len(m.value.weights) == 1 and set(m.value.weights) == {m.tick} for m in marks)
     if single and all(m.tick in view.step_ticks for m in marks) and len(marks) < len(view.ticks):

@@ -24,6 +24,7 @@ def judge_gradients(view: View) -> Iterator[Fault]:
 
 
 def _clips(view: View) -> Iterator[Fault]:
+    """MB201 and MB202: partial or scaled gradients are clipped."""
     said: set[tuple[str, ast.AST]] = set()
     for mark in view.marks("clip"):
         if not mark.detail:
@@ -49,6 +50,7 @@ def _is_partial(view: View, mark: Mark) -> bool:
 
 
 def _scaler(view: View) -> Iterator[Fault]:
+    """MB203 and MB204: the calls of the gradient scaler are too many, too few or in the wrong order."""
     again = next((m for m in view.marks("unscale") if m.detail), None)
     if again is not None:
         yield Fault(
@@ -78,6 +80,7 @@ def _scaler(view: View) -> Iterator[Fault]:
 
 
 def _schedules(view: View) -> Iterator[Fault]:
+    """MB301 and MB302: the learning rate schedule counts microbatches where it should count steps, or the reverse."""
     by_node: dict[ast.AST, list[Mark]] = {}
     for mark in view.marks("schedule"):
         by_node.setdefault(mark.node, []).append(mark)
@@ -93,7 +96,8 @@ def _schedules(view: View) -> Iterator[Fault]:
                 yield Fault(
                     "MB302",
                     node,
-                    f"`{marks[0].name}` is not given to `prepare()`: it advances {view.n} times for each optimizer step",
+                    f"`{marks[0].name}` is not given to `prepare()`: it advances {view.n} times for each optimizer "
+                    "step",
                     certain=units == "windows",
                     needs=("whether the schedule is meant in microbatches",),
                 )
@@ -113,17 +117,17 @@ def _schedules(view: View) -> Iterator[Fault]:
             and len(ticks) >= len(view.step_ticks) - 1
             and len(ticks) > 2
         ):
-            made = _constructor(view, marks[0])
             yield Fault(
                 "MB301",
-                made or node,
+                _constructor(view) or node,
                 f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
                 "is walked",
                 data={"kind": "length"},
             )
 
 
-def _constructor(view: View, mark: Mark) -> ast.AST | None:
+def _constructor(view: View) -> ast.AST | None:
+    """Where the file makes its schedule."""
     for node in view.module.nodes:
         if isinstance(node, ast.Call) and any("sched" in text_of(target).lower() for target in _targets(view, node)):
             return node
@@ -136,11 +140,12 @@ def _targets(view: View, node: ast.Call) -> list[ast.AST]:
 
 
 def _averages(view: View) -> Iterator[Fault]:
+    """MB303: a moving average of the weights decays once a microbatch."""
     by_node: dict[ast.AST, list[Mark]] = {}
     for mark in view.marks("ema"):
         if not mark.detail:
             by_node.setdefault(mark.node, []).append(mark)
-    if not any(len(s.since) > 1 for s in view.trace.steps):
+    if not view.has_windows:
         return
     for node, marks in by_node.items():
         ticks = {m.tick for m in marks}
@@ -148,19 +153,23 @@ def _averages(view: View) -> Iterator[Fault]:
             yield Fault(
                 "MB303",
                 node,
-                f"the moving average is updated after every microbatch: it decays {view.n} times for each optimizer step",
+                f"the moving average is updated after every microbatch: it decays {view.n} times for each optimizer "
+                "step",
             )
 
 
 def _recreated(view: View) -> Iterator[Fault]:
+    """MB305: the optimizer is made in the loop over epochs."""
     for mark in view.marks("optimizer"):
         loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
-        if loops and isinstance(loops[0], ast.For) and "epoch" in text_of(loops[0].target).lower():
-            if view.module.contains_backward(loops[0], None):
-                yield Fault(
-                    "MB305", mark.node, "the optimizer is made anew in every epoch: its moments are lost each time"
-                )
-                return
+        if (
+            loops
+            and isinstance(loops[0], ast.For)
+            and "epoch" in text_of(loops[0].target).lower()
+            and view.module.contains_backward(loops[0], None)
+        ):
+            yield Fault("MB305", mark.node, "the optimizer is made anew in every epoch: its moments are lost each time")
+            return
 
 
 def _skipped_units(view: View) -> Iterator[Fault]:
@@ -213,7 +222,8 @@ def _replayed(view: View) -> Iterator[Fault]:
             yield Fault(
                 "MB304",
                 node,
-                f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of what it should",
+                f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of "
+                "what it should",
             )
             return
 

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import SHARED
 from microbatch.linting.syntax import Loop, last_name, text_of
+from microbatch.linting.trace import Mark
 
 __all__ = ["judge_loss"]
 
 _TOKENS = re.compile(
-    r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|chunked_cross_entropy)\b"
+    r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|"
+    r"chunked_cross_entropy)\b"
 )
 _CACHED = re.compile(r"grad_?cache|GradCache|cached_?(multiple|loss|contrast)|CachedMultiple", re.IGNORECASE)
 
 
 def judge_loss(view: View) -> Iterator[Fault]:
     """The faults of the loss itself."""
-    if not (view.accumulates or view.managed) or (
-        not any(len(s.since) > 1 for s in view.trace.steps) and not view.managed
-    ):
+    if not view.has_windows and not view.managed:
         return
     yield from _token_means(view)
     yield from _coupled(view)
@@ -29,6 +29,7 @@ def judge_loss(view: View) -> Iterator[Fault]:
 
 
 def _token_means(view: View) -> Iterator[Fault]:
+    """MB401: a mean over counted tokens, of which each microbatch has another number."""
     said: set[ast.AST] = set()
     counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
@@ -51,14 +52,14 @@ def _token_means(view: View) -> Iterator[Fault]:
                 yield Fault(
                     "MB401",
                     b.node,
-                    "if the loss is a mean over the tokens or labels that are not masked, one of a microbatch with few of them "
-                    "weighs more",
+                    "if the loss is a mean over the tokens or labels that are not masked, one of a microbatch with few "
+                    "of them weighs more",
                     certain=False,
                     needs=("whether labels are masked or padded",),
                 )
             continue
+        said.add(b.node)
         if loss.tokens:
-            said.add(b.node)
             yield Fault(
                 "MB401",
                 _at_line(view, loss.tokens) or b.node,
@@ -66,11 +67,9 @@ def _token_means(view: View) -> Iterator[Fault]:
                 "microbatches weigh the same: a token of a short microbatch weighs more",
             )
         else:
-            said.add(b.node)
-            place = view.trace.settings.get("labels", b.node)
             yield Fault(
                 "MB401",
-                place,
+                view.trace.settings.get("labels", b.node),
                 f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
                 "microbatches weigh the same: a token of a short microbatch weighs more",
             )
@@ -86,47 +85,34 @@ def _counted_apart(view: View) -> ast.AST | None:
         test = node.func.value
         if not (isinstance(test, ast.Compare) and _is_label_test(test)) or not view.module.is_inside_loop(node):
             continue
-        statement = view.module.statement_of(node)
-        names = {
-            last_name(t)
-            for t in (
-                statement.targets
-                if isinstance(statement, ast.Assign)
-                else [statement.target]
-                if isinstance(statement, ast.AugAssign)
-                else []
-            )
-        }
-        for other in view.module.nodes:
-            if isinstance(other, ast.AugAssign) and names & {last_name(x) for x in ast.walk(other.value)}:
-                names.add(last_name(other.target))
+        names = _names_of_count(view, node)
+        around = view.module.around(node)
         used = any(
             isinstance(n, ast.BinOp)
             and isinstance(n.op, ast.Div | ast.Mult)
             and names & {last_name(x) for x in ast.walk(n)}
-            and not _is_inside(view, node, n)
+            and n not in around
             for n in view.module.nodes
         )
-        if (
-            names
-            and not used
-            and any(
-                view.module.contains_backward(p, view.module.owner_of(p))
-                for p in view.module.above(node)
-                if isinstance(p, Loop)
-            )
-        ):
+        loops = (p for p in view.module.above(node) if isinstance(p, Loop))
+        if names and not used and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in loops):
             return node
     return None
 
 
-def _is_inside(view: View, node: ast.AST, outer: ast.AST) -> bool:
-    """Whether one node stands inside of another."""
-    while node in view.module.parents:
-        node = view.module.parents[node]
-        if node is outer:
-            return True
-    return False
+def _names_of_count(view: View, node: ast.AST) -> set[str]:
+    """The names that a count goes to: its target, and the counters that the target is added to."""
+    statement = view.module.statement_of(node)
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AugAssign):
+        targets = [statement.target]
+    names = {last_name(target) for target in targets}
+    for other in view.module.nodes:
+        if isinstance(other, ast.AugAssign) and names & {last_name(x) for x in ast.walk(other.value)}:
+            names.add(last_name(other.target))
+    return names
 
 
 def _is_label_test(test: ast.Compare) -> bool:
@@ -140,6 +126,7 @@ def _is_label_test(test: ast.Compare) -> bool:
 
 
 def _at_line(view: View, line: int) -> ast.AST | None:
+    """The first expression of a line."""
     return next((n for n in view.module.nodes if isinstance(n, ast.expr) and n.lineno == line), None)
 
 
@@ -166,18 +153,21 @@ def _find_masked(view: View) -> int:
 
 
 def _coupled(view: View) -> Iterator[Fault]:
+    """MB402 and MB405: the loss compares the rows of a batch with one another."""
     words = view.module.names_text
     if _CACHED.search(words) or "cached" in view.trace.settings:
         return
-    cached = (
-        view.module.caches_outputs
-        and "shared" not in view.trace.settings
-        and any(b.loss.coupled and SHARED.search(words) for b in view.trace.backwards)
-    )
-    if any(b.loss.coupled for b in view.trace.backwards) and view.module.caches_outputs and not cached:
+    b = next((b for b in view.trace.backwards if b.loss.coupled), None)
+    if b is None:
         return
-    if cached:
-        b = next(b for b in view.trace.backwards if b.loss.coupled)
+    if not view.module.caches_outputs:
+        yield Fault(
+            "MB402",
+            _at_line(view, b.loss.coupled) or b.node,
+            "the loss compares the rows of one batch: a microbatch sees only its own rows, "
+            f"so {view.n} microbatches are another loss than one large batch",
+        )
+    elif "shared" not in view.trace.settings and SHARED.search(words):
         yield Fault(
             "MB405",
             b.node,
@@ -185,19 +175,10 @@ def _coupled(view: View) -> Iterator[Fault]:
             certain=False,
             needs=("whether a scale or a bias of the loss is trained",),
         )
-        return
-    for b in view.trace.backwards:
-        if b.loss.coupled:
-            yield Fault(
-                "MB402",
-                _at_line(view, b.loss.coupled) or b.node,
-                "the loss compares the rows of one batch: a microbatch sees only its own rows, "
-                f"so {view.n} microbatches are another loss than one large batch",
-            )
-            return
 
 
 def _batch_norm(view: View) -> Iterator[Fault]:
+    """MB403: a layer computes statistics of the rows of a batch."""
     for node in view.module.nodes:
         if isinstance(node, ast.Call) and re.match(r"BatchNorm[123]d$", last_name(node.func)):
             yield Fault(
@@ -211,35 +192,35 @@ def _batch_norm(view: View) -> Iterator[Fault]:
 
 
 def _slices(view: View) -> Iterator[Fault]:
+    """MB404: a batch is cut into pieces, of which the last may be shorter."""
     if "cached" in view.trace.settings or any(o.startswith("multiplied") for o in view.opaque_losses()):
         return  # each microbatch is weighted, or gradients of cached outputs are handed on
-    for mark in view.marks("pieces"):
-        if any(
-            isinstance(p, Loop) and mark.node in ast.walk(p.iter) and len(view.module.above(p)) > 0
-            for p in view.module.above(mark.node)
-            if isinstance(p, ast.For)
-        ):
-            yield Fault(
-                "MB404",
-                mark.node,
-                f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same",
-                certain=False,
-                needs=("whether the rows divide evenly",),
-            )
-            return
-    for mark in view.marks("slice"):
-        loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
-        if not loops or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0])) or len(loops) < 2:
-            continue
-        names = {last_name(n) for n in ast.walk(loops[0].target)} if isinstance(loops[0], ast.For) else set()
-        if names & {last_name(n) for n in ast.walk(mark.node)} and not any(
-            isinstance(n, ast.Assert) for n in ast.walk(loops[1])
-        ):
-            yield Fault(
-                "MB404",
-                mark.node,
-                f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same",
-                certain=False,
-                needs=("whether the rows divide evenly",),
-            )
-            return
+    pieces = (mark for mark in view.marks("pieces") if _feeds_inner_loop(view, mark))
+    slices = (mark for mark in view.marks("slice") if _moves_with_loop(view, mark))
+    mark = next(pieces, None) or next(slices, None)
+    if mark is not None:
+        yield Fault(
+            "MB404",
+            mark.node,
+            f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same",
+            certain=False,
+            needs=("whether the rows divide evenly",),
+        )
+
+
+def _feeds_inner_loop(view: View, mark: Mark) -> bool:
+    """Whether a loop inside of another statement runs over the pieces."""
+    return any(
+        isinstance(p, ast.For) and mark.node in ast.walk(p.iter) and view.module.above(p)
+        for p in view.module.above(mark.node)
+    )
+
+
+def _moves_with_loop(view: View, mark: Mark) -> bool:
+    """Whether a slice is cut anew in each turn of an inner loop over microbatches, and nothing checks the rows."""
+    loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
+    if len(loops) < 2 or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0])):
+        return False
+    names = {last_name(n) for n in ast.walk(loops[0].target)} if isinstance(loops[0], ast.For) else set[str]()
+    reads_turn = bool(names & {last_name(n) for n in ast.walk(mark.node)})
+    return reads_turn and not any(isinstance(n, ast.Assert) for n in ast.walk(loops[1]))

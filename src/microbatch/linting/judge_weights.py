@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
+from typing import TypeAlias
 
 from microbatch.linting.faults import Fault, View, fraction
 from microbatch.linting.trace import StepTaken
@@ -77,6 +79,7 @@ def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
 
 
 def _made_in(opaque: tuple[str, ...]) -> str:
+    """Where a loss comes from that the file does not show, as a remark in brackets."""
     return f" (it comes out of {opaque[0]}, which this file does not show)" if opaque else ""
 
 
@@ -113,7 +116,7 @@ def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         return
     step = steps[wrong]
     total = sum(step.weights.get(m, Fraction(0)) for m in step.since)
-    if total == 1 and len({w for w in step.weights.values()}) == 1 and view.divides:
+    if total == 1 and len(set(step.weights.values())) == 1 and view.divides:
         return  # the script divides by what is really in the window
     first = "the first window" if wrong == 0 else f"window {wrong + 1}"
     weight = fraction(next(iter(step.weights.values()), Fraction(0)))
@@ -130,99 +133,102 @@ def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
 
 
 def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
-    """MB110 to MB113: what happens to the remainder of an epoch."""
+    """MB110 to MB113, and MB105 after a forced step: what happens to the remainder of an epoch."""
     if view.clean or not view.trace.last_ticks or "bounds" in view.trace.settings:
         return
-    remainder = view.outcome.run.length % view.n
-    needs = ("the number of microbatches in an epoch, modulo N",)
-    epochs = view.trace.epoch_of
     full = [s for s in steps if len(s.since) == view.n]
     if not full and view.n > 1:
         return
-    for step in steps:
-        live = [m for m in step.since if m in step.weights]
-        if len({epochs[m] for m in live}) > 1 and len(live) != view.n:
-            old = [m for m in live if epochs[m] != step.epoch]
-            yield Fault(
-                "MB110",
-                step.node,
-                f"with {view.outcome.run.length} microbatches an epoch, {_many(len(old))} left at its end "
-                f"{'enter' if len(old) > 1 else 'enters'} the first step of the next epoch",
-                certain=False,
-                needs=needs,
-            )
-            break
-        gone = [m for m in step.lost if epochs[m] != step.epoch]
-        if gone:
-            yield Fault(
-                "MB111",
-                step.node,
-                f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(gone))} "
-                "are cleared at the start of the next epoch without a step",
-                certain=False,
-                needs=needs,
-            )
-            break
-    else:
-        if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
-            return  # windows run on over the end of an epoch, each with N microbatches
-        last = steps[-1].tick
-        left = [t for t in view.ticks if t > last and view.trace.loop_of.get(t) is steps[-1].loop]
-        if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
-            yield Fault(
-                "MB111",
-                steps[-1].node,
-                f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never enter a step",
-                certain=False,
-                needs=needs,
-            )
-    for before, step in zip(steps, steps[1:], strict=False):
-        if (
-            before.tick in view.trace.last_ticks
-            and len(before.since) < view.n
-            and 0 < len(step.since) < view.n
-            and step.tick not in view.trace.last_ticks
-        ):
-            yield Fault(
-                "MB105",
-                step.node,
-                f"the forced step at the end of an epoch does not reset the counter: the next window has "
-                f"{_many(len(step.since))} instead of {view.n}",
-                certain=False,
-                needs=needs,
-            )
-            break
+    epochs = view.trace.epoch_of
     tails = [
         s
         for s in steps
         if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1
     ]
+    found = (
+        _leaks_or_drops(view, steps),
+        _counter_not_reset(view, steps),
+        _tail_weight(view, tails),
+        _tail_step_differs(full, tails),
+    )
+    for fault in found:
+        if fault is not None:
+            rule, step, message = fault
+            yield Fault(
+                rule, step.node, message, certain=False, needs=("the number of microbatches in an epoch, modulo N",)
+            )
+
+
+_TailFault: TypeAlias = tuple[str, StepTaken, str]  # the rule, the step at fault, the message
+
+
+def _leaks_or_drops(view: View, steps: list[StepTaken]) -> _TailFault | None:
+    """MB110 and MB111: the remainder enters the next epoch's first step, or no step at all."""
+    length, epochs = view.outcome.run.length, view.trace.epoch_of
+    for step in steps:
+        live = [m for m in step.since if m in step.weights]
+        if len({epochs[m] for m in live}) > 1 and len(live) != view.n:
+            old = [m for m in live if epochs[m] != step.epoch]
+            message = (
+                f"with {length} microbatches an epoch, {_many(len(old))} left at its end "
+                f"{'enter' if len(old) > 1 else 'enters'} the first step of the next epoch"
+            )
+            return "MB110", step, message
+        gone = [m for m in step.lost if epochs[m] != step.epoch]
+        if gone:
+            message = (
+                f"with {length} microbatches an epoch, the last {_many(len(gone))} "
+                "are cleared at the start of the next epoch without a step"
+            )
+            return "MB111", step, message
+    if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
+        return None  # windows run on over the end of an epoch, each with N microbatches
+    last = steps[-1]
+    left = [t for t in view.ticks if t > last.tick and view.trace.loop_of.get(t) is last.loop]
+    remainder = length % view.n
+    if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
+        return "MB111", last, f"with {length} microbatches an epoch, the last {_many(len(left))} never enter a step"
+    return None
+
+
+def _counter_not_reset(view: View, steps: list[StepTaken]) -> _TailFault | None:
+    """MB105: after the forced step at the end of an epoch, the counter goes on."""
+    ends = view.trace.last_ticks
+    for before, step in pairwise(steps):
+        forced = before.tick in ends and len(before.since) < view.n
+        if forced and 0 < len(step.since) < view.n and step.tick not in ends:
+            message = (
+                "the forced step at the end of an epoch does not reset the counter: the next window has "
+                f"{_many(len(step.since))} instead of {view.n}"
+            )
+            return "MB105", step, message
+    return None
+
+
+def _tail_weight(view: View, tails: list[StepTaken]) -> _TailFault | None:
+    """MB112: the remainder is divided by N, not by its own length."""
     for step in tails:
         weights = {w for m, w in step.weights.items() if m in step.since}
-        if weights == {Fraction(1, view.n)} and len(step.since) == remainder:
-            yield Fault(
-                "MB112",
-                step.node,
+        if weights == {Fraction(1, view.n)} and len(step.since) == view.outcome.run.length % view.n:
+            message = (
                 f"the last window has {_many(len(step.since))} and is still divided by {view.n}: its step takes "
-                f"{len(step.since)}/{view.n} of the mean gradient",
-                certain=False,
-                needs=needs,
+                f"{len(step.since)}/{view.n} of the mean gradient"
             )
-            break
+            return "MB112", step, message
+    return None
+
+
+def _tail_step_differs(full: list[StepTaken], tails: list[StepTaken]) -> _TailFault | None:
+    """MB113: the step for the remainder leaves out what the main step does before."""
+    words = {"clip": "clipping", "unscale": "`unscale_`"}
     for step in tails:
         main = next((s for s in full if s.node is not step.node), None)
-        if main is not None and (
-            missing := [p for p in dict.fromkeys(main.prior) if p not in step.prior and p in ("clip", "unscale")]
-        ):
-            words = {"clip": "clipping", "unscale": "`unscale_`"}
-            yield Fault(
-                "MB113",
-                step.node,
-                f"the step for the remainder lacks the {' and the '.join(words[p] for p in missing)} of the main step",
-                certain=False,
-                needs=needs,
-            )
-            break
+        done = dict.fromkeys(main.prior) if main is not None else {}
+        missing = [words[p] for p in done if p in words and p not in step.prior]
+        if missing:
+            message = f"the step for the remainder lacks the {' and the '.join(missing)} of the main step"
+            return "MB113", step, message
+    return None
 
 
 def _many(count: int) -> str:
@@ -250,11 +256,11 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
     elif (
         len(at) > 1
         and len(at) < view.trace.tick
-        and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False))
+        and all(b - a == view.n for a, b in pairwise(view.ticks))
+        and view.clean
     ):
-        if view.clean:
-            yield Fault(
-                "MB106",
-                view.trace.backwards[0].node,
-                f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
-            )
+        yield Fault(
+            "MB106",
+            view.trace.backwards[0].node,
+            f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
+        )

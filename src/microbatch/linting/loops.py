@@ -1,30 +1,42 @@
 """How often the loops of a file run, and which of their iterations are microbatches."""
 
 import ast
-import re
 from typing import Any
 
-from microbatch.linting.guesses import LOADER_WORDS
+from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import Loop, dotted, last_name, text_of
-from microbatch.linting.values import Data, Num, Obj, Unknown, number
+from microbatch.linting.values import Data, Obj, Unknown, number, tags
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
 
 BREAK, CONTINUE = "break", "continue"
-_PIECED = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
 
 
 class Loops(Simulated):
     """The part of the machine that runs loops."""
 
-    at_last = False
-
     def loop_for(self, node: ast.For) -> Any:
+        """Run a `for` loop."""
+        micro = self.module.is_microbatch_loop(node, self.frame.owner)
         items, counted = self.items(node)
-        return self._loop(node, items, counted)
+        if micro:
+            self.trace.loop = node
+            if not counted:
+                self.begin_epoch()
+        evaluates = (
+            not micro
+            and LOADER_WORDS.search(text_of(node.iter)) is not None
+            and not self.module.contains_backward(node, self.frame.owner)
+        )
+        self.trace.evaluating += evaluates
+        try:
+            return self._turns(node, items, micro=micro, counted=counted)
+        finally:
+            self.trace.evaluating -= evaluates
 
     def loop_while(self, node: ast.While) -> Any:
+        """Run a `while` loop."""
         limit = self.count_of_loop(node)
         micro = self.module.is_microbatch_loop(node, self.frame.owner)
         if not micro and not self.module.contains_backward(node, self.frame.owner):
@@ -34,9 +46,7 @@ class Loops(Simulated):
             self.begin_epoch()
         for index in range(limit):
             value = self.evaluate(node.test)
-            if isinstance(value, Unknown | Data):
-                pass
-            elif not self.truth(value, node.test):
+            if not isinstance(value, Unknown | Data) and not self.truth(value, node.test):
                 break
             if micro:
                 self.begin_microbatch(last=index == limit - 1)
@@ -46,24 +56,6 @@ class Loops(Simulated):
             if signal is not None and signal != CONTINUE:
                 return signal
         return None
-
-    def _loop(self, node: ast.For, items: list[Any], counted: bool) -> Any:
-        micro = self.module.is_microbatch_loop(node, self.frame.owner)
-        if micro:
-            self.trace.loop = node
-        if micro and not counted:
-            self.begin_epoch()
-        if (
-            not micro
-            and LOADER_WORDS.search(text_of(node.iter))
-            and not self.module.contains_backward(node, self.frame.owner)
-        ):
-            self.trace.evaluating += 1
-            try:
-                return self._turns(node, items, micro=False, counted=counted)
-            finally:
-                self.trace.evaluating -= 1
-        return self._turns(node, items, micro=micro, counted=counted)
 
     def _turns(self, node: ast.For, items: list[Any], *, micro: bool, counted: bool) -> Any:
         for index, item in enumerate(items):
@@ -78,6 +70,7 @@ class Loops(Simulated):
         return self.block(node.orelse)
 
     def body(self, node: ast.For | ast.While) -> Any:
+        """Run one turn of a loop."""
         self.loop_depth += 1
         try:
             return self.block(node.body)
@@ -91,11 +84,9 @@ class Loops(Simulated):
             return self.run.length
         if not self.module.contains_backward(node, owner) or self.loop_depth > 2:
             return 1
-        return (
-            3
-            if any(self.is_counted(inner) for inner in ast.walk(node) if isinstance(inner, ast.For))
-            else self.run.epochs
-        )
+        if any(self.is_counted(inner) for inner in ast.walk(node) if isinstance(inner, ast.For)):
+            return 3  # this loop runs once for each window
+        return self.run.epochs
 
     def is_counted(self, node: ast.For) -> bool:
         """Whether a loop runs once for each of the N microbatches: `for i in range(n)`."""
@@ -109,6 +100,7 @@ class Loops(Simulated):
         return any(self.is_window(part) for part in ast.walk(end) if isinstance(part, ast.expr))
 
     def is_window(self, node: ast.AST) -> bool:
+        """Whether an expression is N."""
         text = dotted(node)
         if isinstance(node, ast.Constant):
             return node.value in self.window_literals
@@ -118,13 +110,11 @@ class Loops(Simulated):
         """The items of a for loop, and whether the loop is the N microbatches of one window."""
         value = self.evaluate(node.iter)
         count = self.count_of_loop(node)
-        outer = not self.module.is_microbatch_loop(node, self.frame.owner) and self.module.contains_backward(
-            node, self.frame.owner
-        )
+        owner = self.frame.owner
+        outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
         limit = count if outer else max(self.run.length, self.run.microbatches)
         if isinstance(value, range):
-            counted = any("n" in part.tags for part in [self.range_end] if isinstance(part, Num))
-            return list(value[:limit]), counted
+            return list(value[:limit]), "n" in tags(self.range_end)
         if isinstance(value, tuple | list):
             return list(value)[:limit], False
         if isinstance(value, Obj) and value.kind == "enumerate":
@@ -133,11 +123,14 @@ class Loops(Simulated):
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
             return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
-        if _PIECED.search(text_of(node.iter)) and any(isinstance(parent, Loop) for parent in self.module.above(node)):
+        if PIECE_WORDS.search(text_of(node.iter)) and any(
+            isinstance(parent, Loop) for parent in self.module.above(node)
+        ):
             return [self.item_of(value) for _ in range(self.run.microbatches)], True
         return [self.item_of(value) for _ in range(count)], False
 
     def item_of(self, value: Any) -> Any:
+        """One item of an iterable."""
         if isinstance(value, Obj) and value.kind == "zip":
             return tuple(self.item_of(part) for part in value.info["over"])
         if isinstance(value, Obj) and value.kind == "loader":

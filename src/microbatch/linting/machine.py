@@ -1,25 +1,26 @@
 """The simulation: statements of a file run with numbers, data and objects in the place of tensors.
 
-Only what decides the gradients is followed. A value that the file does not show is `Unknown`; a branch on it is taken as the run decides,
-the same way each time.
+Only what decides the gradients is followed. A value that the file does not show is `Unknown`; a branch on it is taken
+as the run decides, the same way each time.
 """
 
 import ast
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
+from microbatch.linting.definitions import Facts
 from microbatch.linting.expressions import Expressions
 from microbatch.linting.functions import Functions
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
-from microbatch.linting.simulated import Run, TooLongError
-from microbatch.linting.syntax import dotted, last_name, text_of
+from microbatch.linting.simulated import TooLongError
+from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
 from microbatch.linting.trace import Trace
-from microbatch.linting.values import Data, Function, Obj, Unknown, is_number
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number
 
-__all__ = ["Frame", "Machine", "Run", "TooLongError"]
+__all__ = ["Machine"]
 
-STATEMENTS = 30_000
+STATEMENTS = 30_000  # of one run
 
 
 class Machine(Loops, Functions, Expressions):
@@ -36,11 +37,10 @@ class Machine(Loops, Functions, Expressions):
     def start(self, root: str) -> Trace:
         """Run a root: the top level, or a function that nobody in the file calls."""
         try:
-            if root != "":
-                self._prepare_globals()
             if root == "":
                 self.block(self.module.tree.body)
             else:
+                self._prepare_globals()
                 self._start_function(self.module.facts[root], root)
         except TooLongError:
             self.trace.finished = False
@@ -52,10 +52,12 @@ class Machine(Loops, Functions, Expressions):
             if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None):
                 self.statement(statement)
 
-    def _start_function(self, facts: Any, root: str) -> None:
+    def _start_function(self, facts: Facts, root: str) -> None:
         owner = facts.owner
         if owner and root != f"{owner}.__init__" and (init := self.module.find_method(owner, "__init__")):
             self.call_function(init, [], {}, guess=True, owner=owner)
+        if not isinstance(facts.node, FunctionNode):
+            return
         function = Function(facts.node.name, facts.node, owner)
         if facts.flat:
             self.drive(function, owner)
@@ -73,16 +75,19 @@ class Machine(Loops, Functions, Expressions):
 
     def _has_epochs(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a loop of the function holds the loop over microbatches."""
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.For | ast.While) and self.module.contains_backward(inner, owner):
-                if not self.module.is_microbatch_loop(inner, owner):
-                    return True
-        return False
+        return any(
+            isinstance(inner, ast.For | ast.While)
+            and self.module.contains_backward(inner, owner)
+            and not self.module.is_microbatch_loop(inner, owner)
+            for inner in ast.walk(node)
+        )
 
     def begin_epoch(self) -> None:
+        """Count an epoch."""
         self.trace.epoch += 1
 
     def begin_microbatch(self, *, last: bool = False) -> None:
+        """Count a microbatch; `last` says that it ends its epoch."""
         self.trace.tick += 1
         self.trace.epoch_of[self.trace.tick] = self.trace.epoch
         self.trace.loop_of[self.trace.tick] = self.trace.loop
@@ -93,6 +98,7 @@ class Machine(Loops, Functions, Expressions):
     # ---- statements
 
     def block(self, body: list[ast.stmt]) -> Any:
+        """Run statements; the result is not `None` where one of them jumps."""
         for statement in body:
             if self.relevant is not None and statement not in self.relevant:
                 continue
@@ -102,10 +108,11 @@ class Machine(Loops, Functions, Expressions):
         return None
 
     def statement(self, node: ast.stmt) -> Any:
+        """Run one statement."""
         self.spent += 1
         if self.spent > STATEMENTS:
             raise TooLongError
-        method = _STATEMENTS.get(type(node))
+        method = self._STATEMENT_KINDS.get(type(node))
         return method(self, node) if method else None
 
     def _expr(self, node: ast.Expr) -> None:
@@ -135,42 +142,14 @@ class Machine(Loops, Functions, Expressions):
         left = self.evaluate(ast.copy_location(_load(node.target), node.target))
         right = self.evaluate(node.value)
         if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
-            self.trace.mark("sum", node, dotted(node.target), right)
-        self.store(node.target, self.operate(left, node.op, right, node, target=dotted(node.target)))
+            self.trace.mark("sum", node, dotted(node.target), value=right)
+        self.store(node.target, self.operate(left, node.op, right, node=node))
 
     def store(self, target: ast.AST, value: Any) -> None:
         """Bind a target of an assignment."""
-        if (
-            isinstance(value, Unknown)
-            and not value.data
-            and not value.tags
-            and isinstance(target, ast.Name | ast.Attribute)
-        ):
-            guessed = self.guess(dotted(target))
-            if guessed is not None and not self.trace.tick:
-                self.made += 1  # set up once: an object of its own
-                guessed.info["key"] = f"{guessed.name} {self.made}"
-            value = guessed or value
-        if (
-            isinstance(value, Obj)
-            and "node" in value.info
-            and "named" not in value.info
-            and (name := last_name(target))
-        ):
-            value.name, value.info["named"] = name, True
+        value = self._named_object(target, value)
         if isinstance(target, ast.Name):
-            if "loss" in target.id.lower() and self.trace.tick and not self.trace.evaluating:
-                if isinstance(value, Data) and value.kind == "tensor" and not value.number:
-                    value = self.as_loss(value)
-                elif (
-                    isinstance(value, Unknown) and target.id not in self.module.counters and not kind_of_name(target.id)
-                ):
-                    made = self.opaque_loss(value.key or target.id)
-                    value = replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made
-            self.frame.locals[target.id] = value
-            if target.id in self.rooted:  # what was kept under the old value is gone with it
-                for key in [key for key in self.heap if key.startswith((f"{target.id}[", f"{target.id}."))]:
-                    del self.heap[key]
+            self._store_name(target.id, value)
         elif isinstance(target, ast.Tuple | ast.List):
             self._unpack(target.elts, value)
         elif isinstance(target, ast.Starred):
@@ -181,11 +160,45 @@ class Machine(Loops, Functions, Expressions):
                 self.sync_off = 0 if self.truth(value, target) else 1
             elif target.attr == "grad" and isinstance(value, Data):
                 return
-            self.heap[self.heap_key(target)] = value
-            self.rooted.add(dotted(target).partition(".")[0].partition("[")[0])
+            self._keep(self.heap_key(target), dotted(target), value)
         elif isinstance(target, ast.Subscript) and (key := self.heap_key(target)):
-            self.heap[key] = value
-            self.rooted.add(key.partition(".")[0].partition("[")[0])
+            self._keep(key, key, value)
+
+    def _keep(self, key: str, text: str, value: Any) -> None:
+        self.heap[key] = value
+        self.rooted.add(text.partition(".")[0].partition("[")[0])
+
+    def _named_object(self, target: ast.AST, value: Any) -> Any:
+        """The object that a name promises where the value is not known; an object that was made takes the name."""
+        is_plain = isinstance(value, Unknown) and not value.data and not value.tags
+        if is_plain and isinstance(target, ast.Name | ast.Attribute):
+            guessed = self.guess(dotted(target))
+            if guessed is not None and not self.trace.tick:
+                self.made += 1  # set up once: an object of its own
+                guessed.info["key"] = f"{guessed.name} {self.made}"
+            value = guessed or value
+        if isinstance(value, Obj) and "node" in value.info and "named" not in value.info:
+            name = last_name(target)
+            if name:
+                value.name, value.info["named"] = name, True
+        return value
+
+    def _store_name(self, name: str, value: Any) -> None:
+        if "loss" in name.lower() and self.trace.tick and not self.trace.evaluating:
+            value = self._loss_by_name(name, value)
+        self.frame.locals[name] = value
+        if name in self.rooted:  # what was kept under the old value is gone with it
+            for key in [key for key in self.heap if key.startswith((f"{name}[", f"{name}."))]:
+                del self.heap[key]
+
+    def _loss_by_name(self, name: str, value: Any) -> Any:
+        """The loss that a name promises, out of a tensor or of a value that the file does not show."""
+        if isinstance(value, Data) and value.kind == "tensor" and not value.number:
+            return as_loss(value)
+        if isinstance(value, Unknown) and name not in self.module.counters and not kind_of_name(name):
+            made = self.opaque_loss(value.key or name)
+            return replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made
+        return value
 
     def _unpack(self, targets: list[ast.expr], value: Any) -> None:
         if (
@@ -207,20 +220,18 @@ class Machine(Loops, Functions, Expressions):
             self.store(target, part)
 
     def _if(self, node: ast.If) -> Any:
-        taken = self.choose(node.test, node.body, node.orelse, node)
+        branch = node.body if self.choose(node) else node.orelse
         if not self.now_and_then:
-            return self.block(node.body if taken else node.orelse)
+            return self.block(branch)
         self.now_and_then = False
         self.trace.occasional += 1
         try:
-            return self.block(node.body if taken else node.orelse)
+            return self.block(branch)
         finally:
             self.trace.occasional -= 1
 
     def _with(self, node: ast.With) -> Any:
-        leave = []
-        for item in node.items:
-            leave.append(self.enter(item))
+        leave = [self.enter(item) for item in node.items]
         try:
             return self.block(node.body)
         finally:
@@ -228,17 +239,10 @@ class Machine(Loops, Functions, Expressions):
                 undo()
 
     def _try(self, node: ast.Try) -> Any:
-        if (
-            node.handlers
-            and self.run.skip
-            and self.run.skip == self.trace.tick
-            and self.module.contains_backward(node, self.frame.owner)
-        ):
+        skips = self.run.skip and self.run.skip == self.trace.tick
+        if skips and self.module.contains_backward(node, self.frame.owner):
             for handler in node.handlers:
-                if not isinstance(handler.type, ast.Name) or handler.type.id not in (
-                    "KeyboardInterrupt",
-                    "ImportError",
-                ):
+                if last_name(handler.type or node) not in ("KeyboardInterrupt", "ImportError"):
                     self.trace.mark("skip", handler, detail="except")
                     signal = self.block(handler.body)
                     return signal if signal is not None else self.block(node.finalbody)
@@ -251,14 +255,10 @@ class Machine(Loops, Functions, Expressions):
     def _return(self, node: ast.Return) -> Any:
         return ("return", None if node.value is None else self.evaluate(node.value))
 
-    def _raise(self, node: ast.Raise) -> Any:
-        return ("return", None)
-
-    def _break(self, node: ast.Break) -> Any:
-        return BREAK
-
-    def _continue(self, node: ast.Continue) -> Any:
-        return CONTINUE
+    def _jump(self, node: ast.Raise | ast.Break | ast.Continue) -> Any:
+        if isinstance(node, ast.Raise):
+            return ("return", None)
+        return BREAK if isinstance(node, ast.Break) else CONTINUE
 
     def _def(self, node: Any) -> None:
         self.frame.locals[node.name] = Function(node.name, node, None, self.frame)
@@ -271,8 +271,30 @@ class Machine(Loops, Functions, Expressions):
             if isinstance(target, ast.Name):
                 self.frame.locals.pop(target.id, None)
 
+    _STATEMENT_KINDS: ClassVar[dict[type, Any]] = {
+        ast.Expr: _expr,
+        ast.Assign: _assign,
+        ast.AnnAssign: _ann_assign,
+        ast.AugAssign: _aug_assign,
+        ast.If: _if,
+        ast.For: Loops.loop_for,
+        ast.AsyncFor: Loops.loop_for,
+        ast.While: Loops.loop_while,
+        ast.With: _with,
+        ast.AsyncWith: _with,
+        ast.Try: _try,
+        ast.Return: _return,
+        ast.Raise: _jump,
+        ast.Break: _jump,
+        ast.Continue: _jump,
+        ast.FunctionDef: _def,
+        ast.AsyncFunctionDef: _def,
+        ast.ClassDef: _class,
+        ast.Delete: _delete,
+    }
 
-def _load(node: ast.AST) -> ast.AST:
+
+def _load(node: ast.expr) -> ast.expr:
     """The same target as an expression to read."""
     if isinstance(node, ast.Name):
         return ast.Name(node.id, ast.Load())
@@ -281,26 +303,3 @@ def _load(node: ast.AST) -> ast.AST:
     if isinstance(node, ast.Subscript):
         return ast.Subscript(node.value, node.slice, ast.Load())
     return node
-
-
-_STATEMENTS: dict[type, Any] = {
-    ast.Expr: Machine._expr,
-    ast.Assign: Machine._assign,
-    ast.AnnAssign: Machine._ann_assign,
-    ast.AugAssign: Machine._aug_assign,
-    ast.If: Machine._if,
-    ast.For: Machine.loop_for,
-    ast.AsyncFor: Machine.loop_for,
-    ast.While: Machine.loop_while,
-    ast.With: Machine._with,
-    ast.AsyncWith: Machine._with,
-    ast.Try: Machine._try,
-    ast.Return: Machine._return,
-    ast.Raise: Machine._raise,
-    ast.Break: Machine._break,
-    ast.Continue: Machine._continue,
-    ast.FunctionDef: Machine._def,
-    ast.AsyncFunctionDef: Machine._def,
-    ast.ClassDef: Machine._class,
-    ast.Delete: Machine._delete,
-}

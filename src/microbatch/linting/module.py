@@ -2,16 +2,16 @@
 
 import ast
 import re
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from microbatch.linting.definitions import Definitions, Facts
-from microbatch.linting.guesses import LOADER_WORDS, names_window
+from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS, names_window
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
 
-_PIECES = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches)\b")
 # What one microbatch has several of.
 _PARTS = re.compile(
     r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name",
@@ -30,8 +30,9 @@ class Module(Definitions):
         super().__init__(tree)
         self._reach()
 
-    def _again(self) -> None:
-        """Read what calls what anew."""
+    def add(self, node: FunctionNode | ast.ClassDef, path: str) -> None:
+        """Add a function or class of another file, and read anew what calls what."""
+        super().add(node, path)
         for facts in self.facts.values():
             facts.backward = facts.flat = facts.in_loop = False
             facts.calls.clear()
@@ -89,8 +90,9 @@ class Module(Definitions):
                     facts.flat |= not in_loop
                     facts.in_loop |= in_loop
             inside = in_loop or (isinstance(node, Loop) and self._is_own_loop(node))
-            for child in ast.iter_child_nodes(node):
-                stack.append((child, inside if isinstance(child, ast.stmt) or in_loop else in_loop))
+            stack.extend(
+                (child, inside if isinstance(child, ast.stmt) else in_loop) for child in ast.iter_child_nodes(node)
+            )
 
     def reaches(self, key: str) -> bool:
         """Whether a function reaches a backward."""
@@ -169,14 +171,11 @@ class Module(Definitions):
                 for item in node.items
                 if isinstance(item.context_expr, ast.Call)
             )
-        head = (
-            node.test
-            if isinstance(node, ast.If | ast.While)
-            else node.iter
-            if isinstance(node, ast.For | ast.AsyncFor)
-            else None
-        )
-        return head is not None and self.touches_gradients(head, self.owner_of(node))
+        if isinstance(node, ast.If | ast.While):
+            return self.touches_gradients(node.test, self.owner_of(node))
+        if isinstance(node, ast.For | ast.AsyncFor):
+            return self.touches_gradients(node.iter, self.owner_of(node))
+        return False
 
     def touches_gradients(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a statement, with the functions it calls, adds to gradients, clears them or steps."""
@@ -229,7 +228,7 @@ class Module(Definitions):
         if isinstance(loop, ast.While):
             return True
         text = text_of(loop.iter)
-        if _PIECES.search(text):
+        if PIECE_WORDS.search(text):
             return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(
@@ -241,20 +240,13 @@ class Module(Definitions):
             return True
         return not any(_PARTS.search(name) for name in names)
 
-    def _up(self, node: ast.AST) -> list[ast.AST]:
-        found: list[ast.AST] = []
-        while node in self.parents:
-            node = self.parents[node]
-            found.append(node)
-        return found
-
     @cached_property
     def caches_outputs(self) -> bool:
         """Whether a loop that runs a backward computes something without a graph first, as gradient caching does."""
         for node in self.nodes:
             if isinstance(node, ast.With) and any("no_grad" in text_of(item.context_expr) for item in node.items):
                 loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
-                holder = loop or next((p for p in self._up(node) if isinstance(p, FunctionNode)), self.tree)
+                holder = loop or next((p for p in self.around(node) if isinstance(p, FunctionNode)), self.tree)
                 # What comes after the backward is an evaluation.
                 if any(
                     is_backward_call(n) and n.lineno > node.lineno for n in ast.walk(holder) if isinstance(n, ast.Call)
@@ -277,7 +269,7 @@ class Module(Definitions):
                 is_count = (
                     isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) and dotted(value.left) == target
                 )
-                is_reset = isinstance(value, ast.Constant) and value.value in (0,) and not isinstance(value.value, bool)
+                is_reset = isinstance(value, ast.Constant) and value.value == 0 and not isinstance(value.value, bool)
                 if target and (is_count or is_reset):
                     found.add(target)
             elif isinstance(node, ast.For):
@@ -287,7 +279,10 @@ class Module(Definitions):
 
     @cached_property
     def windows(self) -> tuple[set[str], set[int]]:
-        """Expressions and literal numbers that stand where N stands: the modulus of a guard of the step, the range of an inner loop."""
+        """Expressions and literal numbers that stand where N stands.
+
+        That is the modulus in a guard of the step, or the range of an inner loop.
+        """
         names: set[str] = set()
         literals: set[int] = set()
 
@@ -338,13 +333,12 @@ class Module(Definitions):
         )
 
 
-def _moduli(test: ast.AST, add, counters: set[str]) -> None:  # noqa: ANN001 - a function of one node
-    """The numbers that a condition counts up to: `n` of `(i + 1) % n == 0`, and of `count == n`."""
+def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -> None:
+    """Find the numbers that a condition counts up to: `n` of `(i + 1) % n == 0`, and of `count == n`."""
     for node in ast.walk(test):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
             add(node.right)
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
-            if dotted(node.left) in counters and (
-                names_window(last_name(node.comparators[0])) or isinstance(node.comparators[0], ast.Constant)
-            ):
-                add(node.comparators[0])
+            end = node.comparators[0]
+            if dotted(node.left) in counters and (names_window(last_name(end)) or isinstance(end, ast.Constant)):
+                add(end)

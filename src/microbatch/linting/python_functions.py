@@ -30,7 +30,7 @@ def _range(machine: Any, node: ast.Call) -> Any:
         step = numbers[2] if len(numbers) > 2 else 1
         if step == 0:
             return Unknown(text_of(node))
-        return range(*numbers[:2], step) if len(numbers) > 1 else range(numbers[0])
+        return range(numbers[0], numbers[1], step) if len(numbers) > 1 else range(numbers[0])
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
         return range(int(number(args[1])))
@@ -90,7 +90,7 @@ def _extreme(machine: Any, node: ast.Call) -> Any:
 def _sum(machine: Any, node: ast.Call) -> Any:
     args, _ = machine.arguments(node)
     data = [v for v in machine.flat(args) if isinstance(v, Data)]
-    return machine.combine(data, node) if data else Unknown(text_of(node))
+    return machine.combine(data) if data else Unknown(text_of(node))
 
 
 def _print(machine: Any, node: ast.Call) -> Any:
@@ -116,8 +116,17 @@ def _getattr(machine: Any, node: ast.Call) -> Any:
 
 
 PYTHON_FUNCTIONS: dict[str, Any] = {
-    "len": _len, "range": _range, "trange": _range, "enumerate": _enumerate, "zip": _zip, "tqdm": _first, "iter": _first, "list": _first,
-    "tuple": _first, "reversed": _first, "islice": _first, "cycle": _first, "next": _next, "int": _number_of, "float": _number_of,
-    "round": _number_of, "max": _extreme, "min": _extreme, "sum": _sum, "print": _print, "bool": _truth, "isinstance": _test, "hasattr": _test,
-    "callable": _test, "getattr": _getattr,
-}  # fmt: skip
+    "len": _len,
+    "next": _next,
+    "sum": _sum,
+    "print": _print,
+    "bool": _truth,
+    "getattr": _getattr,
+    "enumerate": _enumerate,
+    "zip": _zip,
+    **dict.fromkeys(("range", "trange"), _range),
+    **dict.fromkeys(("tqdm", "iter", "list", "tuple", "reversed", "islice", "cycle"), _first),
+    **dict.fromkeys(("int", "float", "round"), _number_of),
+    **dict.fromkeys(("max", "min"), _extreme),
+    **dict.fromkeys(("isinstance", "hasattr", "callable"), _test),
+}

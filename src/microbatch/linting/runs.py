@@ -5,9 +5,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from microbatch.linting.machine import Machine, Run
+from microbatch.linting.machine import Machine
 from microbatch.linting.module import Module
-from microbatch.linting.slices import Slice, cut
+from microbatch.linting.simulated import Run
+from microbatch.linting.slices import cut
 from microbatch.linting.trace import Trace
 
 __all__ = ["Outcome", "Root", "simulate"]
@@ -15,8 +16,8 @@ __all__ = ["Outcome", "Root", "simulate"]
 _FIRST = re.compile(
     r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE
 )
-FORKS = 12
-PROBES = 32
+FORKS = 12  # settings of one root that are judged
+PROBES = 32  # settings of one root that are tried
 STATEMENTS = 300_000  # of all runs of one file together
 
 
@@ -58,8 +59,7 @@ class Root:
 
 def simulate(module: Module) -> list[Root]:
     """Run every root of a file."""
-    relevant = cut(module)
-    budget = [STATEMENTS]
+    runner = _Runner(module)
     roots: list[Root] = []
     covered: set[ast.AST] = set()
     waiting = list(module.roots)
@@ -69,69 +69,84 @@ def simulate(module: Module) -> list[Root]:
         if name in tried:
             continue
         tried.add(name)
-        root = _runs_of(module, name, relevant, budget)
+        root = runner.runs_of(name)
         sites = {b.node for o in root.outcomes for b in o.trace.backwards}
         if sites - covered or not root.outcomes:
             roots.append(root)
         covered |= sites
         if not waiting:
-            waiting = [
-                key
-                for key in module.holders_of_backward()
-                if key not in tried and not module.backward_sites(key) <= covered
-            ][:3]
+            holders = (key for key in module.holders_of_backward() if key not in tried)
+            waiting = [key for key in holders if not module.backward_sites(key) <= covered][:3]
     return [root for root in roots if root.outcomes]
 
 
-def _runs_of(module: Module, name: str, relevant: Slice, budget: list[int]) -> Root:
-    root = Root(name)
-    sizes = _sizes(module)
-    first = sizes[0][0]
-    root.survey = _one(module, name, Run(first, 2 * first + 1), None, 0, budget)
-    for index, probe in enumerate(_forks(module, name, relevant, first, root, budget)):
-        decisions = probe.run.decisions
-        root.questions[index] = decisions
-        outcomes = [replace(probe, fork=index)]
-        for microbatches, lengths in sizes if index == 0 else [(first, sizes[0][1][:1])]:
-            for length in lengths:
-                if budget[0] <= 0:
-                    root.complete = False
-                    break
-                outcomes.append(_one(module, name, Run(microbatches, length, decisions), relevant, index, budget))
-        root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
-    for skip in (first + 1, first + 2):
-        root.skips.append(_one(module, name, Run(first, 2 * first, {}, skip=skip), relevant, 0, budget))
-    return root
+class _Runner:
+    """Runs the roots of one file, and counts the statements of all runs."""
 
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.relevant = cut(module)
+        self.left = STATEMENTS
 
-def _forks(
-    module: Module, name: str, relevant: Slice, microbatches: int, root: Root, budget: list[int]
-) -> list[Outcome]:
-    """The settings that make a difference: one answer of an unknown condition is turned at a time, and kept if the run changes."""
-    forks: list[Outcome] = []
-    signatures: set[Any] = set()
-    waiting: list[dict[str, bool]] = [{}]
-    known = {frozenset[str]()}
-    probes = 0
-    while waiting:
-        if probes >= PROBES or len(forks) >= FORKS or budget[0] <= 0:
-            root.complete = False
-            break
-        decisions = waiting.pop(0)
-        probes += 1
-        outcome = _one(module, name, Run(microbatches, 2 * microbatches + 1, decisions), relevant, 0, budget)
-        signature = _signature(outcome.trace)
-        if signature in signatures:
-            continue
-        signatures.add(signature)
-        forks.append(outcome)
-        for key in outcome.run.asked:
-            path = frozenset({*decisions, key})
-            if path not in known:
-                known.add(path)
-                # Precision and ranks are what loops differ by most.
-                waiting.insert(0 if _FIRST.search(key) else len(waiting), {**decisions, key: True})
-    return forks
+    def runs_of(self, name: str) -> Root:
+        """Run one root: with every setting, and with the default setting for several sizes."""
+        root = Root(name)
+        sizes = _sizes(self.module)
+        first, lengths = sizes[0]
+        root.survey = self.one(name, Run(first, 2 * first + 1), surveys=True)
+        for index, probe in enumerate(self._forks(root, first)):
+            decisions = probe.run.decisions
+            root.questions[index] = decisions
+            outcomes = [replace(probe, fork=index)]
+            for microbatches, lengths_of_size in sizes if index == 0 else [(first, lengths[:1])]:
+                for length in lengths_of_size:
+                    if self.left <= 0:
+                        root.complete = False
+                        break
+                    outcomes.append(self.one(name, Run(microbatches, length, decisions), fork=index))
+            root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
+        root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
+        return root
+
+    def _forks(self, root: Root, microbatches: int) -> list[Outcome]:
+        """Find the settings that make a difference.
+
+        One answer of an unknown condition is turned at a time, and kept if the run changes.
+
+        Returns:
+            One run for each of these settings, the default first.
+        """
+        forks: list[Outcome] = []
+        signatures: set[Any] = set()
+        waiting: list[dict[str, bool]] = [{}]
+        known = {frozenset[str]()}
+        probes = 0
+        while waiting:
+            if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
+                root.complete = False
+                break
+            decisions = waiting.pop(0)
+            probes += 1
+            outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, decisions))
+            signature = _signature(outcome.trace)
+            if signature in signatures:
+                continue
+            signatures.add(signature)
+            forks.append(outcome)
+            for key in outcome.run.asked:
+                path = frozenset({*decisions, key})
+                if path not in known:
+                    known.add(path)
+                    # Precision and ranks are what loops differ by most.
+                    waiting.insert(0 if _FIRST.search(key) else len(waiting), {**decisions, key: True})
+        return forks
+
+    def one(self, name: str, run: Run, *, fork: int = 0, surveys: bool = False) -> Outcome:
+        """Run a root once; a survey runs all statements, not only those that matter to gradients."""
+        machine = Machine(self.module, run, None if surveys else self.relevant)
+        trace = machine.start(name)
+        self.left -= machine.spent
+        return Outcome(run, trace, fork, machine.used_window)
 
 
 def _signature(trace: Trace) -> Any:
@@ -154,10 +169,3 @@ def _sizes(module: Module) -> list[tuple[int, list[int]]]:
             return [(n, [2 * n])]
         return [(n, [3 * n, 3 * n - 1] if n > 2 else [3 * n])]
     return [(4, [12, 11]), (3, [6]), (2, [6])]
-
-
-def _one(module: Module, name: str, run: Run, relevant: Slice | None, fork: int, budget: list[int]) -> Outcome:
-    machine = Machine(module, run, relevant)
-    trace = machine.start(name)
-    budget[0] -= machine.spent
-    return Outcome(run, trace, fork, machine.used_window)

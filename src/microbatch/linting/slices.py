@@ -42,6 +42,19 @@ _COMMON = frozenset(
 )
 _MUTATES = frozenset({"append", "extend", "clear", "update", "setdefault", "div_", "mul_"})
 
+# Names whose use changes how gradients are handled.
+_SWITCHES = frozenset(
+    {
+        "unscale_",
+        "require_backward_grad_sync",
+        "grad",
+        "update_parameters",
+        "Accelerator",
+        "prepare",
+        "empty_cache",
+    }
+)
+
 
 @dataclass
 class Slice:
@@ -55,8 +68,14 @@ def cut(module: Module) -> Slice:
     """The statements that touch gradients, that make a value which these use, and all that lead there.
 
     Names are compared by their last word alone: too many statements are kept rather than too few.
+
+    Args:
+        module: The file.
+
+    Returns:
+        The statements to run, and those that decide.
     """
-    kept, core, simple = _statements(module)
+    kept, core = _statements(module)
     names: set[str] = set()
     for statement in core:
         names |= _names(statement)
@@ -75,7 +94,7 @@ def cut(module: Module) -> Slice:
     return Slice(kept, deciding)
 
 
-def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.stmt]]:
+def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
     """The statements to run, and among them the simple ones that touch gradients."""
     core: set[ast.stmt] = set()
     simple: list[tuple[ast.stmt, set[str], set[str]]] = []  # statement, names it makes, names it reads
@@ -129,7 +148,7 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
             else:
                 rest.append((statement, made, read))
         simple = rest
-    return kept, core, [statement for statement, _, _ in simple]
+    return kept, core
 
 
 def _called(module: Module, statement: ast.stmt) -> set[ast.AST]:
@@ -185,18 +204,10 @@ def _made(node: ast.stmt) -> set[str]:
 
 
 def _switches(node: ast.stmt) -> bool:
-    """A statement that changes how gradients are handled without touching them: clipping, scaling, synchronisation, EMA."""
+    """Whether a statement changes how gradients are handled without touching them: clipping, scaling, EMA."""
     for child in ast.walk(node):
         name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
-        if name in (
-            "unscale_",
-            "require_backward_grad_sync",
-            "grad",
-            "update_parameters",
-            "Accelerator",
-            "prepare",
-            "empty_cache",
-        ):
+        if name in _SWITCHES:
             return True
         if name.startswith("clip_grad") or name == "clip_master_grads" or "ema" in name.split("_"):
             return True

@@ -1,4 +1,7 @@
-"""Questions to a syntax tree that need no knowledge of the file: the text of a name, whether a call is a backward or a step."""
+"""Questions to a syntax tree that need no knowledge of the file.
+
+What is the text of a name? Is a call a backward or a step? Answers that are asked for many times are kept on the node.
+"""
 
 import ast
 from collections.abc import Sequence
@@ -12,10 +15,14 @@ Loop = ast.For | ast.AsyncFor | ast.While
 
 
 def dotted(node: ast.AST) -> str:
-    """The text of a name, an attribute or a subscript by a constant: "self.args.n", "config['n']"; empty for anything else."""
+    """The text of a name, an attribute or a subscript by a constant: "self.args.n", "config['n']".
+
+    Returns:
+        The text; empty for any other expression.
+    """
     if isinstance(node, ast.Name):
         return node.id
-    found = getattr(node, "_dotted", None)  # asked many times for each node
+    found = getattr(node, "_dotted", None)
     if found is None:
         found = ""
         if isinstance(node, ast.Attribute):
@@ -53,7 +60,11 @@ def text_of(node: ast.AST) -> str:
 
 
 def is_backward_call(node: ast.AST) -> bool:
-    """Whether a call adds to the gradients: `x.backward()`, Lightning's `manual_backward`, a scaler that does all in one."""
+    """Whether a call adds to the gradients.
+
+    Returns:
+        `True` for `x.backward()`, for Lightning's `manual_backward` and for a scaler that does all in one call.
+    """
     if not isinstance(node, ast.Call):
         return False
     name = last_name(node.func)

@@ -1,4 +1,4 @@
-"""What one run of the simulation saw: the gradient as one weight for each microbatch, every step, and everything that touched them."""
+"""What one run of the simulation saw: every step, its gradient as one weight for each microbatch, what touched it."""
 
 import ast
 from dataclasses import dataclass, field
@@ -67,6 +67,7 @@ class Gradients:
     steps: int = 0
 
     def copy(self) -> "Gradients":
+        """Copy the state, so that the copy goes its own way."""
         return Gradients(
             dict(self.weights),
             dict(self.per_site),
@@ -103,14 +104,17 @@ class Trace:
         self.finished = True
 
     def group(self, optimizer: str) -> Gradients:
+        """Find the gradients of one optimizer, which begin as those of no optimizer."""
         if optimizer not in self.groups:
             self.groups[optimizer] = self.fresh.copy()
         return self.groups[optimizer]
 
     def every_group(self) -> list[Gradients]:
+        """List the gradients of all optimizers, and those of the weights that no optimizer has yet."""
         return [self.fresh, *self.groups.values()]
 
-    def mark(self, kind: str, node: ast.AST, name: str = "", value: Any = None, detail: str = "") -> None:
+    def mark(self, kind: str, node: ast.AST, name: str = "", *, value: Any = None, detail: str = "") -> None:
+        """Record an event, unless it stands in an evaluation or does not happen in every microbatch."""
         if self.occasional and kind in ("sync", "empty_cache"):
             return  # now and then, not in every microbatch
         if self.evaluating and kind in ("sync", "empty_cache", "log", "sum"):
@@ -118,7 +122,7 @@ class Trace:
         self.marks.append(Mark(kind, node, self.tick, self.epoch, name, value, detail))
 
     def backward(self, node: ast.AST, loss: Data, *, synced: bool, owner: str = "") -> None:
-        """The gradients of a loss are added."""
+        """Add the gradients of a loss."""
         self.backwards.append(Backward(node, self.tick, self.epoch, loss, synced, owner))
         for group in self.every_group():
             for m, weight in loss.weights.items():
@@ -132,7 +136,7 @@ class Trace:
             group.last_synced = synced
 
     def zero(self, node: ast.AST, optimizer: str | None) -> None:
-        """Gradients are cleared: those of one optimizer, or all."""
+        """Clear the gradients: those of one optimizer, or all."""
         self.mark("zero", node, optimizer or "")
         for group in self.every_group() if optimizer is None else [self.group(optimizer)]:
             group.lost += [m for m in group.weights if m not in group.lost]
@@ -142,19 +146,21 @@ class Trace:
             group.scaled = False
 
     def multiply(self, factor: Fraction) -> None:
-        """Gradients are multiplied in place."""
+        """Multiply the gradients in place."""
         for group in self.every_group():
             group.weights = {m: w * factor for m, w in group.weights.items()}
             group.per_site = {key: w * factor for key, w in group.per_site.items()}
             group.prior.append("multiply")
 
     def unscale(self, node: ast.AST, optimizer: str) -> None:
+        """Divide the gradients of one optimizer by the loss scale."""
         group = self.group(optimizer)
         self.mark("unscale", node, optimizer, detail="again" if group.unscaled else "")
         group.prior.append("unscale")
         group.unscaled, group.scaled = True, False
 
     def clip(self, node: ast.AST, name: str, *, handled: bool = False) -> None:
+        """Clip the gradients. `handled` says that the call itself knows of the loss scale."""
         groups = [g for g in self.groups.values() if g.steps or g.unscaled] or [self.fresh]
         self.mark(
             "clip",
@@ -167,7 +173,7 @@ class Trace:
             group.prior.append("clip")
 
     def step(self, node: ast.AST, optimizer: str, *, by_scaler: bool = False) -> None:
-        """The optimizer takes what is there."""
+        """Take a step with the gradients that are there."""
         group = self.group(optimizer)
         self.steps.append(
             StepTaken(
@@ -193,7 +199,7 @@ class Trace:
             group.scaled = False
 
     def update(self, node: ast.AST) -> None:
-        """The scaler's update: gradients count as scaled anew."""
+        """Update the loss scale: the next gradients can be unscaled again."""
         self.mark("update", node)
         for group in self.every_group():
             group.unscaled = False

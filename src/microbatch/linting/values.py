@@ -7,7 +7,19 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Bound", "Data", "Function", "Num", "Obj", "Unknown", "is_number", "number", "tags"]
+__all__ = [
+    "Bound",
+    "Data",
+    "Function",
+    "Num",
+    "Obj",
+    "Unknown",
+    "as_loss",
+    "hangs_on_data",
+    "is_number",
+    "number",
+    "tags",
+]
 
 NOTHING: frozenset[str] = frozenset()
 
@@ -22,7 +34,10 @@ class Num:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """A value that the file does not show. `key` is the expression that made it: the same key has the same truth in one run."""
+    """A value that the file does not show.
+
+    `key` is the expression that made it: the same key has the same truth in one run.
+    """
 
     key: str = ""
     data: bool = False  # it hangs on the microbatch at hand
@@ -67,7 +82,8 @@ class Data:
     """A value that comes out of microbatches: a batch, an output, a loss, or the Python number of a loss.
 
     Attributes:
-        weights: One factor for each microbatch that is in it: what N, and for numbers all known numbers, multiplied it with.
+        weights: One factor for each microbatch that is in it: of multiplications by N, and for a Python number of those
+            by all known numbers.
         kind: "batch" (what the loader gave), "tensor" (made from it), "loss" (a scalar with a graph).
         reduction: "mean", "sum" or "" (not known), over the rows of a microbatch.
         number: Whether it is a Python number, or detached: no backward goes through it.
@@ -104,7 +120,8 @@ class Data:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Num | int | float | Fraction) and not isinstance(value, str)
+    """Whether a value is a known number."""
+    return isinstance(value, Num | int | float | Fraction)
 
 
 def number(value: Any) -> Any:
@@ -119,3 +136,13 @@ def tags(*values: Any) -> frozenset[str]:
         if isinstance(value, Num | Unknown):
             found |= value.tags
     return found
+
+
+def hangs_on_data(value: Any) -> bool:
+    """Whether a value hangs on the microbatch at hand."""
+    return isinstance(value, Data) or (isinstance(value, Unknown) and value.data)
+
+
+def as_loss(value: Data) -> Data:
+    """The same value, known to be a loss."""
+    return replace(value, kind="loss")

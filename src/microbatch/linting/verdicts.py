@@ -67,6 +67,7 @@ def read(module: Module) -> Reading:
 
 
 def _of_root(module: Module, root: Root) -> Iterator[Verdict]:
+    """The verdicts of one root: each run is judged alone, and then the runs are compared."""
     shown: dict[tuple[str, ast.AST], list[tuple[Fault, Outcome]]] = {}
     for outcome in root.outcomes:
         view = View(module, outcome)
@@ -92,13 +93,11 @@ def _steps_too_often(root: Root) -> Iterator[Verdict]:
         if not windows or len(steps) < 2 or any(len(s.since) != 1 for s in steps) or {s.tick for s in steps} != ticks:
             continue
         settings = [key for key, said in root.questions[outcome.fork].items() if said]
-        if not any(
-            node_before.run.microbatches == outcome.run.microbatches and node_before.fork != outcome.fork
-            for node_before in windows
-        ):
+        if not any(w.run.microbatches == outcome.run.microbatches and w.fork != outcome.fork for w in windows):
             continue
         needs = tuple(f"`{key}`" for key in settings)
-        message = f"with {' and '.join(needs) or 'the other setting'}, the optimizer steps after every microbatch and ignores N"
+        setting = " and ".join(needs) or "the other setting"
+        message = f"with {setting}, the optimizer steps after every microbatch and ignores N"
         yield Verdict(
             Fault("MB104", steps[0].node, message), any(_PRECISION.search(key) for key in settings), needs, outcome
         )
@@ -119,7 +118,10 @@ def _skips(root: Root) -> Iterator[Verdict]:
         )
         if short is not None and sum(short.weights.values()) != 1 and any(len(s.since) == n for s in trace.steps):
             count = len([m for m in short.since if m in short.weights])
-            message = f"a microbatch that is left out here makes its window short: the step takes {count} of {n} microbatches, each with weight 1/{n}"
+            message = (
+                f"a microbatch that is left out here makes its window short: the step takes {count} of {n} "
+                f"microbatches, each with weight 1/{n}"
+            )
             yield Verdict(
                 Fault("MB114", mark.node, message, certain=False),
                 certain=False,
