@@ -32,6 +32,16 @@ ALLOWED: dict[tuple[str, str], str] = (
         ): "the name of a framework's own option, in a loop for it"
         for family in ("weight", "schedule")
     }
+    | {
+        (f"linting/{file}.py", word): "what the loops that the doctor reads call theirs"
+        for file, words in {
+            "guesses": ("chunk", "micro_batch"),
+            "judge_loss": ("chunk",),
+            "judge_weights": ("accumulation_steps",),
+            "training_objects": ("accumulation_steps",),
+        }.items()
+        for word in words
+    }
 )
 
 

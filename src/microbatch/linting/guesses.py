@@ -13,6 +13,7 @@ __all__ = [
     "LOADER_WORDS",
     "MEAN_LOSSES",
     "PIECE_CALLS",
+    "PIECE_NAMES",
     "PIECE_WORDS",
     "SHARED",
     "kind_of_constructor",
@@ -147,9 +148,10 @@ LOADER_WORDS = re.compile(
 )
 
 
-# Calls that cut a batch into pieces, and words that an iterable of pieces has.
+# Calls that cut a batch into pieces, words of an iterable of pieces, and words in the name of a piece.
 PIECE_CALLS = frozenset({"split", "chunk", "tensor_split"})
 PIECE_WORDS = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
+PIECE_NAMES = re.compile(r"batch|chunk", re.IGNORECASE)
 
 
 @lru_cache(4096)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from microbatch.linting.definitions import Facts
 from microbatch.linting.expressions import Expressions
-from microbatch.linting.functions import Functions
+from microbatch.linting.function_calls import FunctionCalls
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
@@ -23,7 +23,7 @@ __all__ = ["Machine"]
 STATEMENTS = 30_000  # of one run
 
 
-class Machine(Loops, Functions, Expressions):
+class Machine(Loops, FunctionCalls, Expressions):
     """Runs one file once.
 
     Args:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from microbatch.linting.definitions import Definitions, Facts
-from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS, names_window
+from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
@@ -231,10 +231,7 @@ class Module(Definitions):
         if PIECE_WORDS.search(text):
             return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
-        if any(
-            LOADER_WORDS.search(name) or names_window(name) or "batch" in name.lower() or "chunk" in name.lower()
-            for name in names
-        ):
+        if any(LOADER_WORDS.search(name) or PIECE_NAMES.search(name) or names_window(name) for name in names):
             return True
         if not any(isinstance(parent, Loop) for parent in self.above(loop)):
             return True

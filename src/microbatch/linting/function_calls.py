@@ -12,7 +12,7 @@ from microbatch.linting.simulated import Frame, Simulated
 from microbatch.linting.syntax import FunctionNode, last_name, text_of
 from microbatch.linting.values import Function, Obj, Unknown, is_number, number
 
-__all__ = ["Functions"]
+__all__ = ["FunctionCalls"]
 
 _EVALUATES = re.compile(r"_?(eval|valid|test|val_|predict|infer|estimate_loss|validate)", re.IGNORECASE)
 # Parameters of a function that is called once a microbatch: how many there were in the epoch, and in all.
@@ -30,7 +30,7 @@ class _Given:
     guess: bool
 
 
-class Functions(Simulated):
+class FunctionCalls(Simulated):
     """The part of the machine that calls functions of the file."""
 
     def call_function(
