@@ -58,6 +58,8 @@ class Root:
 
 def simulate(module: Module) -> list[Root]:
     """Run every root of a file."""
+    if not module.roots:
+        return []
     relevant = cut(module)
     budget = [STATEMENTS]
     roots: list[Root] = []
