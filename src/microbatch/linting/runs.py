@@ -59,6 +59,8 @@ class Root:
 
 def simulate(module: Module) -> list[Root]:
     """Run every root of a file."""
+    if not module.roots:
+        return []
     runner = _Runner(module)
     roots: list[Root] = []
     covered: set[ast.AST] = set()

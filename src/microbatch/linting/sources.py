@@ -22,7 +22,13 @@ LARGEST = 5_000_000
 """Bytes of a file that is still read; no training script is larger."""
 LARGEST_NOTEBOOK = 100_000_000
 """Likewise of a notebook, which holds its pictures too."""
-_WORDS = ("backward", "accumul", "zero_grad", "training_step", "train_batch", "scaler")
+# A loop that adds gradients up runs a backward; if that stands in another file, it speaks of accumulation and steps.
+_ADDS = re.compile(
+    r"grad\w*_accum|accum\w*_(step|iter|grad)|grad_acc|update_freq|micro_?batch|loss_scaler\(|\.accumulate\("
+    r"|train_batch|training_step"
+)
+_BACKWARD = re.compile(r"backward\s*\(|loss_scaler\(|training_step")
+_STEPS = re.compile(r"zero_grad|optimizer|\.step\(\)|training_step|train_batch")
 _NO_SOURCE = re.compile("[\0\ud800-\udfff]")  # a null, and halves of surrogate pairs
 _VERSION = ".".join(map(str, sys.version_info[:2]))
 _SUFFIXES = (".py", ".pyi", ".pyw", ".ipynb")
@@ -60,7 +66,9 @@ class Source:
     @cached_property
     def can_accumulate(self) -> bool:
         """Whether the text has any word of a loop that adds gradients up. Most files of a project do not."""
-        return any(word in self.text for word in _WORDS)
+        if _BACKWARD.search(self.text):
+            return True
+        return _ADDS.search(self.text) is not None and _STEPS.search(self.text) is not None
 
     def place(self, line: int) -> tuple[int | None, int]:
         """Return the cell, `None` for a script, and the line in it, of a line of the text."""
