@@ -42,7 +42,6 @@ class BackwardCalls(Simulated):
             loss = self._accelerate_backward(base, loss)
         elif holder in ("engine", "model") and given is not None:
             self.trace.frameworks.add("deepspeed")
-            self.trace.settings.setdefault("deepspeed", node)
         elif holder == "fabric":
             self.trace.frameworks.add("fabric")
         elif name == "manual_backward":
@@ -60,7 +59,7 @@ class BackwardCalls(Simulated):
     def _add(self, node: ast.AST, loss: Data) -> None:
         if len(loss.weights) > 1 and not loss.number:
             self.trace.mark("retained", node, value=loss)
-        self.trace.backward(node, loss, synced=self.sync_off == 0, owner=self.frame.function)
+        self.trace.backward(node, loss, synced=self.sync_off == 0)
 
     def _accelerate_backward(self, accelerator: Obj, loss: Data) -> Data:
         steps = accelerator.info.get("steps", self.window() if "accumulate" in self.trace.frameworks else None)

@@ -232,7 +232,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if name in ("mean", "nanmean", "sum"):
             return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
         compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
-        return replace(made, source=node.lineno, coupled=node.lineno if compares else made.coupled)
+        return replace(made, coupled=node.lineno if compares else made.coupled)
 
     def unknown_call(self, node: ast.Call, text: str) -> Any:
         """A function that the file does not show: what it is given may be used for anything."""
@@ -275,7 +275,6 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             opaque=opaque,
             forward_synced=self.sync_off == 0 if seen else base.forward_synced,
             number=numeric,
-            source=node.lineno,
         )
 
     def launch(self, values: list[Any]) -> None:

@@ -60,13 +60,22 @@ _GENERIC = frozenset(
 
 @dataclass
 class Facts:
-    """What one function (or the top level) does, outside and inside its loops."""
+    """What one function (or the top level) does.
+
+    Attributes:
+        node: The function, or the module.
+        owner: The class that holds it.
+        backward: Whether it runs a backward, itself or in what it calls.
+        flat: Whether it runs one outside of its loops.
+        sites: The backwards that stand in it.
+        calls: The functions of the file that it calls.
+        flat_calls: Those that it calls outside of its loops.
+    """
 
     node: ast.AST
     owner: str | None
     backward: bool = False
-    in_loop: bool = False  # its backward stands in a loop of its own
-    flat: bool = False  # a backward stands outside of its loops
+    flat: bool = False
     sites: set[ast.AST] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     flat_calls: set[str] = field(default_factory=set)

@@ -16,6 +16,13 @@ def _nothing() -> None:
     """Leave a context that does nothing to gradients."""
 
 
+def _as_given(args: list[Any]) -> Any:
+    """What `prepare()` and `setup()` return: the object that they were given, or the tuple of several."""
+    if len(args) > 1:
+        return tuple(args)
+    return args[0] if args else Unknown("")
+
+
 class Frameworks(Simulated):
     """The part of the machine that knows what frameworks do."""
 
@@ -43,7 +50,6 @@ class Frameworks(Simulated):
     def _on_accelerator(self, base: Obj, node: ast.Call, attr: str) -> Any:
         if attr == "accumulate":
             self.trace.frameworks.add("accumulate")
-            self.trace.settings.setdefault("accumulate", node)
             self.arguments(node)
             return Obj("context", "accumulate", {"accelerator": base})
         if attr in ("prepare", "prepare_model", "prepare_optimizer", "prepare_scheduler", "prepare_data_loader"):
@@ -63,7 +69,7 @@ class Frameworks(Simulated):
         for value in args:
             if isinstance(value, Obj):
                 value.info["prepared"] = True
-        return tuple(args) if len(args) > 1 else args[0] if args else Unknown("")
+        return _as_given(args)
 
     def _on_fabric(self, base: Obj, node: ast.Call, attr: str) -> Any:
         args, keywords = self.arguments(node)
@@ -77,7 +83,7 @@ class Frameworks(Simulated):
         if attr == "clip_gradients":
             return self.clip_call(node, attr)
         if attr in ("setup", "setup_dataloaders", "setup_module", "setup_optimizers"):
-            return tuple(args) if len(args) > 1 else args[0] if args else Unknown("")
+            return _as_given(args)
         if attr in ("log", "log_dict", "print"):
             return self.log_call(node, f"{base.name}.{attr}", evaluated=self.flat([*args, *keywords.values()]))
         return Unknown(text_of(node))
@@ -98,7 +104,7 @@ class Frameworks(Simulated):
             if value.name == "scale_loss":
                 if target is not None:
                     self.store(target, value.info["loss"])
-                return self._apex_left
+                return self.trace.unscale_all
         if target is not None:
             known = value if isinstance(value, Obj | Data) else self.guess(dotted(target))
             self.store(target, known or Unknown(text_of(target)))
@@ -123,10 +129,6 @@ class Frameworks(Simulated):
 
     def _sync_on(self) -> None:
         self.sync_off -= 1
-
-    def _apex_left(self) -> None:
-        for group in self.trace.every_group():
-            group.scaled = False
 
     def _accumulate(self, accelerator: Obj) -> Callable[[], None]:
         count = self.heap.get("accelerator count", 0) + 1

@@ -48,7 +48,7 @@ class FunctionCalls(Simulated):
             return Unknown(f"{function.name}()")
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
-        frame = Frame(node.name, owner or function.owner, parent)
+        frame = Frame(owner or function.owner, parent)
         self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
         outer, self.frame = self.frame, frame
         evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)

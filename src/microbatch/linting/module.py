@@ -34,7 +34,7 @@ class Module(Definitions):
         """Add a function or class of another file, and read anew what calls what."""
         super().add(node, path)
         for facts in self.facts.values():
-            facts.backward = facts.flat = facts.in_loop = False
+            facts.backward = facts.flat = False
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
@@ -88,7 +88,6 @@ class Module(Definitions):
                     facts.backward = True
                     facts.sites.add(node)
                     facts.flat |= not in_loop
-                    facts.in_loop |= in_loop
             inside = in_loop or (isinstance(node, Loop) and self._is_own_loop(node))
             stack.extend(
                 (child, inside if isinstance(child, ast.stmt) else in_loop) for child in ast.iter_child_nodes(node)

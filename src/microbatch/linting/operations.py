@@ -144,7 +144,6 @@ class Operations(Simulated):
 
     def combine(self, values: list[Data]) -> Data:
         """One value out of several: a sum over microbatches, or an objective of several terms in one microbatch."""
-        first = next((v for v in values if v.kind == "loss"), values[0])
         weights: dict[int, Fraction] = {}
         for value in values:
             for m, w in value.weights.items():
@@ -164,5 +163,4 @@ class Operations(Simulated):
             forward_synced=any(synced) if synced else None,
             divided=max(v.divided for v in values),
             blurred=any(v.blurred for v in values),
-            source=first.source,
         )

@@ -39,11 +39,10 @@ class Run:
 class Frame:
     """The names of one call."""
 
-    __slots__ = ("function", "locals", "owner", "parent")
+    __slots__ = ("locals", "owner", "parent")
 
-    def __init__(self, function: str, owner: str | None, parent: Frame | None = None) -> None:
+    def __init__(self, owner: str | None, parent: Frame | None = None) -> None:
         self.locals: dict[str, Any] = {}
-        self.function = function
         self.owner = owner
         self.parent = parent
 
@@ -65,7 +64,7 @@ class Simulated:
         self.trace = Trace()
         self.heap: dict[str, Any] = {}
         self.rooted: set[str] = set()  # the first words of what the heap holds
-        self.globals = Frame("", None)
+        self.globals = Frame(None)
         self.frame = self.globals
         self.depth = 0
         self.active: list[str] = []

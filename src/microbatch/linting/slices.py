@@ -20,7 +20,9 @@ _COMPOUND = (
     *FunctionNode.__args__,
     ast.ClassDef,
 )
+_NOTHING = (ast.Pass, ast.Import, ast.ImportFrom, ast.Global, *FunctionNode.__args__, ast.ClassDef)
 _JUMPS = (ast.Return, ast.Break, ast.Continue, ast.Raise)
+# Words that too many statements have for a name to tell which of them belong together.
 _COMMON = frozenset(
     {
         "args",
@@ -40,6 +42,7 @@ _COMMON = frozenset(
         "lr",
     }
 )
+# Methods that change the object that they belong to.
 _MUTATES = frozenset({"append", "extend", "clear", "update", "setdefault", "div_", "mul_"})
 
 # Names whose use changes how gradients are handled.
@@ -96,59 +99,79 @@ def cut(module: Module) -> Slice:
 
 def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
     """The statements to run, and among them the simple ones that touch gradients."""
+    kept = _Kept(module)
     core: set[ast.stmt] = set()
-    simple: list[tuple[ast.stmt, set[str], set[str]]] = []  # statement, names it makes, names it reads
-    kept: set[ast.stmt] = set()
-    wanted: set[str] = set()
-
-    def keep(statement: ast.stmt) -> None:
-        node: ast.AST = statement
-        while isinstance(node, ast.AST) and node is not module.tree:
-            if isinstance(node, ast.stmt):
-                if node in kept:
-                    break
-                kept.add(node)
-                wanted.update(_head(node))
-            node = module.parents[node]
-
+    others: list[_Simple] = []
     for statement in ast.walk(module.tree):
-        if not isinstance(statement, ast.stmt):
+        if not isinstance(statement, ast.stmt) or isinstance(statement, _NOTHING):
             continue
         if isinstance(statement, _COMPOUND):
-            if not isinstance(statement, ast.ClassDef | FunctionNode) and module.touches_gradients_here(statement):
-                keep(statement)
-            continue
-        if isinstance(statement, ast.Pass | ast.Import | ast.ImportFrom | ast.Global):
+            if module.touches_gradients_here(statement):
+                kept.add(statement)
             continue
         owner = module.owner_of(statement)
         if module.touches_gradients(statement, owner) or _switches(statement):
-            keep(statement)
+            kept.add(statement)
             core.add(statement)
-            wanted.update(_names(statement))
+            kept.wanted.update(_names(statement))
         else:
             made = _made(statement)
             if isinstance(statement, ast.Return):
                 # What a function returns is wanted where the function is called, or an object of its class is.
                 made = {module.function_of(statement), owner or ""} - {"", "__init__"}
-            simple.append((statement, made, _names(statement)))
-    calls = {statement: _called(module, statement) for statement, _, _ in simple}
-    changed = True
-    while changed:
-        changed = False
-        rest = []
-        for statement, made, read in simple:
-            if (
-                made & wanted
-                or not calls[statement].isdisjoint(kept)
-                or (isinstance(statement, _JUMPS) and _frame(module, statement) in kept)
-            ):
-                keep(statement)
-                wanted.update(read)
-                changed = True
-            else:
-                rest.append((statement, made, read))
-        simple = rest
-    return kept, core
+            others.append(_Simple(statement, made, _names(statement), _called(module, statement)))
+    kept.add_what_leads_there(others)
+    return kept.statements, core
+
+
+@dataclass(slots=True)
+class _Simple:
+    """A statement without a body: the names that it makes, those that it reads, and the functions that it calls."""
+
+    statement: ast.stmt
+    made: set[str]
+    read: set[str]
+    called: set[ast.AST]
+
+
+class _Kept:
+    """The statements to run, and the names that they read."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.statements: set[ast.stmt] = set()
+        self.wanted: set[str] = set()
+
+    def add(self, statement: ast.stmt) -> None:
+        """Keep a statement, and all statements around it."""
+        node: ast.AST = statement
+        while node is not self.module.tree:
+            if isinstance(node, ast.stmt):
+                if node in self.statements:
+                    break
+                self.statements.add(node)
+                self.wanted.update(_head(node))
+            node = self.module.parents[node]
+
+    def add_what_leads_there(self, others: list[_Simple]) -> None:
+        """Keep what makes a value that is read, calls a function that is kept, or jumps out of a loop that is kept."""
+        changed = True
+        while changed:
+            changed = False
+            rest: list[_Simple] = []
+            for simple in others:
+                if self._leads_there(simple):
+                    self.add(simple.statement)
+                    self.wanted.update(simple.read)
+                    changed = True
+                else:
+                    rest.append(simple)
+            others = rest
+
+    def _leads_there(self, simple: _Simple) -> bool:
+        if simple.made & self.wanted or not simple.called.isdisjoint(self.statements):
+            return True
+        return isinstance(simple.statement, _JUMPS) and _frame(self.module, simple.statement) in self.statements
 
 
 def _called(module: Module, statement: ast.stmt) -> set[ast.AST]:

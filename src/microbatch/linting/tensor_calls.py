@@ -66,7 +66,6 @@ class TensorCalls(Simulated):
             self.this_microbatch(),
             reduction="mean" if labelled else "",
             forward_synced=self.sync_off == 0,
-            source=node.lineno,
         )
 
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
@@ -95,7 +94,6 @@ class TensorCalls(Simulated):
             opaque=tuple(o for v in data if v.kind == "loss" for o in v.opaque) if reduction else base.opaque,
             coupled=coupled,
             tokens=ignore if reduction == "mean" else 0,
-            source=node.lineno,
         )
 
     def reduce(self, data: Data, how: str, count: int = 0) -> Data:

@@ -16,10 +16,8 @@ class Backward:
 
     node: ast.AST
     tick: int
-    epoch: int
     loss: Data
     synced: bool  # outside of `no_sync`
-    owner: str = ""
 
 
 @dataclass(slots=True)
@@ -29,7 +27,6 @@ class Mark:
     kind: str
     node: ast.AST
     tick: int
-    epoch: int
     name: str = ""
     value: Any = None
     detail: str = ""
@@ -101,7 +98,6 @@ class Trace:
         self.settings: dict[str, Any] = {}
         self.occasional = 0  # inside of a condition that is true now and then
         self.evaluating = 0  # inside of an evaluation
-        self.finished = True
 
     def group(self, optimizer: str) -> Gradients:
         """Find the gradients of one optimizer, which begin as those of no optimizer."""
@@ -119,11 +115,11 @@ class Trace:
             return  # now and then, not in every microbatch
         if self.evaluating and kind in ("sync", "empty_cache", "log", "sum"):
             return
-        self.marks.append(Mark(kind, node, self.tick, self.epoch, name, value, detail))
+        self.marks.append(Mark(kind, node, self.tick, name, value, detail))
 
-    def backward(self, node: ast.AST, loss: Data, *, synced: bool, owner: str = "") -> None:
+    def backward(self, node: ast.AST, loss: Data, *, synced: bool) -> None:
         """Add the gradients of a loss."""
-        self.backwards.append(Backward(node, self.tick, self.epoch, loss, synced, owner))
+        self.backwards.append(Backward(node, self.tick, loss, synced))
         for group in self.every_group():
             for m, weight in loss.weights.items():
                 group.per_site[m, node] = group.per_site.get((m, node), Fraction(0)) + weight
@@ -151,6 +147,11 @@ class Trace:
             group.weights = {m: w * factor for m, w in group.weights.items()}
             group.per_site = {key: w * factor for key, w in group.per_site.items()}
             group.prior.append("multiply")
+
+    def unscale_all(self) -> None:
+        """Divide the gradients of all optimizers by the loss scale."""
+        for group in self.every_group():
+            group.scaled = False
 
     def unscale(self, node: ast.AST, optimizer: str) -> None:
         """Divide the gradients of one optimizer by the loss scale."""

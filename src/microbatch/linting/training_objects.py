@@ -58,7 +58,6 @@ class TrainingObjects(Simulated):
         name = text.rsplit(".", 1)[-1]
         if kind == "ddp":
             self.trace.frameworks.add("ddp")
-            self.trace.settings.setdefault("ddp", node)
             return args[0] if args and isinstance(args[0], Obj) else Obj("model", name)
         if kind == "criterion":
             said = keywords.get("reduction")
@@ -107,7 +106,7 @@ class TrainingObjects(Simulated):
         if kind == "accelerator" and attr in ("is_main_process", "is_local_main_process"):
             return True
         if attr in ("no_sync", "backward", "step", "zero_grad"):
-            return Bound(base, attr, text_of(node))
+            return Bound(base, attr)
         if kind == "model" and attr == "module":
             return base
         if kind == "optimizer" and attr in ("optimizer", "_optimizer"):
@@ -264,8 +263,7 @@ class TrainingObjects(Simulated):
         ):
             return Unknown(text_of(node))  # a norm is measured, nothing is clipped
         if unscales:
-            for group in self.trace.every_group():
-                group.scaled = False
+            self.trace.unscale_all()
         given = (*node.args, *(keyword.value for keyword in node.keywords))
         self.trace.clip(node, name, handled=any("scal" in text_of(arg) for arg in given))
         return Unknown(text_of(node), data=True)

@@ -74,7 +74,6 @@ class Bound:
 
     base: Any
     attribute: str
-    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,6 @@ class Data:
         forward_synced: Whether a model made it outside of `no_sync`; `None` if no model did.
         divided: The line of a division by N, 0 if there was none.
         blurred: Whether an unknown number multiplied or divided it, so that `weights` mean nothing for a number.
-        source: The line that made it.
     """
 
     weights: dict[int, Fraction]
@@ -108,7 +106,6 @@ class Data:
     forward_synced: bool | None = None
     divided: int = 0
     blurred: bool = False
-    source: int = 0
 
     def times(self, factor: Fraction, line: int = 0) -> "Data":
         """The same with every weight multiplied."""
