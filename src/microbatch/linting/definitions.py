@@ -215,6 +215,10 @@ class Definitions:
             found.append(node)
         return found
 
+    def loops_above(self, node: ast.AST) -> list[Loop]:
+        """The loops around a node, inside its function; the innermost comes first."""
+        return [parent for parent in self.above(node) if isinstance(parent, Loop)]
+
     def around(self, node: ast.AST) -> list[ast.AST]:
         """All nodes around one, functions and classes included."""
         found: list[ast.AST] = []
@@ -239,8 +243,8 @@ class Definitions:
         return node
 
     def is_inside_loop(self, node: ast.AST) -> bool:
-        """Whether a statement stands inside of a loop of its function."""
-        return any(isinstance(parent, Loop) for parent in self.above(node))
+        """Whether a node stands inside of a loop of its function."""
+        return bool(self.loops_above(node))
 
     def function_of(self, node: ast.AST) -> str:
         """The name of the function that holds a node; empty at the top level."""

@@ -137,5 +137,5 @@ def _summed(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
 
 def _is_outside(view: View, node: ast.AST) -> bool:
     """Whether a statement stands after the loop over microbatches of a window."""
-    loops = [p for p in view.module.above(node) if isinstance(p, ast.For | ast.While)]
+    loops = view.module.loops_above(node)
     return not loops or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0]))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.syntax import Loop, dotted, last_name, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
 __all__ = ["judge_gradients"]
@@ -161,7 +161,7 @@ def _averages(view: View) -> Iterator[Fault]:
 def _recreated(view: View) -> Iterator[Fault]:
     """MB305: the optimizer is made in the loop over epochs."""
     for mark in view.marks("optimizer"):
-        loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
+        loops = view.module.loops_above(mark.node)
         if (
             loops
             and isinstance(loops[0], ast.For)
@@ -233,12 +233,10 @@ def _counted_in_steps(view: View, name: str) -> bool:
     for node in view.module.nodes:
         if isinstance(node, ast.AugAssign) and dotted(node.target) == name and isinstance(node.op, ast.Add):
             owner = view.module.owner_of(node)
-            loop = next((p for p in view.module.above(node) if isinstance(p, Loop)), None)
-            if (
-                loop is not None
-                and view.module.contains_backward(loop, owner)
-                and not view.module.is_microbatch_loop(loop, owner)
-            ):
+            loop = next(iter(view.module.loops_above(node)), None)
+            if loop is None or not view.module.contains_backward(loop, owner):
+                continue
+            if not view.module.is_microbatch_loop(loop, owner):
                 return True
     return False
 

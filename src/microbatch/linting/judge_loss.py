@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import SHARED
-from microbatch.linting.syntax import Loop, last_name, text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.trace import Mark
 
 __all__ = ["judge_loss"]
@@ -94,7 +94,7 @@ def _counted_apart(view: View) -> ast.AST | None:
             and n not in around
             for n in view.module.nodes
         )
-        loops = (p for p in view.module.above(node) if isinstance(p, Loop))
+        loops = view.module.loops_above(node)
         if names and not used and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in loops):
             return node
     return None
@@ -212,13 +212,13 @@ def _feeds_inner_loop(view: View, mark: Mark) -> bool:
     """Whether a loop inside of another statement runs over the pieces."""
     return any(
         isinstance(p, ast.For) and mark.node in ast.walk(p.iter) and view.module.above(p)
-        for p in view.module.above(mark.node)
+        for p in view.module.loops_above(mark.node)
     )
 
 
 def _moves_with_loop(view: View, mark: Mark) -> bool:
     """Whether a slice is cut anew in each turn of an inner loop over microbatches, and nothing checks the rows."""
-    loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
+    loops = view.module.loops_above(mark.node)
     if len(loops) < 2 or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0])):
         return False
     names = {last_name(n) for n in ast.walk(loops[0].target)} if isinstance(loops[0], ast.For) else set[str]()

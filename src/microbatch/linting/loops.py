@@ -5,7 +5,7 @@ from typing import Any
 
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import Loop, dotted, last_name, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Obj, Unknown, number, tags
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
@@ -123,9 +123,7 @@ class Loops(Simulated):
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
             return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
-        if PIECE_WORDS.search(text_of(node.iter)) and any(
-            isinstance(parent, Loop) for parent in self.module.above(node)
-        ):
+        if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
             return [self.item_of(value) for _ in range(self.run.microbatches)], True
         return [self.item_of(value) for _ in range(count)], False
 

@@ -57,6 +57,7 @@ class Module(Definitions):
     # ---- which functions and loops reach a backward
 
     def _reach(self) -> None:
+        """Find which functions reach a backward, through all that they call."""
         for facts in self.facts.values():
             self._look(facts)
         changed = True
@@ -70,6 +71,7 @@ class Module(Definitions):
                     changed = True
 
     def _look(self, facts: Facts) -> None:
+        """Note which calls and backwards stand in a function, and which of them stand outside of its loops."""
         body = facts.node.body if isinstance(facts.node, FunctionNode | ast.Module) else []
         stack: list[tuple[ast.AST, bool]] = [(statement, False) for statement in body]
         while stack:
@@ -133,7 +135,8 @@ class Module(Definitions):
         return self._memo[key]
 
     def _adds_for_later(self, loop: ast.For) -> bool:
-        if not any(isinstance(parent, Loop) for parent in self.above(loop)):
+        """Whether an inner loop adds something up, and a backward in a later statement beside it reads the sum."""
+        if not self.is_inside_loop(loop):
             return False
         added: set[str] = set()
         for node in ast.walk(loop):
@@ -154,11 +157,7 @@ class Module(Definitions):
         after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
         for statement in after:
             for node in ast.walk(statement):
-                if (
-                    is_backward_call(node)
-                    and isinstance(node, ast.Call)
-                    and added & {dotted(part) for part in ast.walk(node)}
-                ):
+                if is_backward_call(node) and added & {dotted(part) for part in ast.walk(node)}:
                     return True
         return False
 
@@ -194,6 +193,7 @@ class Module(Definitions):
         return found
 
     def _holds(self, node: ast.AST, owner: str | None, *, deep: bool) -> bool:
+        """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
         memo = self._memo
         key = (node, owner, deep)
         if key in memo:
@@ -232,7 +232,7 @@ class Module(Definitions):
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or PIECE_NAMES.search(name) or names_window(name) for name in names):
             return True
-        if not any(isinstance(parent, Loop) for parent in self.above(loop)):
+        if not self.is_inside_loop(loop):
             return True
         return not any(_PARTS.search(name) for name in names)
 
@@ -241,7 +241,7 @@ class Module(Definitions):
         """Whether a loop that runs a backward computes something without a graph first, as gradient caching does."""
         for node in self.nodes:
             if isinstance(node, ast.With) and any("no_grad" in text_of(item.context_expr) for item in node.items):
-                loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
+                loop = next(iter(self.loops_above(node)), None)
                 holder = loop or next((p for p in self.around(node) if isinstance(p, FunctionNode)), self.tree)
                 # What comes after the backward is an evaluation.
                 if any(
@@ -307,7 +307,7 @@ class Module(Definitions):
                 and isinstance(node.iter, ast.Call)
                 and last_name(node.iter.func) in ("range", "trange")
             ):
-                inner = any(isinstance(parent, Loop) for parent in self.above(node))
+                inner = self.is_inside_loop(node)
                 if inner and node.iter.args and self.is_microbatch_loop(node, self.owner_of(node)):
                     end = node.iter.args[0] if len(node.iter.args) == 1 else node.iter.args[1]
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
@@ -321,7 +321,7 @@ class Module(Definitions):
         owner = self.owner_of(node)
         if any(self.touches_gradients(s, owner) for s in (*node.body, *node.orelse)):
             return True
-        loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
+        loop = next(iter(self.loops_above(node)), None)
         return (
             isinstance(node.body[-1], ast.Continue)
             and loop is not None
