@@ -18,7 +18,8 @@ def with_imports(module: Module, path: Path, folder: Path) -> None:
     A name that the file itself defines wins. Nothing is run; a file that cannot be read or parsed is passed over.
     """
     trees: dict[Path, ast.Module | None] = {}
-    for statement in ast.walk(module.tree):
+    before = len(module.facts)
+    for statement in module.nodes:
         if not isinstance(statement, ast.ImportFrom):
             continue
         file = _file_of(statement, path, folder)
@@ -33,6 +34,8 @@ def with_imports(module: Module, path: Path, folder: Path) -> None:
         for node in tree.body:
             if isinstance(node, FunctionNode | ast.ClassDef) and node.name in wanted and wanted[node.name] == node.name:
                 module.add(node, _shown(file, folder))
+    if len(module.facts) > before:
+        module.read_anew()
 
 
 def _file_of(statement: ast.ImportFrom, path: Path, folder: Path) -> Path | None:

@@ -30,9 +30,8 @@ class Module(Definitions):
         super().__init__(tree)
         self._reach()
 
-    def add(self, node: FunctionNode | ast.ClassDef, path: str) -> None:
-        """Add a function or class of another file, and read anew what calls what."""
-        super().add(node, path)
+    def read_anew(self) -> None:
+        """Read anew what calls what."""
         for facts in self.facts.values():
             facts.backward = facts.flat = False
             facts.calls.clear()
@@ -44,7 +43,9 @@ class Module(Definitions):
 
     @cached_property
     def hints_at_accumulation(self) -> ast.AST | None:
-        """A name for the number of microbatches, where no loop of it is in the file."""
+        """A name for the number of microbatches, where no loop of it is in the file but a step may be."""
+        if "Accumulator" in self.names_text or not any(self.touches_gradients(each, None) for each in self.tree.body):
+            return None
         for node in self.nodes:
             if (
                 isinstance(node, ast.Name | ast.Attribute)
