@@ -8,6 +8,7 @@ from pathlib import Path
 from microbatch.linting.drawing import draw
 from microbatch.linting.examine import examine_path
 from microbatch.linting.finding import Finding
+from microbatch.linting.fixes import with_edits
 from microbatch.linting.imports import with_imports
 from microbatch.linting.module import Module
 from microbatch.linting.rules.how_much import how_much_for
@@ -47,6 +48,7 @@ def judge(source: Source, folder: Path | None = None) -> list[Finding]:
         with_imports(module, Path(source.path), folder)
     reading = read(module)
     found = [_finding(source, module, reading, verdict) for verdict in reading.verdicts]
+    found = with_edits(found, source, module=module, reading=reading, folder=folder)
     return found + _not_judged(source, module, reading, found)
 
 
