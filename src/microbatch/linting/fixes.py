@@ -20,7 +20,7 @@ from microbatch.linting.verdicts import Reading, Verdict, read
 
 __all__ = ["with_edits"]
 
-CHECKS = 16
+CHECKS = 10
 """How many edited texts of one file are simulated; a file with more faults is edited in several rounds."""
 _HIDDEN_BEFORE = frozenset({"MB110", "MB111", "MB112", "MB113", "MB114"})
 """Faults of the last, short window. They show only where the other windows are right: an edit may uncover them."""
