@@ -407,3 +407,18 @@ def test_a_line_moves_with_the_condition_that_it_has_alone() -> None:
 def test_a_line_of_one_branch_stays_in_it() -> None:
     text = CLIPPED.replace("        if max_norm > 0:\n", "        if mixed:\n            other()\n        else:\n")
     assert found_in(text, "MB201").edits == ()
+
+
+def test_a_file_that_unscales_on_some_path_gets_no_second_call() -> None:
+    text = RULES["MB202"].right.replace("    scaler.unscale_", "    if careful:\n        scaler.unscale_")
+    assert found_in(text, "MB202").edits == ()
+
+
+def test_gradients_that_nothing_else_clears_stay_cleared() -> None:
+    text = RULES["MB103"].wrong
+    assert "optimizer.zero_grad()" in edited(text, "MB103")
+    branch = text.replace(
+        "        optimizer.zero_grad()",
+        "        if fresh:\n            pass\n        else:\n            optimizer.zero_grad()",
+    )
+    assert all(not each.edits for each in judge(Source("a.py", branch)) if each.rule == "MB103")

@@ -31,7 +31,10 @@ def clear_once(scene: Scene, verdict: Verdict) -> Iterator[str]:
     if statement is None:
         return
     yield from _to_the_step(scene, verdict, before_a_loop=True)
-    yield from without(scene, statement)  # the guard of the step clears already
+    steps = {step.node for step in verdict.outcome.trace.steps} if verdict.outcome is not None else set[ast.AST]()
+    beside = [each for node in steps if (step := scene.module.statement_of(node)) for each in scene.block(step)]
+    if any(_is_call(each, "zero_grad") and each is not statement for each in beside):
+        yield from without(scene, statement)  # the step clears already
 
 
 def once_a_window(scene: Scene, verdict: Verdict) -> Iterator[str]:
@@ -112,6 +115,8 @@ def unscale_lines(scene: Scene, at: ast.stmt) -> list[str]:
     step = scene.scaler_step
     if step is None or not isinstance(step.func, ast.Attribute):
         return []
+    if any(call is not scene.node and last_name(call.func) == "unscale_" for call in scene.calls()):
+        return []  # on other paths it is there; a second one raises
     draft = Draft(scene.source)
     indent, line = draft.indent(at), f"{draft.text(step.func.value)}.unscale_({draft.text(step.args[0])})"
     around = [at, *scene.above(at)]
