@@ -17,7 +17,7 @@ from microbatch.linting.verdicts import Reading, read
 __all__ = ["Sketch", "rewrite", "sketch"]
 
 _OWNERS = {
-    "accumulate": "Accelerate's `accumulate()` owns its windows: `accumulator_for` takes its place, see docs/accelerate.md",
+    "accumulate": "Accelerate's `accumulate()` owns its windows: use `accumulator_for`, see docs/accelerate.md",
     "deepspeed": "DeepSpeed's engine owns its windows: see docs/deepspeed.md",
     "lightning": "Lightning owns the loop: `Trainer(callbacks=[Microbatch()])`, see docs/lightning.md",
     "fabric": "Fabric owns backward and the precision of this loop",
