@@ -7,8 +7,8 @@ import ast
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loop_work import LoopWork
 from microbatch.linting.mends import loss_of
-from microbatch.linting.module import dotted, is_backward_call, text_of
 from microbatch.linting.render import Cannot
+from microbatch.linting.syntax import dotted, is_backward_call, text_of
 
 __all__ = ["LoopLoss"]
 

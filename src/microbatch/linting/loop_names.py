@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from microbatch.linting.draft import Draft
 from microbatch.linting.guesses import CLIP_CALLS, kind_of_name
-from microbatch.linting.module import FunctionNode, dotted, is_backward_call, last_name
 from microbatch.linting.render import Cannot
 from microbatch.linting.scene import Scene
+from microbatch.linting.syntax import FunctionNode, dotted, is_backward_call, last_name
 
 __all__ = ["Names", "names_of"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from microbatch.linting.guesses import CLIP_CALLS, kind_of_name
 from microbatch.linting.loop_names import Names, names_of
-from microbatch.linting.module import FunctionNode, dotted, last_name, text_of
 from microbatch.linting.render import Cannot, Renderer
 from microbatch.linting.scene import Scene
+from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
 
 __all__ = ["LoopWork", "is_plain", "statements_of"]
 

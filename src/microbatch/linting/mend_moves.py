@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from microbatch.linting.draft import Draft, indented
 from microbatch.linting.guesses import CLIP_CALLS
-from microbatch.linting.module import Loop, dotted, last_name
 from microbatch.linting.scene import Scene
+from microbatch.linting.syntax import Loop, dotted, last_name
 from microbatch.linting.verdicts import Verdict
 
 __all__ = [

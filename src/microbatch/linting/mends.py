@@ -18,8 +18,8 @@ from microbatch.linting.mend_moves import (
     widen_no_sync,
     without,
 )
-from microbatch.linting.module import dotted, last_name, text_of
 from microbatch.linting.scene import Scene
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.verdicts import Verdict
 
 __all__ = ["MENDS", "loss_of"]

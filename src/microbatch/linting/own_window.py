@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from microbatch.linting.loop_loss import LoopLoss
 from microbatch.linting.loop_work import is_plain
-from microbatch.linting.module import FunctionNode, Loop, dotted, is_backward_call, last_name, text_of
 from microbatch.linting.render import Cannot, Renderer
 from microbatch.linting.scene import Scene
+from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, text_of
 
 __all__ = ["turn"]
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from microbatch.linting.draft import edits_between
 from microbatch.linting.edits import file_diff
-from microbatch.linting.module import Loop, Module, is_backward_call
+from microbatch.linting.module import Module
 from microbatch.linting.own_window import turn
 from microbatch.linting.render import Cannot, Renderer
 from microbatch.linting.scene import Scene
 from microbatch.linting.sources import Source
+from microbatch.linting.syntax import Loop, is_backward_call
 from microbatch.linting.verdicts import Reading, read
 
 __all__ = ["Sketch", "rewrite", "sketch"]

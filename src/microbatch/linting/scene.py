@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from microbatch.linting.draft import Draft
-from microbatch.linting.module import FunctionNode, Loop, Module, dotted
+from microbatch.linting.module import Module
 from microbatch.linting.sources import Source
+from microbatch.linting.syntax import FunctionNode, Loop, dotted
 from microbatch.linting.trace import Trace
 from microbatch.linting.verdicts import Reading
 
