@@ -22,6 +22,7 @@ from microbatch.cli import doctor_options
 from microbatch.cli.doctor_command import DoctorFlags, read_arguments, run_doctor
 from microbatch.cli.main import app
 from microbatch.linting.finding import Finding
+from microbatch.linting.rewrite import Sketch
 from microbatch.linting.rules.table import RULES
 from microbatch.linting.sources import Source
 
@@ -250,17 +251,18 @@ def test_changes_of_one_line_are_left_for_the_next_time(folder: Path) -> None:
 
 def test_a_sketch_of_the_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = types.ModuleType("microbatch.linting.rewrite")
-    stand_in.__dict__["rewrite"] = lambda source: f"--- {source.path}\n"
+    stand_in.__dict__["sketch"] = lambda source: Sketch(f"--- {source.path}\n", ("line 1: no reason",))
     monkeypatch.setitem(sys.modules, "microbatch.linting.rewrite", stand_in)
     (folder / "a.py").write_text("x.backward()\n")
     (folder / "b.py").write_text("x = 1\n")
     result = invoke("--rewrite", ".")
     assert (result.exit_code, result.stdout) == (0, "--- a.py\n")
     assert "a sketch to read" in result.stderr
+    assert "a.py: not rewritten: line 1: no reason\n" in result.stderr
     (folder / "b.py").write_text("x.backward() for in:\n")
     result = invoke("--rewrite", ".")
     assert (result.exit_code, result.stdout) == (2, "--- a.py\n")
-    stand_in.__dict__["rewrite"] = lambda source: 1 / 0
+    stand_in.__dict__["sketch"] = lambda source: 1 / 0
     result = invoke("--rewrite", "a.py")
     assert (result.exit_code, "ZeroDivisionError" in result.stderr) == (2, True)
 

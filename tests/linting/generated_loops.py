@@ -194,7 +194,7 @@ EPOCHS = 2
 
 
 class Numbered:
-    """A loader of `length` microbatches, each of which is a number that no other one of the run has."""
+    """A loader of `length` microbatches of one row, which is a number that no other one of the run has."""
 
     def __init__(self, length: int) -> None:
         self.length, self.drawn = length, 0
@@ -202,10 +202,10 @@ class Numbered:
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, None]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self.length):
             self.drawn += 1
-            yield self.drawn - 1, None
+            yield torch.tensor([self.drawn - 1]), torch.zeros(1)
 
 
 class OneEach(nn.Module):
@@ -216,8 +216,8 @@ class OneEach(nn.Module):
         self.values = nn.Parameter(torch.zeros(microbatches))
         self.seen: set[int] = set()
 
-    def forward(self, microbatch: int) -> Tensor:
-        self.seen.add(microbatch)
+    def forward(self, microbatch: Tensor) -> Tensor:
+        self.seen.add(int(microbatch))
         return self.values[microbatch]
 
 
@@ -232,7 +232,7 @@ def weights_of(loop: Loop, microbatches: int, length: int) -> tuple[list[dict[in
         gradient = torch.zeros(1) if model.values.grad is None else model.values.grad
         steps.append({int(i): gradient[i].item() for i in gradient.nonzero().flatten()})
 
-    def batches() -> Iterator[tuple[int, None]]:
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(EPOCHS):
             yield from loader
 
@@ -244,7 +244,7 @@ def weights_of(loop: Loop, microbatches: int, length: int) -> tuple[list[dict[in
         "batches": batches(),
         "model": model,
         "optimizer": optimizer,
-        "criterion": lambda value, _: value,
+        "criterion": lambda value, _: value.mean(),
     }
     handle = register_optimizer_step_pre_hook(before)
     try:

@@ -213,12 +213,13 @@ def _diff(report: Report, *, out: TextIO, errors: TextIO) -> None:
 
 
 def _rewrite(reads: Iterator[_Read], *, out: TextIO, errors: TextIO) -> int:
-    """Print each loop with `mb.Accumulator` as a diff."""
-    rewrite = import_module("microbatch.linting.rewrite").rewrite
+    """Print each loop with `mb.Accumulator` as a diff; on standard error, why a loop has none."""
+    sketch_of = import_module("microbatch.linting.rewrite").sketch
 
     def judge(source: Source, folder: Path | None) -> list[Finding]:  # noqa: ARG001 - as every judge
-        sketch = rewrite(source)
-        sketches.extend([sketch] if sketch else [])
+        sketch = sketch_of(source)
+        sketches.extend([sketch.diff] if sketch.diff else [])
+        errors.writelines(clean(f"{source.path}: not rewritten: {reason}") + "\n" for reason in sketch.reasons)
         return []
 
     sketches, code = list[str](), 0

@@ -65,8 +65,12 @@ class BackwardCalls(Simulated):
         steps = accelerator.info.get("steps", self.window() if "accumulate" in self.trace.frameworks else None)
         self.trace.frameworks.add("accelerate")
         if is_number(steps) and number(steps) not in (0, 1):
-            # Accelerate divides by itself; a division in the script comes on top.
-            return replace(loss.times(1 / Fraction(number(steps))), divided=loss.divided)
+            # Accelerate divides by itself; a division in the script comes on top. Without `accumulate()`, it divides all
+            # the same, and nothing holds the step back.
+            managed = "accumulate" in self.trace.frameworks
+            self.used_window |= not managed
+            divided = loss.divided if managed else getattr(accelerator.info.get("node"), "lineno", 1)
+            return replace(loss.times(1 / Fraction(number(steps))), divided=divided)
         return loss
 
     def _native_scaler(self, node: ast.Call) -> Any:

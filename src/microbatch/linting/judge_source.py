@@ -8,6 +8,7 @@ from pathlib import Path
 
 from microbatch.linting.drawing import draw
 from microbatch.linting.finding import Finding
+from microbatch.linting.fixes import with_edits
 from microbatch.linting.imports import with_imports
 from microbatch.linting.module import Module
 from microbatch.linting.rules.how_much import how_much_for
@@ -30,6 +31,7 @@ def judge_source(source: Source, folder: Path | None = None) -> list[Finding]:
     reading = read(module)
     file = _File(source, module, reading)
     found = [_finding(file, verdict) for verdict in reading.verdicts]
+    found = with_edits(found, source, module=module, reading=reading, folder=folder)
     return found + _not_judged(file, found)
 
 
