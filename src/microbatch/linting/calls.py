@@ -14,12 +14,14 @@ from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, 
 __all__ = ["Calls"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
+_PIECES = frozenset({"split", "chunk", "tensor_split"})
 _SAME = frozenset(
     "to cuda half float double view reshape squeeze unsqueeze contiguous flatten clone transpose permute t type requires_grad_ "
     "bfloat16 gather values logits".split()
 )
 _LIBRARIES = re.compile(r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)")
 _AVERAGES = re.compile(r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update", re.IGNORECASE)
+_NO_AVERAGES = re.compile(r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore", re.IGNORECASE)
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
@@ -32,7 +34,7 @@ class Calls(Frameworks):
         """The value of a call, with what it does to the gradients."""
         func = node.func
         target = self.module.resolve(func, self.frame.owner)
-        if self.trace.tick and _AVERAGES.search(last_name(func)):
+        if self.trace.tick and _AVERAGES.search(last_name(func)) and not _NO_AVERAGES.search(last_name(func)):
             self.trace.mark("ema", node, last_name(func))
         if target is None and is_backward_call(node) and last_name(func) != "":
             found = self.backward_call(node)
@@ -160,7 +162,7 @@ class Calls(Frameworks):
         if made is not None:
             return made
         guessed = self.guess(attr) if attr not in ("eval", "train") else None
-        if guessed is not None and guessed.kind in ("model", "criterion", "ema"):
+        if guessed is not None and guessed.kind in ("model", "criterion"):
             return self.call_object(guessed, node)
         if _LOGS.match(text):
             return self.log_call(node, text)
@@ -190,6 +192,8 @@ class Calls(Frameworks):
             return made
         if MEAN_LOSSES.search(text):
             return self.loss_call(node, "mean", text)
+        if last in _PIECES:
+            self.trace.mark("pieces", node, text)
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
@@ -210,7 +214,7 @@ class Calls(Frameworks):
     def this_microbatch(self) -> dict[int, Fraction]:
         return {self.trace.tick: Fraction(1)}
 
-    def forward(self, node: ast.Call) -> Data:
+    def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""
         if self.trace.tick == 0:
             self.arguments(node)
@@ -276,6 +280,8 @@ class Calls(Frameworks):
                 self.store(func.value, value)
             return value
         args, keywords = self.arguments(node)
+        if attr in _PIECES:
+            self.trace.mark("pieces", node, text_of(func))
         if attr in ("size", "dim", "numel", "__len__", "nelement"):
             return Unknown(text_of(node), data=True)
         data = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
@@ -395,7 +401,7 @@ def _range(machine: Any, node: ast.Call) -> Any:
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
         return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})")
+    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args))
 
 
 def _enumerate(machine: Any, node: ast.Call) -> Any:

@@ -19,7 +19,7 @@ def draw(outcome: Outcome) -> str:
     steps = [step for step in trace.steps if step.since]
     if not steps:
         return ""
-    count = {tick: index for index, tick in enumerate(dict.fromkeys(b.tick for b in trace.backwards), start=1)}
+    count = {m: index for index, m in enumerate(sorted({m for b in trace.backwards for m in (b.tick, *b.loss.weights)}), start=1)}
     lines = [f"N = {n}" + (f", {outcome.run.length} microbatches an epoch" if trace.last_ticks else "")]
     for number, step in enumerate(steps[:STEPS], start=1):
         parts = []

@@ -3,6 +3,7 @@
 import ast
 import operator
 import re
+from functools import lru_cache
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -44,6 +45,27 @@ _FINITE = re.compile(r"isfinite")
 _BROKEN = re.compile(r"isnan|isinf|is_nan|nan\b|overflow|== 0|exceed", re.I)
 
 
+@lru_cache(8192)
+def _kind_by_name(name: str) -> str | None:
+    """The kind of object that a name promises; a setting promises none."""
+    base = name.rsplit(".", 1)[0] if "." in name else ""
+    return None if base and _SETTINGS.search(base) else kind_of_name(name)
+
+
+@lru_cache(8192)
+def _usual_answer(key: str) -> bool | None:
+    """The answer of a condition that is the same in all training: yes, this is training, on the first rank."""
+    if _TRAINING.search(key) and "trainer" not in key.lower():
+        return not re.search(r"!=|not in|eval", key)
+    return True if _MAIN_RANK.search(key) else None
+
+
+@lru_cache(8192)
+def _word_of_number(word: str) -> str:
+    """Whether a word is a counter that is resumed ("begin"), or the length of an epoch ("length")."""
+    return "begin" if _RESUMED.search(word) else "length" if _LENGTH.search(word) else ""
+
+
 class Expressions(Calls):
     """The part of the machine that reads expressions."""
 
@@ -61,8 +83,12 @@ class Expressions(Calls):
 
     def names_window(self, node: ast.AST) -> bool:
         """Whether an expression is called as the number of microbatches is usually called, and does not count."""
-        name = last_name(node)
-        return bool(name) and names_window(name) and dotted(node) not in self.module.counters and name not in self.module.counters
+        found = getattr(node, "_window", None)
+        if found is None:
+            name, counters = last_name(node), self.module.counters
+            found = bool(name) and names_window(name) and dotted(node) not in counters and name not in counters
+            node._window = found  # type: ignore[attr-defined]
+        return found
 
     def window(self) -> Num:
         self.used_window = True
@@ -76,10 +102,7 @@ class Expressions(Calls):
 
     def guess(self, name: str) -> Obj | None:
         """An object by the name alone."""
-        base = name.rsplit(".", 1)[0] if "." in name else ""
-        if base and _SETTINGS.search(base):
-            return None
-        kind = kind_of_name(name)
+        kind = _kind_by_name(name)
         return Obj(kind, name.rsplit(".", 1)[-1]) if kind else None
 
     def _name(self, node: ast.Name) -> Any:
@@ -106,11 +129,10 @@ class Expressions(Calls):
 
     def _by_word(self, word: str, key: str) -> Any:
         """What a word alone says of a number that the file does not show."""
-        if _RESUMED.search(word):
-            return 0
         if key.endswith("state.iteration"):
             return self.trace.tick  # Ignite's engine counts from 1
-        return self.run.length if _LENGTH.search(word) else Unknown(key)
+        said = _word_of_number(word)
+        return 0 if said == "begin" else self.run.length if said == "length" else Unknown(key)
 
     def _attribute(self, node: ast.Attribute) -> Any:
         text = dotted(node)
@@ -489,10 +511,9 @@ class Expressions(Calls):
             return self.run.decisions[key]
         if key.startswith("not "):
             return not self.decide(key[4:].strip("()"), node)
-        if _TRAINING.search(key) and "trainer" not in key.lower():
-            return not re.search(r"!=|not in|eval", key)
-        if _MAIN_RANK.search(key):
-            return True
+        usual = _usual_answer(key)
+        if usual is not None:
+            return usual
         for opposite, sign in ((" is not None", True), (" is None", False)):
             if key.endswith(opposite):
                 return self.decide(key[: -len(opposite)], node) == sign

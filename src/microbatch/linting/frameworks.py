@@ -7,6 +7,7 @@ from typing import Any
 
 from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor, kind_of_name
 from microbatch.linting.module import dotted, last_name, text_of
+from microbatch.linting.trace import Gradients
 from microbatch.linting.values import Bound, Data, Function, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Frameworks"]
@@ -48,6 +49,7 @@ class Frameworks:
         if kind == "optimizer":
             self.trace.settings.setdefault("optimizers", {})[name] = node
             self.trace.mark("optimizer", node, name)
+            self.trace.groups[made.key] = Gradients()
         elif kind == "scheduler":
             made.info["units"] = self._units([*args, *keywords.values()])
         elif kind == "accelerator":
@@ -79,6 +81,8 @@ class Frameworks:
         args, keywords = self.arguments(node)
         values = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
         given = values[0] if values else None
+        if len(args) > 1 and name == "backward" and all(isinstance(arg, ast.List | ast.Tuple) for arg in node.args[:2]):
+            self.trace.settings["cached"] = True  # gradients of outputs that were cached are handed on
         holder = base.kind if isinstance(base, Obj) else ""
         if isinstance(base, Data):
             loss = base

@@ -21,7 +21,7 @@ _WINDOW = re.compile(
     r"(grad\w*_?)?accum\w*_?(steps?|iters?|factor|num|size|grad\w*|every|freq\w*|batches|period|count|n)?$|"
     r"(steps?|iters?|batches|num|n)_?(to|per|for)?_?(grad\w*_)?accum\w*|"
     r"update_freq\w*|virtual_batch\w*|(num_|n_)?micro_?(batches|steps)|gradient_accumulat\w*|grad_acc\w*|"
-    r"(ga|acc)_?steps?|accumulate(_grad)?(_batches|_every|_steps)?|iter_size|batch_multiplier|batch_split|batch_chunks?|"
+    r"^N$|(ga|acc)_?steps?|accumulate(_grad)?(_batches|_every|_steps)?|iter_size|batch_multiplier|batch_split|batch_chunks?|"
     r"optimizer_every|opt_step_every|subdivisions?|backward_passes_per_step|batches_per_(update|step)",
     re.IGNORECASE,
 )

@@ -79,7 +79,7 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
         return
     scaled = Fraction(1, view.n)
     single = [m for m in values if len(m.value.weights) == 1]
-    if len(single) == len(values) and all(m.value.total() == scaled for m in values) and view.n > 1:
+    if all(m.value.total() == scaled for m in values) and view.n > 1:
         yield Fault("MB701", node, f"`{values[0].name}` gets the loss divided by N: what is reported is 1/{view.n} of the loss")
         return
     boundary = all(m.tick in view.step_ticks or _is_outside(view, node) for m in values)

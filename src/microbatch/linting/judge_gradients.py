@@ -20,7 +20,7 @@ def judge_gradients(view: View) -> Iterator[Fault]:
     yield from _schedules(view)
     yield from _averages(view)
     yield from _recreated(view)
-    yield from _skipped_units(view)
+    yield from view.module.once("MB304", lambda: [*_skipped_units(view), *_replayed(view)])
 
 
 def _clips(view: View) -> Iterator[Fault]:
@@ -88,7 +88,7 @@ def _schedules(view: View) -> Iterator[Fault]:
 
 
 def _constructor(view: View, mark: Mark) -> ast.AST | None:
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if isinstance(node, ast.Call) and any("sched" in text_of(target).lower() for target in _targets(view, node)):
             return node
     return None
@@ -124,12 +124,12 @@ def _recreated(view: View) -> Iterator[Fault]:
 def _skipped_units(view: View) -> Iterator[Fault]:
     """MB304: a resumed run skips as many microbatches as it took steps."""
     in_steps: set[str] = set()
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             for part in ast.walk(node.value):
                 if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod) and _counts_steps(part.right):
                     in_steps.add(dotted(node.targets[0]))
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if not isinstance(node, ast.If) or not isinstance(node.test, ast.Compare) or not isinstance(node.body[-1], ast.Continue):
             continue
         name = dotted(node.test.left)
@@ -138,6 +138,30 @@ def _skipped_units(view: View) -> Iterator[Fault]:
             yield Fault("MB304", node, f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
                         "1/N of what it should")  # fmt: skip
             return
+
+
+def _replayed(view: View) -> Iterator[Fault]:
+    """MB304 once more: as many microbatches are drawn as steps were taken."""
+    for node in view.module.nodes:
+        if not (isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and last_name(node.iter.func) == "range" and len(node.body) == 1):
+            continue
+        body = node.body[0]
+        draws = isinstance(body, ast.Expr | ast.Assign) and isinstance(body.value, ast.Call) and last_name(body.value.func) == "next"
+        name = dotted(node.iter.args[-1]) if node.iter.args else ""
+        if draws and name and _counted_in_steps(view, name):
+            yield Fault("MB304", node, f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of what it should")
+            return
+
+
+def _counted_in_steps(view: View, name: str) -> bool:
+    """Whether a counter is raised once a step and not once a microbatch."""
+    for node in view.module.nodes:
+        if isinstance(node, ast.AugAssign) and dotted(node.target) == name and isinstance(node.op, ast.Add):
+            owner = view.module.owner_of(node)
+            loop = next((p for p in view.module.above(node) if isinstance(p, Loop)), None)
+            if loop is not None and view.module.contains_backward(loop, owner) and not view.module.is_microbatch_loop(loop, owner):
+                return True
+    return False
 
 
 def _counts_steps(node: ast.AST) -> bool:

@@ -10,6 +10,7 @@ from microbatch.linting.module import Loop, last_name, text_of
 __all__ = ["judge_loss"]
 
 _TOKENS = re.compile(r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|chunked_cross_entropy)\b")
+_SHARED = re.compile(r"\b(logit_scale|log_scale|temperature|log_temperature|logit_bias|scale_param)\b")
 _CACHED = re.compile(r"grad_?cache|GradCache|cached_?(multiple|loss|contrast)|CachedMultiple", re.IGNORECASE)
 
 
@@ -19,13 +20,13 @@ def judge_loss(view: View) -> Iterator[Fault]:
         return
     yield from _token_means(view)
     yield from _coupled(view)
-    yield from _batch_norm(view)
+    yield from view.module.once("MB403", lambda: list(_batch_norm(view)))
     yield from _slices(view)
 
 
 def _token_means(view: View) -> Iterator[Fault]:
     said: set[ast.AST] = set()
-    counted = _counted_apart(view)
+    counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
         yield Fault("MB401", view.trace.backwards[0].node, f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
                     "averaged over its own, and all microbatches weigh the same")  # fmt: skip
@@ -54,7 +55,7 @@ def _counted_apart(view: View) -> ast.AST | None:
     """Where a loop counts its valid labels, and divides by the count nowhere."""
     if any(b.loss.reduction == "sum" or b.loss.tokens for b in view.trace.backwards):
         return None
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if not (isinstance(node, ast.Call) and last_name(node.func) == "sum" and isinstance(node.func, ast.Attribute)):
             continue
         test = node.func.value
@@ -62,10 +63,10 @@ def _counted_apart(view: View) -> ast.AST | None:
             continue
         statement = view.module.statement_of(node)
         names = {last_name(t) for t in (statement.targets if isinstance(statement, ast.Assign) else [statement.target] if isinstance(statement, ast.AugAssign) else [])}
-        for other in ast.walk(view.module.tree):
+        for other in view.module.nodes:
             if isinstance(other, ast.AugAssign) and names & {last_name(x) for x in ast.walk(other.value)}:
                 names.add(last_name(other.target))
-        used = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div | ast.Mult) and names & {last_name(x) for x in ast.walk(n)} and not _is_inside(view, node, n) for n in ast.walk(view.module.tree))
+        used = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div | ast.Mult) and names & {last_name(x) for x in ast.walk(n)} and not _is_inside(view, node, n) for n in view.module.nodes)
         if names and not used and any(view.module.contains_backward(p, view.module.owner_of(p)) for p in view.module.above(node) if isinstance(p, Loop)):
             return node
     return None
@@ -89,19 +90,30 @@ def _is_label_test(test: ast.Compare) -> bool:
 
 
 def _at_line(view: View, line: int) -> ast.AST | None:
-    return next((n for n in ast.walk(view.module.tree) if isinstance(n, ast.expr) and n.lineno == line), None)
+    return next((n for n in view.module.nodes if isinstance(n, ast.expr) and n.lineno == line), None)
 
 
 def _masked_labels(view: View) -> int:
     """The line where labels are filled with -100, 0 if there is none."""
-    for node in ast.walk(view.module.tree):
+    return int(view.module.once("masked", lambda: _find_masked(view)))
+
+
+def _find_masked(view: View) -> int:
+    for node in view.module.nodes:
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant) and node.operand.value == 100:
             return node.lineno
     return 0
 
 
 def _coupled(view: View) -> Iterator[Fault]:
-    if _CACHED.search(view.module.names_text):
+    words = view.module.names_text
+    if _CACHED.search(words) or "cached" in view.trace.settings:
+        return
+    cached = "no_grad" in words and any(b.loss.coupled and _SHARED.search(words) for b in view.trace.backwards)
+    if cached:
+        b = next(b for b in view.trace.backwards if b.loss.coupled)
+        yield Fault("MB405", b.node, f"a parameter that is in every one of the {view.n} losses of a window gets {view.n} times its gradient", certain=False,
+                    needs=("whether a scale or a bias of the loss is trained",))  # fmt: skip
         return
     for b in view.trace.backwards:
         if b.loss.coupled:
@@ -111,7 +123,7 @@ def _coupled(view: View) -> Iterator[Fault]:
 
 
 def _batch_norm(view: View) -> Iterator[Fault]:
-    for node in ast.walk(view.module.tree):
+    for node in view.module.nodes:
         if isinstance(node, ast.Call) and re.match(r"BatchNorm[123]d$", last_name(node.func)):
             yield Fault("MB403", node, "BatchNorm computes its statistics from one microbatch, not from the effective batch", certain=False,
                         needs=("the rows of a microbatch",))  # fmt: skip
@@ -119,6 +131,13 @@ def _batch_norm(view: View) -> Iterator[Fault]:
 
 
 def _slices(view: View) -> Iterator[Fault]:
+    if "cached" in view.trace.settings or any(o.startswith("multiplied") for o in view.opaque_losses()):
+        return  # each microbatch is weighted, or gradients of cached outputs are handed on
+    for mark in view.marks("pieces"):
+        if any(isinstance(p, Loop) and mark.node in ast.walk(p.iter) and len(view.module.above(p)) > 0 for p in view.module.above(mark.node) if isinstance(p, ast.For)):
+            yield Fault("MB404", mark.node, f"`{mark.name}` may cut a shorter last microbatch, and all weigh the same", certain=False,
+                        needs=("whether the rows divide evenly",))  # fmt: skip
+            return
     for mark in view.marks("slice"):
         loops = [p for p in view.module.above(mark.node) if isinstance(p, Loop)]
         if not loops or not view.module.is_microbatch_loop(loops[0], view.module.owner_of(loops[0])) or len(loops) < 2:

@@ -11,7 +11,7 @@ __all__ = ["judge_weights"]
 
 def judge_weights(view: View) -> Iterator[Fault]:
     """The faults of windows and weights that one run shows."""
-    if not view.accumulates or view.blocked:
+    if not view.accumulates or view.blocked or "cached" in view.trace.settings:
         return
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
@@ -133,6 +133,11 @@ def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
             yield Fault("MB111", steps[-1].node, f"with {view.outcome.run.length} microbatches an epoch, the last {_many(len(left))} never "
                         "enter a step", certain=False, needs=needs)  # fmt: skip
+    for before, step in zip(steps, steps[1:], strict=False):
+        if before.tick in view.trace.last_ticks and len(before.since) < view.n and 0 < len(step.since) < view.n and step.tick not in view.trace.last_ticks:
+            yield Fault("MB105", step.node, f"the forced step at the end of an epoch does not reset the counter: the next window has "
+                        f"{_many(len(step.since))} instead of {view.n}", certain=False, needs=needs)  # fmt: skip
+            break
     tails = [s for s in steps if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1]
     for step in tails:
         weights = {w for m, w in step.weights.items() if m in step.since}
@@ -166,7 +171,7 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
         weight = fraction(next(iter(backward.loss.weights.values())))
         yield Fault("MB104", steps[0].node, f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
                     f"microbatch with weight {weight}", certain=not view.many_optimizers)  # fmt: skip
-    elif view.trace.last_ticks and len(at) < view.trace.tick and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False)):
+    elif len(at) > 1 and len(at) < view.trace.tick and all(b - a == view.n for a, b in zip(view.ticks, view.ticks[1:], strict=False)):
         if view.clean:
             yield Fault("MB106", view.trace.backwards[0].node, f"only one of {view.n} microbatches runs a backward: the others are computed "
                         "and thrown away")  # fmt: skip

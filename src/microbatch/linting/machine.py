@@ -12,7 +12,7 @@ from typing import Any
 
 from microbatch.linting.expressions import Expressions
 from microbatch.linting.guesses import LOADER_WORDS, kind_of_name
-from microbatch.linting.module import FunctionNode, Module, dotted, last_name, text_of
+from microbatch.linting.module import FunctionNode, Loop, Module, dotted, last_name, text_of
 from microbatch.linting.slices import Slice
 from microbatch.linting.trace import Trace
 from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_number, number
@@ -20,6 +20,7 @@ from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_numb
 __all__ = ["Frame", "Machine", "Run", "TooLongError"]
 
 _EVALUATES = re.compile(r"_?(eval|valid|test|val_|predict|infer|estimate_loss|validate)", re.IGNORECASE)
+_PIECED = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
 BREAK, CONTINUE = "break", "continue"
 STATEMENTS = 60_000
 DEPTH = 14
@@ -188,7 +189,11 @@ class Machine(Expressions):
     def store(self, target: ast.AST, value: Any) -> None:
         """Bind a target of an assignment."""
         if isinstance(value, Unknown) and not value.data and isinstance(target, ast.Name | ast.Attribute):
-            value = self.guess(dotted(target)) or value
+            guessed = self.guess(dotted(target))
+            if guessed is not None and not self.trace.tick:
+                self.made += 1  # set up once: an object of its own
+                guessed.info["key"] = f"{guessed.name} {self.made}"
+            value = guessed or value
         if isinstance(value, Obj) and "node" in value.info and "named" not in value.info and (name := last_name(target)):
             value.name, value.info["named"] = name, True
         if isinstance(target, ast.Name):
@@ -381,7 +386,10 @@ class Machine(Expressions):
             start = number(value.info["start"])
             return [(start + i, self.item_of(value.info["over"])) for i in range(count)], False
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
-            return list(range(count)), False
+            whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
+            return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
+        if _PIECED.search(text_of(node.iter)) and any(isinstance(parent, Loop) for parent in self.module.above(node)):
+            return [self.item_of(value) for _ in range(self.run.microbatches)], True
         return [self.item_of(value) for _ in range(count)], False
 
     def item_of(self, value: Any) -> Any:
@@ -461,8 +469,8 @@ class Machine(Expressions):
     def scale_gradients(self, node: ast.AugAssign) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
         value = self.evaluate(node.value)
-        if isinstance(value, Num) and "n" in value.tags and isinstance(node.op, ast.Div | ast.Mult):
-            factor = Fraction(value.value)
+        if is_number(value) and number(value) and isinstance(node.op, ast.Div | ast.Mult):
+            factor = Fraction(number(value))
             self.trace.multiply(1 / factor if isinstance(node.op, ast.Div) else factor)
         else:
             self.trace.opaque.setdefault("gradients are rescaled", node)

@@ -1,6 +1,8 @@
 """What a file holds: its functions and classes, which of them reach a backward, which loops run once a microbatch, and the words for N."""
 
 import ast
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +12,9 @@ from microbatch.linting.values import Function
 
 __all__ = ["Loop", "Module", "dotted", "is_backward_call", "last_name", "text_of"]
 
+_PIECES = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches)\b")
+# What one microbatch has several of.
+_PARTS = re.compile(r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name", re.IGNORECASE)
 _GENERIC = frozenset(
     "backward step zero_grad forward eval update state_dict load_state_dict to parameters item append add log write get items keys values "
     "cuda cpu detach mean sum close save load format join reset size view __init__ prepare no_sync scale unscale_ clip_grad_norm_ next".split()
@@ -100,6 +105,7 @@ class Module:
         self.facts: dict[str, _Facts] = {"": _Facts(tree, None)}
         self._resolved: dict[tuple[ast.AST, str | None], Function | None] = {}
         self.paths: dict[ast.AST, str] = {}
+        self._found: dict[str, Any] = {}
         self._collect(tree, None, None)
         self._reach()
 
@@ -144,7 +150,7 @@ class Module:
     @cached_property
     def hints_at_accumulation(self) -> ast.AST | None:
         """A name for the number of microbatches, where no loop of it is in the file."""
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.Name | ast.Attribute) and names_window(last_name(node)) and dotted(node) not in self.counters:
                 return node
         return None
@@ -219,6 +225,17 @@ class Module:
         candidates = self.by_method.get(func.attr, [])
         return candidates[0] if len(candidates) == 1 else None
 
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All nodes of the file."""
+        return list(ast.walk(self.tree))
+
+    def once(self, name: str, find: Callable[[], Any]) -> Any:
+        """What is found in the file itself, the same for all runs: it is looked for once."""
+        if name not in self._found:
+            self._found[name] = find()
+        return self._found[name]
+
     # ---- which functions and loops reach a backward
 
     def _reach(self) -> None:
@@ -284,9 +301,40 @@ class Module:
 
     def is_microbatch_loop(self, loop: Loop, owner: str | None) -> bool:
         """Whether one iteration is one microbatch: it runs a backward that no deeper loop of microbatches holds."""
-        return self._is_own_loop(loop) and any(self._holds(statement, owner, deep=False) for statement in loop.body)
+        if not self._is_own_loop(loop):
+            return False
+        return any(self._holds(statement, owner, deep=False) for statement in loop.body) or self._collects(loop)
 
-    def touches_gradients_here(self, node: ast.stmt) -> bool:
+    def _collects(self, loop: Loop) -> bool:
+        """Whether a loop adds up losses that one backward after it goes through."""
+        key = (loop, None, "collects")
+        if key not in self._memo:
+            self._memo[key] = isinstance(loop, ast.For) and self._adds_for_later(loop)
+        return self._memo[key]
+
+    def _adds_for_later(self, loop: ast.For) -> bool:
+        if not any(isinstance(parent, Loop) for parent in self.above(loop)):
+            return False
+        added: set[str] = set()
+        for node in ast.walk(loop):
+            if is_backward_call(node):
+                return False
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
+                added.add(dotted(node.target))
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp) and isinstance(node.value.op, ast.Add):
+                added.update({dotted(node.targets[0])} & {dotted(node.value.left), dotted(node.value.right)})
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "append":
+                added.add(dotted(node.func.value))
+        added.discard("")
+        siblings = getattr(self.parents[loop], "body", [])
+        after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
+        for statement in after:
+            for node in ast.walk(statement):
+                if is_backward_call(node) and isinstance(node, ast.Call) and added & {dotted(part) for part in ast.walk(node)}:
+                    return True
+        return False
+
+    def touches_gradients_here(self, node: ast.AST) -> bool:
         """Whether the head of a compound statement touches gradients: `while not closure():`."""
         if isinstance(node, ast.With | ast.AsyncWith):
             return any(last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
@@ -345,12 +393,14 @@ class Module:
         if isinstance(loop, ast.While):
             return True
         text = text_of(loop.iter)
+        if _PIECES.search(text):
+            return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or names_window(name) or "batch" in name.lower() or "chunk" in name.lower() for name in names):
             return True
-        if text.startswith(("range(", "trange(", "tqdm(", "enumerate(", "count(", "itertools.count(")):
+        if not any(isinstance(parent, Loop) for parent in self.above(loop)):
             return True
-        return not any(isinstance(parent, Loop) for parent in self.above(loop))
+        return not any(_PARTS.search(name) for name in names)
 
     def above(self, node: ast.AST) -> list[ast.AST]:
         """The nodes around one, inside its function."""
@@ -381,12 +431,12 @@ class Module:
     @cached_property
     def names_text(self) -> str:
         """All names of the file, for a search by words."""
-        return " ".join({n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(self.tree) if isinstance(n, ast.Attribute)})
+        return " ".join({n.id for n in self.nodes if isinstance(n, ast.Name)} | {n.attr for n in self.nodes if isinstance(n, ast.Attribute)})
 
     @cached_property
     def wraps_ddp(self) -> bool:
         """Whether the file wraps a model in DistributedDataParallel."""
-        return any(isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in ast.walk(self.tree))
+        return any(isinstance(n, ast.Call) and last_name(n.func) in ("DistributedDataParallel", "DDP") for n in self.nodes)
 
     # ---- the words for N
 
@@ -394,7 +444,7 @@ class Module:
     def counters(self) -> set[str]:
         """Names that count: added to, or set back to a small number inside of a loop."""
         found: set[str] = set()
-        for node in ast.walk(self.tree):
+        for node in self.nodes:
             if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
                 found.add(dotted(node.target))
             elif isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -422,10 +472,8 @@ class Module:
             elif (text := dotted(node)) and text not in self.counters:
                 names.add(text)
 
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.If | ast.IfExp) and _steps(node.body if isinstance(node, ast.If) else node):
-                _moduli(node.test, add, self.counters)
-            elif isinstance(node, ast.If) and node.orelse and _steps(node.orelse):
+        for node in self.nodes:
+            if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
                 _moduli(node.test, add, self.counters)
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
@@ -443,6 +491,16 @@ class Module:
                         add(end)
         return names, literals
 
+    def _guards_step(self, node: ast.If | ast.IfExp) -> bool:
+        """Whether a condition decides about a step: inside of it, or after its `continue`."""
+        if isinstance(node, ast.IfExp):
+            return _steps([node])
+        owner = self.owner_of(node)
+        if any(self.touches_gradients(s, owner) for s in (*node.body, *node.orelse)):
+            return True
+        loop = next((p for p in self.above(node) if isinstance(p, Loop)), None)
+        return isinstance(node.body[-1], ast.Continue) and loop is not None and any(self.touches_gradients(s, owner) for s in loop.body)
+
     def owner_of(self, node: ast.AST) -> str | None:
         """The class that holds a node."""
         while (node := self.parents.get(node, self.tree)) is not self.tree:
@@ -451,9 +509,9 @@ class Module:
         return None
 
 
-def _steps(body: list[ast.stmt] | ast.AST) -> bool:
+def _steps(body: Sequence[ast.AST]) -> bool:
     """Whether an optimizer's step or the clearing of gradients is inside."""
-    for statement in body if isinstance(body, list) else [body]:
+    for statement in body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 base = node.func.value
@@ -473,5 +531,5 @@ def _moduli(test: ast.AST, add, counters: set[str]) -> None:  # noqa: ANN001 - a
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
             add(node.right)
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
-            if dotted(node.left) in counters and names_window(last_name(node.comparators[0])):
+            if dotted(node.left) in counters and (names_window(last_name(node.comparators[0])) or isinstance(node.comparators[0], ast.Constant)):
                 add(node.comparators[0])

@@ -1,7 +1,7 @@
 """The runs of one file: every way that its settings allow, each for several window sizes and loader lengths."""
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from microbatch.linting.machine import Machine, Run
@@ -12,7 +12,7 @@ from microbatch.linting.trace import Trace
 __all__ = ["Outcome", "Root", "simulate"]
 
 FORKS = 12
-PROBES = 48
+PROBES = 32
 STATEMENTS = 900_000  # of all runs of one file together
 
 
@@ -80,24 +80,25 @@ def _runs_of(module: Module, name: str, relevant: Slice, budget: list[int]) -> R
     sizes = _sizes(module)
     first = sizes[0][0]
     root.survey = _one(module, name, Run(first, 2 * first + 1), None, 0, budget)
-    for index, decisions in enumerate(_forks(module, name, relevant, first, root, budget)):
+    for index, probe in enumerate(_forks(module, name, relevant, first, root, budget)):
+        decisions = probe.run.decisions
         root.questions[index] = decisions
-        for microbatches, lengths in sizes if index == 0 else [(first, sizes[0][1][:2])]:
+        outcomes = [replace(probe, fork=index)]
+        for microbatches, lengths in sizes if index == 0 else [(first, sizes[0][1][:1])]:
             for length in lengths:
                 if budget[0] <= 0:
                     root.complete = False
-                    return root
-                outcome = _one(module, name, Run(microbatches, length, decisions), relevant, index, budget)
-                if outcome.trace.backwards:
-                    root.outcomes.append(outcome)
+                    break
+                outcomes.append(_one(module, name, Run(microbatches, length, decisions), relevant, index, budget))
+        root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
     for skip in (first + 1, first + 2):
         root.skips.append(_one(module, name, Run(first, 2 * first, {}, skip=skip), relevant, 0, budget))
     return root
 
 
-def _forks(module: Module, name: str, relevant: Slice, microbatches: int, root: Root, budget: list[int]) -> list[dict[str, bool]]:
+def _forks(module: Module, name: str, relevant: Slice, microbatches: int, root: Root, budget: list[int]) -> list[Outcome]:
     """The settings that make a difference: one answer of an unknown condition is turned at a time, and kept if the run changes."""
-    forks: list[dict[str, bool]] = []
+    forks: list[Outcome] = []
     signatures: set[Any] = set()
     waiting: list[dict[str, bool]] = [{}]
     known = {frozenset[str]()}
@@ -113,7 +114,7 @@ def _forks(module: Module, name: str, relevant: Slice, microbatches: int, root: 
         if signature in signatures:
             continue
         signatures.add(signature)
-        forks.append(decisions)
+        forks.append(outcome)
         for key in outcome.run.asked:
             path = frozenset({*decisions, key})
             if path not in known:
@@ -137,8 +138,8 @@ def _sizes(module: Module) -> list[tuple[int, list[int]]]:
         n = max(literals)
         if n > 64:
             return [(n, [2 * n])]
-        return [(n, [3 * n, 2 * n + 1, 3 * n - 1] if n > 2 else [3 * n, 3 * n + 1])]
-    return [(4, [12, 9, 11]), (3, [6, 8]), (2, [6, 7])]
+        return [(n, [3 * n, 3 * n - 1] if n > 2 else [3 * n])]
+    return [(4, [12, 11]), (3, [6]), (2, [6])]
 
 
 def _one(module: Module, name: str, run: Run, relevant: Slice | None, fork: int, budget: list[int]) -> Outcome:

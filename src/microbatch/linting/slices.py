@@ -4,7 +4,7 @@ import ast
 from dataclasses import dataclass
 
 from microbatch.linting.guesses import kind_of_name
-from microbatch.linting.module import FunctionNode, Module, dotted, last_name
+from microbatch.linting.module import FunctionNode, Loop, Module, dotted, last_name
 
 __all__ = ["Slice", "cut"]
 
@@ -81,12 +81,13 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
                 # What a function returns is wanted where the function is called, or an object of its class is.
                 made = {module.function_of(statement), owner or ""} - {"", "__init__"}
             simple.append((statement, made, _names(statement)))
+    calls = {statement: _called(module, statement) for statement, _, _ in simple}
     changed = True
     while changed:
         changed = False
         rest = []
         for statement, made, read in simple:
-            if made & wanted or (isinstance(statement, _JUMPS) and module.parents.get(statement) in kept):
+            if made & wanted or not calls[statement].isdisjoint(kept) or (isinstance(statement, _JUMPS) and _frame(module, statement) in kept):
                 keep(statement)
                 wanted.update(read)
                 changed = True
@@ -94,6 +95,22 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt], list[ast.
                 rest.append((statement, made, read))
         simple = rest
     return kept, core, [statement for statement, _, _ in simple]
+
+
+def _called(module: Module, statement: ast.stmt) -> set[ast.AST]:
+    """The functions of the file that a statement calls."""
+    owner = module.owner_of(statement)
+    found = {module.resolve(node.func, owner) for node in ast.walk(statement) if isinstance(node, ast.Call)}
+    return {function.node for function in found if function is not None}
+
+
+def _frame(module: Module, node: ast.AST) -> ast.AST | None:
+    """The loop, or else the function, that a jump leaves."""
+    while node in module.parents:
+        node = module.parents[node]
+        if isinstance(node, Loop | FunctionNode):
+            return node
+    return None
 
 
 def _head(node: ast.stmt) -> set[str]:

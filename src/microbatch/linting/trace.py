@@ -142,9 +142,8 @@ class Trace:
     def unscale(self, node: ast.AST, optimizer: str) -> None:
         group = self.group(optimizer)
         self.mark("unscale", node, optimizer, detail="again" if group.unscaled else "")
-        for part in (group, self.fresh):
-            part.prior.append("unscale")
-            part.unscaled, part.scaled = True, False
+        group.prior.append("unscale")
+        group.unscaled, group.scaled = True, False
 
     def clip(self, node: ast.AST, name: str) -> None:
         groups = [g for g in self.groups.values() if g.steps or g.unscaled] or [self.fresh]

@@ -56,6 +56,9 @@ def read(module: Module) -> Reading:
             key = (verdict.fault.rule, verdict.fault.node)
             if key not in found or (verdict.certain and not found[key].certain):
                 found[key] = verdict
+    shifted = {node for (rule, node), verdict in found.items() if rule == "MB105" and verdict.certain}
+    for node in shifted:
+        found.pop(("MB111", node), None)  # what is left over follows from the shift
     ordered = sorted(found.values(), key=lambda v: (getattr(v.fault.node, "lineno", 0), v.fault.rule))
     traces = [outcome.trace for root in roots for outcome in root.outcomes]
     made = {name for trace in traces for name in trace.settings.get("optimizers", {})}
@@ -106,7 +109,7 @@ def _skips(root: Root) -> Iterator[Verdict]:
             continue
         n = outcome.run.microbatches
         short = next((s for s in trace.steps if s.tick >= mark.tick and 0 < len([m for m in s.since if m in s.weights]) < n), None)
-        if short is not None and any(len(s.since) == n for s in trace.steps):
+        if short is not None and sum(short.weights.values()) != 1 and any(len(s.since) == n for s in trace.steps):
             count = len([m for m in short.since if m in short.weights])
             message = f"a microbatch that is left out here makes its window short: the step takes {count} of {n} microbatches, each with weight 1/{n}"
             yield Verdict(Fault("MB114", mark.node, message, certain=False), certain=False, needs=("whether a microbatch is ever left out",), outcome=outcome)
