@@ -14,7 +14,10 @@ from microbatch.guide import experiments, measure
 from microbatch.guide.page import POLICY, ROOM, STATIC, code_html, derived, example, load_drawn, load_measured, page
 
 REPOSITORY = Path(__file__).parents[2]
-SOURCES = ["page.html", "playground.html", "use.html", "guess.html", "paste.html", "paste_recorded.html", "quiz.json", "live.html"]
+SOURCES = [
+    *("page.html", "playground.html", "use.html", "guess.html", "paste.html", "paste_recorded.html", "quiz.json"),
+    "live.html",
+]
 FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
 SECTIONS = [*FIGURED, "quiz", "playground", "use"]
 
@@ -61,9 +64,9 @@ def test_all_twelve_sections_are_there_in_order(text: str) -> None:
 def test_a_section_is_short(text: str, name: str) -> None:
     source = (ROOM / "page.html").read_text(encoding="utf-8")
     # The quiz, the form and the pasted loop are parts of their own; what introduces them is held to the same length.
-    words = Reader(re.sub(r"\{\{(quiz|playground|use|paste|figure:\w+|code|guess|patterns|data)\}\}", "", source)).words.get(
-        name, []
-    )
+    words = Reader(
+        re.sub(r"\{\{(quiz|playground|use|paste|figure:\w+|code|guess|patterns|data)\}\}", "", source)
+    ).words.get(name, [])
     assert len(words) <= 120
 
 

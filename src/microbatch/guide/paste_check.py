@@ -38,7 +38,7 @@ def read_pasted(value: Any) -> str:
     Raises:
         ConfigError: It is not an object with a text of a bounded size.
     """
-    if not isinstance(value, dict) or set(value) != {"source"} or not isinstance(value["source"], str):  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(value, dict) or set(value) != {"source"} or not isinstance(value["source"], str):
         raise ConfigError('a loop is sent as an object with one key, "source", that holds its text')
     source: str = value["source"]
     if len(source) > MOST_SOURCE:

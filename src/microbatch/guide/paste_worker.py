@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 from microbatch.linting.doctor import judge
 from microbatch.linting.examine import examine
@@ -46,8 +48,7 @@ def main() -> None:
     ending.daemon = True
     ending.start()
     with suppress(ImportError, OSError, ValueError):  # where the system has no such limit
-        import resource
-
+        resource: Any = import_module("resource")
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     sys.stdout.write(findings_json(text))
 

@@ -228,5 +228,5 @@ async def _explain(_: Request, error: Exception) -> Response:
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    codes = {BusyError: 409, PasteError: 503}
-    return JSONResponse({"error": str(error)}, status_code=codes.get(type(error), 400))
+    code = 409 if isinstance(error, BusyError) else 503 if isinstance(error, PasteError) else 400
+    return JSONResponse({"error": str(error)}, status_code=code)
