@@ -15,11 +15,13 @@ from tests.guide.browser import launched, opened, until, violations
 from tests.guide.test_browser import WIDTHS
 
 import microbatch as mb
-from microbatch.guide import paste_check
+from microbatch.guide import paste_check, paste_worker
 from microbatch.guide.page import RECORDED, load_drawn, load_measured, page
 from microbatch.guide.paste_check import MOST_PASTED, MOST_SOURCE
 from microbatch.guide.paste_form import LOOPS
+from microbatch.linting.finding import Finding
 from microbatch.linting.rules.table import RULES
+from microbatch.linting.sources import Source
 
 WRONG, RIGHT = RULES["MB105"].wrong, RULES["MB105"].right
 TOLD = "document.querySelector('[data-told]').textContent"
@@ -66,11 +68,16 @@ def test_a_text_that_names_a_file_does_not_open_it(client: Any, tmp_path: Path) 
     assert {each["rule"] for each in check(client, str(file))["findings"]} <= {"MB000", "MB001"}
 
 
-def test_nothing_that_a_text_imports_is_looked_up(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "helper.py").write_text(f"def train(epochs, N):\n    {WRONG.replace(chr(10), chr(10) + '    ')}")
-    monkeypatch.chdir(tmp_path)
-    found = check(client, "from helper import train\n\nscaler = train(2, 4)\n")["findings"]
-    assert not {each["rule"] for each in found} & {"MB105"}
+def test_nothing_that_a_text_imports_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path | None] = []
+
+    def judge(_: Source, folder: Path | None) -> list[Finding]:
+        folders.append(folder)
+        return []
+
+    monkeypatch.setattr(paste_worker, "judge", judge)
+    paste_worker.findings_json(f"from helper import train\n\n{WRONG}")
+    assert folders == [None]
 
 
 def test_the_process_that_reads_it_needs_no_torch() -> None:
