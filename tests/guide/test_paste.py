@@ -231,16 +231,18 @@ def test_a_wrong_loop_is_pasted_then_the_right_one(browser: Any, client: Any) ->
 def test_another_loop_is_tried_and_ones_own_comes_back(browser: Any, client: Any) -> None:
     with opened(browser, client.url) as page:
         assert not page.locator("[data-mine]").is_visible()
-        page.fill("#pasted", "for mine in loader: pass")
+        page.fill("#pasted", "for mine in loader: pass" + " " * 400)
+        page.evaluate("document.querySelector('#pasted').scrollLeft = 999")
         page.get_by_role("button", name="Cleared too early").click()
         assert page.input_value("#pasted") == LOOPS["Cleared too early"]
+        assert page.evaluate("document.querySelector('#pasted').scrollLeft") == 0
         assert page.locator("[data-loop][aria-pressed=true]").all_text_contents() == ["Cleared too early"]
         page.locator("[data-check]").focus()
         page.keyboard.press("Enter")
         checked(page)
         assert "MB103" in str(page.locator(".finding").first.text_content())
         page.locator("[data-mine]").click()
-        assert page.input_value("#pasted") == "for mine in loader: pass"
+        assert page.input_value("#pasted").rstrip() == "for mine in loader: pass"
         assert page.locator(".finding").count() == 0
 
 

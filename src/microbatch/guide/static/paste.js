@@ -12,7 +12,7 @@ export function span(text, line) {
 // What was found, in one sentence.
 export function verdict({ findings, summary }) {
   const rules = findings.map(({ rule }) => rule);
-  if (!rules.length) return "Nothing found. With microbatch check --loop the loop is run on your own model, and compared.";
+  if (!rules.length) return "Nothing found. To compare the loop with the full batch, on your own model: microbatch check --loop";
   if (rules.includes("MB000")) return "This text cannot be read.";
   if (rules.every((rule) => rule === "MB001")) return "There is no loop here that accumulates gradients.";
   const parts = [
@@ -38,8 +38,8 @@ function make(tag, properties, ...children) {
   return element;
 }
 
-// Words with code between backticks.
-const words = (text) => text.split("`").map((part, index) => (index % 2 ? make("code", { textContent: part }) : part));
+// Words with code between backticks; short code stays on one line.
+const words = (text) => text.split("`").map((part, index) => (index % 2 ? make("code", { textContent: part, className: part.length < 28 ? "whole" : "" }) : part));
 
 const begun = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 
@@ -80,6 +80,7 @@ export function startPaste() {
   function select(line) {
     area.setSelectionRange(...span(area.value, line));
     area.focus();
+    area.scrollLeft = 0;
     area.scrollTop = (line - 3) * parseFloat(getComputedStyle(area).lineHeight);
   }
 
@@ -112,6 +113,7 @@ export function startPaste() {
   function put(text) {
     if (!loops.some(({ dataset }) => dataset.loop === area.value)) own = area.value;
     area.value = text;
+    area.scrollTo(0, 0);
     changed();
     show("Not checked yet.");
   }
