@@ -1,7 +1,7 @@
 """What the doctor finds in loops that a reader has labelled: recall of certain faults, and false alarms.
 
-The labels are lines of JSON: `faults` (`kind`, `line`, `certain`) and `silent` (kinds that a loop must not be blamed for).
-The sources lie beside them, one folder for each line: `01/`, `02/`, ...; they are not part of this project.
+The labels are lines of JSON: `faults` (`kind`, `line`, `certain`) and `silent` (kinds that a loop must not be blamed
+for). The sources lie beside them, one folder for each line: `01/`, `02/`, ...; they are not part of this project.
 """
 
 from __future__ import annotations

@@ -125,9 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _torch() -> Path:
     spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
+    return Path("" if spec is None or spec.origin is None else spec.origin).parent
 
 
 if __name__ == "__main__":

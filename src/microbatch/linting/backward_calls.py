@@ -65,8 +65,8 @@ class BackwardCalls(Simulated):
         steps = accelerator.info.get("steps", self.window() if "accumulate" in self.trace.frameworks else None)
         self.trace.frameworks.add("accelerate")
         if is_number(steps) and number(steps) not in (0, 1):
-            # Accelerate divides by itself; a division in the script comes on top. Without `accumulate()`, it divides all
-            # the same, and nothing holds the step back.
+            # Accelerate divides by itself; a division in the script comes on top. Without `accumulate()` it divides
+            # all the same, and nothing holds the step back.
             managed = "accumulate" in self.trace.frameworks
             self.used_window |= not managed
             divided = loss.divided if managed else getattr(accelerator.info.get("node"), "lineno", 1)

@@ -187,7 +187,8 @@ def _leaks_or_drops(view: View, steps: list[StepTaken]) -> _TailFault | None:
     left = [t for t in view.ticks if t > last.tick and view.trace.loop_of.get(t) is last.loop]
     remainder = length % view.n
     if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
-        return "MB111", last, f"with {length} microbatches an epoch, {_many(len(left))} at its end never {'enters' if len(left) == 1 else 'enter'} a step"
+        enter = "enters" if len(left) == 1 else "enter"
+        return "MB111", last, f"with {length} microbatches an epoch, {_many(len(left))} at its end never {enter} a step"
     return None
 
 
