@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from microbatch.engines.deepspeed import DeepSpeed
     from microbatch.errors import MicrobatchError
     from microbatch.gradients.momentum_buffer import LinearState
+    from microbatch.linting.doctor import doctor
+    from microbatch.linting.finding import Finding
     from microbatch.loss import losses
     from microbatch.loss.batch_reductions import batch_gather, batch_mean, batch_sum
     from microbatch.loss.convert_batch_norm import convert_batch_norm
@@ -54,6 +56,7 @@ __all__ = [
     "Check",
     "DeepSpeed",
     "Division",
+    "Finding",
     "Hyperparameters",
     "Job",
     "Lengths",
@@ -86,6 +89,7 @@ __all__ = [
     "convert_batch_norm",
     "cut",
     "divide_batch",
+    "doctor",
     "linear_cross_entropy",
     "losses",
     "plan",
@@ -104,6 +108,7 @@ _HOMES = {
     "Check": "checking.check_report",
     "DeepSpeed": "engines.deepspeed",
     "Division": "planning.arithmetic",
+    "Finding": "linting.finding",
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",
     "Job": "train.job",
@@ -135,6 +140,7 @@ _HOMES = {
     "convert_batch_norm": "loss.convert_batch_norm",
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
+    "doctor": "linting.doctor",
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",

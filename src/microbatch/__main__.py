@@ -1,6 +1,6 @@
 """``python -m microbatch`` is the command line."""
 
-from microbatch.cli.main import main
+from microbatch.cli.entry import main
 
 if __name__ == "__main__":
     main()

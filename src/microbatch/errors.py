@@ -21,6 +21,7 @@
     │   └── EmptyWindowError                    no microbatch contributed, so there is no mean to minimise
     ├── BatchStatisticsError    (RuntimeError)  microbatches cannot share the statistics of their batch
     ├── CheckError              (ValueError)    there is no loss, gradient or step to check
+    ├── LintError               (ValueError)    there is no such rule, or the doctor cannot use what it was given
     ├── NonfiniteError          (ArithmeticError)           the loss or the gradient is infinite or NaN
     ├── OutOfMemoryError        (torch.OutOfMemoryError)    the memory budget, or the device's memory, was exceeded
     ├── SpillError              (OSError)       tensors cannot be moved off the device
@@ -33,12 +34,27 @@
 
 from __future__ import annotations
 
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from microbatch.plain_errors import CheckpointError as CheckpointError  # noqa: PLC0414 - public here
-from microbatch.plain_errors import ConfigError as ConfigError  # noqa: PLC0414 - public here
-from microbatch.plain_errors import MicrobatchError as MicrobatchError  # noqa: PLC0414 - public here
-from microbatch.plain_errors import MissingDependencyError as MissingDependencyError  # noqa: PLC0414 - public here
+if TYPE_CHECKING:
+    from microbatch.torch_errors import OutOfMemoryError as OutOfMemoryError  # noqa: PLC0414 - public here
+
+
+def __getattr__(name: str) -> Any:
+    """Import the one error that is an error of torch too when it is first used: the others need no torch."""
+    if name != "OutOfMemoryError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = import_module("microbatch.torch_errors").OutOfMemoryError
+    return value
+
+
+class MicrobatchError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ConfigError(MicrobatchError, ValueError):
+    """An argument or an option cannot work."""
 
 
 class BatchError(MicrobatchError, ValueError):
@@ -109,6 +125,10 @@ class CheckError(MicrobatchError, ValueError):
     """There is no loss, gradient or step to check."""
 
 
+class LintError(MicrobatchError, ValueError):
+    """There is no such rule, or the doctor cannot use what it was given."""
+
+
 class NonfiniteError(MicrobatchError, ArithmeticError):
     """The loss or the gradient of a window is infinite or NaN.
 
@@ -128,37 +148,6 @@ class NonfiniteError(MicrobatchError, ArithmeticError):
         self.parameter = parameter
 
 
-class OutOfMemoryError(MicrobatchError, torch.OutOfMemoryError):
-    """An allocation exceeded the memory budget or the device's memory, and a smaller microbatch cannot help.
-
-    An attribute is `None` if it is not known.
-
-    Attributes:
-        asked: Bytes of the allocation that failed.
-        in_use: Bytes in use before the allocation.
-        budget: Bytes that may be in use.
-        operator: The operator that allocated, by its dispatcher name, for example ``"aten.addmm.default"``.
-        module: Path of the module that ran the operator; empty for the model itself.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        asked: int | None = None,
-        in_use: int | None = None,
-        budget: int | None = None,
-        operator: str | None = None,
-        module: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.asked = asked
-        self.in_use = in_use
-        self.budget = budget
-        self.operator = operator
-        self.module = module
-
-
 class SpillError(MicrobatchError, OSError):
     """Tensors cannot be moved off the device: the disk is full, or the file cannot be created, written or read."""
 
@@ -173,3 +162,11 @@ class RankAgainError(RankError):
 
 class DataError(MicrobatchError, ValueError):
     """Data cannot be read or trained on."""
+
+
+class CheckpointError(MicrobatchError, RuntimeError):
+    """A checkpoint is missing, damaged, or from another run."""
+
+
+class MissingDependencyError(MicrobatchError, ImportError):
+    """An optional package is needed and is not installed."""

@@ -83,3 +83,28 @@ def test_pairs_hold_over_the_whole_batch_and_not_within_microbatches(tmp_path: P
     found = json.loads(result.stdout)
     assert (result.exit_code, found["ok"]) == (int(plain), not plain), result.output
     assert [cause["kind"] for cause in found["causes"]] == (["coupling"] if plain else [])
+
+
+LOOP = """
+
+def loop(model, optimizer, batch):
+    for part in mb.cut(batch, 4):
+        (masked(model, part) * {weight}).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(
+    ("weight", "kinds"), [('len(part["x"]) / len(batch["x"])', set[str]()), ("1", {"not_divided"})]
+)
+def test_a_loop_of_ones_own_is_checked(tmp_path: Path, weight: str, kinds: set[str]) -> None:
+    path = job(tmp_path, whole=-1)
+    file = tmp_path / "small.py"
+    file.write_text(file.read_text() + LOOP.format(weight=weight))
+    result = invoke(path, "--loop", f"{file}:loop", "--json")
+    found = json.loads(result.stdout)
+    assert found["ok"] is not bool(kinds), result.output
+    assert {cause["kind"] for cause in found["causes"]} == kinds
+    assert result.exit_code == int(bool(kinds))
+    assert invoke(path, "--loop", f"{file}:lopo").exit_code == 2

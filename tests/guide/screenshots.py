@@ -23,7 +23,9 @@ ALONE = """
 .workbench { grid-template-columns: minmax(0, 1fr) !important } section { padding: 1rem !important }
 .panes { grid-template-columns: 1fr 1fr !important }
 """
-UNSTUCK = ".top, .bar, .results, section > .figure, section > .pair { position: static !important }"
+UNSTUCK = """
+.top, .bar, .results, .pasted, section > .figure, section > .pair, .beside > .figure { position: static !important }
+"""
 
 
 def main() -> None:

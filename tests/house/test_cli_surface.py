@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"check", "guide", "plan", "train"}
+COMMANDS = {"check", "doctor", "guide", "plan", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -26,10 +26,20 @@ TRAIN_FLAGS = {
     "--data",
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
-CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--device", "--seed", "--config", "--json"}
-
-
+CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
+DOCTOR_FLAGS = {
+    "--output-format",
+    "--select",
+    "--ignore",
+    "--exclude",
+    "--strict",
+    "--explain",
+    "--diff",
+    "--rewrite",
+    "--stdin-filename",
+    "--show-window",
+}
 
 
 def flags(*path: str) -> dict[str, str]:
@@ -58,6 +68,10 @@ def test_every_flag_of_check_is_there() -> None:
 
 def test_every_flag_of_guide_is_there() -> None:
     assert set(flags("guide")) >= GUIDE_FLAGS
+
+
+def test_every_flag_of_doctor_is_there() -> None:
+    assert set(flags("doctor")) >= DOCTOR_FLAGS
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))

@@ -15,8 +15,8 @@ CORE = (
     "__init__.py",
     "errors.py",
     "failed_layer.py",
-    "plain_errors.py",
     "products.py",
+    "torch_errors.py",
     "batch",
     "loss",
     "gradients",
@@ -24,6 +24,7 @@ CORE = (
     "memory",
     "step",
     "checking",
+    "linting",
     "planning",
     "train/job.py",
 )

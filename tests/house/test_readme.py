@@ -20,6 +20,8 @@ FRAMEWORK_PAGES = {
     "trl.md",
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+# The loops of the doctor's rules, right and wrong, need values for their names: tests/linting runs them.
+RULE_PAGES = ROOT / "docs" / "doctor"
 FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELLS = {"console", "sh", "bash", "shell"}
 
@@ -65,7 +67,9 @@ def refusal(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in FRAMEWORK_PAGES], ids=lambda page: page.name
+    "page",
+    [page for page in PAGES if page.name not in FRAMEWORK_PAGES and page.parent != RULE_PAGES],
+    ids=lambda page: page.name,
 )
 def test_every_python_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / f"{page.stem}.py"

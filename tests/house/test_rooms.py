@@ -58,6 +58,10 @@ def test_every_contract_is_kept(copy: Path) -> None:
         ),
         ("step/window.py", "import microbatch.step.parts.fused", "A window knows no feature by name"),
         ("train/job.py", "import rich.console", "The core, and the record of a job, need torch alone"),
+        ("linting/finding.py", "import torch", "The doctor, and the errors, need no torch"),
+        ("errors.py", "import torch", "The doctor, and the errors, need no torch"),
+        ("linting/finding.py", "import microbatch.batch.cut", "The arrows between the rooms run one way"),
+        ("linting/finding.py", "import microbatch.warned", "The arrows between the rooms run one way"),
     ],
 )
 def test_a_file_that_breaks_it_is_refused(copy: Path, file: str, line: str, contract: str) -> None:

@@ -16,13 +16,33 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "src" / "microbatch"
 FOREIGN = re.compile(r"chunk|mini[ _-]?batch|accumulat(?:e|ion|ing)[ _-]?steps?\b|micro[ _-]batch", re.IGNORECASE)
 # Where one of them may stand, and why: {("room/file.py", "the word as written"): "reason"}.
-ALLOWED: dict[tuple[str, str], str] = {
-    ("step/options.py", word): "the name of another library's option, which an error answers with our name"
-    for word in ("micro_batch", "mini_batch", "accumulation_steps")
-} | {
-    (f"integrations/{file}.py", "accumulation_steps"): "the name of a framework's own option"
-    for file in ("accelerate", "sentence_transformers", "transformers", "packed_batches", "trl")
-}
+ALLOWED: dict[tuple[str, str], str] = (
+    {
+        ("step/options.py", word): "the name of another library's option, which an error answers with our name"
+        for word in ("micro_batch", "mini_batch", "accumulation_steps")
+    }
+    | {
+        (f"integrations/{file}.py", "accumulation_steps"): "the name of a framework's own option"
+        for file in ("accelerate", "sentence_transformers", "transformers", "packed_batches", "trl")
+    }
+    | {
+        (
+            f"linting/rules/{family}_rules.py",
+            "accumulation_steps",
+        ): "the name of a framework's own option, in a loop for it"
+        for family in ("weight", "schedule")
+    }
+    | {
+        (f"linting/{file}.py", word): "what the loops that the doctor reads call theirs"
+        for file, words in {
+            "guesses": ("chunk", "micro_batch"),
+            "judge_loss": ("chunk",),
+            "judge_weights": ("accumulation_steps",),
+            "training_objects": ("accumulation_steps",),
+        }.items()
+        for word in words
+    }
+)
 
 
 def names(source: str) -> Iterator[str]:

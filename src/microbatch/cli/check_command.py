@@ -21,18 +21,22 @@ from microbatch.cli.error_report import report_error
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.errors import MicrobatchError
 from microbatch.train.config import Settings, load_settings
+from microbatch.train.find_job import find_job
 from microbatch.train.resolve import check_data_path, resolve, resolve_device
 from microbatch.train.start import make_job
 
 DIFFERENT, BAD_INPUT = 1, 2
 
 
-def run_check(flags: Mapping[str, Any], *, file: Path | None, as_json: bool, color: bool) -> int:
+def run_check(
+    flags: Mapping[str, Any], *, file: Path | None, loop: str | None = None, as_json: bool, color: bool
+) -> int:
     """Check a job, and say what was found.
 
     Args:
         flags: Settings given on the command line; `None` for those that were not.
         file: Configuration file, or `None`.
+        loop: Where the user's own loop is, ``path/to/file.py:function``; `None` to check the accumulator.
         as_json: Whether standard output is for machines.
         color: Whether colours may be used.
 
@@ -42,7 +46,7 @@ def run_check(flags: Mapping[str, Any], *, file: Path | None, as_json: bool, col
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
     try:
         settings = load_settings(flags, file=file)
-        found = _check(settings)
+        found = _check(settings, loop)
     except (MicrobatchError, OSError) as error:
         report_error(error, errors, as_json=as_json)
         return DIFFERENT if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
@@ -56,7 +60,7 @@ def run_check(flags: Mapping[str, Any], *, file: Path | None, as_json: bool, col
     return 0 if found.ok else DIFFERENT
 
 
-def _check(settings: Settings) -> Check:
+def _check(settings: Settings, loop: str | None) -> Check:
     check_data_path(settings)
     device = resolve_device(settings.device)
     job = make_job(settings, device)
@@ -67,6 +71,8 @@ def _check(settings: Settings) -> Check:
     encode = None if config.plain else job.encode
     said = {"batch_norm": config.batch_norm, "buffers": config.buffers}
     options: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    if loop is not None:
+        options |= {"loop": find_job(loop), "optimizer": job.optimizer}
     return check(
         job.model,
         job.batch_loss if encode is None else job.loss_fn,

@@ -8,6 +8,7 @@ import typer
 
 from microbatch.cli.shared_options import (
     BATCH,
+    FILES,
     Autocast,
     BatchSize,
     ConfigFile,
@@ -45,6 +46,14 @@ def check(
             rich_help_panel=BATCH,
         ),
     ] = None,
+    loop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="A loop of your own to check: loop(model, optimizer, batch) takes one step on a batch.",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     device: DeviceName = None,
     autocast: Autocast = None,
     seed: Seed = None,
@@ -71,4 +80,4 @@ def check(
         "seed": number_or_word(seed, int),
         "autocast": autocast,
     }
-    raise typer.Exit(run_check(flags, file=config, as_json=json, color=not no_color))
+    raise typer.Exit(run_check(flags, file=config, loop=loop, as_json=json, color=not no_color))

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from microbatch.cli.error_report import report_error
-from microbatch.plain_errors import ConfigError, MicrobatchError, MissingDependencyError
+from microbatch.errors import ConfigError, MicrobatchError, MissingDependencyError
 
 BAD_INPUT = 2
 

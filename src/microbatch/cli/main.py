@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from microbatch.cli.check_options import check
+from microbatch.cli.doctor_options import doctor
 from microbatch.cli.guide_options import guide
 from microbatch.cli.new_options import new
 from microbatch.cli.plan_options import plan
@@ -53,6 +53,8 @@ def main() -> None:
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
+    from importlib.metadata import PackageNotFoundError, version  # it is slow
+
     try:
         typer.echo(f"microbatch {version('microbatch')}")
     except PackageNotFoundError:
@@ -83,6 +85,9 @@ app.command(
 app.command(cls=_Command, help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(
     check
 )
+app.command(
+    cls=_Command, help="Find what is wrong with a gradient accumulation loop, from its source, without running it."
+)(doctor)
 app.command(
     cls=_Command, help="Open the guide: an explanation, a playground that really trains, and the live view of runs."
 )(guide)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from microbatch.errors import ConfigError
 from microbatch.guide.metrics_file import MetricsFile
 from microbatch.guide.metrics_lines import printable, read_lines, read_setting, read_summary
 from microbatch.guide.thinning import Thinned, passes
-from microbatch.plain_errors import ConfigError
 from microbatch.train.rundir import RunDirectory
 
 EVERY = 0.5

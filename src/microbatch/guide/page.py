@@ -10,12 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from microbatch.errors import ConfigError
 from microbatch.guide.form import form_html
 from microbatch.guide.number_format import FORMATS
+from microbatch.guide.paste_form import paste_html
 from microbatch.guide.playground_settings import FIELDS, read_settings
 from microbatch.guide.presets import PRESETS
 from microbatch.guide.python_code import program
-from microbatch.plain_errors import ConfigError
 
 ROOM = Path(__file__).parent
 STATIC = ROOM / "static"
@@ -52,6 +53,7 @@ def page(measured: Mapping[str, Any], drawn: Mapping[str, Any], *, mode: str = L
         "guess": _read("guess.html"),
         "code": code_html(["by_hand", "with_microbatch"]),
         "quiz": quiz_html(json.loads(_read("quiz.json"))),
+        "paste": paste_html(recorded=mode == RECORDED),
         "playground": form_html(recorded=mode == RECORDED),
         "use": _read("use.html"),
         "data": data_html(measured),
@@ -255,7 +257,9 @@ def data_html(measured: Mapping[str, Any]) -> str:
         for field in FIELDS
     }
     presets = {name: {"text": each.text, "settings": dict(each.settings)} for name, each in PRESETS.items()}
-    text = json.dumps({"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False)
+    text = json.dumps(
+        {"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":")
+    )
     return f'<script type="application/json" id="data">{text.replace("<", chr(92) + "u003c")}</script>'
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from microbatch.plain_errors import ConfigError
+from microbatch.errors import ConfigError
 
 MIB = 1024**2
 

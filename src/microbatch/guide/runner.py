@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from microbatch.errors import MicrobatchError
 from microbatch.guide.playground_settings import Settings
-from microbatch.plain_errors import MicrobatchError
 
 LINE_LIMIT = 1 << 20
 ENDS = ("done", "overflow", "failed", "stopped")

@@ -10,9 +10,9 @@ from types import FrameType
 
 import uvicorn
 
+from microbatch.errors import ConfigError
 from microbatch.guide.connection import Connection
 from microbatch.guide.server import Guide
-from microbatch.plain_errors import ConfigError
 
 HOST = "127.0.0.1"
 USUAL = 8765

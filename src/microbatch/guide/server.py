@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from microbatch.errors import ConfigError
 from microbatch.guide.guard import Guard
 from microbatch.guide.live import WatchedRun, follow_runs
 from microbatch.guide.page import STATIC, live_page, load_drawn, load_measured, page
+from microbatch.guide.paste_check import MOST_PASTED, PasteCheck, PasteError, read_pasted
 from microbatch.guide.playground_settings import read_settings
 from microbatch.guide.python_code import program
 from microbatch.guide.runner import BusyError, Playground, Run
-from microbatch.plain_errors import ConfigError
 from microbatch.train.rundir import jsonable
 
 MOST_BODY = 16 * 1024
@@ -61,12 +62,14 @@ class Guide:
         self._static = {file.name: file.read_bytes() for file in STATIC.iterdir() if file.suffix in TYPES}
         self._closing = asyncio.Event()
         self.playground = Playground()
+        self._paste = PasteCheck()
         self.app = Starlette(
             routes=[
                 Route("/", self._home),
                 Route("/static/{name}", self._file),
                 Route("/api/run", self._state),
                 Route("/api/program", self._program),
+                Route("/api/doctor", self._doctor, methods=["POST"]),
                 Route("/run", self._live_home),
                 Route("/api/live", self._live_state),
                 Route("/api/live/events", self._live_events),
@@ -75,7 +78,7 @@ class Guide:
                 Route("/api/runs/{name}/events", self._events),
             ],
             middleware=[Middleware(Guard)],
-            exception_handlers={HTTPException: _explain, ConfigError: _refuse, BusyError: _refuse},
+            exception_handlers={HTTPException: _explain, ConfigError: _refuse, BusyError: _refuse, PasteError: _refuse},
             lifespan=self._life,
         )
 
@@ -102,6 +105,10 @@ class Guide:
 
     async def _program(self, request: Request) -> Response:
         return JSONResponse({"program": program(read_settings(dict(request.query_params)))})
+
+    async def _doctor(self, request: Request) -> Response:
+        source = read_pasted(await _body(request, what="loops", most=MOST_PASTED))
+        return Response(await self._paste.findings(source), media_type="application/json")
 
     async def _start(self, request: Request) -> Response:
         settings = read_settings(await _body(request))
@@ -195,24 +202,24 @@ def _described(run: Run | None) -> dict[str, Any] | None:
     return {"name": run.name, "settings": run.settings.as_dict(), "running": run.running, "events": len(run.events)}
 
 
-async def _body(request: Request) -> Any:
+async def _body(request: Request, *, what: str = "settings", most: int = MOST_BODY) -> Any:
     """Read a request's JSON, of a bounded size."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
     if kind != "application/json":
-        raise HTTPException(415, f"settings are sent as application/json, not {kind[:40]!r}")
+        raise HTTPException(415, f"{what} are sent as application/json, not {kind[:40]!r}")
     body = b""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for piece in request.stream():
                 body += piece
-                if len(body) > MOST_BODY:
-                    raise HTTPException(413, f"settings take at most {MOST_BODY:,} bytes")
+                if len(body) > most:
+                    raise HTTPException(413, f"{what} take at most {most:,} bytes")
     except TimeoutError as error:
-        raise HTTPException(408, f"the settings did not arrive within {BODY_SECONDS:.0f} seconds") from error
+        raise HTTPException(408, f"the {what} did not arrive within {BODY_SECONDS:.0f} seconds") from error
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, "the settings are not valid JSON") from error
+        raise HTTPException(400, f"the {what} are not valid JSON") from error
 
 
 async def _explain(_: Request, error: Exception) -> Response:
@@ -221,4 +228,5 @@ async def _explain(_: Request, error: Exception) -> Response:
 
 
 async def _refuse(_: Request, error: Exception) -> Response:
-    return JSONResponse({"error": str(error)}, status_code=409 if isinstance(error, BusyError) else 400)
+    code = 409 if isinstance(error, BusyError) else 503 if isinstance(error, PasteError) else 400
+    return JSONResponse({"error": str(error)}, status_code=code)

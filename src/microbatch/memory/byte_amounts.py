@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from microbatch.plain_errors import ConfigError
+from microbatch.errors import ConfigError
 
 _DECIMAL = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
 _BINARY = {"KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "TiB": 1024**4}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from microbatch.plain_errors import ConfigError
+from microbatch.errors import ConfigError
 
 try:
     import fcntl

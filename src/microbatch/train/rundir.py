@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from microbatch.plain_errors import CheckpointError, ConfigError
+from microbatch.errors import CheckpointError, ConfigError
 from microbatch.train.atomic_files import clear_unfinished, write_text
 from microbatch.train.run_lock import LOCK
 

@@ -2,6 +2,7 @@
 
 import { FIGURES, RULES, START, TANKS, VIEWS, loop, saw } from "./figures.js";
 import { events } from "./phases.js";
+import { startPaste } from "./paste.js";
 import { makePlayer } from "./player.js";
 import { startPlayground } from "./playground.js";
 import { readIndex } from "./state.js";
@@ -251,4 +252,5 @@ wireDecision();
 wireQuiz();
 wireCopies();
 wireSections();
+startPaste();
 startPlayground({ fields, presets, notices, recorded: document.documentElement.dataset.mode === "recorded" });

@@ -1,0 +1,315 @@
+"""How the simulation reads a call.
+
+It goes to a function of Python's own, to one of the file, to a method of data or of an object, or to what the file does
+not show.
+"""
+
+import ast
+import re
+from dataclasses import replace
+from typing import Any
+
+from microbatch.linting.backward_calls import BackwardCalls
+from microbatch.linting.frameworks import Frameworks
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
+from microbatch.linting.python_functions import PYTHON_FUNCTIONS
+from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
+from microbatch.linting.tensor_calls import TensorCalls
+from microbatch.linting.training_objects import TrainingObjects
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
+
+__all__ = ["Calls"]
+
+_LIBRARIES = re.compile(
+    r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
+)
+_LOSS_CLASSES = re.compile(r"loss|criterion", re.IGNORECASE)
+# What a class of the file is by its name, if none of its methods runs a backward.
+_KNOWN_BY_NAME = frozenset({"loader", "ema", "meter", "scheduler", "optimizer", "scaler", "native_scaler"})
+_AVERAGES = re.compile(
+    r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
+    re.IGNORECASE,
+)
+_NO_AVERAGES = re.compile(
+    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore",
+    re.IGNORECASE,
+)
+_RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
+_STEPS = re.compile(r"step|update|optimi[sz]e")
+_NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
+_AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
+_PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
+_LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
+
+
+class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
+    """The part of the machine that reads calls."""
+
+    def call(self, node: ast.Call) -> Any:
+        """The value of a call, with what it does to the gradients."""
+        func = node.func
+        target = self.module.resolve(func, self.frame.owner)
+        if self.trace.tick and _AVERAGES.search(last_name(func)) and not _NO_AVERAGES.search(last_name(func)):
+            self.trace.mark("ema", node, last_name(func))
+        if target is None and is_backward_call(node) and last_name(func) != "":
+            found = self.backward_call(node)
+            if found is not NotImplemented:
+                return found
+        if isinstance(func, ast.Attribute):
+            return self._method(node, func, target)
+        if isinstance(func, ast.Name) and func.id in PYTHON_FUNCTIONS and func.id not in self.module.functions:
+            return PYTHON_FUNCTIONS[func.id](self, node)
+        return self._plain(node, self.evaluate(func))
+
+    def arguments(self, node: ast.Call) -> tuple[list[Any], dict[str, Any]]:
+        """The values of a call's arguments."""
+        args: list[Any] = []
+        for arg in node.args:
+            value = self.evaluate(arg.value if isinstance(arg, ast.Starred) else arg)
+            if isinstance(arg, ast.Starred) and isinstance(value, tuple | list):
+                args.extend(value)
+            else:
+                args.append(value)
+        keywords: dict[str, Any] = {}
+        for keyword in node.keywords:
+            value = self.evaluate(keyword.value)
+            if keyword.arg is not None:
+                keywords[keyword.arg] = value
+            elif isinstance(value, dict):
+                keywords |= {k: v for k, v in value.items() if isinstance(k, str)}
+            else:
+                keywords["**"] = value
+        return args, keywords
+
+    # ---- a plain name, or the result of another call
+
+    def _plain(self, node: ast.Call, callee: Any) -> Any:
+        text = dotted(node.func) or text_of(node.func)
+        if isinstance(callee, Function):
+            if _PRINTS.match(callee.name) and not self.module.reaches(self.module.key(callee)):
+                return self.log_call(node, callee.name)
+            args, keywords = self.arguments(node)
+            return self.call_function(callee, args, keywords)
+        if isinstance(callee, Obj) and callee.kind == "class":
+            return self.construct(node, callee)
+        if isinstance(callee, Bound):
+            args, _ = self.arguments(node)
+            return self.call_bound(callee, node, args)
+        last = text.rsplit(".", 1)[-1]
+        if last[:1].isupper() and (made := self.made_by(node, text)) is not None:
+            return made
+        if CLIP_CALLS.match(last):
+            return self.clip_call(node, text)
+        if isinstance(callee, Obj):
+            return self.call_object(callee, node)
+        made = self.made_by(node, text)
+        if made is not None:
+            return made
+        return self.unknown_call(node, text)
+
+    def call_object(self, callee: Obj, node: ast.Call) -> Any:
+        """A call of an object: a model, a loss, an object of a class of the file."""
+        kind = callee.kind
+        if kind == "instance":
+            cls, find = callee.info["class"], self.module.find_method
+            method = find(cls, "__call__") or find(cls, "forward")
+            if method is not None:
+                args, keywords = self.arguments(node)
+                return self.call_function(method, args, keywords, owner=cls)
+        if kind in ("model", "engine"):
+            return self.forward(node)
+        if kind == "criterion":
+            return self.loss_call(node, callee.info.get("reduction", ""), callee.name, info=callee.info)
+        if kind == "ema":
+            self.trace.mark("ema", node, callee.name)
+        if kind in ("log", "meter"):
+            return self.log_call(node, callee.name)
+        made = self.made_by(node, dotted(node.func))
+        return made if made is not None else self.unknown_call(node, text_of(node.func))
+
+    def construct(self, node: ast.Call, cls: Obj) -> Any:
+        """An object of a class of the file."""
+        name, find = cls.name, self.module.find_method
+        guessed = kind_of_constructor(name)
+        args, keywords = self.arguments(node)
+        is_loss = _LOSS_CLASSES.search(name) is not None or guessed == "criterion"
+        if not is_loss and find(name, "forward") and find(name, "__call__") is None:
+            return Obj("model", name, {"class": name})
+        methods = self.module.methods.get(name, {}).values()
+        if guessed in _KNOWN_BY_NAME and not any(self.module.reaches(self.module.key(method)) for method in methods):
+            return Obj(guessed, name, {"class": name})
+        init = find(name, "__init__")
+        if init is not None:
+            self.call_function(init, args, keywords, owner=name)
+        return Obj("instance", name, {"class": name})
+
+    # ---- a method
+
+    def _method(self, node: ast.Call, func: ast.Attribute, target: Function | None) -> Any:
+        attr, text = func.attr, dotted(func)
+        if text and _LIBRARIES.match(text):
+            return self._library(node, text)
+        base = self.evaluate(func.value)
+        if (
+            isinstance(base, Obj)
+            and base.kind == "instance"
+            and (own := self.module.find_method(base.info["class"], attr))
+        ):
+            args, keywords = self.arguments(node)
+            return self.call_function(own, args, keywords, owner=base.info["class"])
+        if target is not None:
+            args, keywords = self.arguments(node)
+            is_self = isinstance(base, Obj) and base.kind == "self"
+            return self.call_function(target, args, keywords, owner=self.frame.owner if is_self else target.owner)
+        if CLIP_CALLS.match(attr):
+            return self.clip_call(node, text or attr)
+        if isinstance(base, Data):
+            return self.data_method(node, base, func)
+        if isinstance(base, list) and attr in ("append", "extend", "clear"):
+            return self._list_method(node, base, attr)
+        if isinstance(base, Obj):
+            found = self.object_method(base, node, func)
+            if found is not NotImplemented:
+                return found
+        value = self.heap.get(self.heap_key(func)) if text else None
+        if isinstance(value, Obj | Function | Bound):
+            return self._plain(node, value)
+        made = self.made_by(node, text or attr)
+        if made is not None:
+            return made
+        guessed = self.guess(attr) if attr not in ("eval", "train") else None
+        if guessed is not None and guessed.kind in ("model", "criterion"):
+            return self.call_object(guessed, node)
+        if _LOGS.match(text):
+            return self.log_call(node, text)
+        return self.unknown_call(node, text or attr)
+
+    def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> None:
+        args, _ = self.arguments(node)
+        if attr == "clear":
+            base.clear()
+        elif attr == "append" and args and len(base) < 400:
+            base.append(args[0])
+
+    def _library(self, node: ast.Call, text: str) -> Any:
+        last = text.rsplit(".", 1)[-1]
+        if CLIP_CALLS.match(last):
+            return self.clip_call(node, text)
+        if last in ("empty_cache", "synchronize"):
+            self.trace.mark("sync" if last == "synchronize" else last, node, last)
+            return None
+        if last in ("enable_grad", "no_grad", "autocast", "set_grad_enabled", "nullcontext", "inference_mode"):
+            return Obj("context", last)
+        made = self.made_by(node, text)
+        if made is not None:
+            return made
+        if MEAN_LOSSES.search(text):
+            return self.loss_call(node, "mean", text)
+        if last in PIECE_CALLS:
+            self.trace.mark("pieces", node, text)
+        if (
+            last in ("tensor", "as_tensor", "LongTensor")
+            and len(node.args) == 1
+            and isinstance(value := self.evaluate(node.args[0]), Unknown)
+        ):
+            return value
+        args, keywords = self.arguments(node)
+        values = self.flat([*args, *keywords.values()])
+        data = [v for v in values if isinstance(v, Data)]
+        if last in ("isnan", "isinf", "isfinite", "allclose", "is_tensor"):
+            if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
+                self.trace.mark("sync", node, text)
+            return Unknown(text_of(node), data=True)
+        if data:
+            return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
+        if any(isinstance(v, Unknown) and v.data for v in values):
+            return Unknown(text_of(node), data=True)
+        return Unknown(text_of(node), tags=tags(*args))
+
+    def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
+        """What a function of a library makes of data."""
+        made = self.combine(data)
+        if name in ("mean", "nanmean", "sum"):
+            return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
+        compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
+        return replace(made, coupled=node.lineno if compares else made.coupled)
+
+    def unknown_call(self, node: ast.Call, text: str) -> Any:
+        """A function that the file does not show: what it is given may be used for anything."""
+        args, keywords = self.arguments(node)
+        values = self.flat([*args, *keywords.values()])
+        last = text.rsplit(".", 1)[-1]
+        self.launch(values)
+        data = [v for v in values if isinstance(v, Data)]
+        objects = {v.kind for v in values if isinstance(v, Obj)}
+        if _LOGS.match(text) or re.search(r"(^|_)log(_|$|ging)", last):
+            return self.log_call(node, text, evaluated=values)
+        losses = [v for v in data if v.kind == "loss" and not v.number]
+        may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
+        if may_step and not _NO_STEPS.search(last):
+            self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
+        if _RESCALES.search(last):
+            self.trace.opaque.setdefault(f"`{text}` rescales the gradients", node)
+        if MEAN_LOSSES.search(text):
+            return self.loss_call(node, "mean", text)
+        if COUPLED_LOSSES.search(text):
+            return self.loss_call(node, "", text)
+        if not data and not objects & {"model", "engine", "criterion"}:
+            hangs = any(isinstance(v, Unknown) and v.data for v in values)
+            return Unknown(text_of(node), data=hangs, tags=tags(*args, *keywords.values()))
+        if self.trace.tick == 0:
+            return Unknown(text_of(node))  # before the first microbatch: setup
+        base = self.combine(data) if data else Data({})
+        seen = objects & {"model", "engine"}
+        numeric = bool(data) and all(v.number for v in data) and not seen
+        opaque = base.opaque
+        if data and any("n" in tags(v) for v in values):
+            opaque = (*opaque, f"divided inside of `{text}`")
+        elif not numeric and not _AVERAGE_RANKS.search(last):
+            opaque = (*opaque, f"`{text}`")
+        return replace(
+            base,
+            weights=dict(base.weights) if data and all(v.kind == "loss" for v in data) else self.this_microbatch(),
+            kind="loss" if losses or "loss" in last.lower() else "tensor",
+            reduction=base.reduction if losses else "",
+            opaque=opaque,
+            forward_synced=self.sync_off == 0 if seen else base.forward_synced,
+            number=numeric,
+        )
+
+    def launch(self, values: list[Any]) -> None:
+        """A launcher runs what it is given: `mp.spawn(train, ...)`, `fabric.launch(main)`."""
+        for value in values:
+            facts = self.module.facts.get(self.module.key(value)) if isinstance(value, Function) else None
+            if facts is None or not facts.backward:
+                continue
+            if facts.flat and not self.loop_depth and not self.trace.tick:
+                self.drive(value, value.owner)
+            else:
+                self.call_function(value, [], {}, guess=True)
+
+    def flat(self, values: Any, depth: int = 0) -> list[Any]:
+        """Values with the contents of lists, tuples and dictionaries."""
+        found: list[Any] = []
+        for value in values:
+            if isinstance(value, tuple | list) and depth < 4:
+                found += self.flat(value, depth + 1)
+            elif isinstance(value, dict) and depth < 4:
+                found += self.flat(value.values(), depth + 1)
+            else:
+                found.append(value)
+        return found
+
+    def log_call(self, node: ast.Call, name: str, evaluated: list[Any] | None = None) -> Any:
+        """A number is shown or kept: printed, logged, put into a meter."""
+        if evaluated is None:
+            args, keywords = self.arguments(node)
+            evaluated = self.flat([*args, *keywords.values()])
+            if name.endswith(("tqdm", "trange")) and args:
+                return args[0]
+        for value in evaluated:
+            if isinstance(value, Data) and value.kind == "loss" and value.weights:
+                self.trace.mark("log", node, name, value=value)
+            if isinstance(value, Data) and not value.number and value.kind != "batch":
+                self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
+        return None

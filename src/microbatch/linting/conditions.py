@@ -1,0 +1,217 @@
+"""How the simulation decides a condition that the file does not settle."""
+
+import ast
+import operator
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import text_of
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number
+
+__all__ = ["Conditions"]
+
+_COMPARE: dict[type, Any] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_TRAINING = re.compile(r"(^|\W)(is_)?train(ing|_mode)?(?![\w.])|is_grad_enabled", re.IGNORECASE)
+_MAIN_RANK = re.compile(
+    r"main_process|is_main|(^|_)rank\b.*(== 0|in )|master_process|is_rank_zero|is_global_zero|\bverbose\b|primary",
+    re.IGNORECASE,
+)
+_FINITE = re.compile(r"isfinite")
+_BROKEN = re.compile(r"isnan|isinf|is_nan|nan\b|overflow|== 0|exceed", re.IGNORECASE)
+
+
+@lru_cache(8192)
+def _usual_answer(key: str) -> bool | None:
+    """The answer of a condition that is the same in all training: yes, this is training, on the first rank."""
+    if _TRAINING.search(key) and "trainer" not in key.lower():
+        return not re.search(r"!=|not in|eval", key)
+    return True if _MAIN_RANK.search(key) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Branches:
+    """What a condition decides about: the statements of its two branches, and the place of the whole."""
+
+    taken: list[ast.stmt]
+    other: list[ast.stmt]
+    node: ast.AST
+
+    def turned(self) -> "_Branches":
+        """The same of the opposite condition."""
+        return _Branches(self.other, self.taken, self.node)
+
+
+class Conditions(Simulated):
+    """The part of the machine that decides conditions."""
+
+    def compare(self, node: ast.Compare) -> Any:
+        """The value of a comparison."""
+        values = [self.evaluate(node.left)] + [self.evaluate(c) for c in node.comparators]
+        if len(values) == 2:
+            found = self._compare_two(values[0], node.ops[0], values[1], node=node)
+            if found is not None:
+                return found
+        elif all(is_number(v) for v in values) and all(type(op) in _COMPARE for op in node.ops):
+            pairs = zip(node.ops, pairwise(values), strict=True)
+            return all(_COMPARE[type(op)](number(a), number(b)) for op, (a, b) in pairs)
+        return Unknown(text_of(node), data=any(hangs_on_data(v) for v in values))
+
+    def _compare_two(self, left: Any, op: ast.cmpop, right: Any, *, node: ast.AST) -> bool | None:
+        if isinstance(op, ast.Is | ast.IsNot):
+            if right is None and not isinstance(left, Unknown):
+                missing = left is None
+                if isinstance(left, Obj) and left.info.get("maybe"):
+                    missing = not self.decide(left.name, node)
+                return missing if isinstance(op, ast.Is) else not missing
+            if isinstance(left, bool) and isinstance(right, bool):
+                return (left is right) if isinstance(op, ast.Is) else left is not right
+            return None
+        if is_number(left) and is_number(right) and type(op) in _COMPARE:
+            return _COMPARE[type(op)](number(left), number(right))
+        if isinstance(left, str) and isinstance(right, str) and type(op) in _COMPARE:
+            return _COMPARE[type(op)](left, right)
+        return None
+
+    def boolean(self, node: ast.BoolOp) -> Any:
+        """The value of `and` or `or`; unknown where the parts that are known do not settle it."""
+        is_and = isinstance(node.op, ast.And)
+        unknown: Any = None
+        value: Any = None
+        for part in node.values:
+            value = self.evaluate(part)
+            known = self.known_truth(value)
+            if known is None:
+                unknown = unknown or Unknown(text_of(node), data=hangs_on_data(value))
+            elif known != is_and:
+                return not is_and if unknown is None or isinstance(value, bool) else unknown
+        return unknown if unknown is not None else value
+
+    def known_truth(self, value: Any) -> bool | None:
+        """Whether a value is true; `None` where the file does not show it."""
+        if isinstance(value, Unknown | Data):
+            return None
+        if isinstance(value, Obj):
+            return None if value.info.get("maybe") else True
+        if isinstance(value, Function | Bound):
+            return True
+        return bool(number(value))
+
+    def truth(self, value: Any, node: ast.AST) -> bool:
+        """Whether a value is true; the run decides where the file does not show it."""
+        known = self.known_truth(value)
+        if known is not None:
+            return known
+        return self.decide(value.key if isinstance(value, Unknown) and value.key else text_of(node), node)
+
+    def choose(self, node: ast.If | ast.IfExp) -> bool:
+        """Whether a condition takes its first branch."""
+        test = node.test
+        value = self.evaluate(test)
+        known = self.known_truth(value)
+        tested = isinstance(value, Unknown) and value.data and "torch.is" in value.key and "loss" in value.key
+        if tested or (isinstance(value, Data) and not value.number and value.kind != "batch"):
+            self.trace.mark("sync", test, "condition")
+        if known is not None:
+            return known
+        branches = _Branches(node.body, node.orelse, node) if isinstance(node, ast.If) else _Branches([], [], node)
+        return self._settle(test, value, branches)
+
+    def _settle(self, test: ast.expr, value: Any, branches: _Branches) -> bool:
+        """Decide a condition that the file does not show, by what its branches do to gradients."""
+        text = value.key if isinstance(value, Unknown) and value.key else text_of(test)
+        data = hangs_on_data(value)
+        body, orelse, node = branches.taken, branches.other, branches.node
+        if data and self._may_skip(body, orelse):
+            skips = self.run.skip == self.trace.tick
+            if skips:
+                self.trace.mark("skip", node, text)
+            jumps = _jumps(body) or not self._holds(body)
+            return skips == jumps
+        if _FINITE.search(text) and not text.startswith("not "):
+            return True
+        if _BROKEN.search(text) and data:
+            return text.startswith("not ")
+        if body and _jumps(body) and not self._holds(body):
+            if _continues(body) and not data and self.trace.tick:
+                self.trace.settings["bounds"] = node  # the loop ends where the file does not show
+            return False
+        if orelse and _jumps(orelse) and not self._holds(orelse):
+            return True
+        if isinstance(node, ast.If) and not orelse and self._runs_backward(body) and not self.loop_depth:
+            return True
+        if isinstance(test, ast.BoolOp):
+            return self._settle_parts(test, node)
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
+        if data:
+            return bool(self._holds(body)) or not orelse
+        if "%" in text and not self._holds(body) and not self._holds(orelse):
+            self.now_and_then = bool(body)
+            return True
+        return self.decide(text, node)
+
+    def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
+        is_and = isinstance(test.op, ast.And)
+        nothing = _Branches([], [], node)
+        for part in test.values:
+            value = self.evaluate(part)
+            known = self.known_truth(value)
+            taken = self._settle(part, value, nothing) if known is None else known
+            self.now_and_then |= known is None and "%" in text_of(part)
+            if taken != is_and:
+                return taken
+        return is_and
+
+    def _may_skip(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
+        """A condition on the data that leaves out this microbatch's backward."""
+        if not self.loop_depth:
+            return False
+        if _continues(body) and not self._holds(body):
+            return True
+        runs = self._runs_backward(body)
+        if not orelse:
+            return runs
+        other_runs = self._runs_backward(orelse)
+        return runs != other_runs and not self._holds(body if other_runs else orelse)
+
+    def _runs_backward(self, body: list[ast.stmt]) -> bool:
+        return any(self.module.contains_backward(statement, self.frame.owner) for statement in body)
+
+    def _holds(self, body: list[ast.stmt]) -> bool:
+        """Whether statements touch gradients: a backward, a step or a clearing."""
+        return any(self.module.touches_gradients(statement, self.frame.owner) for statement in body)
+
+    def decide(self, key: str, node: ast.AST) -> bool:
+        """The truth of a condition that only the user's settings know; the run fixes it, the same each time."""
+        if key in self.run.decisions:
+            return self.run.decisions[key]
+        if key.startswith("not "):
+            return not self.decide(key[4:].strip("()"), node)
+        usual = _usual_answer(key)
+        if usual is not None:
+            return usual
+        for opposite, sign in ((" is not None", True), (" is None", False)):
+            if key.endswith(opposite):
+                return self.decide(key[: -len(opposite)], node) == sign
+        if self.deciding is None or self.module.statement_of(node) in self.deciding:
+            self.run.asked.setdefault(key, node)
+        return False
+
+
+def _jumps(body: list[ast.stmt]) -> bool:
+    return bool(body) and isinstance(body[-1], ast.Break | ast.Continue | ast.Return | ast.Raise)
+
+
+def _continues(body: list[ast.stmt]) -> bool:
+    return bool(body) and isinstance(body[-1], ast.Continue)

@@ -1,0 +1,110 @@
+"""Faults as one run shows them; `verdicts.py` puts the runs together."""
+
+import ast
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+from microbatch.linting.module import Module
+from microbatch.linting.runs import Outcome
+from microbatch.linting.trace import Mark, StepTaken
+
+__all__ = ["Fault", "View", "fraction"]
+
+
+def fraction(value: Fraction) -> str:
+    """A weight as it is written in a message: "1/4", "1"."""
+    return str(value.numerator) if value.denominator == 1 else f"{value.numerator}/{value.denominator}"
+
+
+@dataclass
+class Fault:
+    """One fault of one run.
+
+    Attributes:
+        rule: The rule's code.
+        node: The statement at fault.
+        message: What happens, with the numbers of this run.
+        certain: Whether this run settles it; `False` where `needs` decides.
+        needs: What decides.
+        data: Numbers for the words: N, sizes, weights.
+    """
+
+    rule: str
+    node: ast.AST
+    message: str
+    certain: bool = True
+    needs: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class View:
+    """One run, with the questions that all judges ask."""
+
+    def __init__(self, module: Module, outcome: Outcome) -> None:
+        self.module = module
+        self.outcome = outcome
+        self.trace = outcome.trace
+        self.n = outcome.run.microbatches
+        self.clean = outcome.clean  # no remainder at the end of an epoch
+
+    @cached_property
+    def ticks(self) -> list[int]:
+        """The microbatches that ran a backward, in order."""
+        return list(dict.fromkeys(b.tick for b in self.trace.backwards))
+
+    @cached_property
+    def step_ticks(self) -> set[int]:
+        """The microbatches after which an optimizer stepped."""
+        return {s.tick for s in self.trace.steps}
+
+    @cached_property
+    def by_optimizer(self) -> dict[tuple[str, ast.AST | None], list[StepTaken]]:
+        """The steps of each optimizer, in each loop, that took gradients."""
+        found: dict[tuple[str, ast.AST | None], list[StepTaken]] = {}
+        for step in self.trace.steps:
+            if step.since:
+                found.setdefault((step.optimizer, step.loop), []).append(step)
+        return found
+
+    @cached_property
+    def many_optimizers(self) -> bool:
+        """Whether several optimizers step at places of their own, so that a loss may belong to one of them alone."""
+        loops: dict[ast.AST | None, set[str]] = {}
+        for optimizer, loop in self.by_optimizer:
+            loops.setdefault(loop, set()).add(optimizer)
+        return len({s.node for s in self.trace.steps}) > 1 and any(len(names) > 1 for names in loops.values())
+
+    @cached_property
+    def divides(self) -> bool:
+        """Whether some loss was divided by N, by the script itself."""
+        return any(b.loss.divided for b in self.trace.backwards)
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Whether this is accumulation at all: a step takes several microbatches, or the script divides by N."""
+        return self.has_windows or (self.divides and self.outcome.used_window)
+
+    @cached_property
+    def has_windows(self) -> bool:
+        """Whether some step takes several microbatches."""
+        return any(len(s.since) > 1 for s in self.trace.steps)
+
+    @cached_property
+    def managed(self) -> bool:
+        """Whether a framework decides which microbatch steps: Accelerate's `accumulate()`, DeepSpeed's engine."""
+        return bool(self.trace.frameworks & {"accumulate", "deepspeed"})
+
+    @cached_property
+    def blocked(self) -> tuple[str, ...]:
+        """What on the way to the step could not be read."""
+        return tuple(self.trace.opaque)
+
+    def marks(self, *kinds: str) -> list[Mark]:
+        """The events of these kinds, in order."""
+        return [m for m in self.trace.marks if m.kind in kinds]
+
+    def opaque_losses(self) -> tuple[str, ...]:
+        """What on the way to the losses could not be read."""
+        return tuple(dict.fromkeys(o for b in self.trace.backwards for o in b.loss.opaque))

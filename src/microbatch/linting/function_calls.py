@@ -1,0 +1,113 @@
+"""How the simulation runs the functions of a file."""
+
+import ast
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from microbatch.linting.guesses import SHARED
+from microbatch.linting.module import Module
+from microbatch.linting.simulated import Frame, Simulated
+from microbatch.linting.syntax import FunctionNode, last_name, text_of
+from microbatch.linting.values import Function, Obj, Unknown, is_number, number
+
+__all__ = ["FunctionCalls"]
+
+_EVALUATES = re.compile(r"_?(eval|valid|test|val_|predict|infer|estimate_loss|validate)", re.IGNORECASE)
+# Parameters of a function that is called once a microbatch: how many there were in the epoch, and in all.
+_BATCH_INDEX = frozenset({"batch_idx", "batch_index", "batch_nb", "batch_i", "step", "idx", "i", "iteration", "index"})
+_GLOBAL_STEP = frozenset({"global_step", "global_iter", "total_steps", "n_iter"})
+DEPTH = 14  # calls inside of calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What a call gives to a function; `guess` says that the user's settings may differ from the defaults."""
+
+    args: list[Any]
+    keywords: dict[str, Any]
+    guess: bool
+
+
+class FunctionCalls(Simulated):
+    """The part of the machine that calls functions of the file."""
+
+    def call_function(
+        self,
+        function: Function,
+        args: list[Any],
+        keywords: dict[str, Any],
+        *,
+        guess: bool = False,
+        owner: str | None = None,
+    ) -> Any:
+        """Run a function of the file with these values."""
+        key = Module.key(function)
+        if self.depth >= DEPTH or self.active.count(key) >= 2:
+            return Unknown(f"{function.name}()")
+        node: FunctionNode = function.node
+        parent = function.scope if isinstance(function.scope, Frame) else self.globals
+        frame = Frame(owner or function.owner, parent)
+        self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
+        outer, self.frame = self.frame, frame
+        evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)
+        self.depth += 1
+        self.active.append(key)
+        self.trace.evaluating += evaluates
+        try:
+            signal = self.block(node.body)
+        finally:
+            self.trace.evaluating -= evaluates
+            self.active.pop()
+            self.depth -= 1
+            self.frame = outer
+        return signal[1] if isinstance(signal, tuple) else None
+
+    def _bind(self, function: Function, frame: Frame, values: _Given) -> None:
+        """Bind the parameters of a function: to what the call gives, to a default, or to a guess."""
+        node: FunctionNode = function.node
+        names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
+        static = any(last_name(d) == "staticmethod" for d in node.decorator_list)
+        if function.owner is not None and not static and names:
+            frame.locals[names[0]] = Obj("self", frame.owner or "")
+            names = names[1:]
+        defaults = dict(zip(reversed(names), reversed(node.args.defaults), strict=False))
+        for keyword, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+            names.append(keyword.arg)
+            if default is not None:
+                defaults[keyword.arg] = default
+        given = dict(zip(names, values.args, strict=False))
+        given |= {name: value for name, value in values.keywords.items() if name in names}
+        index = values.keywords.get("__index__")
+        for name in names:
+            if name in given:
+                frame.locals[name] = given[name]
+            elif index is not None and name in _GLOBAL_STEP:
+                frame.locals[name] = self.trace.tick - 1
+            elif index is not None and name in _BATCH_INDEX:
+                frame.locals[name] = index
+            elif name in defaults:
+                frame.locals[name] = self._default(name, defaults[name], guess=values.guess)
+            else:
+                frame.locals[name] = self.guess(name) or Unknown(name, data="batch" in name)
+
+    def _default(self, name: str, default: ast.expr, *, guess: bool) -> Any:
+        if not guess:
+            return self.evaluate(default)
+        value = self.evaluate(default)
+        if value is None and (found := self.guess(name)):
+            return Obj(found.kind, found.name, {**found.info, "maybe": True})
+        return Unknown(name) if is_number(value) or value is None else value
+
+    def scale_gradients(self, node: ast.AugAssign) -> None:
+        """`p.grad /= n`: every gradient is multiplied."""
+        value = self.evaluate(node.value)
+        if SHARED.search(text_of(node.target)):
+            self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself
+            return
+        if is_number(value) and number(value) and isinstance(node.op, ast.Div | ast.Mult):
+            factor = Fraction(number(value))
+            self.trace.multiply(1 / factor if isinstance(node.op, ast.Div) else factor)
+        else:
+            self.trace.opaque.setdefault("gradients are rescaled", node)

@@ -1,0 +1,267 @@
+"""Which microbatches enter which step, and with which weight: MB101 to MB114."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from typing import TypeAlias
+
+from microbatch.linting.faults import Fault, View, fraction
+from microbatch.linting.trace import StepTaken
+
+__all__ = ["judge_weights"]
+
+
+def judge_weights(view: View) -> Iterator[Fault]:
+    """The faults of windows and weights that one run shows."""
+    if not view.accumulates or view.blocked or "cached" in view.trace.settings:
+        return
+    if view.module.caches_outputs and any(b.loss.coupled for b in view.trace.backwards):
+        return  # outputs are cached: each backward is one part of one loss
+    if "deepspeed" in view.trace.frameworks:
+        yield from _engine(view)
+        return
+    if view.many_optimizers:
+        return  # a loss may belong to one of them alone
+    for steps in view.by_optimizer.values():
+        yield from _weights(view, steps)
+        yield from _cleared(view, steps)
+        if not view.managed:
+            yield from _phase(view, steps)
+            yield from _tails(view, steps)
+    yield from _every_microbatch(view)
+
+
+def _engine(view: View) -> Iterator[Fault]:
+    """DeepSpeed divides by the steps of its configuration."""
+    for b in view.trace.backwards:
+        if b.loss.divided:
+            yield Fault(
+                "MB102",
+                b.node,
+                "the loss is divided by N here, and DeepSpeed's engine divides it again",
+                certain=False,
+                needs=("`gradient_accumulation_steps` of the DeepSpeed configuration",),
+            )
+            return
+
+
+def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+    """MB101 and MB102: the sum of the weights of a full window is not 1."""
+    full = [s for s in steps if len(s.since) == view.n > 1 and s.weights]
+    if not full or not view.outcome.used_window:
+        return
+    values = {w for s in full for m, w in s.weights.items() if m in s.since}
+    if len(values) != 1:
+        return
+    weight = values.pop()
+    line = next(b for b in view.trace.backwards if b.tick in full[0].since)
+    loss = line.loss
+    if weight == 1 and not view.divides:
+        unknown = [o for o in loss.opaque if o.startswith(("divided", "multiplied"))]
+        if unknown or loss.reduction == "sum":
+            return
+        sure = loss.reduction == "mean" and not loss.opaque and not view.many_optimizers
+        needs = () if sure else (f"whether the loss is a mean{_made_in(loss.opaque)}",)
+        yield Fault(
+            "MB101",
+            line.node,
+            f"{view.n} microbatches are added and not divided: step 1 takes {view.n} times the mean gradient",
+            certain=sure,
+            needs=needs,
+        )
+    elif weight == Fraction(1, view.n**2):
+        yield Fault(
+            "MB102",
+            line.node,
+            f"each microbatch enters with weight 1/{view.n**2}: the loss is divided by N twice",
+            certain=not view.many_optimizers,
+        )
+
+
+def _made_in(opaque: tuple[str, ...]) -> str:
+    """Where a loss comes from that the file does not show, as a remark in brackets."""
+    return f" (it comes out of {opaque[0]}, which this file does not show)" if opaque else ""
+
+
+def _cleared(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+    """MB103: gradients are cleared between two backwards of one window."""
+    epochs = view.trace.epoch_of
+    for step in steps:
+        lost = [m for m in step.lost if epochs.get(m) == step.epoch and m != step.tick]
+        if lost and step.weights and not view.managed:
+            zero = next((m for m in view.marks("zero") if m.tick > min(lost) and m.tick <= step.tick), None)
+            if zero is None:
+                zero = next((m for m in view.marks("zero") if m.tick == min(lost)), None)
+            if zero is None:
+                continue
+            kept = [m for m in step.since if m in step.weights]
+            yield Fault(
+                "MB103",
+                zero.node,
+                f"gradients are cleared inside the window: step 1 keeps {len(kept)} of {len(step.since)} microbatches",
+                certain=not view.many_optimizers,
+            )
+            return
+
+
+def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+    """MB105: a window that is no tail has another length than N."""
+    if not view.clean or view.n == 1 or len(steps) < 2:
+        return
+    sizes = [len(s.since) for s in steps]
+    if view.n not in sizes and (len(set(sizes)) != 1 or abs(sizes[0] - view.n) != 1):
+        return
+    wrong = next((i for i, size in enumerate(sizes) if size != view.n), None)
+    if wrong is None or set(sizes) == {1}:
+        return
+    step = steps[wrong]
+    total = sum(step.weights.get(m, Fraction(0)) for m in step.since)
+    if total == 1 and len(set(step.weights.values())) == 1 and view.divides:
+        return  # the script divides by what is really in the window
+    first = "the first window" if wrong == 0 else f"window {wrong + 1}"
+    weight = fraction(next(iter(step.weights.values()), Fraction(0)))
+    if wrong != 0 and step.since and view.trace.epoch_of[step.since[0]] != view.trace.epoch_of[step.since[-1]]:
+        return
+    yield Fault(
+        "MB105",
+        step.node,
+        f"{first} has {len(step.since)} microbatch{'es' if len(step.since) > 1 else ''} instead of {view.n} "
+        f"(each with weight {weight})",
+        certain=not view.many_optimizers,
+        data={"size": len(step.since), "first": wrong == 0},
+    )
+
+
+def _tails(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+    """MB110 to MB113, and MB105 after a forced step: what happens to the remainder of an epoch."""
+    if view.clean or not view.trace.last_ticks or "bounds" in view.trace.settings:
+        return
+    full = [s for s in steps if len(s.since) == view.n]
+    if not full and view.n > 1:
+        return
+    epochs = view.trace.epoch_of
+    tails = [
+        s
+        for s in steps
+        if s.tick in view.trace.last_ticks and 0 < len(s.since) < view.n and len({epochs[m] for m in s.since}) == 1
+    ]
+    found = (
+        _leaks_or_drops(view, steps),
+        _counter_not_reset(view, steps),
+        _tail_weight(view, tails),
+        _tail_step_differs(full, tails),
+    )
+    for fault in found:
+        if fault is not None:
+            rule, step, message = fault
+            yield Fault(
+                rule, step.node, message, certain=False, needs=("the number of microbatches in an epoch, modulo N",)
+            )
+
+
+_TailFault: TypeAlias = tuple[str, StepTaken, str]  # the rule, the step at fault, the message
+
+
+def _leaks_or_drops(view: View, steps: list[StepTaken]) -> _TailFault | None:
+    """MB110 and MB111: the remainder enters the next epoch's first step, or no step at all."""
+    length, epochs = view.outcome.run.length, view.trace.epoch_of
+    for step in steps:
+        live = [m for m in step.since if m in step.weights]
+        if len({epochs[m] for m in live}) > 1 and len(live) != view.n:
+            old = [m for m in live if epochs[m] != step.epoch]
+            message = (
+                f"with {length} microbatches an epoch, {_many(len(old))} left at its end "
+                f"{'enter' if len(old) > 1 else 'enters'} the first step of the next epoch"
+            )
+            return "MB110", step, message
+        gone = [m for m in step.lost if epochs[m] != step.epoch]
+        if gone:
+            message = (
+                f"with {length} microbatches an epoch, the last {_many(len(gone))} "
+                "are cleared at the start of the next epoch without a step"
+            )
+            return "MB111", step, message
+    if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
+        return None  # windows run on over the end of an epoch, each with N microbatches
+    last = steps[-1]
+    left = [t for t in view.ticks if t > last.tick and view.trace.loop_of.get(t) is last.loop]
+    remainder = length % view.n
+    if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
+        enter = "enters" if len(left) == 1 else "enter"
+        return "MB111", last, f"with {length} microbatches an epoch, {_many(len(left))} at its end never {enter} a step"
+    return None
+
+
+def _counter_not_reset(view: View, steps: list[StepTaken]) -> _TailFault | None:
+    """MB105: after the forced step at the end of an epoch, the counter goes on."""
+    ends = view.trace.last_ticks
+    for before, step in pairwise(steps):
+        forced = before.tick in ends and len(before.since) < view.n
+        if forced and 0 < len(step.since) < view.n and step.tick not in ends:
+            message = (
+                "the forced step at the end of an epoch does not reset the counter: the next window has "
+                f"{_many(len(step.since))} instead of {view.n}"
+            )
+            return "MB105", step, message
+    return None
+
+
+def _tail_weight(view: View, tails: list[StepTaken]) -> _TailFault | None:
+    """MB112: the remainder is divided by N, not by its own length."""
+    for step in tails:
+        weights = {w for m, w in step.weights.items() if m in step.since}
+        if weights == {Fraction(1, view.n)} and len(step.since) == view.outcome.run.length % view.n:
+            message = (
+                f"the last window has {_many(len(step.since))} and is still divided by {view.n}: its step takes "
+                f"{len(step.since)}/{view.n} of the mean gradient"
+            )
+            return "MB112", step, message
+    return None
+
+
+def _tail_step_differs(full: list[StepTaken], tails: list[StepTaken]) -> _TailFault | None:
+    """MB113: the step for the remainder leaves out what the main step does before."""
+    words = {"clip": "clipping", "unscale": "`unscale_`"}
+    for step in tails:
+        main = next((s for s in full if s.node is not step.node), None)
+        done = dict.fromkeys(main.prior) if main is not None else {}
+        missing = [words[p] for p in done if p in words and p not in step.prior]
+        if missing:
+            message = f"the step for the remainder lacks the {' and the '.join(missing)} of the main step"
+            return "MB113", step, message
+    return None
+
+
+def _many(count: int) -> str:
+    return "1 microbatch" if count == 1 else f"{count} microbatches"
+
+
+def _every_microbatch(view: View) -> Iterator[Fault]:
+    """MB104 and MB106: every microbatch steps, or only the last one of a window runs a backward."""
+    if view.managed or view.n == 1:
+        return
+    steps = [s for s in view.trace.steps if s.since]
+    if not steps or any(len(s.since) > 1 for s in steps):
+        return
+    at = set(view.ticks)
+    if view.divides and view.step_ticks >= at and len(at) >= 2 * view.n:
+        backward = view.trace.backwards[0]
+        weight = fraction(next(iter(backward.loss.weights.values())))
+        yield Fault(
+            "MB104",
+            steps[0].node,
+            f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
+            f"microbatch with weight {weight}",
+            certain=not view.many_optimizers,
+        )
+    elif (
+        len(at) > 1
+        and len(at) < view.trace.tick
+        and all(b - a == view.n for a, b in pairwise(view.ticks))
+        and view.clean
+    ):
+        yield Fault(
+            "MB106",
+            view.trace.backwards[0].node,
+            f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
+        )

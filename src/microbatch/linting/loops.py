@@ -1,0 +1,142 @@
+"""How often the loops of a file run, and which of their iterations are microbatches."""
+
+import ast
+from typing import Any
+
+from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
+from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import dotted, last_name, text_of
+from microbatch.linting.values import Data, Obj, Unknown, number, tags
+
+__all__ = ["BREAK", "CONTINUE", "Loops"]
+
+BREAK, CONTINUE = "break", "continue"
+
+
+class Loops(Simulated):
+    """The part of the machine that runs loops."""
+
+    def loop_for(self, node: ast.For) -> Any:
+        """Run a `for` loop."""
+        micro = self.module.is_microbatch_loop(node, self.frame.owner)
+        items, counted = self.items(node)
+        if micro:
+            self.trace.loop = node
+            if not counted:
+                self.begin_epoch()
+        evaluates = (
+            not micro
+            and LOADER_WORDS.search(text_of(node.iter)) is not None
+            and not self.module.contains_backward(node, self.frame.owner)
+        )
+        self.trace.evaluating += evaluates
+        try:
+            return self._turns(node, items, micro=micro, counted=counted)
+        finally:
+            self.trace.evaluating -= evaluates
+
+    def loop_while(self, node: ast.While) -> Any:
+        """Run a `while` loop."""
+        limit = self.count_of_loop(node)
+        micro = self.module.is_microbatch_loop(node, self.frame.owner)
+        if not micro and not self.module.contains_backward(node, self.frame.owner):
+            limit = 1
+        if micro:
+            self.trace.loop = node
+            self.begin_epoch()
+        for index in range(limit):
+            value = self.evaluate(node.test)
+            if not isinstance(value, Unknown | Data) and not self.truth(value, node.test):
+                break
+            if micro:
+                self.begin_microbatch(last=index == limit - 1)
+            signal = self.body(node)
+            if signal == BREAK:
+                break
+            if signal is not None and signal != CONTINUE:
+                return signal
+        return None
+
+    def _turns(self, node: ast.For, items: list[Any], *, micro: bool, counted: bool) -> Any:
+        for index, item in enumerate(items):
+            if micro:
+                self.begin_microbatch(last=not counted and index == len(items) - 1)
+            self.store(node.target, item)
+            signal = self.body(node)
+            if signal == BREAK:
+                return None
+            if signal is not None and signal != CONTINUE:
+                return signal
+        return self.block(node.orelse)
+
+    def body(self, node: ast.For | ast.While) -> Any:
+        """Run one turn of a loop."""
+        self.loop_depth += 1
+        try:
+            return self.block(node.body)
+        finally:
+            self.loop_depth -= 1
+
+    def count_of_loop(self, node: ast.For | ast.While) -> int:
+        """How often a loop whose end is not known runs."""
+        owner = self.frame.owner
+        if self.module.is_microbatch_loop(node, owner):
+            return self.run.length
+        if not self.module.contains_backward(node, owner) or self.loop_depth > 2:
+            return 1
+        if any(self.is_counted(inner) for inner in ast.walk(node) if isinstance(inner, ast.For)):
+            return 3  # this loop runs once for each window
+        return self.run.epochs
+
+    def is_counted(self, node: ast.For) -> bool:
+        """Whether a loop runs once for each of the N microbatches: `for i in range(n)`."""
+        if (
+            not isinstance(node.iter, ast.Call)
+            or last_name(node.iter.func) not in ("range", "trange")
+            or not node.iter.args
+        ):
+            return False
+        end = node.iter.args[-1 if len(node.iter.args) < 3 else 1]
+        return any(self.is_window(part) for part in ast.walk(end) if isinstance(part, ast.expr))
+
+    def is_window(self, node: ast.AST) -> bool:
+        """Whether an expression is N."""
+        text = dotted(node)
+        if isinstance(node, ast.Constant):
+            return node.value in self.window_literals
+        return bool(text) and (text in self.window_names or self.names_window(node))
+
+    def items(self, node: ast.For) -> tuple[list[Any], bool]:
+        """The items of a for loop, and whether the loop is the N microbatches of one window."""
+        value = self.evaluate(node.iter)
+        count = self.count_of_loop(node)
+        owner = self.frame.owner
+        outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
+        limit = count if outer else max(self.run.length, self.run.microbatches)
+        if isinstance(value, range):
+            return list(value[:limit]), "n" in tags(self.range_end)
+        if isinstance(value, tuple | list):
+            return list(value)[:limit], False
+        if isinstance(value, Obj) and value.kind == "enumerate":
+            start = number(value.info["start"])
+            return [(start + i, self.item_of(value.info["over"])) for i in range(count)], False
+        if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
+            whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
+            return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
+        if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
+            return [self.item_of(value) for _ in range(self.run.microbatches)], True
+        return [self.item_of(value) for _ in range(count)], False
+
+    def item_of(self, value: Any) -> Any:
+        """One item of an iterable."""
+        if isinstance(value, Obj) and value.kind == "zip":
+            return tuple(self.item_of(part) for part in value.info["over"])
+        if isinstance(value, Obj) and value.kind == "loader":
+            return Data({}, kind="batch")
+        if isinstance(value, Obj) and value.kind in ("optimizer", "scheduler", "model"):
+            return value
+        if isinstance(value, Data):
+            return value
+        if isinstance(value, Unknown) and value.key.endswith("parameters()"):
+            return Unknown("parameter")
+        return Data({}, kind="batch") if self.loop_depth or isinstance(value, Unknown) else Unknown("item")

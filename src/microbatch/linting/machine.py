@@ -1,0 +1,304 @@
+"""The simulation: statements of a file run with numbers, data and objects in the place of tensors.
+
+Only what decides the gradients is followed. A value that the file does not show is `Unknown`; a branch on it is taken
+as the run decides, the same way each time.
+"""
+
+import ast
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from microbatch.linting.definitions import Facts
+from microbatch.linting.expressions import Expressions
+from microbatch.linting.function_calls import FunctionCalls
+from microbatch.linting.guesses import kind_of_name
+from microbatch.linting.loops import BREAK, CONTINUE, Loops
+from microbatch.linting.simulated import TooLongError
+from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
+from microbatch.linting.trace import Trace
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number
+
+__all__ = ["Machine"]
+
+STATEMENTS = 30_000  # of one run
+
+
+class Machine(Loops, FunctionCalls, Expressions):
+    """Runs one file once.
+
+    Args:
+        module: The file.
+        run: How to run it.
+        relevant: What matters in the file; `None` runs all.
+    """
+
+    # ---- from the roots
+
+    def start(self, root: str) -> Trace:
+        """Run a root: the top level, or a function that nobody in the file calls."""
+        with suppress(TooLongError):  # what was seen until then counts
+            if root == "":
+                self.block(self.module.tree.body)
+            else:
+                self._prepare_globals()
+                self._start_function(self.module.facts[root], root)
+        return self.trace
+
+    def _prepare_globals(self) -> None:
+        """Run the simple assignments of the top level, so that constants and objects are known."""
+        for statement in self.module.tree.body:
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None):
+                self.statement(statement)
+
+    def _start_function(self, facts: Facts, root: str) -> None:
+        owner = facts.owner
+        if owner and root != f"{owner}.__init__" and (init := self.module.find_method(owner, "__init__")):
+            self.call_function(init, [], {}, guess=True, owner=owner)
+        if not isinstance(facts.node, FunctionNode):
+            return
+        function = Function(facts.node.name, facts.node, owner)
+        if facts.flat:
+            self.drive(function, owner)
+            return
+        for _ in range(1 if self._has_epochs(facts.node, owner) else self.run.epochs):
+            self.call_function(function, [], {}, guess=True, owner=owner)
+
+    def drive(self, function: Function, owner: str | None) -> None:
+        """Call a function once a microbatch: Lightning's training_step, an update function."""
+        for _ in range(self.run.epochs):
+            self.begin_epoch()
+            for index in range(self.run.length):
+                self.begin_microbatch(last=index == self.run.length - 1)
+                self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
+
+    def _has_epochs(self, node: ast.AST, owner: str | None) -> bool:
+        """Whether a loop of the function holds the loop over microbatches."""
+        return any(
+            isinstance(inner, ast.For | ast.While)
+            and self.module.contains_backward(inner, owner)
+            and not self.module.is_microbatch_loop(inner, owner)
+            for inner in ast.walk(node)
+        )
+
+    def begin_epoch(self) -> None:
+        """Count an epoch."""
+        self.trace.epoch += 1
+
+    def begin_microbatch(self, *, last: bool = False) -> None:
+        """Count a microbatch; `last` says that it ends its epoch."""
+        self.trace.tick += 1
+        self.trace.epoch_of[self.trace.tick] = self.trace.epoch
+        self.trace.loop_of[self.trace.tick] = self.trace.loop
+        if last:
+            self.trace.last_ticks.add(self.trace.tick)
+        self.at_last = last
+
+    # ---- statements
+
+    def block(self, body: list[ast.stmt]) -> Any:
+        """Run statements; the result is not `None` where one of them jumps."""
+        for statement in body:
+            if self.relevant is not None and statement not in self.relevant:
+                continue
+            signal = self.statement(statement)
+            if signal is not None:
+                return signal
+        return None
+
+    def statement(self, node: ast.stmt) -> Any:
+        """Run one statement."""
+        self.spent += 1
+        if self.spent > STATEMENTS:
+            raise TooLongError
+        method = self._STATEMENT_KINDS.get(type(node))
+        return method(self, node) if method else None
+
+    def _expr(self, node: ast.Expr) -> None:
+        if not isinstance(node.value, ast.Constant):
+            self.evaluate(node.value)
+
+    def _assign(self, node: ast.Assign) -> None:
+        value = self.evaluate(node.value)
+        for target in node.targets:
+            if (
+                isinstance(target, ast.Name)
+                and is_number(value)
+                and self.names_window(target)
+                and self.module.is_inside_loop(node)
+            ):
+                self.moved.add((id(self.frame), target.id))
+            self.store(target, value)
+
+    def _ann_assign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.store(node.target, self.evaluate(node.value))
+
+    def _aug_assign(self, node: ast.AugAssign) -> None:
+        if (isinstance(node.target, ast.Attribute) and node.target.attr == "grad") or last_name(node.target) == "grad":
+            self.scale_gradients(node)
+            return
+        left = self.evaluate(ast.copy_location(_load(node.target), node.target))
+        right = self.evaluate(node.value)
+        if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
+            self.trace.mark("sum", node, dotted(node.target), value=right)
+        self.store(node.target, self.operate(left, node.op, right, node=node))
+
+    def store(self, target: ast.AST, value: Any) -> None:
+        """Bind a target of an assignment."""
+        value = self._named_object(target, value)
+        if isinstance(target, ast.Name):
+            self._store_name(target.id, value)
+        elif isinstance(target, ast.Tuple | ast.List):
+            self._unpack(target.elts, value)
+        elif isinstance(target, ast.Starred):
+            self.store(target.value, Unknown(text_of(target)))
+        elif isinstance(target, ast.Attribute):
+            if target.attr == "require_backward_grad_sync":
+                self.trace.frameworks.add("sync switch")
+                self.sync_off = 0 if self.truth(value, target) else 1
+            elif target.attr == "grad" and isinstance(value, Data):
+                return
+            self._keep(self.heap_key(target), dotted(target), value)
+        elif isinstance(target, ast.Subscript) and (key := self.heap_key(target)):
+            self._keep(key, key, value)
+
+    def _keep(self, key: str, text: str, value: Any) -> None:
+        self.heap[key] = value
+        self.rooted.add(text.partition(".")[0].partition("[")[0])
+
+    def _named_object(self, target: ast.AST, value: Any) -> Any:
+        """The object that a name promises where the value is not known; an object that was made takes the name."""
+        is_plain = isinstance(value, Unknown) and not value.data and not value.tags
+        if is_plain and isinstance(target, ast.Name | ast.Attribute):
+            guessed = self.guess(dotted(target))
+            if guessed is not None and not self.trace.tick:
+                self.made += 1  # set up once: an object of its own
+                guessed.info["key"] = f"{guessed.name} {self.made}"
+            value = guessed or value
+        if isinstance(value, Obj) and "node" in value.info and "named" not in value.info:
+            name = last_name(target)
+            if name:
+                value.name, value.info["named"] = name, True
+        return value
+
+    def _store_name(self, name: str, value: Any) -> None:
+        if "loss" in name.lower() and self.trace.tick and not self.trace.evaluating:
+            value = self._loss_by_name(name, value)
+        self.frame.locals[name] = value
+        if name in self.rooted:  # what was kept under the old value is gone with it
+            for key in [key for key in self.heap if key.startswith((f"{name}[", f"{name}."))]:
+                del self.heap[key]
+
+    def _loss_by_name(self, name: str, value: Any) -> Any:
+        """The loss that a name promises, out of a tensor or of a value that the file does not show."""
+        if isinstance(value, Data) and value.kind == "tensor" and not value.number:
+            return as_loss(value)
+        if isinstance(value, Unknown) and name not in self.module.counters and not kind_of_name(name):
+            made = self.opaque_loss(value.key or name)
+            return replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made
+        return value
+
+    def _unpack(self, targets: list[ast.expr], value: Any) -> None:
+        if (
+            isinstance(value, tuple | list)
+            and len(value) == len(targets)
+            and not any(isinstance(t, ast.Starred) for t in targets)
+        ):
+            for target, part in zip(targets, value, strict=True):
+                self.store(target, part)
+            return
+        for target in targets:
+            if isinstance(value, Data):
+                part = value
+            elif isinstance(value, Obj) and value.kind in ("loader", "batches"):
+                part = Unknown(text_of(target), data=True)
+            else:
+                guess = self.guess(dotted(target)) if isinstance(value, Unknown) and not value.data else None
+                part = guess or Unknown(text_of(target), data=isinstance(value, Unknown) and value.data)
+            self.store(target, part)
+
+    def _if(self, node: ast.If) -> Any:
+        branch = node.body if self.choose(node) else node.orelse
+        if not self.now_and_then:
+            return self.block(branch)
+        self.now_and_then = False
+        self.trace.occasional += 1
+        try:
+            return self.block(branch)
+        finally:
+            self.trace.occasional -= 1
+
+    def _with(self, node: ast.With) -> Any:
+        leave = [self.enter(item) for item in node.items]
+        try:
+            return self.block(node.body)
+        finally:
+            for undo in reversed(leave):
+                undo()
+
+    def _try(self, node: ast.Try) -> Any:
+        skips = self.run.skip and self.run.skip == self.trace.tick
+        if skips and self.module.contains_backward(node, self.frame.owner):
+            for handler in node.handlers:
+                if last_name(handler.type or node) not in ("KeyboardInterrupt", "ImportError"):
+                    self.trace.mark("skip", handler, detail="except")
+                    signal = self.block(handler.body)
+                    return signal if signal is not None else self.block(node.finalbody)
+        signal = self.block(node.body)
+        if signal is None:
+            signal = self.block(node.orelse)
+        after = self.block(node.finalbody)
+        return signal if after is None else after
+
+    def _return(self, node: ast.Return) -> Any:
+        return ("return", None if node.value is None else self.evaluate(node.value))
+
+    def _jump(self, node: ast.Raise | ast.Break | ast.Continue) -> Any:
+        if isinstance(node, ast.Raise):
+            return ("return", None)
+        return BREAK if isinstance(node, ast.Break) else CONTINUE
+
+    def _def(self, node: Any) -> None:
+        self.frame.locals[node.name] = Function(node.name, node, None, self.frame)
+
+    def _class(self, node: ast.ClassDef) -> None:
+        self.frame.locals[node.name] = Obj("class", node.name)
+
+    def _delete(self, node: ast.Delete) -> None:
+        for target in node.targets:
+            if isinstance(target, ast.Name):
+                self.frame.locals.pop(target.id, None)
+
+    _STATEMENT_KINDS: ClassVar[dict[type, Any]] = {
+        ast.Expr: _expr,
+        ast.Assign: _assign,
+        ast.AnnAssign: _ann_assign,
+        ast.AugAssign: _aug_assign,
+        ast.If: _if,
+        ast.For: Loops.loop_for,
+        ast.AsyncFor: Loops.loop_for,
+        ast.While: Loops.loop_while,
+        ast.With: _with,
+        ast.AsyncWith: _with,
+        ast.Try: _try,
+        ast.Return: _return,
+        ast.Raise: _jump,
+        ast.Break: _jump,
+        ast.Continue: _jump,
+        ast.FunctionDef: _def,
+        ast.AsyncFunctionDef: _def,
+        ast.ClassDef: _class,
+        ast.Delete: _delete,
+    }
+
+
+def _load(node: ast.expr) -> ast.expr:
+    """The same target as an expression to read."""
+    if isinstance(node, ast.Name):
+        return ast.Name(node.id, ast.Load())
+    if isinstance(node, ast.Attribute):
+        return ast.Attribute(node.value, node.attr, ast.Load())
+    if isinstance(node, ast.Subscript):
+        return ast.Subscript(node.value, node.slice, ast.Load())
+    return node

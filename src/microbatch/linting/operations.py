@@ -1,0 +1,166 @@
+"""How the simulation computes: numbers exactly, and data as one weight for each microbatch."""
+
+import ast
+import math
+import operator
+import re
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from microbatch.linting.simulated import Simulated
+from microbatch.linting.syntax import text_of
+from microbatch.linting.values import Data, Num, Unknown, is_number, number, tags
+
+__all__ = ["Operations"]
+
+_ARITHMETIC: dict[type, Any] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
+_COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
+_ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
+
+
+class Operations(Simulated):
+    """The part of the machine that computes."""
+
+    def operate(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
+        """The value of `left op right`."""
+        if isinstance(left, Data) or isinstance(right, Data):
+            return self._operate_data(left, op, right, node=node)
+        if is_number(left) and is_number(right):
+            return self._operate_numbers(left, op, right, node=node)
+        if isinstance(left, str) and isinstance(op, ast.Mod):
+            return right if isinstance(right, tuple) else (right,)
+        if (
+            isinstance(left, list)
+            and isinstance(right, list)
+            and isinstance(op, ast.Add)
+            and len(left) + len(right) < 200
+        ):
+            return left + right
+        if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
+            return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
+        data = any(isinstance(v, Unknown) and v.data for v in (left, right))
+        return Unknown(text_of(node), data=data, tags=tags(left, right))
+
+    def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
+        a, b, origin = number(left), number(right), tags(left, right)
+        try:
+            if isinstance(op, ast.Div):
+                value: Any = Fraction(a) / Fraction(b)
+            elif isinstance(op, ast.Pow):
+                if abs(b) > 16 or abs(a) > 10_000:
+                    return Unknown(text_of(node), tags=origin)
+                value = Fraction(a) ** int(b) if int(b) == b else float(a) ** float(b)
+            elif type(op) in _ARITHMETIC:
+                value = _ARITHMETIC[type(op)](a, b)
+            else:
+                return Unknown(text_of(node), tags=origin)
+        except (ArithmeticError, TypeError, ValueError):
+            return Unknown(text_of(node), tags=origin)
+        if isinstance(value, int) and value.bit_length() > 2000:
+            return Unknown(text_of(node), tags=origin)
+        return Num(value, origin) if origin else value
+
+    def _operate_data(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
+        if isinstance(left, Data) and isinstance(right, Data):
+            return self._two_data(left, op, right, node=node)
+        data, other = (left, right) if isinstance(left, Data) else (right, left)
+        if data.kind == "batch" and not data.weights:
+            return data
+        if isinstance(op, ast.Div) and data is right:
+            return replace(data, blurred=True)
+        if isinstance(op, ast.Mult | ast.Div):
+            return self._scaled(data, op, other, node=node)
+        if isinstance(op, ast.MatMult):
+            return data
+        if isinstance(op, ast.FloorDiv | ast.Mod | ast.Pow):
+            return replace(data, blurred=True)
+        return data
+
+    def _scaled(self, data: Data, op: ast.operator, other: Any, *, node: ast.AST) -> Data:
+        """Data times or divided by something else."""
+        if is_number(other):
+            return self._scaled_by_number(data, op, other, line=getattr(node, "lineno", 0))
+        if data.number:
+            return replace(data, blurred=True)
+        if isinstance(op, ast.Div):
+            return self._divided(data, other, node)
+        if isinstance(other, Unknown):
+            return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
+        return data
+
+    @staticmethod
+    def _scaled_by_number(data: Data, op: ast.operator, other: Any, *, line: int) -> Data:
+        is_n = "n" in tags(other)
+        plain = number(other)
+        value = Fraction(plain) if not isinstance(plain, float) or math.isfinite(plain) else Fraction(1)
+        if value == 0:
+            return data
+        if is_n or data.number:
+            return data.times(1 / value if isinstance(op, ast.Div) else value, line if is_n else 0)
+        if isinstance(op, ast.Div) and data.reduction == "sum":
+            return replace(data, reduction="mean")
+        return data
+
+    @staticmethod
+    def _divided(data: Data, other: Any, node: ast.AST) -> Data:
+        """A tensor divided by what is no known number."""
+        rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
+        counted = isinstance(other, Unknown) and other.data
+        if data.reduction == "sum":
+            if not counted and not rows:  # a count of the whole window, as far as the file shows
+                return replace(data, reduction="", opaque=(*data.opaque, "divided by a count"))
+            tokens = getattr(node, "lineno", 0) if counted and not rows else data.tokens
+            return replace(data, reduction="mean", tokens=tokens)
+        if counted or rows:
+            return data
+        divisor = text_of(node.right if isinstance(node, ast.BinOp) else node)
+        return replace(data, opaque=(*data.opaque, f"divided by {divisor}"))
+
+    def _two_data(self, left: Data, op: ast.operator, right: Data, *, node: ast.AST) -> Any:
+        line = getattr(node, "lineno", 0)
+        if isinstance(op, ast.Div):
+            if left.reduction == "sum" and left.weights:
+                counts = isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
+                return replace(left, reduction="mean", tokens=line if counts else left.tokens)
+            return replace(left, blurred=True) if left.weights else right
+        if isinstance(op, ast.MatMult):
+            return replace(self.combine([left, right]), coupled=line)
+        if isinstance(op, ast.Mult):
+            return left if left.weights else right
+        if isinstance(op, ast.Sub) and left.number and right.number:
+            weights = {
+                m: left.weights.get(m, Fraction(0)) - right.weights.get(m, Fraction(0))
+                for m in {*left.weights, *right.weights}
+            }
+            return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
+        return self.combine([left, right])
+
+    def combine(self, values: list[Data]) -> Data:
+        """One value out of several: a sum over microbatches, or an objective of several terms in one microbatch."""
+        weights: dict[int, Fraction] = {}
+        for value in values:
+            for m, w in value.weights.items():
+                weights.setdefault(m, w)
+        reductions = {v.reduction for v in values if v.weights and v.kind == "loss"} or {v.reduction for v in values}
+        synced = [v.forward_synced for v in values if v.forward_synced is not None]
+        kinds = {v.kind for v in values}
+        return Data(
+            weights,
+            kind=next(kind for kind in ("loss", "tensor", "batch") if kind in kinds),
+            reduction=reductions.pop() if len(reductions) == 1 else "",
+            number=all(v.number for v in values),
+            scaled=any(v.scaled for v in values),
+            opaque=tuple(dict.fromkeys(o for v in values for o in v.opaque)),
+            tokens=max(v.tokens for v in values),
+            coupled=max(v.coupled for v in values),
+            forward_synced=any(synced) if synced else None,
+            divided=max(v.divided for v in values),
+            blurred=any(v.blurred for v in values),
+        )

@@ -1,0 +1,173 @@
+"""The runs of one file: every way that its settings allow, each for several window sizes and loader lengths."""
+
+import ast
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from microbatch.linting.machine import Machine
+from microbatch.linting.module import Module
+from microbatch.linting.simulated import Run
+from microbatch.linting.slices import cut
+from microbatch.linting.trace import Trace
+
+__all__ = ["Outcome", "Root", "simulate"]
+
+_FIRST = re.compile(
+    r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE
+)
+FORKS = 12  # settings of one root that are judged
+PROBES = 32  # settings of one root that are tried
+STATEMENTS = 300_000  # of all runs of one file together
+
+
+@dataclass
+class Outcome:
+    """One run with its trace."""
+
+    run: Run
+    trace: Trace
+    fork: int
+    used_window: bool
+
+    @property
+    def clean(self) -> bool:
+        """Whether the loader's length is a multiple of N, so that there is no remainder."""
+        return self.run.length % self.run.microbatches == 0
+
+    @property
+    def seen(self) -> set[ast.AST]:
+        """The places of the file that this run came to with an effect."""
+        trace = self.trace
+        found: set[ast.AST] = {b.node for b in trace.backwards}
+        found.update(s.node for s in trace.steps)
+        found.update(m.node for m in trace.marks)
+        return found
+
+
+@dataclass
+class Root:
+    """One place to start from, with all its runs."""
+
+    name: str
+    outcomes: list[Outcome] = field(default_factory=list)
+    survey: Outcome | None = None
+    skips: list[Outcome] = field(default_factory=list)
+    questions: dict[int, dict[str, bool]] = field(default_factory=dict)
+    complete: bool = True
+
+
+def simulate(module: Module) -> list[Root]:
+    """Run every root of a file."""
+    if not module.roots:
+        return []
+    runner = _Runner(module)
+    roots: list[Root] = []
+    covered: set[ast.AST] = set()
+    waiting = list(module.roots)
+    tried: set[str] = set()
+    while waiting:
+        name = waiting.pop(0)
+        if name in tried:
+            continue
+        tried.add(name)
+        root = runner.runs_of(name)
+        sites = {b.node for o in root.outcomes for b in o.trace.backwards}
+        if sites - covered or not root.outcomes:
+            roots.append(root)
+        covered |= sites
+        if not waiting:
+            holders = (key for key in module.holders_of_backward() if key not in tried)
+            waiting = [key for key in holders if not module.backward_sites(key) <= covered][:3]
+    return [root for root in roots if root.outcomes]
+
+
+class _Runner:
+    """Runs the roots of one file, and counts the statements of all runs."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.relevant = cut(module)
+        self.left = STATEMENTS
+
+    def runs_of(self, name: str) -> Root:
+        """Run one root: with every setting, and with the default setting for several sizes."""
+        root = Root(name)
+        sizes = _sizes(self.module)
+        first, lengths = sizes[0]
+        root.survey = self.one(name, Run(first, 2 * first + 1), surveys=True)
+        for index, probe in enumerate(self._forks(root, first)):
+            decisions = probe.run.decisions
+            root.questions[index] = decisions
+            outcomes = [replace(probe, fork=index)]
+            for microbatches, lengths_of_size in sizes if index == 0 else [(first, lengths[:1])]:
+                for length in lengths_of_size:
+                    if self.left <= 0:
+                        root.complete = False
+                        break
+                    outcomes.append(self.one(name, Run(microbatches, length, decisions), fork=index))
+            root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
+        root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
+        return root
+
+    def _forks(self, root: Root, microbatches: int) -> list[Outcome]:
+        """Find the settings that make a difference.
+
+        One answer of an unknown condition is turned at a time, and kept if the run changes.
+
+        Returns:
+            One run for each of these settings, the default first.
+        """
+        forks: list[Outcome] = []
+        signatures: set[Any] = set()
+        waiting: list[dict[str, bool]] = [{}]
+        known = {frozenset[str]()}
+        probes = 0
+        while waiting:
+            if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
+                root.complete = False
+                break
+            decisions = waiting.pop(0)
+            probes += 1
+            outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, decisions))
+            signature = _signature(outcome.trace)
+            if signature in signatures:
+                continue
+            signatures.add(signature)
+            forks.append(outcome)
+            for key in outcome.run.asked:
+                path = frozenset({*decisions, key})
+                if path not in known:
+                    known.add(path)
+                    # Precision and ranks are what loops differ by most.
+                    waiting.insert(0 if _FIRST.search(key) else len(waiting), {**decisions, key: True})
+        return forks
+
+    def one(self, name: str, run: Run, *, fork: int = 0, surveys: bool = False) -> Outcome:
+        """Run a root once; a survey runs all statements, not only those that matter to gradients."""
+        machine = Machine(self.module, run, None if surveys else self.relevant)
+        trace = machine.start(name)
+        self.left -= machine.spent
+        return Outcome(run, trace, fork, machine.used_window)
+
+
+def _signature(trace: Trace) -> Any:
+    """What a run did to the gradients, to compare two runs."""
+    steps = tuple((s.node, s.tick, tuple(s.weights.items()), tuple(s.since), s.prior, s.scaled) for s in trace.steps)
+    losses = {
+        (b.node, b.loss.reduction, b.loss.tokens, b.loss.coupled, b.loss.divided, b.loss.opaque, b.synced)
+        for b in trace.backwards
+    }
+    marks = {(m.kind, m.node, m.tick, m.name, m.detail) for m in trace.marks if m.kind not in ("log", "sync", "slice")}
+    return steps, frozenset(losses), frozenset(marks), frozenset(trace.opaque), len(trace.backwards)
+
+
+def _sizes(module: Module) -> list[tuple[int, list[int]]]:
+    """Window sizes, each with loader lengths; the first length has no remainder."""
+    names, literals = module.windows
+    if literals and not names:
+        n = max(literals)
+        if n > 64:
+            return [(n, [2 * n])]
+        return [(n, [3 * n, 3 * n - 1] if n > 2 else [3 * n])]
+    return [(4, [12, 11]), (3, [6]), (2, [6])]

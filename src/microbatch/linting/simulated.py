@@ -1,0 +1,94 @@
+"""The state of one simulation, which all parts of the machine share."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+from microbatch.linting.module import Module
+from microbatch.linting.slices import Slice
+from microbatch.linting.trace import Trace
+
+__all__ = ["Frame", "Run", "Simulated", "TooLongError"]
+
+
+class TooLongError(Exception):
+    """The run took more statements than it may."""
+
+
+class Run:
+    """One way to run: N, the length of the loader, and what unknown conditions come out as."""
+
+    def __init__(
+        self,
+        microbatches: int,
+        length: int,
+        decisions: dict[str, bool] | None = None,
+        *,
+        skip: int = 0,
+        epochs: int = 2,
+    ) -> None:
+        self.microbatches = microbatches
+        self.length = length
+        self.decisions = dict(decisions or {})
+        self.asked: dict[str, ast.AST] = {}
+        self.skip = skip  # the microbatch that is skipped where the loop may skip one; 0 for none
+        self.epochs = epochs
+
+
+class Frame:
+    """The names of one call."""
+
+    __slots__ = ("locals", "owner", "parent")
+
+    def __init__(self, owner: str | None, parent: Frame | None = None) -> None:
+        self.locals: dict[str, Any] = {}
+        self.owner = owner
+        self.parent = parent
+
+
+class Simulated:
+    """What every part of the machine works on.
+
+    Args:
+        module: The file.
+        run: How to run it.
+        relevant: What matters in the file; `None` runs all.
+    """
+
+    def __init__(self, module: Module, run: Run, relevant: Slice | None = None) -> None:
+        self.module = module
+        self.run = run
+        self.relevant = relevant.statements if relevant is not None else None
+        self.deciding = relevant.deciding if relevant is not None else None
+        self.trace = Trace()
+        self.heap: dict[str, Any] = {}
+        self.rooted: set[str] = set()  # the first words of what the heap holds
+        self.globals = Frame(None)
+        self.frame = self.globals
+        self.depth = 0
+        self.active: list[str] = []
+        self.spent = 0
+        self.sync_off = 0
+        self.loop_depth = 0
+        self.used_window = False
+        self.at_last = False
+        self.now_and_then = False
+        self.made = 0
+        self.range_end: Any = None
+        self.moved: set[tuple[int, str]] = set()  # names for N that the loop itself sets
+        self.window_names, self.window_literals = module.windows
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse a name that no part of the machine has.
+
+        The parts of the machine call one another's methods, which only the machine has all of. This method lets a type
+        checker accept these calls.
+
+        Args:
+            name: The name that was not found.
+
+        Raises:
+            AttributeError: Always; Python asks here only for what it did not find.
+        """
+        raise AttributeError(f"the simulation has no {name!r}")

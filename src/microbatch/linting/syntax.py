@@ -1,0 +1,91 @@
+"""Questions to a syntax tree that need no knowledge of the file.
+
+What is the text of a name? Is a call a backward or a step? Answers that are asked for many times are kept on the node.
+"""
+
+import ast
+from collections.abc import Sequence
+
+from microbatch.linting.guesses import kind_of_name
+
+__all__ = ["FunctionNode", "Loop", "dotted", "is_backward_call", "last_name", "steps_inside", "text_of"]
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+Loop = ast.For | ast.AsyncFor | ast.While
+
+
+def dotted(node: ast.AST) -> str:
+    """The text of a name, an attribute or a subscript by a constant: "self.args.n", "config['n']".
+
+    Returns:
+        The text; empty for any other expression.
+    """
+    if isinstance(node, ast.Name):
+        return node.id
+    found = getattr(node, "_dotted", None)
+    if found is None:
+        found = ""
+        if isinstance(node, ast.Attribute):
+            base = dotted(node.value)
+            found = f"{base}.{node.attr}" if base else ""
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            base = dotted(node.value)
+            found = f"{base}[{node.slice.value!r}]" if base else ""
+        node._dotted = found  # type: ignore[attr-defined]
+    return found
+
+
+def last_name(node: ast.AST) -> str:
+    """The last word of a name: `n` of "self.args.n" and of "config['n']"."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
+        return node.slice.value
+    return ""
+
+
+def text_of(node: ast.AST) -> str:
+    """The source of an expression, short enough for a message."""
+    found = getattr(node, "_text", None)
+    if found is None:
+        try:
+            found = ast.unparse(node)
+        except (ValueError, RecursionError):
+            found = "an expression"
+        found = found if len(found) <= 60 else found[:57] + "..."
+        node._text = found  # type: ignore[attr-defined]
+    return found
+
+
+def is_backward_call(node: ast.AST) -> bool:
+    """Whether a call adds to the gradients.
+
+    Returns:
+        `True` for `x.backward()`, for Lightning's `manual_backward` and for a scaler that does all in one call.
+    """
+    if not isinstance(node, ast.Call):
+        return False
+    name = last_name(node.func)
+    if name in ("backward", "manual_backward"):
+        return True
+    return kind_of_name(name) == "native_scaler" and not name[:1].isupper() and len(node.args) >= 2
+
+
+def steps_inside(body: Sequence[ast.AST]) -> bool:
+    """Whether an optimizer's step or the clearing of gradients is inside."""
+    for statement in body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                base = node.func.value
+                kind = kind_of_name(dotted(base)) or kind_of_name(
+                    last_name(base.func) if isinstance(base, ast.Call) else ""
+                )
+                if node.func.attr == "step" and kind not in ("scheduler", "ema", "log", "meter"):
+                    return True
+                if node.func.attr == "zero_grad":
+                    return True
+                if "optim" in node.func.attr and "step" in node.func.attr:
+                    return True
+    return False
