@@ -20,6 +20,8 @@ from microbatch.linting.verdicts import Reading, Verdict, read
 
 __all__ = ["with_edits"]
 
+DEAR = 80_000
+"""Statements of a reading that is not repeated for each edit."""
 CHECKS = 10
 """How many edited texts of one file are simulated; a file with more faults is edited in several rounds."""
 _HIDDEN_BEFORE = frozenset({"MB110", "MB111", "MB112", "MB113", "MB114"})
@@ -48,7 +50,7 @@ def with_edits(
     Returns:
         The findings, some of them with edits.
     """
-    if not all(root.complete for root in reading.roots):
+    if not all(root.complete for root in reading.roots) or sum(root.spent for root in reading.roots) > DEAR:
         return found
     proof = _Proof(source, reading, folder)
     mended = list[Finding]()

@@ -55,6 +55,7 @@ class Root:
     skips: list[Outcome] = field(default_factory=list)
     questions: dict[int, dict[str, bool]] = field(default_factory=dict)
     complete: bool = True
+    spent: int = 0  # statements of all its runs
 
 
 def simulate(module: Module) -> list[Root]:
@@ -92,7 +93,7 @@ class _Runner:
 
     def runs_of(self, name: str) -> Root:
         """Run one root: with every setting, and with the default setting for several sizes."""
-        root = Root(name)
+        root, before = Root(name), self.left
         sizes = _sizes(self.module)
         first, lengths = sizes[0]
         root.survey = self.one(name, Run(first, 2 * first + 1), surveys=True)
@@ -108,6 +109,7 @@ class _Runner:
                     outcomes.append(self.one(name, Run(microbatches, length, decisions), fork=index))
             root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
         root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
+        root.spent = before - self.left
         return root
 
     def _forks(self, root: Root, microbatches: int) -> list[Outcome]:
