@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks import labelled_loops, read_loops
+
 from microbatch.linting.doctor import doctor
 
 WRONG = """for i, (x, y) in enumerate(loader):
@@ -27,7 +28,7 @@ def test_found_missed_and_false_alarms_are_counted(tmp_path: Path) -> None:
     found = labelled_loops.judge_loops(tmp_path / "labels.jsonl")
     assert (found["loops"], found["certain"], found["found"], found["false_certain"]) == (2, 2, 1, 1)
     assert found["missed"] == ["02: clip-every-microbatch (line 4)"]
-    assert found["false_alarms"] == ["02: window-phase (line 4)"]
+    assert found["false_alarms"] == ["02: window-phase (line 5)"]
 
 
 def test_the_file_that_is_timed_holds_loops_that_the_doctor_reads() -> None:
