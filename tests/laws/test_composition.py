@@ -124,7 +124,6 @@ def test_a_part_that_replaces_the_backward_of_others_is_found_out() -> None:
     parts = it._it.parts
     it._it.fused._always = True  # nothing in this small model is fused, and the part would leave backward alone
     parts.insert(0, parts.pop())  # what is fused runs backward itself; now it hides the others'
-    it._it._hooked = {False: {}, True: {}}
     reached = Reached(it)
     it.step(batch(), squares)
     assert "Autocast.backward" in reached.missed

@@ -19,7 +19,7 @@ from microbatch.step.cutting import Cutting, handed_in
 from microbatch.step.events import Event
 from microbatch.step.part import Begin, Function, OpenWindow
 from microbatch.step.record import Step
-from microbatch.step.user_errors import as_raised
+from microbatch.step.user_errors import raise_as_raised
 
 
 class OwnLoop(OpenWindow):
@@ -74,8 +74,7 @@ class OwnLoop(OpenWindow):
             return self  # noqa: TRY300 - as above
         except BaseException as error:
             self.__exit__(BaseException, error, None)
-            if as_raised(error) is not error:  # not kept in a name: the error would hold its own frame
-                raise as_raised(error) from None
+            raise_as_raised(error)
             raise
 
     def split(self, batch: object) -> Iterator[Any]:
@@ -162,8 +161,7 @@ class OwnLoop(OpenWindow):
         try:
             return self.coupled.representations_of(batch)
         except Exception as error:
-            if as_raised(error) is not error:  # not kept in a name: the error would hold its own frame
-                raise as_raised(error) from None
+            raise_as_raised(error)
             raise
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ _OURS = (str(Path(__file__).parents[1]), "<@")  # and functions that beartype ge
 _AGAIN = "backward through the graph a second time"
 
 
-def as_raised(error: BaseException) -> BaseException:
-    """Return the error that the user's function raised.
+def raise_as_raised(error: BaseException) -> None:
+    """Raise the error of the user's function, if another one was raised in its place.
 
     The library calls the functions inside of generators. There, Python replaces a `StopIteration`, such as that of
     ``next(loader)`` at the loader's end, by a `RuntimeError`.
@@ -21,16 +21,16 @@ def as_raised(error: BaseException) -> BaseException:
     Args:
         error: Any error that a window has ended with.
 
-    Returns:
-        The `StopIteration`, or the same error.
+    Raises:
+        StopIteration: It was the user's.
     """
     if type(error) is not RuntimeError or not isinstance(error.__cause__, StopIteration):
-        return error
+        return
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    ours = last is not None and last.tb_frame.f_code.co_filename.startswith(_OURS)
-    return error.__cause__ if ours else error
+    if last is not None and last.tb_frame.f_code.co_filename.startswith(_OURS):
+        raise error.__cause__ from None
 
 
 def backward_once(run: Callable[..., object], *roots: Any) -> None:
