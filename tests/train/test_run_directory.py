@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,8 @@ def test_a_lost_terminal_writes_a_checkpoint_like_sigterm(tmp_path: Path, *, ign
     process = subprocess.Popen(
         ["nohup", *command] if ignored else command,
         cwd=tmp_path, stdin=child, stdout=child, stderr=child, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # These tests may run under nohup themselves.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509 - it starts nothing else
     )  # fmt: skip
     os.close(child)
     reader = threading.Thread(target=read_all, args=(main,), daemon=True)

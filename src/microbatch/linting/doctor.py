@@ -21,8 +21,19 @@ def doctor(source_or_path: str | Path, *, folder: str | Path | None = None) -> l
         without a loop that accumulates gradients there is one, MB001.
 
     Example:
-        >>> for finding in mb.doctor("train.py"):
-        ...     print(finding.rule, finding.line, finding.confidence, finding.message)
+        >>> loop = '''
+        ... for i, (x, y) in enumerate(loader):
+        ...     loss = criterion(model(x), y) / accumulation_steps
+        ...     loss.backward()
+        ...     if i % accumulation_steps == 0:
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ... '''
+        >>> finding = doctor(loop)[0]
+        >>> finding.rule, finding.line, finding.confidence
+        ('MB105', 6, 'certain')
+        >>> finding.message
+        'the first window has 1 microbatch instead of 4 (each with weight 1/4)'
     """
     return examine_path(source_or_path, judge, folder=None if folder is None else Path(folder))
 
