@@ -65,7 +65,7 @@ def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
         yield Fault(
             "MB101",
             line.node,
-            f"{view.n} microbatches are added and not divided: step 1 takes {view.n} times the mean gradient",
+            f"{view.n} microbatches are added and not divided: a step takes {view.n} times the mean gradient",
             certain=sure,
             needs=needs,
         )
@@ -98,7 +98,7 @@ def _cleared(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             yield Fault(
                 "MB103",
                 zero.node,
-                f"gradients are cleared inside the window: step 1 keeps {len(kept)} of {len(step.since)} microbatches",
+                f"gradients are cleared inside the window: a step keeps {len(kept)} of {len(step.since)} microbatches",
                 certain=not view.many_optimizers,
             )
             return
