@@ -156,7 +156,7 @@ class Conditions(Simulated):
             return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:
             return bool(self._holds(body)) or not orelse
-        if "%" in text and not self._holds(body) and not self._holds(orelse):
+        if ("%" in text or "boundary" in text) and not self._holds(body) and not self._holds(orelse):
             self.now_and_then = bool(body)
             return True
         return self.decide(text, node)

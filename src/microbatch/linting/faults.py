@@ -8,6 +8,7 @@ from typing import Any
 
 from microbatch.linting.module import Module
 from microbatch.linting.runs import Outcome
+from microbatch.linting.syntax import Loop
 from microbatch.linting.trace import Mark, StepTaken
 
 __all__ = ["Fault", "View", "fraction"]
@@ -71,9 +72,11 @@ class View:
     @cached_property
     def many_optimizers(self) -> bool:
         """Whether several optimizers step at places of their own, so that a loss may belong to one of them alone."""
-        loops: dict[ast.AST | None, set[str]] = {}
-        for optimizer, loop in self.by_optimizer:
-            loops.setdefault(loop, set()).add(optimizer)
+        loops: dict[ast.AST, set[str]] = {}
+        for step in self.trace.steps:
+            for loop in (step.loop, *(p for p in self.module.above(step.node) if isinstance(p, Loop))):
+                if loop is not None and step.since:
+                    loops.setdefault(loop, set()).add(step.optimizer)
         return len({s.node for s in self.trace.steps}) > 1 and any(len(names) > 1 for names in loops.values())
 
     @cached_property
@@ -84,6 +87,8 @@ class View:
     @cached_property
     def accumulates(self) -> bool:
         """Whether this is accumulation at all: a step takes several microbatches, or the script divides by N."""
+        if self.many_optimizers and not self.outcome.used_window:
+            return False  # one batch, several losses
         return self.has_windows or (self.divides and self.outcome.used_window)
 
     @cached_property

@@ -34,7 +34,7 @@ _WINDOW = re.compile(
 _NO_WINDOW = re.compile(
     r"(is|do|should|use|enable|has|with|no)_|(^|_)(last|remain\w*|rest|tail|left|current|cur)_|accumulat(ed|or|ing)|"
     r"_?(loss|grads?|tokens|batch_size|samples|counter|idx|index|flag|fn|func\w*|type|dtype|mode|context|ctx|metrics?|"
-    r"(?<!grad_)(?<!gradient_)acc|accuracy|correct|scale)$|^accuracy|^accum$",
+    r"(?<!grad_)(?<!gradient_)acc|accuracy|correct|scale)$|^accuracy",
     re.IGNORECASE,
 )
 

@@ -177,8 +177,8 @@ def _leaks_or_drops(view: View, steps: list[StepTaken]) -> _TailFault | None:
         gone = [m for m in step.lost if epochs[m] != step.epoch]
         if gone:
             message = (
-                f"with {length} microbatches an epoch, the last {_many(len(gone))} "
-                "are cleared at the start of the next epoch without a step"
+                f"with {length} microbatches an epoch, the last {_many(len(gone))} {'is' if len(gone) == 1 else 'are'} "
+                "cleared at the start of the next epoch without a step"
             )
             return "MB111", step, message
     if any(len({epochs[m] for m in s.since}) > 1 for s in steps):
@@ -186,7 +186,11 @@ def _leaks_or_drops(view: View, steps: list[StepTaken]) -> _TailFault | None:
     last = steps[-1]
     left = [t for t in view.ticks if t > last.tick and view.trace.loop_of.get(t) is last.loop]
     remainder = length % view.n
-    if left and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps):
+    if (
+        left
+        and len(left) < view.n
+        and not any(s.tick in view.trace.last_ticks and len(s.since) == remainder for s in steps)
+    ):
         enter = "enters" if len(left) == 1 else "enter"
         return "MB111", last, f"with {length} microbatches an epoch, {_many(len(left))} at its end never {enter} a step"
     return None
@@ -244,7 +248,8 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
     if not steps or any(len(s.since) > 1 for s in steps):
         return
     at = set(view.ticks)
-    if view.divides and view.step_ticks >= at and len(at) >= 2 * view.n:
+    neighbours = sum(later - tick == 1 for tick, later in pairwise(view.ticks))
+    if view.divides and view.step_ticks >= at and len(at) >= 2 * view.n and neighbours >= len(at) // 2:
         backward = view.trace.backwards[0]
         weight = fraction(next(iter(backward.loss.weights.values())))
         yield Fault(

@@ -53,6 +53,12 @@ class LoopLoss(LoopWork):
             raise Cannot("its loss is divided by N in another function", self.loop)
         if any(b.loss.reduction == "sum" for trace in self.scene.traces for b in trace.backwards):
             raise Cannot("its loss is a sum: give `window.backward` an `mb.Loss(sum, count)`, see docs/losses.md")
+        losses = [b.loss for trace in self.scene.traces for b in trace.backwards]
+        if any(loss.tokens or any(o.startswith(("divided", "multiplied")) for o in loss.opaque) for loss in losses):
+            raise Cannot(
+                "its loss is weighted by counts of its own: give `window.backward` an `mb.Loss(sum, count)`, see "
+                "docs/losses.md"
+            )
         self._reports(names)
 
     @property
@@ -113,6 +119,10 @@ class LoopLoss(LoopWork):
                 raise Cannot("its backward has arguments of its own, or does more than backward", call)
             if isinstance(loss, ast.BinOp) and isinstance(loss.op, ast.Div) and loss.right in self.gone:
                 loss = loss.left
+            elif isinstance(loss, ast.BinOp) and isinstance(loss.op, ast.Div | ast.Mult):
+                raise Cannot(
+                    "its loss is divided or multiplied in the call of backward, by something that may be N", call
+                )
             self.renderer.swaps[call] = f"{self.names.window}.backward({self.scene.words.text(loss)}{count})"
         self._one_backward(calls)
 
@@ -135,6 +145,14 @@ class LoopLoss(LoopWork):
                 first = next(
                     (each for each in call.args if isinstance(each, ast.Name | ast.Attribute | ast.Subscript)), None
                 )
+                if first is not None and any(
+                    isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store) and each.lineno > call.lineno
+                    for each in ast.walk(self.loop)
+                    if dotted(each) == dotted(first)
+                ):
+                    raise Cannot(
+                        "what the model is given is replaced before its backward, so its rows are not known", call
+                    )
                 if first is not None:
                     return f"len({self.scene.words.text(first)})"
         return "1"

@@ -124,6 +124,7 @@ class Loops(Simulated):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
             return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
         if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
+            self.used_window = True
             return [self.item_of(value) for _ in range(self.run.microbatches)], True
         return [self.item_of(value) for _ in range(count)], False
 

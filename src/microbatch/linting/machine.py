@@ -265,6 +265,10 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _class(self, node: ast.ClassDef) -> None:
         self.frame.locals[node.name] = Obj("class", node.name)
 
+    def _match(self, node: ast.Match) -> Any:
+        self.evaluate(node.subject)
+        return self.block(node.cases[0].body)  # any of them will do for the weights of a loss
+
     def _delete(self, node: ast.Delete) -> None:
         for target in node.targets:
             if isinstance(target, ast.Name):
@@ -290,6 +294,7 @@ class Machine(Loops, FunctionCalls, Expressions):
         ast.AsyncFunctionDef: _def,
         ast.ClassDef: _class,
         ast.Delete: _delete,
+        ast.Match: _match,
     }
 
 

@@ -337,5 +337,9 @@ def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -
             add(node.right)
         elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
             end = node.comparators[0]
-            if dotted(node.left) in counters and (names_window(last_name(end)) or isinstance(end, ast.Constant)):
+            # A list that fills up counts too: `len(waiting) == n`.
+            counts = dotted(node.left) in counters or (
+                isinstance(node.left, ast.Call) and last_name(node.left.func) == "len"
+            )
+            if counts and isinstance(end, ast.Constant | ast.Name | ast.Attribute) and "len" not in last_name(end):
                 add(end)

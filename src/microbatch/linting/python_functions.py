@@ -17,8 +17,8 @@ def _len(machine: Any, node: ast.Call) -> Any:
     ):
         return Num(machine.run.length, frozenset({"len"}))
     if isinstance(value, list | tuple):
-        losses = [v for v in value if isinstance(v, Data) and v.kind == "loss"]
-        return Num(len(value), frozenset({"n"})) if losses else len(value)
+        waiting = [v for v in machine.flat(value) if isinstance(v, Data)]  # microbatches, or their losses
+        return Num(len(value), frozenset({"n"})) if waiting and len(value) > 1 else len(value)
     return Unknown(text_of(node), data=True)
 
 
@@ -87,6 +87,13 @@ def _extreme(machine: Any, node: ast.Call) -> Any:
     return data[0] if data else Unknown(text_of(node), tags=tags(*args))
 
 
+def _divmod(machine: Any, node: ast.Call) -> Any:
+    args, _ = machine.arguments(node)
+    if len(args) != 2:
+        return Unknown(text_of(node))
+    return tuple(machine.operate(args[0], op, args[1], node=node) for op in (ast.FloorDiv(), ast.Mod()))
+
+
 def _sum(machine: Any, node: ast.Call) -> Any:
     args, _ = machine.arguments(node)
     data = [v for v in machine.flat(args) if isinstance(v, Data)]
@@ -119,6 +126,7 @@ PYTHON_FUNCTIONS: dict[str, Any] = {
     "len": _len,
     "next": _next,
     "sum": _sum,
+    "divmod": _divmod,
     "print": _print,
     "bool": _truth,
     "getattr": _getattr,

@@ -10,6 +10,7 @@ from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name
 __all__ = ["Slice", "cut"]
 
 _COMPOUND = (
+    ast.Match,
     ast.If,
     ast.For,
     ast.AsyncFor,
@@ -195,6 +196,8 @@ def _head(node: ast.stmt) -> set[str]:
     parts: list[ast.AST] = []
     if isinstance(node, ast.If | ast.While):
         parts = [node.test]
+    elif isinstance(node, ast.Match):
+        parts = [node.subject]
     elif isinstance(node, ast.For | ast.AsyncFor):
         parts = [node.iter]
     elif isinstance(node, ast.With | ast.AsyncWith):

@@ -8,7 +8,7 @@ from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, text_of
 from microbatch.linting.trace import Gradients
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
 __all__ = ["TrainingObjects"]
 
@@ -78,7 +78,7 @@ class TrainingObjects(Simulated):
             steps = keywords.get("gradient_accumulation_steps")
             if steps is None:
                 steps = self.window() if plugin is not None or "**" in keywords else 1
-            made.info["steps"] = steps
+            made.info["steps"] = self.window() if is_number(steps) and number(steps) > 1 else steps
             self.heap["accelerator"] = made
         elif kind == "scaler" and keywords.get("enabled") is False:
             made.info["off"] = True

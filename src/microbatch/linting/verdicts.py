@@ -141,6 +141,8 @@ def _together(root: Root, node: ast.AST, faults: list[tuple[Fault, Outcome]]) ->
     holds = {(o.fork, o.run.microbatches) for _, o in faults if o.clean}
     needs = list(dict.fromkeys(need for fault, _ in faults for need in fault.needs))
     certain = all(f.certain for f, _ in faults) and bool(holds) and holds >= active
+    if first.rule == "MB104" and any(o.clean and not o.trace.steps for o in root.outcomes):
+        certain = False  # what decides about the step is not in the file
     if not certain and not needs:
         needs = _settings(root, holds, active)
     return Verdict(first, certain, tuple(needs), outcome)
