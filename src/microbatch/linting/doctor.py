@@ -23,9 +23,9 @@ def doctor(source_or_path: str | Path, *, folder: str | Path | None = None) -> l
     Example:
         >>> loop = '''
         ... for i, (x, y) in enumerate(loader):
-        ...     loss = criterion(model(x), y) / accumulation_steps
+        ...     loss = criterion(model(x), y) / N
         ...     loss.backward()
-        ...     if i % accumulation_steps == 0:
+        ...     if i % N == 0:
         ...         optimizer.step()
         ...         optimizer.zero_grad()
         ... '''
