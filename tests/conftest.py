@@ -24,7 +24,7 @@ beartype_package(
 
 
 def once_for_a_type(check: Callable[[type, Any], bool]) -> Callable[[type, Any], bool]:
-    """Look for what a Protocol asks for once for each of our types; Python looks at every call, for all attributes."""
+    """Check each of our types against a Protocol once; Python would check all attributes at every call."""
     passed: set[tuple[type, type]] = set()
 
     def has_all(protocol: type, value: Any) -> bool:

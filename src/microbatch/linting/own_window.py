@@ -16,7 +16,7 @@ __all__ = ["turn"]
 
 
 def turn(scene: Scene, loop: ast.For, renderer: Renderer) -> None:
-    """Say to a renderer how a loop becomes one with `mb.Accumulator`.
+    """Plan the new lines of a loop that becomes one with `mb.Accumulator`.
 
     Args:
         scene: One of its calls of backward.

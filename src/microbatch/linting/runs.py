@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from microbatch.linting.machine import Machine
@@ -35,7 +36,7 @@ class Outcome:
         """Whether the loader's length is a multiple of N, so that there is no remainder."""
         return self.run.length % self.run.microbatches == 0
 
-    @property
+    @cached_property
     def seen(self) -> set[ast.AST]:
         """The places of the file that this run came to with an effect."""
         trace = self.trace
