@@ -32,7 +32,8 @@ from microbatch.ranks.lost_ranks import (
     process_space,
 )
 
-_PATIENCE = 2.0  # seconds that an answer of the store may take
+_ANSWER = 10.0  # seconds that an answer of the store may take; a store on a busy machine may need several
+_PATIENCE = 2.0  # seconds to wait until the other ranks have read the store
 _AFTER = "after "  # of the detail of a rank that goes on after a failure
 _LOOKING = "a collective failed, and the missing ranks are looked for"
 _numbers = itertools.count()  # every rank makes its accumulators' first windows in the same order
@@ -199,7 +200,7 @@ class StoreBeats:
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(_PATIENCE)
+        thread.join(_ANSWER)
         if thread.is_alive():
             self._voice.base = None
             return {}
@@ -315,7 +316,7 @@ def _check_reachable(store: Any) -> None:
     """Raise `OSError` if a store's server is gone; a new connection would report this with long warnings."""
     server = _innermost(store)
     if hasattr(server, "host") and hasattr(server, "port"):
-        socket.create_connection((server.host, server.port), _PATIENCE).close()
+        socket.create_connection((server.host, server.port), _ANSWER).close()
 
 
 def _innermost(store: Any) -> Any:
