@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,  # pyright: ignore[reportPrivateUsage]
+    register_module_forward_hook,
+)
 from torch.utils._pytree import tree_leaves
 
 from microbatch.batch.batch_tree import leaves, map_tensors
@@ -138,4 +141,6 @@ def trace(model: nn.Module, forward: Callable[[], object], *, rows: tuple[slice,
             forward()
     finally:
         handle.remove()
+        # The handle forgets this entry; torch 2.14 compiles no model while it is there.
+        _global_forward_hooks_with_kwargs.pop(handle.id, None)
     return calls
