@@ -1,0 +1,1 @@
+"""Which learning rate and which batch: answers from runs."""
