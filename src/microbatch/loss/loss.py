@@ -133,8 +133,9 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
             _refuse_output(returned, "loss")
         try:
             return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
-        except NoGraphError as error:
-            raise _beside_a_loss(error, terms) from None
+        except NoGraphError:
+            _refuse_beside(terms)
+            raise
     return _shares_of_term("loss", returned, rows)
 
 
@@ -224,17 +225,17 @@ def _check_graph(value: Tensor, name: str) -> None:
         )
 
 
-def _beside_a_loss(error: NoGraphError, terms: Mapping[str, Any]) -> NoGraphError:
-    """Return the error for a dict that holds a loss, and a number to report beside it."""
+def _refuse_beside(terms: Mapping[str, Any]) -> None:
+    """Raise an error for a dict that holds a loss, and a number without a graph beside it."""
     values = {name: loss.sum if isinstance(loss, Loss) else loss for name, loss in terms.items()}
     graphs = {name: isinstance(value, Tensor) and value.requires_grad for name, value in values.items()}
     if not any(graphs.values()):
-        return error
-    detached = next(name for name, has in graphs.items() if not has and values[name] is not None)
-    return NoGraphError(
-        f"the value {detached!r} beside the loss has no graph, and every entry of the dict is taken for a loss. To report "
-        f"a number of the whole window, return its sum over the rows: mb.Loss(sum=loss * n, count=n, "
-        f"metrics={{{detached!r}: ...}}), with n rows; step.metrics holds the sums. If {detached!r} is a loss, it was "
+        return
+    name = next(name for name, has in graphs.items() if not has and values[name] is not None)
+    raise NoGraphError(
+        f"the value {name!r} beside the loss has no graph, and every entry of the dict is taken for a loss. To report "
+        "a number of the whole window, return its sum over the rows: mb.Loss(sum=loss * n, count=n, "
+        f"metrics={{{name!r}: ...}}), with n rows; step.metrics holds the sums. If {name!r} is a loss, it was "
         "detached, or depends on no parameter that requires a gradient"
     )
 
