@@ -77,8 +77,8 @@ def find_place(job: Job, ranks: RankGroup | None, *, patience: float) -> Place:
     layouts = {tuple(stages for members, stages, _ in said if members == each) for each in pipelines}
     if len(layouts) > 1 or sorted(rank for members in pipelines for rank in members) != list(range(len(told))):
         raise ConfigError(
-            f"the pipelines are on {'; '.join(map(_listed, pipelines))}: each rank has to be in one of them, and all "
-            "of them have to have the same stages in the same order; a DeviceMesh of ranks by stages makes such groups"
+            f"the pipelines are on {'; '.join(map(_listed, pipelines))}: each rank must be in one pipeline, and all "
+            "pipelines must have the same stages in the same order. A DeviceMesh of ranks by stages makes such groups"
         )
     place = Place(
         ranks=len(told),

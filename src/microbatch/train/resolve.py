@@ -240,7 +240,7 @@ def _check_stream(settings: Settings, job: Job) -> None:
         )
     if settings.deterministic:
         raise ConfigError(
-            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples; use a "
+            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples. Use a "
             "map-style data set, or leave it out"
         )
     if isinstance(job.data, DataLoader) and job.data.batch_size is None:
