@@ -282,6 +282,35 @@ def test_errors_warnings_and_help_are_short() -> None:
     assert {path: lines for path, lines in found.items() if lines} == {}
 
 
+# A file, a rank or an option does not speak. The texts of `linting` are not held yet.
+OLD_WORDS = re.compile(
+    r"(?<!scikit-)\b(?:says?|said|tells?|told|learns?|(?:come|comes|came) to(?! a halt)|one's|whom|as ever|likewise|"
+    r"nobody)\b"
+)
+
+
+def old_words(source: str) -> list[str]:
+    """Return the texts of several words that have an old word, from the word on."""
+    plain = (re.sub(r"<[^>]*>", "", text) for text in texts(source) if " " in text)
+    return [text[each.start() :] for text in plain for each in OLD_WORDS.finditer(text)]
+
+
+def test_errors_warnings_and_help_have_no_old_words() -> None:
+    files = sorted(file for file in PACKAGE.rglob("*.py") if file.parts[len(PACKAGE.parts)] != "linting")
+    found = {file.relative_to(PACKAGE).as_posix(): old_words(file.read_text(encoding="utf-8")) for file in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("text", ["the file says so", "nothing to learn from", "did not come to an end", "it is told"])
+def test_an_old_word_is_seen(text: str) -> None:
+    assert len(old_words(f"raise ValueError(f'{{x}}: {text}')")) == 1
+
+
+@pytest.mark.parametrize("source", ["x = 'say'", "'the learning rate'", "'it came to a halt'", "x = 1  # it says so"])
+def test_what_is_no_old_word_is_left_alone(source: str) -> None:
+    assert old_words(source) == []
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -80,7 +80,7 @@ class EngineDenominator(Denominator):
             if not self.declares and 0 <= count < (self.rows or 0):
                 raise MissingCountError(
                     f"the loss {name!r} is a mean over samples, of which {count:g} of {self.rows} contributed, and the "
-                    "engine was given shares of all: pass counts=, a function of the whole batch that says how many do"
+                    "engine got shares of all. Pass counts=, a function of the whole batch that returns their number"
                 )
         return super().factor(counts)
 

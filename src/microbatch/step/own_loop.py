@@ -174,7 +174,7 @@ class OwnLoop(OpenWindow):
         if self.record is None:
             raise WindowClosedError(
                 "there is no step yet: the window's record exists once its block, or the loop over its microbatches, "
-                "has come to its end"
+                "has ended"
             )
         return self.record
 

@@ -86,7 +86,7 @@ class BatchOrder:
             DataError: There are no samples.
         """
         if samples < 1:
-            raise DataError("the training data has 0 samples, so there is nothing to learn from")
+            raise DataError("the training data has 0 samples, so there is nothing to train on")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed

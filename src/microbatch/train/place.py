@@ -110,7 +110,7 @@ def check_piped_job(settings: Settings, job: Job) -> None:
     """
     auto = settings.microbatch_size == "auto" or (settings.microbatch_size is None and job.microbatch_size is None)
     for given, name, instead in [
-        (auto, "a microbatch size that is to be found", "say one, Job(microbatch_size=) or --microbatch-size"),
+        (auto, "a microbatch size that is to be found", "pass one, Job(microbatch_size=) or --microbatch-size"),
         (settings.shard != "none", "--shard", "keep each stage whole on its rank, or split into more stages"),
         (settings.deterministic, "--deterministic", "its sums are torch's own, in the order of its schedule"),
         (job.encode is not None, "Job(encode=)", "its losses are of one microbatch at a time"),

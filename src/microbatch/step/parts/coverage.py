@@ -35,7 +35,7 @@ class Coverage(Part):
             window.setup.warn(
                 "coverage",
                 f"no optimizer of this accumulator holds {', '.join(missing[:_NAMED])}{more}: their gradients were "
-                "computed, and the step leaves these parameters as they are. If that is meant, "
-                "parameter.requires_grad_(False) says so and saves their backward; otherwise add them to an optimizer "
+                "computed, and the step leaves these parameters as they are. If that is meant, call "
+                "parameter.requires_grad_(False), which saves their backward; otherwise add them to an optimizer "
                 "with optimizer.add_param_group",
             )
