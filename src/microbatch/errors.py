@@ -142,7 +142,7 @@ class NonfiniteError(MicrobatchError, ArithmeticError):
         where = "a microbatch" if microbatch is None else f"microbatch {microbatch}"
         super().__init__(
             f"{what} became infinite or NaN in {where} of this window; weights, gradients, random state and buffers "
-            'are as before it; pass nonfinite="skip" to drop such windows and go on'
+            'are as before it. Pass nonfinite="skip" to drop such windows and go on'
         )
         self.microbatch = microbatch
         self.parameter = parameter

@@ -246,6 +246,89 @@ def test_code_and_entries_are_not_one_sentence(text: str) -> None:
     assert long_sentences(f'"""{text.format(LONG)}"""') == []
 
 
+# -- plain texts ------------------------------------------------------------------------------------------------------
+
+# Errors, warnings and help: longer than in docstrings, because a field may hold several words.
+TEXT_WORDS = 35
+
+
+def texts(source: str) -> Iterator[str]:
+    """Yield every text of a module that is no docstring, with each field of an f-string as one word."""
+    tree = ast.parse(source)
+    skipped = {
+        id(each)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr | ast.JoinedStr)
+        for each in ([node.value] if isinstance(node, ast.Expr) else node.values)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [each.value if isinstance(each, ast.Constant) else "{field}" for each in node.values]
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
+            yield node.value
+
+
+def long_texts(source: str) -> list[str]:
+    """Return the sentences of texts that are too long; the lines of a program in a text are one sentence each."""
+    found = (each for text in texts(source) for each in re.split(r"(?<=[.!?])\s+|\n", text))
+    return [each for each in found if words(each) > TEXT_WORDS]
+
+
+def test_errors_warnings_and_help_are_short() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    found = {file.relative_to(PACKAGE).as_posix(): long_texts(file.read_text(encoding="utf-8")) for file in files}
+    assert found
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+# A file, a rank or an option does not speak. The texts of `linting` are not held yet.
+OLD_WORDS = re.compile(
+    r"(?<!scikit-)\b(?:says?|said|tells?|told|learns?|(?:come|comes|came) to(?! a halt)|one's|whom|as ever|likewise|"
+    r"nobody)\b"
+)
+
+
+def old_words(source: str) -> list[str]:
+    """Return the texts of several words that have an old word, from the word on."""
+    plain = (re.sub(r"<[^>]*>", "", text) for text in texts(source) if " " in text)
+    return [text[each.start() :] for text in plain for each in OLD_WORDS.finditer(text)]
+
+
+def test_errors_warnings_and_help_have_no_old_words() -> None:
+    files = sorted(file for file in PACKAGE.rglob("*.py") if file.parts[len(PACKAGE.parts)] != "linting")
+    found = {file.relative_to(PACKAGE).as_posix(): old_words(file.read_text(encoding="utf-8")) for file in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("text", ["the file says so", "nothing to learn from", "did not come to an end", "it is told"])
+def test_an_old_word_is_seen(text: str) -> None:
+    assert len(old_words(f"raise ValueError(f'{{x}}: {text}')")) == 1
+
+
+@pytest.mark.parametrize("source", ["x = 'say'", "'the learning rate'", "'it came to a halt'", "x = 1  # it says so"])
+def test_what_is_no_old_word_is_left_alone(source: str) -> None:
+    assert old_words(source) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ValueError('{}')",
+        "raise ValueError(f'{{x}} {}')",
+        "raise ValueError('a ' f'{{x}}. A {}')",
+        "HELP = {{'key': 'A short one. A {}'}}",
+    ],
+)
+def test_a_long_text_is_seen(source: str) -> None:
+    assert len(long_texts(source.format(" ".join(["word"] * 36)))) == 1
+    assert long_texts(source.format(" ".join(["word"] * 33))) == []
+
+
+def test_a_docstring_is_no_text() -> None:
+    assert long_texts(f'"""{" ".join(["word"] * 40)}."""') == []
+
+
 # -- one base name, one file ------------------------------------------------------------------------------------------
 
 # Rooms whose files may, for now, be named like a file elsewhere.

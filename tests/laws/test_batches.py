@@ -99,7 +99,7 @@ def test_e1_check_names_the_dimension() -> None:
     model, batch = recurrent()
     found = mb.check(model, sequences, batch, microbatch_size=2)
     assert not found.ok
-    assert "dimension 0 was taken" in str(found)
+    assert "The window uses dimension 0" in str(found)
     marked = mb.check(model, sequences, mb.Rows(batch, dim=1), microbatch_size=2)
     assert marked.ok
     assert marked.notes == ()

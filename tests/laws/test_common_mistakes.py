@@ -131,7 +131,7 @@ def cached() -> Loss:
 def test_a_graph_that_outlives_its_microbatch_is_named(make: Callable[[], Loss]) -> None:
     model = network()
     it = accumulator(model)
-    with pytest.raises(WindowError, match=r"running total of losses.*detach\(\) it"):
+    with pytest.raises(WindowError, match=r"running total of losses.*detach\(\) on this tensor"):
         it.step(X, make())
     assert is_exact(it, model)
 

@@ -501,7 +501,7 @@ def test_what_cannot_be_exact_is_refused_and_leaves_nothing(told: list[Any]) -> 
     for each in told:
         for found in each["case_late"]:
             assert found["no counts"].startswith("MissingCountError: the loss 'loss' has a count of its own")
-            assert "pass counts=" in found["no counts"]
+            assert "Pass counts=" in found["no counts"]
             assert found["wrong counts"].startswith("CountError")
             assert found["some rows"].startswith("MissingCountError: the loss 'loss' is a mean over samples")
             assert found["masked"].startswith("EmptyWindowError")

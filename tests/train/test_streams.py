@@ -236,7 +236,7 @@ def taken(reader: StreamBatches, steps: int) -> list[Tensor]:
 
 def test_a_stream_of_unknown_length_needs_steps() -> None:
     job = a_job(data=Plain(), steps=None, epochs=2.0)
-    with pytest.raises(ConfigError, match="does not tell how many samples it has; pass --steps"):
+    with pytest.raises(ConfigError, match="has no known number of samples; pass --steps"):
         resolve(load_settings({}), job, device=CPU)
     assert resolve(load_settings({}), a_job(data=Epochs(), steps=None, epochs=2.0), device=CPU).steps == 6
 

@@ -59,7 +59,7 @@ def test_a_term_that_nobody_declared_is_refused() -> None:
 
 def test_a_count_that_nobody_declared_is_refused_before_its_backward() -> None:
     loss = Loss(sum=torch.ones((), requires_grad=True), count=2)
-    with pytest.raises(MissingCountError, match="pass counts="):
+    with pytest.raises(MissingCountError, match="Pass counts="):
         given_to_the_engine(loss, expecting(None))
 
 

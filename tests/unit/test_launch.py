@@ -130,7 +130,7 @@ def test_new_ranks_meet_in_a_store_that_is_full_of_old_ones() -> None:
 
 
 def test_who_does_not_come_to_the_start_is_named() -> None:
-    with pytest.raises(RankError, match="rank 1, rank 2 did not come to the start"):
+    with pytest.raises(RankError, match="rank 1, rank 2 did not start in time"):
         fresh(HashStore(), rank=0, ranks=3, patience=0.1)
-    with pytest.raises(RankError, match="rank 0 did not come to the start"):
+    with pytest.raises(RankError, match="rank 0 did not start in time"):
         fresh(HashStore(), rank=2, ranks=3, patience=0.1)

@@ -360,7 +360,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...
     "of shape (1,)": (lambda y: y.mean().reshape(1), LossShapeError, ("'loss'", "(1,)")),
     "of integers": (lambda y: torch.tensor(3), LossShapeError, ("'loss'", "torch.int64", "floating point")),
     "of complex numbers": (lambda y: y.mean() * 1j, LossShapeError, ("'loss'", "torch.complex64")),
-    "detached": (lambda y: y.mean().detach(), NoGraphError, ("'loss'", "no graph", "detached", "return None")),
+    "detached": (lambda y: y.mean().detach(), NoGraphError, ("'loss'", "no graph", "detached", "Return None")),
     "a metric beside it": (
         lambda y: {"loss": y.mean(), "accuracy": (y > 0).float().mean()},
         NoGraphError,
@@ -371,7 +371,7 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...
         NoGraphError,
         ("'accuracy'", "metrics={'accuracy'"),
     ),
-    "a dict without any graph": (lambda y: {"a": y.mean().detach()}, NoGraphError, ("'a'", "return None")),
+    "a dict without any graph": (lambda y: {"a": y.mean().detach()}, NoGraphError, ("'a'", "Return None")),
     "a sum of one per row": (lambda y: Loss(sum=y**2, count=2), LossShapeError, ("Loss.sum", "(2,)")),
     "a sum of integers": (lambda y: Loss(sum=torch.tensor(2), count=2), LossShapeError, ("Loss.sum", "torch.int64")),
     "a sum without graph": (lambda y: Loss(sum=y.sum().detach(), count=2), NoGraphError, ("'loss'", "no graph")),

@@ -79,5 +79,5 @@ class Copies:
         except Exception as error:
             raise BatchError(
                 f"{kind_of(value)} in the batch cannot be copied ({type(error).__name__}: {error!s:.200}), and a loss "
-                "function that edits its microbatch would edit the batch; give the class a method clone()"
+                "function that edits its microbatch would edit the batch. Give the class a method clone()"
             ) from error

@@ -144,20 +144,20 @@ class ByRow(TorchFunctionMode):
         if call is None and in_backward:
             raise ConfigError(
                 'dropout="by_row": a checkpoint runs a part of the model again in backward with another random state '
-                "than in forward, so its masks cannot be found; checkpoint with preserve_rng_state=True, the default"
+                "than in forward, so its masks cannot be found. Checkpoint with preserve_rng_state=True, the default"
             )
         if call is not None and (in_backward or call.shown is self._shown):
             return call.shown, call.index
         if self._shown is None:
             raise ConfigError(
                 'dropout="by_row" has to know which rows of the batch are in the microbatch, and this microbatch does '
-                "not come from the window; use accumulator.step, window.split, or iterate over the window"
+                "not come from the window. Use accumulator.step, window.split, or iterate over the window"
             )
         rows = len(self._shown.rows)
         if x.ndim == 0 or x.shape[0] != rows:
             raise ConfigError(
                 f'dropout="by_row" needs the microbatch\'s {rows} rows in the first dimension of the tensor that is '
-                f"dropped out, and its shape is {tuple(x.shape)}; put the rows first (batch_first=True), or split them "
+                f"dropped out, and its shape is {tuple(x.shape)}. Put the rows first (batch_first=True), or split them "
                 "from the first dimension before the dropout: x.unflatten(0, (rows, -1))"
             )
         self._calls[tag] = _DropoutCall(self._index, self._shown)
@@ -309,7 +309,7 @@ def _refuse_recurrent(mode: ByRow, *args: Any, **kwargs: Any) -> None:
     )
     if dropout and train:
         raise ConfigError(
-            f'dropout="by_row" cannot replace the dropout={dropout} inside of a recurrent module; set its dropout=0, '
+            f'dropout="by_row" cannot replace the dropout={dropout} inside of a recurrent module. Set its dropout=0, '
             "or build its layers one by one, with batch_first=True and nn.Dropout between them"
         )
 

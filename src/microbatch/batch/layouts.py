@@ -58,9 +58,9 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
     named = ", ".join(f"{path} of shape {shape}" for path, shape in list(wide.items())[:3])
     why = f", and {time_first[0]} of the model expects (time, rows, features)" if time_first else ""
     return (
-        f"the rows of the batch could be in dimension 0 or in dimension 1 of all its tensors ({named}){why}; "
-        f"dimension 0 was taken, so the batch has {rows} rows; if dimension 1 holds them, mark every tensor as "
-        "mb.Rows(value, dim=1); if dimension 0 is right, mark one tensor as mb.Rows(value), and this warning ends"
+        f"the rows of the batch could be in dimension 0 or in dimension 1 of all its tensors ({named}){why}. "
+        f"The window uses dimension 0, so the batch has {rows} rows. If the rows are in dimension 1, mark every tensor "
+        "as mb.Rows(value, dim=1). If dimension 0 is right, mark one tensor as mb.Rows(value), and this warning ends"
     )
 
 
@@ -89,7 +89,7 @@ def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     if len(shape) != _IMAGES - 1 or not 1 < shape[0] <= _CHANNELS < min(shape[1:]):
         return None
     return (
-        f"{start} is a list of 2 tensors of shape {shape}, which was taken for two values with {shape[0]} rows each; "
-        "if it holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]); if it is right, pass "
-        "the two values in a dict, and this warning ends"
+        f"{start} is a list of 2 tensors of shape {shape}, which is read as two values with {shape[0]} rows each. "
+        "If the list holds 2 images, collate them (torch.stack), or mark the list as mb.Rows([...]). If it holds two "
+        "values, pass them in a dict, and this warning ends"
     )

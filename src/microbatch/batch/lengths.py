@@ -307,13 +307,13 @@ def _columns(batch: object, lengths_or_mask: Tensor, lengths: Lengths) -> int:
     if lengths_or_mask.ndim == 1 and len(widths) != 1:
         raise BatchError(
             f"lengths: the entries' second dimensions are {sorted(widths)}, so it is not clear which entries are "
-            "padded; name the padded entries with keys=, or pass a mask instead of lengths"
+            "padded. Name the padded entries with keys=, or pass a mask instead of lengths"
         )
     columns = int(lengths_or_mask.shape[1]) if lengths_or_mask.ndim == 2 else next(iter(widths))
     if columns not in widths or columns == 0:
         raise BatchError(
-            f"lengths: {columns} columns cannot be trimmed: the entries' second dimensions are {sorted(widths)}; "
-            "pass the mask of these entries, or name the entries to trim with keys="
+            f"lengths: {columns} columns cannot be trimmed: the entries' second dimensions are {sorted(widths)}. "
+            "Pass the mask of these entries, or name the entries to trim with keys="
         )
     for path, shape in named:
         _check_entry(shape, path, columns=columns, keys=lengths.keys)
@@ -331,7 +331,7 @@ def _check_entry(shape: tuple[int, ...], path: str, *, columns: int, keys: Seque
     elif columns in shape[2:]:
         raise BatchError(
             f"lengths: {path} has shape {shape}, with {columns} columns in other dimensions than the second, as a mask "
-            "over pairs of tokens has; leave this entry out, build it in the model, or name the entries to trim with "
+            "over pairs of tokens has. Leave this entry out, build it in the model, or name the entries to trim with "
             "keys="
         )
 
@@ -367,7 +367,7 @@ def _refuse_packed(batch: object) -> None:
         if any(name in path for name in _PACKED):
             raise BatchError(
                 f"lengths: {path} belongs to a packed layout, whose documents are not rows, so the batch cannot be cut "
-                "by length; leave lengths= out, or pad the documents instead of packing them"
+                "by length. Leave lengths= out, or pad the documents instead of packing them"
             )
 
 
@@ -378,7 +378,7 @@ def _check_positions(batch: object, columns: int, lengths: Lengths) -> None:
     ):
         return
     raise BatchError(
-        "lengths: the padding is on the left, and trimming it would move every token to another position; add "
+        "lengths: the padding is on the left, and trimming it would move every token to another position. Add "
         "position_ids of the tokens' shape to the batch, or set relative_positions=True if the model uses only "
         "relative positions"
     )

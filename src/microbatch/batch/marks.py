@@ -78,5 +78,5 @@ class Rows:
         if self.value is None or isinstance(self.value, bool | int | float | complex):
             raise BatchError(
                 f"mb.Rows takes a tensor, an array, a list with one item per row, or a dict of them, not "
-                f"{self.value!r:.200}; leave the mark out for a value without rows"
+                f"{self.value!r:.200}. Leave the mark out for a value without rows"
             )

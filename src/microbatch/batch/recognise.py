@@ -98,7 +98,7 @@ def entries_of(value: Any, path: str) -> int | None:
     if isinstance(value, PackedSequence):
         raise BatchError(
             f"{path} is a PackedSequence, in which the rows of a time step lie beside each other, so it cannot be cut "
-            "by rows; pass the padded tensor and the lengths, and call pack_padded_sequence in the loss function"
+            "by rows. Pass the padded tensor and the lengths, and call pack_padded_sequence in the loss function"
         )
     if is_array(value):
         return int(value.shape[0]) if value.shape else None
@@ -175,7 +175,7 @@ def _entries_along(mark: Rows, path: str) -> int:
     elif isinstance(value, list | tuple | str | bytes) or slices_itself(value):
         if dim:
             raise BatchError(
-                f"{path}: mb.Rows of {kind_of(value)} has one item per row, so dim= must be 0, not {dim}; mark "
+                f"{path}: mb.Rows of {kind_of(value)} has one item per row, so dim= must be 0, not {dim}. Mark "
                 "each tensor by itself, or put the tensors into a dict"
             )
         entries = len(value)
@@ -199,7 +199,7 @@ def _cannot_slice(value: Tensor, path: str) -> str:
             "mb.Rows([...]) of its rows, for example mb.Rows(list(nested.unbind()))"
         )
     return (
-        f"{path} is a {value.layout} tensor, which cannot be sliced by rows; pass to_dense() of it, or mb.Rows([...]) "
+        f"{path} is a {value.layout} tensor, which cannot be sliced by rows. Pass to_dense() of it, or mb.Rows([...]) "
         "with one sparse tensor per row, or mb.Whole(...) if it has no rows"
     )
 
@@ -286,7 +286,7 @@ def _settle(found: Found, batch: object) -> int:
         if not numbers:
             raise BatchError(
                 f"the batch has no rows: {kind_of(batch)} without any tensor of one or more dimensions was "
-                "given; pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
+                "given. Pass tensors of shape (rows, ...), which may be nested in dicts, lists, tuples and dataclasses"
             )
         if len({each.rows for each in numbers}) > 1:
             raise disagreement(numbers)
@@ -302,7 +302,7 @@ def _settle(found: Found, batch: object) -> int:
             raise disagreement([*found.sure[:1], each])
         raise BatchError(
             f"{each.path} is a list of {each.rows} numbers, and the batch has {rows} rows, so it could be one number "
-            "for each row, or a value of the whole batch such as class weights; mark it with mb.Rows(...) or with "
+            "for each row, or a value of the whole batch such as class weights. Mark it with mb.Rows(...) or with "
             "mb.Whole(...), or pass a tensor if it has one number for each row"
         )
     return rows

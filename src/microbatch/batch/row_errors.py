@@ -11,9 +11,9 @@ from microbatch.kind_words import kind_of
 _SHOWN = 3
 
 _OTHERWISE = (
-    "wrap a list with one item per row in mb.Rows([...]); cut what has several entries per row, such as the boxes of "
-    "all images, in the loader, and give its microbatches to accumulator.windows(loader, microbatches=...), which "
-    "cuts nothing; mb.Whole(...) is right only for a value without rows, such as class weights"
+    "wrap a list with one item per row in mb.Rows([...]). If a value has several entries per row, such as the boxes of "
+    "all images, let the loader make the microbatches, and use accumulator.windows(loader, microbatches=...), which "
+    "cuts nothing. mb.Whole(...) is right only for a value without rows, such as class weights"
 )
 
 
@@ -72,9 +72,9 @@ def samples_in_a_list(path: str, entries: int, what: str, *, inner: Sequence[Ent
     if rows is not None and rows != entries:
         kind, about = RowsDisagreeError, f"{about}, and the rest of the batch has {rows} rows"
     return kind(
-        f"{about}: they could be {entries} samples, or {entries} different things{first}; if they are samples, collate "
+        f"{about}: they could be {entries} samples, or {entries} different things{first}. If they are samples, collate "
         f"them into one tensor (collate_fn of the DataLoader, torch.stack), or wrap the list in mb.Rows([...]) to get "
-        "a list of samples in every microbatch; if they are different things, give them names: pass a dict or a named "
+        "a list of samples in every microbatch. If they are different things, give them names: pass a dict or a named "
         "tuple"
     )
 
@@ -90,9 +90,9 @@ def unknown_object(value: object, path: str) -> BatchError:
         The error.
     """
     return BatchError(
-        f"{path} is {kind_of(value)}, which holds tensors, and it is not known which of them have rows; wrap "
-        "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict; or let the loader "
-        "make microbatches, and use accumulator.windows(loader, microbatches=...), which hands them on uncut"
+        f"{path} is {kind_of(value)}, which holds tensors, and it is not known which of them have rows. Wrap "
+        "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict. Or let the loader "
+        "make microbatches, and use accumulator.windows(loader, microbatches=...), which does not cut them"
     )
 
 

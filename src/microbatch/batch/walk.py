@@ -269,7 +269,7 @@ def _rebuilt(make: Callable[[Any, Any], Any], old: object, new: object, *, path:
     except Exception as error:
         raise BatchError(
             f"{path} is {kind_of(old)}, which cannot be made again with other values "
-            f"({type(error).__name__}: {error!s:.200}); pass a dict or a dataclass instead, or mark it with "
+            f"({type(error).__name__}: {error!s:.200}). Pass a dict or a dataclass instead, or mark it with "
             "mb.Whole(...) if it has no rows"
         ) from error
 

@@ -120,7 +120,7 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
             raise
         raise ConfigError(
             f"the model, or what the loss function or the loop use, cannot be copied, so that nothing can be tried "
-            f"without touching it ({type(error).__name__}: {error}); make it work with copy.deepcopy"
+            f"without touching it ({type(error).__name__}: {error}). Make it work with copy.deepcopy"
         ) from error
     copies = list({id(value): value for value in memo.values()}.values())
     tensors = [value for value in copies if isinstance(value, Tensor) and _has_precision(value)]

@@ -228,7 +228,7 @@ class _Bench:
         if size < rows:
             return size
         size = -(-rows // 2)
-        self.notes.append(f"microbatches of {size} rows were taken: one that is the whole batch says nothing")
+        self.notes.append(f"microbatches of {size} rows were used: one microbatch with the whole batch shows nothing")
         return size
 
     # -- the comparison -----------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ class _Bench:
             return self.wide.rounding(off, self.wide.whole(off)) + self._unit(off)
         if narrowest is torch.float64:
             return EXACT
-        self.notes.append(f"the model computes in {_named(narrowest)} by itself, which limits how finely can be told")
+        self.notes.append(f"the model itself computes in {_named(narrowest)}, so smaller errors cannot be seen")
         return max(EXACT, 64 * torch.finfo(narrowest).eps)
 
     def _unit(self, off: frozenset[str]) -> float:

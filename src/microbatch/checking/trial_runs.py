@@ -249,7 +249,7 @@ class Stage:
         if not mean.requires_grad:
             raise CheckError(
                 "the loss does not depend on the model that the loss function is given: it was detached, or it comes "
-                "from another model; use the model that is passed in"
+                "from another model. Use the model that is passed in"
             )
         backward_once(torch.autograd.backward, mean)  # the tensor's method would run without the mode of the masks
         gradient = taken(play.model)

@@ -34,7 +34,7 @@ def check(
         str | None,
         typer.Option(
             metavar="BYTES",
-            help='Most memory the check may use, such as "6 GiB"; none for what there is.',
+            help='Memory limit of the check, such as "6 GiB"; none for all available memory.',
             rich_help_panel=BATCH,
         ),
     ] = None,
@@ -42,7 +42,7 @@ def check(
         str | None,
         typer.Option(
             metavar="exact|plain",
-            help="plain couples samples within each microbatch alone: what does that lose?",
+            help="exact, or plain to compare: a contrastive loss within each microbatch only.",
             rich_help_panel=BATCH,
         ),
     ] = None,

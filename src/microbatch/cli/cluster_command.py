@@ -77,7 +77,7 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
 
 def _plans(job: str, flags: Mapping[str, Any]) -> list[ClusterPlan]:
     if "device" not in flags:
-        raise ConfigError('say which hardware: --device a100-40gb, or --device "24 GiB"')
+        raise ConfigError('pass the hardware: --device a100-40gb, or --device "24 GiB"')
     for name in ("batch_size", "microbatch_size", "sequence_length", "utilisation"):
         if isinstance(flags.get(name), str):
             kind = "number" if name == "utilisation" else "whole number"
@@ -85,7 +85,7 @@ def _plans(job: str, flags: Mapping[str, Any]) -> list[ClusterPlan]:
     case, rows = _case(job, flags)
     batch_size = flags.get("batch_size", rows)
     if batch_size is None:
-        raise ConfigError("say which effective batch: --batch-size 512")
+        raise ConfigError("pass the effective batch: --batch-size 512")
     offload = flags.get("offload", "none")
     kept = {name: flags[name] for name in ("strategy", "checkpointing", "reduce") if name in flags}
     told = ("bandwidth", "latency", "utilisation", "microbatch_seconds")

@@ -11,7 +11,9 @@ _WORDS: tuple[tuple[str, str], ...] = (
     (r"\ba larger memory_budget\b", "a larger --memory"),
     (r"\ba smaller microbatch_size\b", "a smaller --microbatch-size"),
     (r'pass nonfinite="skip" to', 'write nonfinite = "skip" in a file for --config to'),
+    (r'Pass nonfinite="skip" to', 'Write nonfinite = "skip" in a file for --config to'),
     (r"\bpass (?=--)", "use "),
+    (r"\bPass (?=--)", "Use "),
     # An argument with its value, and then an argument alone.
     (r"(?<![\w(])microbatch_size=(?=\d)", "--microbatch-size "),
     (r"(?<![\w(])memory_budget=(?=\d)", "--memory "),

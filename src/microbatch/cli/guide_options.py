@@ -13,16 +13,16 @@ from microbatch.cli.shared_options import number_or_word
 def guide(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN", help="Run directories to look at, in progress or finished.", show_default=False),
+        typer.Argument(metavar="RUN", help="Run directories to show, running or finished.", show_default=False),
     ] = None,
     *,
     port: Annotated[
-        str | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any that is free.", show_default=False)
+        str | None, typer.Option(metavar="N", help="Port on 127.0.0.1; 0 for any free port.", show_default=False)
     ] = None,
     no_browser: Annotated[bool, typer.Option("--no-browser", metavar="", help="Only print the address.")] = False,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Write a copy for hosting, with recorded runs, and leave."),
+        typer.Option(metavar="FOLDER", help="Write a copy for any web server, with recorded runs, and exit."),
     ] = None,
 ) -> None:
     """Open the guide.

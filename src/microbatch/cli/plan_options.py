@@ -37,13 +37,13 @@ def plan(
     batch_size: BatchSize = None,
     microbatch_size: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Size to compare the best one with.", rich_help_panel=BATCH),
+        typer.Option(metavar="N", help="Microbatch size to compare with the best one.", rich_help_panel=BATCH),
     ] = None,
     memory: Annotated[
         str | None,
         typer.Option(
             metavar="BYTES",
-            help='Most memory a step may use, such as "6 GiB"; none for no limit of its own.',
+            help='Memory limit of a step, such as "6 GiB"; none for all available memory.',
             rich_help_panel=BATCH,
         ),
     ] = None,
@@ -51,7 +51,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            help='auto, cpu, cuda, cuda:1, mps; or hardware that is not here: a100-40gb, h100, "24 GiB".',
+            help='auto, cpu, cuda, cuda:1, mps; or hardware that you do not have: a100-40gb, h100, "24 GiB".',
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -60,19 +60,24 @@ def plan(
     data: DataPath = None,
     config: ConfigFile = None,
     ranks: Annotated[
-        str | None, typer.Option(metavar="N[,N...]", help="Devices; several to compare.", rich_help_panel=ELSEWHERE)
+        str | None,
+        typer.Option(
+            metavar="N[,N...]", help="Number of devices; several numbers to compare.", rich_help_panel=ELSEWHERE
+        ),
     ] = None,
     strategy: Annotated[
         str | None, typer.Option(metavar="ddp|zero1|zero2|fsdp", help="What is sharded.", rich_help_panel=ELSEWHERE)
     ] = None,
     checkpointing: Annotated[
         str | None,
-        typer.Option(metavar="none|blocks", help="What is computed again in backward.", rich_help_panel=ELSEWHERE),
+        typer.Option(metavar="none|blocks", help="What backward recomputes.", rich_help_panel=ELSEWHERE),
     ] = None,
     offload: Annotated[
         str | None,
         typer.Option(
-            metavar="none|optimizer|optimizer+gradients|all", help="What the host holds.", rich_help_panel=ELSEWHERE
+            metavar="none|optimizer|optimizer+gradients|all",
+            help="What is kept in host memory.",
+            rich_help_panel=ELSEWHERE,
         ),
     ] = None,
     precision: Annotated[
@@ -84,30 +89,38 @@ def plan(
         typer.Option(metavar="microbatch|window", help="When gradients are reduced.", rich_help_panel=ELSEWHERE),
     ] = None,
     sequence_length: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens of a row.", rich_help_panel=ELSEWHERE)
+        str | None, typer.Option(metavar="N", help="Tokens in a row.", rich_help_panel=ELSEWHERE)
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="AMOUNT/s", help='What leaves a rank: "25 GB/s", "10 Gbit/s".', rich_help_panel=ELSEWHERE),
+        typer.Option(
+            metavar="AMOUNT/s", help='What one rank can send: "25 GB/s", "10 Gbit/s".', rich_help_panel=ELSEWHERE
+        ),
     ] = None,
     latency: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help='Of a collective: "20 us", "0.5 ms".', rich_help_panel=ELSEWHERE),
+        typer.Option(metavar="TIME", help='Latency of a collective: "20 us", "0.5 ms".', rich_help_panel=ELSEWHERE),
     ] = None,
     utilisation: Annotated[
         str | None,
-        typer.Option(metavar="SHARE", help="Of the device's peak arithmetic; 0.4.", rich_help_panel=ELSEWHERE),
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the device's peak speed that is reached; 0.4 by default.",
+            rich_help_panel=ELSEWHERE,
+        ),
     ] = None,
     microbatch_seconds: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help='Of a microbatch there, if measured: "0.25 s".', rich_help_panel=ELSEWHERE),
+        typer.Option(
+            metavar="TIME", help='Measured time of a microbatch on that hardware: "0.25 s".', rich_help_panel=ELSEWHERE
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Write a figure.", rich_help_panel=OUTPUT)
     ] = None,
     no_cache: Annotated[
         bool,
-        typer.Option("--no-cache", metavar="", help="Plan again, and keep nothing.", rich_help_panel=OUTPUT),
+        typer.Option("--no-cache", metavar="", help="Plan again, without the cache.", rich_help_panel=OUTPUT),
     ] = False,
     json: JsonObject = False,
     no_color: NoColor = False,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 BATCH, LENGTH, MACHINE, FILES, OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
-ELSEWHERE = "Hardware that is not here"
+ELSEWHERE = "Hardware that you do not have"
 
 THE_JOBS = "the job's"
 """What holds where neither a flag nor a file says anything, and the job does."""
@@ -25,24 +25,22 @@ DeviceName = Annotated[
 Autocast = Annotated[
     str | None,
     typer.Option(
-        metavar="bf16|fp16|none", help="Precision of the forward.", rich_help_panel=MACHINE, show_default=THE_JOBS
+        metavar="bf16|fp16|none", help="Precision of the forward pass.", rich_help_panel=MACHINE, show_default=THE_JOBS
     ),
 ]
 Seed = Annotated[
     str | None,
-    typer.Option(metavar="N", help="Seed of everything that is random.", rich_help_panel=MACHINE, show_default="0"),
+    typer.Option(metavar="N", help="Seed of all random numbers.", rich_help_panel=MACHINE, show_default="0"),
 ]
 DataPath = Annotated[
     str | None, typer.Option(metavar="PATH", help="Your own file or folder of data.", rich_help_panel=FILES)
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.toml", help="Settings in a file; flags go over it.", rich_help_panel=FILES),
+    typer.Option(metavar="FILE.toml", help="Settings file; flags have priority.", rich_help_panel=FILES),
 ]
 NoColor = Annotated[bool, typer.Option("--no-color", metavar="", help="No colours.", rich_help_panel=OUTPUT)]
-JsonObject = Annotated[
-    bool, typer.Option("--json", metavar="", help="One JSON object, for machines.", rich_help_panel=OUTPUT)
-]
+JsonObject = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 JobName = Annotated[
     str | None,
     typer.Argument(

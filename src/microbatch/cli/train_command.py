@@ -183,7 +183,7 @@ class Told:
         """
         if self._launch.ranks > 1 and is_of_the_group(error):
             return self.failed(
-                error, "another rank failed or died before the run began (its own error says why)", code=FAILED
+                error, "another rank failed or died before the run began (its own error has the cause)", code=FAILED
             )
         if self._launch.speaks or self.prepared is not None:
             traceback.print_exception(type(error), error, _of_the_user(error.__traceback__), file=self._stderr)

@@ -43,7 +43,7 @@ def train(
         str | None,
         typer.Option(
             metavar="BYTES",
-            help='Most memory a step may use, such as "6 GiB"; none for what there is.',
+            help='Memory limit of a step, such as "6 GiB"; none for all available memory.',
             rich_help_panel=BATCH,
             show_default=THE_JOBS,
         ),
@@ -61,7 +61,7 @@ def train(
         str | None,
         typer.Option(
             metavar="exact|plain",
-            help="plain couples samples within each microbatch alone, as usual, to compare.",
+            help="exact, or plain to compare: a contrastive loss within each microbatch only.",
             rich_help_panel=BATCH,
             show_default="exact",
         ),
@@ -70,7 +70,7 @@ def train(
         str | None,
         typer.Option(
             metavar="once|mean|each",
-            help="How buffers move that every microbatch would move: once a step, by the mean, or each time.",
+            help="How forward passes update buffers: once a step, by the mean, or in each microbatch.",
             rich_help_panel=BATCH,
             show_default=THE_JOBS,
         ),
@@ -79,7 +79,7 @@ def train(
         str | None,
         typer.Option(
             metavar="auto|all|none",
-            help="Blocks that recompute activations in backward: as few as the memory needs, all, or none.",
+            help="Recompute activations in backward: of as few blocks as memory requires, of all, or of none.",
             rich_help_panel=MACHINE,
             show_default="none",
         ),
@@ -137,20 +137,23 @@ def train(
     deterministic: Annotated[
         bool,
         typer.Option(
-            "--deterministic", metavar="", help="The same bits on any number of ranks.", rich_help_panel=MACHINE
+            "--deterministic", metavar="", help="Compute the same bits on any number of ranks.", rich_help_panel=MACHINE
         ),
     ] = False,
     async_checkpoints: Annotated[
         bool,
         typer.Option(
-            "--async-checkpoints", metavar="", help="Train on while a checkpoint is written.", rich_help_panel=MACHINE
+            "--async-checkpoints",
+            metavar="",
+            help="Continue training while a checkpoint is written.",
+            rich_help_panel=MACHINE,
         ),
     ] = False,
     rank_timeout: Annotated[
         str | None,
         typer.Option(
             metavar="SECONDS",
-            help="How long a rank of several waits for the others before it says who is missing.",
+            help="How long a rank waits for the others before an error names the missing rank.",
             rich_help_panel=MACHINE,
             show_default="600",
         ),
@@ -159,7 +162,7 @@ def train(
         str | None,
         typer.Option(
             metavar="none|zero2|zero3",
-            help="What each of several ranks holds a share of: gradients and optimizer state, or weights too.",
+            help="Shard over the ranks: gradients and optimizer state (zero2), or weights too (zero3).",
             rich_help_panel=MACHINE,
             show_default="none",
         ),
@@ -168,7 +171,7 @@ def train(
         str | None,
         typer.Option(
             metavar="auto|lean|fast",
-            help="When gradients of a sharded model meet: after every microbatch, or once a step.",
+            help="When gradients of a sharded model are reduced: after every microbatch, or once a step.",
             rich_help_panel=MACHINE,
             show_default="auto",
         ),
@@ -189,21 +192,21 @@ def train(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", metavar="", help="Go on with --run, or with the newest run, bit for bit.", rich_help_panel=FILES
+            "--resume", metavar="", help="Continue --run, or the newest run, bit for bit.", rich_help_panel=FILES
         ),
     ] = False,
     no_compare: Annotated[
         bool,
         typer.Option(
-            "--no-compare", metavar="", help="Leave out the comparison with the full batch.", rich_help_panel=OUTPUT
+            "--no-compare", metavar="", help="Skip the comparison with the full batch.", rich_help_panel=OUTPUT
         ),
     ] = False,
     json: Annotated[
-        bool, typer.Option("--json", metavar="", help="One JSON object a line, for machines.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--json", metavar="", help="Print one JSON object per line.", rich_help_panel=OUTPUT)
     ] = False,
     no_color: NoColor = False,
     watch: Annotated[
-        bool, typer.Option("--watch", metavar="", help="Open the live view while it trains.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--watch", metavar="", help="Open the live view during training.", rich_help_panel=OUTPUT)
     ] = False,
     tensorboard: Annotated[
         bool,

@@ -58,8 +58,8 @@ class EngineDenominator(Denominator):
         for share in shares:
             if not self.declares and not share.is_mean and share.name not in declared:
                 raise MissingCountError(
-                    f"the loss {share.name!r} has a count of its own, and the engine has to be given each microbatch's "
-                    "share of the whole, over all ranks, before its backward: pass counts=, a function of the whole "
+                    f"the loss {share.name!r} has a count of its own, and the engine needs each microbatch's share of "
+                    "the whole, over all ranks, before its backward. Pass counts=, a function of the whole "
                     f"batch, for example counts=lambda batch: {{{share.name!r}: (batch['labels'] != -100).sum()}}"
                 )
         return super().seeds([replace(share, value=_widened(share.value.detach())) for share in shares])
@@ -80,7 +80,7 @@ class EngineDenominator(Denominator):
             if not self.declares and 0 <= count < (self.rows or 0):
                 raise MissingCountError(
                     f"the loss {name!r} is a mean over samples, of which {count:g} of {self.rows} contributed, and the "
-                    "engine was given shares of all: pass counts=, a function of the whole batch that says how many do"
+                    "engine got shares of all. Pass counts=, a function of the whole batch that returns their number"
                 )
         return super().factor(counts)
 

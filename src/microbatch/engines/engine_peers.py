@@ -160,8 +160,8 @@ class EnginePeers(DataParallel):
         if self.passes_together and not self._order.is_alike(self.ranks):
             raise RankError(
                 "the ranks' microbatches used different parameters, or in another order, and the engine added the "
-                f"gradients of one to those of another, as ZeRO-{self._zero.stage} reduces them while they come: let "
-                "every microbatch use every parameter, or take ZeRO-1 without overlap_comm"
+                f"gradients of one to those of another: ZeRO-{self._zero.stage} reduces gradients during backward. "
+                "Use every parameter in every microbatch, or take ZeRO-1 without overlap_comm"
             )
         return agreed
 

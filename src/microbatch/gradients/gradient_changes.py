@@ -74,7 +74,7 @@ class GradientChanges:
             if total is not total_then or version != version_then:
                 raise GradientsTouchedError(
                     f"the gradient of {self._named[index].name!r} was changed inside the window by something other "
-                    "than window.backward; do not call zero_grad(), clip_grad_norm_() or loss.backward() inside a "
+                    "than window.backward. Do not call zero_grad(), clip_grad_norm_() or loss.backward() inside a "
                     "window, which zeroes, clips (max_grad_norm=) and adds up the gradients itself"
                 )
 

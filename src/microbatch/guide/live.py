@@ -294,7 +294,7 @@ def open_runs(paths: Sequence[Path]) -> list[WatchedRun]:
     # A run that is named twice is one run.
     whole = list(dict.fromkeys(path.resolve() for path in paths))
     if len(whole) > MOST_RUNS:
-        raise ConfigError(f"{len(whole)} runs are more than can be told apart; name at most {MOST_RUNS}")
+        raise ConfigError(f"{len(whole)} runs are too many for one picture; name at most {MOST_RUNS}")
     return [WatchedRun(path, name=name) for path, name in zip(whole, _names(whole), strict=True)]
 
 

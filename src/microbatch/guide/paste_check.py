@@ -73,7 +73,7 @@ class PasteCheck:
                 code, told = await _judge(source)
         except TimeoutError as error:
             raise PasteError(
-                f"the doctor did not come to an end within {MOST_SECONDS:.0f} seconds; "
+                f"the doctor did not finish within {MOST_SECONDS:.0f} seconds; "
                 "paste the loop alone, with the functions that it calls"
             ) from error
         if code != 0:

@@ -65,12 +65,12 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "pairs": Preset(
         "Contrastive, plainly cut",
-        "Each half is told apart from the halves of its own microbatch only, so this is another loss.",
+        "Each half is compared only with the halves of its own microbatch, so this is another loss.",
         {"model": "pairs", "batch": 64, "microbatch": 8, "compare": "yes"},
     ),
     "coupled": Preset(
         "Contrastive, coupled",
-        "Encoded microbatch by microbatch, told apart among all: the whole batch’s loss and its gradient.",
+        "Encoded microbatch by microbatch, compared with all: the whole batch’s loss and its gradient.",
         {"model": "pairs", "batch": 64, "microbatch": 8, "coupling": "coupled", "compare": "yes"},
     ),
 }

@@ -376,7 +376,7 @@ def _words_of_a_trainer() -> Generator[None]:
     try:
         yield
     except (NonfiniteError, EmptyWindowError) as error:
-        words = str(error).replace('pass nonfinite="skip"', 'pass accumulator={"nonfinite": "skip"}')
+        words = str(error).replace('ass nonfinite="skip"', 'ass accumulator={"nonfinite": "skip"}')
         error.args = (words, *error.args[1:])
         raise
 

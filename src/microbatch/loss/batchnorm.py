@@ -95,8 +95,8 @@ class ExactBatchNorm:
             if runs != synced:
                 raise BatchStatisticsError(
                     f"the batch normalisation {counter.name!r} ran {runs} times, {synced} of them where its statistics "
-                    "could be computed over the whole batch: the layer is scripted, or compiled, or a checkpoint runs "
-                    "it again in backward; leave this layer out of scripting, compilation and checkpoints"
+                    "could be computed over the whole batch. The layer is scripted, or compiled, or a checkpoint runs "
+                    "it again in backward. Leave this layer out of scripting, compilation and checkpoints"
                 )
 
     def look_away(self) -> None:

@@ -241,7 +241,7 @@ def _fitted(loss_of: LossOf, trials: Sequence[Trial], fit: _Fit, *, needed: int)
             break
     if fit.sums and fit.spread > _FINE:
         raise LossError(
-            "the model's loss adds up over the rows, so it is no mean; configure it to be a mean (for CTC: "
+            "the model's loss adds up over the rows, so it is no mean. Configure it to be a mean (for CTC: "
             'config.ctc_loss_reduction = "mean"), or write a loss function that returns mb.Loss(sum=..., count=...)'
         )
     if not trials or fit.spread <= fit.slack:
@@ -357,7 +357,7 @@ def _cross_entropies(loss_of: LossOf, batch: Fields) -> _IgnoredLabels:
     others = seen.found - {IGNORED}
     if others:
         raise LossError(
-            f"the model's loss ignores the label {others.pop()}, and the counts by name leave out {IGNORED}; pass "
+            f"the model's loss ignores the label {others.pop()}, and the counts by name leave out {IGNORED}. Pass "
             "count= a function that returns the count of a microbatch, such as lambda b: (b['labels'] != 255).sum()"
         )
     return seen

@@ -159,7 +159,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     if rows is None:
         raise MissingCountError(
             f"the loss {name!r} is a plain mean, and its number of samples is not known, because this microbatch does "
-            "not come from the window (or has been counted already); pass window.backward(loss, count=rows), or "
+            "not come from the window (or has been counted already). Pass window.backward(loss, count=rows), or "
             "return mb.Loss(sum=..., count=...)"
         )
     if rows == 0:
@@ -221,7 +221,7 @@ def _check_graph(value: Tensor, name: str) -> None:
     if not value.requires_grad:
         raise NoGraphError(
             f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
-            "or depends on no parameter that requires a gradient; return None for a microbatch that contributes nothing"
+            "or depends on no parameter that requires a gradient. Return None for a microbatch that contributes nothing"
         )
 
 

@@ -328,7 +328,7 @@ def _check(name: str, rows: Tensor, columns: Tensor, tile: int | None) -> None:
     shapes = f"{tuple(rows.shape)} and {tuple(columns.shape)}"
     if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1] or not 1 <= len(rows) <= len(columns):
         raise LossError(
-            f"{name}: representations of the shapes {shapes} do not fit; pass two of shape (rows, width), of the same "
+            f"{name}: representations of the shapes {shapes} do not fit. Pass two of shape (rows, width), of the same "
             "width, the second with at least as many rows as the first"
         )
     if not (rows.dtype.is_floating_point and columns.dtype.is_floating_point):

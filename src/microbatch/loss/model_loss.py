@@ -262,7 +262,7 @@ def _call(model: Any, batch: Fields, items: Tensor | None) -> tuple[Tensor, Any]
 def _check_loss(loss: Tensor, model: nn.Module) -> None:
     if loss.ndim:
         raise LossError(
-            f"the loss of {type(model).__name__} has the shape {tuple(loss.shape)}, and must be one number; let the "
+            f"the loss of {type(model).__name__} has the shape {tuple(loss.shape)}, and must be one number. Let the "
             "model average it, or write a loss function that returns mb.Loss(sum=loss.sum(), count=...)"
         )
 

@@ -160,6 +160,6 @@ def one_value_error(place: str, shape: torch.Size) -> BatchStatisticsError:
     """
     return BatchStatisticsError(
         f"the batch normalisation {place} got one value for each channel from the whole batch (its input has the shape "
-        f'{tuple(shape)}), which has no variance; take a batch of more rows, or batch_norm="frozen", which uses the '
+        f'{tuple(shape)}), which has no variance. Use a batch of more rows, or batch_norm="frozen", which uses the '
         "running statistics"
     )

@@ -86,7 +86,7 @@ class Pooled(TorchFunctionMode):
             if not layer.uses and layer.saved[0][0]._version != layer.start_version:
                 raise BatchStatisticsError(
                     f"the batch normalisation {layer.name!r} updated its running statistics where they could not be "
-                    "pooled: the layer is scripted or compiled; leave this layer out of scripting and compilation"
+                    "pooled: the layer is scripted or compiled. Leave this layer out of scripting and compilation"
                 )
 
     @torch.no_grad()

@@ -81,12 +81,12 @@ class Across:
         if failed:
             raise RankError(
                 f"rank {listed} failed before {what}, where all ranks share a statistic, so this window is dropped on "
-                f"every rank: {self._failures(failed)}; see that rank's own error for the cause"
+                f"every rank: {self._failures(failed)}. See that rank's own error for the cause"
             )
         if not_ready:
             raise RankAgainError(
                 f"rank {listed} ran out of memory before {what}, where all ranks share a statistic, so the batch has "
-                "to be run again on every rank; gradients, random state and buffers are as before the window"
+                "to be run again on every rank. Gradients, random state and buffers are as before the window"
             )
         if mismatched:
             raise RankError(

@@ -84,7 +84,7 @@ def taken_apart(encoded: object, *, rows: int) -> Representations:
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise LossError(
-                f"encode returned {kind_of(tensor)} beside tensors; return only the representations of the "
+                f"encode returned {kind_of(tensor)} beside tensors. Return only the representations of the "
                 "rows: a value that belongs to no row, such as a temperature, must come from the model in loss_fn"
             )
         if tensor.ndim == 0 or len(tensor) != rows:
@@ -149,7 +149,7 @@ def check_reached(leaves: Representations) -> None:
     if all(tensor.grad is None for tensor in leaves.tensors):
         raise NoGraphError(
             "the loss has no gradient with respect to any representation: loss_fn(model, representations) detached "
-            "the representations, or computed them again; use the representations that are passed to loss_fn"
+            "the representations, or computed them again. Use the representations that are passed to loss_fn"
         )
 
 

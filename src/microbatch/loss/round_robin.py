@@ -289,7 +289,7 @@ def _check_same_point(seats: Sequence[Seat]) -> None:
         if seat.ended != first.ended or seat.sync_point != first.sync_point:
             raise BatchStatisticsError(
                 f"microbatch {first.index} {_position(first)}, and microbatch {seat.index} {_position(seat)}: "
-                "statistics of the whole batch need every microbatch, in the same order; compute such statistics "
+                "statistics of the whole batch need every microbatch, in the same order. Compute such statistics "
                 "outside of the branch in which the two microbatches differ, also for rows that do not use them"
             )
 
@@ -312,10 +312,10 @@ def _refuse_checkpoints(sync_point: SyncPoint) -> None:
 
 def _shared_tensor_error(index: int, other: str, place: str) -> BatchStatisticsError:
     return BatchStatisticsError(
-        f"before {place}, microbatch {index} used a tensor that {other} computed: with "
-        'batch_norm="exact" microbatches run in turns, so a tensor that one of them stores outside of the model (in a '
-        "global, a list, a hook's variable) may be replaced by another one's; return the tensor from the model, or "
-        "store it as an attribute of a module, of which each microbatch has its own"
+        f"before {place}, microbatch {index} used a tensor that {other} computed. With "
+        'batch_norm="exact" microbatches run in turns, so one microbatch may replace a tensor that another one stored '
+        "outside of the model (in a global, a list, a hook's variable). Return the tensor from the model, or store it "
+        "as an attribute of a module: each microbatch has its own modules"
     )
 
 

@@ -184,7 +184,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
             if logits._version >= ctx.overwritten_version:
                 raise RuntimeError(
                     "linear_cross_entropy: the logits needed for this backward were turned into their gradient, "
-                    "inplace, by an earlier backward; compute the loss again, or pass a smaller tile="
+                    "inplace, by an earlier backward. Compute the loss again, or pass a smaller tile="
                 )
             ctx.overwritten_version = logits._version + 1
         with torch.no_grad():

@@ -189,7 +189,7 @@ class File(Place):
         except OSError as error:
             raise SpillError(
                 f"the file for offloaded tensors in {self._directory} cannot grow from {format_bytes(self.size)} by "
-                f"{format_bytes(more)}: {error}; pass directory= on a disk with more space, or use a smaller microbatch"
+                f"{format_bytes(more)}: {error}. Pass directory= on a disk with more space, or use a smaller microbatch"
             ) from error
         self.size += more
         self._free[at] = self.size - at

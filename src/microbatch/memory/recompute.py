@@ -156,7 +156,7 @@ def _refuse_caches(name: str, given: Mapping[str, Any]) -> None:
         if not (cache is None or isinstance(cache, Tensor | tuple)):
             raise ConfigError(
                 f"checkpoint: {name!r} was given a cache ({argument}=, {kind_of(cache)}), to which it would "
-                "write again when it is recomputed in backward; pass use_cache=False to the model, or leave this block "
+                "write again when it is recomputed in backward. Pass use_cache=False to the model, or leave this block "
                 "out"
             )
 
@@ -257,7 +257,7 @@ class _AsBefore(AbstractContextManager[Any]):
             raise ConfigError(
                 f"checkpoint: {self._name!r} wrote to its buffer {buffer.name!r} of shape "
                 f"{tuple(buffer.tensor.shape)}, which is too large to be copied before each forward, so the block "
-                "cannot be recomputed; leave this block out"
+                "cannot be recomputed. Leave this block out"
             )
 
 

@@ -182,9 +182,9 @@ class Communication:
 
     def _assumed(self) -> Iterator[str]:
         if self.link is None:
-            yield 'time: say what joins the ranks, --bandwidth "25 GB/s"'
+            yield 'time: pass the bandwidth between the ranks, --bandwidth "25 GB/s"'
         elif self.microbatch_seconds is None:
-            yield 'time of a step: say how long a microbatch takes, --microbatch-seconds "0.25 s"'
+            yield 'time of a step: pass the time of a microbatch, --microbatch-seconds "0.25 s"'
         else:
             yield f"arithmetic: {_time(self.microbatch_seconds)} a microbatch ({self.source})"
         if any(each.name == ONCE for each in self.ways):

@@ -94,7 +94,7 @@ def _activations(plan: Plan, blocks: int) -> Iterator[str]:
         if each.name != KEPT:
             yield f"{_name(each, blocks)}: {_verdict(plan, each, kept)}"
     if not blocks:
-        yield "no repeated blocks were found, so nothing is said of activation checkpoints"
+        yield "no repeated blocks were found, so activation checkpoints are not compared"
 
 
 def _name(way: Way, blocks: int) -> str:

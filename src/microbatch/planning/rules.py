@@ -68,12 +68,12 @@ def _warn_linear(given: Hyperparameters, scaled: Hyperparameters, change: Change
     if given.optimizer in {"Adam", "AdamW"}:
         yield (
             f"the linear rule is SGD's: {given.optimizer} divides by the gradient's own size, whose noise shrinks with "
-            f'the square root of the batch, so {scaled.learning_rate:.6g} is likely wrong; use rule="sqrt"'
+            f'the square root of the batch, so {scaled.learning_rate:.6g} is likely wrong. Use rule="sqrt"'
         )
     if change.factor > 1 and not change.warmup_steps:
         yield (
             f"without warm-up, {scaled.learning_rate:.6g} meets the first steps, where the rule fails: start at "
-            f"{given.learning_rate:.6g} and rise to it over the first epochs (five in the paper); say warmup_steps="
+            f"{given.learning_rate:.6g} and rise to it over the first epochs (five in the paper). Pass warmup_steps="
         )
     largest = max(change.from_batch_size, change.to_batch_size)
     if largest > _LINEAR_LIMIT:

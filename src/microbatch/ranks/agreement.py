@@ -93,7 +93,7 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     elif failed and failed == retrying:
         raise RankAgainError(
             f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, so every "
-            "rank has to run the batch again; gradients, random state and buffers are as before the window"
+            "rank has to run the batch again. Gradients, random state and buffers are as before the window"
         )
     elif failed:
         raise RankError(
@@ -104,7 +104,7 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
     if (ranks.size - failed) * steps_squared != steps**2:
         raise RankError(
             "the ranks are not at the same step: one rank went on after an error inside its optimizer's step, which "
-            "the other ranks finished, so their weights differ; restart all ranks from a checkpoint"
+            "the other ranks finished, so their weights differ. Restart all ranks from a checkpoint"
         )
     if (ranks.size - failed) * trained_squared != trained**2:
         texts = ranks.tell({} if message is None or message.describe is None else dict(message.describe()))

@@ -107,7 +107,7 @@ class Overlap:
             if sums[place] is not total or total._version != version:
                 raise WindowError(
                     f"the gradient of parameter {place} changed after Ranks(overlap=True) had started its all-reduce, "
-                    "as happens under activation checkpointing with use_reentrant=True; pass use_reentrant=False to "
+                    "as happens under activation checkpointing with use_reentrant=True. Pass use_reentrant=False to "
                     "checkpoint(), or leave out overlap="
                 )
         for bucket in self._buckets[self._next :]:
@@ -137,7 +137,7 @@ class Overlap:
         if failed and failed == again:
             raise RankAgainError(
                 f"{int(failed)} ranks ran out of memory in the last backward, during the all-reduce of the gradients, "
-                "so every rank has to run the batch again; gradients, random state and buffers are as before the window"
+                "so every rank has to run the batch again. Gradients, random state and buffers are as before the window"
             )
         if failed and self._ranks is not None:
             raise RankError(

@@ -179,7 +179,7 @@ class Exchange:
         if again_there and not again:
             raise RankAgainError(
                 "another rank ran out of memory in a computation that all ranks depend on, so every rank has to run "
-                "the batch again; gradients, random state and buffers are as before the window"
+                "the batch again. Gradients, random state and buffers are as before the window"
             )
 
     def _sum(self, numbers: Tensor, *, failed: bool = False, again: bool = False) -> Tensor:

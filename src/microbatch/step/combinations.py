@@ -283,7 +283,7 @@ def _check_width(optimizer: Optimizer, options: Options) -> None:
             if torch.promote_types(parameter.dtype, wide) != parameter.dtype:
                 raise ConfigError(
                     f'Sums(buffer="none"): gradients would add up in the {parameter.dtype} state of group {index}, and '
-                    f"dtype is {wide}; pass dtype={parameter.dtype} if that precision is enough, or keep a gradient "
+                    f"dtype is {wide}. Pass dtype={parameter.dtype} if that precision is enough, or keep a gradient "
                     "buffer"
                 )
 
@@ -295,7 +295,7 @@ def _check_sharded_dtypes(options: Options) -> None:
     if options.batch_norm == EXACT and dtype is not None and torch.promote_types(dtype, wide) != dtype:
         raise ConfigError(
             f'batch_norm="{EXACT}" with a fully sharded model adds gradients up in {dtype}, in which it computes, and '
-            f"Sums(dtype=...) is {wide}; keep the weights in {wide} and use autocast="
+            f"Sums(dtype=...) is {wide}. Keep the weights in {wide} and use autocast="
         )
     dtype = narrowest(options.model)
     if options.ranks.sync == "fast" and dtype is not None and torch.promote_types(dtype, wide) != dtype:

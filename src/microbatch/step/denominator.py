@@ -303,7 +303,7 @@ class Denominator:
         if len(shares) > 1 and own:
             raise MissingCountError(
                 f"the loss has the terms {', '.join(repr(share.name) for share in shares)}, and {own[0]!r} has a count "
-                "of its own: each term's denominator is needed before the first backward; pass counts=, a function of "
+                "of its own: each term's denominator is needed before the first backward. Pass counts=, a function of "
                 f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
             )
         self.means = not own

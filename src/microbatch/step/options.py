@@ -325,7 +325,7 @@ class Options:
         for name, parameter in self.model.named_parameters():
             if parameter.dtype in {torch.float16, torch.bfloat16}:
                 raise ConfigError(
-                    f"grad_scaler is for float32 parameters under autocast, and {name!r} is {parameter.dtype}; keep "
+                    f"grad_scaler is for float32 parameters under autocast, and {name!r} is {parameter.dtype}. Keep "
                     "the parameters in float32, or leave grad_scaler= out: their gradients add up in Sums(dtype=...)"
                 )
 

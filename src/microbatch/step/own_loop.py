@@ -119,7 +119,7 @@ class OwnLoop(OpenWindow):
         self.setup.warn(
             "break",
             f"a loop over the microbatches of a window was left by `break` after the backward of {len(self.done)}{of} "
-            f"microbatches; {result}, and the others are not used; write `continue` to leave out one microbatch, and "
+            f"microbatches; {result}, and the others are not used. Write `continue` to leave out one microbatch, and "
             "end the loop over windows to end training",
         )
 
@@ -174,7 +174,7 @@ class OwnLoop(OpenWindow):
         if self.record is None:
             raise WindowClosedError(
                 "there is no step yet: the window's record exists once its block, or the loop over its microbatches, "
-                "has come to its end"
+                "has ended"
             )
         return self.record
 

@@ -83,7 +83,7 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     if optimizers and own and not own.keys() & stepped.keys():
         raise ConfigError(
             f"the optimizer holds none of the model's {len(own)} trainable parameters (the first is "
-            f"{next(iter(own.values()))!r}), so a step would change nothing; create it from model.parameters(), "
+            f"{next(iter(own.values()))!r}), so a step would change nothing. Create it from model.parameters(), "
             "after the last change to the model's layers (such as LoRA or a move to another device)"
         )
 

@@ -49,8 +49,8 @@ def backward_once(run: Callable[..., object], *roots: Any) -> None:
         if not isinstance(error, RuntimeError) or _AGAIN not in str(error):
             raise
         raise WindowError(
-            f"the loss goes back into a graph that an earlier backward has used (torch: trying to go {_AGAIN}): the "
-            "loss function calls backward() itself, or something with a graph outlives its microbatch, such as a "
-            "running total of losses, a hidden state that is passed on, or a tensor that was computed outside of the "
-            "loss function; detach() it, or compute it in every call of the loss function"
+            f"the loss goes back into a graph that an earlier backward has used (torch: trying to go {_AGAIN}). Either "
+            "the loss function calls backward() itself, or a tensor with a graph outlives its microbatch: a running "
+            "total of losses, a hidden state, or a tensor that was computed outside of the loss function. "
+            "Call detach() on this tensor, or compute it in every call of the loss function"
         ) from error

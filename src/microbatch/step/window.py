@@ -230,7 +230,7 @@ class Window(OwnLoop):
         self._inner.close()
         self.gradients.check_untouched()
         if not self.done and self.peers.size == 1 and not self.coupled:
-            raise EmptyWindowError("the window was left without one backward, so there is nothing to learn from")
+            raise EmptyWindowError("the window was left without one backward, so there is no gradient")
         if self.coupled is not None:
             self.coupled.check()
         for part in self.setup.having("check"):

@@ -86,7 +86,7 @@ def _fault_of(path: Path) -> str | None:
     if unknown or (seal is not None and seal != _seal({key: manifest[key] for key in manifest if key != "seal"})):
         return f"is damaged: {MANIFEST} is not what was written"
     if path.name != checkpoint_name(step):
-        return f"is damaged: {MANIFEST} says that it is step {step}"
+        return f"is damaged: {MANIFEST} has step {step}"
     if missing := {"weights.safetensors", "state.safetensors", "state.json"} - set(files):
         return f"is damaged: {MANIFEST} does not list {min(missing)}"
     for name, expected in files.items():

@@ -192,7 +192,9 @@ def load_settings(flags: Mapping[str, Any], *, file: Path | None = None, base: S
     for layer in layers:
         if "steps" in layer and "epochs" in layer:
             where = sources.get("steps", "the settings")
-            raise ConfigError(f"{where}: both steps and epochs are set, and each says when to stop; keep one of them")
+            raise ConfigError(
+                f"{where}: both steps and epochs are set, and each sets the end of the run; keep one of them"
+            )
         # A later layer that says when to stop replaces the earlier one's answer, whichever of the two it used.
         if "steps" in layer or "epochs" in layer:
             merged.pop("steps", None)

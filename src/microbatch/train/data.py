@@ -86,7 +86,7 @@ class BatchOrder:
             DataError: There are no samples.
         """
         if samples < 1:
-            raise DataError("the training data has 0 samples, so there is nothing to learn from")
+            raise DataError("the training data has 0 samples, so there is nothing to train on")
         self.samples = samples
         self.batch_size = batch_size
         self.seed = seed
@@ -138,8 +138,8 @@ def length_of(data: Any, *, role: str) -> int:
     """
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise DataError(
-            f"the job's {role} is {kind_of(data)}, which has no length or cannot be indexed; "
-            "pass a list or a map-style Dataset with __len__ and __getitem__, or, to train on, an IterableDataset or a "
+            f"the job's {role} is {kind_of(data)}, which has no length or cannot be indexed. "
+            "Pass a list or a map-style Dataset with __len__ and __getitem__, or, to train on, an IterableDataset or a "
             "DataLoader"
         )
     samples = len(data)

@@ -133,7 +133,7 @@ def _encode_numpy(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return _encode(node.item(), path, tensors)
     raise CheckpointError(
         f"{path} is {kind_of(node)}, and a checkpoint holds only tensors, numbers and texts, so that reading "
-        "one never runs code; leave it out of the state_dict that returns it"
+        "one never runs code. Leave it out of the state_dict that returns it"
     )
 
 

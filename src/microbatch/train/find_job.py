@@ -105,7 +105,7 @@ def _from_file(path: Path, function: str) -> Callable[..., Any]:
         hint = f"; did you mean {path.with_name(near[0])}?" if near else f"; the current folder is {Path.cwd()}"
         raise ConfigError(f"there is no file {path}{hint}")
     if not function:
-        raise ConfigError(f"say which function of {path} makes the job: {path}:function, {_functions_in(path)}")
+        raise ConfigError(f"name the function of {path} that makes the job: {path}:function, {_functions_in(path)}")
     module = _import(path.resolve())
     made = getattr(module, function, None)
     if made is None:

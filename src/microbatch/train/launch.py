@@ -69,7 +69,7 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
         there = ", ".join(name for name in _NEEDED if name not in missing)
         raise ConfigError(
             f"the environment has {there}, and not {', '.join(missing)}: half of what makes a process one of several "
-            "ranks; start them with torchrun, which sets all of it, or unset what is left of another launch"
+            "ranks. Start them with torchrun, which sets all of it, or unset what is left of another launch"
         )
     rank, ranks, local = (_number(environment, name) for name in _TELLING)
     if not 0 <= rank < ranks:

@@ -77,8 +77,8 @@ def find_place(job: Job, ranks: RankGroup | None, *, patience: float) -> Place:
     layouts = {tuple(stages for members, stages, _ in said if members == each) for each in pipelines}
     if len(layouts) > 1 or sorted(rank for members in pipelines for rank in members) != list(range(len(told))):
         raise ConfigError(
-            f"the pipelines are on {'; '.join(map(_listed, pipelines))}: each rank has to be in one of them, and all "
-            "of them have to have the same stages in the same order; a DeviceMesh of ranks by stages makes such groups"
+            f"the pipelines are on {'; '.join(map(_listed, pipelines))}: each rank must be in one pipeline, and all "
+            "pipelines must have the same stages in the same order. A DeviceMesh of ranks by stages makes such groups"
         )
     place = Place(
         ranks=len(told),
@@ -110,7 +110,7 @@ def check_piped_job(settings: Settings, job: Job) -> None:
     """
     auto = settings.microbatch_size == "auto" or (settings.microbatch_size is None and job.microbatch_size is None)
     for given, name, instead in [
-        (auto, "a microbatch size that is to be found", "say one, Job(microbatch_size=) or --microbatch-size"),
+        (auto, "a microbatch size that is to be found", "pass one, Job(microbatch_size=) or --microbatch-size"),
         (settings.shard != "none", "--shard", "keep each stage whole on its rank, or split into more stages"),
         (settings.deterministic, "--deterministic", "its sums are torch's own, in the order of its schedule"),
         (job.encode is not None, "Job(encode=)", "its losses are of one microbatch at a time"),

@@ -155,7 +155,7 @@ class StreamBatches(RankBatches):
             epoch += bool(position.start)
             items, rows, ended = stream.take(epoch)
         if not rows:
-            raise DataError("the training data has 0 samples, so there is nothing to learn from")
+            raise DataError("the training data has 0 samples, so there is nothing to train on")
         return items, rows, ended, epoch
 
 

@@ -52,7 +52,7 @@ def _invite(store: Store, *, ranks: int, deadline: float) -> str:
                 store.set(f"microbatch/answer/{rank}", f"{word} {name}")
         if missing and time.monotonic() > deadline:
             listed = ", ".join(f"rank {rank}" for rank in sorted(missing))
-            raise RankError(f"{listed} did not come to the start; see what the launcher says of it (--rank-timeout)")
+            raise RankError(f"{listed} did not start in time (--rank-timeout); see the launcher's own report")
         time.sleep(_BETWEEN if missing else 0)
     return name
 
@@ -66,7 +66,7 @@ def _come(store: Store, *, rank: int, deadline: float) -> str:
             store.set(f"microbatch/came/{rank}", name)
             return name
         time.sleep(_BETWEEN)
-    raise RankError("rank 0 did not come to the start; see what the launcher says of it (--rank-timeout)")
+    raise RankError("rank 0 did not start in time (--rank-timeout); see the launcher's own report")
 
 
 def _read(store: Store, key: str) -> str:

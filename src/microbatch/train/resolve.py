@@ -222,9 +222,9 @@ def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[in
     if steps is None and epochs is None:
         steps, epochs = job.steps, job.epochs
     if steps is None and epochs is None:
-        raise ConfigError("neither the job nor the settings say when to stop; pass --steps or --epochs")
+        raise ConfigError("neither the job nor the settings set the end of the run; pass --steps or --epochs")
     if steps is None and not batches_per_epoch:
-        raise ConfigError("--epochs: the job's data does not tell how many samples it has; pass --steps")
+        raise ConfigError("--epochs: the job's data has no known number of samples; pass --steps")
     if steps is None:
         steps = max(1, math.ceil(round((epochs or 0) * batches_per_epoch, 6)))
     if steps < 1:
@@ -240,7 +240,7 @@ def _check_stream(settings: Settings, job: Job) -> None:
         )
     if settings.deterministic:
         raise ConfigError(
-            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples; use a "
+            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples. Use a "
             "map-style data set, or leave it out"
         )
     if isinstance(job.data, DataLoader) and job.data.batch_size is None:
@@ -271,7 +271,7 @@ def _check_deterministic(settings: Settings, job: Job, *, notices: list[str]) ->
             raise ConfigError(f"--deterministic cannot hold for this job: {why}; leave it out")
     if _is_auto(settings, job):
         notices.append(
-            "every microbatch size rounds in its own way, so a deterministic run looks for none; say one with "
+            "every microbatch size rounds in its own way, so a deterministic run looks for none; pass one with "
             "--microbatch-size"
         )
 

@@ -158,7 +158,7 @@ class RunState:
                 raise
             kind = type(error).__name__
             raise CheckpointError(
-                f"the checkpoint {checkpoint.path.name} does not fit what the job now makes ({kind}: {error}); go on "
+                f"the checkpoint {checkpoint.path.name} does not fit what the job now makes ({kind}: {error}). Go on "
                 "with the job as it was, or start a new run"
             ) from error
 

@@ -171,9 +171,8 @@ def _refused(file: Path, error: OSError) -> str:
 
 def _gone(file: Path) -> str:
     return (
-        f"{file} is gone: the run directory {file.parent}, or this file, was removed or renamed while the run was "
-        "training, so nothing of the run can be kept; put it back and go on from its newest checkpoint, or start a new "
-        "run"
+        f"{file} is gone: the run directory {file.parent}, or this file, was removed or renamed during the run, so the "
+        "run can keep nothing. Put it back and continue from its newest checkpoint, or start a new run"
     )
 
 

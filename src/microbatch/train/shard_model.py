@@ -43,7 +43,7 @@ def spread(job: Job, *, how: str) -> None:
     for optimizer in optimizers_of(job.optimizer):
         if optimizer.state:
             raise ConfigError(
-                f"--shard {how}: the job's {type(optimizer).__name__} has state of whole parameters; make the job's "
+                f"--shard {how}: the job's {type(optimizer).__name__} has state of whole parameters. Make the job's "
                 "optimizer without taking steps, or shard the model in the job before the optimizer is made"
             )
     before = dict(model.named_parameters(remove_duplicate=False))
@@ -86,6 +86,6 @@ def _check_dtypes(unit: nn.Module, *, without: set[int]) -> None:
     if len(dtypes := {each.dtype for each in trained}) > 1:
         found = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise ConfigError(
-            f"--shard: {type(unit).__name__} has trained parameters of {found}, which are gathered together; give "
+            f"--shard: {type(unit).__name__} has trained parameters of {found}, which are gathered together. Give "
             "them one dtype, or shard the model in the job, with fully_shard applied to the parts that differ"
         )

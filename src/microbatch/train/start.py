@@ -296,7 +296,7 @@ def _choose(
     """Choose and claim the run directory, and decide whether to go on with what is in it."""
     if launch.restartable and run is None and not resume:
         raise ConfigError(
-            "the launcher may start the ranks again (--max-restarts): say with --run DIR where they find what they had"
+            "the launcher may restart the ranks (--max-restarts): pass --run DIR, so that they find the run again"
         )
     if launch.restartable and run is not None and RunDirectory(run).has_checkpoints:
         resume = True
@@ -376,5 +376,5 @@ def _newest_run(job: str | None) -> Path:
     stem = Path(job.rpartition(":")[0] or job).stem if job is not None else ""
     found = [path.parent for path in Path("runs").glob("*/config.toml") if path.parent.name.startswith(stem)]
     if not found:
-        raise CheckpointError("there is no run under runs/ to resume; say which one with --run DIR")
+        raise CheckpointError("there is no run under runs/ to resume; pass the run with --run DIR")
     return max(found, key=lambda path: (path / "config.toml").stat().st_mtime)

@@ -118,7 +118,7 @@ class Stream:
         if rows > self._rows:
             raise DataError(
                 f"the job's batch_size is {self._rows}, and its loader's batches have {rows_of(items[0])} rows, which "
-                "do not add up to it; use a batch_size of the job that is a multiple of the loader's"
+                "do not add up to it. Use a batch_size of the job that is a multiple of the loader's"
             )
         return items, rows
 

@@ -24,7 +24,7 @@ class Coverage(Part):
         if not any(each.held for each in reached) and window.denominator.contributed:
             raise NoGraphError(
                 "the loss depends on no parameter that an optimizer of this accumulator holds, so the step would "
-                "change nothing; compute the loss with the model that the loss function is given, and create the "
+                "change nothing. Compute the loss with the model that the loss function is given, and create the "
                 "optimizer from the parameters of this model, after the last change to its layers (such as LoRA)"
             )
         if window.setup.warn.has("coverage"):
@@ -35,7 +35,7 @@ class Coverage(Part):
             window.setup.warn(
                 "coverage",
                 f"no optimizer of this accumulator holds {', '.join(missing[:_NAMED])}{more}: their gradients were "
-                "computed, and the step leaves these parameters as they are. If that is meant, "
-                "parameter.requires_grad_(False) says so and saves their backward; otherwise add them to an optimizer "
+                "computed, and the step leaves these parameters as they are. If that is meant, call "
+                "parameter.requires_grad_(False), which saves their backward; otherwise add them to an optimizer "
                 "with optimizer.add_param_group",
             )

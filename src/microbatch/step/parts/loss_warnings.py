@@ -57,7 +57,7 @@ class CountWarning(Part):
             f"    n = ({condition}).sum()\n"
             "    return mb.Loss(sum=loss * n, count=n)\n"
             "(a causal language model predicts the next token: count labels[:, 1:]). If the mean is over rows, "
-            "mb.Loss(sum=loss * rows, count=rows) says so",
+            "return mb.Loss(sum=loss * rows, count=rows)",
         )
         self._windows = _WINDOWS
 
@@ -87,7 +87,7 @@ class CouplingWarning(Part):
                 "Encode first, and compute the loss of all representations:\n"
                 f"    accumulator.step(batch, lambda model, encoded: mb.losses.{name}(*encoded, ...), encode=encode)\n"
                 "where encode(model, microbatch) returns the representations (docs/coupled.md). If it is meant, "
-                'warnings.filterwarnings("ignore", category=mb.MicrobatchWarning) says so',
+                'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
             )
 
 

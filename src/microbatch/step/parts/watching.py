@@ -89,8 +89,8 @@ class WatchedWeights(Part):
         more = f" and {len(moved) - 1} more" if len(moved) > 1 else ""
         raise WeightsMovedError(
             f"the weight {moved[0]!r}{more} was written to inside the window, so its microbatches would have gradients "
-            "of different weights; write to weights between windows, and let no other optimizer step inside (hooks "
-            "that step during backward, as in layer-wise optimizers, cannot be used with accumulation)"
+            "of different weights. Write to weights between windows, and step no other optimizer inside a window. "
+            "Hooks that step during backward, as in layer-wise optimizers, cannot be used with accumulation"
         )
 
 

@@ -308,7 +308,7 @@ class _Model(nn.Module):
         except AttributeError:
             raise AttributeError(
                 f"in a pipeline the loss function's model can only be called, and has no {name!r}, because no rank has "
-                "the whole model; make the stages return what the loss needs"
+                "the whole model. Make the stages return what the loss needs"
             ) from None
 
 
@@ -343,7 +343,7 @@ def _unpadded(output: Any, rows: int, *, size: int) -> Any:
         if not x.ndim or x.shape[0] != size:
             raise LossError(
                 f"the last stage returns a tensor of shape {tuple(x.shape)}, and a microbatch of {rows} rows was "
-                f"filled up to {size}, so the padded rows cannot be removed from it; return one row for each sample, "
+                f"filled up to {size}, so the padded rows cannot be removed from it. Return one row for each sample, "
                 "or pass batches whose rows are a multiple of microbatch_size"
             )
         return x[:rows]
