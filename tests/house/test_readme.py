@@ -16,6 +16,7 @@ FRAMEWORK_PAGES = {
     "lightning.md",
     "sentence-transformers.md",
     "trackers.md",
+    "transformers-loop.md",
     "transformers.md",
     "trl.md",
 }
