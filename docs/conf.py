@@ -7,9 +7,14 @@ is why the root of the sources is the root of the repository, and `include_patte
 import importlib.metadata
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from docutils import nodes
+from sphinx.domains.python import PyObject
+from sphinx.util.docutils import SphinxDirective
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -94,9 +99,29 @@ def write_links(*event: Any) -> None:
     """Turn the paths of pages in a docstring into links, and leave out what only names laws of the tests."""
     lines: list[str] = event[-1]
     text = re.sub(r"``(docs/[\w/-]+)\.md``", r":doc:`/\1`", "\n".join(lines))
-    lines[:] = re.sub(r"^Source:\n +Laws? [^\n]*\n?", "", text, flags=re.MULTILINE).splitlines()
+    text = re.sub(r"^Source:\n +Laws? [^\n]*\n?", "", text, flags=re.MULTILINE)
+    # What stands before a colon there is no type: with a colon before it, napoleon takes none out.
+    text = re.sub(r"^((?:Returns|Yields):\n +)(?=\S)", r"\1: ", text, flags=re.MULTILINE)
+    lines[:] = text.splitlines()
+
+
+class CommandHelp(SphinxDirective):
+    """The help of one command, as the terminal shows it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Run the command with --help."""
+        command = [sys.executable, "-m", "microbatch", self.arguments[0], "--help"]
+        environment = os.environ | {"COLUMNS": "96", "NO_COLOR": "1", "PYTHONPATH": str(ROOT / "src")}
+        text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout  # noqa: S603
+        return [nodes.literal_block("", text.strip(), language="text")]
 
 
 def setup(app: Any) -> None:
-    """Read docstrings before napoleon does."""
+    """Read docstrings before napoleon does, and call the attributes of a class by this name."""
     app.connect("autodoc-process-docstring", write_links, priority=400)
+    app.add_directive("command-help", CommandHelp)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from posixpath import dirname, join, normpath
+from typing import Any, cast
 
 import pytest
 from tests.house.test_readme import FENCE, FRAMEWORK_PAGES
+from typer.main import get_command
 
 import microbatch as mb
+from microbatch.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 HOME = "docs/index.md"
@@ -151,3 +154,8 @@ def test_the_reference_describes_nothing_else() -> None:
     assert modules <= {f"microbatch.{name}" for name in mb.__all__} | {
         f"microbatch.losses.{name}" for name in mb.losses.__all__
     }
+
+
+def test_every_command_is_in_the_reference() -> None:
+    commands = re.findall(r"^```\{command-help\} (\w+)$", read("docs/reference/command-line.md"), re.MULTILINE)
+    assert sorted(commands) == sorted(cast("Any", get_command(app)).commands)
