@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from microbatch.loss.convert_batch_norm import convert_batch_norm
     from microbatch.loss.loss import Loss
     from microbatch.loss.tiled_cross_entropy import linear_cross_entropy
+    from microbatch.memory.kept_heap import keep_heap
     from microbatch.memory.meter import MemoryMeter
     from microbatch.memory.recompute import checkpointed
     from microbatch.memory.spill import Spill
@@ -90,6 +91,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "doctor",
+    "keep_heap",
     "linear_cross_entropy",
     "losses",
     "plan",
@@ -141,6 +143,7 @@ _HOMES = {
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
     "doctor": "linting.doctor",
+    "keep_heap": "memory.kept_heap",
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",

@@ -52,6 +52,7 @@ PUBLIC = {
     "cut",
     "divide_batch",
     "doctor",
+    "keep_heap",
     "linear_cross_entropy",
     "losses",
     "plan",

@@ -165,6 +165,7 @@ def cast_to(autocast: torch.dtype | None) -> Any:
 @few
 @given(tokens=st.integers(1, 12), tile=TILES, with_bias=st.booleans(), seed=SEEDS)
 @example(tokens=12, tile=1, with_bias=True, seed=0)
+@example(tokens=10, tile=3, with_bias=True, seed=150)
 def test_no_worse_than_the_plain_loss(
     precision: str, tokens: int, tile: int | None, with_bias: bool, seed: int
 ) -> None:
@@ -180,7 +181,8 @@ def test_no_worse_than_the_plain_loss(
     want = gradients(truth, **({"hidden": h, "weight": w} | ({"bias": b} if with_bias else {})))
     unit = torch.finfo(autocast or dtype).eps
     assert ours.dtype == torch.float32
-    assert abs(ours - truth) <= abs(theirs - truth) + unit * truth
+    # Each tile ends with a rounding of its own, and their sum with another one.
+    assert abs(ours - truth) <= abs(theirs - truth) + 2 * unit * truth
     own = relative_error(gradients(theirs, **tensors), want)
     got = gradients(ours, **tensors)
     assert {name: each.dtype for name, each in got.items()} == {name: each.dtype for name, each in tensors.items()}

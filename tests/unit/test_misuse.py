@@ -361,6 +361,17 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], tuple[str, ...
     "of integers": (lambda y: torch.tensor(3), LossShapeError, ("'loss'", "torch.int64", "floating point")),
     "of complex numbers": (lambda y: y.mean() * 1j, LossShapeError, ("'loss'", "torch.complex64")),
     "detached": (lambda y: y.mean().detach(), NoGraphError, ("'loss'", "no graph", "detached", "return None")),
+    "a metric beside it": (
+        lambda y: {"loss": y.mean(), "accuracy": (y > 0).float().mean()},
+        NoGraphError,
+        ("'accuracy'", "metrics={'accuracy'", "step.metrics"),
+    ),
+    "a metric beside a Loss": (
+        lambda y: {"loss": Loss(sum=y.sum(), count=2), "accuracy": Loss(sum=y.sum().detach(), count=2)},
+        NoGraphError,
+        ("'accuracy'", "metrics={'accuracy'"),
+    ),
+    "a dict without any graph": (lambda y: {"a": y.mean().detach()}, NoGraphError, ("'a'", "return None")),
     "a sum of one per row": (lambda y: Loss(sum=y**2, count=2), LossShapeError, ("Loss.sum", "(2,)")),
     "a sum of integers": (lambda y: Loss(sum=torch.tensor(2), count=2), LossShapeError, ("Loss.sum", "torch.int64")),
     "a sum without graph": (lambda y: Loss(sum=y.sum().detach(), count=2), NoGraphError, ("'loss'", "no graph")),

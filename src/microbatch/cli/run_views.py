@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from microbatch.memory.budget import format_bytes
+from microbatch.memory.kept_heap import heap_is_kept
 from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import RunPlanned
@@ -136,7 +137,8 @@ def plan_view(event: RunPlanned) -> Panel:
         if config.memory_budget is None
         else f"at most {format_bytes(config.memory_budget)} for a step"
     )
-    grid.add_row("memory", limit)
+    kept = "; freed memory is kept for the next step" if config.device.type == "cpu" and heap_is_kept() else ""
+    grid.add_row("memory", limit + kept)
     held_out = f", {config.validation_samples:,} held out" if config.validation_samples else ""
     grid.add_row("data", f"{config.samples:,} samples{held_out}" if config.samples else f"a stream{held_out}")
     passes = f" = {config.epochs:.3g} epochs" if config.samples else ""

@@ -131,7 +131,11 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
             raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
         if hasattr(returned, "loss") or "logits" in terms:
             _refuse_output(returned, "loss")
-        return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
+        try:
+            return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
+        except NoGraphError:
+            _refuse_beside(terms)
+            raise
     return _shares_of_term("loss", returned, rows)
 
 
@@ -219,6 +223,21 @@ def _check_graph(value: Tensor, name: str) -> None:
             f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
             "or depends on no parameter that requires a gradient; return None for a microbatch that contributes nothing"
         )
+
+
+def _refuse_beside(terms: Mapping[str, Any]) -> None:
+    """Raise an error for a dict that holds a loss, and a number without a graph beside it."""
+    values = {name: loss.sum if isinstance(loss, Loss) else loss for name, loss in terms.items()}
+    graphs = {name: isinstance(value, Tensor) and value.requires_grad for name, value in values.items()}
+    if not any(graphs.values()):
+        return
+    name = next(name for name, has in graphs.items() if not has and values[name] is not None)
+    raise NoGraphError(
+        f"the value {name!r} beside the loss has no graph, and every entry of the dict is taken for a loss. To report "
+        "a number of the whole window, return its sum over the rows: mb.Loss(sum=loss * n, count=n, "
+        f"metrics={{{name!r}: ...}}), with n rows; step.metrics holds the sums. If {name!r} is a loss, it was "
+        "detached, or depends on no parameter that requires a gradient"
+    )
 
 
 def check_number(count: object, what: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from microbatch.memory.byte_amounts import format_bytes, parse_bytes
+from microbatch.memory.kept_heap import kept_bytes
 
 __all__ = ["available_bytes", "format_bytes", "parse_bytes"]
 
@@ -21,7 +22,8 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
     """Return how much more memory this process can allocate on a device.
 
     On CUDA: the device's free memory plus the cached memory of this process's allocator. On the CPU: the machine's
-    available memory, or what the process's control groups still allow if that is less. A margin of 256 MiB or 5 %,
+    available memory, or what the process's control groups still allow if that is less, plus the free memory that
+    `keep_heap` keeps. A margin of 256 MiB or 5 %,
     whichever is more, is subtracted. File caches count as available, because the system frees them on demand.
 
     Args:
@@ -43,7 +45,7 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
     limits = [size for size in (_machine_bytes(root), *_group_bytes(root)) if size is not None]
     if not limits:
         return None
-    least = max(0, min(limits))
+    least = max(0, min(limits) + kept_bytes())
     return least - min(least // 2, max(_MARGIN_BYTES, int(least * _MARGIN_SHARE)))
 
 
