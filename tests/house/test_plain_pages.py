@@ -9,27 +9,13 @@ from tests.house.test_readme import FENCE
 from tests.house.test_words import words
 
 ROOT = Path(__file__).parents[2]
-# Held so far; a page is added once it has been rewritten.
+# Pages that are not held yet.
+NOT_YET = {"doctor", "learning-rate", "sweep", "which-batch", "cost", "noise-scale"}
 PLAIN = [
     "README.md",
+    "CONTRIBUTING.md",
     "SECURITY.md",
-    *(
-        f"docs/{name}.md"
-        for name in (
-            "convert-your-loop",
-            "examples",
-            "faq",
-            "five-minutes",
-            "index",
-            "install",
-            "lengths",
-            "migration",
-            "results",
-            "save-and-resume",
-            "transformers-loop",
-            "what-goes-wrong",
-        )
-    ),
+    *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in NOT_YET),
 ]
 LONGEST = 30
 ODD_HEADING = re.compile(r"(?:Is it|Who|Whom|What of|Of|Hardware one|Not)\b|.*, (?:also|too)$")
