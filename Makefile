@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints-dev.txt
 # The first interpreter on this machine that is new enough; PYTHON=/some/python chooses another.
-PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python; do \
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Everything that is installed, and what the build itself is made with, comes in the pinned version.
@@ -22,8 +22,10 @@ RUNTIME := $(VENV)/.installed-runtime
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 INTEGRATIONS := $(VENV)/.installed-integrations
+DOCS := $(VENV)/.installed-docs
+PACKAGE := $(VENV)/.installed-package
 
-.PHONY: help train test test-integrations browser lint bench format clean
+.PHONY: help train test test-integrations browser lint bench docs package format clean
 
 help: ## List the commands.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -53,12 +55,23 @@ lint: $(DEV) ## Only the first three of those.
 bench: $(BENCH) ## Set up with the peers, then measure against them.
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(DOCS) ## Set up, then build the documentation in build/docs; ARGS="-b linkcheck" asks the network about its links.
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet $(if $(findstring -b,$(ARGS)),,-b html) $(ARGS) -c docs . build/docs
+	@echo "Open build/docs/index.html"
+
+package: $(PACKAGE) ## Set up, then build the distribution in dist/, and check it as the package index does.
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/pyroma --min=10 dist/*.tar.gz
+
 format: $(DEV) ## Mend what can be mended, and format.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean: ## Remove the virtual environment, caches and built files; runs/ stays.
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip rather than python stands for the environment: where `venv` fails half-way, python is there and pip is not.
@@ -74,6 +87,14 @@ $(RUNTIME): pyproject.toml $(CONSTRAINTS) | $(BIN)/pip
 
 $(DEV): $(RUNTIME)
 	$(INSTALL) --group dev
+	@touch $@
+
+$(DOCS): $(RUNTIME)
+	$(INSTALL) --group docs
+	@touch $@
+
+$(PACKAGE): $(RUNTIME)
+	$(INSTALL) --group package
 	@touch $@
 
 $(BENCH): $(RUNTIME)

@@ -1,6 +1,7 @@
 """The job `pairs`: docstrings and functions in, the whole batch's gradient, recall over all held-out pairs."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from microbatch.errors import ConfigError, DataError
+from microbatch.errors import ConfigError, DataError, MissingDependencyError
 from microbatch.train.config import load_settings
 from microbatch.train.evaluate import evaluate
 from microbatch.train.job import Job
@@ -222,3 +223,10 @@ def test_it_learns_to_find(file: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         found = encode(job.model, pick(job, range(44)))
     assert pairs_scores(job.model, found)["recall@1"].mean.item() > 0.9
+
+
+def test_a_missing_library_is_named_without_another_job(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingDependencyError, match=r'"tokenizers".*pip install "microbatch\[jobs\]"') as error:
+        pairs(data=file)
+    assert "language" not in str(error.value)

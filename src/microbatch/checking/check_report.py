@@ -14,7 +14,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Say one thing that keeps a gradient from being the large batch's, or a loop from being right.
+    """One thing that keeps a gradient from being the large batch's, or a loop from being right.
 
     Attributes:
         kind: What it is, as one word to compare with: ``"batch_statistics"``, ``"counts"``, ``"coupling"``,
@@ -58,7 +58,7 @@ class ParameterError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """Say whether accumulating gives the large batch's gradient, and if not, why.
+    """Whether accumulating gives the large batch's gradient, and if not, why.
 
     Attributes:
         relative_error: Norm of the difference between the accumulated gradient and the yardstick, over the latter's.

@@ -10,7 +10,7 @@ from microbatch.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Division:
-    """Say how an effective batch is shared and cut.
+    """How an effective batch is divided over ranks, and cut into microbatches.
 
     Ranks hold equal shares, or shares that differ by one row; each is cut into microbatches, the last of which may be
     short. Every division has the same gradient.

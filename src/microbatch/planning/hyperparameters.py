@@ -15,7 +15,7 @@ from microbatch.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hyperparameters:
-    """Say what one parameter group of an optimizer was told.
+    """The hyperparameters of one parameter group of an optimizer.
 
     Attributes:
         optimizer: ``"SGD"``, ``"Adam"``, ``"AdamW"``, or the name of another class.

@@ -77,7 +77,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Say how a batch is best cut on this machine.
+    """The best way to cut a batch on this machine, and what each way takes.
 
     Attributes:
         batch_size: Rows of the batch.

@@ -17,7 +17,7 @@ from microbatch.planning.rules import Change, Rule, choose_rule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
-    """Say which hyperparameters go with another batch, by which rule, and what to beware of.
+    """The hyperparameters for another batch, the rule that they follow, and its limits.
 
     Attributes:
         rule: Name of the rule.

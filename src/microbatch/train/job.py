@@ -20,7 +20,7 @@ from microbatch.train.streams import Stream, is_stream, joined, rows_taken
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Say what is trained, on what, and with which effective batch.
+    """Model, optimizer, loss and data: what is trained, on what, and with which effective batch.
 
     Only the first five fields are needed; the others are defaults that the command line and a configuration file can
     override, and what the training loop needs to validate and to report.

@@ -69,7 +69,7 @@ def read_digits() -> Pictures:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise MissingDependencyError(
-            'the images job needs the package "scikit-learn"; install it with: pip install "microbatch[jobs]"'
+            'jobs on images need the package "scikit-learn"; install it with: pip install "microbatch[jobs]"'
         ) from error
     pixels, digits = load_digits(return_X_y=True)
     return Pictures(

@@ -81,6 +81,6 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError as error:
         raise MissingDependencyError(
-            'the language job needs the package "tokenizers"; install it with: pip install "microbatch[jobs]"'
+            'jobs on text need the package "tokenizers"; install it with: pip install "microbatch[jobs]"'
         ) from error
     return tokenizers
