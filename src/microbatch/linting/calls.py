@@ -13,7 +13,7 @@ from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
-from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
+from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
@@ -38,6 +38,8 @@ _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_g
 _STEPS = re.compile(r"step|update|optimi[sz]e")
 _NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
+# In place, on a gradient or on a list of them.
+_SCALES = re.compile(r"_?(?:foreach_)?(?:(mul|multiply)|div|divide|true_divide)_$")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
@@ -150,6 +152,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if text and _LIBRARIES.match(text):
             return self._library(node, text)
         base = self.evaluate(func.value)
+        scales = _SCALES.match(attr) if node.args else None
+        if scales and (is_gradient(func.value) or (isinstance(base, Unknown) and base.key.endswith(".grad"))):
+            self.scale_gradients(node, func.value, ast.Mult() if scales[1] else ast.Div(), node.args[0])
+            return base
         if (
             isinstance(base, Obj)
             and base.kind == "instance"
@@ -171,6 +177,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             found = self.object_method(base, node, func)
             if found is not NotImplemented:
                 return found
+        if attr in PIECE_CALLS and isinstance(base, Unknown):
+            self.trace.mark("pieces", node, text_of(func))
         value = self.heap.get(self.heap_key(func)) if text else None
         if isinstance(value, Obj | Function | Bound):
             return self._plain(node, value)
@@ -195,6 +203,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         last = text.rsplit(".", 1)[-1]
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
+        scales = _SCALES.match(last) if len(node.args) == 2 else None
+        if scales and "grad" in text_of(node.args[0]):
+            self.scale_gradients(node, node.args[0], ast.Mult() if scales[1] else ast.Div(), node.args[1])
+            return None
         if last in ("empty_cache", "synchronize"):
             self.trace.mark("sync" if last == "synchronize" else last, node, last)
             return None

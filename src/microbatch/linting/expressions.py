@@ -130,6 +130,8 @@ class Expressions(Conditions, Calls, Operations):
         if key and key in self.heap:
             return self.heap[key]
         base = self.evaluate(node.value)
+        if node.attr == "grad" and not (isinstance(base, Data) and base.weights):
+            return Unknown(text or text_of(node))
         if isinstance(base, Data):
             return self._attribute_of_data(base, node)
         if isinstance(base, Obj):

@@ -100,14 +100,16 @@ class FunctionCalls(Simulated):
             return Obj(found.kind, found.name, {**found.info, "maybe": True})
         return Unknown(name) if is_number(value) or value is None else value
 
-    def scale_gradients(self, node: ast.AugAssign) -> None:
+    def scale_gradients(self, node: ast.AST, target: ast.expr, op: ast.operator, by: ast.expr) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
-        value = self.evaluate(node.value)
-        if SHARED.search(text_of(node.target)):
+        value = self.evaluate(by)
+        if not isinstance(op, ast.Div | ast.Mult):
+            return  # a term is added to the gradients: weight decay, noise
+        if SHARED.search(text_of(target)):
             self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself
             return
-        if is_number(value) and number(value) and isinstance(node.op, ast.Div | ast.Mult):
+        if is_number(value) and number(value):
             factor = Fraction(number(value))
-            self.trace.multiply(1 / factor if isinstance(node.op, ast.Div) else factor)
+            self.trace.multiply(1 / factor if isinstance(op, ast.Div) else factor)
         else:
             self.trace.opaque.setdefault("gradients are rescaled", node)

@@ -15,7 +15,7 @@ from microbatch.linting.function_calls import FunctionCalls
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
-from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, text_of
 from microbatch.linting.trace import Trace
 from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number
 
@@ -119,6 +119,10 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.evaluate(node.value)
 
     def _assign(self, node: ast.Assign) -> None:
+        made = node.value
+        if is_gradient(node.targets[0]) and isinstance(made, ast.BinOp) and is_gradient(made.left):
+            self.scale_gradients(node, node.targets[0], made.op, made.right)
+            return
         value = self.evaluate(node.value)
         for target in node.targets:
             if (
@@ -135,11 +139,13 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.store(node.target, self.evaluate(node.value))
 
     def _aug_assign(self, node: ast.AugAssign) -> None:
-        if (isinstance(node.target, ast.Attribute) and node.target.attr == "grad") or last_name(node.target) == "grad":
-            self.scale_gradients(node)
-            return
         left = self.evaluate(ast.copy_location(_load(node.target), node.target))
+        if is_gradient(node.target) or (isinstance(left, Unknown) and left.key.endswith(".grad")):
+            self.scale_gradients(node, node.target, node.op, node.value)
+            return
         right = self.evaluate(node.value)
+        if isinstance(right, Data) and right.kind == "batch" and right.reduction == "sum" and not right.weights:
+            right = Unknown(text_of(node.value))  # a count over several microbatches
         if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
             self.trace.mark("sum", node, dotted(node.target), value=right)
         self.store(node.target, self.operate(left, node.op, right, node=node))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
@@ -29,6 +30,24 @@ class Module(Definitions):
     def __init__(self, tree: ast.Module) -> None:
         super().__init__(tree)
         self._reach()
+        self.write_out_comprehensions()
+
+    def write_out_comprehensions(self) -> None:
+        """Read comprehensions that train as loops."""
+        wanted: set[ast.AST] = {
+            node
+            for node in self.nodes
+            if isinstance(node, Comprehension)
+            and len(node.generators) == 1
+            and self.contains_backward(node.elt, self.owner_of(node))
+            and self._is_own_loop(node.generators[0])
+        }
+        if wanted:
+            write_out(self.tree, wanted)
+            self.__dict__.pop("nodes", None)
+            for node in self.nodes:
+                self.parents.update((child, node) for child in ast.iter_child_nodes(node))
+            self.read_anew()
 
     def read_anew(self) -> None:
         """Read anew what calls what."""
@@ -37,7 +56,7 @@ class Module(Definitions):
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
-        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp"):
+        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists"):
             self.__dict__.pop(name, None)
         self._reach()
 
@@ -178,18 +197,22 @@ class Module(Definitions):
 
     def touches_gradients(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a statement, with the functions it calls, adds to gradients, clears them or steps."""
-        return self._touches(node, owner, set())
+        return self.contains_backward(node, owner) or self.steps(node, owner)
 
-    def _touches(self, node: ast.AST, owner: str | None, seen: set[str]) -> bool:
-        key = (node, owner, "touch")
+    def steps(self, node: ast.AST, owner: str | None) -> bool:
+        """Whether a statement, with the functions it calls, takes a step or clears gradients."""
+        return self._steps(node, owner, set())
+
+    def _steps(self, node: ast.AST, owner: str | None, seen: set[str]) -> bool:
+        key = (node, owner, "steps")
         if key in self._memo:
             return self._memo[key]
-        found = steps_inside([node]) or self.contains_backward(node, owner)
+        found = steps_inside([node])
         if not found:
             for call in ast.walk(node):
                 target = self.resolve(call.func, owner) if isinstance(call, ast.Call) else None
                 if target is not None and (name := self.key(target)) not in seen:
-                    found = found or self._touches(target.node, target.owner, seen | {name})
+                    found = found or self._steps(target.node, target.owner, seen | {name})
         self._memo[key] = found
         return found
 
@@ -223,7 +246,7 @@ class Module(Definitions):
     def _memo(self) -> dict[tuple[ast.AST, str | None, Any], bool]:
         return {}
 
-    def _is_own_loop(self, loop: Loop) -> bool:
+    def _is_own_loop(self, loop: Loop | ast.comprehension) -> bool:
         """A loop of its own right: not one over the losses, tasks or optimizers of one microbatch."""
         if isinstance(loop, ast.While):
             return True
@@ -272,6 +295,23 @@ class Module(Definitions):
             elif isinstance(node, ast.For):
                 found.update(dotted(name) for name in ast.walk(node.target) if isinstance(name, ast.Name))
         found.discard("")
+        return found
+
+    @cached_property
+    def window_lists(self) -> set[str]:
+        """Names of lists that hold the microbatches of one window: `for x, y in chunk:` with the step after it."""
+        found: set[str] = set()
+        for node in self.nodes:
+            name = _iterated(node.iter) if isinstance(node, ast.For) else ""
+            if not name or not isinstance(node, ast.For) or not (above := self.loops_above(node)):
+                continue
+            owner = self.owner_of(node)
+            bound = any(
+                isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == name for n in ast.walk(above[0])
+            )
+            if bound and self.is_microbatch_loop(node, owner) and not any(self.steps(s, owner) for s in node.body):
+                if any(self.steps(s, owner) for s in above[0].body):
+                    found.add(name)
         return found
 
     @cached_property
@@ -328,6 +368,13 @@ class Module(Definitions):
             and loop is not None
             and any(self.touches_gradients(s, owner) for s in loop.body)
         )
+
+
+def _iterated(node: ast.expr) -> str:
+    """The name that a loop runs over, under `enumerate` and the like."""
+    while isinstance(node, ast.Call) and last_name(node.func) in ("enumerate", "tqdm", "iter", "list") and node.args:
+        node = node.args[0]
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -> None:

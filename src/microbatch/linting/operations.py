@@ -46,10 +46,10 @@ class Operations(Simulated):
         if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
-        return Unknown(text_of(node), data=data, tags=tags(left, right))
+        return Unknown(text_of(node), data=data, tags=_origin(left, op, right))
 
     def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
-        a, b, origin = number(left), number(right), tags(left, right)
+        a, b, origin = number(left), number(right), _origin(left, op, right)
         try:
             if isinstance(op, ast.Div):
                 value: Any = Fraction(a) / Fraction(b)
@@ -91,7 +91,7 @@ class Operations(Simulated):
             return replace(data, blurred=True)
         if isinstance(op, ast.Div):
             return self._divided(data, other, node)
-        if isinstance(other, Unknown):
+        if isinstance(other, Unknown) and not (other.data and not data.reduction):  # else: each row has a weight
             return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
         return data
 
@@ -127,7 +127,9 @@ class Operations(Simulated):
         line = getattr(node, "lineno", 0)
         if isinstance(op, ast.Div):
             if left.reduction == "sum" and left.weights:
-                counts = isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
+                counts = right.reduction == "sum" or (
+                    isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
+                )
                 return replace(left, reduction="mean", tokens=line if counts else left.tokens)
             return replace(left, blurred=True) if left.weights else right
         if isinstance(op, ast.MatMult):
@@ -164,3 +166,9 @@ class Operations(Simulated):
             divided=max(v.divided for v in values),
             blurred=any(v.blurred for v in values),
         )
+
+
+def _origin(left: Any, op: ast.operator, right: Any) -> frozenset[str]:
+    """The origins of two numbers together; "by n" where N divides."""
+    found = tags(left, right)
+    return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found

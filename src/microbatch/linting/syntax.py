@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from microbatch.linting.guesses import kind_of_name
 
-__all__ = ["FunctionNode", "Loop", "dotted", "is_backward_call", "last_name", "steps_inside", "text_of"]
+__all__ = ["FunctionNode", "Loop", "dotted", "is_backward_call", "is_gradient", "last_name", "steps_inside", "text_of"]
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
@@ -57,6 +57,13 @@ def text_of(node: ast.AST) -> str:
         found = found if len(found) <= 60 else found[:57] + "..."
         node._text = found  # type: ignore[attr-defined]
     return found
+
+
+def is_gradient(node: ast.AST) -> bool:
+    """Whether an expression is a gradient: `p.grad`, `p.grad.data`."""
+    if isinstance(node, ast.Attribute) and node.attr == "data":
+        node = node.value
+    return last_name(node) == "grad"
 
 
 def is_backward_call(node: ast.AST) -> bool:

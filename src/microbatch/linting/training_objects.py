@@ -71,6 +71,8 @@ class TrainingObjects(Simulated):
             self.trace.settings.setdefault("optimizers", {})[name] = node
             self.trace.mark("optimizer", node, name)
             self.trace.groups[made.key] = Gradients()
+            if any("by n" in tags(v) for v in [*args, *keywords.values()]):
+                self.trace.settings["small rate"] = node
         elif kind == "scheduler":
             made.info["units"] = self._units([*args, *keywords.values()])
         elif kind == "accelerator":
