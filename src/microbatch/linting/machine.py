@@ -47,9 +47,15 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _prepare_globals(self) -> None:
         """Run the simple assignments of the top level, so that constants and objects are known."""
-        for statement in self.module.tree.body:
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None):
-                self.statement(statement)
+        for statement in self.module.once("globals", self._find_globals):
+            self.statement(statement)
+
+    def _find_globals(self) -> list[ast.stmt]:
+        return [
+            statement
+            for statement in self.module.tree.body
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None)
+        ]
 
     def _start_function(self, facts: Facts, root: str) -> None:
         owner = facts.owner
@@ -226,6 +232,12 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _if(self, node: ast.If) -> Any:
         branch = node.body if self.choose(node) else node.orelse
+        while branch is node.orelse and len(branch) == 1 and isinstance(branch[0], ast.If) and not self.now_and_then:
+            node = branch[0]  # an `elif`: no call inside of a call, for there may be a thousand of them
+            self.spent += 1
+            if self.relevant is not None and node not in self.relevant:
+                return None
+            branch = node.body if self.choose(node) else node.orelse
         if not self.now_and_then:
             return self.block(branch)
         self.now_and_then = False

@@ -9,7 +9,7 @@ from typing import Any
 from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
-from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
+from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, is_step_call, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
 
@@ -52,7 +52,7 @@ class Module(Definitions):
     def read_anew(self) -> None:
         """Read anew what calls what."""
         for facts in self.facts.values():
-            facts.backward = facts.flat = False
+            facts.backward = facts.flat = facts.steps = False
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
@@ -80,15 +80,23 @@ class Module(Definitions):
         """Find which functions reach a backward, through all that they call."""
         for facts in self.facts.values():
             self._look(facts)
-        changed = True
-        while changed:
-            changed = False
-            for facts in self.facts.values():
-                backward = facts.backward or any(self.facts[c].backward for c in facts.calls)
-                flat = facts.flat or any(self.facts[c].flat for c in facts.flat_calls)
-                if (backward, flat) != (facts.backward, facts.flat):
-                    facts.backward, facts.flat = backward, flat
-                    changed = True
+        self._spread("backward", "calls")
+        self._spread("flat", "flat_calls")
+        self._spread("steps", "calls")
+
+    def _spread(self, what: str, through: str) -> None:
+        """Say the same of every function that calls one of which it is said."""
+        callers: dict[str, list[Facts]] = {}
+        for facts in self.facts.values():
+            for callee in getattr(facts, through):
+                callers.setdefault(callee, []).append(facts)
+        key_of = {id(facts): key for key, facts in self.facts.items()}
+        waiting = [key for key, facts in self.facts.items() if getattr(facts, what)]
+        while waiting:
+            for facts in callers.get(waiting.pop(), []):
+                if not getattr(facts, what):
+                    setattr(facts, what, True)
+                    waiting.append(key_of[id(facts)])
 
     def _look(self, facts: Facts) -> None:
         """Note which calls and backwards stand in a function, and which of them stand outside of its loops."""
@@ -101,6 +109,7 @@ class Module(Definitions):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in self.functions:
                 facts.calls.add(self.key(self.functions[node.id]))  # handed on: to a launcher, say
             if isinstance(node, ast.Call):
+                facts.steps |= is_step_call(node)
                 target = self.resolve(node.func, facts.owner)
                 if target is not None:
                     facts.calls.add(self.key(target))
@@ -201,46 +210,62 @@ class Module(Definitions):
 
     def steps(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a statement, with the functions it calls, takes a step or clears gradients."""
-        return self._steps(node, owner, set())
 
-    def _steps(self, node: ast.AST, owner: str | None, seen: set[str]) -> bool:
-        key = (node, owner, "steps")
-        if key in self._memo:
-            return self._memo[key]
-        found = steps_inside([node])
-        if not found:
-            for call in ast.walk(node):
-                target = self.resolve(call.func, owner) if isinstance(call, ast.Call) else None
-                if target is not None and (name := self.key(target)) not in seen:
-                    found = found or self._steps(target.node, target.owner, seen | {name})
-        self._memo[key] = found
-        return found
+        def judge(node: ast.AST) -> bool | None:
+            if not isinstance(node, ast.Call):
+                return None
+            target = None if is_step_call(node) else self.resolve(node.func, owner)
+            return True if is_step_call(node) or (target and self.facts[self.key(target)].steps) else None
+
+        return self._search((node, owner, "steps"), judge)
 
     def _holds(self, node: ast.AST, owner: str | None, *, deep: bool) -> bool:
         """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
+
+        def judge(node: ast.AST) -> bool | None:
+            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+                return False
+            if not deep and isinstance(node, Loop) and self._is_own_loop(node):
+                return False
+            if not isinstance(node, ast.Call):
+                return None
+            target = self.resolve(node.func, owner)
+            if target is None:
+                return True if is_backward_call(node) else None
+            facts = self.facts[self.key(target)]
+            return True if (facts.backward if deep else facts.flat) else None
+
+        return self._search((node, owner, deep), judge)
+
+    def _search(self, key: tuple[ast.AST, str | None, Any], judge: Callable[[ast.AST], bool | None]) -> bool:
+        """Whether something is inside of a node, each statement looked at once.
+
+        Args:
+            key: The node, the class around it, and what is looked for.
+            judge: True where it is found, False where it is not to be looked for further inside.
+        """
+        node, *what = key
         memo = self._memo
-        key = (node, owner, deep)
         if key in memo:
             return memo[key]
         memo[key] = False
-        stack: list[ast.AST] = [node]
-        found = False
-        while stack and not found:
+        stack, passed = [node], [key]
+        while stack:
             current = stack.pop()
-            if isinstance(current, FunctionNode | ast.ClassDef | ast.Lambda):
-                continue
-            if not deep and isinstance(current, Loop) and self._is_own_loop(current):
-                continue
-            if isinstance(current, ast.Call):
-                target = self.resolve(current.func, owner)
-                if target is not None:
-                    facts = self.facts[self.key(target)]
-                    found = facts.backward if deep else facts.flat
-                else:
-                    found = is_backward_call(current)
-            stack.extend(ast.iter_child_nodes(current))
-        memo[key] = found
-        return found
+            known = memo.get((current, *what)) if current is not node and isinstance(current, ast.stmt) else None
+            said = judge(current) if known is None else known
+            if said:
+                while current is not node:  # what is around it holds it too
+                    memo[current, *what] = True
+                    current = self.parents[current]
+                memo[key] = True
+                return True
+            if said is None:
+                if isinstance(current, ast.stmt):
+                    passed.append((current, *what))
+                stack.extend(ast.iter_child_nodes(current))
+        memo.update(dict.fromkeys(passed, False))
+        return False
 
     @cached_property
     def _memo(self) -> dict[tuple[ast.AST, str | None, Any], bool]:

@@ -20,6 +20,7 @@ _FIRST = re.compile(
 FORKS = 12  # settings of one root that are judged
 PROBES = 32  # settings of one root that are tried
 STATEMENTS = 300_000  # of all runs of one file together
+OVERHEAD = 50  # what a run costs besides, in statements
 
 
 @dataclass
@@ -73,6 +74,10 @@ def simulate(module: Module) -> list[Root]:
         if name in tried:
             continue
         tried.add(name)
+        if runner.left <= 0:
+            for root in roots[-1:]:
+                root.complete = False
+            break
         root = runner.runs_of(name)
         sites = {b.node for o in root.outcomes for b in o.trace.backwards}
         if sites - covered or not root.outcomes:
@@ -150,7 +155,7 @@ class _Runner:
         """Run a root once; a survey runs all statements, not only those that matter to gradients."""
         machine = Machine(self.module, run, None if surveys else self.relevant)
         trace = machine.start(name)
-        self.left -= machine.spent
+        self.left -= machine.spent + OVERHEAD
         return Outcome(run, trace, fork, machine.used_window)
 
 
