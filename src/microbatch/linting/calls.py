@@ -91,7 +91,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if _PRINTS.match(callee.name) and not self.module.reaches(self.module.key(callee)):
                 return self.log_call(node, callee.name)
             args, keywords = self.arguments(node)
-            return self.call_function(callee, args, keywords)
+            made = self.call_function(callee, args, keywords)
+            if isinstance(made, Data) and COUPLED_LOSSES.search(callee.name):
+                return replace(made, coupled=made.coupled or node.lineno)
+            return made
         if isinstance(callee, Obj) and callee.kind == "class":
             return self.construct(node, callee)
         if isinstance(callee, Bound):
@@ -190,7 +193,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return self.call_object(guessed, node)
         if _LOGS.match(text):
             return self.log_call(node, text)
-        return self.unknown_call(node, text or attr)
+        result = self.unknown_call(node, text or attr)
+        if isinstance(result, Unknown) and "rows" in tags(base):
+            return replace(result, tags=result.tags | {"rows"})  # indices of rows, in another form or place
+        return result
 
     def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> None:
         args, _ = self.arguments(node)
@@ -235,8 +241,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if data:
             return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
         if any(isinstance(v, Unknown) and v.data for v in values):
-            return Unknown(text_of(node), data=True)
-        return Unknown(text_of(node), tags=tags(*args))
+            return Unknown(text_of(node), data=True, tags=tags(*values) & {"rows"})
+        return Unknown(text_of(node), tags=tags(*args) | ({"rows"} if last == "arange" else set()))
 
     def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
         """What a function of a library makes of data."""
@@ -257,6 +263,9 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if _LOGS.match(text) or re.search(r"(^|_)log(_|$|ging)", last):
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
+        if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
+            self.trace.step(node, own[0].key)  # torch_xla's
+            return None
         may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
         if may_step and not _NO_STEPS.search(last):
             self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)

@@ -46,6 +46,7 @@ class FunctionCalls(Simulated):
         key = Module.key(function)
         if self.depth >= DEPTH or self.active.count(key) >= 2:
             return Unknown(f"{function.name}()")
+        self.begin_object(owner or function.owner, function.name)
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
         frame = Frame(owner or function.owner, parent)
@@ -63,6 +64,16 @@ class FunctionCalls(Simulated):
             self.depth -= 1
             self.frame = outer
         return signal[1] if isinstance(signal, tuple) else None
+
+    def begin_object(self, owner: str | None, method: str) -> None:
+        """Make the object of a method, where the file does not show how it was made."""
+        if owner and owner not in self.begun:
+            self.begun.add(owner)
+            init = None if method == "__init__" else self.module.find_method(owner, "__init__")
+            if init is not None:
+                before, self.trace.tick, self.loop_depth = (self.trace.tick, self.loop_depth), 0, 0  # it is setup
+                self.call_function(init, [], {}, guess=True, owner=owner)
+                self.trace.tick, self.loop_depth = before
 
     def _bind(self, function: Function, frame: Frame, values: _Given) -> None:
         """Bind the parameters of a function: to what the call gives, to a default, or to a guess."""

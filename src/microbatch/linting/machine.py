@@ -59,8 +59,7 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _start_function(self, facts: Facts, root: str) -> None:
         owner = facts.owner
-        if owner and root != f"{owner}.__init__" and (init := self.module.find_method(owner, "__init__")):
-            self.call_function(init, [], {}, guess=True, owner=owner)
+        self.begin_object(owner, root.rpartition(".")[2])
         if not isinstance(facts.node, FunctionNode):
             return
         function = Function(facts.node.name, facts.node, owner)
@@ -274,7 +273,7 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _jump(self, node: ast.Raise | ast.Break | ast.Continue) -> Any:
         if isinstance(node, ast.Raise):
-            return ("return", None)
+            return ("return", Unknown("raise"))
         return BREAK if isinstance(node, ast.Break) else CONTINUE
 
     def _def(self, node: Any) -> None:

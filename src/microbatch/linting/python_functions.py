@@ -36,7 +36,7 @@ def _range(machine: Any, node: ast.Call) -> Any:
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
         return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args))
+    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args) | {"rows"})
 
 
 def _enumerate(machine: Any, node: ast.Call) -> Any:

@@ -129,7 +129,7 @@ class _Runner:
         forks: list[Outcome] = []
         signatures: set[Any] = set()
         waiting: list[dict[str, bool]] = [{}]
-        known = {frozenset[str]()}
+        known, asked = {frozenset[str]()}, set[str]()
         probes = 0
         while waiting:
             if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
@@ -139,11 +139,14 @@ class _Runner:
             probes += 1
             outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, decisions))
             signature = _signature(outcome.trace)
-            if signature in signatures:
-                continue
-            signatures.add(signature)
-            forks.append(outcome)
-            for key in outcome.run.asked:
+            fresh = set(outcome.run.asked) - asked
+            asked |= fresh
+            if signature not in signatures:
+                fresh = set(outcome.run.asked)
+                signatures.add(signature)
+                forks.append(outcome)
+            # Where nothing changed, the second half of `a and b` may still: it is asked for the first time.
+            for key in (key for key in outcome.run.asked if key in fresh):
                 path = frozenset({*decisions, key})
                 if path not in known:
                     known.add(path)

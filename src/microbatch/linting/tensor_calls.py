@@ -80,7 +80,7 @@ class TensorCalls(Simulated):
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
         base = self.combine(data) if data else Data({})
-        is_one_hot = any(isinstance(v, Unknown) and "range(" in v.key for v in values) or any(
+        is_one_hot = any(isinstance(v, Unknown) and ("rows" in v.tags or "range(" in v.key) for v in values) or any(
             "arange" in text_of(a) for a in node.args
         )
         coupled = node.lineno if COUPLED_LOSSES.search(name) or (base.coupled and is_one_hot) else 0

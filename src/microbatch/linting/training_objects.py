@@ -47,7 +47,7 @@ class TrainingObjects(Simulated):
         if not text:
             return None
         kind = kind_of_constructor(text)
-        if kind is None or (
+        if kind is None or text.endswith("optimizer_step") or (
             kind == "optimizer"
             and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
             and not node.args
