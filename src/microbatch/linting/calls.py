@@ -12,6 +12,7 @@ from typing import Any
 from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
+from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls
@@ -122,7 +123,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
                 args, keywords = self.arguments(node)
                 return self.call_function(method, args, keywords, owner=cls)
         if kind in ("model", "engine"):
-            return self.forward(node)
+            return self.own_loss(callee, node, "forward") or self.forward(node)
         if kind == "criterion":
             return self.loss_call(node, callee.info.get("reduction", ""), callee.name, info=callee.info)
         if kind == "ema":
@@ -131,6 +132,28 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return self.log_call(node, callee.name)
         made = self.made_by(node, dotted(node.func))
         return made if made is not None else self.unknown_call(node, text_of(node.func))
+
+    def own_loss(self, model: Obj, node: ast.Call, method: str) -> Any:
+        """The loss that a model of the file computes itself; `None` where it computes none, or it cannot be read."""
+        if not self.trace.tick:
+            return None
+        known = losses_of_models(self.module)
+        given = len(node.args) + len(node.keywords)
+        classes = {model.info["class"]} if "class" in model.info else {cls for cls, _ in known}
+        found = [
+            (cls, function)
+            for (cls, name), function in known.items()
+            if cls in classes and name == method and cls != self.frame.owner and takes(function.node, given)
+        ]
+        if len(found) != 1:
+            return None
+        args, keywords = self.arguments(node)
+        made = self.call_function(found[0][1], args, keywords, owner=found[0][0])
+        parts = made if isinstance(made, tuple | list) else [made]
+        if not any(isinstance(v, Data) and v.kind == "loss" and v.weights and not v.opaque for v in parts):
+            return None
+        synced = [replace(v, forward_synced=self.sync_off == 0) if isinstance(v, Data) else v for v in parts]
+        return tuple(synced) if isinstance(made, tuple | list) else synced[0]
 
     def construct(self, node: ast.Call, cls: Obj) -> Any:
         """An object of a class of the file."""
@@ -286,7 +309,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         opaque = base.opaque
         if data and any("n" in tags(v) for v in values):
             opaque = (*opaque, f"divided inside of `{text}`")
-        elif not numeric and not _AVERAGE_RANKS.search(last):
+        elif not numeric and not _AVERAGE_RANKS.search(last) and (losses or not self._is_layer(text)):
             opaque = (*opaque, f"`{text}`")
         return replace(
             base,
@@ -297,6 +320,11 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             forward_synced=self.sync_off == 0 if seen else base.forward_synced,
             number=numeric,
         )
+
+    def _is_layer(self, text: str) -> bool:
+        """Whether a name is a layer of the model whose method runs."""
+        owner = self.frame.owner
+        return owner is not None and text.startswith("self.") and text in layers(self.module, owner)
 
     def launch(self, values: list[Any]) -> None:
         """A launcher runs what it is given: `mp.spawn(train, ...)`, `fabric.launch(main)`."""

@@ -121,6 +121,8 @@ class Loops(Simulated):
         owner = self.frame.owner
         outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
         limit = count if outer else max(self.run.length, self.run.microbatches)
+        if isinstance(value, range) and not value and outer:
+            return list(range(count)), False  # `range(0)` in a tutorial that is not to train
         if isinstance(value, range):
             return list(value[:limit]), "n" in tags(self.range_end)
         if self._over_window(node) and not (isinstance(value, tuple | list) and len(value) > 1):

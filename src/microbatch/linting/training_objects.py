@@ -227,6 +227,8 @@ class TrainingObjects(Simulated):
             holder = dotted(node.func.value) if isinstance(node.func, ast.Attribute) else ""
             return Unknown(f"{holder or base.name}.{attr}()")
         made = self.made_by(node, attr)
+        if made is None:
+            made = self.own_loss(base, node, attr)
         return made if made is not None else self.forward(node)
 
     _on_engine = _on_model
