@@ -15,7 +15,7 @@ from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, 
 from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
-from microbatch.linting.tensor_calls import TensorCalls
+from microbatch.linting.tensor_calls import TensorCalls, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
@@ -217,8 +217,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if _LOGS.match(text):
             return self.log_call(node, text)
         result = self.unknown_call(node, text or attr)
-        if isinstance(result, Unknown) and "rows" in tags(base):
-            return replace(result, tags=result.tags | {"rows"})  # indices of rows, in another form or place
+        if isinstance(result, Unknown) and isinstance(base, Unknown):
+            return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
         return result
 
     def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> None:
@@ -262,14 +262,19 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if data:
+            if _is_zeros(node):
+                return Unknown(text_of(node), data=True, tags=frozenset({"rows"}))
             return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
         if any(isinstance(v, Unknown) and v.data for v in values):
-            return Unknown(text_of(node), data=True, tags=tags(*values) & {"rows"})
-        return Unknown(text_of(node), tags=tags(*args) | ({"rows"} if last == "arange" else set()))
+            rows = {"rows"} if last == "arange" or _is_zeros(node) else set()
+            return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
+        return Unknown(text_of(node), tags=tags(*args) | ({"rows"} if last == "arange" or _is_zeros(node) else set()))
 
     def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
         """What a function of a library makes of data."""
         made = self.combine(data)
+        if name in ("mean", "nanmean", "sum") and within_rows(node, 1):
+            return made
         if name in ("mean", "nanmean", "sum"):
             return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
         compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
@@ -362,3 +367,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
         return None
+
+
+def _is_zeros(node: ast.Call) -> bool:
+    """Whether a call makes the label 0 for every row: each row is to be found at the first place."""
+    return last_name(node.func) == "zeros" and any(
+        keyword.arg == "dtype" and last_name(keyword.value) in ("long", "int64") for keyword in node.keywords
+    )

@@ -70,14 +70,17 @@ class View:
         return found
 
     @cached_property
-    def own_steps(self) -> dict[str, tuple[list[StepTaken], set[ast.AST], bool]]:
-        """The steps of each of several optimizers, with those gradients alone that are meant for it.
+    def own_steps(self) -> list[tuple[list[StepTaken], set[ast.AST], bool]]:
+        """The steps of each optimizer in each loop, of several optimizers with the gradients alone that are for it.
 
-        A backward is meant for the optimizer that steps first after it.
+        A backward is for the optimizer that steps first after it.
 
         Returns:
-            For each optimizer its steps, its calls of backward, and whether no other backward stands between them.
+            Each time the steps, the calls of backward, and whether no other backward stands between them.
         """
+        every = {b.node for b in self.trace.backwards}
+        if len({step.optimizer for step in self.trace.steps if step.since}) < 2:
+            return [(steps, every, True) for steps in self.by_optimizer.values()]
         nearest: dict[ast.AST, tuple[int, str]] = {}
         later = iter(self.trace.steps)
         step = next(later, None)
@@ -88,13 +91,17 @@ class View:
                 break
             if b.node not in nearest or step.after - index < nearest[b.node][0]:
                 nearest[b.node] = (step.after - index, step.optimizer)
-        found: dict[str, tuple[list[StepTaken], set[ast.AST], bool]] = {}
-        for name in {name for _, name in nearest.values()}:
+        found: list[tuple[list[StepTaken], set[ast.AST], bool]] = []
+        for name in dict.fromkeys(name for _, name in nearest.values()):
             sites = {site for site, (_, owner) in nearest.items() if owner == name}
-            found[name] = self._only(name, sites)
+            steps, apart = self._only(name, sites)
+            by_loop: dict[ast.AST | None, list[StepTaken]] = {}
+            for taken in steps:
+                by_loop.setdefault(taken.loop, []).append(taken)
+            found += [(each, sites, apart) for each in by_loop.values()]
         return found
 
-    def _only(self, optimizer: str, sites: set[ast.AST]) -> tuple[list[StepTaken], set[ast.AST], bool]:
+    def _only(self, optimizer: str, sites: set[ast.AST]) -> tuple[list[StepTaken], bool]:
         """The steps of one optimizer as if only these calls of backward had run."""
         steps: list[StepTaken] = []
         before, apart = 0, True
@@ -114,7 +121,7 @@ class View:
                     weights[tick] = max(weight, weights.get(tick, Fraction(0)))
             lost = [m for m in since if m not in weights]
             steps.append(replace(step, since=since, weights=weights, lost=lost))
-        return steps, sites, apart
+        return steps, apart
 
     @cached_property
     def many_optimizers(self) -> bool:

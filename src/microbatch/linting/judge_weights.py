@@ -26,15 +26,12 @@ def judge_weights(view: View) -> Iterator[Fault]:
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
         return
-    if view.many_optimizers:
-        for steps, sites, apart in view.own_steps.values():
-            yield from _weights(view, steps, sites, sure=apart)
-            yield from _cleared(view, steps, sure=apart)
-        return
-    sites = {b.node for b in view.trace.backwards}
-    for steps in view.by_optimizer.values():
-        yield from _weights(view, steps, sites)
-        yield from _cleared(view, steps)
+    for steps, sites, apart in view.own_steps:
+        sure = apart or not view.many_optimizers
+        yield from _weights(view, steps, sites, sure=sure)
+        yield from _cleared(view, steps, sure=sure)
+        if view.many_optimizers:
+            continue  # a loss may belong to one of them alone
         if not view.managed:
             yield from _phase(view, steps)
             yield from _tails(view, steps)
@@ -84,7 +81,15 @@ class _Window:
 def _weight(view: View, line: Backward, weight: Fraction, window: _Window) -> Iterator[Fault]:
     """MB101 and MB102 of one call of backward."""
     loss = line.loss
-    if weight == 1 and not loss.divided:
+    if loss.mixed:
+        yield Fault(
+            "MB101",
+            next((n for n in view.module.nodes if getattr(n, "lineno", 0) == loss.mixed), line.node),
+            f"one term of the loss is divided by N and another is not: of that one, {view.n} microbatches are added",
+            certain=window.sure and not loss.opaque,
+            needs=(f"what {loss.opaque[0]} means",) if loss.opaque else (),
+        )
+    elif weight == 1 and not loss.divided:
         unknown = [o for o in loss.opaque if o.startswith(("divided", "multiplied"))]
         if unknown or loss.reduction == "sum":
             return

@@ -134,7 +134,10 @@ class Loops(Simulated):
             return [(start + i, self.item_of(value.info["over"])) for i in range(count)], False
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
-            return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
+            turns = count // self.run.microbatches * self.run.microbatches if whole else count
+            begin = self.evaluate(node.iter.args[0]) if isinstance(node.iter, ast.Call) and len(node.iter.args) == 2 else 0
+            first = int(number(begin)) if is_number(begin) else 0
+            return list(range(first, first + turns)), whole
         if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
             self.used_window = True
             return [self.item_of(value) for _ in range(self.run.microbatches)], True

@@ -17,7 +17,7 @@ from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
 from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, text_of
 from microbatch.linting.trace import Trace
-from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number, tags
 
 __all__ = ["Machine"]
 
@@ -149,8 +149,9 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.scale_gradients(node, node.target, node.op, node.value)
             return
         right = self.evaluate(node.value)
-        if isinstance(right, Data) and right.kind == "batch" and right.reduction == "sum" and not right.weights:
-            right = Unknown(text_of(node.value))  # a count over several microbatches
+        counted = isinstance(right, Data) and right.kind == "batch" and right.reduction == "sum" and not right.weights
+        if counted or (isinstance(right, Unknown) and right.data):
+            right = Unknown(text_of(node.value), tags=tags(right))  # a count over several microbatches
         if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
             self.trace.mark("sum", node, dotted(node.target), value=right)
         self.store(node.target, self.operate(left, node.op, right, node=node))

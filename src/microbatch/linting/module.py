@@ -362,6 +362,10 @@ class Module(Definitions):
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
                         _moduli(keyword.value, add, self.counters)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
+                turns = isinstance(node.value.op, ast.Mod) and dotted(node.targets[0])  # `k = (k + 1) % n`
+                if turns and any(dotted(n) == turns for n in ast.walk(node.value.left)) and self.is_inside_loop(node):
+                    add(node.value.right)
             elif isinstance(node, ast.Assign) and isinstance(
                 node.value, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.IfExp
             ):

@@ -142,7 +142,10 @@ class Operations(Simulated):
                 for m in {*left.weights, *right.weights}
             }
             return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
-        return self.combine([left, right])
+        both = self.combine([left, right])
+        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, ast.Add | ast.Sub):
+            return replace(both, mixed=both.mixed or line)
+        return both
 
     def combine(self, values: list[Data]) -> Data:
         """One value out of several: a sum over microbatches, or an objective of several terms in one microbatch."""
@@ -165,7 +168,15 @@ class Operations(Simulated):
             forward_synced=any(synced) if synced else None,
             divided=max(v.divided for v in values),
             blurred=any(v.blurred for v in values),
+            mixed=max(v.mixed for v in values),
         )
+
+
+def _is_mixed(left: Data, right: Data) -> bool:
+    """Whether one of two losses of a microbatch is divided by N and the other is not."""
+    if left.number or right.number or left.weights.keys() != right.weights.keys():
+        return False
+    return left.weights != right.weights and bool(left.divided) != bool(right.divided)
 
 
 def _origin(left: Any, op: ast.operator, right: Any) -> frozenset[str]:
