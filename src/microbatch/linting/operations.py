@@ -91,7 +91,8 @@ class Operations(Simulated):
             return replace(data, blurred=True)
         if isinstance(op, ast.Div):
             return self._divided(data, other, node)
-        if isinstance(other, Unknown) and not (other.data and not data.reduction):  # else: each row has a weight
+        weighs_rows = data.kind == "tensor" and not data.reduction and isinstance(other, Unknown) and other.data
+        if isinstance(other, Unknown) and not weighs_rows:
             return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
         return data
 
@@ -112,6 +113,8 @@ class Operations(Simulated):
     def _divided(data: Data, other: Any, node: ast.AST) -> Data:
         """A tensor divided by what is no known number."""
         rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
+        if rows and not other.data and other.key.startswith("sum("):
+            rows = False  # of all microbatches of a window
         counted = isinstance(other, Unknown) and other.data
         if data.reduction == "sum":
             if not counted and not rows:  # a count of the whole window, as far as the file shows
