@@ -8,13 +8,13 @@
     python -m benchmarks.budget --quick                  does everything run?
 
 For each case, the full batch runs under `mb.MemoryMeter`, which gives its peak. The budgets are a half, a quarter and
-an eighth of it. The hand-written loop runs at every size of a grid (powers of two, and the sizes between them), and
-at the largest size that fits each budget, found by its own peak. Each size has a process of its own. Sizes whose peak is
+an eighth of it. The hand-written loop runs at every size of a grid (powers of two, and those between), and at
+the largest size that fits each budget, found by its own peak. Each size has a process of its own. Sizes whose peak is
 above the budget are disqualified. The fastest of the others is the best loop that a user could find by trying.
 
-`microbatch` is given the budget: ``Accumulator(microbatch_size="auto", memory_budget=...)``, and ``lengths=`` for ragged
-rows. It chooses in a fresh process, which then goes on. In the last rounds it takes turns with the two fastest loops,
-a window each. Loops on ragged rows trim each microbatch to its own longest row.
+`microbatch` is given the budget alone: ``Accumulator(microbatch_size="auto", memory_budget=...)``; for ragged rows
+``lengths=`` too. It chooses in a fresh process, which then goes on. In the last rounds it takes turns with the two
+fastest loops, a window each. Loops on ragged rows trim each microbatch to its own longest row.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from benchmarks.summary import NOISY, Summary, order_of_round, summarize, summar
 from benchmarks.under_budget import Chosen, Handle
 
 RESULTS = Path(__file__).parent / "results" / "budget"
+PAGE = Path(__file__).parents[1] / "docs" / "cost.md"
 SHARES = (2, 4, 8)
 GOAL, RAGGED_GOAL = 0.9, 0.7
 """The most time of a step, as a part of the best loop's."""
@@ -298,9 +299,9 @@ def as_markdown(record: Mapping[str, Any], results: Mapping[str, tuple[int, Sequ
         f"`{record['command']}`; {record['date']}; {on}; {record['threads']} threads; heap: {record['heap']}.",
         "",
         'A step with `microbatch_size="auto"` and a memory budget, against the fastest hand-written loop of all sizes',
-        f"under the same budget. Times are medians of {record['repeats']} windows in turn. `peak` counts tensors, which",
-        "the budget limits; `allocated` counts workspaces inside operators too. A `~` marks rows during which another job",
-        "was running: they decide nothing.",
+        f"under the same budget. Times are medians of {record['repeats']} windows in turn. `peak` counts tensors,",
+        "which the budget limits; `allocated` counts workspaces inside operators too. A `~` marks rows during which",
+        "another job was running: they decide nothing.",
         "",
         "| case | budget | loop's best size | loop | peak | auto's size | microbatch | peak | ratio | goal | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -330,11 +331,55 @@ def as_markdown(record: Mapping[str, Any], results: Mapping[str, tuple[int, Sequ
     return "\n".join(lines) + "\n"
 
 
+def page_table(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
+    """Return the short table of ``docs/cost.md``.
+
+    Args:
+        rows: What was measured.
+        record: On what.
+    """
+    hardware = record["hardware"]
+    on = f"{record['date']}, {hardware['cpu']}, {record['threads']} threads"
+    lines = [
+        f"{on}, heap: {record['heap']}. A `~` marks rows during which another job was running.",
+        "",
+        "| model | budget | best loop | microbatch | ratio | goal | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = _cells(row)
+        lines.append(f"| {row.case} | 1/{row.share} | {cells[3]} | {cells[6]} | {' | '.join(cells[8:])} |")
+    return "\n".join(lines)
+
+
+def put_between(page: str, name: str, table: str) -> str:
+    """Replace what stands between two marks of a page.
+
+    Args:
+        page: Text with the lines ``<!-- name: begin -->`` and ``<!-- name: end -->``.
+        name: Which marks.
+        table: What is to stand there.
+
+    Raises:
+        ValueError: The page has no such marks.
+    """
+    begin, end = f"<!-- {name}: begin -->\n", f"\n<!-- {name}: end -->"
+    before, _, rest = page.partition(begin)
+    _, mark, after = rest.partition(end)
+    if not mark:
+        raise ValueError(f"the page has no marks {name!r}")
+    return f"{before}{begin}{table}{end}{after}"
+
+
 def _line(row: Row) -> str:
+    return f"| {' | '.join(_cells(row))} |"
+
+
+def _cells(row: Row) -> list[str]:
     mark, best = "~" if row.noisy else "", row.best_loop
     loop_time = "-" if best is None else mark + _seconds(summarize(row.loop_seconds[best]).median)
     auto_time = mark + _seconds(summarize(row.auto_seconds).median) if row.auto_seconds else "-"
-    cells = [
+    return [
         row.case,
         f"1/{row.share}, {_mebibytes(row.budget)}",
         "-" if best is None else str(best),
@@ -347,7 +392,6 @@ def _line(row: Row) -> str:
         f"{row.goal}",
         row.verdict,
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _seconds(seconds: float) -> str:
@@ -414,6 +458,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in results[case][2]:
             print(_line(row))
         print(f"    {time.perf_counter() - started:.0f} s so far", flush=True)
+    if out.parent == RESULTS.parent and not flags.quick and flags.case is None:
+        rows = [row for _, _, found in results.values() for row in found]
+        page = put_between(PAGE.read_text(encoding="utf-8"), out.name, page_table(rows, record))
+        PAGE.write_text(page, encoding="utf-8")
+        print(f"written: {PAGE}")
     print(f"written: {out.with_suffix('.json')}, {out.with_suffix('.md')}")
     return 0
 
