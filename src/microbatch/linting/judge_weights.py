@@ -55,9 +55,7 @@ def _engine(view: View) -> Iterator[Fault]:
 _SHARED_STEP = "which optimizer each of the losses is for"
 
 
-def _weights(
-    view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: bool = True
-) -> Iterator[Fault]:
+def _weights(view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: bool = True) -> Iterator[Fault]:
     """MB101 and MB102: the sum of the weights of a full window is not 1."""
     full = [s for s in steps if len(s.since) == view.n > 1 and s.weights]
     if not full or not view.outcome.used_window:
@@ -320,9 +318,7 @@ def _thrown_away(view: View) -> Iterator[Fault]:
 def _only_last_runs(view: View) -> bool:
     """Whether one microbatch of N runs a backward, at the end of each window."""
     at = view.ticks
-    return (
-        1 < len(at) < view.trace.tick and all(b - a == view.n for a, b in pairwise(at)) and view.clean and view.n > 1
-    )
+    return 1 < len(at) < view.trace.tick and all(b - a == view.n for a, b in pairwise(at)) and view.clean and view.n > 1
 
 
 def _only_last(view: View) -> Fault:

@@ -9,7 +9,16 @@ from typing import Any
 from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
-from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, is_step_call, last_name, steps_inside, text_of
+from microbatch.linting.syntax import (
+    FunctionNode,
+    Loop,
+    dotted,
+    is_backward_call,
+    is_step_call,
+    last_name,
+    steps_inside,
+    text_of,
+)
 
 __all__ = ["Module"]
 

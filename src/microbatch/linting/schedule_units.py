@@ -136,7 +136,5 @@ def _place(module: Module, node: ast.AST) -> str:
 
 def _window_inside(module: Module, loop: ast.AST, owner: str | None) -> bool:
     """Whether the microbatch loops inside of a loop are windows: the step stands after them."""
-    inner = [
-        n for n in ast.walk(loop) if isinstance(n, Loop) and n is not loop and module.is_microbatch_loop(n, owner)
-    ]
+    inner = [n for n in ast.walk(loop) if isinstance(n, Loop) and n is not loop and module.is_microbatch_loop(n, owner)]
     return bool(inner) and not any(module.steps(s, owner) for each in inner for s in each.body)
