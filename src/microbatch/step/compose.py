@@ -152,8 +152,8 @@ class Composition:
         Raises:
             ConfigError: A key is missing.
         """
-        state = {"noise": {"windows": []}, **state}  # a state from before noise_scale= was given
         try:
+            state = {"noise": {"windows": []}, **state}  # a state from before noise_scale= was given
             windows, skipped, count = int(state["windows"]), int(state["skipped"]), float(state["count"])
             for name, part in self._stateful().items():
                 part.load(state[name])
