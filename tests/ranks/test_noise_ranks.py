@@ -55,7 +55,7 @@ def run(
     *,
     shares: list[int] = SHARES,
     loss: Any = mean,
-    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    wrap: Callable[..., Any] = lambda model: model,
     momentum: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def case_sharded(rank: int, ranks: int) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     try:
-        run(rank, wrap=fully_shard)
+        run(rank, wrap=lambda model: fully_shard(model))
     except ConfigError as error:
         return {"refused": str(error)}
     return {"refused": None}
