@@ -127,7 +127,7 @@ def case_sharded(rank: int, ranks: int) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     try:
-        run(rank, wrap=lambda model: fully_shard(model))
+        run(rank, wrap=fully_shard)
     except ConfigError as error:
         return {"refused": str(error)}
     return {"refused": None}
