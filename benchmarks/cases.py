@@ -37,8 +37,8 @@ class Case:
     batch_size: int
     model: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
-    sizes: tuple[int, ...]
-    all_sizes: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+    all_sizes: tuple[int, ...] = ()
     couples_rows: bool = False
     lengths: str | None = None
     precision: torch.dtype = torch.float32
@@ -152,3 +152,45 @@ CASES = {
         all_sizes=(1, 2, 4),
     ),
 }
+
+# For runs under a memory budget: weights small enough that an eighth of the full batch's peak still holds them, and
+# windows of about a second. Microbatch sizes are not listed, because every one of them is tried.
+_SMALL_GPT = {"vocabulary": 4096, "length": 128, "layers": 4, "heads": 4, "channels": 192}
+_SMALL_WIDTHS = (32, 64, 96, 128)
+
+BUDGET_CASES = {
+    "gpt-small": Case(
+        describe="GPT, 2.6M parameters, vocabulary 4,096, 128 tokens a row",
+        batch_size=48,
+        model=partial(GPT, **_SMALL_GPT),
+        batch=partial(_text, 48, 128, 4096),
+    ),
+    "vit-small": Case(
+        describe="vision transformer, 1.2M parameters, images of 32 x 32 in 64 patches",
+        batch_size=96,
+        model=partial(VisionTransformer, **(_VIT | {"heads": 4, "channels": 128})),
+        batch=partial(_images, 96, 32, 10),
+    ),
+    "residual-small": Case(
+        describe="residual network, 1.0M parameters, GroupNorm, images of 32 x 32",
+        batch_size=128,
+        model=partial(ResidualNetwork, widths=_SMALL_WIDTHS, classes=10, norm="group"),
+        batch=partial(_images, 128, 32, 10),
+    ),
+    "batchnorm-small": Case(
+        describe="the same with BatchNorm, whose statistics are each microbatch's own",
+        batch_size=128,
+        model=partial(ResidualNetwork, widths=_SMALL_WIDTHS, classes=10, norm="batch"),
+        batch=partial(_images, 128, 32, 10),
+        couples_rows=True,
+    ),
+    "ragged-small": Case(
+        describe="the small GPT on rows of log-normal lengths, mean about 60 tokens, longest 256",
+        batch_size=48,
+        model=partial(GPT, **(_SMALL_GPT | {"length": 256})),
+        batch=partial(_ragged_text, 48, mean=60, longest=256, vocabulary=4096),
+        lengths="mask",
+    ),
+    "tiny": CASES["tiny"],
+}
+"""Cases of `benchmarks.budget`."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 import microbatch as mb
-from benchmarks.cases import CASES, IGNORED, LEARNING_RATE, SEED, loss_sum, trimmed
+from benchmarks.cases import BUDGET_CASES, CASES, IGNORED, LEARNING_RATE, SEED, loss_sum, trimmed
 
 # One window: from the first microbatch to the optimizer step and the zeroed gradients, inside the given context.
 Window: TypeAlias = Callable[[AbstractContextManager[object]], None]
@@ -66,14 +66,14 @@ def make_subject(case_name: str, microbatch_size: int, *, device: str) -> Subjec
     """Make the same model, optimizer and batch every time.
 
     Args:
-        case_name: A key of `CASES`.
+        case_name: A key of `CASES` or of `BUDGET_CASES`.
         microbatch_size: Rows that go through at once.
         device: Where the model goes.
 
     Returns:
         The subject.
     """
-    case = CASES[case_name]
+    case = (BUDGET_CASES | CASES)[case_name]
     torch.manual_seed(SEED)
     batch = case.batch()
     model = case.model().to(device)

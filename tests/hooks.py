@@ -9,7 +9,10 @@ from typing import Any
 from microbatch.step.part import Part, Passes, Peers
 from microbatch.step.setup import Setup
 
-HOOKS = ("open", "cut", "around", "call", "whole", "backward", "check", "figures", "done", "failed", "put_back")
+HOOKS = (
+    *("open", "cut", "around", "call", "whole", "backward"),
+    *("check", "reduced", "figures", "done", "failed", "put_back"),
+)
 
 
 class Reached:

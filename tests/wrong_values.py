@@ -193,6 +193,10 @@ def _linear(**given: Any) -> Any:
     return mb.linear_cross_entropy(**(usual | given))
 
 
+def _noise(**given: Any) -> Any:
+    return _accumulator(noise_scale=mb.NoiseScale(**given)).step(X, mean)
+
+
 CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "Accumulator": (_accumulator, list(signature(mb.Accumulator).parameters)),
     "step": (_step, ["batch", "loss_fn", "counts", "encode"]),
@@ -201,6 +205,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "windows": (_windows, ["loader", "microbatches", "counts"]),
     "load_state_dict": (lambda **given: _accumulator().load_state_dict(given["state"]), ["state"]),
     "Sums": (_sums, ["dtype", "how", "buffer", "fuse"]),
+    "NoiseScale": (_noise, ["every", "by_group", "windows"]),
     "Ranks": (_ranks, ["group", "sync", "reduce_dtype", "overlap"]),
     "Lengths": (_lengths, ["of", "side", "keys", "relative_positions", "microbatch_tokens", "overhead"]),
     "Loss": (_loss, ["sum", "count", "metrics"]),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from microbatch.engines.deepspeed import DeepSpeed
     from microbatch.errors import MicrobatchError
     from microbatch.gradients.momentum_buffer import LinearState
+    from microbatch.gradients.noise_estimate import NoiseScale
     from microbatch.linting.doctor import doctor
     from microbatch.linting.finding import Finding
     from microbatch.loss import losses
@@ -67,6 +68,7 @@ __all__ = [
     "MicrobatchDone",
     "MicrobatchError",
     "MicrobatchWarning",
+    "NoiseScale",
     "Pipeline",
     "Plan",
     "PlanChosen",
@@ -116,6 +118,7 @@ _HOMES = {
     "Job": "train.job",
     "Lengths": "batch.lengths",
     "LinearState": "gradients.momentum_buffer",
+    "NoiseScale": "gradients.noise_estimate",
     "Loss": "loss.loss",
     "MemoryMeter": "memory.meter",
     "MicrobatchDone": "step.events",

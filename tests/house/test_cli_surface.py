@@ -26,6 +26,7 @@ TRAIN_FLAGS = {
     "--data",
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
+PLAN_FLAGS |= {"--price", "--deadline", "--steps", "--samples"}
 CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 DOCTOR_FLAGS = {

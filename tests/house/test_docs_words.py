@@ -85,13 +85,15 @@ def banned(page: str) -> list[str]:
     return [text[max(0, m.start() - 30) : m.end() + 20] for text in texts for m in BANNED.finditer(text)]
 
 
-def faults(page: str) -> list[str]:
-    return [*long_sentences(page), *unclear_headings(page), *banned(page)]
+def faults(page: str, *, questions: bool = False) -> list[str]:
+    """Return the faults of a page; its headings may be questions where these are what people ask."""
+    unclear = [] if questions else unclear_headings(page)
+    return [*long_sentences(page), *unclear, *banned(page)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_is_in_plain_words(page: Path) -> None:
-    found = faults(page.read_text(encoding="utf-8"))
+    found = faults(page.read_text(encoding="utf-8"), questions=page.name == "faq.md")
     assert found == [] or len(found) <= NOT_YET.get(page.name, 0)
 
 

@@ -28,6 +28,7 @@ PUBLIC = {
     "MicrobatchDone",
     "MicrobatchError",
     "MicrobatchWarning",
+    "NoiseScale",
     "Pipeline",
     "Plan",
     "PlanChosen",

@@ -39,6 +39,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "auto": {"microbatch_size": "auto"},
     "budget": {"memory_budget": "1 GiB"},
     "clip": {"max_grad_norm": 1.0},
+    "noise": {"noise_scale": mb.NoiseScale(every=1)},
 }
 
 
@@ -112,7 +113,8 @@ def test_every_hook_of_every_part_is_reached(names: tuple[str, ...]) -> None:
     except ConfigError as refused:
         assert ENCODE in str(refused)  # noqa: PT017 - a combination that the table refuses
     # Only a loss of the whole batch has it; and in lockstep no microbatch has a time of its own.
-    allowed = {"RowDropout.whole"} if it.options.deterministic else set[str]()
+    alone = it.options.deterministic or it.options.noise_scale
+    allowed = {"RowDropout.whole"} if alone else set[str]()
     allowed |= {"Stopwatch.around", "OneRowNorms.around"} if it.options.batch_norm == "exact" else set()
     assert reached.missed <= allowed
     assert reached.watched

@@ -229,6 +229,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "skip": {"nonfinite": "skip"},
     "autocast": {"autocast": torch.bfloat16},
     "budget": {"memory_budget": "1 GiB"},
+    "noise": {"noise_scale": mb.NoiseScale(every=1)},
 }
 each_setting = pytest.mark.parametrize("name", SETTINGS)
 

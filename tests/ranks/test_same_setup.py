@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from microbatch.errors import RankError
+from microbatch.gradients.noise_estimate import NoiseScale
 from microbatch.ranks.same_setup import differences
 from microbatch.step.accumulator import Accumulator
 from microbatch.step.options import Ranks, Sums
@@ -143,6 +144,7 @@ CASES: dict[str, tuple[Callable[[bool], Made], list[str]]] = {
     "order": (other_order, ["the order differs: parameter 'a.weight' on rank 0", "'b.weight' on rank 1"]),
     "clipping": (with_option(max_grad_norm=1.0), ["max_grad_norm is None on ranks 0 and 2, and 1 on rank 1"]),
     "nonfinite": (with_option(nonfinite="skip"), ["nonfinite is raise", "skip on rank 1"]),
+    "noise": (with_option(noise_scale=NoiseScale(5)), ["NoiseScale(every=...) is None on ranks 0 and 2, and 5"]),
     "sums": (with_option(sums=Sums(dtype=torch.float64)), ["Sums(dtype=...)"]),
     "overlap": (with_option(ranks=Ranks(overlap=True)), ["Ranks(overlap=...) is False"]),
     "deterministic": (with_option(deterministic=True), ["deterministic is False", "microbatch_size is missing"]),

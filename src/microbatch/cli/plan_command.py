@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 import microbatch.planning.plan as plans
+from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.error_report import report_error
 from microbatch.cli.run_views import ACCENT, QUIET
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.planning.figure import svg
 from microbatch.planning.make_plan import plan
+from microbatch.planning.run_costs import deadline_words
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
 from microbatch.train.start import make_job
@@ -32,12 +34,20 @@ FAILED, BAD_INPUT = 1, 2
 
 
 def run_plan(
-    flags: Mapping[str, Any], *, file: Path | None, plot: Path | None, cache: bool, as_json: bool, color: bool
+    flags: Mapping[str, Any],
+    costs: Mapping[str, Any],
+    *,
+    file: Path | None,
+    plot: Path | None,
+    cache: bool,
+    as_json: bool,
+    color: bool,
 ) -> int:
     """Plan a job, and say what was found.
 
     Args:
         flags: Settings given on the command line; `None` for those that were not.
+        costs: What is asked about time and money; see `read_cost_flags`.
         file: Configuration file, or `None`.
         plot: Where to write a figure, or `None`.
         cache: Whether an earlier plan of the same job, device and versions will do.
@@ -45,13 +55,15 @@ def run_plan(
         color: Whether colours may be used.
 
     Returns:
-        The exit code: 0 planned, 1 failed, 2 bad input.
+        The exit code: 0 planned, 1 failed or too slow for the deadline, 2 bad input.
     """
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
     try:
-        settings = load_settings(flags, file=file)
+        settings, asked = load_settings(flags, file=file), read_cost_flags(costs)
+        price = asked.price_here()
         _check_plot(plot)
-        found, cached = _plan(settings, cache=cache)
+        found, job_steps, cached = _plan(settings, asked, cache=cache)
+        cost = found.cost(price, **asked.length(job_steps), device=str(resolve_device(settings.device)))
         if plot is not None:
             plot.write_text(svg(found), encoding="utf-8")
     except (MicrobatchError, OSError) as error:
@@ -60,11 +72,16 @@ def run_plan(
     except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
         traceback.print_exc()
         return FAILED
+    late = asked.deadline is not None and not cost.meets(asked.deadline)
     if as_json:
-        sys.stdout.write(json.dumps({"event": "plan", "job": settings.job, "cached": cached, **found.as_dict()}) + "\n")
+        told = {"event": "plan", "job": settings.job, "cached": cached, **found.as_dict()}
+        told["cost"] = cost_as_dict(cost, asked) if asked.any else None
+        sys.stdout.write(json.dumps(told) + "\n")
     else:
-        _show(found, Console(no_color=True if not color else None, highlight=False), cached=cached)
-    return 0
+        said = [cost.words()] if asked.any else []
+        said += [deadline_words([cost], asked.deadline)] if asked.deadline is not None else []
+        _show(found, said, Console(no_color=True if not color else None, highlight=False), cached=cached)
+    return FAILED if late else 0
 
 
 def _check_plot(plot: Path | None) -> None:
@@ -72,13 +89,17 @@ def _check_plot(plot: Path | None) -> None:
         raise ConfigError(f"--plot {plot}: the figure is an SVG; give it a name that ends with .svg")
 
 
-def _plan(settings: Settings, *, cache: bool) -> tuple[plans.Plan, bool]:
+def _plan(settings: Settings, asked: CostFlags, *, cache: bool) -> tuple[plans.Plan, int | None, bool]:
+    """Return the plan, the steps of the job's run, and whether the plan was kept from an earlier call."""
     check_data_path(settings)
     device = resolve_device(settings.device)
     file = _cache_file(settings, device)
     if cache and (kept := _kept(file)) is not None:
-        return kept, True
+        return *kept, True
     job = make_job(settings, device)
+    open_ended = {job.steps, job.epochs, settings.steps, settings.epochs} == {None}
+    if open_ended and (asked.steps or asked.samples):  # the flag says how long the run is, and a plan needs no more
+        job = replace(job, steps=1)
     config = resolve(settings, job, device=device)
     check_memory(settings, job, config)
     job = replace(
@@ -88,16 +109,17 @@ def _plan(settings: Settings, *, cache: bool) -> tuple[plans.Plan, bool]:
         memory_budget=config.memory_budget,
         microbatch_size=None if config.auto else config.microbatch_size,
     )
-    found = plan(job)
+    found, steps = plan(job), None if open_ended else config.steps
     if cache and found.decided:  # a busy machine may be quiet next time
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found.as_dict()), encoding="utf-8")
-    return found, False
+        file.write_text(json.dumps({**found.as_dict(), "job_steps": steps}), encoding="utf-8")
+    return found, steps, False
 
 
-def _kept(file: Path) -> plans.Plan | None:
+def _kept(file: Path) -> tuple[plans.Plan, int | None] | None:
     try:
-        return plans.Plan.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return plans.Plan.from_dict(found), found["job_steps"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -120,7 +142,7 @@ def _cache_file(settings: Settings, device: torch.device) -> Path:
     return Path(home) / "microbatch" / "plans" / f"{digest[:32]}.json"
 
 
-def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
+def _show(found: plans.Plan, costs: Sequence[str], console: Console, *, cached: bool) -> None:
     head, *lines = found.table(width=console.width).splitlines()
     console.print(Text(head, style=QUIET))
     for line in lines:
@@ -135,7 +157,7 @@ def _show(found: plans.Plan, console: Console, *, cached: bool) -> None:
         for line in lines:
             console.print(Text(line, style=ACCENT if line.lstrip().startswith(">") else ""))
     grid = Table.grid(padding=(0, 1))
-    for sentence in found.words:
+    for sentence in (*found.words, *costs):
         grid.add_row("-", Text(sentence))
     console.print()
     console.print(grid)

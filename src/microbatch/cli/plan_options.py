@@ -9,9 +9,11 @@ import typer
 
 from microbatch.cli.shared_options import (
     BATCH,
+    COSTS,
     ELSEWHERE,
     MACHINE,
     OUTPUT,
+    THE_JOBS,
     Autocast,
     BatchSize,
     ConfigFile,
@@ -51,7 +53,8 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            help='auto, cpu, cuda, cuda:1, mps; or hardware that you do not have: a100-40gb, h100, "24 GiB".',
+            help='auto, cpu, cuda, cuda:1, mps; or hardware that you do not have: a100-40gb, h100, "24 GiB"; '
+            "several, with commas, to compare.",
             rich_help_panel=MACHINE,
         ),
     ] = None,
@@ -115,6 +118,27 @@ def plan(
             metavar="TIME", help='Measured time of a microbatch on that hardware: "0.25 s".', rich_help_panel=ELSEWHERE
         ),
     ] = None,
+    price: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRICE",
+            help='Of a device: "2.50/h", "2.50 EUR/h"; of each of several: "a100-40gb=1.20/h,h100=2.50/h".',
+            rich_help_panel=COSTS,
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help='Find the cheapest plan within "90 min", "6 h" or "2 d".', rich_help_panel=COSTS
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Optimizer steps of the run.", rich_help_panel=COSTS, show_default=THE_JOBS),
+    ] = None,
+    samples: Annotated[
+        str | None, typer.Option(metavar="N", help="Samples of the run, instead of steps.", rich_help_panel=COSTS)
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Write a figure.", rich_help_panel=OUTPUT)
     ] = None,
@@ -128,11 +152,17 @@ def plan(
     """Find the fastest microbatch size that fits.
 
     Raises:
-        Exit: Always, with the exit code: 0 planned, 1 failed or does not fit, 2 bad input.
+        Exit: Always, with the exit code: 0 planned, 1 failed, does not fit or misses the deadline, 2 bad input.
     """
     from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
     from microbatch.cli.plan_command import run_plan
 
+    costs = {
+        "price": price,
+        "deadline": deadline,
+        "steps": number_or_word(steps, int),
+        "samples": number_or_word(samples, int),
+    }
     if is_for_a_cluster(job or "", device):
         elsewhere = {
             "device": device,
@@ -150,7 +180,7 @@ def plan(
             "batch_size": number_or_word(batch_size, int),
             "microbatch_size": number_or_word(microbatch_size, int),
         }
-        raise typer.Exit(run_cluster_plan(job or "language", elsewhere, as_json=json))
+        raise typer.Exit(run_cluster_plan(job or "language", elsewhere | costs, as_json=json))
     flags = {
         "job": job,
         "data": data,
@@ -161,4 +191,5 @@ def plan(
         "seed": number_or_word(seed, int),
         "autocast": autocast,
     }
-    raise typer.Exit(run_plan(flags, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color))
+    code = run_plan(flags, costs, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color)
+    raise typer.Exit(code)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 BATCH, LENGTH, MACHINE, FILES, OUTPUT = "The batch", "How long", "The machine", "Files", "Output"
-ELSEWHERE = "Hardware that you do not have"
+ELSEWHERE, COSTS = "Hardware that you do not have", "What it costs"
 
 THE_JOBS = "the job's"
 """What holds where neither a flag nor a file says anything, and the job does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -170,6 +170,11 @@ class GradientSum:
     def held(self) -> list[tuple[Named, Tensor]]:
         """List the sums of the parameters that an optimizer steps, as `gradients` does."""
         return [(each, total) for each, total in self.gradients() if each.held]
+
+    def without_states(self, factor: float) -> Iterator[tuple[Named, Tensor]]:
+        """Yield what `held` lists, without the optimizers' states; ``factor`` is what finishes the gradient."""
+        for each, total in self.held():
+            yield each, total if self._fold is None else self._fold.without_state(each.parameter, total, factor)
 
     @property
     def present(self) -> list[bool]:

@@ -224,6 +224,26 @@ class Fold:
                 entry.sum.add_(entry.kept(), alpha=share - entry.share)
 
     @torch.no_grad()
+    def without_state(self, parameter: Tensor, total: Tensor, factor: float) -> Tensor:
+        """Subtract the state from a sum that began with it, and return the sum of the gradients alone.
+
+        Args:
+            parameter: Any parameter.
+            total: Its sum over all ranks, after `settle`.
+            factor: What the finished gradient will be multiplied with.
+
+        Returns:
+            A new tensor; ``total`` itself if it did not begin with a state.
+
+        Cost:
+            A copy of the saved state to the device, and one tensor like it.
+        """
+        entry = self._entries.get(id(parameter))
+        if entry is None or entry.kept is None:
+            return total
+        return total.sub(entry.kept(), alpha=entry.of.decay / (entry.of.take * factor))
+
+    @torch.no_grad()
     def finish(self) -> None:
         """Turn every sum, which the factor has been applied to, into the optimizer's next state."""
         for entry in self._entries.values():

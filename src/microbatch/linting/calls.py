@@ -12,9 +12,10 @@ from typing import Any
 from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
+from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
-from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
-from microbatch.linting.tensor_calls import TensorCalls
+from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
+from microbatch.linting.tensor_calls import TensorCalls, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
@@ -38,6 +39,8 @@ _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_g
 _STEPS = re.compile(r"step|update|optimi[sz]e")
 _NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
+# In place, on a gradient or on a list of them.
+_SCALES = re.compile(r"_?(?:foreach_)?(?:(mul|multiply)|div|divide|true_divide)_$")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
@@ -89,7 +92,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if _PRINTS.match(callee.name) and not self.module.reaches(self.module.key(callee)):
                 return self.log_call(node, callee.name)
             args, keywords = self.arguments(node)
-            return self.call_function(callee, args, keywords)
+            made = self.call_function(callee, args, keywords)
+            if isinstance(made, Data) and COUPLED_LOSSES.search(callee.name):
+                return replace(made, coupled=made.coupled or node.lineno)
+            return made
         if isinstance(callee, Obj) and callee.kind == "class":
             return self.construct(node, callee)
         if isinstance(callee, Bound):
@@ -117,7 +123,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
                 args, keywords = self.arguments(node)
                 return self.call_function(method, args, keywords, owner=cls)
         if kind in ("model", "engine"):
-            return self.forward(node)
+            return self.own_loss(callee, node, "forward") or self.forward(node)
         if kind == "criterion":
             return self.loss_call(node, callee.info.get("reduction", ""), callee.name, info=callee.info)
         if kind == "ema":
@@ -126,6 +132,28 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return self.log_call(node, callee.name)
         made = self.made_by(node, dotted(node.func))
         return made if made is not None else self.unknown_call(node, text_of(node.func))
+
+    def own_loss(self, model: Obj, node: ast.Call, method: str) -> Any:
+        """The loss that a model of the file computes itself; `None` where it computes none, or it cannot be read."""
+        if not self.trace.tick:
+            return None
+        known = losses_of_models(self.module)
+        given = len(node.args) + len(node.keywords)
+        classes = {model.info["class"]} if "class" in model.info else {cls for cls, _ in known}
+        found = [
+            (cls, function)
+            for (cls, name), function in known.items()
+            if cls in classes and name == method and cls != self.frame.owner and takes(function.node, given)
+        ]
+        if len(found) != 1:
+            return None
+        args, keywords = self.arguments(node)
+        made = self.call_function(found[0][1], args, keywords, owner=found[0][0])
+        parts = made if isinstance(made, tuple | list) else [made]
+        if not any(isinstance(v, Data) and v.kind == "loss" and v.weights and not v.opaque for v in parts):
+            return None
+        synced = [replace(v, forward_synced=self.sync_off == 0) if isinstance(v, Data) else v for v in parts]
+        return tuple(synced) if isinstance(made, tuple | list) else synced[0]
 
     def construct(self, node: ast.Call, cls: Obj) -> Any:
         """An object of a class of the file."""
@@ -150,6 +178,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if text and _LIBRARIES.match(text):
             return self._library(node, text)
         base = self.evaluate(func.value)
+        scales = _SCALES.match(attr) if node.args else None
+        if scales and (is_gradient(func.value) or (isinstance(base, Unknown) and base.key.endswith(".grad"))):
+            self.scale_gradients(node, func.value, ast.Mult() if scales[1] else ast.Div(), node.args[0])
+            return base
         if (
             isinstance(base, Obj)
             and base.kind == "instance"
@@ -171,6 +203,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             found = self.object_method(base, node, func)
             if found is not NotImplemented:
                 return found
+        if attr in PIECE_CALLS and isinstance(base, Unknown):
+            self.trace.mark("pieces", node, text_of(func))
         value = self.heap.get(self.heap_key(func)) if text else None
         if isinstance(value, Obj | Function | Bound):
             return self._plain(node, value)
@@ -182,7 +216,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return self.call_object(guessed, node)
         if _LOGS.match(text):
             return self.log_call(node, text)
-        return self.unknown_call(node, text or attr)
+        result = self.unknown_call(node, text or attr)
+        if isinstance(result, Unknown) and isinstance(base, Unknown):
+            return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
+        return result
 
     def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> None:
         args, _ = self.arguments(node)
@@ -195,6 +232,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         last = text.rsplit(".", 1)[-1]
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
+        scales = _SCALES.match(last) if len(node.args) == 2 else None
+        if scales and "grad" in text_of(node.args[0]):
+            self.scale_gradients(node, node.args[0], ast.Mult() if scales[1] else ast.Div(), node.args[1])
+            return None
         if last in ("empty_cache", "synchronize"):
             self.trace.mark("sync" if last == "synchronize" else last, node, last)
             return None
@@ -221,14 +262,19 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if data:
+            if _is_zeros(node):
+                return Unknown(text_of(node), data=True, tags=frozenset({"rows"}))
             return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
         if any(isinstance(v, Unknown) and v.data for v in values):
-            return Unknown(text_of(node), data=True)
-        return Unknown(text_of(node), tags=tags(*args))
+            rows = {"rows"} if last == "arange" or _is_zeros(node) else set()
+            return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
+        return Unknown(text_of(node), tags=tags(*args) | ({"rows"} if last == "arange" or _is_zeros(node) else set()))
 
     def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
         """What a function of a library makes of data."""
         made = self.combine(data)
+        if name in ("mean", "nanmean", "sum") and within_rows(node, 1):
+            return made
         if name in ("mean", "nanmean", "sum"):
             return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
         compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
@@ -245,6 +291,9 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if _LOGS.match(text) or re.search(r"(^|_)log(_|$|ging)", last):
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
+        if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
+            self.trace.step(node, own[0].key)  # torch_xla's
+            return None
         may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
         if may_step and not _NO_STEPS.search(last):
             self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
@@ -265,7 +314,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         opaque = base.opaque
         if data and any("n" in tags(v) for v in values):
             opaque = (*opaque, f"divided inside of `{text}`")
-        elif not numeric and not _AVERAGE_RANKS.search(last):
+        elif not numeric and not _AVERAGE_RANKS.search(last) and (losses or not self._is_layer(text)):
             opaque = (*opaque, f"`{text}`")
         return replace(
             base,
@@ -276,6 +325,11 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             forward_synced=self.sync_off == 0 if seen else base.forward_synced,
             number=numeric,
         )
+
+    def _is_layer(self, text: str) -> bool:
+        """Whether a name is a layer of the model whose method runs."""
+        owner = self.frame.owner
+        return owner is not None and text.startswith("self.") and text in layers(self.module, owner)
 
     def launch(self, values: list[Any]) -> None:
         """A launcher runs what it is given: `mp.spawn(train, ...)`, `fabric.launch(main)`."""
@@ -313,3 +367,10 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
         return None
+
+
+def _is_zeros(node: ast.Call) -> bool:
+    """Whether a call makes the label 0 for every row: each row is to be found at the first place."""
+    return last_name(node.func) == "zeros" and any(
+        keyword.arg == "dtype" and last_name(keyword.value) in ("long", "int64") for keyword in node.keywords
+    )

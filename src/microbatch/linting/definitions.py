@@ -67,6 +67,7 @@ class Facts:
         owner: The class that holds it.
         backward: Whether it runs a backward, itself or in what it calls.
         flat: Whether it runs one outside of its loops.
+        steps: Whether it takes a step or clears gradients, itself or in what it calls.
         sites: The backwards that stand in it.
         calls: The functions of the file that it calls.
         flat_calls: Those that it calls outside of its loops.
@@ -76,6 +77,7 @@ class Facts:
     owner: str | None
     backward: bool = False
     flat: bool = False
+    steps: bool = False
     sites: set[ast.AST] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     flat_calls: set[str] = field(default_factory=set)

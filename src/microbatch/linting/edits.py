@@ -73,7 +73,9 @@ def file_diff(source: Source, edits: Iterable[Edit]) -> str:
     diffs = list[str]()
     ends = [*(cell.first - 1 for cell in source.cells[1:]), len(source.lines)]
     for cell, end in zip(source.cells, ends, strict=True):
+        # A command of IPython is shown as it is written, not as what stands for it while the cell is read.
         old = "\n".join(source.lines[cell.first - 1 : end])
+        old = cell.written if cell.written.count("\n") == old.count("\n") else old
         inside = [each for each in edits if cell.first <= each.first <= end]
         moved = [replace(each, first=each.first - cell.first + 1, last=each.last - cell.first + 1) for each in inside]
         diffs += _diff(old, apply_edits(old, moved), f"{source.path}:cell {cell.number}")

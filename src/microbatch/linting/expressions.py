@@ -130,6 +130,8 @@ class Expressions(Conditions, Calls, Operations):
         if key and key in self.heap:
             return self.heap[key]
         base = self.evaluate(node.value)
+        if node.attr == "grad" and not (isinstance(base, Data) and base.weights):
+            return Unknown(text or text_of(node))
         if isinstance(base, Data):
             return self._attribute_of_data(base, node)
         if isinstance(base, Obj):
@@ -220,16 +222,17 @@ class Expressions(Conditions, Calls, Operations):
         return tuple(parts)
 
     def _comprehension(self, node: ast.ListComp | ast.GeneratorExp | ast.SetComp) -> Any:
-        times = 1
+        times, origin = 1, frozenset[str]()
         for generator in node.generators:
             value = self.evaluate(generator.iter)
             times *= len(value) if isinstance(value, range) else 1
+            origin |= tags(value) & {"rows"}
             self.store(
                 generator.target,
                 self.item_of(value) if isinstance(value, Obj | Data) else Unknown(text_of(generator.target)),
             )
         element = self.evaluate(node.elt)
-        return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node))
+        return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node), tags=origin)
 
     def _lambda(self, _node: ast.Lambda) -> Any:
         return Unknown("lambda")

@@ -1,7 +1,7 @@
 """Faults as one run shows them; `verdicts.py` puts the runs together."""
 
 import ast
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -68,6 +68,60 @@ class View:
             if step.since:
                 found.setdefault((step.optimizer, step.loop), []).append(step)
         return found
+
+    @cached_property
+    def own_steps(self) -> list[tuple[list[StepTaken], set[ast.AST], bool]]:
+        """The steps of each optimizer in each loop, of several optimizers with the gradients alone that are for it.
+
+        A backward is for the optimizer that steps first after it.
+
+        Returns:
+            Each time the steps, the calls of backward, and whether no other backward stands between them.
+        """
+        every = {b.node for b in self.trace.backwards}
+        if len({step.optimizer for step in self.trace.steps if step.since}) < 2:
+            return [(steps, every, True) for steps in self.by_optimizer.values()]
+        nearest: dict[ast.AST, tuple[int, str]] = {}
+        later = iter(self.trace.steps)
+        step = next(later, None)
+        for index, b in enumerate(self.trace.backwards):
+            while step is not None and step.after <= index:
+                step = next(later, None)
+            if step is None:
+                break
+            if b.node not in nearest or step.after - index < nearest[b.node][0]:
+                nearest[b.node] = (step.after - index, step.optimizer)
+        found: list[tuple[list[StepTaken], set[ast.AST], bool]] = []
+        for name in dict.fromkeys(name for _, name in nearest.values()):
+            sites = {site for site, (_, owner) in nearest.items() if owner == name}
+            steps, apart = self._only(name, sites)
+            by_loop: dict[ast.AST | None, list[StepTaken]] = {}
+            for taken in steps:
+                by_loop.setdefault(taken.loop, []).append(taken)
+            found += [(each, sites, apart) for each in by_loop.values()]
+        return found
+
+    def _only(self, optimizer: str, sites: set[ast.AST]) -> tuple[list[StepTaken], bool]:
+        """The steps of one optimizer as if only these calls of backward had run."""
+        steps: list[StepTaken] = []
+        before, apart = 0, True
+        for step in self.trace.steps:
+            if step.optimizer != optimizer:
+                continue
+            between = self.trace.backwards[before : step.after]
+            before = step.after
+            own = [index for index, b in enumerate(between) if b.node in sites]
+            if not own:
+                continue
+            apart = apart and all(b.node in sites for b in between[own[0] :])
+            since = list(dict.fromkeys(between[index].tick for index in own))
+            weights: dict[int, Fraction] = {}
+            for (tick, site), weight in step.sites.items():
+                if site in sites and tick in since:
+                    weights[tick] = max(weight, weights.get(tick, Fraction(0)))
+            lost = [m for m in since if m not in weights]
+            steps.append(replace(step, since=since, weights=weights, lost=lost))
+        return steps, apart
 
     @cached_property
     def many_optimizers(self) -> bool:

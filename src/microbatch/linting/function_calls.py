@@ -46,6 +46,7 @@ class FunctionCalls(Simulated):
         key = Module.key(function)
         if self.depth >= DEPTH or self.active.count(key) >= 2:
             return Unknown(f"{function.name}()")
+        self.begin_object(owner or function.owner, function.name)
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
         frame = Frame(owner or function.owner, parent)
@@ -63,6 +64,16 @@ class FunctionCalls(Simulated):
             self.depth -= 1
             self.frame = outer
         return signal[1] if isinstance(signal, tuple) else None
+
+    def begin_object(self, owner: str | None, method: str) -> None:
+        """Make the object of a method, where the file does not show how it was made."""
+        if owner and owner not in self.begun:
+            self.begun.add(owner)
+            init = None if method == "__init__" else self.module.find_method(owner, "__init__")
+            if init is not None:
+                before, self.trace.tick, self.loop_depth = (self.trace.tick, self.loop_depth), 0, 0  # it is setup
+                self.call_function(init, [], {}, guess=True, owner=owner)
+                self.trace.tick, self.loop_depth = before
 
     def _bind(self, function: Function, frame: Frame, values: _Given) -> None:
         """Bind the parameters of a function: to what the call gives, to a default, or to a guess."""
@@ -100,14 +111,16 @@ class FunctionCalls(Simulated):
             return Obj(found.kind, found.name, {**found.info, "maybe": True})
         return Unknown(name) if is_number(value) or value is None else value
 
-    def scale_gradients(self, node: ast.AugAssign) -> None:
+    def scale_gradients(self, node: ast.AST, target: ast.expr, op: ast.operator, by: ast.expr) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
-        value = self.evaluate(node.value)
-        if SHARED.search(text_of(node.target)):
+        value = self.evaluate(by)
+        if not isinstance(op, ast.Div | ast.Mult):
+            return  # a term is added to the gradients: weight decay, noise
+        if SHARED.search(text_of(target)):
             self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself
             return
-        if is_number(value) and number(value) and isinstance(node.op, ast.Div | ast.Mult):
+        if is_number(value) and number(value):
             factor = Fraction(number(value))
-            self.trace.multiply(1 / factor if isinstance(node.op, ast.Div) else factor)
+            self.trace.multiply(1 / factor if isinstance(op, ast.Div) else factor)
         else:
             self.trace.opaque.setdefault("gradients are rescaled", node)

@@ -27,7 +27,7 @@ _WINDOW = re.compile(
     r"(steps?|iters?|batches|num|n)_?(to|per|for)?_?(grad\w*_)?accum\w*|"
     r"update_freq\w*|virtual_batch\w*|(num_|n_)?micro_?(batches|steps)|gradient_accumulat\w*|grad_acc\w*|"
     r"^N$|(ga|acc)_?steps?|accumulate(_grad)?(_batches|_every|_steps)?|iter_size|batch_multiplier|batch_split|batch_chunks?|"
-    r"optimizer_every|opt_step_every|subdivisions?|backward_passes_per_step|batches_per_(update|step)",
+    r"optimizer_every|opt_step_every|subdivisions?|backward_passes_per_step|(steps|iters|batches)_per_update|batches_per_step",
     re.IGNORECASE,
 )
 # Words that are near it and mean a flag, a counter, or something that is added up.

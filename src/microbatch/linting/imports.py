@@ -36,6 +36,7 @@ def with_imports(module: Module, path: Path, folder: Path) -> None:
                 module.add(node, _shown(file, folder))
     if len(module.facts) > before:
         module.read_anew()
+        module.write_out_comprehensions()
 
 
 def _file_of(statement: ast.ImportFrom, path: Path, folder: Path) -> Path | None:

@@ -1,18 +1,24 @@
 """Which microbatches enter which step, and with which weight: MB101 to MB114."""
 
+import ast
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from typing import TypeAlias
 
 from microbatch.linting.faults import Fault, View, fraction
-from microbatch.linting.trace import StepTaken
+from microbatch.linting.guesses import names_window
+from microbatch.linting.syntax import dotted, last_name
+from microbatch.linting.trace import Backward, StepTaken
 
 __all__ = ["judge_weights"]
 
 
 def judge_weights(view: View) -> Iterator[Fault]:
     """The faults of windows and weights that one run shows."""
+    if not view.accumulates and view.outcome.used_window and not view.blocked:
+        yield from _thrown_away(view)
     if not view.accumulates or view.blocked or "cached" in view.trace.settings:
         return
     if view.module.caches_outputs and any(b.loss.coupled for b in view.trace.backwards):
@@ -20,11 +26,12 @@ def judge_weights(view: View) -> Iterator[Fault]:
     if "deepspeed" in view.trace.frameworks:
         yield from _engine(view)
         return
-    if view.many_optimizers:
-        return  # a loss may belong to one of them alone
-    for steps in view.by_optimizer.values():
-        yield from _weights(view, steps)
-        yield from _cleared(view, steps)
+    for steps, sites, apart in view.own_steps:
+        sure = apart or not view.many_optimizers
+        yield from _weights(view, steps, sites, sure=sure)
+        yield from _cleared(view, steps, sure=sure)
+        if view.many_optimizers:
+            continue  # a loss may belong to one of them alone
         if not view.managed:
             yield from _phase(view, steps)
             yield from _tails(view, steps)
@@ -45,27 +52,56 @@ def _engine(view: View) -> Iterator[Fault]:
             return
 
 
-def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+_SHARED_STEP = "which optimizer each of the losses is for"
+
+
+def _weights(view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: bool = True) -> Iterator[Fault]:
     """MB101 and MB102: the sum of the weights of a full window is not 1."""
     full = [s for s in steps if len(s.since) == view.n > 1 and s.weights]
     if not full or not view.outcome.used_window:
         return
-    values = {w for s in full for m, w in s.weights.items() if m in s.since}
-    if len(values) != 1:
-        return
-    weight = values.pop()
-    line = next(b for b in view.trace.backwards if b.tick in full[0].since)
+    ran = [b for b in view.trace.backwards if b.node in sites and b.tick in full[0].since]
+    divides = any(b.loss.divided for b in ran)
+    for line in {b.node: b for b in ran}.values():
+        values = {w for s in full for (m, site), w in s.sites.items() if m in s.since and site is line.node}
+        if len(values) == 1:
+            yield from _weight(view, line, values.pop(), _Window(sure=sure, divides=divides))
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """What else is known of a window: whether its optimizer is alone, and whether some loss is divided by N."""
+
+    sure: bool
+    divides: bool
+
+
+def _weight(view: View, line: Backward, weight: Fraction, window: _Window) -> Iterator[Fault]:
+    """MB101 and MB102 of one call of backward."""
     loss = line.loss
-    if weight == 1 and not view.divides:
+    if loss.mixed:
+        yield Fault(
+            "MB101",
+            next((n for n in view.module.nodes if getattr(n, "lineno", 0) == loss.mixed), line.node),
+            f"one term of the loss is divided by N and another is not: of that one, {view.n} microbatches are added",
+            certain=window.sure and not loss.opaque,
+            needs=(f"what {loss.opaque[0]} means",) if loss.opaque else (),
+        )
+    elif weight == 1 and not loss.divided:
         unknown = [o for o in loss.opaque if o.startswith(("divided", "multiplied"))]
         if unknown or loss.reduction == "sum":
             return
-        sure = loss.reduction == "mean" and not loss.opaque and not view.many_optimizers
+        sure = loss.reduction == "mean" and not loss.opaque and window.sure
         needs = () if sure else (f"whether the loss is a mean{_made_in(loss.opaque)}",)
+        if not window.sure:
+            needs = (*needs, _SHARED_STEP) if loss.reduction != "mean" else (_SHARED_STEP,)
+        if "small rate" in view.trace.settings:
+            sure, needs = False, ("whether the learning rate, which is divided by N, makes up for the sum",)
         yield Fault(
             "MB101",
             line.node,
-            f"{view.n} microbatches are added and not divided: a step takes {view.n} times the mean gradient",
+            f"{view.n} microbatches are added and not divided: a step takes {view.n} times the mean gradient"
+            + (" of this loss; another one is divided" if window.divides else ""),
             certain=sure,
             needs=needs,
         )
@@ -74,7 +110,8 @@ def _weights(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
             "MB102",
             line.node,
             f"each microbatch enters with weight 1/{view.n**2}: the loss is divided by N twice",
-            certain=not view.many_optimizers,
+            certain=window.sure,
+            needs=() if window.sure else (_SHARED_STEP,),
         )
 
 
@@ -83,15 +120,16 @@ def _made_in(opaque: tuple[str, ...]) -> str:
     return f" (it comes out of {opaque[0]}, which this file does not show)" if opaque else ""
 
 
-def _cleared(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
+def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterator[Fault]:
     """MB103: gradients are cleared between two backwards of one window."""
     epochs = view.trace.epoch_of
     for step in steps:
         lost = [m for m in step.lost if epochs.get(m) == step.epoch and m != step.tick]
         if lost and step.weights and not view.managed:
-            zero = next((m for m in view.marks("zero") if m.tick > min(lost) and m.tick <= step.tick), None)
+            zeros = [m for m in view.marks("zero") if m.name in ("", step.optimizer)]
+            zero = next((m for m in zeros if m.tick > min(lost) and m.tick <= step.tick), None)
             if zero is None:
-                zero = next((m for m in view.marks("zero") if m.tick == min(lost)), None)
+                zero = next((m for m in zeros if m.tick == min(lost)), None)
             if zero is None:
                 continue
             kept = [m for m in step.since if m in step.weights]
@@ -99,7 +137,8 @@ def _cleared(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
                 "MB103",
                 zero.node,
                 f"gradients are cleared inside the window: a step keeps {len(kept)} of {len(step.since)} microbatches",
-                certain=not view.many_optimizers,
+                certain=sure,
+                needs=() if sure else (_SHARED_STEP,),
             )
             return
 
@@ -259,14 +298,32 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
             f"microbatch with weight {weight}",
             certain=not view.many_optimizers,
         )
-    elif (
-        len(at) > 1
-        and len(at) < view.trace.tick
-        and all(b - a == view.n for a, b in pairwise(view.ticks))
-        and view.clean
-    ):
-        yield Fault(
-            "MB106",
-            view.trace.backwards[0].node,
-            f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
-        )
+    elif _only_last_runs(view):
+        yield _only_last(view)
+
+
+def _thrown_away(view: View) -> Iterator[Fault]:
+    """MB106 where nothing is divided: the loss of every microbatch is computed, and one of N runs its backward."""
+    names = {last_name(n) for n in view.module.nodes if isinstance(n, ast.Name | ast.Attribute)}
+    if view.many_optimizers or not any(names_window(name) for name in names) or not _only_last_runs(view):
+        return
+    loss = view.trace.backwards[0].node
+    guard = next((p for p in view.module.above(loss) if isinstance(p, ast.If)), None)
+    inside = {dotted(n) for n in ast.walk(guard) if isinstance(getattr(n, "ctx", None), ast.Store)} if guard else set()
+    read = {dotted(n) for n in ast.walk(loss) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    if guard is not None and not read & inside:
+        yield _only_last(view)
+
+
+def _only_last_runs(view: View) -> bool:
+    """Whether one microbatch of N runs a backward, at the end of each window."""
+    at = view.ticks
+    return 1 < len(at) < view.trace.tick and all(b - a == view.n for a, b in pairwise(at)) and view.clean and view.n > 1
+
+
+def _only_last(view: View) -> Fault:
+    return Fault(
+        "MB106",
+        view.trace.backwards[0].node,
+        f"only one of {view.n} microbatches runs a backward: the others are computed and thrown away",
+    )

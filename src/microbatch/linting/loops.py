@@ -6,7 +6,7 @@ from typing import Any
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Obj, Unknown, number, tags
+from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
 
@@ -90,6 +90,8 @@ class Loops(Simulated):
 
     def is_counted(self, node: ast.For) -> bool:
         """Whether a loop runs once for each of the N microbatches: `for i in range(n)`."""
+        if self._over_window(node):
+            return True
         if (
             not isinstance(node.iter, ast.Call)
             or last_name(node.iter.func) not in ("range", "trange")
@@ -98,6 +100,12 @@ class Loops(Simulated):
             return False
         end = node.iter.args[-1 if len(node.iter.args) < 3 else 1]
         return any(self.is_window(part) for part in ast.walk(end) if isinstance(part, ast.expr))
+
+    def _over_window(self, node: ast.For) -> bool:
+        """Whether a loop runs over the list of one window's microbatches."""
+        return any(
+            isinstance(part, ast.Name) and part.id in self.module.window_lists for part in ast.walk(node.iter)
+        ) and self.module.is_microbatch_loop(node, self.frame.owner)
 
     def is_window(self, node: ast.AST) -> bool:
         """Whether an expression is N."""
@@ -113,8 +121,12 @@ class Loops(Simulated):
         owner = self.frame.owner
         outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
         limit = count if outer else max(self.run.length, self.run.microbatches)
+        if isinstance(value, range) and not value and outer:
+            return list(range(count)), False  # `range(0)` in a tutorial that is not to train
         if isinstance(value, range):
             return list(value[:limit]), "n" in tags(self.range_end)
+        if self._over_window(node) and not (isinstance(value, tuple | list) and len(value) > 1):
+            return self._window_items(value), True
         if isinstance(value, tuple | list):
             return list(value)[:limit], False
         if isinstance(value, Obj) and value.kind == "enumerate":
@@ -122,11 +134,27 @@ class Loops(Simulated):
             return [(start + i, self.item_of(value.info["over"])) for i in range(count)], False
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
-            return list(range(count // self.run.microbatches * self.run.microbatches if whole else count)), whole
+            turns = count // self.run.microbatches * self.run.microbatches if whole else count
+            begin = (
+                self.evaluate(node.iter.args[0]) if isinstance(node.iter, ast.Call) and len(node.iter.args) == 2 else 0
+            )
+            first = int(number(begin)) if is_number(begin) else 0
+            return list(range(first, first + turns)), whole
         if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
             self.used_window = True
             return [self.item_of(value) for _ in range(self.run.microbatches)], True
         return [self.item_of(value) for _ in range(count)], False
+
+    def _window_items(self, value: Any) -> list[Any]:
+        """The N microbatches of a list that the file fills in a way that is not followed."""
+        self.used_window = True
+        if isinstance(value, Obj) and value.kind == "enumerate":
+            start, over = number(value.info["start"]), value.info["over"]
+            return [(start + k, self.item_of(over)) for k in range(self.run.microbatches)]
+        if isinstance(value, tuple | list) and value:
+            numbered = isinstance(value[0], tuple) and is_number(value[0][0]) if value[0] else False
+            return [(k, value[0][1]) if numbered else value[0] for k in range(self.run.microbatches)]
+        return [self.item_of(value) for _ in range(self.run.microbatches)]
 
     def item_of(self, value: Any) -> Any:
         """One item of an iterable."""

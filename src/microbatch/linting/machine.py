@@ -15,9 +15,9 @@ from microbatch.linting.function_calls import FunctionCalls
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
-from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, text_of
 from microbatch.linting.trace import Trace
-from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number, tags
 
 __all__ = ["Machine"]
 
@@ -47,14 +47,19 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _prepare_globals(self) -> None:
         """Run the simple assignments of the top level, so that constants and objects are known."""
-        for statement in self.module.tree.body:
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None):
-                self.statement(statement)
+        for statement in self.module.once("globals", self._find_globals):
+            self.statement(statement)
+
+    def _find_globals(self) -> list[ast.stmt]:
+        return [
+            statement
+            for statement in self.module.tree.body
+            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None)
+        ]
 
     def _start_function(self, facts: Facts, root: str) -> None:
         owner = facts.owner
-        if owner and root != f"{owner}.__init__" and (init := self.module.find_method(owner, "__init__")):
-            self.call_function(init, [], {}, guess=True, owner=owner)
+        self.begin_object(owner, root.rpartition(".")[2])
         if not isinstance(facts.node, FunctionNode):
             return
         function = Function(facts.node.name, facts.node, owner)
@@ -119,6 +124,10 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.evaluate(node.value)
 
     def _assign(self, node: ast.Assign) -> None:
+        made = node.value
+        if is_gradient(node.targets[0]) and isinstance(made, ast.BinOp) and is_gradient(made.left):
+            self.scale_gradients(node, node.targets[0], made.op, made.right)
+            return
         value = self.evaluate(node.value)
         for target in node.targets:
             if (
@@ -135,11 +144,14 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.store(node.target, self.evaluate(node.value))
 
     def _aug_assign(self, node: ast.AugAssign) -> None:
-        if (isinstance(node.target, ast.Attribute) and node.target.attr == "grad") or last_name(node.target) == "grad":
-            self.scale_gradients(node)
-            return
         left = self.evaluate(ast.copy_location(_load(node.target), node.target))
+        if is_gradient(node.target) or (isinstance(left, Unknown) and left.key.endswith(".grad")):
+            self.scale_gradients(node, node.target, node.op, node.value)
+            return
         right = self.evaluate(node.value)
+        counted = isinstance(right, Data) and right.kind == "batch" and right.reduction == "sum" and not right.weights
+        if counted or (isinstance(right, Unknown) and right.data):
+            right = Unknown(text_of(node.value), tags=tags(right))  # a count over several microbatches
         if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
             self.trace.mark("sum", node, dotted(node.target), value=right)
         self.store(node.target, self.operate(left, node.op, right, node=node))
@@ -220,6 +232,12 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _if(self, node: ast.If) -> Any:
         branch = node.body if self.choose(node) else node.orelse
+        while branch is node.orelse and len(branch) == 1 and isinstance(branch[0], ast.If) and not self.now_and_then:
+            node = branch[0]  # an `elif`: no call inside of a call, for there may be a thousand of them
+            self.spent += 1
+            if self.relevant is not None and node not in self.relevant:
+                return None
+            branch = node.body if self.choose(node) else node.orelse
         if not self.now_and_then:
             return self.block(branch)
         self.now_and_then = False
@@ -256,7 +274,7 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _jump(self, node: ast.Raise | ast.Break | ast.Continue) -> Any:
         if isinstance(node, ast.Raise):
-            return ("return", None)
+            return ("return", Unknown("raise"))
         return BREAK if isinstance(node, ast.Break) else CONTINUE
 
     def _def(self, node: Any) -> None:

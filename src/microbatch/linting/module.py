@@ -6,9 +6,19 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
-from microbatch.linting.syntax import FunctionNode, Loop, dotted, is_backward_call, last_name, steps_inside, text_of
+from microbatch.linting.syntax import (
+    FunctionNode,
+    Loop,
+    dotted,
+    is_backward_call,
+    is_step_call,
+    last_name,
+    steps_inside,
+    text_of,
+)
 
 __all__ = ["Module"]
 
@@ -29,15 +39,33 @@ class Module(Definitions):
     def __init__(self, tree: ast.Module) -> None:
         super().__init__(tree)
         self._reach()
+        self.write_out_comprehensions()
+
+    def write_out_comprehensions(self) -> None:
+        """Read comprehensions that train as loops."""
+        wanted: set[ast.AST] = {
+            node
+            for node in self.nodes
+            if isinstance(node, Comprehension)
+            and len(node.generators) == 1
+            and self.contains_backward(node.elt, self.owner_of(node))
+            and self._is_own_loop(node.generators[0])
+        }
+        if wanted:
+            write_out(self.tree, wanted)
+            self.__dict__.pop("nodes", None)
+            for node in self.nodes:
+                self.parents.update((child, node) for child in ast.iter_child_nodes(node))
+            self.read_anew()
 
     def read_anew(self) -> None:
         """Read anew what calls what."""
         for facts in self.facts.values():
-            facts.backward = facts.flat = False
+            facts.backward = facts.flat = facts.steps = False
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
-        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp"):
+        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists"):
             self.__dict__.pop(name, None)
         self._reach()
 
@@ -61,15 +89,23 @@ class Module(Definitions):
         """Find which functions reach a backward, through all that they call."""
         for facts in self.facts.values():
             self._look(facts)
-        changed = True
-        while changed:
-            changed = False
-            for facts in self.facts.values():
-                backward = facts.backward or any(self.facts[c].backward for c in facts.calls)
-                flat = facts.flat or any(self.facts[c].flat for c in facts.flat_calls)
-                if (backward, flat) != (facts.backward, facts.flat):
-                    facts.backward, facts.flat = backward, flat
-                    changed = True
+        self._spread("backward", "calls")
+        self._spread("flat", "flat_calls")
+        self._spread("steps", "calls")
+
+    def _spread(self, what: str, through: str) -> None:
+        """Say the same of every function that calls one of which it is said."""
+        callers: dict[str, list[Facts]] = {}
+        for facts in self.facts.values():
+            for callee in getattr(facts, through):
+                callers.setdefault(callee, []).append(facts)
+        key_of = {id(facts): key for key, facts in self.facts.items()}
+        waiting = [key for key, facts in self.facts.items() if getattr(facts, what)]
+        while waiting:
+            for facts in callers.get(waiting.pop(), []):
+                if not getattr(facts, what):
+                    setattr(facts, what, True)
+                    waiting.append(key_of[id(facts)])
 
     def _look(self, facts: Facts) -> None:
         """Note which calls and backwards stand in a function, and which of them stand outside of its loops."""
@@ -82,6 +118,7 @@ class Module(Definitions):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in self.functions:
                 facts.calls.add(self.key(self.functions[node.id]))  # handed on: to a launcher, say
             if isinstance(node, ast.Call):
+                facts.steps |= is_step_call(node)
                 target = self.resolve(node.func, facts.owner)
                 if target is not None:
                     facts.calls.add(self.key(target))
@@ -178,52 +215,72 @@ class Module(Definitions):
 
     def touches_gradients(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a statement, with the functions it calls, adds to gradients, clears them or steps."""
-        return self._touches(node, owner, set())
+        return self.contains_backward(node, owner) or self.steps(node, owner)
 
-    def _touches(self, node: ast.AST, owner: str | None, seen: set[str]) -> bool:
-        key = (node, owner, "touch")
-        if key in self._memo:
-            return self._memo[key]
-        found = steps_inside([node]) or self.contains_backward(node, owner)
-        if not found:
-            for call in ast.walk(node):
-                target = self.resolve(call.func, owner) if isinstance(call, ast.Call) else None
-                if target is not None and (name := self.key(target)) not in seen:
-                    found = found or self._touches(target.node, target.owner, seen | {name})
-        self._memo[key] = found
-        return found
+    def steps(self, node: ast.AST, owner: str | None) -> bool:
+        """Whether a statement, with the functions it calls, takes a step or clears gradients."""
+
+        def judge(node: ast.AST) -> bool | None:
+            if not isinstance(node, ast.Call):
+                return None
+            target = None if is_step_call(node) else self.resolve(node.func, owner)
+            return True if is_step_call(node) or (target and self.facts[self.key(target)].steps) else None
+
+        return self._search((node, owner, "steps"), judge)
 
     def _holds(self, node: ast.AST, owner: str | None, *, deep: bool) -> bool:
         """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
+
+        def judge(node: ast.AST) -> bool | None:
+            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+                return False
+            if not deep and isinstance(node, Loop) and self._is_own_loop(node):
+                return False
+            if not isinstance(node, ast.Call):
+                return None
+            target = self.resolve(node.func, owner)
+            if target is None:
+                return True if is_backward_call(node) else None
+            facts = self.facts[self.key(target)]
+            return True if (facts.backward if deep else facts.flat) else None
+
+        return self._search((node, owner, deep), judge)
+
+    def _search(self, key: tuple[ast.AST, str | None, Any], judge: Callable[[ast.AST], bool | None]) -> bool:
+        """Whether something is inside of a node, each statement looked at once.
+
+        Args:
+            key: The node, the class around it, and what is looked for.
+            judge: True where it is found, False where it is not to be looked for further inside.
+        """
+        node, *what = key
         memo = self._memo
-        key = (node, owner, deep)
         if key in memo:
             return memo[key]
         memo[key] = False
-        stack: list[ast.AST] = [node]
-        found = False
-        while stack and not found:
+        stack, passed = [node], [key]
+        while stack:
             current = stack.pop()
-            if isinstance(current, FunctionNode | ast.ClassDef | ast.Lambda):
-                continue
-            if not deep and isinstance(current, Loop) and self._is_own_loop(current):
-                continue
-            if isinstance(current, ast.Call):
-                target = self.resolve(current.func, owner)
-                if target is not None:
-                    facts = self.facts[self.key(target)]
-                    found = facts.backward if deep else facts.flat
-                else:
-                    found = is_backward_call(current)
-            stack.extend(ast.iter_child_nodes(current))
-        memo[key] = found
-        return found
+            known = memo.get((current, *what)) if current is not node and isinstance(current, ast.stmt) else None
+            said = judge(current) if known is None else known
+            if said:
+                while current is not node:  # what is around it holds it too
+                    memo[current, *what] = True
+                    current = self.parents[current]
+                memo[key] = True
+                return True
+            if said is None:
+                if isinstance(current, ast.stmt):
+                    passed.append((current, *what))
+                stack.extend(ast.iter_child_nodes(current))
+        memo.update(dict.fromkeys(passed, False))
+        return False
 
     @cached_property
     def _memo(self) -> dict[tuple[ast.AST, str | None, Any], bool]:
         return {}
 
-    def _is_own_loop(self, loop: Loop) -> bool:
+    def _is_own_loop(self, loop: Loop | ast.comprehension) -> bool:
         """A loop of its own right: not one over the losses, tasks or optimizers of one microbatch."""
         if isinstance(loop, ast.While):
             return True
@@ -275,6 +332,23 @@ class Module(Definitions):
         return found
 
     @cached_property
+    def window_lists(self) -> set[str]:
+        """Names of lists that hold the microbatches of one window: `for x, y in chunk:` with the step after it."""
+        found: set[str] = set()
+        for node in self.nodes:
+            name = _iterated(node.iter) if isinstance(node, ast.For) else ""
+            if not name or not isinstance(node, ast.For) or not (above := self.loops_above(node)):
+                continue
+            owner = self.owner_of(node)
+            bound = any(
+                isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == name for n in ast.walk(above[0])
+            )
+            if bound and self.is_microbatch_loop(node, owner) and not any(self.steps(s, owner) for s in node.body):
+                if any(self.steps(s, owner) for s in above[0].body):
+                    found.add(name)
+        return found
+
+    @cached_property
     def windows(self) -> tuple[set[str], set[int]]:
         """Expressions and literal numbers that stand where N stands.
 
@@ -297,6 +371,10 @@ class Module(Definitions):
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
                         _moduli(keyword.value, add, self.counters)
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
+                turns = isinstance(node.value.op, ast.Mod) and dotted(node.targets[0])  # `k = (k + 1) % n`
+                if turns and any(dotted(n) == turns for n in ast.walk(node.value.left)) and self.is_inside_loop(node):
+                    add(node.value.right)
             elif isinstance(node, ast.Assign) and isinstance(
                 node.value, ast.Compare | ast.BoolOp | ast.UnaryOp | ast.IfExp
             ):
@@ -328,6 +406,13 @@ class Module(Definitions):
             and loop is not None
             and any(self.touches_gradients(s, owner) for s in loop.body)
         )
+
+
+def _iterated(node: ast.expr) -> str:
+    """The name that a loop runs over, under `enumerate` and the like."""
+    while isinstance(node, ast.Call) and last_name(node.func) in ("enumerate", "tqdm", "iter", "list") and node.args:
+        node = node.args[0]
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -> None:

@@ -19,10 +19,14 @@ _ASSIGNED = re.compile(r"(?P<target>[ \t]*[\w., ()\[\]'\"]+=[ \t]*)(?:!|%[A-Za-z
 
 @dataclass(frozen=True)
 class Cell:
-    """A code cell: its number, from 1, among the code cells, and the line of the joined source on which it begins."""
+    """A code cell: its number, from 1, among the code cells, and the line of the joined source on which it begins.
+
+    `written` is its own text, with IPython's commands.
+    """
 
     number: int
     first: int
+    written: str = ""
 
 
 class NotebookError(ValueError):
@@ -62,7 +66,7 @@ def join_cells(text: str) -> tuple[str, tuple[Cell, ...]]:
     sources = _code(notebook) if _language(notebook) in {"python", "python3", "ipython", ""} else []
     cells, lines = list[Cell](), list[str]()
     for number, source in enumerate(sources, 1):
-        cells.append(Cell(number, len(lines) + 1))
+        cells.append(Cell(number, len(lines) + 1, source.replace("\r\n", "\n").replace("\r", "\n")))
         lines += as_python(source).split("\n")
     return "\n".join(lines), tuple(cells)
 

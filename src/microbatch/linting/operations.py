@@ -46,10 +46,10 @@ class Operations(Simulated):
         if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
-        return Unknown(text_of(node), data=data, tags=tags(left, right))
+        return Unknown(text_of(node), data=data, tags=_origin(left, op, right))
 
     def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
-        a, b, origin = number(left), number(right), tags(left, right)
+        a, b, origin = number(left), number(right), _origin(left, op, right)
         try:
             if isinstance(op, ast.Div):
                 value: Any = Fraction(a) / Fraction(b)
@@ -91,7 +91,8 @@ class Operations(Simulated):
             return replace(data, blurred=True)
         if isinstance(op, ast.Div):
             return self._divided(data, other, node)
-        if isinstance(other, Unknown):
+        weighs_rows = data.kind == "tensor" and not data.reduction and isinstance(other, Unknown) and other.data
+        if isinstance(other, Unknown) and not weighs_rows:
             return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
         return data
 
@@ -112,6 +113,8 @@ class Operations(Simulated):
     def _divided(data: Data, other: Any, node: ast.AST) -> Data:
         """A tensor divided by what is no known number."""
         rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
+        if rows and not other.data and other.key.startswith("sum("):
+            rows = False  # of all microbatches of a window
         counted = isinstance(other, Unknown) and other.data
         if data.reduction == "sum":
             if not counted and not rows:  # a count of the whole window, as far as the file shows
@@ -127,7 +130,9 @@ class Operations(Simulated):
         line = getattr(node, "lineno", 0)
         if isinstance(op, ast.Div):
             if left.reduction == "sum" and left.weights:
-                counts = isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
+                counts = right.reduction == "sum" or (
+                    isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
+                )
                 return replace(left, reduction="mean", tokens=line if counts else left.tokens)
             return replace(left, blurred=True) if left.weights else right
         if isinstance(op, ast.MatMult):
@@ -140,7 +145,10 @@ class Operations(Simulated):
                 for m in {*left.weights, *right.weights}
             }
             return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
-        return self.combine([left, right])
+        both = self.combine([left, right])
+        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, ast.Add | ast.Sub):
+            return replace(both, mixed=both.mixed or line)
+        return both
 
     def combine(self, values: list[Data]) -> Data:
         """One value out of several: a sum over microbatches, or an objective of several terms in one microbatch."""
@@ -163,4 +171,18 @@ class Operations(Simulated):
             forward_synced=any(synced) if synced else None,
             divided=max(v.divided for v in values),
             blurred=any(v.blurred for v in values),
+            mixed=max(v.mixed for v in values),
         )
+
+
+def _is_mixed(left: Data, right: Data) -> bool:
+    """Whether one of two losses of a microbatch is divided by N and the other is not."""
+    if left.number or right.number or left.weights.keys() != right.weights.keys():
+        return False
+    return left.weights != right.weights and bool(left.divided) != bool(right.divided)
+
+
+def _origin(left: Any, op: ast.operator, right: Any) -> frozenset[str]:
+    """The origins of two numbers together; "by n" where N divides."""
+    found = tags(left, right)
+    return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 
+from microbatch.linting.comprehensions import is_written_out
 from microbatch.linting.loop_loss import LoopLoss
 from microbatch.linting.loop_work import is_plain
 from microbatch.linting.render import Cannot, Renderer
@@ -37,6 +38,8 @@ class _Turn(LoopLoss):
         within = any(scene.holds(each, scene.steps) for each in loop.body)
         self.guards = self._guards() if within else []
         self.n = self._window(within)
+        if is_written_out(loop):
+            raise Cannot("it is a comprehension: write it as a loop first", loop)
         changing = scene.stored(loop) | {node.arg for node in ast.walk(loop) if isinstance(node, ast.arg)}
         if changing & set(re.findall(r"\w+", self.n)):
             raise Cannot(f"its number of microbatches, `{self.n}`, changes inside of it", loop)

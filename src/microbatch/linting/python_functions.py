@@ -4,7 +4,7 @@ import ast
 from dataclasses import replace
 from typing import Any
 
-from microbatch.linting.syntax import last_name, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["PYTHON_FUNCTIONS"]
@@ -12,6 +12,12 @@ __all__ = ["PYTHON_FUNCTIONS"]
 
 def _len(machine: Any, node: ast.Call) -> Any:
     value = machine.evaluate(node.args[0]) if node.args else None
+    if (
+        node.args
+        and dotted(node.args[0]) in machine.module.window_lists
+        and not (isinstance(value, list | tuple) and len(value) > 1)
+    ):
+        return machine.window()
     if (isinstance(value, Obj) and value.kind in ("loader", "enumerate", "zip", "model")) or (
         isinstance(value, Unknown) and not value.data and value.key
     ):
@@ -34,7 +40,7 @@ def _range(machine: Any, node: ast.Call) -> Any:
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
         return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args))
+    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args) | {"rows"})
 
 
 def _enumerate(machine: Any, node: ast.Call) -> Any:
@@ -97,6 +103,8 @@ def _divmod(machine: Any, node: ast.Call) -> Any:
 def _sum(machine: Any, node: ast.Call) -> Any:
     args, _ = machine.arguments(node)
     data = [v for v in machine.flat(args) if isinstance(v, Data)]
+    if data and all(v.kind == "batch" and not v.weights for v in data):
+        return Unknown(text_of(node))  # a count of the whole window
     return machine.combine(data) if data else Unknown(text_of(node))
 
 

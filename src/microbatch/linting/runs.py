@@ -20,6 +20,7 @@ _FIRST = re.compile(
 FORKS = 12  # settings of one root that are judged
 PROBES = 32  # settings of one root that are tried
 STATEMENTS = 300_000  # of all runs of one file together
+OVERHEAD = 50  # what a run costs besides, in statements
 
 
 @dataclass
@@ -73,6 +74,10 @@ def simulate(module: Module) -> list[Root]:
         if name in tried:
             continue
         tried.add(name)
+        if runner.left <= 0:
+            for root in roots[-1:]:
+                root.complete = False
+            break
         root = runner.runs_of(name)
         sites = {b.node for o in root.outcomes for b in o.trace.backwards}
         if sites - covered or not root.outcomes:
@@ -124,7 +129,7 @@ class _Runner:
         forks: list[Outcome] = []
         signatures: set[Any] = set()
         waiting: list[dict[str, bool]] = [{}]
-        known = {frozenset[str]()}
+        known, asked = {frozenset[str]()}, set[str]()
         probes = 0
         while waiting:
             if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
@@ -134,11 +139,14 @@ class _Runner:
             probes += 1
             outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, decisions))
             signature = _signature(outcome.trace)
-            if signature in signatures:
-                continue
-            signatures.add(signature)
-            forks.append(outcome)
-            for key in outcome.run.asked:
+            fresh = set(outcome.run.asked) - asked
+            asked |= fresh
+            if signature not in signatures:
+                fresh = set(outcome.run.asked)
+                signatures.add(signature)
+                forks.append(outcome)
+            # Where nothing changed, the second half of `a and b` may still: it is asked for the first time.
+            for key in (key for key in outcome.run.asked if key in fresh):
                 path = frozenset({*decisions, key})
                 if path not in known:
                     known.add(path)
@@ -150,7 +158,7 @@ class _Runner:
         """Run a root once; a survey runs all statements, not only those that matter to gradients."""
         machine = Machine(self.module, run, None if surveys else self.relevant)
         trace = machine.start(name)
-        self.left -= machine.spent
+        self.left -= machine.spent + OVERHEAD
         return Outcome(run, trace, fork, machine.used_window)
 
 

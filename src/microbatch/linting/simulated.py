@@ -75,6 +75,7 @@ class Simulated:
         self.at_last = False
         self.now_and_then = False
         self.made = 0
+        self.begun: set[str] = set()  # classes of which an object was made
         self.range_end: Any = None
         self.moved: set[tuple[int, str]] = set()  # names for N that the loop itself sets
         self.window_names, self.window_literals = module.windows

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.module import Module
+from microbatch.linting.own_models import losses_of_models
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name
 
 __all__ = ["Slice", "cut"]
@@ -120,9 +121,19 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
             if isinstance(statement, ast.Return):
                 # What a function returns is wanted where the function is called, or an object of its class is.
                 made = {module.function_of(statement), owner or ""} - {"", "__init__"}
+            if isinstance(statement, ast.Return) and _computes_loss(module, statement):
+                kept.add(statement)
+                kept.wanted.update(_names(statement))
+                continue
             others.append(_Simple(statement, made, _names(statement), _called(module, statement)))
     kept.add_what_leads_there(others)
     return kept.statements, core
+
+
+def _computes_loss(module: Module, statement: ast.Return) -> bool:
+    """Whether a statement returns the loss that a model of the file computes."""
+    losses = losses_of_models(module)
+    return (module.owner_of(statement) or "", module.function_of(statement)) in losses
 
 
 @dataclass(slots=True)

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 
 from microbatch.linting.guesses import kind_of_name
 
-__all__ = ["FunctionNode", "Loop", "dotted", "is_backward_call", "last_name", "steps_inside", "text_of"]
+__all__ = [
+    "FunctionNode",
+    "Loop",
+    "dotted",
+    "is_backward_call",
+    "is_gradient",
+    "is_step_call",
+    "last_name",
+    "steps_inside",
+    "text_of",
+]
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
@@ -59,6 +69,13 @@ def text_of(node: ast.AST) -> str:
     return found
 
 
+def is_gradient(node: ast.AST) -> bool:
+    """Whether an expression is a gradient: `p.grad`, `p.grad.data`."""
+    if isinstance(node, ast.Attribute) and node.attr == "data":
+        node = node.value
+    return last_name(node) == "grad"
+
+
 def is_backward_call(node: ast.AST) -> bool:
     """Whether a call adds to the gradients.
 
@@ -73,19 +90,19 @@ def is_backward_call(node: ast.AST) -> bool:
     return kind_of_name(name) == "native_scaler" and not name[:1].isupper() and len(node.args) >= 2
 
 
+def is_step_call(node: ast.AST) -> bool:
+    """Whether a call is an optimizer's step, or clears gradients."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    base, attr = node.func.value, node.func.attr
+    if attr == "zero_grad" or ("optim" in attr and "step" in attr):
+        return True
+    if attr != "step":
+        return False
+    kind = kind_of_name(dotted(base)) or kind_of_name(last_name(base.func) if isinstance(base, ast.Call) else "")
+    return kind not in ("scheduler", "ema", "log", "meter")
+
+
 def steps_inside(body: Sequence[ast.AST]) -> bool:
     """Whether an optimizer's step or the clearing of gradients is inside."""
-    for statement in body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                base = node.func.value
-                kind = kind_of_name(dotted(base)) or kind_of_name(
-                    last_name(base.func) if isinstance(base, ast.Call) else ""
-                )
-                if node.func.attr == "step" and kind not in ("scheduler", "ema", "log", "meter"):
-                    return True
-                if node.func.attr == "zero_grad":
-                    return True
-                if "optim" in node.func.attr and "step" in node.func.attr:
-                    return True
-    return False
+    return any(is_step_call(node) for statement in body for node in ast.walk(statement))

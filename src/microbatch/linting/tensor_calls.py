@@ -10,7 +10,7 @@ from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
 from microbatch.linting.values import Data, Unknown, tags
 
-__all__ = ["TensorCalls"]
+__all__ = ["TensorCalls", "within_rows"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 # Methods whose result is the same value, in another form or place.
@@ -39,6 +39,23 @@ _SAME = frozenset(
         "logits",
     }
 )
+
+
+def within_rows(node: ast.Call, first: int) -> bool:
+    """Whether a sum or mean goes over dimensions inside of each row: `x.sum(dim=1)`.
+
+    Args:
+        node: The call.
+        first: Where the dimension stands among its arguments.
+    """
+    dims = [k.value for k in node.keywords if k.arg in ("dim", "axis")] or node.args[first : first + 1]
+    if not dims:
+        return False
+    try:
+        found = ast.literal_eval(dims[0])
+    except (ValueError, TypeError):
+        return False
+    return found is not None and 0 not in (found if isinstance(found, tuple | list) else (found,))
 
 
 class TensorCalls(Simulated):
@@ -80,7 +97,7 @@ class TensorCalls(Simulated):
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
         base = self.combine(data) if data else Data({})
-        is_one_hot = any(isinstance(v, Unknown) and "range(" in v.key for v in values) or any(
+        is_one_hot = any(isinstance(v, Unknown) and ("rows" in v.tags or "range(" in v.key) for v in values) or any(
             "arange" in text_of(a) for a in node.args
         )
         coupled = node.lineno if COUPLED_LOSSES.search(name) or (base.coupled and is_one_hot) else 0
@@ -116,6 +133,8 @@ class TensorCalls(Simulated):
             return base
         if attr in ("mean", "sum"):
             self.arguments(node)
+            if within_rows(node, 0):
+                return base
             if base.kind == "batch":
                 return Data({}, kind="batch", reduction=attr)
             return self.reduce(base, attr)

@@ -47,6 +47,8 @@ class StepTaken:
     prior: tuple[str, ...]  # what was done to the gradients since the last backward
     reduced: bool  # its last backward ran outside of `no_sync`
     loop: ast.AST | None = None  # the loop over microbatches that ran last
+    sites: dict[tuple[int, ast.AST], Fraction] = field(default_factory=dict)  # the weights by the calls of backward
+    after: int = 0  # so many backwards had run
 
 
 @dataclass
@@ -189,6 +191,8 @@ class Trace:
                 tuple(group.prior),
                 group.last_synced,
                 self.loop,
+                {key: w for key, w in group.per_site.items() if key[0] in group.since},
+                len(self.backwards),
             )
         )
         group.since.clear()

@@ -47,11 +47,15 @@ class TrainingObjects(Simulated):
         if not text:
             return None
         kind = kind_of_constructor(text)
-        if kind is None or (
-            kind == "optimizer"
-            and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
-            and not node.args
-            and not node.keywords
+        if (
+            kind is None
+            or text.endswith("optimizer_step")
+            or (
+                kind == "optimizer"
+                and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
+                and not node.args
+                and not node.keywords
+            )
         ):
             return None
         args, keywords = self.arguments(node)
@@ -71,6 +75,8 @@ class TrainingObjects(Simulated):
             self.trace.settings.setdefault("optimizers", {})[name] = node
             self.trace.mark("optimizer", node, name)
             self.trace.groups[made.key] = Gradients()
+            if any("by n" in tags(v) for v in [*args, *keywords.values()]):
+                self.trace.settings["small rate"] = node
         elif kind == "scheduler":
             made.info["units"] = self._units([*args, *keywords.values()])
         elif kind == "accelerator":
@@ -225,6 +231,8 @@ class TrainingObjects(Simulated):
             holder = dotted(node.func.value) if isinstance(node.func, ast.Attribute) else ""
             return Unknown(f"{holder or base.name}.{attr}()")
         made = self.made_by(node, attr)
+        if made is None:
+            made = self.own_loss(base, node, attr)
         return made if made is not None else self.forward(node)
 
     _on_engine = _on_model

@@ -92,6 +92,7 @@ class Data:
         coupled: The line where rows of the batch were compared with one another, 0 if they were not.
         forward_synced: Whether a model made it outside of `no_sync`; `None` if no model did.
         divided: The line of a division by N, 0 if there was none.
+        mixed: The line where a term that is not divided by N was added to one that is, 0 if there is none.
         blurred: Whether an unknown number multiplied or divided it, so that `weights` mean nothing for a number.
     """
 
@@ -106,6 +107,7 @@ class Data:
     forward_synced: bool | None = None
     divided: int = 0
     blurred: bool = False
+    mixed: int = 0
 
     def times(self, factor: Fraction, line: int = 0) -> "Data":
         """The same with every weight multiplied."""

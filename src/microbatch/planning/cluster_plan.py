@@ -89,7 +89,10 @@ class Simulation:
         largest = self.largest(setup, batch_size=batch_size)
         division = divide_batch(batch_size, microbatch_size=microbatch_size or largest or 1, ranks=setup.ranks)
         place, parts = self.peak(setup, division)
-        state = State(self.model, setup)
+        state, assumed = State(self.model, setup), assumed or Assumed()
+        flops = self._profile(setup).row_flops
+        full = division.share / division.microbatch_size
+        seconds, source = assumed.microbatch(flops * division.microbatch_size, setup)
         plan = ClusterPlan(
             name=self.model.case.name,
             parameters=state.elements,
@@ -106,9 +109,12 @@ class Simulation:
                 self.model,
                 setup,
                 microbatches=division.microbatches,
-                flops=self._profile(setup).row_flops * division.microbatch_size,
-                assumed=assumed or Assumed(),
+                flops=flops * division.microbatch_size,
+                assumed=assumed,
+                full=full,
             ),
+            arithmetic_seconds=None if seconds is None else seconds * full,
+            arithmetic_source=source,
         )
         return plan if plan.fits else replace(plan, alternatives=self._alternatives(setup, division))
 

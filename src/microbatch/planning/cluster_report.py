@@ -8,7 +8,9 @@ from typing import Any
 
 from microbatch.memory.budget import format_bytes
 from microbatch.planning.arithmetic import Division
-from microbatch.planning.communication import Communication
+from microbatch.planning.communication import Communication, Way
+from microbatch.planning.money import Price
+from microbatch.planning.run_costs import PREDICTED, RunCost, as_price, steps_of_run
 from microbatch.planning.sharding import Setup
 
 
@@ -54,6 +56,8 @@ class ClusterPlan:
         alternatives: Setups that fit, cheapest change first; empty where this one fits.
         warnings: Risks of this setup, one sentence each.
         communication: Bytes that the ranks exchange, and the time of it; `None` for one rank.
+        arithmetic_seconds: Seconds of a step's arithmetic on the rank that has most; `None` where no speed is known.
+        arithmetic_source: Where that comes from, in words.
     """
 
     name: str
@@ -68,6 +72,8 @@ class ClusterPlan:
     alternatives: tuple[Alternative, ...]
     warnings: tuple[str, ...]
     communication: Communication | None = None
+    arithmetic_seconds: float | None = None
+    arithmetic_source: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -78,6 +84,54 @@ class ClusterPlan:
     def fits(self) -> bool:
         """Return whether the peak is no more than the device's usable memory."""
         return self.peak_bytes <= self.setup.device.usable_bytes
+
+    @property
+    def way(self) -> Way | None:
+        """Return the way to communicate that the setup's memory is of; `None` for one rank."""
+        if self.communication is None:
+            return None
+        return self.communication.ways[self.setup.shares_gradients and self.setup.reduce == "window"]
+
+    def cost(
+        self, price: Price | str | None = None, *, steps: int | None = None, samples: int | None = None
+    ) -> RunCost:
+        """Compute the predicted time and money of a step and of a run on all ranks.
+
+        The time is that of arithmetic and communication, with nothing beside one another. Not in it are the optimizer's
+        own step, moves to the host, and waiting for data.
+
+        Args:
+            price: Price of a device, such as ``"2.50 EUR/h"``; `None` for the time alone.
+            steps: Optimizer steps of the run; `None` for a step alone.
+            samples: Samples of the run, instead of steps.
+
+        Returns:
+            Time and cost; `None` in them where it does not fit, or a speed is not known.
+
+        Raises:
+            ConfigError: The price is not one, both ``steps`` and ``samples`` are given, or one is below 1.
+        """
+        way, arithmetic = self.way, self.arithmetic_seconds
+        least, most = (arithmetic, arithmetic) if way is None else (way.least_seconds, way.most_seconds)
+        limit = None
+        if not self.fits:
+            limit = "memory"
+        elif most is not None and arithmetic is not None:
+            limit = "network" if way is not None and (way.seconds or 0.0) > arithmetic else "arithmetic"
+        return RunCost(
+            where=f"{self.setup.ranks} x {self.setup.device.name}",
+            devices=self.setup.ranks,
+            microbatch_size=self.division.microbatch_size,
+            microbatches=self.division.microbatches,
+            peak_bytes=self.peak_bytes,
+            fits=self.fits,
+            step_seconds=most,
+            least_step_seconds=least,
+            steps=steps_of_run(self.division.batch_size, steps=steps, samples=samples),
+            price=as_price(price),
+            limit=limit,
+            basis=PREDICTED,
+        )
 
     @property
     def words(self) -> str:

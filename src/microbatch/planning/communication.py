@@ -195,7 +195,7 @@ class Communication:
 
 
 def communication(
-    model: Model, setup: Setup, *, microbatches: int, flops: float, assumed: Assumed
+    model: Model, setup: Setup, *, microbatches: int, flops: float, assumed: Assumed, full: float | None = None
 ) -> Communication | None:
     """Say what the ranks tell one another in a step, and how long that takes.
 
@@ -205,6 +205,8 @@ def communication(
         microbatches: Of a step, on the rank that has most; at least 1.
         flops: Floating-point operations of a microbatch.
         assumed: How fast everything is.
+        full: Microbatches of a step in arithmetic: a last one of half the rows counts as 0.5; `None` for
+            ``microbatches``.
 
     Returns:
         It; `None` for a single rank.
@@ -222,7 +224,8 @@ def communication(
         sent, calls = traffic.bytes(microbatches), traffic.calls(microbatches)
         way = Way(name=name, bytes=sent, calls=calls, seconds=None if link is None else link.seconds(sent, calls))
         if link is not None and microbatch_seconds is not None:
-            way = _timed(way, traffic, link=link, microbatches=microbatches, arithmetic=microbatch_seconds)
+            computed = microbatch_seconds * (microbatches if full is None else full)
+            way = _timed(way, traffic, link=link, microbatches=microbatches, arithmetic=(microbatch_seconds, computed))
         ways.append(way)
     return Communication(
         link=link,
@@ -316,10 +319,12 @@ def _bucket_sizes(trained: Sequence[int]) -> list[int]:
     return [sum(each.numel() for each in bucket) for bucket, _ in buckets_of(meta, [torch.float32] * len(meta))]
 
 
-def _timed(way: Way, traffic: Traffic, *, link: Link, microbatches: int, arithmetic: float) -> Way:
+def _timed(way: Way, traffic: Traffic, *, link: Link, microbatches: int, arithmetic: tuple[float, float]) -> Way:
+    """Add the times; ``arithmetic`` is that of a full microbatch, and of the whole step."""
+    microbatch_seconds, computed = arithmetic
     fixed = link.seconds(traffic.fixed_bytes, traffic.fixed_calls)
     each = link.seconds(traffic.each_bytes, traffic.each_calls)
-    spent, computed = fixed + microbatches * each, microbatches * arithmetic
+    spent = fixed + microbatches * each
     # One reduction after the last backward has nothing beside it.
     least = fixed + computed if way.name == ONCE else max(spent, computed)
     return Way(
@@ -329,7 +334,7 @@ def _timed(way: Way, traffic: Traffic, *, link: Link, microbatches: int, arithme
         seconds=spent,
         least_seconds=least,
         most_seconds=spent + computed,
-        depth=enough_microbatches(fixed=fixed, each=each, arithmetic=arithmetic),
+        depth=enough_microbatches(fixed=fixed, each=each, arithmetic=microbatch_seconds),
     )
 
 

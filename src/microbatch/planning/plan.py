@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from dataclasses import fields as dataclass_fields
 from typing import Any, Self
 
 from microbatch.memory.budget import format_bytes
+from microbatch.planning.money import Price
+from microbatch.planning.run_costs import MEASURED, RunCost, as_price, steps_of_run
 from microbatch.planning.scaling import Scaling
+from microbatch.planning.text_table import aligned, fitting
 
 _BAR = 24
 KEPT, CHECKPOINTED, OFFLOADED = "kept", "checkpointed", "offloaded"
@@ -138,6 +141,42 @@ class Plan:
         """What to pass as ``offload=``: ``"activations"`` where that pays, else `None`."""
         return "activations" if self.way == OFFLOADED else None
 
+    def cost(
+        self, price: Price | str | None, *, steps: int | None = None, samples: int | None = None, device: str = "device"
+    ) -> RunCost:
+        """Compute the time and the money of a step and of a run on this device.
+
+        The time is the measured one of the chosen way. A plan that timed nothing has no cost: its fields are `None`.
+
+        Args:
+            price: Price of the device, such as ``"2.50 EUR/h"``; `None` for the time alone.
+            steps: Optimizer steps of the run; `None` for a step alone.
+            samples: Samples of the run, instead of steps.
+            device: Name of the device, for the words.
+
+        Returns:
+            Time and cost.
+
+        Raises:
+            ConfigError: The price is not one, both ``steps`` and ``samples`` are given, or one is below 1.
+        """
+        smaller = [each.microbatch_size for each in self.candidates if each.fits is not False]
+        full = any(each.fits is False for each in self.candidates) and self.microbatch_size >= max(smaller, default=0)
+        return RunCost(
+            where=f"1 x {device}",
+            devices=1,
+            microbatch_size=self.chosen.microbatch_size,
+            microbatches=self.microbatches,
+            peak_bytes=self.peak_bytes,
+            fits=True,
+            step_seconds=self.seconds,
+            least_step_seconds=self.seconds,
+            steps=steps_of_run(self.batch_size, steps=steps, samples=samples),
+            price=as_price(price),
+            limit="memory" if full else "arithmetic",
+            basis=MEASURED,
+        )
+
     def table(self, *, width: int | None = None) -> str:
         """Write the candidates for people.
 
@@ -149,7 +188,7 @@ class Plan:
         """
         head = ["", "microbatch", "microbatches", "predicted", "counted", "measured", "error", "fits", "step", "rows/s"]
         rows = [head, *(self._cells(each) for each in self.candidates)]
-        return _aligned(_fitting(rows, ["counted", "error", "microbatches", "fits", "rows/s"], width))
+        return aligned(fitting(rows, ["counted", "error", "microbatches", "fits", "rows/s"], width))
 
     def ways_table(self, *, width: int | None = None) -> str:
         """Write what becomes of activations, for people.
@@ -172,7 +211,7 @@ class Plan:
                     *_told(each, self.batch_size),
                 ]
             )
-        return _aligned(_fitting(rows, ["predicted", "microbatch", "rows/s"], width))
+        return aligned(fitting(rows, ["predicted", "microbatch", "rows/s"], width))
 
     def chart(self) -> str:
         """Draw the speeds that were measured.
@@ -273,19 +312,3 @@ def _told(each: Candidate | Way, rows: int) -> list[str]:
         "-" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms",
         "-" if not seconds else f"{rows / seconds:,.4g}",
     ]
-
-
-def _fitting(rows: list[list[str]], spare: Sequence[str], width: int | None) -> list[list[str]]:
-    """Leave out columns, in the order of ``spare``, until the table is narrow enough."""
-    for name in spare:
-        if width is None or max(map(len, _aligned(rows).splitlines())) <= width:
-            break
-        column = rows[0].index(name)
-        rows = [[*row[:column], *row[column + 1 :]] for row in rows]
-    return rows
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)

@@ -16,6 +16,7 @@ from microbatch.batch.batches import Batches
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
+from microbatch.gradients.noise_estimate import NoiseScale
 from microbatch.loss.loss import LossLike
 from microbatch.loss.representations import stand_in
 from microbatch.memory.spill import Spill
@@ -58,34 +59,31 @@ class Accumulator:
         offload: ``"activations"`` to move activations off the device until backward needs them, in `step`. A `Spill`
             chooses where they go. `None` does not offload.
         checkpoint: Blocks under activation checkpointing: names of submodules, or ``"all"`` for the blocks that the
-            model repeats. ``"auto"`` takes as few as the microbatch needs to fit, and finds them in the first `step`.
-            See ``docs/checkpoints.md``.
+            model repeats. ``"auto"`` finds as few as needed in the first `step`. See ``docs/checkpoints.md``.
         coupled: How `step` encodes a batch for a loss that couples samples. ``"twice"`` encodes first without a graph,
             then with one. ``"keep"`` encodes once and keeps the graphs of all microbatches; ``"spill"`` offloads them.
             ``"auto"`` keeps the graphs once a window has shown that they fit.
         batch_norm: Which statistics batch normalisation uses. ``"exact"``: those of the effective batch, also in
-            backward; only in `step`, which runs all microbatches in lockstep. ``"microbatch"``: those of each
-            microbatch; the default, `None`, does the same and warns. ``"pooled"``: those of each microbatch, but
-            running statistics are updated once, from the whole batch. ``"frozen"``: the running statistics. See
-            ``docs/batchnorm.md``.
+            backward; only in `step`, in lockstep. ``"microbatch"``: those of each microbatch; the default, `None`, does
+            the same and warns. ``"pooled"``: those of each microbatch, but running statistics are updated once, from
+            the whole batch. ``"frozen"``: the running statistics. See ``docs/batchnorm.md``.
         buffers: What happens to other buffers that forward passes move, such as those of spectral normalisation or
             moving averages. ``"each"``: every microbatch moves them; the default, `None`, does the same and warns.
-            ``"once"``: every microbatch starts from the values before the window, and the update of the first one
-            stays. ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/warnings.md``.
+            ``"once"``: every microbatch starts from the values before the window; the first one's update stays.
+            ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/warnings.md``.
         dropout: ``"by_row"`` to draw a dropout mask for each row of the effective batch, so that masks do not depend
             on the cut. See ``docs/dropout.md``.
         deterministic: Whether results are bitwise identical on any number of ranks, dropout included. Each microbatch
-            of ``microbatch_size`` rows has its own seed, and gradients add up in one fixed binary tree. See
-            ``docs/ranks.md``.
+            of ``microbatch_size`` rows has its own seed; gradients add up in a fixed tree. See ``docs/ranks.md``.
         compile: Whether `step` runs the loss function (or ``encode``) and the model in it through `torch.compile`; or
             one of its modes, such as ``"reduce-overhead"``. Only the first two shapes of microbatches are compiled.
         sums: How gradients add up: in which dtype, in which buffer, and whether inside the matrix product. See `Sums`.
         ranks: Over which ranks gradients are reduced, when, and in which dtype. See `Ranks`.
+        noise_scale: How often to measure the gradient noise scale: a `NoiseScale`. `None` does not measure it.
         listeners: A callable, or several, that is called with every event, such as `StepDone`.
 
     Raises:
-        ConfigError: A value cannot work, an option is unknown, or two options exclude each other; see
-            ``docs/combinations.md``.
+        ConfigError: A value cannot work, an option is unknown, or two exclude each other (``docs/combinations.md``).
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)
@@ -123,6 +121,7 @@ class Accumulator:
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         sums: Sums | None = None,
         ranks: Ranks | None = None,
+        noise_scale: NoiseScale | None = None,
         listeners: Listener | Sequence[Listener] = (),
     ) -> None:
         self._it = Composition(
@@ -146,6 +145,7 @@ class Accumulator:
                 compile=compile,
                 sums=Sums() if sums is None else sums,
                 ranks=Ranks() if ranks is None else ranks,
+                noise_scale=noise_scale,
                 listeners=listeners_of(listeners),
             )
         )

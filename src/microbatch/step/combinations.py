@@ -25,6 +25,7 @@ ENCODE, WINDOW, WINDOWS, COUNTS = "encode=", "accumulator.window()", "accumulato
 UNFROZEN = 'BatchNorm without batch_norm="frozen"'
 GRADIENT, STEP = "accumulator.gradient()", "accumulator.step()"
 BATCHES = "mb.Batches"
+NOISE = "noise_scale="
 LAZY, SPREAD_TABLE = "SparseAdam", "a sharded Embedding(sparse=True)"
 
 Given = Callable[[Options], object]
@@ -47,6 +48,7 @@ FEATURES: Mapping[str, Given] = {
     "checkpoint=": lambda o: o.checkpoint,
     'checkpoint="auto"': lambda o: o.checkpoint == "auto",
     "offload=": lambda o: o.offload,
+    NOISE: lambda o: o.noise_scale,
     "grad_scaler=": lambda o: o.grad_scaler,
     "max_grad_norm=": lambda o: o.max_grad_norm,
     'Sums(how="compensated")': lambda o: o.sums.how != "plain",
@@ -208,6 +210,21 @@ CLASHES: Sequence[Clash] = (
             "parameters narrower than Sums(dtype=...)": "their sums are not in .grad during backward; leave overlap= "
             "out",
             ENCODE: "the backward of a loss of the whole batch communicates, too; " + _ONE,
+        },
+    ),
+    *_with(
+        NOISE,
+        {
+            NORM: "all microbatches share one backward, so their gradients cannot be told apart; " + _ONE,
+            SHARDED: "torch itself reduces the gradients of each microbatch, and adds them up in shards; leave "
+            "noise_scale= out",
+            "parameters spread over ranks": "each rank has only a shard of each microbatch's gradient; leave "
+            "noise_scale= out",
+            PIPELINE: "torch's schedule adds up the gradients of all microbatches itself; leave noise_scale= out",
+            "lengths=": "a microbatch would have rows of similar length, which are no random sample of the batch; "
+            + _ONE,
+            ENCODE: "the gradient of a sample depends on all others, so microbatches have none of their own; leave "
+            "noise_scale= out",
         },
     ),
     *_with(COUNTS, {ENCODE: "the loss of the whole batch gives its own denominators; leave counts= out"}),

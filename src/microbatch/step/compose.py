@@ -29,6 +29,7 @@ from microbatch.step.parts.coverage import Coverage
 from microbatch.step.parts.fused import Fused
 from microbatch.step.parts.loss_warnings import CountWarning, CouplingWarning
 from microbatch.step.parts.memory_budget import MemoryBudget
+from microbatch.step.parts.noise_scale import NoiseMeter
 from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
 from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
@@ -87,6 +88,7 @@ class Composition:
         self.compilation = Compilation(options.compile if isinstance(options.compile, str) else None)
         self.passes = self._passes()
         self._alone, self._together = self._peers()
+        self._noise: dict[str, Part] = {"noise": NoiseMeter(options)} if options.noise_scale else {}
         self.parts = self._parts()
         self.policies = Policies(self.size, self.way)
         self._setups: dict[Any, Setup] = {}
@@ -124,7 +126,8 @@ class Composition:
 
     def to_locate(self) -> Composition:
         """Return a copy that runs the current window again at the same size, without listeners and warnings."""
-        again = Composition(replace(self.options, listeners=(), batch_norm=self.options.batch_norm or MICROBATCH))
+        norm = self.options.batch_norm or MICROBATCH
+        again = Composition(replace(self.options, listeners=(), noise_scale=None, batch_norm=norm))
         again.warn, again.history, again.size.sizing = self.warn, replace(self.history), replace(self.size.sizing)
         again.checkpointing.blocks = self.checkpointing.blocks
         return again
@@ -150,6 +153,7 @@ class Composition:
             ConfigError: A key is missing.
         """
         try:
+            state = {"noise": {"windows": []}, **state}  # a state from before noise_scale= was given
             windows, skipped, count = int(state["windows"]), int(state["skipped"]), float(state["count"])
             for name, part in self._stateful().items():
                 part.load(state[name])
@@ -162,7 +166,8 @@ class Composition:
         self._setups.clear()  # they have the history
 
     def _stateful(self) -> dict[str, Part]:
-        return {"size": self.size, "way": self.way, "checkpoint": self.checkpointing, "ranks": self._together}
+        found = {"size": self.size, "way": self.way, "checkpoint": self.checkpointing, "ranks": self._together}
+        return found | self._noise
 
     # -- options to parts ----------------------------------------------------------------------------------------------
 
@@ -194,7 +199,7 @@ class Composition:
             found.append(Autocast(options.autocast))
         if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
-        return [*found, CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
+        return [*found, *self._noise.values(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
 
     def _passes(self) -> Passes:
         spill = self.options.spill

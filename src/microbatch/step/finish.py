@@ -88,6 +88,8 @@ def _finished(window: OpenWindow, met: Met) -> dict[str, Any]:
         clip = clip_factor(met.host_norm * factor, options.max_grad_norm)
         if not met.normalized:
             window.gradients.settle(factor)
+        for part in window.setup.having("reduced"):
+            part.reduced(window, met, factor)
         window.gradients.scale_(factor * clip)
     elif options.nonfinite == "raise":
         _refuse(window, contributed=contributed)

@@ -19,6 +19,7 @@ from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import LinearState, linear_state
+from microbatch.gradients.noise_estimate import NoiseScale
 from microbatch.gradients.parameters import first_parameter
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import parse_bytes
@@ -191,6 +192,7 @@ class Options:
     compile: bool | str = False
     sums: Sums = field(default_factory=Sums)
     ranks: Ranks = field(default_factory=Ranks)
+    noise_scale: NoiseScale | None = None
     listeners: Sequence[Listener] = ()
 
     def __post_init__(self) -> None:
@@ -228,6 +230,8 @@ class Options:
         for name, value, kind in [("sums", self.sums, Sums), ("ranks", self.ranks, Ranks)]:
             if not isinstance(value, kind):
                 raise ConfigError(f"{name} must be mb.{kind.__name__}(...), not {value!r}")
+        if self.noise_scale is not None and not isinstance(self.noise_scale, NoiseScale):
+            raise ConfigError(f"noise_scale must be mb.NoiseScale(...) or None, not {self.noise_scale!r}")
         self._check_scaler()
 
     @property

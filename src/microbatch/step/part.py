@@ -212,6 +212,9 @@ class Part:
     def check(self, window: OpenWindow) -> None:
         """Raise an error instead of the step, while the other ranks can still be notified."""
 
+    def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
+        """Read the gradients of all ranks, which ``factor`` finishes, before they are clipped."""
+
     def figures(self, window: OpenWindow) -> Mapping[str, Any]:
         """Return this part's fields of the `Step` record."""
         del window
@@ -360,6 +363,10 @@ class Peers(Part):
     def meet(self, window: OpenWindow) -> Met:
         """Reduce sums, counts and gradients over all ranks."""
         raise NotImplementedError
+
+    def add_up(self, numbers: list[float]) -> list[float]:
+        """Return the sums of numbers over all ranks, after they met."""
+        return numbers
 
     def stepping(self, window: OpenWindow, met: Met) -> AbstractContextManager[object]:
         """Return a context manager around the optimizers' steps."""

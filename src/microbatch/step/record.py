@@ -40,6 +40,11 @@ class Step:
         comm_calls: Number of collectives for these bytes.
         sync: When the gradients of a fully sharded model were reduced: ``"lean"`` after every microbatch, ``"fast"``
             once. `None` for other models.
+        noise_scale: The gradient noise scale, in samples, with ``Accumulator(noise_scale=...)``: the latest estimate,
+            also in windows that are not measured. `None` until it is known, and while noise hides the gradient.
+        noise_interval: Its 95 % confidence interval, in samples; the upper bound may be infinite. `None` where the
+            scale is, and for fewer than 4 measured windows.
+        noise_scale_by_group: The noise scale of each parameter group, with ``NoiseScale(by_group=True)``.
     """
 
     index: int
@@ -61,6 +66,9 @@ class Step:
     comm_bytes: int = 0
     comm_calls: int = 0
     sync: str | None = None
+    noise_scale: float | None = None
+    noise_interval: tuple[float, float] | None = None
+    noise_scale_by_group: Mapping[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain numbers, for loggers.
@@ -85,6 +93,8 @@ class Step:
             value = getattr(self, each.name)
             if isinstance(value, Mapping):
                 found |= {f"{each.name}/{name}": _plain(number) for name, number in value.items()}
+            elif each.name == "noise_interval":
+                found["noise_interval/lower"], found["noise_interval/upper"] = value or (None, None)
             else:
                 found[each.name] = _plain(value)
         return found

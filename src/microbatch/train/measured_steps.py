@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from microbatch.gradients.noise_estimate import NoiseScale
 from microbatch.memory.meter import MemoryMeter
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.step.accumulator import Accumulator
@@ -16,7 +17,6 @@ from microbatch.step.events import Event, MicrobatchDone, Retry
 from microbatch.step.record import Step
 from microbatch.train.baselines import take_step
 from microbatch.train.job import Job
-from microbatch.train.noise import NoiseScale
 from microbatch.train.run_config import RunConfig
 from microbatch.train.timeline import StepTimeline
 
@@ -35,7 +35,7 @@ class MeasuredStep:
         peak_bytes: Peak memory of the step; `None` where it was not measured.
         memory: Bytes at the peak by category; empty where the meter was off.
         timeline: Seconds of each part of the step; `None` for a step of too many microbatches.
-        noise_scale: The gradient noise scale, in samples; `None` where it was not measured.
+        noise_scale: The gradient noise scale, in samples; `None` in steps that were not measured, and until it is known.
     """
 
     step: Step
@@ -91,17 +91,18 @@ class MeasuredSteps:
         job: Model and loss.
         config: The run's configuration.
         optimizers: The job's optimizers.
+
+    Attributes:
+        noise_scale: How often the accumulator measures the gradient noise scale; `None` where it cannot.
     """
 
     def __init__(self, job: Job, *, config: RunConfig, optimizers: Sequence[Optimizer]) -> None:
         self._config, self._optimizers = config, optimizers
         self._timeline = StepTimeline(optimizers)
         self._job = self._timeline.of(job, plain=config.plain)
-        self._noise = NoiseScale(job.model)
-        # The noise scale needs microbatches whose gradients are sums over their own samples, added up on this rank.
-        # A loss that couples samples has none of these, and neither has a sharded model or a pipeline.
-        alone = (job.encode is None or config.plain) and config.batch_norm != "exact"
-        self._independent = alone and config.shard == "none" and not isinstance(job.model, Pipeline)
+        # In a step that is not metered: weight gradients are not added inside the matrix product in a measured window,
+        # so it takes more memory than the others.
+        self.noise_scale = NoiseScale(every=_METERED_EVERY) if _has_samples(job, config) else None
         self._metered = 0
 
     def heard(self, event: Event) -> None:
@@ -112,10 +113,8 @@ class MeasuredSteps:
         """
         if isinstance(event, MicrobatchDone):
             self._timeline.microbatch_done()
-            self._noise.microbatch_done(event.rows)
         elif isinstance(event, Retry):
             self._timeline.start_over()
-            self._noise.start_over()
 
     def take(self, accumulator: Accumulator, batch: Any, *, index: int, started: float) -> MeasuredStep:
         """Take one step and measure it.
@@ -130,13 +129,11 @@ class MeasuredSteps:
             The step and its measurements.
         """
         self._timeline.begin(wait=time.perf_counter() - started)
-        # Not in the steps that are metered, because the noise scale holds a copy of the gradients.
-        due = index % _METERED_EVERY == _METERED_EVERY // 2
-        self._noise.begin(due=due and self._independent)
         step, peak_bytes, memory = self._metered_step(accumulator, batch, index)
         # Reading the loss waits for the device, so the time includes all work and not only the launches.
         loss = float(step.loss)
         seconds = time.perf_counter() - started
+        measured = self.noise_scale is not None and self.noise_scale.due(step.index)
         return MeasuredStep(
             step=step,
             loss=loss,
@@ -144,7 +141,7 @@ class MeasuredSteps:
             peak_bytes=peak_bytes,
             memory=memory,
             timeline=self._timeline.record(),
-            noise_scale=self._noise.end(step),
+            noise_scale=step.noise_scale if measured else None,
         )
 
     def _metered_step(
@@ -165,3 +162,9 @@ class MeasuredSteps:
             # The window's own meter measures each attempt alone; this meter includes the attempts that failed.
             return step, step.peak_bytes, {} if step.retries else meter.report().at_peak
         return step, meter.peak_bytes, meter.report().at_peak
+
+
+def _has_samples(job: Job, config: RunConfig) -> bool:
+    """Return whether each microbatch of a job has a gradient of its own, of random samples, on this rank."""
+    alone = (job.encode is None or config.plain) and config.batch_norm != "exact" and job.lengths is None
+    return alone and config.shard == "none" and not isinstance(job.model, Pipeline)

@@ -116,6 +116,7 @@ class TrainingLoop:
             dropout=job.dropout,
             deterministic=config.deterministic,
             ranks=Ranks(sync=config.sync, group=self._place.group),
+            noise_scale=self._steps.noise_scale,
             listeners=(self._on_core_event,),
         )
         self._state = RunState(

@@ -13,7 +13,10 @@ from microbatch.linting.sources import Source
 __all__ = ["clean", "place", "text_form"]
 
 _WIDTH = 100
-_SETTLE = "microbatch check FILE.py:job --loop FILE.py:loop runs the loop on your own model (docs/check.md)"
+_SETTLE = (
+    "put the loop into loop(model, optimizer, batch) beside a job (docs/check.md); then `microbatch check {0}:job "
+    "--loop {0}:loop` runs it on your own model"
+)
 
 
 def text_form(report: Report) -> Iterator[str]:
@@ -77,7 +80,8 @@ def _one(report: Report, finding: Finding, said: set[tuple[str, ...]]) -> Iterat
     if finding.needs:
         yield from _titled("depends on", "; ".join(finding.needs))
     if finding.confidence == "depends" and is_new("settle it"):
-        yield f"  settle it: {_SETTLE}"
+        file = finding.path if finding.path.endswith(".py") else "job.py"
+        yield from _titled("settle it", _SETTLE.format(file))
     if report.show_window and finding.window and is_new("window", finding.window):
         yield "  the window:"
         yield from (f"    {line}" for line in finding.window.split("\n"))

@@ -210,6 +210,14 @@ class DataParallel(Peers):
         """Return the metrics of every rank."""
         return [own] if self.ranks is None else self.ranks.tell(own)
 
+    def add_up(self, numbers: list[float]) -> list[float]:
+        """Add up numbers over the ranks in one small all-reduce."""
+        if self.ranks is None:
+            return numbers
+        total = torch.tensor(numbers, dtype=wide_dtype(self.ranks.device), device=self.ranks.device)
+        self.ranks.sum_(total)
+        return total.tolist()
+
     def stepping(self, window: OpenWindow, met: Met) -> AbstractContextManager[object]:
         """Make all ranks or none take the step, if it updates parameters for the first time and creates state."""
         if self.ranks is None or self._present <= self._updated:

@@ -142,7 +142,7 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
     Returns:
         Texts by name.
     """
-    sums, ranks, scaler = options.sums, options.ranks, options.grad_scaler
+    sums, ranks, scaler, noise = options.sums, options.ranks, options.grad_scaler, options.noise_scale
     found = {
         "max_grad_norm": options.max_grad_norm,
         "autocast": options.autocast,
@@ -151,6 +151,8 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
         "batch_norm": options.batch_norm,
         "dropout": options.dropout,
         "deterministic": options.deterministic,
+        "NoiseScale(every=...)": noise and noise.every,
+        "NoiseScale(by_group=...)": noise and noise.by_group,
         "Sums(dtype=...)": sums.dtype,
         "Sums(how=...)": sums.how,
         "Sums(buffer=...)": [state is not None for state in options.linear_states],
