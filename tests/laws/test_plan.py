@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import microbatch as mb
 from microbatch.errors import ConfigError
 from microbatch.step.size.dry_run import dry_run
-from microbatch.step.size.search import MOST_SIZES, NOISE, Found, noise, search, sizes_for
+from microbatch.step.size.search import MOST_SIZES, NOISE, Found, largest_between, noise, search, sizes_for
 from microbatch.step.size.stopwatch import Stopwatch
 from microbatch.step.size.timing_search import MOST_PROBES
 
@@ -217,6 +217,32 @@ def test_no_probe_is_above_what_the_budget_allows(by_hand: bool) -> None:
         assert -0.01 < error < 0.1
     assert max(step.microbatch_size for step in steps) == chosen(events).microbatch_size < 32
     assert all(step.peak_bytes is not None and step.peak_bytes <= 26 * 1024 for step in steps)
+
+
+def test_the_largest_size_that_fits_is_tried_between_two_halves() -> None:
+    """96 rows are halved to 24, which do not fit, and to 12, which use little more than half of what there is."""
+    clock = Clock({size: float(size) for size in range(1, 97)})  # the larger, the faster
+    x = torch.randn(96, 8, dtype=torch.float64)
+
+    def peak(size: int) -> int:
+        fixed, _ = accumulator_of(small_model(), clock, microbatch_size=size, memory_budget="1 MiB")
+        return run(fixed, clock, x).peak_bytes or 0
+
+    accumulator, events = accumulator_of(small_model(), clock, memory_budget=int(peak(20) / 0.96))
+    steps = [run(accumulator, clock, x) for _ in range(30)]
+    assert peak(24) > peak(20) / 0.96
+    assert chosen(events).microbatch_size == 20
+    assert [step.retries for step in steps] == [0] * 30
+
+
+@pytest.mark.parametrize("rows", [5, 33, 96, 1000])
+def test_the_size_between_is_the_largest_that_cuts_the_batch_evenly(rows: int) -> None:
+    sizes = sizes_for(rows)
+    for most in range(1, rows):
+        low, high = max(size for size in sizes if size <= most), min(size for size in sizes if size > most)
+        found = largest_between(rows, lambda size, most=most: size <= most, low=low, high=high)
+        even = max(size for cut in range(1, rows + 1) if (size := -(-rows // cut)) <= most)
+        assert found == (even if even >= 1.2 * low else None)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -66,6 +66,35 @@ def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
     return sorted({size for cut in cuts if (size := -(-rows // cut)) <= most})[-MOST_SIZES:]
 
 
+def largest_between(rows: int, fits: Callable[[int], bool], *, low: int, high: int) -> int | None:
+    """Find the largest size that fits between a size that fits and one that does not, for a batch cut evenly.
+
+    Halving the number of microbatches doubles their size. So where memory is short, the next smaller size of
+    `sizes_for` may use little more than half of it.
+
+    Args:
+        rows: Rows of the batch.
+        fits: Whether a size fits; it must be true for all sizes below one that fits.
+        low: A size that fits.
+        high: A size that does not fit.
+
+    Returns:
+        The size; `None` if it is less than a fifth larger than ``low``.
+
+    Example:
+        >>> largest_between(96, lambda size: size <= 5, low=3, high=6)
+        5
+        >>> largest_between(96, lambda size: size <= 3, low=3, high=6) is None
+        True
+    """
+    most, least = -(-rows // low), -(-rows // high)  # microbatches: with `most` of them it fits
+    while most - least > 1:
+        middle = (most + least) // 2
+        most, least = (middle, least) if fits(-(-rows // middle)) else (most, middle)
+    size = -(-rows // most)
+    return size if 5 * size >= 6 * low else None
+
+
 def next_size(sizes: Sequence[int], seconds: Mapping[int, float]) -> int | None:
     """Return the next size to time, by a Fibonacci search on the logarithm of the size.
 

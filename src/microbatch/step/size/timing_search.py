@@ -5,6 +5,7 @@ Every cut gives the same gradient, so each probe is a real training step. It cos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -17,6 +18,7 @@ from microbatch.step.size.search import (
     SAMPLES,
     Found,
     fastest,
+    largest_between,
     next_size,
     noise,
     settled,
@@ -134,15 +136,22 @@ class Tuning:
         return found
 
     def foresee(self, prediction: Prediction, *, budget: int | None) -> None:
-        """Remove the sizes that do not fit by prediction.
+        """Remove the sizes that do not fit by prediction, and add the largest one that does.
 
         Args:
             prediction: Peaks by size.
             budget: Bytes that may be in use; `None` for no limit.
         """
-        self.predicted = {size: prediction.peak_bytes(size) for size in self.sizes}
-        fit = [size for size, peak in self.predicted.items() if budget is None or peak <= SAFE * budget]
-        self.sizes = fit or self.sizes[:1]
+        most = math.inf if budget is None else SAFE * budget
+        peaks = {size: prediction.peak_bytes(size) for size in self.sizes}
+        fit = [size for size, peak in peaks.items() if peak <= most]
+        if fit and len(fit) < len(peaks):
+            rows, high = self.sizes[-1], self.sizes[len(fit)]
+            between = largest_between(rows, lambda size: prediction.peak_bytes(size) <= most, low=fit[-1], high=high)
+            if between is not None:
+                peaks[between] = prediction.peak_bytes(between)
+                fit.append(between)
+        self.predicted, self.sizes = peaks, fit or self.sizes[:1]
         self.feeling = False
         if self.hindrance is not None:
             self._decide(undecided(self.sizes, {}, why=self.hindrance))
