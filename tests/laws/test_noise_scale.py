@@ -261,6 +261,16 @@ def test_a_microbatch_weighs_what_it_counts_and_an_empty_one_nothing() -> None:
     close(windows_of(it)[0], right)
 
 
+def test_rows_grouped_by_length_are_measured_in_their_groups() -> None:
+    model, batch = Net(), rows(12)
+    lengths = torch.tensor([3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2])
+    it = accumulator(model, microbatch_size=4, lengths=mb.Lengths(of="lengths", keys=["words"]))
+    step = it.step({**batch, "lengths": lengths, "words": torch.zeros(12, 3)}, squares)
+    grouped = per_sample(model, batch)[lengths.argsort(stable=True)]
+    assert step.microbatches == 3
+    close(windows_of(it)[0], by_hand(grouped, [4, 4, 4]))
+
+
 def test_terms_that_count_different_things_weigh_by_rows() -> None:
     def both(model: nn.Module, batch: Batch) -> dict[str, mb.Loss]:
         loss = summed(model, batch)
@@ -584,16 +594,9 @@ def test_a_gradient_in_pieces_is_not_measured_and_that_is_said_once() -> None:
     close(found[0], found[1])
 
 
-@pytest.mark.parametrize(
-    ("options", "other"),
-    [
-        ({"batch_norm": "exact"}, "exact"),
-        ({"lengths": mb.Lengths(of="lengths", keys=["x"])}, "lengths="),
-    ],
-)
-def test_what_has_no_microbatches_of_random_rows_is_refused(options: dict[str, Any], other: str) -> None:
-    with pytest.raises(ConfigError, match=f"noise_scale= does not go with .*{other}"):
-        accumulator(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), **options)
+def test_exact_batch_statistics_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"noise_scale= does not go with batch_norm=.exact."):
+        accumulator(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), batch_norm="exact")
 
 
 def test_a_loss_that_couples_samples_is_refused() -> None:

@@ -351,3 +351,15 @@ def test_validation_runs_at_the_size_that_the_run_has_found(tmp_path: Path) -> N
     again = TrainingLoop(job, config=loop.config, run=loop.run_directory)
     again.restore()
     assert again.microbatch_size == loop.microbatch_size
+
+
+def test_the_noise_scale_is_written_where_it_was_measured(tmp_path: Path) -> None:
+    model = nn.Linear(4, 2)
+    job = a_job(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-3), data=samples(64), batch_size=32, steps=12
+    )
+    _, lines = run_job(job, tmp_path / "run")
+    assert [line["step"] for line in lines if "noise_scale" in line] == [
+        11
+    ]  # the meter is on in the first and the 21st
+    assert lines[10]["noise_scale"] > 0

@@ -19,7 +19,8 @@ class NoiseScale:
     """Choose how often the gradient noise scale is measured, and over how many windows it is averaged.
 
     ``Accumulator(noise_scale=mb.NoiseScale())`` measures how much the gradients of a window's microbatches differ. The
-    result is ``step.noise_scale``, in samples, with a 95 % confidence interval in ``step.noise_interval``.
+    result is ``step.noise_scale``, in samples, with a 95 % confidence interval in ``step.noise_interval``. It holds for
+    rows in random order; rows grouped by length (``lengths=``) make it a little too large.
 
     Attributes:
         every: One window in this many is measured, first window ``every // 2``; at least 1.

@@ -221,8 +221,6 @@ CLASHES: Sequence[Clash] = (
             "parameters spread over ranks": "each rank has only a shard of each microbatch's gradient; leave "
             "noise_scale= out",
             PIPELINE: "torch's schedule adds up the gradients of all microbatches itself; leave noise_scale= out",
-            "lengths=": "a microbatch would have rows of similar length, which are no random sample of the batch; "
-            + _ONE,
             ENCODE: "the gradient of a sample depends on all others, so microbatches have none of their own; leave "
             "noise_scale= out",
         },

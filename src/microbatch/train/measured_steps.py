@@ -35,7 +35,7 @@ class MeasuredStep:
         peak_bytes: Peak memory of the step; `None` where it was not measured.
         memory: Bytes at the peak by category; empty where the meter was off.
         timeline: Seconds of each part of the step; `None` for a step of too many microbatches.
-        noise_scale: The gradient noise scale, in samples; `None` in steps that were not measured, and until it is known.
+        noise_scale: The gradient noise scale, in samples; `None` where it was not measured, or is not known yet.
     """
 
     step: Step
@@ -165,6 +165,6 @@ class MeasuredSteps:
 
 
 def _has_samples(job: Job, config: RunConfig) -> bool:
-    """Return whether each microbatch of a job has a gradient of its own, of random samples, on this rank."""
-    alone = (job.encode is None or config.plain) and config.batch_norm != "exact" and job.lengths is None
+    """Return whether each microbatch of a job has a gradient of its own, which is on this rank as a whole."""
+    alone = (job.encode is None or config.plain) and config.batch_norm != "exact"
     return alone and config.shard == "none" and not isinstance(job.model, Pipeline)
