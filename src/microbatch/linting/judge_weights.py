@@ -55,9 +55,7 @@ def _engine(view: View) -> Iterator[Fault]:
 _SHARED_STEP = "which optimizer each of the losses is for"
 
 
-def _weights(
-    view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: bool = True
-) -> Iterator[Fault]:
+def _weights(view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: bool = True) -> Iterator[Fault]:
     """MB101 and MB102: the sum of the weights of a full window is not 1."""
     full = [s for s in steps if len(s.since) == view.n > 1 and s.weights]
     if not full or not view.outcome.used_window:
@@ -67,7 +65,7 @@ def _weights(
     for line in {b.node: b for b in ran}.values():
         values = {w for s in full for (m, site), w in s.sites.items() if m in s.since and site is line.node}
         if len(values) == 1:
-            yield from _weight(view, line, values.pop(), _Window(sure=sure, divides=divides))
+            yield from _weight(view, line, values.pop(), window=_Window(sure=sure, divides=divides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class _Window:
     divides: bool
 
 
-def _weight(view: View, line: Backward, weight: Fraction, window: _Window) -> Iterator[Fault]:
+def _weight(view: View, line: Backward, weight: Fraction, *, window: _Window) -> Iterator[Fault]:
     """MB101 and MB102 of one call of backward."""
     loss = line.loss
     if loss.mixed:
@@ -320,9 +318,7 @@ def _thrown_away(view: View) -> Iterator[Fault]:
 def _only_last_runs(view: View) -> bool:
     """Whether one microbatch of N runs a backward, at the end of each window."""
     at = view.ticks
-    return (
-        1 < len(at) < view.trace.tick and all(b - a == view.n for a, b in pairwise(at)) and view.clean and view.n > 1
-    )
+    return 1 < len(at) < view.trace.tick and all(b - a == view.n for a, b in pairwise(at)) and view.clean and view.n > 1
 
 
 def _only_last(view: View) -> Fault:

@@ -135,7 +135,9 @@ class Loops(Simulated):
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
             turns = count // self.run.microbatches * self.run.microbatches if whole else count
-            begin = self.evaluate(node.iter.args[0]) if isinstance(node.iter, ast.Call) and len(node.iter.args) == 2 else 0
+            begin = (
+                self.evaluate(node.iter.args[0]) if isinstance(node.iter, ast.Call) and len(node.iter.args) == 2 else 0
+            )
             first = int(number(begin)) if is_number(begin) else 0
             return list(range(first, first + turns)), whole
         if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):

@@ -12,7 +12,11 @@ __all__ = ["PYTHON_FUNCTIONS"]
 
 def _len(machine: Any, node: ast.Call) -> Any:
     value = machine.evaluate(node.args[0]) if node.args else None
-    if node.args and dotted(node.args[0]) in machine.module.window_lists and not (isinstance(value, list | tuple) and len(value) > 1):
+    if (
+        node.args
+        and dotted(node.args[0]) in machine.module.window_lists
+        and not (isinstance(value, list | tuple) and len(value) > 1)
+    ):
         return machine.window()
     if (isinstance(value, Obj) and value.kind in ("loader", "enumerate", "zip", "model")) or (
         isinstance(value, Unknown) and not value.data and value.key

@@ -8,7 +8,17 @@ from collections.abc import Sequence
 
 from microbatch.linting.guesses import kind_of_name
 
-__all__ = ["FunctionNode", "Loop", "dotted", "is_backward_call", "is_gradient", "is_step_call", "last_name", "steps_inside", "text_of"]
+__all__ = [
+    "FunctionNode",
+    "Loop",
+    "dotted",
+    "is_backward_call",
+    "is_gradient",
+    "is_step_call",
+    "last_name",
+    "steps_inside",
+    "text_of",
+]
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While

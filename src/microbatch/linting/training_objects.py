@@ -47,11 +47,15 @@ class TrainingObjects(Simulated):
         if not text:
             return None
         kind = kind_of_constructor(text)
-        if kind is None or text.endswith("optimizer_step") or (
-            kind == "optimizer"
-            and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
-            and not node.args
-            and not node.keywords
+        if (
+            kind is None
+            or text.endswith("optimizer_step")
+            or (
+                kind == "optimizer"
+                and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
+                and not node.args
+                and not node.keywords
+            )
         ):
             return None
         args, keywords = self.arguments(node)
