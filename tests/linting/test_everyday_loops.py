@@ -142,8 +142,9 @@ def train(q, buffer, opt, steps, accum_every=4):
             opt.step()
 """,
     "means within each row": """
-def train(model, loader, opt, accum):
-    for i, (x, y, mask) in zip(range(len(loader) // accum * accum), loader):
+def train(model, batches, opt, accum, updates):
+    for i in range(updates * accum):
+        x, y, mask = next(batches)
         losses = (model(x) - y) ** 2
         loss = ((losses * mask).sum(dim=1) / mask.sum(dim=1)).mean() / accum
         loss.backward()
@@ -317,7 +318,7 @@ class Towers(torch.nn.Module):
 
 
 def train(model, loader, opt, accum):
-    for i, (a, b) in zip(range(len(loader) // accum * accum), loader):
+    for i, (a, b) in enumerate(loader):
         (model(a, b) / accum).backward()
         if (i + 1) % accum == 0:
             opt.step()
