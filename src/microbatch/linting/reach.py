@@ -241,25 +241,26 @@ class Reach(Definitions):
         Returns:
             Whether it was found.
         """
-        node, *what = key
+        node, owner, what = key
         memo = self._memo
         if key in memo:
             return memo[key]
         memo[key] = False
-        stack, passed = [node], [key]
+        stack: list[ast.AST] = [node]
+        passed = [key]
         while stack:
             current = stack.pop()
-            known = memo.get((current, *what)) if current is not node and isinstance(current, ast.stmt) else None
+            known = memo.get((current, owner, what)) if current is not node and isinstance(current, ast.stmt) else None
             said = judge(current) if known is None else known
             if said:
                 while current is not node:  # what is around it holds it too
-                    memo[current, *what] = True
+                    memo[current, owner, what] = True
                     current = self.parents[current]
                 memo[key] = True
                 return True
             if said is None:
                 if isinstance(current, ast.stmt):
-                    passed.append((current, *what))
+                    passed.append((current, owner, what))
                 stack.extend(ast.iter_child_nodes(current))
         memo.update(dict.fromkeys(passed, False))
         return False
