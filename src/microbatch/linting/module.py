@@ -55,7 +55,7 @@ class Module(Reach):
 
     @cached_property
     def window_lists(self) -> set[str]:
-        """Names of lists that hold the microbatches of one window: `for x, y in chunk:` with the step after it."""
+        """Names of lists that hold the microbatches of one window: `for x, y in waiting:` with the step after it."""
         found: set[str] = set()
         for node in self.nodes:
             name = _iterated(node.iter) if isinstance(node, ast.For) else ""
