@@ -7,7 +7,7 @@ from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import last_name, text_of
-from microbatch.linting.values import Data, Obj, Unknown, is_number, number
+from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
 
 __all__ = ["BackwardCalls"]
 
@@ -36,6 +36,8 @@ class BackwardCalls(Simulated):
             return None
         else:
             loss = self._unseen_loss(node)
+            if any("n" in tags(value) for value in (base, *args)):
+                loss = replace(loss, opaque=(f"divided in {loss.opaque[0]}",))
         if not loss.weights:
             loss = replace(loss, weights=self.this_microbatch())
         if isinstance(base, Obj) and holder == "accelerator":

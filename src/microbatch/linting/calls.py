@@ -14,7 +14,7 @@ from microbatch.linting.frameworks import Frameworks
 from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
 from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
-from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
+from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
@@ -39,8 +39,6 @@ _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_g
 _STEPS = re.compile(r"step|update|optimi[sz]e")
 _NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
-# In place, on a gradient or on a list of them.
-_SCALES = re.compile(r"_?(?:foreach_)?(?:(mul|multiply)|div|divide|true_divide)_$")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
@@ -59,6 +57,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if found is not NotImplemented:
                 return found
         if isinstance(func, ast.Attribute):
+            if self.scales_gradients(node, func):
+                return None
             return self._method(node, func, target)
         if isinstance(func, ast.Name) and func.id in PYTHON_FUNCTIONS and func.id not in self.module.functions:
             return PYTHON_FUNCTIONS[func.id](self, node)
@@ -178,10 +178,6 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if text and _LIBRARIES.match(text):
             return self._library(node, text)
         base = self.evaluate(func.value)
-        scales = _SCALES.match(attr) if node.args else None
-        if scales and (is_gradient(func.value) or (isinstance(base, Unknown) and base.key.endswith(".grad"))):
-            self.scale_gradients(node, func.value, ast.Mult() if scales[1] else ast.Div(), node.args[0])
-            return base
         if (
             isinstance(base, Obj)
             and base.kind == "instance"
@@ -203,8 +199,6 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             found = self.object_method(base, node, func)
             if found is not NotImplemented:
                 return found
-        if attr in PIECE_CALLS and isinstance(base, Unknown):
-            self.trace.mark("pieces", node, text_of(func))
         value = self.heap.get(self.heap_key(func)) if text else None
         if isinstance(value, Obj | Function | Bound):
             return self._plain(node, value)
@@ -214,9 +208,16 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         guessed = self.guess(attr) if attr not in ("eval", "train") else None
         if guessed is not None and guessed.kind in ("model", "criterion"):
             return self.call_object(guessed, node)
+        return self._unknown_method(node, func, base)
+
+    def _unknown_method(self, node: ast.Call, func: ast.Attribute, base: Any) -> Any:
+        """A method that the file does not show, which may be one of a tensor that is not known as such."""
+        text = dotted(func)
         if _LOGS.match(text):
             return self.log_call(node, text)
-        result = self.unknown_call(node, text or attr)
+        if func.attr in PIECE_CALLS and isinstance(base, Unknown):
+            self.trace.mark("pieces", node, text_of(func))
+        result = self.unknown_call(node, text or func.attr)
         if isinstance(result, Unknown) and isinstance(base, Unknown):
             return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
         return result
@@ -232,10 +233,6 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         last = text.rsplit(".", 1)[-1]
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
-        scales = _SCALES.match(last) if len(node.args) == 2 else None
-        if scales and "grad" in text_of(node.args[0]):
-            self.scale_gradients(node, node.args[0], ast.Mult() if scales[1] else ast.Div(), node.args[1])
-            return None
         if last in ("empty_cache", "synchronize"):
             self.trace.mark("sync" if last == "synchronize" else last, node, last)
             return None
@@ -261,14 +258,12 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
-        if data:
-            if _is_zeros(node):
-                return Unknown(text_of(node), data=True, tags=frozenset({"rows"}))
+        if data and not _is_zeros(node):
             return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
-        if any(isinstance(v, Unknown) and v.data for v in values):
-            rows = {"rows"} if last == "arange" or _is_zeros(node) else set()
+        rows = {"rows"} if last == "arange" or _is_zeros(node) else set[str]()
+        if data or any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
-        return Unknown(text_of(node), tags=tags(*args) | ({"rows"} if last == "arange" or _is_zeros(node) else set()))
+        return Unknown(text_of(node), tags=tags(*args) | rows)
 
     def _out_of_data(self, node: ast.Call, name: str, data: list[Data], *, several: bool) -> Data:
         """What a function of a library makes of data."""

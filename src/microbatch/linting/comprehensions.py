@@ -45,10 +45,11 @@ class _Writer(ast.NodeTransformer):
         """Replace a comprehension by the name of its list."""
         if isinstance(node, FunctionNode | ast.Lambda | ast.ClassDef):
             return node
-        return self._out(node) if node in self.wanted else self.generic_visit(node)
+        if node in self.wanted and isinstance(node, Comprehension):
+            return self._out(node)
+        return self.generic_visit(node)
 
-    def _out(self, node: ast.AST) -> ast.AST:
-        assert isinstance(node, Comprehension)
+    def _out(self, node: Comprehension) -> ast.AST:
         name = f"list {node.lineno} {node.col_offset}"  # no name that a file can have
         generator = node.generators[0]
         keep = ast.Call(ast.Attribute(ast.Name(name, ast.Load()), "append", ast.Load()), [node.elt], [])

@@ -9,7 +9,7 @@ from typing import Any
 from microbatch.linting.guesses import SHARED
 from microbatch.linting.module import Module
 from microbatch.linting.simulated import Frame, Simulated
-from microbatch.linting.syntax import FunctionNode, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, is_gradient, last_name, text_of
 from microbatch.linting.values import Function, Obj, Unknown, is_number, number
 
 __all__ = ["FunctionCalls"]
@@ -18,6 +18,8 @@ _EVALUATES = re.compile(r"_?(eval|valid|test|val_|predict|infer|estimate_loss|va
 # Parameters of a function that is called once a microbatch: how many there were in the epoch, and in all.
 _BATCH_INDEX = frozenset({"batch_idx", "batch_index", "batch_nb", "batch_i", "step", "idx", "i", "iteration", "index"})
 _GLOBAL_STEP = frozenset({"global_step", "global_iter", "total_steps", "n_iter"})
+# A multiplication or division in place, of a tensor or of a list of them.
+_SCALES = re.compile(r"_?(?:foreach_)?(?:(mul|multiply)|div|divide|true_divide)_$")
 DEPTH = 14  # calls inside of calls
 
 
@@ -111,7 +113,22 @@ class FunctionCalls(Simulated):
             return Obj(found.kind, found.name, {**found.info, "maybe": True})
         return Unknown(name) if is_number(value) or value is None else value
 
-    def scale_gradients(self, node: ast.AST, target: ast.expr, op: ast.operator, by: ast.expr) -> None:
+    def scales_gradients(self, node: ast.Call, func: ast.Attribute) -> bool:
+        """Whether a call multiplies gradients in place: `p.grad.div_(n)`, `torch._foreach_mul_(gradients, 1 / n)`."""
+        way = _SCALES.match(func.attr)
+        if way is None or not node.args:
+            return False
+        target, by = func.value, node.args[0]
+        if len(node.args) == 2 and "grad" in text_of(node.args[0]):
+            target, by = node.args
+        elif not is_gradient(target):
+            base = self.evaluate(target)
+            if not (isinstance(base, Unknown) and base.key.endswith(".grad")):
+                return False
+        self.scale_gradients(node, target, op=ast.Mult() if way[1] else ast.Div(), by=by)
+        return True
+
+    def scale_gradients(self, node: ast.AST, target: ast.expr, *, op: ast.operator, by: ast.expr) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
         value = self.evaluate(by)
         if not isinstance(op, ast.Div | ast.Mult):

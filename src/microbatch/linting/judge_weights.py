@@ -65,7 +65,7 @@ def _weights(view: View, steps: list[StepTaken], sites: set[ast.AST], *, sure: b
     for line in {b.node: b for b in ran}.values():
         values = {w for s in full for (m, site), w in s.sites.items() if m in s.since and site is line.node}
         if len(values) == 1:
-            yield from _weight(view, line, values.pop(), _Window(sure=sure, divides=divides))
+            yield from _weight(view, line, values.pop(), window=_Window(sure=sure, divides=divides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class _Window:
     divides: bool
 
 
-def _weight(view: View, line: Backward, weight: Fraction, window: _Window) -> Iterator[Fault]:
+def _weight(view: View, line: Backward, weight: Fraction, *, window: _Window) -> Iterator[Fault]:
     """MB101 and MB102 of one call of backward."""
     loss = line.loss
     if loss.mixed:

@@ -126,7 +126,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _assign(self, node: ast.Assign) -> None:
         made = node.value
         if is_gradient(node.targets[0]) and isinstance(made, ast.BinOp) and is_gradient(made.left):
-            self.scale_gradients(node, node.targets[0], made.op, made.right)
+            self.scale_gradients(node, node.targets[0], op=made.op, by=made.right)
             return
         value = self.evaluate(node.value)
         for target in node.targets:
@@ -146,7 +146,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _aug_assign(self, node: ast.AugAssign) -> None:
         left = self.evaluate(ast.copy_location(_load(node.target), node.target))
         if is_gradient(node.target) or (isinstance(left, Unknown) and left.key.endswith(".grad")):
-            self.scale_gradients(node, node.target, node.op, node.value)
+            self.scale_gradients(node, node.target, op=node.op, by=node.value)
             return
         right = self.evaluate(node.value)
         counted = isinstance(right, Data) and right.kind == "batch" and right.reduction == "sum" and not right.weights

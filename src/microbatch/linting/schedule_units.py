@@ -87,10 +87,11 @@ def _settings(module: Module) -> Iterator[tuple[str, str]]:
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and node.iter.args:
             setting = last_name(node.iter.args[-1])
             owner = module.owner_of(node)
-            if last_name(node.iter.func) in ("range", "trange") and setting and not names_window(setting):
-                if _LENGTHS.search(setting) and not _EPOCHS.search(setting) and module.contains_backward(node, owner):
-                    holds = any(isinstance(n, ast.For) and module.is_microbatch_loop(n, owner) for n in ast.walk(node))
-                    yield setting, WINDOWS if holds and not module.is_microbatch_loop(node, owner) else MICROBATCHES
+            is_length = _LENGTHS.search(setting) and not _EPOCHS.search(setting) and not names_window(setting)
+            ranges = last_name(node.iter.func) in ("range", "trange")
+            if is_length and ranges and module.contains_backward(node, owner):
+                holds = any(isinstance(n, ast.For) and module.is_microbatch_loop(n, owner) for n in ast.walk(node))
+                yield setting, WINDOWS if holds and not module.is_microbatch_loop(node, owner) else MICROBATCHES
 
 
 def _counter(node: ast.expr) -> str:

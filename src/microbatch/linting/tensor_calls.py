@@ -47,6 +47,9 @@ def within_rows(node: ast.Call, first: int) -> bool:
     Args:
         node: The call.
         first: Where the dimension stands among its arguments.
+
+    Returns:
+        Whether it does; the first dimension is the one of the rows.
     """
     dims = [k.value for k in node.keywords if k.arg in ("dim", "axis")] or node.args[first : first + 1]
     if not dims:
@@ -121,6 +124,9 @@ class TensorCalls(Simulated):
             return data
         return replace(data, reduction=how, kind=data.kind if data.kind != "batch" else "tensor")
 
+    def _all_rows(self, base: Data, how: str) -> Data:
+        return Data({}, kind="batch", reduction=how) if base.kind == "batch" else self.reduce(base, how)
+
     def data_method(self, node: ast.Call, base: Data, func: ast.Attribute) -> Any:
         """A method of a tensor."""
         attr = func.attr
@@ -133,11 +139,7 @@ class TensorCalls(Simulated):
             return base
         if attr in ("mean", "sum"):
             self.arguments(node)
-            if within_rows(node, 0):
-                return base
-            if base.kind == "batch":
-                return Data({}, kind="batch", reduction=attr)
-            return self.reduce(base, attr)
+            return base if within_rows(node, 0) else self._all_rows(base, attr)
         if attr.rstrip("_") in ("div", "mul", "true_divide", "divide", "multiply") and node.args:
             op = ast.Mult() if attr.startswith("mul") else ast.Div()
             value = self.operate(base, op, self.evaluate(node.args[0]), node=node)
