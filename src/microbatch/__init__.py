@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
+    from microbatch.tuning.find_rate import find_learning_rate
+    from microbatch.tuning.learning_rate import LearningRate
     from microbatch.warned import MicrobatchWarning
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "Finding",
     "Hyperparameters",
     "Job",
+    "LearningRate",
     "Lengths",
     "LinearState",
     "Loss",
@@ -90,6 +93,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "doctor",
+    "find_learning_rate",
     "linear_cross_entropy",
     "losses",
     "plan",
@@ -112,6 +116,7 @@ _HOMES = {
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",
     "Job": "train.job",
+    "LearningRate": "tuning.learning_rate",
     "Lengths": "batch.lengths",
     "LinearState": "gradients.momentum_buffer",
     "Loss": "loss.loss",
@@ -141,6 +146,7 @@ _HOMES = {
     "cut": "batch.cut",
     "divide_batch": "planning.arithmetic",
     "doctor": "linting.doctor",
+    "find_learning_rate": "tuning.find_rate",
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",
