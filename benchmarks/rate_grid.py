@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.rate_grid                    both jobs: about ten minutes on one core
+    python -m benchmarks.rate_grid                    all jobs: about fifteen minutes on one core
     python -m benchmarks.rate_grid --job images
 
 Every run is one of ``microbatch train``: the job's own warm-up, then a cosine. It ends with the loss of the held-out
@@ -18,13 +18,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import microbatch as mb
 from benchmarks.machine import hardware, versions
 from microbatch.train.config import load_settings
+from microbatch.train.evaluate import evaluate
 from microbatch.train.resolve import resolve_device
 from microbatch.train.start import make_job, prepare
 
@@ -55,8 +56,9 @@ class Setting:
 
 
 SETTINGS = {
-    "images": Setting(batch_size=32, steps=150, seeds=(0, 1, 2)),
-    "language": Setting(batch_size=8, steps=150, seeds=(0,)),
+    "images": Setting(batch_size=8, steps=150, seeds=(0, 1, 2, 3, 4)),
+    "images-batchnorm": Setting(batch_size=8, steps=150, seeds=(0, 1)),
+    "language": Setting(batch_size=8, steps=100, seeds=(0,)),
 }
 
 
@@ -91,15 +93,19 @@ def trained(job: str, rate: float, *, setting: Setting, seed: int) -> float:
     return loss if math.isfinite(loss) else math.inf
 
 
-def mean_loss(job: str, rate: float, *, setting: Setting) -> float:
-    """Average the loss of a rate over the seeds."""
-    return statistics.fmean(trained(job, rate, setting=setting, seed=seed) for seed in setting.seeds)
+def untrained(job: str) -> float:
+    """Return the loss of the held-out set before any training."""
+    settings = load_settings({"job": job, "device": "cpu"})
+    made = make_job(settings, resolve_device("cpu"))
+    values = evaluate(made, microbatch_size=made.microbatch_size or 1, device=resolve_device("cpu"))
+    return values["loss"]
 
 
 def found(job: str, setting: Setting) -> mb.LearningRate:
     """Run the range test of a job, at the batch of the real runs."""
     settings = load_settings({"job": job, "batch_size": setting.batch_size, "device": "cpu"})
-    return mb.find_learning_rate(make_job(settings, resolve_device("cpu")), batch_size=setting.batch_size)
+    made = replace(make_job(settings, resolve_device("cpu")), memory_budget=None)
+    return mb.find_learning_rate(made, batch_size=setting.batch_size)
 
 
 def measured(job: str) -> dict[str, Any]:
@@ -112,30 +118,50 @@ def measured(job: str) -> dict[str, Any]:
         Losses by rate, the range test's result, and how far each suggestion is from the grid's best loss.
     """
     setting, started = SETTINGS[job], time.perf_counter()
-    losses: dict[float, float] = {}
-    for rate in GRID:
-        losses[rate] = mean_loss(job, rate, setting=setting)
-        print(f"{job}: {rate:.3g} ends at {losses[rate]:.4f}", flush=True)
-    test = found(job, setting)
-    best = min(losses.values())
-    suggestions: dict[str, Any] = {}
-    for name in SUGGESTIONS:
-        rate = getattr(test, name)
-        if rate is None:
-            suggestions[name] = None
-            continue
-        known = [each["loss"] for each in suggestions.values() if each and each["rate"] == rate]
-        loss = known[0] if known else mean_loss(job, rate, setting=setting)
-        suggestions[name] = {"rate": rate, "loss": loss, "over_best": loss / best - 1}
-        print(f"{job}: {name} {rate:.3g} ends at {loss:.4f}, {100 * (loss / best - 1):+.1f} %", flush=True)
+    before, test = untrained(job), found(job, setting)
+    print(test, flush=True)
+    named = {name: getattr(test, name) for name in SUGGESTIONS}
+    losses: dict[float, list[float]] = {}
+    for rate in [*GRID, *(rate for rate in named.values() if rate is not None)]:
+        if rate not in losses:
+            losses[rate] = [trained(job, rate, setting=setting, seed=seed) for seed in setting.seeds]
+            print(f"{job}: {rate:.3g} ends at {statistics.fmean(losses[rate]):.4f}", flush=True)
+    best = min((losses[rate] for rate in GRID), key=statistics.fmean)
+    lines = [line(rate, each, best=best, before=before) for rate, each in losses.items()]
     return {
         "batch_size": setting.batch_size,
         "steps": setting.steps,
         "seeds": list(setting.seeds),
-        "grid": [{"rate": rate, "loss": loss} for rate, loss in losses.items()],
+        "before": before,
+        "runs": sorted(lines, key=lambda each: each["rate"]),
+        "rates": named,
         "range_test": test.as_dict(),
-        "suggestions": suggestions,
         "seconds": time.perf_counter() - started,
+    }
+
+
+def line(rate: float, losses: Sequence[float], *, best: Sequence[float], before: float) -> dict[str, Any]:
+    """Set the losses of a rate beside those of the grid's best rate.
+
+    Args:
+        rate: The rate.
+        losses: Of each seed.
+        best: Those of the best rate.
+        before: The loss before any training.
+
+    Returns:
+        The mean loss; how far it is above the best, with the standard error of that; and its part of the fall.
+    """
+    mean, least = statistics.fmean(losses), statistics.fmean(best)
+    differences = [each - other for each, other in zip(losses, best, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return {
+        "rate": rate,
+        "losses": list(losses),
+        "loss": mean,
+        "over_best": mean / least - 1,
+        "error": None if error is None else error / least,
+        "of_the_fall": (before - mean) / (before - least),
     }
 
 
@@ -150,23 +176,29 @@ def page(results: Mapping[str, Any]) -> str:
     """
     parts = ["# The suggested learning rate, and a grid of real runs", "", _HEAD]
     for job, each in results.items():
-        best = min(line["loss"] for line in each["grid"])
-        lines = [(line["rate"], line["loss"], "") for line in each["grid"]]
-        lines += [(one["rate"], one["loss"], name) for name, one in each["suggestions"].items() if one]
         parts += ["", f"## {job}", ""]
         parts.append(f"Batch {each['batch_size']}, {each['steps']} steps, seeds {each['seeds']}.")
-        parts += ["", "| rate | loss | over the best | suggestion |", "|---|---|---|---|"]
-        parts += [
-            f"| {rate:.3g} | {loss:.4f} | {100 * (loss / best - 1):+.1f} % | {name} |"
-            for rate, loss, name in sorted(lines)
-        ]
-        suggested = each["suggestions"]["suggested"]
-        if suggested is None:
-            parts += ["", "The range test suggested nothing."]
-        else:
-            met = "within" if suggested["over_best"] <= NEAR else "not within"
-            parts += ["", f"The suggestion is {met} {100 * NEAR:.0f} % of the grid's best loss."]
+        parts += ["", "| rate | loss | over the best | error | of the fall | which |", "|---|---|---|---|---|---|"]
+        names = {rate: name for name, rate in each["rates"].items() if rate is not None}
+        for one in each["runs"]:
+            error = "" if one["error"] is None else f"± {100 * one['error']:.1f} %"
+            which = names.get(one["rate"], "grid").replace("_", " ")
+            parts.append(
+                f"| {one['rate']:.2g} | {one['loss']:.4f} | {100 * one['over_best']:+.1f} % | {error} | "
+                f"{100 * one['of_the_fall']:.1f} % | {which} |"
+            )
+        parts += ["", judged(each)]
     return "\n".join(parts) + "\n"
+
+
+def judged(result: Mapping[str, Any]) -> str:
+    """Say whether the suggestion is near enough to the best rate of the grid."""
+    rate = result["rates"]["suggested"]
+    if rate is None:
+        return "The range test suggested nothing."
+    over = next(each["over_best"] for each in result["runs"] if each["rate"] == rate)
+    met = "within" if over <= NEAR else "not within"
+    return f"The suggestion is {met} {100 * NEAR:.0f} % of the grid's best loss: {100 * over:+.1f} %."
 
 
 def main() -> None:

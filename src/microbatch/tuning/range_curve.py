@@ -11,6 +11,9 @@ from dataclasses import dataclass
 SMOOTHING = 0.9
 """What the smoothed loss keeps of itself at each step: an average over about the last ten losses."""
 
+WIDTH = 0.04
+"""Standard deviation of the smoothing without delay, as a part of the whole range."""
+
 TIMES = 4.0
 """A loss above so many times the best smoothed one has diverged, as in fastai's learning-rate finder."""
 
@@ -88,6 +91,32 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return result
 
 
+def centred(losses: Sequence[float], *, width: float) -> list[float]:
+    """Average each loss with its neighbours on both sides, with the weights of a Gaussian.
+
+    Unlike `smoothed`, which looks back only, this does not delay the curve.
+
+    Args:
+        losses: In time order.
+        width: Standard deviation of the Gaussian, in steps; above 0.
+
+    Returns:
+        As many averages, each of them between the smallest and the largest loss.
+
+    Example:
+        >>> [round(value, 2) for value in centred([0.0, 0.0, 1.0, 0.0, 0.0], width=0.5)]
+        [0.0, 0.11, 0.79, 0.11, 0.0]
+    """
+    reach = math.ceil(4 * width)
+    weights = [math.exp(-0.5 * (offset / width) ** 2) for offset in range(-reach, reach + 1)]
+    result = list[float]()
+    for index in range(len(losses)):
+        near = range(max(0, index - reach), min(len(losses), index + reach + 1))
+        shares = [weights[each - index + reach] for each in near]
+        result.append(sum(share * losses[each] for share, each in zip(shares, near, strict=True)) / sum(shares))
+    return result
+
+
 def diverged(losses: Sequence[float]) -> bool:
     """Return whether the last loss shows divergence: it is not finite, or the smoothed loss is far above its best.
 
@@ -159,6 +188,8 @@ class Reading:
         best: The lowest smoothed loss.
         error: Standard error of their difference, from the noise between steps.
         minimum: Rate of the lowest smoothed loss.
+        fastest: Rate at which the loss falls most for each factor in the rate, read without the delay of smoothing.
+        lowest: Rate at which the loss is lowest, likewise.
         steepest: Rate at which the smoothed loss falls most for each factor in the rate; `None` if it never falls.
         valley: Rate in the middle of the longest descent; `None` if there is none.
     """
@@ -168,6 +199,8 @@ class Reading:
     best: float
     error: float
     minimum: float
+    fastest: float
+    lowest: float
     steepest: float | None
     valley: float | None
 
@@ -178,15 +211,11 @@ class Reading:
 
     @property
     def suggested(self) -> float | None:
-        """The rate to use: between the steepest descent and a tenth of the minimum; `None` without a good curve.
+        """The rate to use: halfway, by factors, from where the loss falls fastest to where it is lowest.
 
-        The two err in different ways. The minimum lies where the loss stops to fall, which noise and smoothing push
-        up. The steepest descent lies where it fell fastest, which depends on how far the first steps had come.
-        The geometric mean of both was nearer to the best rate of real runs than either: ``docs/learning-rate.md``.
+        `None` without a good curve. Why this one: ``docs/learning-rate.md``.
         """
-        if self.verdict != GOOD or self.steepest is None:
-            return None
-        return math.sqrt(self.steepest * self.minimum / 10)
+        return math.sqrt(self.fastest * self.lowest) if self.verdict == GOOD else None
 
 
 def read(rates: Sequence[float], runs: Sequence[Sequence[float]], *, end: int | None = None) -> Reading:
@@ -205,30 +234,46 @@ def read(rates: Sequence[float], runs: Sequence[Sequence[float]], *, end: int | 
     curve = smoothed(mean)
     if len(curve) < 3:
         return Reading(
-            verdict=RISES, level=mean[0], best=mean[0], error=0.0, minimum=rates[0], steepest=None, valley=None
+            verdict=RISES,
+            level=mean[0],
+            best=mean[0],
+            error=0.0,
+            minimum=rates[0],
+            fastest=rates[0],
+            lowest=rates[0],
+            steepest=None,
+            valley=None,
         )
-    lowest = min(range(1, len(curve)), key=curve.__getitem__)
-    # Smoothing lags behind: where the last rise began, the loss itself had already been lowest.
-    lowest = max(1, min(lowest, onset(mean), lowest if end is None else end))
-    first = max(FIRST, lowest // 4)
-    level, best = statistics.fmean(mean[:first]), curve[lowest]
-    sigma = statistics.fmean(noise(run[: lowest + 1]) for run in runs) / math.sqrt(len(runs))
+    # Where the last rise begins, the loss itself is lowest; smoothing, which lags behind, may still fall.
+    turn = max(1, onset(mean) if end is None else min(onset(mean), end))
+    minimum = min(range(1, turn + 1), key=curve.__getitem__)
+    first = max(FIRST, minimum // 4)
+    level, best = statistics.fmean(mean[:first]), curve[minimum]
+    sigma = statistics.fmean(noise(run[: minimum + 1]) for run in runs) / math.sqrt(len(runs))
     error = sigma * math.sqrt(1 / min(first, len(mean)) + (1 - SMOOTHING) / (1 + SMOOTHING))
-    begin, stop = longest_descent(curve[: lowest + 1])
+    begin, stop = longest_descent(curve[: minimum + 1])
     # Not in what noise makes of the level before.
     begin = max([begin, *(index for index in range(stop) if curve[index] >= level - error)])
-    slopes = {index: curve[index + 1] - curve[index] for index in range(min(begin, lowest - 1), lowest)}
-    steepest = min(slopes, key=slopes.__getitem__)
+    steepest = _steepest(curve, range(min(begin, minimum - 1), minimum))
+    prompt = centred(mean[: turn + 1], width=max(1.0, len(rates) * WIDTH))
+    lowest = min(range(1, turn + 1), key=prompt.__getitem__)
+    fastest = _steepest(prompt, range(lowest))
     return Reading(
-        verdict=_verdict(mean, curve, lowest=lowest, level=level, sigma=sigma, error=error, end=end),
+        verdict=_verdict(mean, curve, minimum=minimum, level=level, sigma=sigma, error=error, end=end),
         level=level,
         best=best,
         error=error,
-        # A place in the curve is a loss after a step: that of the rate one place before.
-        minimum=rates[lowest - 1],
-        steepest=rates[steepest] if slopes[steepest] < 0 else None,
+        # A place in a curve is a loss after a step: that of the rate one place before.
+        minimum=rates[minimum - 1],
+        fastest=rates[fastest],
+        lowest=rates[lowest - 1],
+        steepest=rates[steepest] if curve[steepest + 1] < curve[steepest] else None,
         valley=rates[max(0, (begin + stop) // 2 - 1)] if stop > begin else None,
     )
+
+
+def _steepest(curve: Sequence[float], places: Sequence[int]) -> int:
+    return min(places, key=lambda index: curve[index + 1] - curve[index])
 
 
 def longest_descent(curve: Sequence[float]) -> tuple[int, int]:
@@ -257,20 +302,20 @@ def _verdict(
     mean: Sequence[float],
     curve: Sequence[float],
     *,
-    lowest: int,
+    minimum: int,
     level: float,
     sigma: float,
     error: float,
     end: int | None,
 ) -> str:
-    start, best = mean[0], curve[lowest]
+    start, best = mean[0], curve[minimum]
     clear = max(CLEARLY * error, ROUNDING * abs(level))
-    early = start - curve[max(1, lowest // EARLY)]
+    early = start - curve[max(1, minimum // EARLY)]
     if early > max(clear, CLEARLY * sigma, (start - best) / 4):
         return FALLS_AT_ONCE
-    rise = max(curve[lowest:]) - best
+    rise = max(curve[minimum:]) - best
     if level - best <= clear:
-        return RISES if rise > clear and lowest <= len(curve) // 4 else FLAT
+        return RISES if rise > clear and minimum <= len(curve) // 4 else FLAT
     if end is None and rise <= max(clear, (level - best) / 50):
         return FALLS_TO_THE_END
     return GOOD

@@ -33,16 +33,15 @@ def words_for(
 def _found(result: LearningRate, reading: Reading, *, alone: Sequence[float | None], diverged: int) -> Iterator[str]:
     yield f"Use a learning rate of {result.suggested:.2g} for batches of {result.batch_size}."
     yield (
-        f"It is between {result.steepest:.2g}, where the loss falls most, and {result.minimum_tenth:.2g}, a tenth of "
-        "the rate with the lowest loss."
+        f"It is halfway, by factors, between {reading.fastest:.2g}, where the loss falls fastest, and "
+        f"{reading.lowest:.2g}, where it is lowest."
     )
     sure = f", {reading.fall / reading.error:,.0f} times the standard error" if reading.error else ""
     yield f"The loss falls from {reading.level:.4g} to {reading.best:.4g}{sure}."
     found = [each for each in alone if each is not None]
     if len(alone) > 1:
         yield _alone(found, runs=len(alone))
-    rules = [rate for rate in (result.steepest, result.minimum_tenth) if rate is not None]
-    if max(rules) / min(rules) > _APART:
+    if reading.lowest / reading.fastest > _APART**2:
         yield "These two are far apart, so compare a few real runs around the suggestion."
     if result.diverged_at is None:
         yield "No run diverged, so the curve does not show the largest rate that works."
