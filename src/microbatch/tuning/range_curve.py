@@ -20,8 +20,14 @@ TIMES = 4.0
 FIRST = 5
 """Losses from which the level before any descent is taken."""
 
+LEAST = 20
+"""Losses that noise is estimated from, at least."""
+
 CLEARLY = 5.0
 """Standard errors that a fall has to have, so that noise alone does not pass for one."""
+
+RISE = 3.0
+"""Standard errors that the rise after it has to have."""
 
 ROUNDING = 1e-6
 """Part of the loss that rounding may move."""
@@ -185,7 +191,7 @@ class Reading:
             rises, and soon; ``"falls at once"`` if it falls from the first rate on; ``"falls to the end"`` if it never
             rises.
         level: The loss before any step.
-        best: The lowest smoothed loss.
+        best: The lowest loss, smoothed without delay.
         error: Standard error of their difference, from the noise between steps.
         minimum: Rate of the lowest smoothed loss.
         fastest: Rate at which the loss falls most for each factor in the rate, read without the delay of smoothing.
@@ -246,26 +252,26 @@ def read(rates: Sequence[float], runs: Sequence[Sequence[float]], *, end: int | 
         )
     # Where the last rise begins, the loss itself is lowest; smoothing, which lags behind, may still fall.
     turn = max(1, onset(mean) if end is None else min(onset(mean), end))
+    width = max(1.0, len(rates) * WIDTH)
+    prompt = centred(mean[: turn + 1], width=width)
+    lowest = min(range(1, turn + 1), key=prompt.__getitem__)
     minimum = min(range(1, turn + 1), key=curve.__getitem__)
-    first = max(FIRST, minimum // 4)
-    level, best = statistics.fmean(mean[:first]), curve[minimum]
-    sigma = statistics.fmean(noise(run[: minimum + 1]) for run in runs) / math.sqrt(len(runs))
-    error = sigma * math.sqrt(1 / min(first, len(mean)) + (1 - SMOOTHING) / (1 + SMOOTHING))
+    first = min(len(mean), max(FIRST, lowest // 4))
+    level = statistics.fmean(mean[:first])
+    sigma = statistics.fmean(noise(run[: max(lowest, LEAST) + 1]) for run in runs) / math.sqrt(len(runs))
+    error = sigma * math.sqrt(1 / first + 1 / (2 * math.sqrt(math.pi) * width))
     begin, stop = longest_descent(curve[: minimum + 1])
     # Not in what noise makes of the level before.
     begin = max([begin, *(index for index in range(stop) if curve[index] >= level - error)])
     steepest = _steepest(curve, range(min(begin, minimum - 1), minimum))
-    prompt = centred(mean[: turn + 1], width=max(1.0, len(rates) * WIDTH))
-    lowest = min(range(1, turn + 1), key=prompt.__getitem__)
-    fastest = _steepest(prompt, range(lowest))
     return Reading(
-        verdict=_verdict(mean, curve, minimum=minimum, level=level, sigma=sigma, error=error, end=end),
+        verdict=_verdict(mean, prompt, lowest=lowest, level=level, sigma=sigma, error=error, end=end),
         level=level,
-        best=best,
+        best=prompt[lowest],
         error=error,
         # A place in a curve is a loss after a step: that of the rate one place before.
         minimum=rates[minimum - 1],
-        fastest=rates[fastest],
+        fastest=rates[_steepest(prompt, range(lowest))],
         lowest=rates[lowest - 1],
         steepest=rates[steepest] if curve[steepest + 1] < curve[steepest] else None,
         valley=rates[max(0, (begin + stop) // 2 - 1)] if stop > begin else None,
@@ -300,22 +306,23 @@ def longest_descent(curve: Sequence[float]) -> tuple[int, int]:
 
 def _verdict(
     mean: Sequence[float],
-    curve: Sequence[float],
+    prompt: Sequence[float],
     *,
-    minimum: int,
+    lowest: int,
     level: float,
     sigma: float,
     error: float,
     end: int | None,
 ) -> str:
-    start, best = mean[0], curve[minimum]
+    """Judge a curve: the mean loss, and its smoothed form up to where its last rise begins."""
+    best = prompt[lowest]
     clear = max(CLEARLY * error, ROUNDING * abs(level))
-    early = start - curve[max(1, minimum // EARLY)]
-    if early > max(clear, CLEARLY * sigma, (start - best) / 4):
+    early = mean[0] - prompt[max(1, lowest // EARLY)]
+    if early > max(clear, CLEARLY * sigma, (mean[0] - best) / 4):
         return FALLS_AT_ONCE
-    rise = max(curve[minimum:]) - best
+    # A last loss, the mean of all later ones, or the curve between them: any of them shows that there is a minimum.
+    rise = max(*prompt[lowest:], mean[-1] - CLEARLY * sigma, statistics.fmean(mean[lowest:])) - best
+    rises = end is not None or rise > max(RISE * error, (level - best) / 50)
     if level - best <= clear:
-        return RISES if rise > clear and minimum <= len(curve) // 4 else FLAT
-    if end is None and rise <= max(clear, (level - best) / 50):
-        return FALLS_TO_THE_END
-    return GOOD
+        return RISES if rises and lowest <= len(mean) // 4 else FLAT
+    return GOOD if rises else FALLS_TO_THE_END

@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from torch.optim import Optimizer
 
 from microbatch.errors import ConfigError
-from microbatch.kind_words import kind_of
 from microbatch.ranks.fsdp import fully_sharded
 from microbatch.ranks.pipeline import Pipeline
 from microbatch.ranks.process_group import RankGroup
@@ -24,6 +22,7 @@ from microbatch.train.kept import Kept, kept, kept_data
 from microbatch.train.place import Place
 from microbatch.train.rank_batches import RankBatches, batches_of
 from microbatch.train.run_config import RunConfig
+from microbatch.train.schedule import learning_rate_of
 from microbatch.train.state import optimizers_of
 from microbatch.train.streams import is_stream
 from microbatch.tuning.learning_rate import RangeStep
@@ -47,7 +46,10 @@ class GroupRates:
         if not optimizers:
             raise ConfigError("the job has no optimizer; pass one, or several, to mb.Job(optimizer=...)")
         self._optimizers = optimizers
-        rates = [[_own_rate(optimizer, group) for group in optimizer.param_groups] for optimizer in optimizers]
+        rates = [
+            [learning_rate_of(optimizer, group, key="initial_lr") for group in optimizer.param_groups]
+            for optimizer in optimizers
+        ]
         self.given = rates[0][0]
         # As for ``microbatch train --lr``: where the first rate is 0, nothing is in proportion to it.
         self._shares = [[each / self.given if self.given else 1.0 for each in those] for those in rates]
@@ -62,26 +64,6 @@ class GroupRates:
             # Groups are made anew whenever a state is loaded.
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = rate * share
-
-
-def _own_rate(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    name = type(optimizer).__name__
-    if "lr" not in group:
-        raise ConfigError(
-            f"the job's optimizer, {kind_of(optimizer)}, has no learning rate: its groups have no 'lr', so there is "
-            "nothing to find"
-        )
-    rate = group.get("initial_lr", group["lr"])
-    try:
-        value = float(rate)
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value) or value < 0:
-        raise ConfigError(
-            f"the learning rate of the job's {name} is {rate!r}: the test needs a number that it can scale; pass lr= "
-            "to the optimizer"
-        )
-    return value
 
 
 class RangeTest:
