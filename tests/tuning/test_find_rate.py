@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import microbatch as mb
 from microbatch.errors import ConfigError, DataError, LossError
+from microbatch.step.saved_state import seed_everything
 from microbatch.train.config import Settings
 from microbatch.train.data import Position
 from microbatch.train.place import Place
@@ -115,7 +116,7 @@ def test_groups_keep_their_proportions_and_a_warm_up_does_not_count() -> None:
     seen: list[tuple[float, ...]] = []
 
     class Watched(SGD):
-        def step(self, closure: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def step(self, closure: Any = None) -> Any:
             seen.append(tuple(float(group["lr"]) for group in self.param_groups))
             return super().step(closure)
 
@@ -225,7 +226,7 @@ class NoRate(Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         return None
 
 
@@ -258,7 +259,7 @@ def state_of(job: mb.Job) -> dict[str, Any]:
                 {key: value for key, value in vars(each).items() if isinstance(value, int | float)}
                 for each in optimizers
             ],
-            "random": (random.getstate(), torch.get_rng_state(), np.random.get_state()[1]),  # noqa: NPY002
+            "random": (random.getstate(), torch.get_rng_state(), np.random.get_state(legacy=False)),  # noqa: NPY002
             "scheduler": None if job.scheduler is None else job.scheduler.state_dict(),
         }
     )
@@ -285,7 +286,7 @@ def assert_same(one: Any, other: Any, place: str = "") -> None:
 
 def worn(**changed: Any) -> mb.Job:
     """A job in the middle of training: state in the optimizer, a gradient, a frozen weight, a module in eval mode."""
-    torch.manual_seed(3)
+    seed_everything(3)
     base = small(device=CPU)
     model = base.model
     assert isinstance(model, Net)
@@ -452,10 +453,9 @@ def test_every_run_reads_other_rows_of_a_stream() -> None:
 
 
 def test_a_loader_with_its_own_generator_gives_the_same_next_batch() -> None:
-    def loader() -> DataLoader[Tensor]:
-        generator = torch.Generator().manual_seed(11)
-        return DataLoader(torch.randn(40, 3, generator=torch.Generator().manual_seed(2)), batch_size=4, shuffle=True,
-                          generator=generator)  # fmt: skip
+    def loader() -> DataLoader[Any]:
+        rows: Any = list(torch.randn(40, 3, generator=torch.Generator().manual_seed(2)))
+        return DataLoader(rows, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(11))
 
     searched, plain = loader(), loader()
     mb.find_learning_rate(streamed(searched), low=1e-12, high=1e-11, steps=20, seeds=2)
