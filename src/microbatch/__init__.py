@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
+    from microbatch.tuning.find_rate import find_learning_rate
+    from microbatch.tuning.learning_rate import LearningRate
     from microbatch.warned import MicrobatchWarning
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "Finding",
     "Hyperparameters",
     "Job",
+    "LearningRate",
     "Lengths",
     "LinearState",
     "Loss",
@@ -93,6 +96,7 @@ __all__ = [
     "cut",
     "divide_batch",
     "doctor",
+    "find_learning_rate",
     "keep_heap",
     "linear_cross_entropy",
     "losses",
@@ -116,6 +120,7 @@ _HOMES = {
     "Hyperparameters": "planning.hyperparameters",
     "BudgetPassed": "step.events",
     "Job": "train.job",
+    "LearningRate": "tuning.learning_rate",
     "Lengths": "batch.lengths",
     "LinearState": "gradients.momentum_buffer",
     "NoiseScale": "gradients.noise_estimate",
@@ -147,6 +152,7 @@ _HOMES = {
     "divide_batch": "planning.arithmetic",
     "doctor": "linting.doctor",
     "keep_heap": "memory.kept_heap",
+    "find_learning_rate": "tuning.find_rate",
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",

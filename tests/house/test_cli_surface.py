@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"check", "doctor", "guide", "plan", "train"}
+COMMANDS = {"check", "doctor", "guide", "lr", "plan", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -28,6 +28,21 @@ TRAIN_FLAGS = {
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
 PLAN_FLAGS |= {"--price", "--deadline", "--steps", "--samples"}
 CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
+LR_FLAGS = {
+    "--batch-size",
+    "--microbatch-size",
+    "--memory",
+    "--low",
+    "--high",
+    "--steps",
+    "--seeds",
+    "--device",
+    "--seed",
+    "--config",
+    "--json",
+    "--plot",
+    "--output",
+}
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 DOCTOR_FLAGS = {
     "--output-format",
@@ -61,6 +76,10 @@ def test_every_flag_of_train_is_there() -> None:
 
 def test_every_flag_of_plan_is_there() -> None:
     assert set(flags("plan")) >= PLAN_FLAGS
+
+
+def test_every_flag_of_lr_is_there() -> None:
+    assert set(flags("lr")) >= LR_FLAGS
 
 
 def test_every_flag_of_check_is_there() -> None:

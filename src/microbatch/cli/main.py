@@ -10,6 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from microbatch.cli.check_options import check
 from microbatch.cli.doctor_options import doctor
 from microbatch.cli.guide_options import guide
+from microbatch.cli.lr_options import lr
 from microbatch.cli.new_options import new
 from microbatch.cli.plan_options import plan
 from microbatch.cli.train_options import train
@@ -82,6 +83,7 @@ app.command(cls=_Command, help="Train a job: its batch in microbatches, one exac
 app.command(
     cls=_Command, help="Find the fastest microbatch size that fits: predicted and measured memory, measured time."
 )(plan)
+app.command(cls=_Command, help="Find a learning rate: a few steps while it grows, and the loss at each rate.")(lr)
 app.command(cls=_Command, help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(
     check
 )

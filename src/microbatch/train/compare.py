@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from microbatch.errors import MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.train.baselines import Ways
-from microbatch.train.encode import own
 from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
+from microbatch.train.kept import kept
 from microbatch.train.run_config import RunConfig
-from microbatch.train.state import load_model, load_optimizer, model_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +105,7 @@ class _Bench:
 
     def compare(self, limit: float) -> Comparison:
         started = time.perf_counter()
-        with self._kept(), untouched(self.job.model, self.device, training=True):
+        with kept(self.job.model, self.optimizers), untouched(self.job.model, self.device, training=True):
             self._choose_mode()
             gradients, peaks = self._gradients()
             self.steps.max_grad_norm = self.config.max_grad_norm
@@ -161,7 +159,7 @@ class _Bench:
                 del self.ways[name]
                 continue
             try:
-                with self._kept():
+                with kept(self.job.model, self.optimizers):
                     gradients[name], peak = self._recorded(self.ways[name])
             except (MicrobatchError, torch.OutOfMemoryError) as error:
                 # The other two hold no promise to fit.
@@ -247,36 +245,6 @@ class _Bench:
             self.notes.append(
                 f"times of one and the same step differ by a factor of {scatter:.1f}: is the machine busy?"
             )
-
-    @contextmanager
-    def _kept(self) -> Generator[None]:
-        """Put weights, buffers, gradients and optimizer state back when the block ends."""
-        model = self.job.model
-        tensors, extra = model_tensors(model)
-        weights = {name: own(tensor) for name, tensor in tensors.items()}
-        states = [_copied(optimizer.state_dict()) for optimizer in self.optimizers]
-        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-        for parameter, _ in gradients:
-            parameter.grad = None
-        try:
-            yield
-        finally:
-            load_model(model, weights, extra)
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                load_optimizer(optimizer, state)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-def _copied(node: Any) -> Any:
-    """Copy nested state, tensors to the host."""
-    if isinstance(node, Tensor):
-        return own(node)
-    if isinstance(node, dict):
-        return {key: _copied(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_copied(value) for value in node]
-    return node
 
 
 def _relative_error(gradient: list[Tensor] | None, reference: list[Tensor] | None) -> float | None:

@@ -22,6 +22,7 @@ from microbatch.train.job import Job
 from microbatch.train.jobs import BUILT_IN
 from microbatch.train.place import Place, check_piped_job
 from microbatch.train.run_config import RunConfig
+from microbatch.train.schedule import learning_rate_of
 from microbatch.train.state import optimizers_of
 from microbatch.train.streams import is_stream, samples_in
 
@@ -233,7 +234,8 @@ def _length(settings: Settings, job: Job, *, batches_per_epoch: int) -> tuple[in
 
 
 def _check_stream(settings: Settings, job: Job) -> None:
-    if iter(job.data) is job.data:
+    # Not of a loader: its iterator draws from its generator, and starts its workers.
+    if not isinstance(job.data, DataLoader) and iter(job.data) is job.data:
         raise ConfigError(
             f"the job's data is {kind_of(job.data)}, which can be read once only; pass an IterableDataset, whose "
             "__iter__ begins again"
@@ -319,7 +321,7 @@ def _learning_rate(settings: Settings, job: Job) -> float:
     if not optimizers:
         raise ConfigError("the job has no optimizer; pass one, or several, to mb.Job(optimizer=...)")
     if settings.learning_rate is None:
-        return float(optimizers[0].param_groups[0]["lr"])
+        return learning_rate_of(optimizers[0], optimizers[0].param_groups[0])
     if job.scheduler is not None:
         raise ConfigError("--lr: the job brings its own scheduler, which fixed its learning rates when it was made")
     return settings.learning_rate

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 
 
 def warmup_cosine(step: int, *, steps: int, warmup_steps: int, final_fraction: float) -> float:
@@ -33,6 +37,37 @@ def warmup_cosine(step: int, *, steps: int, warmup_steps: int, final_fraction: f
     decay_steps = steps - 1 - warmup_steps
     progress = min(1.0, (step - warmup_steps) / decay_steps) if decay_steps > 0 else 0.0
     return final_fraction + (1 - final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def learning_rate_of(optimizer: Optimizer, group: Mapping[str, Any], *, key: str = "lr") -> float:
+    """Read the learning rate of a parameter group.
+
+    Args:
+        optimizer: The optimizer.
+        group: One of its groups.
+        key: ``"initial_lr"`` for the rate without what a scheduler has made of it.
+
+    Returns:
+        The rate; at least 0.
+
+    Raises:
+        ConfigError: It has none, or it is no number.
+    """
+    if "lr" not in group:
+        raise ConfigError(
+            f"the job's optimizer, {kind_of(optimizer)}, has no learning rate: its groups have no 'lr' to set"
+        )
+    rate = group.get(key, group["lr"])
+    try:
+        value = float(rate)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise ConfigError(
+            f"the learning rate of the job's {type(optimizer).__name__} is {rate!r}: it must be a number that can be "
+            "scaled; pass lr= to the optimizer"
+        )
+    return value
 
 
 def scale_learning_rates(optimizers: Sequence[Optimizer], peak: float) -> None:

@@ -24,14 +24,13 @@ from microbatch.ranks.lost_ranks import (
     missing_ranks_named,
 )
 from microbatch.ranks.process_group import RankGroup
-from microbatch.step.accumulator import Accumulator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
-from microbatch.step.options import Ranks
 from microbatch.train.background import CheckpointWriter
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.evaluate import evaluate
 from microbatch.train.heartbeat import Heartbeat
 from microbatch.train.job import Job
+from microbatch.train.job_accumulator import accumulator_for, scaler_for
 from microbatch.train.measured_steps import MeasuredSteps
 from microbatch.train.place import Place
 from microbatch.train.rank_batches import batches_of
@@ -99,23 +98,12 @@ class TrainingLoop:
         self._schedulers = self._make_schedulers()
         self._batches = batches_of(job, config=config, place=self._place, rank=self._rank)
         self._steps = MeasuredSteps(job, config=config, optimizers=self._optimizers)
-        scaler = torch.amp.GradScaler(config.device.type) if config.autocast is torch.float16 else None
-        self._accumulator = Accumulator(
-            job.model,
-            job.optimizer,
-            microbatch_size="auto" if config.auto else config.microbatch_size,
-            memory_budget=config.memory_budget,
-            max_grad_norm=config.max_grad_norm,
-            autocast=config.autocast,
+        scaler = scaler_for(config)
+        self._accumulator = accumulator_for(
+            job,
+            config,
             grad_scaler=scaler,
-            nonfinite=config.nonfinite,
-            lengths=job.lengths,
-            batch_norm=config.batch_norm,
-            buffers=config.buffers,
-            checkpoint=config.checkpoint,
-            dropout=job.dropout,
-            deterministic=config.deterministic,
-            ranks=Ranks(sync=config.sync, group=self._place.group),
+            group=self._place.group,
             noise_scale=self._steps.noise_scale,
             listeners=(self._on_core_event,),
         )
