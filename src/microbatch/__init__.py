@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from microbatch.step.record import Step
     from microbatch.step.window import Window
     from microbatch.train.job import Job
+    from microbatch.tuning.sweep import sweep
+    from microbatch.tuning.sweep_result import Sweep
     from microbatch.warned import MicrobatchWarning
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "Step",
     "StepDone",
     "Sums",
+    "Sweep",
     "SyncChosen",
     "Whole",
     "Window",
@@ -94,6 +97,7 @@ __all__ = [
     "losses",
     "plan",
     "scale_hyperparameters",
+    "sweep",
 ]
 
 __version__ = "0.1.0"
@@ -129,6 +133,7 @@ _HOMES = {
     "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
+    "Sweep": "tuning.sweep_result",
     "SyncChosen": "step.events",
     "Whole": "batch.marks",
     "Window": "step.window",
@@ -144,6 +149,7 @@ _HOMES = {
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",
+    "sweep": "tuning.sweep",
 }
 _MODULES = {"losses": "loss.losses"}
 

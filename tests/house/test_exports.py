@@ -40,6 +40,7 @@ PUBLIC = {
     "Step",
     "StepDone",
     "Sums",
+    "Sweep",
     "SyncChosen",
     "Whole",
     "Window",
@@ -56,6 +57,7 @@ PUBLIC = {
     "losses",
     "plan",
     "scale_hyperparameters",
+    "sweep",
 }
 
 

@@ -20,11 +20,10 @@ from microbatch.errors import MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.train.baselines import Ways
-from microbatch.train.encode import own
 from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
+from microbatch.train.kept import Kept
 from microbatch.train.run_config import RunConfig
-from microbatch.train.state import load_model, load_optimizer, model_tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,32 +250,11 @@ class _Bench:
     @contextmanager
     def _kept(self) -> Generator[None]:
         """Put weights, buffers, gradients and optimizer state back when the block ends."""
-        model = self.job.model
-        tensors, extra = model_tensors(model)
-        weights = {name: own(tensor) for name, tensor in tensors.items()}
-        states = [_copied(optimizer.state_dict()) for optimizer in self.optimizers]
-        gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-        for parameter, _ in gradients:
-            parameter.grad = None
+        kept = Kept(self.job.model, self.optimizers)
         try:
             yield
         finally:
-            load_model(model, weights, extra)
-            for optimizer, state in zip(self.optimizers, states, strict=True):
-                load_optimizer(optimizer, state)
-            for parameter, gradient in gradients:
-                parameter.grad = gradient
-
-
-def _copied(node: Any) -> Any:
-    """Copy nested state, tensors to the host."""
-    if isinstance(node, Tensor):
-        return own(node)
-    if isinstance(node, dict):
-        return {key: _copied(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_copied(value) for value in node]
-    return node
+            kept.put_back()
 
 
 def _relative_error(gradient: list[Tensor] | None, reference: list[Tensor] | None) -> float | None:

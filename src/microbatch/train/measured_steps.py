@@ -23,6 +23,9 @@ from microbatch.train.timeline import StepTimeline
 _METERED_EVERY = 20
 """The meter costs a few percent of a step on the CPU, and the peak of a step hardly ever changes."""
 
+_MEASURED_EVERY = 4
+"""Steps between two measurements of the noise scale in a run whose memory is not metered."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
@@ -131,7 +134,8 @@ class MeasuredSteps:
         """
         self._timeline.begin(wait=time.perf_counter() - started)
         # Not in the steps that are metered, because the noise scale holds a copy of the gradients.
-        due = index % _METERED_EVERY == _METERED_EVERY // 2
+        every = _METERED_EVERY if self._config.metered else _MEASURED_EVERY
+        due = index % every == every // 2
         self._noise.begin(due=due and self._independent)
         step, peak_bytes, memory = self._metered_step(accumulator, batch, index)
         # Reading the loss waits for the device, so the time includes all work and not only the launches.
@@ -152,7 +156,7 @@ class MeasuredSteps:
     ) -> tuple[Step, int | None, Mapping[str, int]]:
         """Take a step; on the CPU, which has no allocator statistics, meter the first two and every 20th."""
         # The first two, because the optimizer has no state yet in the first.
-        due = self._metered < 2 or index % _METERED_EVERY == 0
+        due = self._config.metered and (self._metered < 2 or index % _METERED_EVERY == 0)
         if self._config.device.type != "cpu" or not due:
             step = take_step(accumulator, self._job, batch, plain=self._config.plain)
             return step, step.peak_bytes, {}
