@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"check", "doctor", "guide", "plan", "train"}
+COMMANDS = {"check", "doctor", "guide", "plan", "sweep", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -27,6 +27,22 @@ TRAIN_FLAGS = {
 }
 PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
 CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
+SWEEP_FLAGS = {
+    "--batch-size",
+    "--microbatch-size",
+    "--lr",
+    "--samples",
+    "--target-loss",
+    "--seeds",
+    "--points",
+    "--keep-all",
+    "--output",
+    "--plot",
+    "--device",
+    "--seed",
+    "--config",
+    "--json",
+}
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 DOCTOR_FLAGS = {
     "--output-format",
@@ -64,6 +80,10 @@ def test_every_flag_of_plan_is_there() -> None:
 
 def test_every_flag_of_check_is_there() -> None:
     assert set(flags("check")) >= CHECK_FLAGS
+
+
+def test_every_flag_of_sweep_is_there() -> None:
+    assert set(flags("sweep")) >= SWEEP_FLAGS
 
 
 def test_every_flag_of_guide_is_there() -> None:

@@ -12,6 +12,7 @@ from microbatch.cli.doctor_options import doctor
 from microbatch.cli.guide_options import guide
 from microbatch.cli.new_options import new
 from microbatch.cli.plan_options import plan
+from microbatch.cli.sweep_options import sweep
 from microbatch.cli.train_options import train
 
 
@@ -82,6 +83,9 @@ app.command(cls=_Command, help="Train a job: its batch in microbatches, one exac
 app.command(
     cls=_Command, help="Find the fastest microbatch size that fits: predicted and measured memory, measured time."
 )(plan)
+app.command(cls=_Command, help="Train a job at several effective batches: steps, samples and time to the same loss.")(
+    sweep
+)
 app.command(cls=_Command, help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(
     check
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _FAR = 30.0
 """Times beyond the batch sizes that were tried, where the data says nothing any more."""
 
-_DRAWS, _GRID = 400, 48
+_DRAWS, _GRID = 200, 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,8 @@ class CriticalBatch:
         steps: ``S_min``: steps to the target with an endless batch.
         samples: ``E_min``: samples to the target with the smallest batch.
         misfit: How far the measured samples lie from the law, as a part of themselves (root mean square).
+        scatter: Standard deviation of a run's logarithm of samples, without what the runs of a seed have in common;
+            `None` with one seed.
         seeds: Fewest seeds of a batch size. With one seed no interval can be given.
         sizes: Batch sizes that the fit rests on; with two of them the law cannot be checked.
     """
@@ -38,6 +40,7 @@ class CriticalBatch:
     steps: float
     samples: float
     misfit: float
+    scatter: float | None
     seeds: int
     sizes: int
 
@@ -107,11 +110,11 @@ def fit_critical(
     """Fit the law to what each batch size took to the target.
 
     Least squares on the logarithm of the samples. Steps carry no second equation, because ``E = B S``. The interval is
-    a bootstrap over the seeds of each batch size. Its spread is widened for few seeds: by ``sqrt(n / (n - 1))``, and
-    by Student's t.
+    a bootstrap over the seeds of each batch size, without what the runs of a seed have in common. Its spread is
+    widened for few seeds: by the degrees of freedom, and by Student's t.
 
     Args:
-        found: Steps and samples to the target of every seed, by batch size.
+        found: Steps and samples to the target of every seed, in the same order of seeds, by batch size.
 
     Returns:
         The fit; `None` with fewer than two batch sizes.
@@ -127,10 +130,13 @@ def fit_critical(
     logs = [[math.log(samples) for _, samples in found[size]] for size in sizes]
     place, level, misfit = _least_squares(rows, [statistics.fmean(each) for each in logs])
     seeds = min(len(each) for each in logs)
-    low = high = None
+    low = high = scatter = None
     if seeds > 1:
-        spread = _bootstrap(rows, logs)
-        width = _student(sum(len(each) - 1 for each in logs)) * math.sqrt(seeds / (seeds - 1)) * spread
+        left, freedom = _own_noise(logs)
+        # What is left has lost some of its spread to the means that were taken off.
+        lost = math.sqrt(sum(map(len, logs)) / freedom)
+        scatter = lost * math.sqrt(statistics.fmean(each**2 for those in left for each in those))
+        width = _student(freedom) * lost * _bootstrap(rows, logs, left)
         low, high = (math.exp(max(-700.0, min(700.0, place + side * width))) for side in (-1, 1))
         low = low if low > rows[0] / _FAR else None
         high = high if high < rows[-1] * _FAR else None
@@ -142,6 +148,7 @@ def fit_critical(
         steps=math.exp(level),
         samples=math.exp(level) * critical,
         misfit=misfit,
+        scatter=scatter,
         seeds=seeds,
         sizes=len(sizes),
     )
@@ -172,13 +179,28 @@ def _left(rows: Sequence[float], logs: Sequence[float], place: float) -> tuple[f
     return level, math.sqrt(sum((each - level) ** 2 for each in left) / len(left))
 
 
-def _bootstrap(rows: Sequence[float], logs: Sequence[Sequence[float]]) -> float:
+def _own_noise(logs: Sequence[Sequence[float]]) -> tuple[list[list[float]], int]:
+    """Return what is left of each run without the means of its batch size and of its seed, and its degrees of freedom.
+
+    The runs of one seed have the order of the data in common, and often the first weights. What they have in common
+    moves all batch sizes alike, and the critical batch size not at all.
+    """
+    own = [statistics.fmean(each) for each in logs]
+    left = [[value - mean for value in each] for each, mean in zip(logs, own, strict=True)]
+    if len({len(each) for each in logs}) > 1:
+        return left, sum(len(each) - 1 for each in logs)
+    common = [statistics.fmean(values) for values in zip(*left, strict=True)]
+    paired = [[value - shift for value, shift in zip(each, common, strict=True)] for each in left]
+    return paired, (len(logs) - 1) * (len(common) - 1)
+
+
+def _bootstrap(rows: Sequence[float], logs: Sequence[Sequence[float]], left: Sequence[Sequence[float]]) -> float:
     """Return the standard deviation of the logarithm of the critical batch size over draws of the seeds."""
-    draw = random.Random(0)  # noqa: S311 - no secret
-    places = [
-        _least_squares(rows, [statistics.fmean(draw.choices(each, k=len(each))) for each in logs])[0]
-        for _ in range(_DRAWS)
-    ]
+    draw, own = random.Random(0), [sum(each) / len(each) for each in logs]  # noqa: S311 - no secret
+    places: list[float] = []
+    for _ in range(_DRAWS):
+        drawn = [sum(draw.choices(each, k=len(each))) / len(each) for each in left]
+        places.append(_least_squares(rows, [mean + shift for mean, shift in zip(own, drawn, strict=True)])[0])
     return statistics.pstdev(places)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
+
+from microbatch.tuning.sweep_fit import crossing
 
 FINISHED, REACHED, BEATEN, DIVERGED = "finished", "reached the target", "beaten", "diverged"
 """Why a run ended."""
@@ -32,28 +35,57 @@ class SweepRun:
 
     Attributes:
         batch_size: Effective batch, in samples.
+        microbatch_size: Samples that went through the model at once.
         learning_rate: Peak learning rate of the first parameter group.
         seed: Seed of the run.
         ended: ``"finished"``, ``"reached the target"``, ``"beaten"`` by another learning rate, or ``"diverged"``.
         curve: Its points, at rising numbers of samples.
         seconds_per_sample: Median time of a step over its samples; `None` before the first step.
-        steps_to_target: Steps to the target; `None` if it was not reached.
-        samples_to_target: Samples to the target; `None` if it was not reached.
     """
 
     batch_size: int
+    microbatch_size: int
     learning_rate: float
     seed: int
     ended: str
     curve: tuple[CurvePoint, ...]
     seconds_per_sample: float | None
-    steps_to_target: float | None = None
-    samples_to_target: float | None = None
+
+    @property
+    def well(self) -> bool:
+        """Return whether the run was neither beaten nor diverged."""
+        return self.ended not in {BEATEN, DIVERGED}
 
     @property
     def best_loss(self) -> float:
         """Return the lowest loss of the curve; infinite without points."""
         return min((point.loss for point in self.curve), default=math.inf)
+
+    def to_target(self, target: float) -> tuple[float, float] | None:
+        """Find what the run took to a target.
+
+        Args:
+            target: The loss to reach.
+
+        Returns:
+            Steps and samples, on a straight line between the points; `None` if the target was not reached.
+        """
+        losses = [point.loss for point in self.curve]
+        steps = crossing(losses, [point.steps for point in self.curve], target)
+        samples = crossing(losses, [point.samples for point in self.curve], target)
+        return None if steps is None or samples is None else (steps, samples)
+
+    def noise_scale(self, samples: float) -> float | None:
+        """Average the noise scales that were measured on the way.
+
+        Args:
+            samples: Samples up to which they count.
+
+        Returns:
+            The geometric mean, in samples; `None` where none was measured.
+        """
+        found = [point.noise_scale for point in self.curve if point.noise_scale and point.samples <= samples]
+        return statistics.geometric_mean(found) if found else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from microbatch.train.job import Job
-from microbatch.tuning.sweep_records import BEATEN, DIVERGED, FINISHED, REACHED, CurvePoint, SweepProgress
+from microbatch.tuning.sweep_records import BEATEN, DIVERGED, FINISHED, REACHED, CurvePoint, SweepProgress, SweepRun
 from microbatch.tuning.sweep_result import Sweep
 from microbatch.tuning.sweep_runs import Jobs, RunPlan, Runs
 from microbatch.tuning.sweep_setup import Setups, rule_warnings
-from microbatch.tuning.sweep_summary import Ended, summarise
+from microbatch.tuning.sweep_summary import summarise
 
 _RUNGS = (8, 4, 2)
 """Successive halving: after one part in so many of the points, the worse half of the learning rates ends."""
@@ -76,15 +76,24 @@ class Rounds:
                 self._drop_worse(point + 1)
         for run in self._all:
             run.ended = run.ended or FINISHED
-        ended = [Ended(run.plan, run.ended or FINISHED, tuple(run.curve)) for run in self._all]
         job = self._jobs.fresh(0)
         return summarise(
-            ended,
+            [self._record(run) for run in self._all],
             target=None if self._target is None else float(self._target),
-            seconds=self._runs.seconds_per_sample,
             measure=self._measure(job),
             unit=job.unit,
             notes=(*self._notes, *rule_warnings(job, self._asked["batch_sizes"])),
+        )
+
+    def _record(self, run: _Run) -> SweepRun:
+        return SweepRun(
+            batch_size=run.plan.batch_size,
+            microbatch_size=run.plan.microbatch_size,
+            learning_rate=run.plan.learning_rate,
+            seed=run.plan.seed,
+            ended=run.ended or FINISHED,
+            curve=tuple(run.curve),
+            seconds_per_sample=self._runs.seconds_per_sample(run.plan),
         )
 
     def _advance(self, run: _Run, point: int) -> None:

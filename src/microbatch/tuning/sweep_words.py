@@ -80,7 +80,7 @@ def advise(batches: Sequence[BatchResult], critical: CriticalBatch | None) -> st
         f"{last.batch_size:,} takes {_ratio(last.steps, first.steps)} of the steps and "
         f"{_ratio(last.samples, first.samples)} of the samples of {first.batch_size:,}"
     )
-    if _within_spread(first, last):
+    if critical is not None and _within_scatter(first, last, critical):
         text += " (the seeds cannot tell these samples from the same number)"
     return f"{text}; {_harmless(reached, critical)}.{_fastest(reached)}"
 
@@ -152,10 +152,10 @@ def _fastest(reached: Sequence[BatchResult]) -> str:
     return f" On this machine {size:,} is the fastest to the target: {format_time(seconds)}."
 
 
-def _within_spread(first: BatchResult, last: BatchResult) -> bool:
-    if first.spread is None or last.spread is None or not first.samples or not last.samples:
+def _within_scatter(first: BatchResult, last: BatchResult, critical: CriticalBatch) -> bool:
+    if critical.scatter is None or not first.samples or not last.samples:
         return False
-    error = math.hypot(first.spread / math.sqrt(first.seeds), last.spread / math.sqrt(last.seeds))
+    error = critical.scatter * math.sqrt(1 / first.seeds + 1 / last.seeds)
     return abs(math.log(last.samples / first.samples)) < 2 * error
 
 
