@@ -60,6 +60,7 @@ def run_sweep(
     folder = output or _new_folder(str(flags.get("job") or "language"))
     try:
         settings = load_settings(flags, file=file)
+        _check_numbers(asked)
         if plot is not None:
             check_figure(plot)
         check_data_path(settings)
@@ -82,6 +83,14 @@ def run_sweep(
     else:
         _show(found, folder, drawn, Console(no_color=True if not color else None, highlight=False, soft_wrap=True))
     return 0
+
+
+def _check_numbers(asked: Mapping[str, Any]) -> None:
+    for key in ("samples", "target_loss", "seeds", "points", "microbatch_size"):
+        value = asked[key]
+        if isinstance(value, str) and (key, value) != ("microbatch_size", "auto"):
+            kind = "a number" if key == "target_loss" else "a whole number"
+            raise ConfigError(f"--{key.replace('_', '-')} is {json.dumps(value)}: it must be {kind}")
 
 
 def _jobs(settings: Settings) -> Callable[[int], Job]:

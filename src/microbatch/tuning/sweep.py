@@ -84,6 +84,8 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
     Source:
         McCandlish et al. 2018 (arXiv:1812.06162); successive halving: Jamieson and Talwalkar 2016 (arXiv:1502.07943).
     """
+    if microbatch_size != "auto" and not _whole(microbatch_size):
+        raise ConfigError(f'microbatch_size must be "auto" or a whole number of at least 1, not {microbatch_size!r}')
     _check(batch_sizes, lr=lr, grid=grid, samples=samples, target=target_loss, seeds=seeds, points=points)
     if accumulation == "plain" and microbatch_size == "auto":
         raise ConfigError(
