@@ -74,7 +74,7 @@ def test_without_batches_those_around_the_jobs_own_are_taken(job: str) -> None:
         (("--batch-size", "8,16", "--samples", "1.5"), "samples"),
         (("--batch-size", "8,16", "--target-loss", "low"), "target-loss"),
         (("--batch-size", "8,16", "--microbatch-size", "some"), "microbatch-size"),
-        (("--batch-size", "8,16", "--microbatch-size", "0"), "microbatch_size must be"),
+        (("--batch-size", "8,16", "--microbatch-size", "0"), "--microbatch-size must be"),
         (("--batch-size", "8,16", "--plot", "figure.pdf"), ".svg or .png"),
         (("--batch-size", "8,16", "--device", "cuda:77"), "--device"),
     ],

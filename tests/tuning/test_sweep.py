@@ -221,7 +221,7 @@ def test_the_finder_is_asked_at_each_batch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         sweep_setup,
         "import_module",
-        lambda name: {"microbatch.tuning.range_test": types.SimpleNamespace(find_learning_rate=find)}[name],
+        lambda name: {"microbatch.tuning.find_rate": types.SimpleNamespace(find_learning_rate=find)}[name],
     )
     result = mb.sweep(quadratic(), batch_sizes=[8, 16], lr="auto", samples=64, **QUICK)
     assert asked == [(8, 0.02), (16, 0.04)]

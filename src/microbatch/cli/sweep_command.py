@@ -65,7 +65,7 @@ def run_sweep(
             check_figure(plot)
         check_data_path(settings)
         jobs, given = _jobs(settings), {key: value for key, value in asked.items() if value is not None}
-        given["batch_sizes"] = _sizes(asked["batch_sizes"], jobs(settings.seed))
+        given["batch_sizes"] = _sizes(asked["batch_sizes"], jobs)
         found = sweep(jobs, **given, accumulation=settings.accumulation, folder=folder, progress=_line(errors))
         drawn = _figures(found, folder, plot)
     except (MicrobatchError, OSError) as error:
@@ -100,16 +100,18 @@ def _jobs(settings: Settings) -> Callable[[int], Job]:
         # The sweep counts its seeds from 0.
         own = settings.model_copy(update={"seed": settings.seed + seed})
         job = make_job(own, device)
-        length = job if job.steps or job.epochs else replace(job, epochs=1.0)
-        config = resolve(own, length, device=device)
+        if job.steps is None and job.epochs is None:
+            job = replace(job, epochs=1.0)
+        config = resolve(own, job, device=device)
         return replace(job, autocast=config.autocast, memory_budget=config.memory_budget)
 
     return made
 
 
-def _sizes(text: str | None, job: Job) -> list[int]:
+def _sizes(text: str | None, jobs: Callable[[int], Job]) -> list[int]:
     if text is None:
-        return sorted({max(1, job.batch_size // 2), job.batch_size, job.batch_size * 2, job.batch_size * 4})
+        own = jobs(0).batch_size
+        return sorted({max(1, own // 2), own, own * 2, own * 4})
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from microbatch.memory.meter import MemoryMeter
 from microbatch.train.baselines import Ways
 from microbatch.train.evaluate import untouched
 from microbatch.train.job import Job
-from microbatch.train.kept import Kept
+from microbatch.train.kept import kept
 from microbatch.train.run_config import RunConfig
 
 
@@ -106,7 +105,7 @@ class _Bench:
 
     def compare(self, limit: float) -> Comparison:
         started = time.perf_counter()
-        with self._kept(), untouched(self.job.model, self.device, training=True):
+        with kept(self.job.model, self.optimizers), untouched(self.job.model, self.device, training=True):
             self._choose_mode()
             gradients, peaks = self._gradients()
             self.steps.max_grad_norm = self.config.max_grad_norm
@@ -160,7 +159,7 @@ class _Bench:
                 del self.ways[name]
                 continue
             try:
-                with self._kept():
+                with kept(self.job.model, self.optimizers):
                     gradients[name], peak = self._recorded(self.ways[name])
             except (MicrobatchError, torch.OutOfMemoryError) as error:
                 # The other two hold no promise to fit.
@@ -246,15 +245,6 @@ class _Bench:
             self.notes.append(
                 f"times of one and the same step differ by a factor of {scatter:.1f}: is the machine busy?"
             )
-
-    @contextmanager
-    def _kept(self) -> Generator[None]:
-        """Put weights, buffers, gradients and optimizer state back when the block ends."""
-        kept = Kept(self.job.model, self.optimizers)
-        try:
-            yield
-        finally:
-            kept.put_back()
 
 
 def _relative_error(gradient: list[Tensor] | None, reference: list[Tensor] | None) -> float | None:

@@ -110,7 +110,7 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
         "accumulation": accumulation,
         "drop": drop,
     }
-    with _opened(where) as at, jobs.kept():
+    with _opened(where) as at, jobs.put_back():
         result = Rounds(jobs, at, asked, progress=progress).run()
     if where is not None:
         write_text(where / RESULT, json.dumps(jsonable(result.as_dict()), indent=1) + "\n")

@@ -20,7 +20,7 @@ from microbatch.train.data import mix_seed
 from microbatch.train.evaluate import untouched
 from microbatch.train.find_job import call_job
 from microbatch.train.job import Job
-from microbatch.train.kept import Kept
+from microbatch.train.kept import Kept, kept, kept_data
 from microbatch.train.resolve import resolve
 from microbatch.train.rundir import RunDirectory
 from microbatch.train.schedule import scale_learning_rates
@@ -71,8 +71,8 @@ class Jobs:
         self._stack = ExitStack()
 
     @contextmanager
-    def kept(self) -> Generator[None]:
-        """Put every job back when the block ends: weights, optimizer, gradients, buffers, modes and random state.
+    def put_back(self) -> Generator[None]:
+        """Restore every job when the block ends: weights, optimizer, gradients, buffers, modes and random state.
 
         Yields:
             Nothing.
@@ -101,12 +101,12 @@ class Jobs:
                 seed_everything(mix_seed(seed, "job"))
                 job = call_job(self._job, {"seed": seed}, name="the function that makes the job")
             self._check(job)
-            kept = Kept(job.model, optimizers_of(job.optimizer))
-            self._stack.callback(kept.put_back)
+            copies = self._stack.enter_context(kept(job.model, optimizers_of(job.optimizer)))
+            self._stack.enter_context(kept_data(job.data))
             self._stack.enter_context(untouched(job.model, device_of(job), training=True))
-            self._made[key] = job, kept
-        job, kept = self._made[key]
-        kept.put_back(gradients=False)
+            self._made[key] = job, copies
+        job, copies = self._made[key]
+        copies.restore()
         return job
 
     @staticmethod

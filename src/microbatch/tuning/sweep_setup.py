@@ -86,7 +86,7 @@ class Setups:
         if samples < size * asked["points"]:
             raise ConfigError(
                 f"a batch of {size:,} takes fewer than {asked['points']} steps in {samples:,} samples, so its curve "
-                f"has too few points; use samples={size * asked['points']} or more, or fewer points"
+                f"has too few points; use at least {size * asked['points']:,} samples, or fewer points"
             )
         own = float(optimizers_of(job.optimizer)[0].param_groups[0]["lr"])
         try:
@@ -122,8 +122,8 @@ class Setups:
         }
 
     def _found_rate(self, job: Job, size: int, otherwise: float) -> float:
-        range_test = import_module("microbatch.tuning.range_test")
-        suggested = range_test.find_learning_rate(job, batch_size=size).suggested
+        finder = import_module("microbatch.tuning.find_rate")
+        suggested = finder.find_learning_rate(job, batch_size=size).suggested
         if suggested is None:
             self.note(f"batch {size:,}: the finder suggests no learning rate, so the rule's {otherwise:.3g} is taken")
             return otherwise
