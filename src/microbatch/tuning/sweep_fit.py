@@ -32,6 +32,8 @@ class CriticalBatch:
             `None` with one seed.
         seeds: Fewest seeds of a batch size. With one seed no interval can be given.
         sizes: Batch sizes that the fit rests on; with two of them the law cannot be checked.
+        inside: Whether the critical batch size lies within a factor of 30 of the sizes that were tried; if not, the
+            data does not tell it.
     """
 
     batch_size: float
@@ -43,6 +45,7 @@ class CriticalBatch:
     scatter: float | None
     seeds: int
     sizes: int
+    inside: bool
 
     @property
     def found(self) -> bool:
@@ -151,6 +154,7 @@ def fit_critical(
         scatter=scatter,
         seeds=seeds,
         sizes=len(sizes),
+        inside=rows[0] / _FAR < critical < rows[-1] * _FAR,
     )
 
 

@@ -100,7 +100,7 @@ def critical_line(critical: CriticalBatch) -> str:
         if critical.sizes == 2
         else f"the samples lie within {critical.misfit:.1%} of the law"
     )
-    if critical.seeds < 2:
+    if critical.seeds < 2 and critical.inside:
         return (
             f"Critical batch size: about {critical.batch_size:,.3g}, with {least}; {check}. "
             "One seed gives no uncertainty."
@@ -120,7 +120,7 @@ def _against_noise(critical: CriticalBatch, noise: float | None) -> Iterator[str
         yield "Noise scale: not measured on the way, so there is nothing to compare the critical batch size with."
         return
     low, high = critical.low or 0.0, critical.high or math.inf
-    if critical.seeds < 2 or (critical.low is None and critical.high is None):
+    if critical.seeds < 2 or critical.low is critical.high is None:
         yield f"Noise scale: {noise:,.3g} on the way; the fit is too uncertain to compare."
     elif low <= noise <= high:
         yield f"Noise scale: {noise:,.3g} on the way, within the interval of the critical batch size."
