@@ -91,7 +91,7 @@ def pairs_job(seed: int) -> Job:
 
 
 def _same_data(job: Job, first: Job) -> Job:
-    return replace(job, data=first.data, validation=first.validation, batch_size=64)
+    return replace(job, data=first.data, validation=first.validation)
 
 
 STUDIES = {

@@ -26,7 +26,9 @@ def points(result: mb.Sweep) -> list[tuple[Any, ...]]:
 
 
 def test_where_noise_dominates_the_linear_rule_loses_no_sample() -> None:
-    result = mb.sweep(quadratic(rate=0.04), batch_sizes=[8, 16, 32], target_loss=5.0, **QUICK)
+    result = mb.sweep(
+        quadratic(rate=0.04), batch_sizes=[8, 16, 32], target_loss=6.0, seeds=2, points=8, microbatch_size=8
+    )
     assert [each.learning_rate for each in result.batches] == pytest.approx([0.04, 0.08, 0.16])
     samples = [each.samples for each in result.batches]
     assert None not in samples
@@ -47,7 +49,7 @@ def test_where_nothing_is_noisy_a_larger_batch_saves_no_step() -> None:
         lr="grid",
         grid=(0.25, 1.0),
         samples=512,
-        points=4,
+        points=3,
         seeds=1,
         drop=False,
         microbatch_size=32,
@@ -64,9 +66,9 @@ def test_the_curve_is_the_one_of_a_hand_written_loop() -> None:
     result = mb.sweep(job, batch_sizes=[16], samples=256, points=4, seeds=1, microbatch_size=4)
     (run,) = result.runs
     # Every sample is 0, so the weight shrinks by the same factor at each step; the rule doubles the rate.
-    expected = [0.5 * 6 * (3.0 * 0.8**steps) ** 2 for steps in (4, 8, 12, 16)]
-    assert [point.steps for point in run.curve] == [4, 8, 12, 16]
-    assert [point.samples for point in run.curve] == [64, 128, 192, 256]
+    expected = [0.5 * 6 * (3.0 * 0.8**steps) ** 2 for steps in (1, 3, 7, 16)]
+    assert [point.steps for point in run.curve] == [1, 3, 7, 16]
+    assert [point.samples for point in run.curve] == [16, 48, 112, 256]
     assert [point.loss for point in run.curve] == pytest.approx(expected, rel=1e-12)
     assert result.critical is None
     assert "at least two" in result.advice
@@ -83,7 +85,7 @@ def test_without_validation_the_curve_is_the_mean_of_the_training_losses() -> No
     )
     losses = [0.5 * 6 * (3.0 * 0.9**steps) ** 2 for steps in range(8)]
     assert result.measure == "training loss"
-    expected = [sum(losses[:4]) / 4, sum(losses[4:]) / 4]
+    expected = [losses[0], sum(losses[1:]) / 7]
     assert [point.loss for point in result.runs[0].curve] == pytest.approx(expected, rel=1e-12)
 
 
@@ -185,6 +187,13 @@ def test_a_target_that_is_never_reached_is_said() -> None:
     assert [each.samples for each in result.batches] == [None, None]
     assert sum("0 of 2 seeds reached the target" in note for note in result.notes) == 2
     assert result.costs(1.0) == {8: None, 16: None}
+
+
+def test_a_target_before_the_first_point_is_said() -> None:
+    result = mb.sweep(quadratic(), batch_sizes=[8, 16], target_loss=1e9, samples=64, **QUICK)
+    assert [each.samples for each in result.batches] == [None, None]
+    assert sum("at the target at the first point already" in note for note in result.notes) == 2
+    assert {len(run.curve) for run in result.runs} == {1}
 
 
 def test_the_cost_is_the_price_of_the_time() -> None:
@@ -298,3 +307,21 @@ def test_without_a_rule_the_grid_is_around_the_jobs_own_rate() -> None:
     result = mb.sweep(rmsprop(), batch_sizes=[8, 16], lr="grid", grid=(1.0,), samples=64, **QUICK)
     assert [each.learning_rate for each in result.batches] == [0.01, 0.01]
     assert any("no scaling rule" in note for note in result.notes)
+
+
+def test_the_rule_scales_all_hyperparameters_of_adam_in_every_slice() -> None:
+    model, seen = Point(6), set[tuple[Any, ...]]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.99), eps=1e-6)
+
+    def watched(model: nn.Module, rows: torch.Tensor) -> mb.Loss:
+        group = optimizer.param_groups[0]
+        seen.add((group["lr"], *group["betas"], group["eps"]))
+        return distance(model, rows)
+
+    job = quadratic(
+        model=model, optimizer=optimizer, loss_fn=watched, evaluate=lambda model, rows: {"loss": distance(model, rows)}
+    )
+    mb.sweep(job, batch_sizes=[32], samples=256, points=2, seeds=1, microbatch_size=32)
+    assert len(seen) == 1
+    # k = 4: twice the rate, beta -> 1 - 4 (1 - beta), half of eps.
+    assert next(iter(seen)) == pytest.approx((0.02, 0.6, 0.96, 5e-7))

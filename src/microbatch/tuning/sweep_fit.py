@@ -11,6 +11,9 @@ from dataclasses import dataclass
 _FAR = 30.0
 """Times beyond the batch sizes that were tried, where the data says nothing any more."""
 
+_LAWFUL = 0.2
+"""Part of the samples by which they may miss the law."""
+
 _DRAWS, _GRID = 200, 48
 
 
@@ -49,8 +52,13 @@ class CriticalBatch:
 
     @property
     def found(self) -> bool:
-        """Whether both ends of the interval are known, and lie less than a factor of 16 apart."""
-        return self.low is not None and self.high is not None and self.high <= 16 * self.low
+        """Whether the law holds, and both ends of the interval are known and less than a factor of 16 apart."""
+        return self.lawful and self.low is not None and self.high is not None and self.high <= 16 * self.low
+
+    @property
+    def lawful(self) -> bool:
+        """Whether the measured samples lie within 20 % of the law."""
+        return self.misfit <= _LAWFUL
 
     def expected_samples(self, batch_size: float) -> float:
         """Compute the samples to the target by the law.
@@ -83,19 +91,19 @@ def harmless_size(critical: float, smallest: float, *, more: float = 0.1) -> flo
 
 
 def crossing(losses: Sequence[float], at: Sequence[float], target: float) -> float | None:
-    """Find where a curve first reaches a target, on a straight line between its points.
+    """Find where a curve first reaches a target, on a straight line between its points over the logarithm of the place.
 
     Args:
         losses: The loss at each point.
-        at: Where each point lies, in steps or samples; rising.
+        at: Where each point lies, in steps or samples; above 0 and rising.
         target: The loss to reach.
 
     Returns:
         The place; `None` if the curve never comes down to the target.
 
     Example:
-        >>> crossing([4.0, 2.0, 1.0], [10, 20, 30], 3.0)
-        15.0
+        >>> crossing([4.0, 2.0, 1.0], [10, 40, 80], 3.0)
+        20.0
     """
     for index, (loss, place) in enumerate(zip(losses, at, strict=True)):
         if not loss <= target:
@@ -103,7 +111,7 @@ def crossing(losses: Sequence[float], at: Sequence[float], target: float) -> flo
         if index == 0 or not math.isfinite(losses[index - 1]):
             return float(place)
         before, start = losses[index - 1], at[index - 1]
-        return start + (place - start) * (before - target) / (before - loss)
+        return start * (place / start) ** ((before - target) / (before - loss))
     return None
 
 
@@ -113,8 +121,8 @@ def fit_critical(
     """Fit the law to what each batch size took to the target.
 
     Least squares on the logarithm of the samples. Steps carry no second equation, because ``E = B S``. The interval is
-    a bootstrap over the seeds of each batch size, without what the runs of a seed have in common. Its spread is
-    widened for few seeds: by the degrees of freedom, and by Student's t.
+    a bootstrap over the seeds of each batch size, without what the runs of a seed have in common. It is widened
+    for few seeds, by the degrees of freedom and by Student's t, and where the law itself is off.
 
     Args:
         found: Steps and samples to the target of every seed, in the same order of seeds, by batch size.
@@ -139,7 +147,10 @@ def fit_critical(
         # What is left has lost some of its spread to the means that were taken off.
         lost = math.sqrt(sum(map(len, logs)) / freedom)
         scatter = lost * math.sqrt(statistics.fmean(each**2 for those in left for each in those))
-        width = _student(freedom) * lost * _bootstrap(rows, logs, left)
+        # Where the law itself is off by more than the seeds scatter, the interval is as much wider (Birge's ratio).
+        law = misfit * math.sqrt(len(sizes) / max(1, len(sizes) - 2))
+        off = max(1.0, law * math.sqrt(seeds) / scatter) if scatter and len(sizes) > 2 else 1.0
+        width = _student(freedom) * lost * off * _bootstrap(rows, logs, left)
         low, high = (math.exp(max(-700.0, min(700.0, place + side * width))) for side in (-1, 1))
         low = low if low > rows[0] / _FAR else None
         high = high if high < rows[-1] * _FAR else None

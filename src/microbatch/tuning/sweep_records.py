@@ -61,6 +61,17 @@ class SweepRun:
         """Return the lowest loss of the curve; infinite without points."""
         return min((point.loss for point in self.curve), default=math.inf)
 
+    def early(self, target: float) -> bool:
+        """Return whether the first point is at the target already, so that nobody knows when it was reached.
+
+        Args:
+            target: The loss to reach.
+
+        Returns:
+            Whether it is.
+        """
+        return bool(self.curve) and self.curve[0].loss <= target
+
     def to_target(self, target: float) -> tuple[float, float] | None:
         """Find what the run took to a target.
 
@@ -68,8 +79,10 @@ class SweepRun:
             target: The loss to reach.
 
         Returns:
-            Steps and samples, on a straight line between the points; `None` if the target was not reached.
+            Steps and samples, read between the points; `None` if the target was not reached, or before the first point.
         """
+        if self.early(target):
+            return None
         losses = [point.loss for point in self.curve]
         steps = crossing(losses, [point.steps for point in self.curve], target)
         samples = crossing(losses, [point.samples for point in self.curve], target)
@@ -99,8 +112,8 @@ class BatchResult:
         rates: Learning rates that were tried.
         seeds: Runs at this rate that ended well.
         best_loss: Mean over these of the lowest loss; `None` if none ended well.
-        reached: Runs that reached the target.
-        steps: Steps to the target, the geometric mean over the seeds; `None` if not every seed reached it.
+        reached: Runs that reached the target after the first point.
+        steps: Steps to the target, the geometric mean over the seeds; `None` if not every seed did.
         samples: Samples to the target, likewise.
         spread: Standard deviation over the seeds of the logarithm of the samples; `None` with fewer than two.
         seconds_per_sample: Median time of a step over its samples.

@@ -16,7 +16,7 @@ from microbatch.tuning.sweep_setup import Setups, rule_warnings
 from microbatch.tuning.sweep_summary import summarise
 
 _RUNGS = (8, 4, 2)
-"""Successive halving: after one part in so many of the points, the worse half of the learning rates ends."""
+"""Successive halving: after one part in so many of the samples, the worse half of the learning rates ends."""
 
 
 @dataclass(slots=True)
@@ -115,7 +115,10 @@ class Rounds:
 
     def _drop_worse(self, done: int) -> None:
         """End learning rates that another one of the same batch size has beaten."""
-        rung = any(done == max(1, self._points // part) for part in _RUNGS)
+        # In samples, by the smallest batch, whose points are the most exact.
+        ends = self._all[0].plan.ends
+        before, now = (ends[done - 2] if done > 1 else 0) / ends[-1], ends[done - 1] / ends[-1]
+        rung = any(before < 1 / part <= now for part in _RUNGS)
         for size in self._asked["batch_sizes"]:
             rates: dict[float, list[_Run]] = {}
             for run in self._all:

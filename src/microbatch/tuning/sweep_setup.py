@@ -98,7 +98,8 @@ class Setups:
             self.note("no scaling rule was made for the optimizer: its hyperparameters stay as they are")
         warmup = job.warmup_steps if scaling is None else scaling.warmup_steps or 0
         rate = own if scaling is None else scaling.scaled[0].learning_rate
-        ends = ends_of(samples, points=asked["points"], batch_size=size, total=total)
+        places = points_of(samples, points=asked["points"], largest=asked["batch_sizes"][-1])
+        ends = ends_of(places, batch_size=size, total=total)
         if warmup >= ends[-1]:
             self.note(f"batch {size:,}: the warm-up of {warmup:,} steps is too long for {ends[-1]:,}; a tenth is taken")
             warmup = ends[-1] // 10
@@ -166,11 +167,38 @@ def _rows_in(job: Job) -> int:
     return samples_in(job.data) if is_stream(job.data) else length_of(job.data, role="data")
 
 
-def ends_of(samples: int, *, points: int, batch_size: int, total: int) -> list[int]:
-    """Compute the steps after which a run has learned from each next part of the samples."""
+def points_of(samples: int, *, points: int, largest: int) -> list[int]:
+    """Place the points of the curves: at equal factors of samples, because losses fall by factors.
+
+    Args:
+        samples: Samples of a whole run.
+        points: How many points.
+        largest: The largest batch size, which cannot be looked at earlier than after one step.
+
+    Returns:
+        Samples at each point, rising up to ``samples``.
+
+    Example:
+        >>> points_of(3200, points=6, largest=16)
+        [100, 200, 400, 800, 1600, 3200]
+    """
+    first = max(largest, samples / 32)
+    return [round(first * (samples / first) ** (point / (points - 1))) for point in range(points)]
+
+
+def ends_of(places: Sequence[int], *, batch_size: int, total: int) -> list[int]:
+    """Compute the steps after which a run has reached each point.
+
+    Args:
+        places: Samples at each point.
+        batch_size: Effective batch, in samples.
+        total: Samples in the data; 0 if it is not known.
+
+    Returns:
+        Steps at each point, rising.
+    """
     ends: list[int] = []
-    for point in range(1, points + 1):
-        wanted = -(-samples * point // points)
+    for wanted in places:
         epochs, rest = divmod(wanted, total) if total else (0, wanted)
         # The last batch of an epoch is short.
         steps = epochs * -(-total // batch_size) - (-rest // batch_size)

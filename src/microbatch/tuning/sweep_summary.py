@@ -35,17 +35,13 @@ def summarise(
         bests = [each.best_loss for those in chosen.values() for each in those]
         target = max(bests) if bests and math.isfinite(max(bests)) else None
     batches = tuple(_batch(chosen[size], tried[size], target=target) for size in sizes)
-    reached = {each.batch_size: each for each in batches if each.samples is not None}
+    reached = {each.batch_size for each in batches if each.samples is not None}
     if target is not None:
-        for each in batches:
-            if each.samples is None:
-                notes.append(
-                    f"batch {each.batch_size:,}: {each.reached} of {len(chosen[each.batch_size])} seeds reached the "
-                    "target, so it is left out of the fit; use more samples, or a higher target"
-                )
+        notes += [_left_out(size, chosen[size], target) for size in sizes if size not in reached]
     found = {
         size: [way for run in chosen[size] if target is not None and (way := run.to_target(target)) is not None]
-        for size in reached
+        for size in sizes
+        if size in reached
     }
     critical = fit_critical(found)
     return Sweep(
@@ -97,6 +93,23 @@ def _batch(chosen: Sequence[SweepRun], tried: Sequence[SweepRun], *, target: flo
         spread=statistics.stdev(logs) if whole and len(logs) > 1 else None,
         seconds_per_sample=statistics.median(times) if times else None,
         noise_scale=statistics.geometric_mean(noises) if noises else None,
+    )
+
+
+def _left_out(size: int, chosen: Sequence[SweepRun], target: float) -> str:
+    """Say why a batch size is not in the fit."""
+    if not chosen:
+        return f"batch {size:,}: no learning rate ended well with every seed"
+    early = sum(run.early(target) for run in chosen)
+    if early:
+        return (
+            f"batch {size:,}: {early} of {len(chosen)} seeds were at the target at the first point already, so it is "
+            "left out of the fit; use a lower target, or smaller batches alone"
+        )
+    reached = sum(run.to_target(target) is not None for run in chosen)
+    return (
+        f"batch {size:,}: {reached} of {len(chosen)} seeds reached the target, so it is left out of the fit; use more "
+        "samples, or a higher target"
     )
 
 

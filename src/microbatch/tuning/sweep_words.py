@@ -98,8 +98,13 @@ def critical_line(critical: CriticalBatch) -> str:
     check = (
         "two batch sizes cannot check the law"
         if critical.sizes == 2
-        else f"the samples lie within {critical.misfit:.1%} of the law"
+        else f"the samples lie {critical.misfit:.1%} off the law"
     )
+    if not critical.lawful:
+        return (
+            f"Critical batch size: the law does not hold here ({check}), perhaps because some batch has a bad rate; "
+            f"{critical.batch_size:,.3g} is a rough place only."
+        )
     if critical.seeds < 2 and critical.inside:
         return (
             f"Critical batch size: about {critical.batch_size:,.3g}, with {least}; {check}. "
@@ -120,7 +125,7 @@ def _against_noise(critical: CriticalBatch, noise: float | None) -> Iterator[str
         yield "Noise scale: not measured on the way, so there is nothing to compare the critical batch size with."
         return
     low, high = critical.low or 0.0, critical.high or math.inf
-    if critical.seeds < 2 or critical.low is critical.high is None:
+    if not critical.lawful or critical.seeds < 2 or critical.low is critical.high is None:
         yield f"Noise scale: {noise:,.3g} on the way; the fit is too uncertain to compare."
     elif low <= noise <= high:
         yield f"Noise scale: {noise:,.3g} on the way, within the interval of the critical batch size."
@@ -132,6 +137,8 @@ def _against_noise(critical: CriticalBatch, noise: float | None) -> Iterator[str
 
 def _harmless(reached: Sequence[BatchResult], critical: CriticalBatch | None) -> str:
     smallest, largest = reached[0].batch_size, reached[-1].batch_size
+    if critical is not None and not critical.lawful:
+        return "the samples do not follow the law, so it cannot tell from which size on they are lost"
     untold = "the data cannot tell from which size on samples are lost"
     least = None if critical is None else critical.batch_size if critical.found else critical.low
     if critical is None or least is None:
