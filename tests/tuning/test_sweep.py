@@ -223,7 +223,8 @@ def test_a_function_makes_a_job_for_each_seed() -> None:
 def test_the_finder_is_asked_at_each_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, float]] = []
 
-    def find(job: mb.Job, *, batch_size: int) -> Any:
+    def find(job: mb.Job, *, batch_size: int, microbatch_size: int) -> Any:
+        assert microbatch_size == 8
         asked.append((batch_size, job.optimizer.param_groups[0]["lr"]))  # type: ignore[union-attr]
         return types.SimpleNamespace(suggested=0.03 if batch_size == 8 else None)
 

@@ -111,7 +111,7 @@ class Setups:
             if scaling is not None:
                 apply_rule(job, size)
                 scale_learning_rates(optimizers_of(job.optimizer), rate)
-            rate = self._found_rate(job, size, rate)
+            rate = self._found_rate(job, size, otherwise=rate, micro=min(int(micro), size))
         self._found(size, rate)
         factors = asked["grid"] if asked["lr"] == "grid" else [1.0]
         return {
@@ -122,9 +122,9 @@ class Setups:
             "by_rule": scaling is not None,
         }
 
-    def _found_rate(self, job: Job, size: int, otherwise: float) -> float:
+    def _found_rate(self, job: Job, size: int, *, otherwise: float, micro: int) -> float:
         finder = import_module("microbatch.tuning.find_rate")
-        suggested = finder.find_learning_rate(job, batch_size=size).suggested
+        suggested = finder.find_learning_rate(job, batch_size=size, microbatch_size=micro).suggested
         if suggested is None:
             self.note(f"batch {size:,}: the finder suggests no learning rate, so the rule's {otherwise:.3g} is taken")
             return otherwise
