@@ -57,7 +57,7 @@ class Kept:
         for parameter, _, wanted in self._gradients:
             parameter.requires_grad_(wanted)
         for optimizer, state, attributes in zip(self._optimizers, self._states, self._attributes, strict=True):
-            load_optimizer(optimizer, _copied(state))  # it may keep the tensors that it is given
+            load_optimizer(optimizer, _copied(state))  # some of what is loaded is not copied, such as step counts
             _replace(vars(optimizer), attributes, but=_STATES)
         now = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, before in zip(now, self._hyperparameters, strict=True):

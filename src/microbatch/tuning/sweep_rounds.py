@@ -82,7 +82,11 @@ class Rounds:
             target=None if self._target is None else float(self._target),
             measure=self._measure(job),
             unit=job.unit,
-            notes=(*self._notes, *rule_warnings(job, self._asked["batch_sizes"])),
+            # The warnings of the rule are about its rates.
+            notes=(
+                *self._notes,
+                *(rule_warnings(job, self._asked["batch_sizes"]) if self._asked["lr"] != "auto" else ()),
+            ),
         )
 
     def _record(self, run: _Run) -> SweepRun:
