@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from microbatch.train.job import Job
     from microbatch.tuning.find_rate import find_learning_rate
     from microbatch.tuning.learning_rate import LearningRate
+    from microbatch.tuning.sweep import sweep
+    from microbatch.tuning.sweep_result import Sweep
     from microbatch.warned import MicrobatchWarning
 
 __all__ = [
@@ -84,6 +86,7 @@ __all__ = [
     "Step",
     "StepDone",
     "Sums",
+    "Sweep",
     "SyncChosen",
     "Whole",
     "Window",
@@ -102,6 +105,7 @@ __all__ = [
     "losses",
     "plan",
     "scale_hyperparameters",
+    "sweep",
 ]
 
 __version__ = "0.1.0"
@@ -139,6 +143,7 @@ _HOMES = {
     "Spill": "memory.spill",
     "Step": "step.record",
     "StepDone": "step.events",
+    "Sweep": "tuning.sweep_result",
     "SyncChosen": "step.events",
     "Whole": "batch.marks",
     "Window": "step.window",
@@ -156,6 +161,7 @@ _HOMES = {
     "linear_cross_entropy": "loss.tiled_cross_entropy",
     "plan": "planning.make_plan",
     "scale_hyperparameters": "planning.scaling",
+    "sweep": "tuning.sweep",
 }
 _MODULES = {"losses": "loss.losses"}
 

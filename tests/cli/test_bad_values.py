@@ -58,7 +58,7 @@ def run(*arguments: str) -> tuple[int, str, str, bool]:
     return result.exit_code, result.stderr, result.stdout, known and "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "check", "plan", "lr"])
+@pytest.mark.parametrize("command", ["train", "check", "plan", "lr", "sweep"])
 def test_no_value_of_a_flag_is_a_traceback(here: Path, command: str) -> None:
     """Every flag with a fixed number of wrong values; a job is never reached, because the last flag cannot work."""
     chance = random.Random(command)  # noqa: S311 -- values, not secrets

@@ -71,6 +71,13 @@ def test_a_model_of_ultralytics_has_the_whole_batchs_gradient() -> None:
     assert result_of("ultralytics_model") < 1e-4
 
 
+@pytest.mark.parametrize(("package", "example"), [("optuna", "optuna_search"), ("ray", "ray_tune_search")])
+def test_a_search_finds_a_rate_that_learns(package: str, example: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+    assert result_of(example) < 0.6
+
+
 @pytest.mark.slow
 def test_two_ranks_have_the_losses_of_one_process() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

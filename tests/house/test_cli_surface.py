@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from microbatch.cli.main import app
 
-COMMANDS = {"check", "doctor", "guide", "lr", "plan", "train"}
+COMMANDS = {"check", "doctor", "guide", "lr", "plan", "sweep", "train"}
 TRAIN_FLAGS = {
     "--batch-size",
     "--microbatch-size",
@@ -42,6 +42,22 @@ LR_FLAGS = {
     "--json",
     "--plot",
     "--output",
+}
+SWEEP_FLAGS = {
+    "--batch-size",
+    "--microbatch-size",
+    "--lr",
+    "--samples",
+    "--target-loss",
+    "--seeds",
+    "--points",
+    "--keep-all",
+    "--output",
+    "--plot",
+    "--device",
+    "--seed",
+    "--config",
+    "--json",
 }
 GUIDE_FLAGS = {"--port", "--no-browser", "--export"}
 DOCTOR_FLAGS = {
@@ -84,6 +100,10 @@ def test_every_flag_of_lr_is_there() -> None:
 
 def test_every_flag_of_check_is_there() -> None:
     assert set(flags("check")) >= CHECK_FLAGS
+
+
+def test_every_flag_of_sweep_is_there() -> None:
+    assert set(flags("sweep")) >= SWEEP_FLAGS
 
 
 def test_every_flag_of_guide_is_there() -> None:

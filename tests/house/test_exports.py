@@ -42,6 +42,7 @@ PUBLIC = {
     "Step",
     "StepDone",
     "Sums",
+    "Sweep",
     "SyncChosen",
     "Whole",
     "Window",
@@ -60,6 +61,7 @@ PUBLIC = {
     "losses",
     "plan",
     "scale_hyperparameters",
+    "sweep",
 }
 
 

@@ -13,7 +13,11 @@ from microbatch.cli.shared_options import number_or_word
 def guide(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN", help="Run directories to show, running or finished.", show_default=False),
+        typer.Argument(
+            metavar="RUN",
+            help="Run directories, or the folder of a sweep, in progress or finished.",
+            show_default=False,
+        ),
     ] = None,
     *,
     port: Annotated[

@@ -13,6 +13,7 @@ from microbatch.cli.guide_options import guide
 from microbatch.cli.lr_options import lr
 from microbatch.cli.new_options import new
 from microbatch.cli.plan_options import plan
+from microbatch.cli.sweep_options import sweep
 from microbatch.cli.train_options import train
 
 
@@ -84,6 +85,9 @@ app.command(
     cls=_Command, help="Find the fastest microbatch size that fits: predicted and measured memory, measured time."
 )(plan)
 app.command(cls=_Command, help="Find a learning rate: a few steps while it grows, and the loss at each rate.")(lr)
+app.command(cls=_Command, help="Train a job at several effective batches: steps, samples and time to the same loss.")(
+    sweep
+)
 app.command(cls=_Command, help="Check that accumulating gives the large batch's gradient, and if not, find out why.")(
     check
 )

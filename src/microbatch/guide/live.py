@@ -15,6 +15,7 @@ from typing import Any
 from microbatch.errors import ConfigError
 from microbatch.guide.metrics_file import MetricsFile
 from microbatch.guide.metrics_lines import printable, read_lines, read_setting, read_summary
+from microbatch.guide.swept_runs import runs_in
 from microbatch.guide.thinning import Thinned, passes
 from microbatch.train.rundir import RunDirectory
 
@@ -282,6 +283,8 @@ async def follow_runs(runs: Sequence[WatchedRun]) -> AsyncIterator[Events]:
 def open_runs(paths: Sequence[Path]) -> list[WatchedRun]:
     """Open run directories.
 
+    Of a sweep's folder, one run of each batch size is opened.
+
     Args:
         paths: None, or up to `MOST_RUNS`.
 
@@ -292,7 +295,7 @@ def open_runs(paths: Sequence[Path]) -> list[WatchedRun]:
         ConfigError: One is no run directory, or there are too many.
     """
     # A run that is named twice is one run.
-    whole = list(dict.fromkeys(path.resolve() for path in paths))
+    whole = list(dict.fromkeys(run.resolve() for path in paths for run in runs_in(path)))
     if len(whole) > MOST_RUNS:
         raise ConfigError(f"{len(whole)} runs are too many for one picture; name at most {MOST_RUNS}")
     return [WatchedRun(path, name=name) for path, name in zip(whole, _names(whole), strict=True)]

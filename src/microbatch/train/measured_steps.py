@@ -23,6 +23,9 @@ from microbatch.train.timeline import StepTimeline
 _METERED_EVERY = 20
 """The meter costs a few percent of a step on the CPU, and the peak of a step hardly ever changes."""
 
+_MEASURED_EVERY = 4
+"""Steps between two measurements of the noise scale in a run whose memory is not metered."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredStep:
@@ -102,7 +105,8 @@ class MeasuredSteps:
         self._job = self._timeline.of(job, plain=config.plain)
         # In a step that is not metered: weight gradients are not added inside the matrix product in a measured window,
         # so it takes more memory than the others.
-        self.noise_scale = NoiseScale(every=_METERED_EVERY) if _has_samples(job, config) else None
+        every = _METERED_EVERY if config.metered else _MEASURED_EVERY
+        self.noise_scale = NoiseScale(every=every) if _has_samples(job, config) else None
         self._metered = 0
 
     def heard(self, event: Event) -> None:
@@ -149,7 +153,7 @@ class MeasuredSteps:
     ) -> tuple[Step, int | None, Mapping[str, int]]:
         """Take a step; on the CPU, which has no allocator statistics, meter the first two and every 20th."""
         # The first two, because the optimizer has no state yet in the first.
-        due = self._metered < 2 or index % _METERED_EVERY == 0
+        due = self._config.metered and (self._metered < 2 or index % _METERED_EVERY == 0)
         if self._config.device.type != "cpu" or not due:
             step = take_step(accumulator, self._job, batch, plain=self._config.plain)
             return step, step.peak_bytes, {}

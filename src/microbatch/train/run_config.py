@@ -47,6 +47,7 @@ class RunConfig:
         ranks: World size: ranks that share each batch.
         pipelines: Number of pipelines, each with a share of the batch; `None` where each rank has a whole model.
         deterministic: Whether the run gives the same bits on any number of ranks.
+        metered: Whether the memory of some steps is metered on the CPU, which makes these steps slower.
         async_checkpoints: Whether training continues while a checkpoint is written.
         rank_timeout: Seconds that a rank waits for the others.
         shard: Sharding of the model: ``"zero2"``, ``"zero3"``, ``"job"`` for a model that the job has sharded itself,
@@ -86,6 +87,7 @@ class RunConfig:
     ranks: int = 1
     pipelines: int | None = None
     deterministic: bool = False
+    metered: bool = True
     async_checkpoints: bool = False
     rank_timeout: float = 600.0
     shard: str = "none"
