@@ -165,13 +165,21 @@ def test_turning_the_phone_keeps_what_was_chosen(browser: Any, idle: Any) -> Non
         assert page.evaluate("document.documentElement.scrollWidth") <= 844
 
 
-def test_the_tank_overflows_under_the_readers_hand(browser: Any, idle: Any) -> None:
+def test_the_tank_overflows_under_the_readers_hand_and_says_what_is_needed(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url) as page:
         tank = page.locator('[data-figure="tank"]')
-        assert "overflow" not in tank.locator("svg").inner_html()
-        tank.locator("input").first.fill("6")
-        assert "overflow" in tank.locator("svg").inner_html()
-        assert "more than the tank" in str(tank.locator("[data-say]").text_content())
+        remember = str(page.locator("#tank .remember").text_content())
+        for stop in range(7):
+            tank.locator("input").first.fill(str(stop))
+            words, picture = tank.locator("[data-say]").text_content(), tank.locator("svg").inner_html()
+            cells = dict(
+                zip(*(tank.locator(f"tbody {cell}").all_text_contents() for cell in ("th", "td")), strict=True)
+            )
+            assert cells["together"] in words
+            assert f">{cells['activations']}<" in picture
+            if stop in (0, 6):  # one row, all of them
+                assert cells["activations"] in remember
+            assert ("Out of memory" in words) == ("overflow" in picture) == (stop == 6)
 
 
 CHOSEN = {
@@ -335,18 +343,29 @@ def test_forgetting_to_divide_shows_how_many_times(browser: Any, idle: Any) -> N
         assert "× 4.0" in str(badge.text_content())
 
 
-def test_a_preset_fills_the_form_the_address_and_the_program(browser: Any, idle: Any) -> None:
-    with opened(browser, idle.url) as page:
-        page.get_by_role("button", name="BatchNorm drifts").click()
+def test_a_preset_runs_at_once_and_its_result_carries_its_name(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + SLOW) as page:
+        press_run(page)
+        page.get_by_role("button", name="BatchNorm drifts").click()  # what is under way makes room
+        until(
+            page, "document.querySelector('[data-shown]').textContent.startsWith('BatchNorm drifts: 32 = 8 × 4 rows')"
+        )
+        wait_for_end(page)
+        assert "✗" in str(page.locator("[data-badge]").text_content())
         assert page.input_value("#f-model") == "conv"
         assert "norm=batch" in page.url
         until(page, "document.querySelector('[data-copy-text=program]').textContent.includes('norm=\"batch\"')")
+        assert not page.locator("[data-stale]").is_visible()
         page.reload()
         assert page.input_value("#f-norm") == "batch"
         pressed = page.locator("[data-preset][aria-pressed=true]")
         assert pressed.all_text_contents() == ["BatchNorm drifts"]
+        until(page, "document.querySelector('#playground').dataset.kind === 'done'")
         page.select_option("#f-norm", "exact")
         assert pressed.all_text_contents() == ["BatchNorm, exact"]
+        assert page.locator("[data-stale]").is_visible()  # an edit: the results are the old ones
+        assert "old" in str(page.locator("[data-results]").get_attribute("class"))
+        assert str(page.locator("[data-shown]").text_content()).startswith("BatchNorm drifts")
         page.locator("#f-seed").fill("7")
         page.locator("#f-seed").press("Tab")
         assert pressed.all_text_contents() == []

@@ -119,7 +119,7 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
         "total_ratio": whole["total"] / cut["total"],
         "activations_ratio": whole["activations"] / cut["activations"],
         "activations_first": row["activations"],
-        "activations_whole": whole["activations"],
+        "activations_whole": window[str(reference["batch"])]["activations"],
         "fixed": 2 * row["parameters"] + row["optimizer state"],
         "norm_size": norms["sizes"][at],
         "norm_batch": norms["sizes"][-1],
@@ -256,7 +256,10 @@ def data_html(measured: Mapping[str, Any]) -> str:
         }
         for field in FIELDS
     }
-    presets = {name: {"text": each.text, "settings": dict(each.settings)} for name, each in PRESETS.items()}
+    presets = {
+        name: {"title": each.title, "text": each.text, "settings": dict(each.settings)}
+        for name, each in PRESETS.items()
+    }
     text = json.dumps(
         {"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":")
     )

@@ -40,8 +40,9 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "undivided": Preset(
         "Forgot to divide",
-        "The gradient is as many times too large as there are microbatches, and so is every step.",
-        {"microbatch": 8, "divide": "none", "lr": 0.02, "compare": "yes"},
+        "Four microbatches and no division: every gradient is four times too large. The whole batch learns; this run's "
+        "loss explodes.",
+        {"model": "mlp", "microbatch": 8, "divide": "none", "lr": 0.2, "compare": "yes"},
     ),
     "ragged": Preset(
         "Ragged text, naive",

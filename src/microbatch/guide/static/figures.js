@@ -4,7 +4,7 @@
 import { events, indexOf, say, split, tally } from "./phases.js";
 import { plot } from "./plot.js";
 import { bar, bytes, count, el, extent, figure, percent, power, ROLES, round, table, text } from "./svg.js";
-import { legend, MIB, overflowSign, parts, tank, total } from "./tank.js";
+import { legend, MIB, overflowSign, parts, tank, TANKS, total } from "./tank.js";
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -41,30 +41,28 @@ export function hero(_, measured) {
   return { svg, say: label, table: table(["part", `${reference.batch} rows at once`, `${reference.microbatches} × ${reference.microbatch} rows`], rows, "Memory at the peak of a step") };
 }
 
-export const TANKS = { low: 16, high: 192, step: 4 };
-
+// One series for the tank, its words and the section's: what is in memory at the peak, beside a gradient that is there.
 export function tankFigure({ batch, tank: capacity }, measured) {
-  const list = parts(measured.memory.alone[batch]);
+  const list = parts(measured.memory.window[batch]);
   const sum = total(list), room = capacity * MIB;
   const over = sum > room;
-  const most = total(parts(measured.memory.alone[64]));
+  const most = total(parts(measured.memory.window[64]));
   const scale = 226 / Math.max(most, TANKS.high * MIB);
+  const rows = count(batch, "row");
   const said = over
-    ? `A batch of ${batch} takes ${bytes(sum)}: ${bytes(sum - room)} more than the tank of ${bytes(room)} holds.`
-    : `A batch of ${batch} takes ${bytes(sum)} of the tank’s ${bytes(room)}.`;
-  const none = list.find(([role]) => role === "gradients")[1] === 0;
-  const early = none ? " The peak comes before there is a gradient." : "";
+    ? `Out of memory: ${rows} at once ${batch === 1 ? "needs" : "need"} ${bytes(sum)}, and the tank holds ${bytes(room)}.`
+    : `${rows} at once ${batch === 1 ? "takes" : "take"} ${bytes(sum)} of the tank’s ${bytes(room)}.`;
   const svg = figure(
     300,
     said,
-    tank(36, 28, 116, 232, list, { scale, capacity: room, label: `batch of ${batch}` }),
+    tank(36, 28, 116, 232, list, { scale, capacity: room, label: `${rows} at once` }),
     text(190, 44, bytes(sum), { class: "number big" }),
     text(190, 64, `in a tank of ${bytes(room)}`, { class: "quiet" }),
     legend(190, 92, list),
-    over ? overflowSign(190, 262, `overflow by ${bytes(sum - room)}`) : null,
+    over ? overflowSign(190, 262, `needs ${bytes(sum)}, has ${bytes(room)}`) : null,
   );
-  const rows = [...list, ["together", sum]].map(([role, size]) => [role, bytes(size)]);
-  return { svg, say: said + early, table: table(["part", "at the peak"], rows, `A batch of ${batch} rows at once`) };
+  const cells = [...list, ["together", sum]].map(([role, size]) => [role, bytes(size)]);
+  return { svg, say: said, table: table(["part", "at the peak"], cells, `${rows} at once`) };
 }
 
 export function memoryFigure({ batch, microbatch }, measured) {

@@ -1,12 +1,13 @@
 // Make the page's figures, quiz and playground interactive. What is here already can be read without.
 
-import { FIGURES, RULES, START, TANKS, VIEWS, loop, saw } from "./figures.js";
+import { FIGURES, RULES, START, VIEWS, loop, saw } from "./figures.js";
 import { events } from "./phases.js";
 import { startPaste } from "./paste.js";
 import { makePlayer } from "./player.js";
 import { startPlayground } from "./playground.js";
 import { readIndex } from "./state.js";
 import { count } from "./svg.js";
+import { TANKS } from "./tank.js";
 import { startTheme } from "./theme.js";
 
 const { measured, fields, presets } = JSON.parse(document.getElementById("data").textContent);

@@ -2,7 +2,7 @@
 
 import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
 import { apply, badge, begin, ended, status } from "./runs.js";
-import { filled, presetOf, read, readAddress, writeAddress } from "./state.js";
+import { filled, nameOf, presetOf, read, readAddress, sameSettings, writeAddress } from "./state.js";
 import { percent, power } from "./svg.js";
 
 const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
@@ -29,6 +29,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       twin.closest("details").hidden = !table;
       if (twin.closest("details").open) twin.innerHTML = table;
     }
+    find("shown").textContent = view.kind === "idle" ? "" : nameOf(fields, presets, view.settings);
+    age();
     const words = status(view);
     if (find("status").textContent !== words) find("status").textContent = words;
     const seen = badge(view);
@@ -52,6 +54,13 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     run.disabled = running && !recorded;
     stop.disabled = !running;
     recover.hidden = view.kind !== "overflow" || recorded;
+  }
+
+  // Results of settings that the form does not show any more are grey, and say so.
+  function age() {
+    const old = !recorded && view.kind !== "idle" && !sameSettings(fields, view.settings, values().found);
+    find("results").classList.toggle("old", old);
+    find("stale").hidden = !old;
   }
 
   // However much is told, a picture is drawn once a frame; while nothing is told, none is.
@@ -107,6 +116,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   function address() {
     const { found } = values();
     mark(presetOf(fields, presets, found));
+    age();
     const kept = Object.fromEntries([...new URLSearchParams(location.search)].filter(([key]) => OTHERS.includes(key)));
     const query = writeAddress(fields, found, kept);
     history.replaceState(null, "", `${query ? `?${query}` : location.pathname}${location.hash}`);
@@ -172,6 +182,13 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     }
   }
 
+  // A preset runs at once: what is under way makes room for it.
+  async function startOver() {
+    const turn = ++replaying;
+    if (name && !ended(view)) await ask(`api/runs/${name}/stop`, {});
+    if (turn === replaying) await start();
+  }
+
   // Where the form takes the whole window, what it began is out of sight.
   function reveal() {
     const { top } = find("results").getBoundingClientRect();
@@ -202,6 +219,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     if (!recorded) start();
   });
   form.addEventListener("change", () => !recorded && (fit(), address()));
+  form.addEventListener("input", () => !recorded && age());
   stop.addEventListener("click", async () => {
     if (recorded) {
       replaying += 1;
@@ -222,6 +240,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       if (recorded) return replay(button.dataset.preset);
       fill(filled(fields, presets[button.dataset.preset].settings));
       address();
+      startOver();
     });
 
   // -- how it begins ------------------------------------------------------------------------------------------------

@@ -18,6 +18,19 @@ export const filled = (fields, settings = {}) => ({ ...Object.fromEntries(Object
 export const presetOf = (fields, presets, values) => Object.keys(presets).find((preset) =>
   Object.entries(filled(fields, presets[preset].settings)).every(([name, value]) => String(values[name]) === String(value)));
 
+export const sameSettings = (fields, one, other) => Object.keys(fields).every((name) => String(one[name]) === String(other[name]));
+
+// What a result is of, in one line: the preset's name, the cut and the rate, and whatever else is not as usual.
+export function nameOf(fields, presets, values) {
+  const preset = presets[presetOf(fields, presets, values)]?.title;
+  const { batch, microbatch, lr } = values;
+  const cut = typeof microbatch !== "number" ? `${batch} rows, microbatches of a size that is found`
+    : batch % microbatch ? `${batch} rows in microbatches of ${microbatch}` : `${batch} = ${batch / microbatch} × ${microbatch} rows`;
+  const others = Object.entries(fields).filter(([name, field]) => !["batch", "microbatch", "lr", "compare", "pace", "steps"].includes(name)
+    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label.toLowerCase()}: ${values[name]}`);
+  return [preset ? `${preset}: ${cut}` : cut, `learning rate ${lr}`, ...others].join(", ");
+}
+
 // Every field's value, and a notice for each name or value that is not known. A preset comes first, whatever the order.
 export function readAddress(fields, search, { others = [], presets = {} } = {}) {
   const preset = new URLSearchParams(search).get("preset");
