@@ -92,7 +92,7 @@ def crowded(page: Any) -> list[Any]:
           const room = svg.getBoundingClientRect();
           if (!room.width) return [];
           const boxes = [...svg.querySelectorAll('text')]
-            .map((each) => [each.textContent, each.getBoundingClientRect()]);
+            .map((each) => [each.textContent, each.getBoundingClientRect()]).filter(([words]) => words);
           const cut = boxes.filter(([, box]) => box.left < room.left - 1 || box.right > room.right + 1
             || box.top < room.top - 1 || box.bottom > room.bottom + 1).map(([words]) => ['cut off', words]);
           // A line is as high as its font, which leaves room above and below what is written.

@@ -27,7 +27,6 @@ MEASURED = STATIC / "measured.json"
 EXPERIMENTS: Mapping[str, Callable[[], Any]] = {
     "reference": experiments.agreement,
     "memory": experiments.memory,
-    "inside": experiments.inside,
     "shares": stage_numbers.shares,
     "traces": stage_numbers.traces,
     "cuts": experiments.cuts,

@@ -30,6 +30,11 @@ POLICY = (
 """Scripts, styles and data from where the page is from; nothing inline, nothing sent elsewhere. Said in the page too,
 for the copy that any server may host."""
 
+STAGED = ("hero", "loop", "code")
+"""The figures that are moments of the stage."""
+
+PLAYER = '<div class="player" data-player hidden></div>'
+
 LIVE, RECORDED = "live", "recorded"
 
 
@@ -147,9 +152,9 @@ def figure_html(name: str, drawn: Mapping[str, Any]) -> str:
         raise ConfigError(f"there is no figure {name!r}; there are {', '.join(drawn)}")
     each = drawn[name]
     return (
-        f'<figure class="figure" data-figure="{name}">'
+        f'<figure class="figure{" staged" if name in STAGED else ""}" data-figure="{name}">'
         f'<div class="controls" data-controls hidden></div><div class="drawing" data-drawing>{each["svg"]}</div>'
-        f"<figcaption><p data-say>{escape(each['say'])}</p>"
+        f"{PLAYER if name in STAGED else ''}<figcaption><p data-say>{escape(each['say'])}</p>"
         f'<details class="twin"><summary>The same as a table</summary><div class="scroll" tabindex="0" role="region" '
         f'aria-label="Table: {name}" data-table>{each["table"]}</div></details></figcaption></figure>'
     )

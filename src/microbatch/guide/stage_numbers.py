@@ -24,6 +24,9 @@ SHOWN = "blocks.0.mlp_norm.weight"
 NUMBERS = 7
 """How many entries of it are shown."""
 
+MOVING = ("gradients", "activations")
+"""The categories that come and go inside a step; parameters and optimizer state stay as they are."""
+
 POINTS = 10
 """Points of a microbatch's forward, and of its backward, that the memory's curve has."""
 
@@ -74,7 +77,7 @@ def traces() -> dict[str, Any]:
 
     Returns:
         For each number of microbatches, the first microbatch and the second one, as which all later ones are:
-        ``"forward"`` and ``"backward"``, KiB by category at points that are equally far apart in operators. Of every
+        ``"forward"`` and ``"backward"``, KiB of what comes and goes, at points that are equally far apart in operators. Of every
         stretch between two points the highest moment is kept, so that no peak is left out.
     """
     return {str(cut): trace(cut)[:2] for cut in CUTS}
@@ -124,7 +127,6 @@ def _points(line: Timeline, start: int, end: int) -> dict[str, list[int]]:
     edges = [start + (end - start) * point // POINTS for point in range(POINTS + 1)]
     moments = [max(range(first, last), key=lambda index: line.live[index]) for first, last in pairwise(edges)]
     parts = [line.parts(moment) for moment in moments]
-    found = {kind: [round(part.get(kind, 0) / 1024) for part in parts] for kind in KINDS}
-    totals = [round(sum(part.values()) / 1024) for part in parts]
-    found["other"] = [total - sum(found[kind][index] for kind in KINDS) for index, total in enumerate(totals)]
+    found = {kind: [round(part.get(kind, 0) / 1024) for part in parts] for kind in MOVING}
+    found["other"] = [round(sum(size for kind, size in part.items() if kind not in KINDS) / 1024) for part in parts]
     return found

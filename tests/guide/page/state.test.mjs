@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { apply, badge, begin, ended, status } from "../../../src/microbatch/guide/static/runs.js";
 import { loopPane, lossPane, errorPane, tankPane } from "../../../src/microbatch/guide/static/panes.js";
-import { filled, nameOf, presetOf, readAddress, readIndex, writeAddress } from "../../../src/microbatch/guide/static/state.js";
+import { filled, nameOf, presetOf, readAddress, readMoment, writeAddress } from "../../../src/microbatch/guide/static/state.js";
 
 const fields = {
   model: { label: "Model", default: "mlp", choices: ["mlp", "conv"], word: null },
@@ -33,10 +33,11 @@ test("an address may name a preset, and change it", () => {
   for (const unknown of ["none", "toString"]) assert.match(readAddress(fields, `?preset=${unknown}`, { presets }).notices[0], /preset that does not exist/);
 });
 
-test("an event's number is taken where there is such an event", () => {
-  assert.deepEqual(readIndex("?loop=7", "loop", 14), { index: 7 });
-  assert.deepEqual(readIndex("", "loop", 14), {});
-  for (const wrong of ["14", "-1", "x", "1.5", ""]) assert.match(readIndex(`?loop=${wrong}`, "loop", 14).notice, /0 to 13/);
+test("a moment is taken where there is such a moment", () => {
+  const known = { cuts: [1, 2, 4, 8], last: 1000 };
+  assert.deepEqual(readMoment("?loop=4-350", "loop", known), { cut: 4, t: 350 });
+  assert.deepEqual(readMoment("", "loop", known), {});
+  for (const wrong of ["3-350", "4-1001", "4", "-1", "x", "4-1.5", ""]) assert.match(readMoment(`?loop=${wrong}`, "loop", known).notice, /none such/);
 });
 
 test("a result is named by its preset, its cut, its rate, and whatever is not as usual", () => {

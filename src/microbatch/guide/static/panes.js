@@ -36,7 +36,7 @@ export function tankPane(view) {
     tank(16, 20, beside ? 62 : 84, 200, list, { scale, capacity: budget, label: view.retry && view.overflow ? "the attempt" : "this run" }),
     beside ? tank(100, 20, 62, 200, beside, { scale, label: "full batch" }) : null,
     legend(beside ? 184 : 150, 40, list, { step: 28 }),
-    over ? overflowSign(beside ? 184 : 150, 214, `needs ${bytes(total(list))}, has ${bytes(budget)}`) : null,
+    over ? overflowSign(beside ? 184 : 150, 214, `needs ${bytes(total(list))}`) : null,
   );
   const rows = [...list, ["together", total(list)]].map(([role, size], line) =>
     [role, bytes(size), ...(beside ? [bytes(line < beside.length ? beside[line][1] : total(beside))] : [])]);

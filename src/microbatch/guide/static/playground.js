@@ -6,7 +6,7 @@ import { filled, nameOf, presetOf, read, readAddress, sameSettings, writeAddress
 import { percent, power } from "./svg.js";
 
 const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
-const OTHERS = ["loop", "code", "saw"]; // what the address says of figures
+const OTHERS = ["hero", "loop", "code"]; // what the address says of figures
 
 export function startPlayground({ fields, presets, notices, recorded }) {
   const place = document.getElementById("playground");

@@ -59,10 +59,11 @@ export function writeAddress(fields, values, others = {}) {
   return query.toString();
 }
 
-export function readIndex(search, name, length) {
+// A moment of the stage, written as the number of microbatches and the thousandth of the step.
+export function readMoment(search, name, { cuts, last }) {
   const text = new URLSearchParams(search).get(name);
   if (text === null) return {};
-  const index = Number(text);
-  if (text !== "" && Number.isInteger(index) && index >= 0 && index < length) return { index };
-  return { notice: `The address asks for event ${text.slice(0, 20)} of “${name}”, which has the events 0 to ${length - 1}; it begins where it always does.` };
+  const [, cut, t] = (/^(\d{1,2})-(\d{1,4})$/.exec(text) ?? []).map(Number);
+  if (cuts.includes(cut) && t <= last) return { cut, t };
+  return { notice: `The address asks for the moment ${text.slice(0, 20)} of “${name}”, which has none such; it begins where it always does.` };
 }
