@@ -19,8 +19,8 @@ from microbatch.guide.server import Guide
 ROOT = Path(__file__).parents[2]
 RUN = "?model=conv&batch=128&microbatch=128&tank=1&compare=yes&steps=12"
 ALONE = """
-#playground > *:not([data-play]), .presets, .preset-text, .results .twin, .log, form { display: none !important }
-.workbench { grid-template-columns: minmax(0, 1fr) !important } section { padding: 1rem !important }
+#playground > *:not([data-play]), .tour, .preset-text, .results .twin, .log, form { display: none !important }
+section { padding: 1rem !important }
 .panes { grid-template-columns: 1fr 1fr !important }
 """
 UNSTUCK = """

@@ -39,6 +39,11 @@ def press_run(page: Any, *, key: str = "") -> None:
     until(page, f"![{before!r}, ''].includes(document.querySelector('#playground').dataset.runName ?? '')")
 
 
+def more(page: Any) -> None:
+    """Open what the playground does not ask first."""
+    page.locator(".more > summary").click()
+
+
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 
@@ -62,8 +67,9 @@ def test_it_reads_without_javascript(browser: Any, idle: Any, width: str) -> Non
         assert page.locator("[data-controls]:visible").count() == 0
         assert page.locator("noscript p").is_visible()
         assert page.locator("#playground button:visible, #playground input:visible").count() == 0
-        page.locator("#quiz summary").first.click()
-        assert page.locator("#quiz details[open] p").is_visible()
+        page.locator("#split .question summary").click()
+        assert page.locator("#split details[open] p").first.is_visible()
+        assert page.locator(".question legend:visible").count() == 8
         page.locator("#tank summary").click()
         assert page.locator("#tank table").is_visible()
 
@@ -74,7 +80,7 @@ def test_it_prints_its_text_and_figures(browser: Any, idle: Any) -> None:
         assert page.locator("#split svg").is_visible()
         assert not page.locator(".top").is_visible()
         assert not page.locator("#playground").is_visible()
-        assert page.locator("#quiz details p").first.is_visible()
+        assert page.locator("#split .question details p").is_visible()
         assert len(page.pdf()) > 20_000
 
 
@@ -112,7 +118,7 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
         seen: list[str] = []
         for _ in range(6):
             now = page.locator("#code .line.now").evaluate_all("lines => lines.map(line => line.dataset.phase)")
-            assert len(now) == 2
+            assert len(now) == 3
             seen.append(now[0].split()[0])
             code.locator(".player button").nth(2).click()
         assert seen == ["begin", "take", "forward", "backward", "backward", "take"]
@@ -209,7 +215,7 @@ def test_memory_ends_under_the_readers_hand_and_the_batch_is_cut(browser: Any, i
     with opened(browser, idle.url) as page:
         tank = page.locator('[data-figure="tank"]')
         assert not page.locator("#tank .remember").is_visible()  # it would answer the guess
-        page.locator("[data-guess] input").first.check()
+        page.locator("#tank .question input").nth(1).check()
         remember = str(page.locator("#tank .remember").text_content())
         for stop in range(7):
             tank.locator("input").first.fill(str(stop))
@@ -319,11 +325,13 @@ def test_the_player_the_quiz_and_a_run_by_keyboard_alone(browser: Any, idle: Any
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowLeft")
         assert str(words.text_content()).startswith("Forward")
-        page.locator('#quiz input[name="q1"]').first.focus()
+        page.locator('input[name="q1"]').first.focus()
         page.keyboard.press("ArrowDown")
-        assert page.locator("#quiz [data-verdict]").first.text_content() == "✓ Right."
-        assert page.locator("#quiz details").first.get_attribute("open") is not None
-        page.locator("#f-seed").focus()
+        assert page.locator("#tank [data-verdict]").text_content() == "✓ Right."
+        assert page.locator("#tank .question details").get_attribute("open") is not None
+        assert page.locator("[data-score]").text_content() == "1 of 8 right, 7 to go."
+        assert page.locator("[data-share]").is_visible()
+        page.locator("#f-batch").focus()
         press_run(page, key="Enter")
         wait_for_end(page)
 
@@ -333,9 +341,9 @@ def open_up(page: Any) -> None:
     for summary in page.locator("summary:visible").all():
         summary.click()
     page.locator('[data-figure="tank"] input').first.fill("6")
-    page.locator('#quiz input[name="q1"]').first.check()
+    page.locator('input[name="q2"]').first.check()
     page.locator('[data-figure="decision"]').get_by_role("button", name="No").click()
-    page.locator("[data-guess] input").first.check()
+    page.locator("#tank .question input").nth(1).check()
 
 
 CONV = {"model": "conv", "batch": 32, "microbatch": 32}
@@ -419,7 +427,9 @@ def test_a_preset_runs_at_once_and_its_result_carries_its_name(browser: Any, idl
         assert "norm=batch" in page.url
         until(page, "document.querySelector('[data-copy-text=program]').textContent.includes('norm=\"batch\"')")
         assert not page.locator("[data-stale]").is_visible()
+        assert page.evaluate("document.querySelector('[data-progress]').value") == 1
         page.reload()
+        more(page)
         assert page.input_value("#f-norm") == "batch"
         pressed = page.locator("[data-preset][aria-pressed=true]")
         assert pressed.all_text_contents() == ["BatchNorm drifts"]
@@ -448,6 +458,7 @@ def test_an_address_that_cannot_be_falls_back_and_says_so(browser: Any, idle: An
 
 def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url + "?model=conv&norm=batch") as page:
+        more(page)
         assert page.locator("#f-norm").is_visible()
         assert not page.locator("#f-coupling").is_visible()
         page.select_option("#f-model", "pairs")
@@ -455,6 +466,15 @@ def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: An
         assert not page.locator("#f-norm").is_visible()
         assert page.input_value("#f-norm") == "group"
         assert "norm" not in page.url
+
+
+def test_the_knobs_say_what_they_make_together(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        assert page.locator(".knobs input").count() == 3
+        for batch, size, words in (("32", "8", "32 = 4 × 8"), ("50", "8", "50 = 6 × 8 + 2"), ("4", "8", "")):
+            page.locator("#f-batch").fill(batch)
+            page.locator("#f-microbatch").fill(size)
+            assert page.locator("[data-cutting]").text_content() == words
 
 
 def test_a_setting_that_cannot_be_is_marked_and_explained(browser: Any, idle: Any) -> None:

@@ -167,7 +167,7 @@ def test_every_preset_can_be_run_and_shows_what_it_says(name: str) -> None:
     assert ("overflow" in kinds) == (name == "overflows")
     assert ("retry" in kinds) == (name == "recovers")
     exact = [step["error"] <= step["tolerance"] for step in found]
-    assert all(exact) if name in ("fits", "recovers", "exact", "coupled") else not any(exact)
+    assert exact == ([] if PRESETS[name].exact is None else [PRESETS[name].exact])
     if name in ("fits", "recovers"):
         assert max(step["peak_bytes"] for step in found) <= 10 * 1024**2
 

@@ -77,8 +77,8 @@ def traces() -> dict[str, Any]:
 
     Returns:
         For each number of microbatches, the first microbatch and the second one, as which all later ones are:
-        ``"forward"`` and ``"backward"``, KiB of what comes and goes, at points that are equally far apart in operators. Of every
-        stretch between two points the highest moment is kept, so that no peak is left out.
+        ``"forward"`` and ``"backward"``, KiB of what comes and goes, at points that are equally far apart in
+        operators. Of every stretch between two points the highest moment is kept, so that no peak is left out.
     """
     return {str(cut): trace(cut)[:2] for cut in CUTS}
 

@@ -61,6 +61,20 @@ test("one denominator weighs every token alike; others do so only where microbat
   assert.deepEqual(weights([4, 4], "means"), weights([4, 4], "right"));
 });
 
+test("the stack is the whole batch’s under one denominator, four times it without, and wrong by mean of means only on unequal lengths", () => {
+  const ratio = (rule, lengths) => FIGURES.mathematics({ rule, lengths }, measured).ratio;
+  for (const lengths of [[4, 4, 4, 4], [1, 16, 3, 2], [16, 1, 1, 16]]) assert.ok(Math.abs(ratio("right", lengths) - 1) < 1e-12);
+  assert.ok(Math.abs(ratio("none", [4, 4, 4, 4]) - 4) < 1e-9);
+  assert.ok(Math.abs(ratio("means", [4, 4, 4, 4]) - 1) < 1e-12);
+  assert.ok(Math.abs(ratio("means", [16, 1, 1, 16]) - 1) > 0.02);
+  for (const rule of ["right", "none", "means"]) {
+    const { say, svg, ratio: found } = FIGURES.mathematics({ rule, lengths: [16, 1, 1, 16] }, measured);
+    assert.ok(svg.includes(`× ${found.toFixed(2)}<`));
+    if (rule === "none") assert.ok(say.includes(`${found.toFixed(2)} times`));
+    if (rule === "means") assert.ok(say.includes(`${percent(Math.abs(found - 1))} off`));
+  }
+});
+
 test("every path of answers ends in one advice", () => {
   assert.equal(decision({ path: [false] }).end, "Accumulate: this is what it is for.");
   assert.equal(decision({ path: [true, true] }).end, "Accumulate: one reduction a step.");

@@ -169,7 +169,7 @@ export { indexOf };
 
 // -- the mathematics --------------------------------------------------------------------------------------------------
 
-export const RULES = { right: "divided by all tokens", none: "not divided", means: "mean of means", weighted: "means, weighted by tokens" };
+export const RULES = { right: "all tokens", none: "nothing", means: "the microbatches" };
 
 // What one token of each microbatch weighs in the gradient.
 export function weights(lengths, rule) {
@@ -183,36 +183,48 @@ export function weights(lengths, rule) {
   return lengths.map(each);
 }
 
-export function mathematics({ lengths, rule }) {
-  const right = weights(lengths, "right")[0];
-  const ratios = weights(lengths, rule).map((weight) => weight / right);
-  const exact = ratios.every((ratio) => Math.abs(ratio - 1) < 1e-12);
-  const x = (ratio) => 318 + Math.max(-1, Math.min(1, Math.log2(ratio) / 5)) * 90;
-  const cell = 10;
-  const name = RULES[rule][0].toUpperCase() + RULES[rule].slice(1);
-  const said = exact
-    ? `${name}: every token weighs the same, so it is the batch’s gradient.`
-    : `${name}: tokens weigh from ${extent(ratios).map(power).join(" to ")} times what they should.`;
-  const drawn = lengths.map((length, index) => {
-    const y = 34 + index * 46;
-    const ratio = ratios[index];
-    return [
-      el("g", { class: "microbatch" }, el("rect", { x: 26, y: y - 4, width: length * cell + 4, height: 18, rx: 4 }),
-        Array.from({ length }, (_, token) => el("rect", { class: "row", x: 28.5 + token * cell, y: y + 1, width: cell - 2.5, height: 8 }))),
-      text(14, y + 10, index + 1, { "text-anchor": "middle", class: "number" }),
-      el("line", { class: Math.abs(ratio - 1) < 1e-12 ? "stem right" : "stem wrong", x1: 318, x2: x(ratio), y1: y + 5, y2: y + 5 }),
-      el("circle", { class: Math.abs(ratio - 1) < 1e-12 ? "dot right" : "dot wrong", cx: x(ratio), cy: y + 5, r: 6 }),
-      text(318 + (ratio > 1.0001 ? -10 : 12), y + 10, `× ${power(ratio)}`, { class: "number", "text-anchor": ratio > 1.0001 ? "end" : "start" }),
-    ];
+// One number of the gradient, as it was measured in four microbatches: each one’s mean, as wide as it has tokens. Of each
+// mean the share that a rule adds is filled, and the shares are stacked beside the whole batch’s number.
+export function mathematics({ lengths, rule }, measured) {
+  const tokens = lengths.reduce((sum, length) => sum + length, 0), { shares } = measured.shares.cuts[lengths.length];
+  const entry = measured.shares.whole.indexOf(extent(measured.shares.whole)[1]);
+  const means = shares.map((each) => each[entry] * shares.length);
+  const whole = means.reduce((sum, mean, index) => sum + (mean * lengths[index]) / tokens, 0);
+  const factors = weights(lengths, rule).map((weight, index) => weight * lengths[index]);
+  const parts = means.map((mean, index) => mean * factors[index]);
+  const stack = parts.reduce((sum, part) => sum + part, 0), ratio = stack / whole, off = Math.abs(ratio - 1);
+  const even = lengths.every((length) => length === lengths[0]);
+  const said = {
+    right: "Divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
+    none: `Not divided: the stack is ${ratio.toFixed(2)} times as tall as the whole batch’s.`,
+    means: even ? "Divided by the microbatches: right, as long as all of them have as many tokens."
+      : off < 5e-4 ? "Divided by the microbatches: right here by chance, since tokens do not weigh alike."
+      : `A mean of means: ${percent(off)} off, because a token of a short microbatch weighs more.`,
+  }[rule];
+  const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 210 / Math.max(20, tokens);
+  let left = 14, level = bottom;
+  const bars = means.map((mean, index) => {
+    const width = lengths[index] * unit - 5, high = mean * scale, x = left;
+    left += lengths[index] * unit;
+    return [el("rect", { class: "goal", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
+      text(x + width / 2, bottom + 18, index + 1, { "text-anchor": "middle", class: "number" })];
   });
-  const high = 40 + lengths.length * 46;
-  const svg = figure(high + 10, said,
-    text(26, 18, "tokens by microbatch", { class: "quiet" }),
-    text(318, 18, "weight of one token", { "text-anchor": "middle", class: "quiet" }),
-    el("line", { class: "axis", x1: 318, x2: 318, y1: 26, y2: high - 8 }),
-    drawn, text(318, high + 4, "as in the batch", { "text-anchor": "middle", class: "quiet" }));
-  const rows = lengths.map((length, index) => [index + 1, length, power(right), power(weights(lengths, rule)[index]), `× ${power(ratios[index])}`]);
-  return { svg, say: said, table: table(["microbatch", "tokens", "right weight", "this weight", "ratio"], rows, name) };
+  const stacked = parts.map((part, index) => {
+    level -= part * scale;
+    const high = part * scale;
+    return [bar(290, level, 70, high, "gradients"), high > 18 ? [el("circle", { class: "disc", cx: 325, cy: level + high / 2, r: 9 }), text(325, level + high / 2 + 5, index + 1, { "text-anchor": "middle", class: "number small" })] : null];
+  });
+  const svg = figure(322, said,
+    text(14, 20, "each microbatch’s mean", { class: "quiet" }), text(325, 20, "their shares, stacked", { "text-anchor": "middle", class: "quiet" }),
+    el("path", { class: "axis", d: `M8 ${bottom}H236M282 ${bottom}H410` }), bars, stacked,
+    el("rect", { class: off < 1e-9 ? "goal met" : "goal", x: 286, y: bottom - whole * scale, width: 78, height: whole * scale }),
+    el("path", { class: "arrow", d: "M240 150H274", "marker-end": "url(#head)" }),
+    text(325, bottom - Math.max(stack, whole) * scale - 8, `× ${ratio.toFixed(2)}`, { "text-anchor": "middle", class: off < 1e-9 ? "number strong" : "number strong bad" }),
+    text(14, bottom + 44, `${lengths.join(" + ")} = ${tokens} tokens`, { class: "quiet" }),
+    text(325, bottom + 18, "dashed: whole batch", { "text-anchor": "middle", class: "quiet" }));
+  const rows = lengths.map((length, index) => [index + 1, length, power(means[index]), `× ${power(factors[index])}`, power(parts[index])]);
+  rows.push(["together", tokens, power(whole), `× ${power(ratio)}`, power(stack)]);
+  return { svg, say: said, ratio, table: table(["microbatch", "tokens", "mean", "share", "added"], rows, `One number of the gradient, divided by ${RULES[rule]}`) };
 }
 
 // -- what differs -----------------------------------------------------------------------------------------------------
@@ -306,7 +318,7 @@ export const START = {
   tank: { batch: 32, tank: 96 },
   split: { batch: 50, microbatch: 8 },
   loop: { cut: 4, t: 258 },
-  mathematics: { lengths: [8, 1, 2, 5], rule: "means" },
+  mathematics: { lengths: [4, 4, 4, 4], rule: "right" },
   code: { cut: 4, t: 60 },
   memory: { batch: 64, microbatch: 8 },
   differences: { view: "norm" },

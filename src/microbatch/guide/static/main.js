@@ -104,20 +104,6 @@ function wireTank() {
   draw();
 }
 
-function wireGuess() {
-  const guess = document.querySelector("[data-guess]");
-  guess.hidden = false;
-  // Nothing answers it before the reader does.
-  const answer = document.querySelector("#tank .remember");
-  answer.hidden = true;
-  guess.addEventListener("change", ({ target }) => {
-    answer.hidden = false;
-    guess.querySelector("[data-guess-answer]").textContent = target.value === "activations"
-      ? "Yes: every row leaves its own behind. Move the batch and see."
-      : `Not ${target.value}: they are as large as the model, for one row or a thousand. Move the batch and see what grows.`;
-  });
-}
-
 let splitTo; // what was cut in the tank goes on in the split
 
 function wireSplit() {
@@ -139,12 +125,12 @@ function wireSplit() {
 function wireMathematics() {
   const { controls, show } = place("mathematics"), state = { ...START.mathematics, lengths: [...START.mathematics.lengths] };
   const draw = () => show(FIGURES.mathematics(state, measured));
-  select(controls, "Denominator", RULES, state.rule, (rule) => ((state.rule = rule), draw()));
+  select(controls, "Divided by", RULES, state.rule, (rule) => ((state.rule = rule), draw()));
   const lengths = document.createElement("div");
   lengths.className = "lengths";
   controls.append(lengths);
   state.lengths.forEach((length, index) =>
-    slider(lengths, `Tokens of ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
+    slider(lengths, `Length ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
   draw();
 }
 
@@ -232,15 +218,36 @@ function wireCode() {
     if (line.dataset.phase) line.addEventListener("click", () => stage.phase(line.dataset.phase.split(" ")[0]));
 }
 
-// -- quiz, copies, where one is ---------------------------------------------------------------------------------------
+// -- questions, copies, where one is ---------------------------------------------------------------------------------------
 
-function wireQuiz() {
-  for (const item of document.querySelectorAll(".quiz .question"))
+// Predict, then see: what a section says in bold waits for the answer.
+function wireQuestions() {
+  const questions = [...document.querySelectorAll(".question:has(.verdict)")], score = document.querySelector("[data-score]"), share = document.querySelector("[data-share]");
+  const answers = new Map();
+  for (const item of questions) {
+    const bold = item.closest("section").querySelector(".remember");
+    bold.hidden = true;
     item.addEventListener("change", ({ target }) => {
       const right = target.hasAttribute("data-right");
+      if (!answers.has(item)) answers.set(item, right); // the first answer counts
       item.querySelector("[data-verdict]").textContent = right ? "✓ Right." : "✗ Not this one.";
       item.querySelector("details").open = true;
+      bold.hidden = false;
+      score.textContent = tallied();
+      share.hidden = false;
     });
+  }
+  const tallied = () => `${[...answers.values()].filter(Boolean).length} of ${questions.length} right${answers.size < questions.length ? `, ${questions.length - answers.size} to go` : ""}.`;
+  score.textContent = `${count(questions.length, "question")} stand above, each before the figure that answers it.`;
+  share.querySelector("button").addEventListener("click", async () => {
+    const words = `Gradient accumulation, ${tallied()} ${location.origin}${location.pathname}`;
+    try {
+      await navigator.clipboard.writeText(words);
+      share.querySelector("span").textContent = "Copied.";
+    } catch {
+      share.querySelector("span").textContent = words;
+    }
+  });
 }
 
 function wireCopies() {
@@ -273,7 +280,6 @@ function wireSections() {
 
 wireStage("hero", { playsItself: true });
 wireTank();
-wireGuess();
 wireSplit();
 wireStage("loop");
 wireMathematics();
@@ -281,7 +287,7 @@ wireCode();
 wireMemory();
 wireDifferences();
 wireDecision();
-wireQuiz();
+wireQuestions();
 wireCopies();
 wireSections();
 startPaste();

@@ -1,12 +1,23 @@
 // The playground: a form, a run of the server's, and four pictures of what it tells.
 
 import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
-import { apply, badge, begin, ended, status } from "./runs.js";
+import { apply, badge, begin, ended, progress, status } from "./runs.js";
+import { split } from "./phases.js";
 import { filled, nameOf, presetOf, read, readAddress, sameSettings, writeAddress } from "./state.js";
 import { percent, power } from "./svg.js";
 
 const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
 const OTHERS = ["hero", "loop", "code"]; // what the address says of figures
+
+// Call once, when something is first seen.
+function firstSeen(element, then) {
+  const seen = new IntersectionObserver(([entry]) => {
+    if (!entry.isIntersecting) return;
+    seen.disconnect();
+    then();
+  }, { threshold: 0.2 });
+  seen.observe(element);
+}
 
 export function startPlayground({ fields, presets, notices, recorded }) {
   const place = document.getElementById("playground");
@@ -41,9 +52,10 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       find("badge").dataset.tolerance = seen.tolerance;
       const scale = Math.abs(seen.scale - 1) > 0.02 ? `, × ${seen.scale.toFixed(2)} as large` : "";
       find("badge").textContent = seen.right
-        ? `✓ full batch’s gradient, to ${power(seen.error)}`
-        : `✗ not the full batch’s gradient: ${percent(seen.error)} off${scale}`;
+        ? `✓ This is the whole batch’s gradient, to ${power(seen.error)}.`
+        : `✗ This is not the whole batch’s gradient: ${percent(seen.error)} off${scale}.`;
     }
+    find("progress").value = progress(view);
     const log = find("log");
     log.replaceChildren(...view.log.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
     place.dataset.microbatches = view.done.microbatch;
@@ -93,6 +105,14 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     mark(presetOf(fields, presets, values));
   }
 
+  // 32 = 4 × 8: what the two knobs make together.
+  function cutting() {
+    const { found } = values(), { batch, microbatch } = found;
+    const sizes = typeof microbatch === "number" && batch && microbatch <= batch ? split(batch, microbatch) : null;
+    find("cutting").textContent = !sizes ? (microbatch === "auto" ? "the fastest size is found" : "")
+      : sizes.at(-1) === microbatch ? `${batch} = ${sizes.length} × ${microbatch}` : `${batch} = ${sizes.length - 1} × ${microbatch} + ${sizes.at(-1)}`;
+  }
+
   // A field of one model alone is not there for the others.
   function fit() {
     for (const field of form.querySelectorAll("[data-of]")) {
@@ -100,6 +120,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       field.hidden = field.dataset.of !== control("model").value;
       if (field.hidden) control(name).value = fields[name].default;
     }
+    cutting();
   }
 
   function values() {
@@ -165,6 +186,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     const { found, problems } = values();
     if (problems.length) {
       say(problems.join(". "));
+      const wrong = form.querySelector('[aria-invalid="true"]');
+      if (wrong.closest("details")) wrong.closest("details").open = true;
       form.querySelector('[aria-invalid="true"]').focus();
       return;
     }
@@ -219,7 +242,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     if (!recorded) start();
   });
   form.addEventListener("change", () => !recorded && (fit(), address()));
-  form.addEventListener("input", () => !recorded && age());
+  form.addEventListener("input", () => !recorded && (age(), cutting()));
   stop.addEventListener("click", async () => {
     if (recorded) {
       replaying += 1;
@@ -264,6 +287,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   if (recorded) {
     const named = new URLSearchParams(location.search).get("preset");
     if (Object.hasOwn(presets, named)) replay(named);
+    else firstSeen(find("results"), () => replaying || replay(Object.keys(presets)[0]));
   } else program(writeAddress(fields, asked));
   const all = [...notices, ...unknown];
   if (all.length) say(all.join(" "));

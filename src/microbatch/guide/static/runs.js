@@ -92,6 +92,9 @@ export function badge(view) {
   return { right, error: step.error, tolerance: step.tolerance, scale: step.scale };
 }
 
+// How much of what was planned is done, from 0 to 1.
+export const progress = ({ settings, done, kind }) => (kind === "done" ? 1 : Math.min(1, done.step / (settings.steps || 1)));
+
 export function status(view) {
   const { settings, steps } = view;
   const step = steps.at(-1);
