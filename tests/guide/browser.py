@@ -54,7 +54,8 @@ def opened(browser: Any, url: str, **options: Any) -> Generator[Any, None, None]
     page = context.new_page()
     page.on("console", lambda told: complaints.append(told.text) if told.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(origin) else None)
+    own = (origin, "data:")  # what is in the page itself is asked of nobody
+    page.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
     # Counted before anything of the page runs: frames that were asked for, and what each of them took.
     page.add_init_script(
         """(() => {

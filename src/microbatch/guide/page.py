@@ -139,7 +139,8 @@ def pair_html(one: float, other: float) -> str:
     most = max(one, other)
     return (
         '<svg class="bars" viewBox="0 0 100 18" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
-        f'<rect width="{100 * one / most:.1f}" height="7"/><rect y="10" width="{100 * other / most:.1f}" height="7"/></svg>'
+        f'<rect width="{100 * one / most:.1f}" height="7"/>'
+        f'<rect y="10" width="{100 * other / most:.1f}" height="7"/></svg>'
     )
 
 

@@ -201,11 +201,11 @@ export function mathematics({ lengths, rule }, measured) {
       : off < 5e-4 ? "Divided by the microbatches: right here by chance, since tokens do not weigh alike."
       : `A mean of means: ${percent(off)} off, because a token of a short microbatch weighs more.`,
   }[rule];
-  const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 210 / Math.max(20, tokens);
+  const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
   let left = 14, level = bottom;
   const bars = means.map((mean, index) => {
-    const width = lengths[index] * unit - 5, high = mean * scale, x = left;
-    left += lengths[index] * unit;
+    const width = 10 + lengths[index] * unit, high = mean * scale, x = left;
+    left += width + 6;
     return [el("rect", { class: "goal", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
       text(x + width / 2, bottom + 18, index + 1, { "text-anchor": "middle", class: "number" })];
   });

@@ -223,7 +223,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   async function replay(preset) {
     const turn = ++replaying;
     mark(preset);
-    const answer = await ask(`recorded/${preset}.json`);
+    const within = document.getElementById("recorded"); // one file holds its runs itself
+    const answer = within ? JSON.parse(within.textContent)[preset] ?? { problem: "none" } : await ask(`recorded/${preset}.json`);
     if (answer.problem) return say("This recording cannot be read.");
     view = begin(answer.settings);
     document.querySelector('[data-copy-text="program"]').textContent = answer.program;
@@ -287,7 +288,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   if (recorded) {
     const named = new URLSearchParams(location.search).get("preset");
     if (Object.hasOwn(presets, named)) replay(named);
-    else firstSeen(find("results"), () => replaying || replay(Object.keys(presets)[0]));
+    else if (!matchMedia("(prefers-reduced-motion: reduce)").matches) firstSeen(find("results"), () => replaying || replay(Object.keys(presets)[0]));
   } else program(writeAddress(fields, asked));
   const all = [...notices, ...unknown];
   if (all.length) say(all.join(" "));

@@ -16,7 +16,7 @@ export const SHAPES = { wide: WIDE, narrow: NARROW };
 const LAYERS = 4; // of the reference model
 
 const rect = (x, y, width, height, more = {}) => node("rect", { x, y, width: Math.max(0, width), height: Math.max(0, height), ...more });
-const label = (x, y, written, more = {}) => node("text", { x, y, "text-anchor": "middle", ...more }, written);
+const label = (x, y, written, more = {}) => node("text", { x, y, ...more }, written);
 const PATTERNS = { "optimizer state": "dots", gradients: "hatch", activations: "stripes", overflow: "cross" };
 
 // A filled box of a role, in its colour and its pattern.
@@ -48,8 +48,8 @@ function tiles(state, shape) {
     // A line of rows is a dashed stroke.
     const d = [0, 1, 2, 3].map((each) => `M${round(x + 3.8)} ${round(top + 4 + (each + 0.45) * line)}h${round(columns * cell - 1.6)}`).join("");
     const used = number < done && !now;
-    return node("g", { class: `microbatch${now ? " now" : used ? " done" : ""}`, "data-microbatch": number, transform: `translate(0 ${now ? round(4 * state.take) : 0})` },
-      rect(x, top, room, height, { rx: 6 }), node("path", { class: "rows", d, "stroke-width": line - 1.8, "stroke-dasharray": `${round(wide)} ${round(cell - wide)}`, opacity: used ? 0.35 : 1 }));
+    return node("g", { class: `microbatch${now ? " now" : used ? " done" : ""}`, "data-microbatch": number, transform: now ? `translate(0 ${round(4 * state.take)})` : undefined },
+      rect(x, top, room, height, { rx: 6 }), node("path", { class: "rows", d, "stroke-width": line - 1.8, "stroke-dasharray": `${round(wide)} ${round(cell - wide)}`, opacity: used ? 0.35 : undefined }));
   }));
 }
 
@@ -76,7 +76,7 @@ function tankOf(state, shape) {
   });
   const spilled = over ? 12 * Math.min(1, state.overflow * 2) : 0;
   const center = x + width / 2;
-  return node("g", { transform: `translate(${round(shaken)} 0)` }, parts, filled("overflow", x + 3, y - spilled, width - 6, spilled),
+  return node("g", { transform: shaken ? `translate(${round(shaken)} 0)` : undefined }, parts, filled("overflow", x + 3, y - spilled, width - 6, spilled),
     node("path", { class: "tank", d: `M${x} ${y}V${y + height}H${x + width}V${y}` }),
     node("path", { class: over ? "rim over" : "rim", d: `M${x - 6} ${y}H${x + width + 6}` }),
     label(center, y - 17, "memory", { class: "quiet" }),
@@ -97,8 +97,8 @@ function trace(state, shape, measured) {
     node("svg", { x, y: top, width: now, height: height + 8 }, node("g", { transform: `translate(${-x} ${-top})` },
       node("path", { class: "area", d: `${line}V${bottom}H${x}Z` }), node("path", { class: "past", d: line }))),
     node("path", { class: "limit", d: `M${x} ${round(up(LIMIT))}H${x + width}` }),
-    label(x + width, up(LIMIT) - 6, `limit: ${HAS}`, { "text-anchor": "end", class: "small bad" }),
-    label(x, bottom - height - 1, "memory over time", { "text-anchor": "start", class: "small quiet" }),
+    label(x + width, up(LIMIT) - 6, `limit: ${HAS}`, { class: "end small bad" }),
+    label(x, bottom - height - 1, "memory over time", { class: "start small quiet" }),
     node("path", { class: "axis", d: `M${x} ${bottom}H${x + width}` }),
     node("circle", { class: "now", cx: x + now, cy: up(state.total), r: 5.5 }),
     rect(x - 4, bottom - height - 6, width + 8, height + 20, { class: "scrub", "data-scrub": "" }));
