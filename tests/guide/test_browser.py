@@ -432,10 +432,10 @@ def test_a_preset_runs_at_once_and_its_result_carries_its_name(browser: Any, idl
         more(page)
         assert page.input_value("#f-norm") == "batch"
         pressed = page.locator("[data-preset][aria-pressed=true]")
-        assert pressed.all_text_contents() == ["BatchNorm drifts"]
+        assert pressed.all_text_contents() == ["7 BatchNorm drifts"]
         until(page, "document.querySelector('#playground').dataset.kind === 'done'")
         page.select_option("#f-norm", "exact")
-        assert pressed.all_text_contents() == ["BatchNorm, exact"]
+        assert pressed.all_text_contents() == ["8 BatchNorm, exact"]
         assert page.locator("[data-stale]").is_visible()  # an edit: the results are the old ones
         assert "old" in str(page.locator("[data-results]").get_attribute("class"))
         assert str(page.locator("[data-shown]").text_content()).startswith("BatchNorm drifts")
@@ -469,7 +469,7 @@ def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: An
 
 
 def test_the_knobs_say_what_they_make_together(browser: Any, idle: Any) -> None:
-    with opened(browser, idle.url) as page:
+    with opened(browser, idle.url, expected=("400",)) as page:
         assert page.locator(".knobs input").count() == 3
         for batch, size, words in (("32", "8", "32 = 4 × 8"), ("50", "8", "50 = 6 × 8 + 2"), ("4", "8", "")):
             page.locator("#f-batch").fill(batch)

@@ -27,7 +27,7 @@ export function nameOf(fields, presets, values) {
   const cut = typeof microbatch !== "number" ? `${batch} rows, microbatches of a size that is found`
     : batch % microbatch ? `${batch} rows in microbatches of ${microbatch}` : `${batch} = ${batch / microbatch} × ${microbatch} rows`;
   const others = Object.entries(fields).filter(([name, field]) => !["batch", "microbatch", "lr", "compare", "pace", "steps"].includes(name)
-    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label.toLowerCase()}: ${values[name]}`);
+    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label[0].toLowerCase()}${field.label.slice(1)}: ${values[name]}`);
   return [preset ? `${preset}: ${cut}` : cut, `learning rate ${lr}`, ...others].join(", ");
 }
 
