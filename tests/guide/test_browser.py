@@ -141,6 +141,7 @@ def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle
         page.wait_for_timeout(1300)
         assert page.evaluate("window.frames_.length") == 0
         assert page.evaluate(f"{hero}.querySelector('input').value") == "1000"
+        assert page.evaluate("location.search") == ""  # where it plays by itself, the address stays
 
 
 def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any) -> None:

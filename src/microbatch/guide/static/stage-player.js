@@ -36,13 +36,16 @@ export function startStage(figure, measured, { cut, t, playsItself = false, onMo
     exact = t;
     if (by === "reader") touched = true;
     show();
-    if (!playing) onRest(cut, t);
+    if (!playing) rest();
   }
 
   function choose(number) {
     cut = number;
     for (const each of cuts.querySelectorAll("button")) each.setAttribute("aria-pressed", String(Number(each.value) === cut));
   }
+
+  // Where the reader leaves it is kept; where it plays by itself is not.
+  const rest = () => touched && onRest(cut, t);
 
   // -- playing ------------------------------------------------------------------------------------------------------
 
@@ -57,7 +60,7 @@ export function startStage(figure, measured, { cut, t, playsItself = false, onMo
     if (!playing) return;
     playing = false;
     mark();
-    onRest(cut, t);
+    rest();
   }
   function mark() {
     button.play.textContent = playing ? "❚❚" : "▶";

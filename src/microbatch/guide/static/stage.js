@@ -98,7 +98,7 @@ export function stateAt(cut, t, measured) {
     shares.reduce((whole, each, number) => whole + each[entry] * within(added - number), 0));
   return {
     cut, t, phase, index, share, at, moves, end, seconds, memory, sums,
-    rows: measured.reference.batch, total: sum(memory), need: need(cut, measured),
+    rows: measured.reference.batch, total: sum(memory), need: need(cut, measured), atOnce: need(1, measured),
     take: upTo("take"), forward: phase === "forward" && !fits(cut, measured) ? share * passes(curve(cut, index, "forward", measured)) : forward,
     backward: over ? 0 : upTo("backward"), fly: phase === "add" ? share : 0, flying: index < 0 ? [] : shares[index],
     done: over || index < 0 ? 0 : index + (order(phase) >= order("add") && (phase !== "add" || share === 1) ? 1 : 0),
@@ -136,7 +136,7 @@ export function wholeCurve(cut, measured) {
 // -- the words --------------------------------------------------------------------------------------------------------
 
 export function words(state) {
-  const { cut, rows, phase, index, need: needed, apart } = state;
+  const { cut, rows, phase, index, need: needed, atOnce, apart } = state;
   const size = rows / cut, which = cut === 1 ? "The batch" : `Microbatch ${index + 1} of ${cut}`;
   return {
     begin: cut === 1 ? `All ${rows} rows at once.` : `${rows} rows, cut into ${cut} microbatches of ${size}. The weights are frozen.`,
@@ -145,7 +145,7 @@ export function words(state) {
     backward: "Backward: layer by layer the activations are used and freed.",
     add: cut === 1 ? "The gradient is there." : `Its gradient, divided by ${cut}, is added.`,
     agree: cut === 1 ? "This is the whole batch’s gradient." : `All ${cut} shares together are the whole batch’s gradient, ${power(apart)} apart.`,
-    step: `One step: the weights move, once. It took ${bytes(needed)}.`,
+    step: `One step: the weights move, once. It took ${bytes(needed)}, and not ${bytes(atOnce)}.`,
     overflow: `Out of memory: ${cut === 1 ? `all ${rows} rows at once` : `microbatches of ${size}`} need ${bytes(needed)}, and the GPU has ${HAS}. Cut the batch.`,
   }[phase];
 }
