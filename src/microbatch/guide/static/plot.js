@@ -36,7 +36,7 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
   const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
   const drawn = series.map(({ name, ys, look }, number) => {
     const points = ys.map((value, index) => [across(index), value, index]).filter(([, value]) => drawable(value))
-      .map(([left, value, index]) => [round(left), round(up(value)), `${name}, ${x} ${xs[index]}: ${format(value)}`]);
+      .map(([left, value, index]) => [round(left), round(up(value)), `${name}: ${format(value)} (${x}: ${xs[index]})`]);
     const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
     const stride = Math.max(1, Math.ceil(points.length / most));
     return el("g", { class: `series s${look ?? number}` }, line && el("path", { d: line, class: "line" }),

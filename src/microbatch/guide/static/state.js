@@ -22,7 +22,12 @@ export const sameSettings = (fields, one, other) => Object.keys(fields).every((n
 
 // What a result is of, in one line: the preset's name, the cut and the rate, and whatever else is not as usual.
 export function nameOf(fields, presets, values) {
-  const preset = presets[presetOf(fields, presets, values)]?.title;
+  // However many steps of it were run: a recording has fewer.
+  const named = Object.keys(presets).find((preset) => {
+    const whole = filled(fields, presets[preset].settings);
+    return presetOf(fields, { [preset]: presets[preset] }, { ...values, ...("steps" in whole && { steps: whole.steps }) });
+  });
+  const preset = presets[named]?.title;
   const { batch, microbatch, lr } = values;
   const cut = typeof microbatch !== "number" ? `${batch} rows, microbatches of a size that is found`
     : batch % microbatch ? `${batch} rows in microbatches of ${microbatch}` : `${batch} = ${batch / microbatch} × ${microbatch} rows`;
