@@ -185,7 +185,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 def test_a_copy_plays_recorded_runs_on_any_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = {name: export.PRESETS[name] for name in ("drift", "pairs")}
+    chosen = {name: export.PRESETS[name] for name in ("fits", "drift", "pairs")}
     monkeypatch.setattr(export, "PRESETS", chosen)
     monkeypatch.setattr(export, "MOST_STEPS", 3)
     folder = tmp_path / "copy"
@@ -206,3 +206,11 @@ def test_a_copy_plays_recorded_runs_on_any_server(tmp_path: Path, monkeypatch: p
             assert violations(page, "html") == []
             assert 'lesson("pairs"' in str(page.locator("[data-copy-text=program]").text_content())
         server.shutdown()
+    # The one file, from the disk: the whole guide by a double click.
+    address = (folder / export.SINGLE).as_uri()
+    with launched() as browser, opened(browser, address, reduced_motion="no-preference") as page:
+        page.wait_for_selector('[data-figure="hero"][data-playing="true"]', timeout=30_000)
+        page.get_by_role("button", name="BatchNorm drifts").click()
+        page.wait_for_selector('#playground[data-kind="done"]', timeout=30_000)
+        assert str(page.locator("[data-shown]").text_content()).startswith("BatchNorm drifts")
+        assert "✗" in str(page.locator("[data-badge]").text_content())

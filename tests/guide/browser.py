@@ -54,7 +54,8 @@ def opened(browser: Any, url: str, **options: Any) -> Generator[Any, None, None]
     page = context.new_page()
     page.on("console", lambda told: complaints.append(told.text) if told.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: foreign.append(request.url) if not request.url.startswith(origin) else None)
+    own = (origin, "data:")  # what is in the page itself is asked of nobody
+    page.on("request", lambda request: None if request.url.startswith(own) else foreign.append(request.url))
     # Counted before anything of the page runs: frames that were asked for, and what each of them took.
     page.add_init_script(
         """(() => {
@@ -92,7 +93,7 @@ def crowded(page: Any) -> list[Any]:
           const room = svg.getBoundingClientRect();
           if (!room.width) return [];
           const boxes = [...svg.querySelectorAll('text')]
-            .map((each) => [each.textContent, each.getBoundingClientRect()]);
+            .map((each) => [each.textContent, each.getBoundingClientRect()]).filter(([words]) => words);
           const cut = boxes.filter(([, box]) => box.left < room.left - 1 || box.right > room.right + 1
             || box.top < room.top - 1 || box.bottom > room.bottom + 1).map(([words]) => ['cut off', words]);
           // A line is as high as its font, which leaves room above and below what is written.

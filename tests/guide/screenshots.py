@@ -2,7 +2,7 @@
 
 They go to ``screenshots/``, which git ignores, together with the live view of the runs that are named.
 
-With ``--readme`` it takes the README's picture instead, ``docs/guide.png``: the playground after a run that recovered.
+With ``--readme`` it takes the README's picture instead, ``docs/guide.png``: one step, on its way.
 """
 
 import sys
@@ -18,11 +18,7 @@ from microbatch.guide.server import Guide
 
 ROOT = Path(__file__).parents[2]
 RUN = "?model=conv&batch=128&microbatch=128&tank=1&compare=yes&steps=12"
-ALONE = """
-#playground > *:not([data-play]), .presets, .preset-text, .results .twin, .log, form { display: none !important }
-.workbench { grid-template-columns: minmax(0, 1fr) !important } section { padding: 1rem !important }
-.panes { grid-template-columns: 1fr 1fr !important }
-"""
+MOMENT = "?hero=4-545"
 UNSTUCK = """
 .top, .bar, .results, .pasted, section > .figure, section > .pair, .beside > .figure { position: static !important }
 """
@@ -33,12 +29,13 @@ def main() -> None:
     runs = open_runs([Path(path) for path in sys.argv[1:] if not path.startswith("--")])
     with launched() as browser:
         for client in serving(Guide(runs)):
+            if "--readme" in sys.argv:
+                with opened(browser, client.url + MOMENT, bypass_csp=True) as page:
+                    picture(page, ROOT / "docs" / "guide.png")
+                return
             with opened(browser, client.url + RUN, bypass_csp=True) as page:
                 page.locator("[data-run]").click()
                 page.wait_for_selector('#playground[data-kind="done"]', timeout=600_000)
-                if "--readme" in sys.argv:
-                    picture(page, ROOT / "docs" / "guide.png")
-                    return
             with opened(browser, client.url, bypass_csp=True) as page:
                 page.emulate_media(media="print")
                 page.screenshot(path=folder() / "print.png", full_page=True)
@@ -73,12 +70,12 @@ def picture(page: Any, path: Path) -> None:
     """Take the README's picture.
 
     Args:
-        page: After a run.
+        page: At a moment of the hero.
         path: Where it goes.
     """
-    page.add_style_tag(content=UNSTUCK + ALONE)
-    page.set_viewport_size({"width": 1000, "height": 900})
-    page.locator("section#playground").screenshot(path=path)
+    page.add_style_tag(content=UNSTUCK + ".lead { padding: 1rem !important } .lead .twin { display: none }")
+    page.set_viewport_size({"width": 1160, "height": 900})
+    page.locator("section#hero").screenshot(path=path)
 
 
 def folder() -> Path:

@@ -39,6 +39,11 @@ def press_run(page: Any, *, key: str = "") -> None:
     until(page, f"![{before!r}, ''].includes(document.querySelector('#playground').dataset.runName ?? '')")
 
 
+def more(page: Any) -> None:
+    """Open what the playground does not ask first."""
+    page.locator(".more > summary").click()
+
+
 # -- the text ---------------------------------------------------------------------------------------------------------
 
 
@@ -57,14 +62,15 @@ def test_it_reads_without_javascript(browser: Any, idle: Any, width: str) -> Non
         for name in SECTIONS:
             section = page.locator(f"section#{name}")
             assert section.locator("h1, h2").first.is_visible()
-        assert page.locator("[data-drawing] > svg:visible").count() == 10
+        assert page.locator("[data-drawing] > svg:visible").count() == 9
         assert page.locator(".remember:visible").count() == 9
         assert page.locator("[data-controls]:visible").count() == 0
         assert page.locator("noscript p").is_visible()
         assert page.locator("#playground button:visible, #playground input:visible").count() == 0
-        page.locator("#quiz summary").first.click()
-        assert page.locator("#quiz details[open] p").is_visible()
-        page.locator("#tank summary").click()
+        page.locator("#split .question summary").click()
+        assert page.locator("#split details[open] p").first.is_visible()
+        assert page.locator(".question legend:visible").count() == 8
+        page.locator("#tank .twin summary").click()
         assert page.locator("#tank table").is_visible()
 
 
@@ -74,7 +80,7 @@ def test_it_prints_its_text_and_figures(browser: Any, idle: Any) -> None:
         assert page.locator("#split svg").is_visible()
         assert not page.locator(".top").is_visible()
         assert not page.locator("#playground").is_visible()
-        assert page.locator("#quiz details p").first.is_visible()
+        assert page.locator("#split .question details p").is_visible()
         assert len(page.pdf()) > 20_000
 
 
@@ -89,63 +95,102 @@ def test_nothing_is_wider_than_the_window(browser: Any, idle: Any, width: str) -
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "index"), [("loop", 7), ("code", 3), ("saw", 11)])
-def test_a_link_leads_to_its_event_and_a_reload_too(browser: Any, idle: Any, name: str, index: int) -> None:
+@pytest.mark.parametrize(("name", "cut", "moment"), [("hero", 8, 351), ("loop", 4, 702), ("code", 2, 93)])
+def test_a_link_leads_to_its_moment_and_a_reload_too(browser: Any, idle: Any, name: str, cut: int, moment: int) -> None:
     drawing = f'[data-figure="{name}"] [data-drawing]'
     with opened(browser, idle.url) as page:
         figure = page.locator(f'[data-figure="{name}"]')
-        figure.locator("input[type=range]").fill(str(index - 1))
-        figure.get_by_role("button", name="Next").click()
+        figure.locator(f'.cuts button[value="{cut}"]').click()
+        figure.locator("input[type=range]").fill(str(moment))
         stepped = page.inner_html(drawing)
-        until(page, f"location.search.includes('{name}={index}')")
+        until(page, f"location.search.includes('{name}={cut}-{moment}')")
         url = page.url
         page.reload()
         assert page.inner_html(drawing) == stepped
-    with opened(browser, url) as page:
+    with opened(browser, url, reduced_motion="no-preference") as page:
         assert page.inner_html(drawing) == stepped
 
 
-def test_the_code_lines_follow_the_event(browser: Any, idle: Any) -> None:
-    phases = {0: "begin", 1: "take", 2: "forward", 3: "backward", 22: "step"}
+def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url) as page:
-        for index, phase in phases.items():
-            page.locator('[data-figure="code"] input[type=range]').fill(str(index))
+        code = page.locator('[data-figure="code"]')
+        code.locator("input[type=range]").fill("0")
+        seen: list[str] = []
+        for _ in range(6):
             now = page.locator("#code .line.now").evaluate_all("lines => lines.map(line => line.dataset.phase)")
-            assert len(now) == 2
-            assert all(phase in each.split() for each in now)
+            assert len(now) == 3
+            seen.append(now[1].split()[0])
+            code.locator(".player button").nth(2).click()
+        assert seen == ["begin", "take", "forward", "backward", "backward", "take"]
+        page.locator("#code .line[data-phase~=step]").first.click()
+        assert "One step" in str(code.locator("[data-say]").text_content())
+
+
+def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle: Any) -> None:
+    """The whole batch does not fit, four microbatches do; the picture keeps its nodes, and then nothing is drawn."""
+    with opened(browser, idle.url, reduced_motion="no-preference") as page:
+        hero = "document.querySelector('[data-figure=hero]')"
+        until(page, f"{hero}.dataset.playing === 'true'")
+        page.evaluate(f"window.kept_ = {hero}.querySelector('.network .layer')")
+        until(page, f"{hero}.querySelector('[data-say]').textContent.startsWith('Out of memory: all 64 rows')")
+        assert page.evaluate("window.kept_.isConnected")
+        until(page, f"{hero}.querySelector('.cuts [aria-pressed=true]').value === '4'")
+        until(page, f"{hero}.querySelector('[data-say]').textContent.startsWith('One step')")
+        until(page, f"{hero}.dataset.playing === 'false'")
+        page.evaluate("window.frames_.length = 0")
+        page.wait_for_timeout(1300)
+        assert page.evaluate("window.frames_.length") == 0
+        assert page.evaluate(f"{hero}.querySelector('input').value") == "1000"
+        assert page.evaluate("location.search") == ""  # where it plays by itself, the address stays
 
 
 def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url, reduced_motion="no-preference") as page:
-        page.wait_for_timeout(300)
+        hero = page.locator('[data-figure="hero"]')
+        moment = "document.querySelector('[data-figure=hero] input').value"
+        until(page, "document.querySelector('[data-figure=hero]').dataset.playing === 'true'")
+        before = page.evaluate(moment)
+        until(page, f"{moment} !== {before!r}")
+        hero.locator(".player button").first.click()
+        page.wait_for_timeout(100)
         page.evaluate("window.frames_.length = 0")
+        stood = page.evaluate(moment)
         page.wait_for_timeout(500)
         assert page.evaluate("window.frames_.length") == 0
         assert page.evaluate("document.getAnimations().length") == 0
-        player = page.locator('[data-figure="loop"]')
-        # Out of sight it would not play; that it is in sight is told with the next frame.
-        page.evaluate("document.querySelector('[data-figure=loop]').scrollIntoView({ behavior: 'instant' })")
-        page.wait_for_timeout(300)
-        before = page.evaluate(
-            """new Promise((tell) => {
-              setTimeout(() => tell('nothing was said'), 5000);
-              const figure = document.querySelector('[data-figure=loop]'), words = figure.querySelector('[data-say]');
-              const heard = new MutationObserver(() => tell(figure.querySelector('output').textContent));
-              heard.observe(words, { childList: true });
-              figure.querySelector('.player button').click();
-            })"""
-        )
-        assert before == "6 / 13"  # the words come first, and then what they say
-        until(page, "document.querySelector('[data-figure=loop] output').textContent !== '6 / 13'")
+        assert page.evaluate(moment) == stood
+        hero.locator(".player button").first.click()
+        until(page, f"{moment} !== {stood!r}")
         page.evaluate("window.scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
-        player.locator("button", has_text="Play").wait_for(state="attached", timeout=5000)
-        stood = player.locator("output").text_content()
-        page.wait_for_timeout(1200)
-        assert player.locator("output").text_content() == stood
+        until(page, "document.querySelector('[data-figure=hero]').dataset.playing === 'false'")
+        page.evaluate("window.frames_.length = 0")
+        page.wait_for_timeout(500)
         assert page.evaluate("window.frames_.length") == 0
 
 
+def test_a_microbatch_is_clicked_and_the_curve_is_dragged(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        loop = page.locator('[data-figure="loop"]')
+        loop.locator("[data-microbatch='2']").click()
+        assert str(loop.locator("[data-say]").text_content()).startswith("Microbatch 3 of 4")
+        curve = loop.locator("[data-scrub]").bounding_box()
+        assert curve is not None
+        middle = curve["y"] + curve["height"] / 2
+        page.mouse.move(curve["x"] + curve["width"] * 0.25, middle)
+        page.mouse.down()
+        page.mouse.move(curve["x"] + curve["width"] * 0.75, middle)
+        page.mouse.up()
+        assert 730 <= int(loop.locator("input[type=range]").input_value()) <= 770
+
+
 def test_reduced_motion_is_honoured(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, reduced_motion="reduce") as page:
+        page.wait_for_timeout(300)
+        assert page.evaluate("window.frames_.length") == 0
+        hero = page.locator('[data-figure="hero"]')
+        assert str(hero.locator("[data-say]").text_content()).startswith("One step")
+        hero.locator('.cuts button[value="1"]').click()  # the end of it, at once
+        assert str(hero.locator("[data-say]").text_content()).startswith("Out of memory")
     unit = "getComputedStyle(document.documentElement).getPropertyValue('--1s').trim()"
     scroll = "getComputedStyle(document.documentElement).scrollBehavior"
     with opened(browser, idle.url, reduced_motion="reduce") as page:
@@ -156,31 +201,60 @@ def test_reduced_motion_is_honoured(browser: Any, idle: Any) -> None:
 
 def test_turning_the_phone_keeps_what_was_chosen(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url, viewport=WIDTHS["phone"]) as page:
-        page.locator('[data-figure="loop"] input[type=range]').fill("9")
+        loop = page.locator('[data-figure="loop"]')
+        loop.locator("input[type=range]").fill("420")
         page.locator("#f-batch").fill("48")
-        before = page.inner_html('[data-figure="loop"] [data-drawing]')
+        before = loop.locator("[data-say]").text_content()
         page.set_viewport_size({"width": 844, "height": 390})
-        assert page.inner_html('[data-figure="loop"] [data-drawing]') == before
+        assert loop.locator("input[type=range]").input_value() == "420"
+        assert loop.locator("[data-say]").text_content() == before
         assert page.input_value("#f-batch") == "48"
         assert page.evaluate("document.documentElement.scrollWidth") <= 844
 
 
-def test_the_tank_overflows_under_the_readers_hand(browser: Any, idle: Any) -> None:
+def test_memory_ends_under_the_readers_hand_and_the_batch_is_cut(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url) as page:
         tank = page.locator('[data-figure="tank"]')
-        assert "overflow" not in tank.locator("svg").inner_html()
-        tank.locator("input").first.fill("6")
-        assert "overflow" in tank.locator("svg").inner_html()
-        assert "more than the tank" in str(tank.locator("[data-say]").text_content())
+        assert not page.locator("#tank .remember").is_visible()  # it would answer the guess
+        page.locator("#tank .question input").nth(1).check()
+        remember = str(page.locator("#tank .remember").text_content())
+        for stop in range(7):
+            tank.locator("input").first.fill(str(stop))
+            words, picture = tank.locator("[data-say]").text_content(), tank.locator("svg").inner_html()
+            heads, sizes = (tank.locator(f"tbody {cell}").all_text_contents() for cell in ("th", "td"))
+            cells = dict(zip(heads, sizes, strict=True))
+            assert cells["together"] in words
+            assert f">{cells['activations']}<" in picture
+            if stop in (0, 6):  # one row, all of them
+                assert cells["activations"] in remember
+            assert ("Out of memory" in words) == ("Out of memory" in picture.partition("plate")[2]) == (stop == 6)
+            assert tank.get_by_role("button", name="Cut it in half").is_visible() == (stop == 6)
+        tank.get_by_role("button", name="Cut it in half").click()
+        assert str(tank.locator("[data-say]").text_content()).startswith("2 × 32 rows take")
+        assert page.evaluate("document.activeElement.hash") == "#split"
+        assert "64 rows in microbatches of 32" in str(page.locator('[data-figure="split"] [data-say]').text_content())
+
+
+def test_the_tank_is_filled_and_its_rim_is_moved_by_hand(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        tank = page.locator('[data-figure="tank"]')
+        for what, by, words in (("batch", -150, "Out of memory: 64 rows"), ("tank", -200, "of the tank’s 192 MiB")):
+            tank.locator("svg").scroll_into_view_if_needed()
+            box = tank.locator(f"[data-drag={what}]").bounding_box()
+            assert box is not None
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+            page.mouse.down()
+            page.mouse.move(box["x"] + box["width"] / 2, box["y"] + by, steps=4)
+            page.mouse.up()
+            assert words in str(tank.locator("[data-say]").text_content())
 
 
 CHOSEN = {
     "tank": [(0, 16), (0, 192), (6, 16), (6, 192)],
     "split": [(1, 1), (7, 2), (96, 1), (96, 5), (96, 96)],
     "memory": [(0, 6), (3, 3), (6, 0), (6, 5)],
-    "loop": [(0,), (1,), (2,), (13,)],
-    "code": [(1,), (22,)],
-    "saw": [(0,), (93,)],
+    "hero": [(0,), (200,), (500,), (1000,)],
+    "loop": [(0,), (333,)],
     "mathematics": [(16, 1, 1, 16), (1, 16, 16, 16)],
 }
 
@@ -199,6 +273,9 @@ def test_no_words_of_a_picture_are_cut_off_or_lie_over_others(browser: Any, idle
                     if place.locator("select").count():
                         place.locator("select").select_option(index=rule)
                     assert crowded(page) == [], (figure, position)
+        for cut in (1, 8, 2):
+            page.locator(f'[data-figure="hero"] .cuts button[value="{cut}"]').click()
+            assert crowded(page) == [], cut
         for view in range(4):
             page.locator('[data-figure="differences"] select').select_option(index=view)
             assert crowded(page) == [], view
@@ -242,17 +319,20 @@ def test_everything_is_reached_by_keyboard_with_visible_focus(browser: Any, idle
 def test_the_player_the_quiz_and_a_run_by_keyboard_alone(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url + MANY) as page:
         loop = page.locator('[data-figure="loop"]')
+        words = loop.locator("[data-say]")
         loop.get_by_role("button", name="Next").focus()
         page.keyboard.press("Enter")
-        assert loop.locator("output").text_content() == "7 / 13"
+        assert str(words.text_content()).startswith("Its gradient, divided by 4, is added")
         page.keyboard.press("ArrowLeft")
         page.keyboard.press("ArrowLeft")
-        assert loop.locator("output").text_content() == "5 / 13"
-        page.locator('#quiz input[name="q1"]').first.focus()
+        assert str(words.text_content()).startswith("Forward")
+        page.locator('input[name="q1"]').first.focus()
         page.keyboard.press("ArrowDown")
-        assert page.locator("#quiz [data-verdict]").first.text_content() == "✓ Right."
-        assert page.locator("#quiz details").first.get_attribute("open") is not None
-        page.locator("#f-seed").focus()
+        assert page.locator("#tank [data-verdict]").text_content() == "✓ Right."
+        assert page.locator("#tank .question details").get_attribute("open") is not None
+        assert page.locator("[data-score]").text_content() == "1 of 8 right, 7 to go."
+        assert page.locator("[data-share]").is_visible()
+        page.locator("#f-batch").focus()
         press_run(page, key="Enter")
         wait_for_end(page)
 
@@ -262,9 +342,9 @@ def open_up(page: Any) -> None:
     for summary in page.locator("summary:visible").all():
         summary.click()
     page.locator('[data-figure="tank"] input').first.fill("6")
-    page.locator('#quiz input[name="q1"]').first.check()
+    page.locator('input[name="q2"]').first.check()
     page.locator('[data-figure="decision"]').get_by_role("button", name="No").click()
-    page.locator("[data-guess] input").first.check()
+    page.locator("#tank .question input").nth(1).check()
 
 
 CONV = {"model": "conv", "batch": 32, "microbatch": 32}
@@ -335,18 +415,31 @@ def test_forgetting_to_divide_shows_how_many_times(browser: Any, idle: Any) -> N
         assert "× 4.0" in str(badge.text_content())
 
 
-def test_a_preset_fills_the_form_the_address_and_the_program(browser: Any, idle: Any) -> None:
-    with opened(browser, idle.url) as page:
-        page.get_by_role("button", name="BatchNorm drifts").click()
+def test_a_preset_runs_at_once_and_its_result_carries_its_name(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url + SLOW) as page:
+        press_run(page)
+        page.get_by_role("button", name="BatchNorm drifts").click()  # what is under way makes room
+        until(
+            page, "document.querySelector('[data-shown]').textContent.startsWith('BatchNorm drifts: 32 = 8 × 4 rows')"
+        )
+        wait_for_end(page)
+        assert "✗" in str(page.locator("[data-badge]").text_content())
         assert page.input_value("#f-model") == "conv"
         assert "norm=batch" in page.url
         until(page, "document.querySelector('[data-copy-text=program]').textContent.includes('norm=\"batch\"')")
+        assert not page.locator("[data-stale]").is_visible()
+        assert page.evaluate("document.querySelector('[data-progress]').value") == 1
         page.reload()
+        more(page)
         assert page.input_value("#f-norm") == "batch"
         pressed = page.locator("[data-preset][aria-pressed=true]")
-        assert pressed.all_text_contents() == ["BatchNorm drifts"]
+        assert pressed.all_text_contents() == ["7 BatchNorm drifts"]
+        until(page, "document.querySelector('#playground').dataset.kind === 'done'")
         page.select_option("#f-norm", "exact")
-        assert pressed.all_text_contents() == ["BatchNorm, exact"]
+        assert pressed.all_text_contents() == ["8 BatchNorm, exact"]
+        assert page.locator("[data-stale]").is_visible()  # an edit: the results are the old ones
+        assert "old" in str(page.locator("[data-results]").get_attribute("class"))
+        assert str(page.locator("[data-shown]").text_content()).startswith("BatchNorm drifts")
         page.locator("#f-seed").fill("7")
         page.locator("#f-seed").press("Tab")
         assert pressed.all_text_contents() == []
@@ -355,7 +448,7 @@ def test_a_preset_fills_the_form_the_address_and_the_program(browser: Any, idle:
 
 
 def test_an_address_that_cannot_be_falls_back_and_says_so(browser: Any, idle: Any) -> None:
-    with opened(browser, idle.url + "?model=rocket&batch=-4&nonsense=1&loop=99") as page:
+    with opened(browser, idle.url + "?model=rocket&batch=-4&nonsense=1&loop=3-99") as page:
         notice = page.locator("[data-notice]")
         assert notice.is_visible()
         words = str(notice.text_content())
@@ -366,6 +459,7 @@ def test_an_address_that_cannot_be_falls_back_and_says_so(browser: Any, idle: An
 
 def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: Any) -> None:
     with opened(browser, idle.url + "?model=conv&norm=batch") as page:
+        more(page)
         assert page.locator("#f-norm").is_visible()
         assert not page.locator("#f-coupling").is_visible()
         page.select_option("#f-model", "pairs")
@@ -373,6 +467,15 @@ def test_a_field_of_one_model_is_not_there_for_the_others(browser: Any, idle: An
         assert not page.locator("#f-norm").is_visible()
         assert page.input_value("#f-norm") == "group"
         assert "norm" not in page.url
+
+
+def test_the_knobs_say_what_they_make_together(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, expected=("400",)) as page:
+        assert page.locator(".knobs input").count() == 3
+        for batch, size, words in (("32", "8", "32 = 4 × 8"), ("50", "8", "50 = 6 × 8 + 2"), ("4", "8", "")):
+            page.locator("#f-batch").fill(batch)
+            page.locator("#f-microbatch").fill(size)
+            assert page.locator("[data-cutting]").text_content() == words
 
 
 def test_a_setting_that_cannot_be_is_marked_and_explained(browser: Any, idle: Any) -> None:

@@ -167,9 +167,27 @@ def test_every_preset_can_be_run_and_shows_what_it_says(name: str) -> None:
     assert ("overflow" in kinds) == (name == "overflows")
     assert ("retry" in kinds) == (name == "recovers")
     exact = [step["error"] <= step["tolerance"] for step in found]
-    assert all(exact) if name in ("fits", "recovers", "exact", "coupled") else not any(exact)
+    assert exact == ([] if PRESETS[name].exact is None else [PRESETS[name].exact])
     if name in ("fits", "recovers"):
         assert max(step["peak_bytes"] for step in found) <= 10 * 1024**2
+
+
+def test_a_forgotten_division_explodes_where_the_whole_batch_learns() -> None:
+    found = steps(**{**PRESETS["undivided"].settings, "steps": 12})
+    assert all(step["scale"] == pytest.approx(4, rel=0.02) for step in found[:2])
+    assert found[-1]["whole"]["loss"] < 0.8 * found[0]["whole"]["loss"]
+    assert found[-1]["loss"] > 10 * found[0]["loss"]
+
+
+def test_an_overflow_tells_what_is_truly_needed() -> None:
+    """The budget ends an attempt at the operator that passes it, which says little of what the batch needs."""
+    (overflow,) = (event for event in run(**PRESETS["overflows"].settings) if event["kind"] == "overflow")
+    (roomy,) = steps(**{**PRESETS["overflows"].settings, "tank": "none", "steps": 1})
+    assert overflow["need_bytes"] == pytest.approx(roomy["peak_bytes"], rel=0.01)
+    assert sum(overflow["need_memory"].values()) == overflow["need_bytes"] > 2 * overflow["peak_bytes"]
+    retries = [event for event in run(**{**PRESETS["recovers"].settings, "steps": 1}) if event["kind"] == "retry"]
+    assert [event["rows"] for event in retries] == [event["before"] for event in retries]
+    assert retries[0]["need_bytes"] == pytest.approx(overflow["need_bytes"], rel=0.01)
 
 
 def test_a_setting_reads_what_it_writes() -> None:

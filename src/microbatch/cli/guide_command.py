@@ -78,7 +78,7 @@ def _export(folder: Path, shown: Console) -> int:
         shown.print(f"  {text}", style="dim", markup=False)
 
     export(folder, tell=tell)
-    shown.print(f"the guide is in {folder}; any web server can host it", markup=False)
+    shown.print(f"the guide is in {folder}; any web server can host it, and guide.html opens by itself", markup=False)
     return 0
 
 

@@ -131,34 +131,6 @@ def _at_peak(batch_size: int, size: int) -> dict[str, int]:
     return {**{kind: report.at_peak.get(kind, 0) for kind in KINDS}, "total": report.peak_bytes}
 
 
-def inside(microbatches: int = 4, *, points: int = 96) -> dict[str, Any]:
-    """Record the live bytes all through one step.
-
-    Args:
-        microbatches: Of the step's batch.
-        points: Most points that are kept, equally far apart in operators.
-
-    Returns:
-        ``"series"``: KiB by category, one number for each point, ``"other"`` being inputs, buffers and temporaries.
-    """
-    made = Reference()
-    accumulator = Accumulator(made.model, made.optimizer, microbatch_size=BATCH // microbatches)
-    accumulator.step(made.batch, made.loss)
-    meter = MemoryMeter(timeline=True)
-    meter.track(made.model, made.optimizer, made.batch)
-    with meter:
-        accumulator.step(made.batch, made.loss)
-    line = meter.timeline
-    stride = -(-len(line.operators) // points)
-    # Of every stretch, its highest operator: a curve that leaves out peaks would lie.
-    stretches = [range(start, min(start + stride, len(line.live))) for start in range(0, len(line.live), stride)]
-    parts = [line.parts(max(stretch, key=lambda index: line.live[index])) for stretch in stretches]
-    series = {kind: [round(part.get(kind, 0) / 1024) for part in parts] for kind in KINDS}
-    totals = [round(sum(part.values()) / 1024) for part in parts]
-    series["other"] = [total - sum(series[kind][index] for kind in KINDS) for index, total in enumerate(totals)]
-    return {"microbatches": microbatches, "microbatch": BATCH // microbatches, "series": series}
-
-
 def cuts() -> dict[str, Any]:
     """Cut two batches, one that divides and one that does not.
 

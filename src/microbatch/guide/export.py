@@ -13,8 +13,12 @@ from microbatch.guide.page import RECORDED, STATIC, load_drawn, load_measured, p
 from microbatch.guide.playground_settings import Settings, read_settings
 from microbatch.guide.presets import PRESETS
 from microbatch.guide.python_code import program
+from microbatch.guide.single_file import single_file
 from microbatch.guide.training import Training
 from microbatch.train.rundir import jsonable
+
+SINGLE = "guide.html"
+"""The file that is the whole guide, for a double click."""
 
 MOST_STEPS = 12
 """Steps of a recorded run: it is there to be looked at, not to learn much."""
@@ -40,14 +44,18 @@ def export(folder: Path, *, tell: Callable[[str], object] = lambda _: None) -> N
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}") from error
     shutil.copytree(STATIC, folder / "static")
-    (folder / "index.html").write_text(page(load_measured(), load_drawn(), mode=RECORDED), encoding="utf-8")
+    text = page(load_measured(), load_drawn(), mode=RECORDED)
+    (folder / "index.html").write_text(text, encoding="utf-8")
+    recorded: dict[str, Any] = {}
     for name, preset in PRESETS.items():
         tell(f"recording “{preset.title}”")
         settings = read_settings(
             {**preset.settings, "steps": min(MOST_STEPS, preset.settings.get("steps", MOST_STEPS))}
         )
-        text = json.dumps(jsonable(record(settings)), ensure_ascii=False)
-        (folder / "recorded" / f"{name}.json").write_text(text, encoding="utf-8")
+        recorded[name] = jsonable(record(settings))
+        run = json.dumps(recorded[name], ensure_ascii=False)
+        (folder / "recorded" / f"{name}.json").write_text(run, encoding="utf-8")
+    (folder / SINGLE).write_text(single_file(text, STATIC, recorded), encoding="utf-8")
 
 
 def record(settings: Settings) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from html import escape
 from pathlib import Path
 
 from microbatch.guide.playground_settings import FIELDS, Field
-from microbatch.guide.presets import PRESETS
+from microbatch.guide.presets import PRESETS, TOUR
+
+KNOBS = ("batch", "microbatch", "lr")
+"""What the playground asks first."""
 
 GROUPS = {
-    "What": ("model", "norm", "coupling", "precision"),
-    "The batch": ("batch", "microbatch", "divide"),
+    "What": ("model", "norm", "coupling", "precision", "divide"),
     "The memory": ("tank", "recover"),
-    "The step": ("optimizer", "lr", "rule"),
+    "The step": ("optimizer", "rule"),
     "The run": ("steps", "seed", "compare", "pace"),
 }
 
@@ -35,15 +37,37 @@ def form_html(*, recorded: bool) -> str:
         f"{''.join(_field(known[name]) for name in names)}</div></fieldset>"
         for title, names in GROUPS.items()
     )
-    presets = "".join(
-        f'<li><button type="button" data-preset="{name}">{escape(preset.title)}</button></li>'
-        for name, preset in PRESETS.items()
-    )
+    knobs = "".join(_field(known[name]) for name in KNOBS)
     text = (Path(__file__).parent / "playground.html").read_text(encoding="utf-8")
-    places = {"presets": presets, "groups": "" if recorded else groups, "recorded": "" if recorded else " hidden"}
+    places = {
+        "presets": tour_html(),
+        "knobs": "" if recorded else knobs,
+        "groups": "" if recorded else groups,
+        "recorded": "" if recorded else " hidden",
+        "live": " hidden" if recorded else "",
+    }
     for name, piece in places.items():
         text = text.replace("[[" + name + "]]", piece)
     return text
+
+
+def tour_html() -> str:
+    """Write the tour: its stops, numbered, by group.
+
+    Returns:
+        A list for each group.
+    """
+    numbers = {name: number for number, name in enumerate(PRESETS, start=1)}
+    return "".join(
+        f'<li><p class="group" id="tour-{index}">{escape(group)}</p><ol aria-labelledby="tour-{index}">'
+        + "".join(
+            f'<li><button type="button" data-preset="{name}"><span class="stop">{numbers[name]}</span> '
+            f"{escape(preset.title)}</button></li>"
+            for name, preset in stops.items()
+        )
+        + "</ol></li>"
+        for index, (group, stops) in enumerate(TOUR.items())
+    )
 
 
 def _field(field: Field) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from microbatch.errors import MissingDependencyError
-from microbatch.guide import experiments
+from microbatch.guide import experiments, stage_numbers
 from microbatch.guide.page import ROOM, STATIC
 
 MEASURED = STATIC / "measured.json"
@@ -27,7 +27,8 @@ MEASURED = STATIC / "measured.json"
 EXPERIMENTS: Mapping[str, Callable[[], Any]] = {
     "reference": experiments.agreement,
     "memory": experiments.memory,
-    "inside": experiments.inside,
+    "shares": stage_numbers.shares,
+    "traces": stage_numbers.traces,
     "cuts": experiments.cuts,
     "denominators": experiments.denominators,
     "batch_norm": lambda: experiments.differences("conv", norm="batch"),

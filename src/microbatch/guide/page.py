@@ -21,6 +21,8 @@ from microbatch.guide.python_code import program
 ROOM = Path(__file__).parent
 STATIC = ROOM / "static"
 PLACE = re.compile(r"\{\{(?P<path>[\w.]+)(?:\|(?P<format>\w+))?\}\}")
+ASKED = re.compile(r"\{\{asks:(?P<section>\w+)\}\}")
+PAIR = re.compile(r"\{\{pair:(?P<one>[\w.]+),(?P<other>[\w.]+)\}\}")
 FIGURE = re.compile(r"\{\{figure:(?P<name>\w+)\}\}")
 
 POLICY = (
@@ -29,6 +31,11 @@ POLICY = (
 )
 """Scripts, styles and data from where the page is from; nothing inline, nothing sent elsewhere. Said in the page too,
 for the copy that any server may host."""
+
+STAGED = ("hero", "loop", "code")
+"""The figures that are moments of the stage."""
+
+PLAYER = '<div class="player" data-player hidden></div>'
 
 LIVE, RECORDED = "live", "recorded"
 
@@ -47,12 +54,11 @@ def page(measured: Mapping[str, Any], drawn: Mapping[str, Any], *, mode: str = L
     Raises:
         ConfigError: The text asks for a number or a figure that is not there.
     """
-    values = {**measured, "derived": derived(measured), "program": program(read_settings({}))}
+    values = {**measured, "same": 1.0, "derived": derived(measured), "program": program(read_settings({}))}
     pieces = {
         "patterns": _read("patterns.svg"),
-        "guess": _read("guess.html"),
-        "code": code_html(["by_hand", "with_microbatch"]),
-        "quiz": quiz_html(json.loads(_read("quiz.json"))),
+        "code": code_html(["full_batch", "by_hand", "with_microbatch"]),
+        "cards": _read("cards.html"),
         "paste": paste_html(recorded=mode == RECORDED),
         "playground": form_html(recorded=mode == RECORDED),
         "use": _read("use.html"),
@@ -63,6 +69,9 @@ def page(measured: Mapping[str, Any], drawn: Mapping[str, Any], *, mode: str = L
     text = _read("page.html")
     for name, piece in pieces.items():
         text = text.replace("{{" + name + "}}", piece)
+    questions = json.loads(_read("quiz.json"))
+    text = ASKED.sub(lambda match: questions_html(questions, match["section"]), text)
+    text = PAIR.sub(lambda match: pair_html(find(match["one"], values), find(match["other"], values)), text)
     text = FIGURE.sub(lambda match: figure_html(match["name"], drawn), text)
     return PLACE.sub(lambda match: fill(match, values), text)
 
@@ -89,15 +98,50 @@ def fill(match: re.Match[str], values: Mapping[str, Any]) -> str:
     Raises:
         ConfigError: There is no such number, or no such way to write it.
     """
-    value: Any = values
-    for name in match["path"].split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            raise ConfigError(f"the text asks for {match['path']!r}, which measured.json does not hold")
-        value = value[name]
+    value = find(match["path"], values)
     way = match["format"]
     if way is not None and way not in FORMATS:
         raise ConfigError(f"there is no way to write a number called {way!r}; there are {', '.join(FORMATS)}")
     return escape(str(value) if way is None else FORMATS[way](value))
+
+
+def find(path: str, values: Mapping[str, Any]) -> Any:
+    """Find one number.
+
+    Args:
+        path: Names with points between them.
+        values: Nested by name.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: There is no such number.
+    """
+    value: Any = values
+    for name in path.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            raise ConfigError(f"the text asks for {path!r}, which measured.json does not hold")
+        value = value[name]
+    return value
+
+
+def pair_html(one: float, other: float) -> str:
+    """Draw two numbers as bars, for a card that says them in words.
+
+    Args:
+        one: Not negative.
+        other: Above zero.
+
+    Returns:
+        A small picture.
+    """
+    most = max(one, other)
+    return (
+        '<svg class="bars" viewBox="0 0 100 18" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
+        f'<rect width="{100 * one / most:.1f}" height="7"/>'
+        f'<rect y="10" width="{100 * other / most:.1f}" height="7"/></svg>'
+    )
 
 
 def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +163,7 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
         "total_ratio": whole["total"] / cut["total"],
         "activations_ratio": whole["activations"] / cut["activations"],
         "activations_first": row["activations"],
-        "activations_whole": whole["activations"],
+        "activations_whole": window[str(reference["batch"])]["activations"],
         "fixed": 2 * row["parameters"] + row["optimizer state"],
         "norm_size": norms["sizes"][at],
         "norm_batch": norms["sizes"][-1],
@@ -127,6 +171,11 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
         "batch_norm_exact": measured["batch_norm_exact"]["errors"][at],
         "group_norm": measured["group_norm"]["errors"][at],
         "slowest": rates[0] / max(rates),
+        "cut_total": cut["total"],
+        "whole_total": whole["total"],
+        "pairs": measured["pairs"]["errors"][at],
+        "pairs_coupled": measured["pairs_coupled"]["errors"][at],
+        "one": 1.0,
     }
 
 
@@ -147,9 +196,9 @@ def figure_html(name: str, drawn: Mapping[str, Any]) -> str:
         raise ConfigError(f"there is no figure {name!r}; there are {', '.join(drawn)}")
     each = drawn[name]
     return (
-        f'<figure class="figure" data-figure="{name}">'
+        f'<figure class="figure{" staged" if name in STAGED else ""}" data-figure="{name}">'
         f'<div class="controls" data-controls hidden></div><div class="drawing" data-drawing>{each["svg"]}</div>'
-        f"<figcaption><p data-say>{escape(each['say'])}</p>"
+        f"{PLAYER if name in STAGED else ''}<figcaption><p data-say>{escape(each['say'])}</p>"
         f'<details class="twin"><summary>The same as a table</summary><div class="scroll" tabindex="0" role="region" '
         f'aria-label="Table: {name}" data-table>{each["table"]}</div></details></figcaption></figure>'
     )
@@ -174,47 +223,59 @@ def example(name: str) -> str:
     return examples[name].read_text(encoding="utf-8")
 
 
+TITLES = {"full_batch": "The whole batch", "by_hand": "Accumulated by hand", "with_microbatch": "With microbatch"}
+
+
 def code_html(names: Sequence[str]) -> str:
     """Write examples, every line with the phases that it belongs to.
 
     Args:
-        names: Of the examples.
+        names: Of the examples; the lines that the first one does not have are marked in the others.
 
     Returns:
         A listing each.
     """
-    titles = {"by_hand": "By hand", "with_microbatch": "With microbatch"}
-    return "".join(
-        f'<h3>{titles[name]}</h3><pre class="listing" tabindex="0" aria-label="{titles[name]}"><code>'
-        f"{''.join(map(_line, _shown(example(name))))}</code></pre>"
+    first = {_code(line) for line in _shown(example(names[0]))}
+    listings = "".join(
+        f'<div><h3>{TITLES[name]}</h3><pre class="listing" tabindex="0" aria-label="{TITLES[name]}"><code>'
+        f"{''.join(_line(line, added=_code(line) not in first) for line in _shown(example(name)))}</code></pre></div>"
         for name in names
     )
+    return f'<div class="listings">{listings}</div>'
 
 
 def _shown(source: str) -> list[str]:
-    """Leave out what both examples begin with: imports and the model."""
+    """Leave out what all examples begin with: imports and the model."""
     lines = source.rstrip("\n").split("\n")
     start = next(number for number, line in enumerate(lines) if "#: begin" in line)
     # One blank line tells parts apart as well as two.
     return [line for number, line in enumerate(lines) if number >= start and (line or lines[number - 1])]
 
 
-def _line(line: str) -> str:
+def _code(line: str) -> str:
+    return line.partition("  #: ")[0].strip()
+
+
+def _line(line: str, *, added: bool) -> str:
     code, _, phases = line.partition("  #: ")
-    return f'<span class="line" data-phase="{phases}">{escape(code) or " "}\n</span>'
+    mark = " added" if added and code else ""
+    return f'<span class="line{mark}" data-phase="{phases}">{escape(code) or " "}\n</span>'
 
 
-def quiz_html(questions: Sequence[Mapping[str, Any]]) -> str:
-    """Write the quiz.
+def questions_html(questions: Sequence[Mapping[str, Any]], section: str) -> str:
+    """Write the questions of a section, which are asked before its figure answers them.
 
     Args:
-        questions: With answers, the right one's number, why, and where to read on.
+        questions: All of them, with answers, the right one's number, why, and the section that answers.
+        section: Its anchor.
 
     Returns:
-        A list of questions; without JavaScript the explanations can be opened.
+        The questions; without JavaScript the explanations can be opened.
     """
     items: list[str] = []
     for number, question in enumerate(questions, start=1):
+        if question["see"] != section:
+            continue
         right = question["answers"][question["right"]]
         choices = "".join(
             f'<label><input type="radio" name="q{number}" value="{index}"'
@@ -222,12 +283,12 @@ def quiz_html(questions: Sequence[Mapping[str, Any]]) -> str:
             for index, answer in enumerate(question["answers"])
         )
         items.append(
-            f'<li class="question"><fieldset><legend>{question["ask"]}</legend>{choices}</fieldset>'
+            f'<div class="question"><fieldset><legend>{question["ask"]}</legend>{choices}</fieldset>'
             f'<p class="verdict" role="status" data-verdict></p>'
             f"<details><summary>Explanation</summary><p><strong>{_begun(right)}.</strong> "
-            f'{question["why"]} <a href="#{question["see"]}">Read on</a></p></details></li>'
+            f"{question['why']}</p></details></div>"
         )
-    return f'<ol class="quiz">{"".join(items)}</ol>'
+    return "".join(items)
 
 
 def _begun(words: str) -> str:
@@ -256,7 +317,10 @@ def data_html(measured: Mapping[str, Any]) -> str:
         }
         for field in FIELDS
     }
-    presets = {name: {"text": each.text, "settings": dict(each.settings)} for name, each in PRESETS.items()}
+    presets = {
+        name: {"title": each.title, "text": each.text, "settings": dict(each.settings)}
+        for name, each in PRESETS.items()
+    }
     text = json.dumps(
         {"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":")
     )

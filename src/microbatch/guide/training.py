@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -86,17 +86,12 @@ class Training:
         self._report = MemoryReport(peak_bytes=0, live_bytes=0, at_peak={}, live={}, parts=[])
         self._gradients: list[Tensor] = []
         self._index = self._encoded = self._forwards = 0
+        self._batch: dict[str, Tensor] = {}
         self._times = (0.0, 0.0)  # when the microbatch's forward began and ended
-        self._accumulator = Accumulator(
-            made.model,
-            self._optimizer,
-            microbatch_size=settings.microbatch,
-            memory_budget=settings.budget,
-            autocast=torch.bfloat16 if settings.precision == "autocast" else None,
-            sums=Sums(dtype=torch.bfloat16 if settings.precision == "bfloat16-sums" else torch.float32),
-            batch_norm={"group": None, "batch": "microbatch", "exact": "exact"}[settings.norm],
-            coupled="twice" if self._coupled else "auto",  # it saves the memory that a tank is about
-            listeners=[self._on_event],
+        self._size = settings.microbatch  # that the newest attempt began with
+        self._needed: dict[str, Any] = {}
+        self._accumulator = self._make_accumulator(
+            made.model, self._optimizer, size=settings.microbatch, budget=settings.budget, listeners=[self._on_event]
         )
         model = copy.deepcopy(made.model)
         whole = WholeBatch(made, model, optimizer=self._make_optimizer(model), precision=settings.precision)
@@ -126,7 +121,7 @@ class Training:
         except OutOfMemoryError as error:
             report = self._report
             told = {"peak_bytes": report.peak_bytes, "memory": dict(report.at_peak), "budget": self._settings.budget}
-            self._tell("overflow", {**told, "error": str(error)})
+            self._tell("overflow", {**told, **self._needed, "error": str(error)})
             return
         self._tell("done", {"steps": self._settings.steps})
 
@@ -134,16 +129,59 @@ class Training:
         chosen = self._settings
         return make_optimizer(model, chosen.optimizer, lr=chosen.lr, batch_size=chosen.batch, rule=chosen.rule)
 
+    def _make_accumulator(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        size: int | str,
+        budget: int | str | None,
+        listeners: Sequence[Callable[[Event], object]] = (),
+    ) -> Accumulator:
+        settings = self._settings
+        return Accumulator(
+            model,
+            optimizer,
+            microbatch_size=size,
+            memory_budget=budget,
+            autocast=torch.bfloat16 if settings.precision == "autocast" else None,
+            sums=Sums(dtype=torch.bfloat16 if settings.precision == "bfloat16-sums" else torch.float32),
+            batch_norm={"group": None, "batch": "microbatch", "exact": "exact"}[settings.norm],
+            coupled="twice" if self._coupled else "auto",  # it saves the memory that a tank is about
+            listeners=listeners,
+        )
+
+    def _measure_need(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Measure what the attempt that overflowed needs: the same step on a copy of the model, without a budget."""
+        made = self._lesson
+        model = copy.deepcopy(made.model)
+        optimizer = self._make_optimizer(model)
+        optimizer.load_state_dict(copy.deepcopy(self._optimizer.state_dict()))
+        size = self._size if isinstance(self._size, int) else self._settings.batch
+        with torch.random.fork_rng(devices=[]):
+            meter = _Meter(model, optimizer, batch)
+            accumulator = self._make_accumulator(model, optimizer, size=size, budget="none")
+            if self._coupled:
+                accumulator.step(batch, made.loss_fn, encode=made.encode)
+            else:
+                accumulator.step(batch, made.loss)
+            report = meter.stop()
+        return {"need_bytes": report.peak_bytes, "need_memory": dict(report.at_peak), "rows": size}
+
     def _one_step(self, batch: dict[str, Tensor]) -> None:
         truth = truth_of(self._lesson, batch, precision=self._settings.precision)
         self._divide.begin()
         self._index = self._encoded = self._forwards = 0
+        self._batch = batch
         self._meter = meter = _Meter(self._lesson.model, self._optimizer, batch)
         started = time.perf_counter()
         try:
             step = self._take_step(batch)
-        finally:
-            report = self._report = meter.stop()
+        except OutOfMemoryError:
+            self._report = meter.stop()
+            self._needed = self._measure_need(batch)
+            raise
+        report = self._report = meter.stop()
         seconds = time.perf_counter() - started
         found, self._gradients = flat(self._gradients), []
         self._tell(
@@ -240,7 +278,11 @@ class Training:
 
     def _retry(self, event: Retry) -> None:
         # What the attempt that failed had in use says nothing of the one that follows: each is counted alone.
-        report = self._meter.restart() if self._meter is not None else None
+        report = self._meter.stop() if self._meter is not None else None
+        self._size = event.before
+        needed = self._measure_need(self._batch)
+        if self._meter is not None:
+            self._meter.start()
         self._tell(
             "retry",
             {
@@ -251,8 +293,10 @@ class Training:
                 "error": event.error,
                 "peak_bytes": 0 if report is None else report.peak_bytes,
                 "memory": {} if report is None else dict(report.at_peak),
+                **needed,
             },
         )
+        self._size = event.after
         self._divide.begin()
         self._index = self._encoded = self._forwards = 0
         self._rest()
@@ -280,10 +324,8 @@ class _Meter:
         self._now.__exit__(None, None, None)
         return self._now.report()
 
-    def restart(self) -> MemoryReport:
-        report = self.stop()
+    def start(self) -> None:
         self._now = self._start()
-        return report
 
     def _start(self) -> MemoryMeter:
         meter = MemoryMeter(detail=True)

@@ -3,8 +3,8 @@ import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { decision, FIGURES, loop, START, weights } from "../../../src/microbatch/guide/static/figures.js";
 import { plot } from "../../../src/microbatch/guide/static/plot.js";
-import { power, percent } from "../../../src/microbatch/guide/static/svg.js";
-import { parts } from "../../../src/microbatch/guide/static/tank.js";
+import { bytes, power, percent } from "../../../src/microbatch/guide/static/svg.js";
+import { parts, TANKS } from "../../../src/microbatch/guide/static/tank.js";
 
 const room = new URL("../../../src/microbatch/guide/", import.meta.url);
 const measured = JSON.parse(readFileSync(new URL("static/measured.json", room), "utf8"));
@@ -31,13 +31,19 @@ test("an index outside of the loop is its nearest end", () => {
   assert.equal(loop(99, { microbatches: 4 }).svg, loop(13, { microbatches: 4 }).svg);
 });
 
-test("the tank overflows exactly when more is measured than it holds", () => {
-  for (const batch of Object.keys(measured.memory.alone))
-    for (const tank of [16, 64, 128, 192]) {
-      const { svg, say } = FIGURES.tank({ batch, tank }, measured);
-      const over = measured.memory.alone[batch].total > tank * 2 ** 20;
-      assert.equal(svg.includes("overflow"), over);
-      assert.equal(say.includes("more than the tank"), over);
+test("at every stop of its sliders the tank’s picture, words and table are of one measurement", () => {
+  for (const [batch, known] of Object.entries(measured.memory.window))
+    for (let tank = TANKS.low; tank <= TANKS.high; tank += TANKS.step) {
+      const { svg, say, table } = FIGURES.tank({ batch: Number(batch), tank }, measured);
+      const over = known.total > tank * 2 ** 20;
+      assert.equal(svg.includes("Out of memory</text>"), over);
+      assert.equal(say.startsWith("Out of memory"), over);
+      assert.ok(say.includes(` ${bytes(known.total)}`), say);
+      assert.ok(table.includes(`<th scope="row">together</th><td>${bytes(known.total)}</td>`));
+      for (const role of ["parameters", "optimizer state", "gradients", "activations"]) {
+        assert.match(svg, new RegExp(`>${role}</text><text[^>]*>${bytes(known[role])}<`));
+        assert.ok(table.includes(`<th scope="row">${role}</th><td>${bytes(known[role])}</td>`));
+      }
     }
 });
 
@@ -53,6 +59,20 @@ test("one denominator weighs every token alike; others do so only where microbat
   assert.deepEqual(weights(lengths, "means"), [1 / 32, 1 / 4, 1 / 8, 1 / 20]);
   assert.deepEqual(weights(lengths, "none"), [1 / 8, 1, 1 / 2, 1 / 5]);
   assert.deepEqual(weights([4, 4], "means"), weights([4, 4], "right"));
+});
+
+test("the stack is the whole batch’s under one denominator, four times it without, and wrong by mean of means only on unequal lengths", () => {
+  const ratio = (rule, lengths) => FIGURES.mathematics({ rule, lengths }, measured).ratio;
+  for (const lengths of [[4, 4, 4, 4], [1, 16, 3, 2], [16, 1, 1, 16]]) assert.ok(Math.abs(ratio("right", lengths) - 1) < 1e-12);
+  assert.ok(Math.abs(ratio("none", [4, 4, 4, 4]) - 4) < 1e-9);
+  assert.ok(Math.abs(ratio("means", [4, 4, 4, 4]) - 1) < 1e-12);
+  assert.ok(Math.abs(ratio("means", [16, 1, 1, 16]) - 1) > 0.02);
+  for (const rule of ["right", "none", "means"]) {
+    const { say, svg, ratio: found } = FIGURES.mathematics({ rule, lengths: [16, 1, 1, 16] }, measured);
+    assert.ok(svg.includes(`× ${found.toFixed(2)}<`));
+    if (rule === "none") assert.ok(say.includes(`${found.toFixed(2)} times`));
+    if (rule === "means") assert.ok(say.includes(`${percent(Math.abs(found - 1))} off`));
+  }
 });
 
 test("every path of answers ends in one advice", () => {

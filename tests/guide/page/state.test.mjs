@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { apply, badge, begin, ended, status } from "../../../src/microbatch/guide/static/runs.js";
 import { loopPane, lossPane, errorPane, tankPane } from "../../../src/microbatch/guide/static/panes.js";
-import { filled, presetOf, readAddress, readIndex, writeAddress } from "../../../src/microbatch/guide/static/state.js";
+import { filled, nameOf, presetOf, readAddress, readMoment, writeAddress } from "../../../src/microbatch/guide/static/state.js";
 
 const fields = {
   model: { label: "Model", default: "mlp", choices: ["mlp", "conv"], word: null },
@@ -33,10 +33,17 @@ test("an address may name a preset, and change it", () => {
   for (const unknown of ["none", "toString"]) assert.match(readAddress(fields, `?preset=${unknown}`, { presets }).notices[0], /preset that does not exist/);
 });
 
-test("an event's number is taken where there is such an event", () => {
-  assert.deepEqual(readIndex("?loop=7", "loop", 14), { index: 7 });
-  assert.deepEqual(readIndex("", "loop", 14), {});
-  for (const wrong of ["14", "-1", "x", "1.5", ""]) assert.match(readIndex(`?loop=${wrong}`, "loop", 14).notice, /0 to 13/);
+test("a moment is taken where there is such a moment", () => {
+  const known = { cuts: [1, 2, 4, 8], last: 1000 };
+  assert.deepEqual(readMoment("?loop=4-350", "loop", known), { cut: 4, t: 350 });
+  assert.deepEqual(readMoment("", "loop", known), {});
+  for (const wrong of ["3-350", "4-1001", "4", "-1", "x", "4-1.5", ""]) assert.match(readMoment(`?loop=${wrong}`, "loop", known).notice, /none such/);
+});
+
+test("a result is named by its preset, its cut, its rate, and whatever is not as usual", () => {
+  const presets = { wide: { title: "Wide", settings: { model: "conv", batch: 64 } } };
+  assert.equal(nameOf(fields, presets, filled(fields, presets.wide.settings)), "Wide: 64 = 8 × 8 rows, learning rate 0.05, model: conv");
+  assert.equal(nameOf(fields, presets, filled(fields, { batch: 50, lr: 1 })), "50 rows in microbatches of 8, learning rate 1");
 });
 
 const settings = { batch: 32, microbatch: 8, steps: 2 };
@@ -95,11 +102,11 @@ test("a run ends once, however it ends, and says how", () => {
 });
 
 test("a retry shows what overflowed until a step has gone well", () => {
-  const retry = { id: 2, kind: "retry", step: 0, index: 0, before: 32, after: 16, error: "e", peak_bytes: 9000, memory: { activations: 8000 } };
+  const retry = { id: 2, kind: "retry", step: 0, index: 0, before: 32, after: 16, error: "e", peak_bytes: 9000, memory: { activations: 8000 }, rows: 32, need_bytes: 20480, need_memory: { activations: 18000 } };
   const view = [run[0], retry].reduce(apply, begin({ ...settings, microbatch: 32 }));
   assert.equal(view.planned, 2);
   assert.match(tankPane(view).svg, /overflow/);
-  assert.match(tankPane({ ...view, ready: { budget: 8000 } }).say, /^1000 B more were asked for than the budget of 7.81 KiB/);
+  assert.match(tankPane({ ...view, ready: { budget: 8000 } }).say, /^Microbatches of 32 rows need 20.0 KiB; the budget is 7.81 KiB/);
   assert.match(loopPane(view).say, /everything is put back/);
   const after = tankPane(apply(view, step(3, 0)));
   assert.doesNotMatch(after.svg, /overflow by|sign/);

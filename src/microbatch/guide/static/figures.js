@@ -3,69 +3,56 @@
 
 import { events, indexOf, say, split, tally } from "./phases.js";
 import { plot } from "./plot.js";
+import { written } from "./nodes.js";
+import { CUTS, fits, HAS, LAST, need, stateAt, words } from "./stage.js";
+import { SHAPES, stagePicture } from "./stage-picture.js";
 import { bar, bytes, count, el, extent, figure, percent, power, ROLES, round, table, text } from "./svg.js";
-import { legend, MIB, overflowSign, parts, tank, total } from "./tank.js";
+import { legend, MIB, parts, tank, TANKS, total } from "./tank.js";
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
-export function hero(_, measured) {
-  const { reference, memory } = measured;
-  const whole = parts(memory.alone[reference.batch]);
-  const cut = parts(memory.window[reference.microbatch]);
-  const scale = 186 / total(whole);
-  const label =
-    `${reference.batch} rows at once take ${bytes(total(whole))}; ${reference.microbatches} times ` +
-    `${reference.microbatch} rows take ${bytes(total(cut))} and give the same gradient.`;
-  const passes = Array.from({ length: reference.microbatches }, (_, index) =>
-    el("g", { class: "microbatch" }, el("rect", { x: 324 + index * 12, y: 12, width: 9, height: 16, rx: 2 })));
-  const svg = figure(
-    330,
-    label,
-    el("g", { class: "microbatch" }, el("rect", { x: 25, y: 12, width: 93, height: 16, rx: 3 })),
-    passes,
-    text(72, 48, `${reference.batch} rows at once`, { "text-anchor": "middle" }),
-    text(370, 48, `${reference.microbatches} × ${reference.microbatch} rows`, { "text-anchor": "middle" }),
-    tank(32, 58, 80, 190, whole, { scale }),
-    tank(330, 58, 80, 190, cut, { scale }),
-    // In the order in which they lie in the tank.
-    legend(150, 84, whole.map(([role]) => [role]).reverse()),
-    text(72, 268, bytes(total(whole)), { "text-anchor": "middle", class: "number big" }),
-    text(370, 268, bytes(total(cut)), { "text-anchor": "middle", class: "number big" }),
-    el("path", { class: "arrow", d: "M72 278V294H204", "marker-end": "url(#head)" }),
-    el("path", { class: "arrow", d: "M370 278V294H238", "marker-end": "url(#head)" }),
-    bar(213, 286, 16, 16, "gradients"),
-    text(221, 322, `one gradient, ${power(reference.apart)} apart`, { "text-anchor": "middle", class: "label gradients" }),
-  );
-  const rows = whole.map(([role, size], index) => [role, bytes(size), bytes(cut[index][1])]);
-  rows.push(["together", bytes(total(whole)), bytes(total(cut))]);
-  return { svg, say: label, table: table(["part", `${reference.batch} rows at once`, `${reference.microbatches} × ${reference.microbatch} rows`], rows, "Memory at the peak of a step") };
+// One step on the stage, in the shape that can be read at any width; the first one is in the page in both of its shapes.
+export function stage({ cut, t, shapes = ["narrow"] }, measured) {
+  const state = stateAt(cut, t, measured);
+  const rows = CUTS.map((each) => [each, measured.reference.batch / each, bytes(need(each, measured)), fits(each, measured) ? "fits" : "out of memory", each === 1 ? "the same" : power(measured.shares.cuts[each].apart)]);
+  return { svg: shapes.map((shape) => written(stagePicture(cut, t, measured, SHAPES[shape]))).join(""), say: words(state), state,
+    table: table(["microbatches", "rows of each", "memory", `of ${HAS}`, "gradient apart"], rows, `One step on ${measured.reference.batch} rows`) };
 }
 
-export const TANKS = { low: 16, high: 192, step: 4 };
-
-export function tankFigure({ batch, tank: capacity }, measured) {
-  const list = parts(measured.memory.alone[batch]);
-  const sum = total(list), room = capacity * MIB;
-  const over = sum > room;
-  const most = total(parts(measured.memory.alone[64]));
-  const scale = 226 / Math.max(most, TANKS.high * MIB);
+// One series for the tank, its words and the section's: what is in memory at the peak, beside a gradient that is there.
+// A batch may be cut, once memory has ended.
+export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
+  const size = batch / cut, list = parts(measured.memory.window[size]);
+  const sum = total(list), room = capacity * MIB, over = sum > room;
+  const scale = tankScale(measured);
+  const rows = count(size, "row"), whole = cut === 1 ? `${rows} at once` : `${cut} × ${rows}`;
+  const [needs, takes] = size === 1 && cut === 1 ? ["needs", "takes"] : ["need", "take"];
   const said = over
-    ? `A batch of ${batch} takes ${bytes(sum)}: ${bytes(sum - room)} more than the tank of ${bytes(room)} holds.`
-    : `A batch of ${batch} takes ${bytes(sum)} of the tank’s ${bytes(room)}.`;
-  const none = list.find(([role]) => role === "gradients")[1] === 0;
-  const early = none ? " The peak comes before there is a gradient." : "";
+    ? `Out of memory: ${whole} ${needs} ${bytes(sum)}, and the tank holds ${capacity} MiB.`
+    : `${whole} ${takes} ${bytes(sum)} of the tank’s ${capacity} MiB.${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
+  const rim = TANK.bottom - room * scale, level = TANK.bottom - sum * scale;
   const svg = figure(
-    300,
+    310,
     said,
-    tank(36, 28, 116, 232, list, { scale, capacity: room, label: `batch of ${batch}` }),
-    text(190, 44, bytes(sum), { class: "number big" }),
-    text(190, 64, `in a tank of ${bytes(room)}`, { class: "quiet" }),
-    legend(190, 92, list),
-    over ? overflowSign(190, 262, `overflow by ${bytes(sum - room)}`) : null,
+    tank(TANK.left, TANK.bottom - 236, TANK.width, 236, list, { scale, capacity: room, label: whole }),
+    el("rect", { class: "grip", "data-drag": "batch", x: TANK.left - 6, y: level - 14, width: TANK.width + 12, height: 28 }),
+    el("g", { class: "handle", "data-drag": "tank" }, el("circle", { cx: TANK.left + TANK.width + 18, cy: rim, r: 9 }),
+      el("path", { d: `M${TANK.left + TANK.width + 14} ${round(rim - 1.5)}l4 -4l4 4M${TANK.left + TANK.width + 14} ${round(rim + 1.5)}l4 4l4 -4` }),
+      el("rect", { class: "grip", x: TANK.left + TANK.width - 2, y: rim - 20, width: 40, height: 40 })),
+    text(190, 34, bytes(sum), { class: "number big" }),
+    text(190, 54, `in a tank of ${capacity} MiB`, { class: "quiet" }),
+    legend(190, 78, list, { step: 28 }),
+    over ? el("g", { class: "plate" }, el("rect", { x: 196, y: 228, width: 222, height: 54, rx: 10 }),
+      text(307, 251, "Out of memory", { class: "shout", "text-anchor": "middle" }),
+      text(307, 272, `needs ${bytes(sum)}, has ${capacity} MiB`, { "text-anchor": "middle" })) : null,
   );
-  const rows = [...list, ["together", sum]].map(([role, size]) => [role, bytes(size)]);
-  return { svg, say: said + early, table: table(["part", "at the peak"], rows, `A batch of ${batch} rows at once`) };
+  const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [role, bytes(bytesOf)]);
+  return { svg, say: said, over, table: table(["part", "at the peak"], cells, whole) };
 }
+
+export const TANK = { left: 30, width: 112, bottom: 274 };
+
+export const tankScale = ({ memory }) => 236 / Math.max(total(parts(memory.window[64])), TANKS.high * MIB);
 
 export function memoryFigure({ batch, microbatch }, measured) {
   const { alone, window: cut } = measured.memory;
@@ -93,45 +80,6 @@ export function memoryFigure({ batch, microbatch }, measured) {
   const rows = whole.map(([role, bytesOf], index) => [role, bytes(bytesOf), bytes(small[index][1])]);
   rows.push(["together", bytes(total(whole)), bytes(total(small))]);
   return { svg, say: said, table: table(["part", `${batch} at once`, `${Math.ceil(batch / size)} × ${size}`], rows, "Memory at the peak of a step") };
-}
-
-// The saw-tooth inside a step: what is alive after every stretch of operators, up to the index.
-export function saw(index, measured) {
-  const { series, microbatches, microbatch } = measured.inside;
-  const points = series.activations.length;
-  const at = Math.max(0, Math.min(index, points - 1));
-  const sums = Array.from({ length: points }, (_, point) => ROLES.reduce((sum, role) => sum + series[role][point], 0));
-  const most = extent(sums)[1];
-  const x = (point) => 14 + (point / (points - 1)) * 392;
-  const y = (value) => 190 - (value / most) * 170;
-  // The points of a curve, those left out that lie on a level one.
-  const edge = (values) => values.map((value) => y(value).toFixed(1))
-    .flatMap((top, point, tops) => (top === tops[point - 1] && top === tops[point + 1] ? [] : [`${x(point).toFixed(1)} ${top}`]));
-  let below = new Array(points).fill(0);
-  const areas = ROLES.map((role) => {
-    const above = below.map((value, point) => value + series[role][point]);
-    const path = `M${edge(above).join("L")}L${edge(below).reverse().join("L")}Z`;
-    below = above;
-    const pattern = { "optimizer state": "dots", gradients: "hatch", activations: "stripes" }[role];
-    return el("g", { class: `role ${role.replace(" ", "-")}` },
-      el("path", { d: path, class: "fill" }), pattern && el("path", { d: path, fill: `url(#${pattern})` }));
-  });
-  const now = ROLES.map((role) => [role, series[role][at] * 1024]);
-  const said = `${bytes(total(now))} are alive here, ${bytes(series.activations[at] * 1024)} of them activations; the peak is ${bytes(most * 1024)}.`;
-  const svg = figure(
-    270,
-    said,
-    areas,
-    el("rect", { class: "veil", x: x(at), y: 14, width: Math.max(0, 406 - x(at)), height: 177 }),
-    el("line", { class: "cursor", x1: x(at), x2: x(at), y1: 12, y2: 194 }),
-    el("line", { class: "axis", x1: 14, x2: 406, y1: 190.5, y2: 190.5 }),
-    text(14, 210, `one step: ${microbatches} × ${microbatch} rows`, { class: "quiet" }),
-    text(406, 210, `peak ${bytes(most * 1024)}`, { "text-anchor": "end", class: "number" }),
-    [["parameters", 14, 226], ["optimizer state", 142, 226], ["gradients", 14, 250], ["activations", 142, 250], ["other", 290, 250]].map(([role, left, top]) => [
-      bar(left, top, 12, 12, role), text(left + 18, top + 11, role, { class: `label ${role.replace(" ", "-")}` })]),
-  );
-  const rows = ROLES.map((role) => [role, bytes(series[role][at] * 1024), bytes(extent(series[role])[1] * 1024)]);
-  return { svg, say: said, table: table(["part", "here", "most in the step"], rows, "Alive inside a step") };
 }
 
 // -- the split and the loop -------------------------------------------------------------------------------------------
@@ -221,7 +169,7 @@ export { indexOf };
 
 // -- the mathematics --------------------------------------------------------------------------------------------------
 
-export const RULES = { right: "divided by all tokens", none: "not divided", means: "mean of means", weighted: "means, weighted by tokens" };
+export const RULES = { right: "all tokens", none: "nothing", means: "the microbatches" };
 
 // What one token of each microbatch weighs in the gradient.
 export function weights(lengths, rule) {
@@ -235,36 +183,48 @@ export function weights(lengths, rule) {
   return lengths.map(each);
 }
 
-export function mathematics({ lengths, rule }) {
-  const right = weights(lengths, "right")[0];
-  const ratios = weights(lengths, rule).map((weight) => weight / right);
-  const exact = ratios.every((ratio) => Math.abs(ratio - 1) < 1e-12);
-  const x = (ratio) => 318 + Math.max(-1, Math.min(1, Math.log2(ratio) / 5)) * 90;
-  const cell = 10;
-  const name = RULES[rule][0].toUpperCase() + RULES[rule].slice(1);
-  const said = exact
-    ? `${name}: every token weighs the same, so it is the batch’s gradient.`
-    : `${name}: tokens weigh from ${extent(ratios).map(power).join(" to ")} times what they should.`;
-  const drawn = lengths.map((length, index) => {
-    const y = 34 + index * 46;
-    const ratio = ratios[index];
-    return [
-      el("g", { class: "microbatch" }, el("rect", { x: 26, y: y - 4, width: length * cell + 4, height: 18, rx: 4 }),
-        Array.from({ length }, (_, token) => el("rect", { class: "row", x: 28.5 + token * cell, y: y + 1, width: cell - 2.5, height: 8 }))),
-      text(14, y + 10, index + 1, { "text-anchor": "middle", class: "number" }),
-      el("line", { class: Math.abs(ratio - 1) < 1e-12 ? "stem right" : "stem wrong", x1: 318, x2: x(ratio), y1: y + 5, y2: y + 5 }),
-      el("circle", { class: Math.abs(ratio - 1) < 1e-12 ? "dot right" : "dot wrong", cx: x(ratio), cy: y + 5, r: 6 }),
-      text(318 + (ratio > 1.0001 ? -10 : 12), y + 10, `× ${power(ratio)}`, { class: "number", "text-anchor": ratio > 1.0001 ? "end" : "start" }),
-    ];
+// One number of the gradient, as it was measured in four microbatches: each one’s mean, as wide as it has tokens. Of each
+// mean the share that a rule adds is filled, and the shares are stacked beside the whole batch’s number.
+export function mathematics({ lengths, rule }, measured) {
+  const tokens = lengths.reduce((sum, length) => sum + length, 0), { shares } = measured.shares.cuts[lengths.length];
+  const entry = measured.shares.whole.indexOf(extent(measured.shares.whole)[1]);
+  const means = shares.map((each) => each[entry] * shares.length);
+  const whole = means.reduce((sum, mean, index) => sum + (mean * lengths[index]) / tokens, 0);
+  const factors = weights(lengths, rule).map((weight, index) => weight * lengths[index]);
+  const parts = means.map((mean, index) => mean * factors[index]);
+  const stack = parts.reduce((sum, part) => sum + part, 0), ratio = stack / whole, off = Math.abs(ratio - 1);
+  const even = lengths.every((length) => length === lengths[0]);
+  const said = {
+    right: "Divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
+    none: `Not divided: the stack is ${ratio.toFixed(2)} times as tall as the whole batch’s.`,
+    means: even ? "Divided by the microbatches: right, as long as all of them have as many tokens."
+      : off < 5e-4 ? "Divided by the microbatches: right here by chance, since tokens do not weigh alike."
+      : `A mean of means: ${percent(off)} off, because a token of a short microbatch weighs more.`,
+  }[rule];
+  const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
+  let left = 14, level = bottom;
+  const bars = means.map((mean, index) => {
+    const width = 10 + lengths[index] * unit, high = mean * scale, x = left;
+    left += width + 6;
+    return [el("rect", { class: "goal", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
+      text(x + width / 2, bottom + 18, index + 1, { "text-anchor": "middle", class: "number" })];
   });
-  const high = 40 + lengths.length * 46;
-  const svg = figure(high + 10, said,
-    text(26, 18, "tokens by microbatch", { class: "quiet" }),
-    text(318, 18, "weight of one token", { "text-anchor": "middle", class: "quiet" }),
-    el("line", { class: "axis", x1: 318, x2: 318, y1: 26, y2: high - 8 }),
-    drawn, text(318, high + 4, "as in the batch", { "text-anchor": "middle", class: "quiet" }));
-  const rows = lengths.map((length, index) => [index + 1, length, power(right), power(weights(lengths, rule)[index]), `× ${power(ratios[index])}`]);
-  return { svg, say: said, table: table(["microbatch", "tokens", "right weight", "this weight", "ratio"], rows, name) };
+  const stacked = parts.map((part, index) => {
+    level -= part * scale;
+    const high = part * scale;
+    return [bar(290, level, 70, high, "gradients"), high > 18 ? [el("circle", { class: "disc", cx: 325, cy: level + high / 2, r: 9 }), text(325, level + high / 2 + 5, index + 1, { "text-anchor": "middle", class: "number small" })] : null];
+  });
+  const svg = figure(322, said,
+    text(14, 20, "each microbatch’s mean", { class: "quiet" }), text(325, 20, "their shares, stacked", { "text-anchor": "middle", class: "quiet" }),
+    el("path", { class: "axis", d: `M8 ${bottom}H236M282 ${bottom}H410` }), bars, stacked,
+    el("rect", { class: off < 1e-9 ? "goal met" : "goal", x: 286, y: bottom - whole * scale, width: 78, height: whole * scale }),
+    el("path", { class: "arrow", d: "M240 150H274", "marker-end": "url(#head)" }),
+    text(325, bottom - Math.max(stack, whole) * scale - 8, `× ${ratio.toFixed(2)}`, { "text-anchor": "middle", class: off < 1e-9 ? "number strong" : "number strong bad" }),
+    text(14, bottom + 44, `${lengths.join(" + ")} = ${tokens} tokens`, { class: "quiet" }),
+    text(325, bottom + 18, "dashed: whole batch", { "text-anchor": "middle", class: "quiet" }));
+  const rows = lengths.map((length, index) => [index + 1, length, power(means[index]), `× ${power(factors[index])}`, power(parts[index])]);
+  rows.push(["together", tokens, power(whole), `× ${power(ratio)}`, power(stack)]);
+  return { svg, say: said, ratio, table: table(["microbatch", "tokens", "mean", "share", "added"], rows, `One number of the gradient, divided by ${RULES[rule]}`) };
 }
 
 // -- what differs -----------------------------------------------------------------------------------------------------
@@ -354,27 +314,25 @@ function lines(x, y, words) {
 // -- all of them, as they stand in the page before anyone touches them ------------------------------------------------
 
 export const START = {
-  hero: {},
+  hero: { cut: 4, t: LAST, shapes: ["wide", "narrow"] },
   tank: { batch: 32, tank: 96 },
   split: { batch: 50, microbatch: 8 },
-  loop: { index: 6 },
-  mathematics: { lengths: [8, 1, 2, 5], rule: "means" },
-  code: { index: 9, microbatches: 7 },
+  loop: { cut: 4, t: 258 },
+  mathematics: { lengths: [4, 4, 4, 4], rule: "right" },
+  code: { cut: 4, t: 60 },
   memory: { batch: 64, microbatch: 8 },
-  saw: { index: 40 },
   differences: { view: "norm" },
   decision: { path: [] },
 };
 
 export const FIGURES = {
-  hero,
+  hero: stage,
   tank: tankFigure,
   split: splitFigure,
-  loop: (state) => loop(state.index, { microbatches: 4 }),
+  loop: stage,
   mathematics,
-  code: (state) => loop(state.index, { microbatches: state.microbatches }),
+  code: stage,
   memory: memoryFigure,
-  saw: (state, measured) => saw(state.index, measured),
   differences,
   decision,
 };

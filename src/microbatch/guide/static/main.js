@@ -1,12 +1,13 @@
 // Make the page's figures, quiz and playground interactive. What is here already can be read without.
 
-import { FIGURES, RULES, START, TANKS, VIEWS, loop, saw } from "./figures.js";
-import { events } from "./phases.js";
+import { FIGURES, RULES, START, TANK, tankScale, VIEWS } from "./figures.js";
 import { startPaste } from "./paste.js";
-import { makePlayer } from "./player.js";
 import { startPlayground } from "./playground.js";
-import { readIndex } from "./state.js";
+import { CUTS, LAST } from "./stage.js";
+import { startStage } from "./stage-player.js";
+import { readMoment } from "./state.js";
 import { count } from "./svg.js";
+import { MIB, TANKS } from "./tank.js";
 import { startTheme } from "./theme.js";
 
 const { measured, fields, presets } = JSON.parse(document.getElementById("data").textContent);
@@ -20,10 +21,12 @@ function place(name) {
   controls.hidden = false;
   return {
     figure, controls,
-    show({ svg, say, table }) {
+    show(drawn) {
+      const { svg, say, table } = drawn;
       figure.querySelector("[data-drawing]").innerHTML = svg;
       figure.querySelector("[data-say]").textContent = say;
       figure.querySelector("[data-table]").innerHTML = table;
+      return drawn;
     },
   };
 }
@@ -57,43 +60,77 @@ function select(controls, label, choices, value, onChange) {
 const sizes = Object.keys(measured.memory.alone).map(Number).sort((one, other) => one - other);
 
 function wireTank() {
-  const { controls, show } = place("tank"), state = { ...START.tank };
-  const draw = () => show(FIGURES.tank(state, measured));
-  slider(controls, "Batch", { min: 0, max: sizes.length - 1, value: sizes.indexOf(state.batch), name: (index) => `${sizes[index]}` },
-    (index) => ((state.batch = sizes[index]), draw()));
-  slider(controls, "Tank", { min: TANKS.low, max: TANKS.high, step: TANKS.step, value: state.tank, name: (mib) => `${mib} MiB` },
-    (mib) => ((state.tank = mib), draw()));
+  const { figure, controls, show } = place("tank"), state = { ...START.tank, cut: 1 };
+  const half = Object.assign(document.createElement("button"), { type: "button", className: "button", textContent: "Cut it in half" });
+  const on = Object.assign(document.createElement("a"), { href: "#split", textContent: "It fits. On to the split" });
+  const way = document.createElement("p");
+  way.className = "way";
+  way.append(half, on);
+  figure.querySelector("figcaption").prepend(way);
+  const draw = () => {
+    const { over } = show(FIGURES.tank(state, measured));
+    half.hidden = !over || state.batch === state.cut;
+    on.hidden = over || state.cut === 1;
+  };
+  const batch = slider(controls, "Batch", { min: 0, max: sizes.length - 1, value: sizes.indexOf(state.batch), name: (index) => `${sizes[index]}` },
+    (index) => ((state.batch = sizes[index]), (state.cut = 1), draw()));
+  const tank = slider(controls, "Tank", { min: TANKS.low, max: TANKS.high, step: TANKS.step, value: state.tank, name: (mib) => `${mib} MiB` },
+    (mib) => ((state.tank = mib), (state.cut = 1), draw()));
+  half.addEventListener("click", () => {
+    state.cut *= 2;
+    draw();
+    if (half.hidden) on.focus();
+    splitTo(state.batch, state.batch / state.cut);
+  });
+  // What is in the tank, and its rim, can be drawn up and down.
+  const drawing = figure.querySelector("[data-drawing]");
+  let what = null;
+  const drag = ({ clientY }) => {
+    const { top, height } = drawing.firstElementChild.getBoundingClientRect();
+    const level = (TANK.bottom - ((clientY - top) / height) * drawing.firstElementChild.viewBox.baseVal.height) / tankScale(measured);
+    const near = (size) => Math.abs(measured.memory.window[size].total - level);
+    const { range } = what === "tank" ? tank : batch;
+    range.value = what === "tank" ? level / MIB : sizes.reduce((best, size, index) => (near(size) < near(sizes[best]) ? index : best), 0);
+    range.dispatchEvent(new Event("input"));
+  };
+  drawing.addEventListener("pointerdown", (event) => {
+    what = event.target.closest("[data-drag]")?.dataset.drag ?? null;
+    if (!what) return;
+    event.preventDefault();
+    drawing.setPointerCapture(event.pointerId);
+  });
+  drawing.addEventListener("pointermove", (event) => what && drawing.hasPointerCapture(event.pointerId) && drag(event));
+  drawing.addEventListener("lostpointercapture", () => (what = null));
   draw();
 }
 
-function wireGuess() {
-  const guess = document.querySelector("[data-guess]");
-  guess.hidden = false;
-  guess.addEventListener("change", ({ target }) => {
-    guess.querySelector("[data-guess-answer]").textContent = target.value === "activations"
-      ? "Yes: every row leaves its own behind. Move the batch and see."
-      : `Not ${target.value}: they are as large as the model, for one row or a thousand. Move the batch and see what grows.`;
-  });
-}
+let splitTo; // what was cut in the tank goes on in the split
 
 function wireSplit() {
   const { controls, show } = place("split"), state = { ...START.split };
   const draw = () => show(FIGURES.split(state, measured));
   const microbatch = () => (size.range.max = state.batch, state.microbatch = Math.min(state.microbatch, state.batch), size.range.value = state.microbatch, size.write());
-  slider(controls, "Batch B", { min: 1, max: 96, value: state.batch }, (rows) => ((state.batch = rows), microbatch(), draw()));
+  const batch = slider(controls, "Batch B", { min: 1, max: 96, value: state.batch }, (rows) => ((state.batch = rows), microbatch(), draw()));
   const size = slider(controls, "Microbatch m", { min: 1, max: state.batch, value: state.microbatch }, (rows) => ((state.microbatch = rows), draw()));
+  splitTo = (rows, each) => {
+    Object.assign(state, { batch: rows, microbatch: each });
+    batch.range.value = rows;
+    batch.write();
+    microbatch();
+    draw();
+  };
   draw();
 }
 
 function wireMathematics() {
   const { controls, show } = place("mathematics"), state = { ...START.mathematics, lengths: [...START.mathematics.lengths] };
   const draw = () => show(FIGURES.mathematics(state, measured));
-  select(controls, "Denominator", RULES, state.rule, (rule) => ((state.rule = rule), draw()));
+  select(controls, "Divided by", RULES, state.rule, (rule) => ((state.rule = rule), draw()));
   const lengths = document.createElement("div");
   lengths.className = "lengths";
   controls.append(lengths);
   state.lengths.forEach((length, index) =>
-    slider(lengths, `Tokens of ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
+    slider(lengths, `Length ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
   draw();
 }
 
@@ -140,75 +177,77 @@ function wireDecision() {
   draw();
 }
 
-// -- figures that are played ------------------------------------------------------------------------------------------
+// -- the stage --------------------------------------------------------------------------------------------------------
 
-function wirePlayer(name, { length, label, draw, start }) {
-  const { figure, controls, show } = place(name);
-  const { index, notice } = readIndex(location.search, name, length);
+function wireStage(name, { playsItself = false, onMove } = {}) {
+  const { cut, t, notice } = readMoment(location.search, name, { cuts: CUTS, last: LAST });
   if (notice) notices.push(notice);
   let waiting;
-  return makePlayer(controls, {
-    length, label, index: index ?? start,
-    onWords(at) {
-      figure.querySelector("[data-say]").textContent = draw(at).say;
-    },
-    onChange(at, told) {
-      show(draw(at));
-      if (!told) return;
+  return startStage(document.querySelector(`[data-figure="${name}"]`), measured, {
+    ...(cut ? { cut, t } : START[name]), playsItself: playsItself && !cut, onMove,
+    onRest(cut, t) {
       clearTimeout(waiting);
-      waiting = setTimeout(() => remember(name, at), 200);
+      waiting = setTimeout(() => remember(name, `${cut}-${t}`), 200);
     },
   });
 }
 
-// The event is in the address, so that a link leads to it.
-function remember(name, at) {
+// The moment is in the address, so that a link leads to it.
+function remember(name, moment) {
   const query = new URLSearchParams(location.search);
-  query.set(name, at);
-  history.replaceState(null, "", `?${query}#${{ saw: "memory" }[name] ?? name}`);
+  query.set(name, moment);
+  history.replaceState(null, "", `?${query}#${name}`);
 }
 
-function wireLoop() {
-  const microbatches = 4, length = events(microbatches).length;
-  const player = wirePlayer("loop", { length, label: "the loop", start: START.loop.index, draw: (at) => loop(at, { microbatches }) });
-  document.querySelector('[data-figure="loop"]').addEventListener("keydown", (event) => {
-    if (event.target.matches("input")) return;
-    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (by) (event.preventDefault(), player.stop(), player.show(player.index + by));
-  });
-}
+// The lines of code that belong to a move of the stage.
+const LINES = { overflow: "forward", add: "backward", agree: "step" };
 
 function wireCode() {
-  const microbatches = START.code.microbatches, lines = [...document.querySelectorAll("#code [data-phase]")];
-  wirePlayer("code", {
-    length: events(microbatches).length, label: "the code", start: START.code.index,
-    draw(at) {
-      const drawn = loop(at, { microbatches });
+  const lines = [...document.querySelectorAll("#code [data-phase]")];
+  const stage = wireStage("code", {
+    onMove({ phase }) {
       for (const line of lines) {
-        const now = line.dataset.phase.split(" ").includes(drawn.event.phase);
+        const now = line.dataset.phase.split(" ").includes(LINES[phase] ?? phase);
         line.classList.toggle("now", now);
         if (now) line.setAttribute("aria-current", "step");
         else line.removeAttribute("aria-current");
       }
-      return drawn;
     },
   });
+  for (const line of lines)
+    if (line.dataset.phase) line.addEventListener("click", () => stage.phase(line.dataset.phase.split(" ")[0]));
 }
 
-function wireSaw() {
-  const length = measured.inside.series.activations.length;
-  wirePlayer("saw", { length, label: "the memory of a step", start: START.saw.index, draw: (at) => saw(at, measured) });
-}
+// -- questions, copies, where one is ---------------------------------------------------------------------------------------
 
-// -- quiz, copies, where one is ---------------------------------------------------------------------------------------
-
-function wireQuiz() {
-  for (const item of document.querySelectorAll(".quiz .question"))
+// Predict, then see: what a section says in bold waits for the answer.
+function wireQuestions() {
+  const questions = [...document.querySelectorAll(".question:has(.verdict)")], score = document.querySelector("[data-score]"), share = document.querySelector("[data-share]");
+  const answers = new Map();
+  for (const item of questions) {
+    const bold = item.closest("section").querySelector(".remember");
+    bold.hidden = true;
     item.addEventListener("change", ({ target }) => {
       const right = target.hasAttribute("data-right");
+      if (!answers.has(item)) answers.set(item, right); // the first answer counts
       item.querySelector("[data-verdict]").textContent = right ? "✓ Right." : "✗ Not this one.";
       item.querySelector("details").open = true;
+      bold.hidden = false;
+      score.textContent = tallied();
+      share.hidden = false;
     });
+  }
+  const tallied = () => `${[...answers.values()].filter(Boolean).length} of ${questions.length} right${answers.size < questions.length ? `, ${questions.length - answers.size} to go` : ""}.`;
+  score.textContent = `${count(questions.length, "question")} stand above, each before the figure that answers it.`;
+  share.querySelector("button").addEventListener("click", async () => {
+    const words = `Gradient accumulation, ${tallied()} ${location.origin}${location.pathname}`;
+    try {
+      await navigator.clipboard.writeText(words);
+      share.querySelector("span").textContent = "Copied.";
+    } catch {
+      share.querySelector("span").textContent = words;
+    }
+  });
 }
 
 function wireCopies() {
@@ -239,17 +278,16 @@ function wireSections() {
   for (const section of document.querySelectorAll("main > section")) observer.observe(section);
 }
 
+wireStage("hero", { playsItself: true });
 wireTank();
-wireGuess();
 wireSplit();
-wireLoop();
+wireStage("loop");
 wireMathematics();
 wireCode();
 wireMemory();
-wireSaw();
 wireDifferences();
 wireDecision();
-wireQuiz();
+wireQuestions();
 wireCopies();
 wireSections();
 startPaste();

@@ -4,7 +4,7 @@ import { loop } from "./figures.js";
 import { events, indexOf } from "./phases.js";
 import { plot } from "./plot.js";
 import { digits } from "./runs.js";
-import { bytes, figure, power, table, text } from "./svg.js";
+import { bytes, count, extent, figure, power, table, text } from "./svg.js";
 import { legend, overflowSign, parts, tank, total } from "./tank.js";
 
 export function loopPane(view) {
@@ -29,14 +29,14 @@ export function tankPane(view) {
   const scale = 190 / most;
   const over = budget !== undefined && total(list) > budget;
   const said = over
-    ? `${bytes(total(list) - budget)} more were asked for than the budget of ${bytes(budget)}.`
+    ? `${need(shown)} ${bytes(total(list))}; the budget is ${bytes(budget)}.`
     : `${bytes(total(list))} at the peak of a step${budget === undefined ? "" : `, of ${bytes(budget)} allowed`}${whole ? `; the full batch takes ${bytes(total(beside))}` : ""}.${view.retry ? recovered(view) : ""}`;
   const svg = figure(
     260, said,
     tank(16, 20, beside ? 62 : 84, 200, list, { scale, capacity: budget, label: view.retry && view.overflow ? "the attempt" : "this run" }),
     beside ? tank(100, 20, 62, 200, beside, { scale, label: "full batch" }) : null,
     legend(beside ? 184 : 150, 40, list, { step: 28 }),
-    over ? overflowSign(beside ? 184 : 150, 214, `overflow by ${bytes(total(list) - budget)}`) : null,
+    over ? overflowSign(beside ? 184 : 150, 214, `needs ${bytes(total(list))}`) : null,
   );
   const rows = [...list, ["together", total(list)]].map(([role, size], line) =>
     [role, bytes(size), ...(beside ? [bytes(line < beside.length ? beside[line][1] : total(beside))] : [])]);
@@ -47,14 +47,22 @@ export function tankPane(view) {
 const recovered = ({ retry, settings, steps }) =>
   ` It overflowed in microbatches of ${settings.microbatch === "auto" ? retry.before : settings.microbatch}, and goes on in microbatches of ${steps.at(-1)?.microbatch_size ?? retry.after}.`;
 
+const need = ({ rows }) => (rows ? `Microbatches of ${count(rows, "row")} need` : "This step needs");
+
 const numbers = (view) => view.steps.map((step) => step.step + 1);
 
 export function lossPane(view) {
   if (!view.steps.length) return empty("no step yet");
   const whole = view.steps.some((step) => step.whole) ? [{ name: "full batch", ys: view.steps.map((step) => step.whole?.loss) }] : [];
-  const drawn = plot({ label: "Loss by step", xs: numbers(view), x: "step", y: "loss", zero: false, series: [{ name: "this run", ys: view.steps.map((step) => step.loss) }, ...whole], format: digits });
+  const drawn = plot({ label: "Loss by step", xs: numbers(view), x: "step", y: "loss", zero: false, log: apart(view.steps), series: [{ name: "this run", ys: view.steps.map((step) => step.loss) }, ...whole], format: digits });
   const last = view.steps.at(-1);
   return { ...drawn, say: `Loss ${digits(last.loss)} at step ${last.step + 1}${last.whole ? `; trained on whole batches, ${digits(last.whole.loss)}` : ""}.` };
+}
+
+// A loss that runs away would press the other to the ground: then the scale is logarithmic.
+function apart(steps) {
+  const [low, high] = extent(steps.flatMap(({ loss, whole }) => [loss, whole?.loss]).filter((value) => value > 0 && Number.isFinite(value)));
+  return high > 20 * low;
 }
 
 export function errorPane(view) {

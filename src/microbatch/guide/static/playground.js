@@ -1,12 +1,23 @@
 // The playground: a form, a run of the server's, and four pictures of what it tells.
 
 import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
-import { apply, badge, begin, ended, status } from "./runs.js";
-import { filled, presetOf, read, readAddress, writeAddress } from "./state.js";
+import { apply, badge, begin, ended, progress, status } from "./runs.js";
+import { split } from "./phases.js";
+import { filled, nameOf, presetOf, read, readAddress, sameSettings, writeAddress } from "./state.js";
 import { percent, power } from "./svg.js";
 
 const PANES = { loop: loopPane, tank: tankPane, loss: lossPane, error: errorPane };
-const OTHERS = ["loop", "code", "saw"]; // what the address says of figures
+const OTHERS = ["hero", "loop", "code"]; // what the address says of figures
+
+// Call once, when something is first seen.
+function firstSeen(element, then) {
+  const seen = new IntersectionObserver(([entry]) => {
+    if (!entry.isIntersecting) return;
+    seen.disconnect();
+    then();
+  }, { threshold: 0.2 });
+  seen.observe(element);
+}
 
 export function startPlayground({ fields, presets, notices, recorded }) {
   const place = document.getElementById("playground");
@@ -29,6 +40,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       twin.closest("details").hidden = !table;
       if (twin.closest("details").open) twin.innerHTML = table;
     }
+    find("shown").textContent = view.kind === "idle" ? "" : nameOf(fields, presets, view.settings);
+    age();
     const words = status(view);
     if (find("status").textContent !== words) find("status").textContent = words;
     const seen = badge(view);
@@ -39,9 +52,10 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       find("badge").dataset.tolerance = seen.tolerance;
       const scale = Math.abs(seen.scale - 1) > 0.02 ? `, × ${seen.scale.toFixed(2)} as large` : "";
       find("badge").textContent = seen.right
-        ? `✓ full batch’s gradient, to ${power(seen.error)}`
-        : `✗ not the full batch’s gradient: ${percent(seen.error)} off${scale}`;
+        ? `✓ This is the whole batch’s gradient, to ${power(seen.error)}.`
+        : `✗ This is not the whole batch’s gradient: ${percent(seen.error)} off${scale}.`;
     }
+    find("progress").value = progress(view);
     const log = find("log");
     log.replaceChildren(...view.log.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
     place.dataset.microbatches = view.done.microbatch;
@@ -52,6 +66,13 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     run.disabled = running && !recorded;
     stop.disabled = !running;
     recover.hidden = view.kind !== "overflow" || recorded;
+  }
+
+  // Results of settings that the form does not show any more are grey, and say so.
+  function age() {
+    const old = !recorded && view.kind !== "idle" && !sameSettings(fields, view.settings, values().found);
+    find("results").classList.toggle("old", old);
+    find("stale").hidden = !old;
   }
 
   // However much is told, a picture is drawn once a frame; while nothing is told, none is.
@@ -84,6 +105,14 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     mark(presetOf(fields, presets, values));
   }
 
+  // 32 = 4 × 8: what the two knobs make together.
+  function cutting() {
+    const { found } = values(), { batch, microbatch } = found;
+    const sizes = typeof microbatch === "number" && batch && microbatch <= batch ? split(batch, microbatch) : null;
+    find("cutting").textContent = !sizes ? (microbatch === "auto" ? "the fastest size is found" : "")
+      : sizes.at(-1) === microbatch ? `${batch} = ${sizes.length} × ${microbatch}` : `${batch} = ${sizes.length - 1} × ${microbatch} + ${sizes.at(-1)}`;
+  }
+
   // A field of one model alone is not there for the others.
   function fit() {
     for (const field of form.querySelectorAll("[data-of]")) {
@@ -91,6 +120,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       field.hidden = field.dataset.of !== control("model").value;
       if (field.hidden) control(name).value = fields[name].default;
     }
+    cutting();
   }
 
   function values() {
@@ -107,6 +137,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   function address() {
     const { found } = values();
     mark(presetOf(fields, presets, found));
+    age();
     const kept = Object.fromEntries([...new URLSearchParams(location.search)].filter(([key]) => OTHERS.includes(key)));
     const query = writeAddress(fields, found, kept);
     history.replaceState(null, "", `${query ? `?${query}` : location.pathname}${location.hash}`);
@@ -155,6 +186,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     const { found, problems } = values();
     if (problems.length) {
       say(problems.join(". "));
+      const wrong = form.querySelector('[aria-invalid="true"]');
+      if (wrong.closest("details")) wrong.closest("details").open = true;
       form.querySelector('[aria-invalid="true"]').focus();
       return;
     }
@@ -172,6 +205,13 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     }
   }
 
+  // A preset runs at once: what is under way makes room for it.
+  async function startOver() {
+    const turn = ++replaying;
+    if (name && !ended(view)) await ask(`api/runs/${name}/stop`, {});
+    if (turn === replaying) await start();
+  }
+
   // Where the form takes the whole window, what it began is out of sight.
   function reveal() {
     const { top } = find("results").getBoundingClientRect();
@@ -183,7 +223,8 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   async function replay(preset) {
     const turn = ++replaying;
     mark(preset);
-    const answer = await ask(`recorded/${preset}.json`);
+    const within = document.getElementById("recorded"); // one file holds its runs itself
+    const answer = within ? JSON.parse(within.textContent)[preset] ?? { problem: "none" } : await ask(`recorded/${preset}.json`);
     if (answer.problem) return say("This recording cannot be read.");
     view = begin(answer.settings);
     document.querySelector('[data-copy-text="program"]').textContent = answer.program;
@@ -202,6 +243,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     if (!recorded) start();
   });
   form.addEventListener("change", () => !recorded && (fit(), address()));
+  form.addEventListener("input", () => !recorded && (age(), cutting()));
   stop.addEventListener("click", async () => {
     if (recorded) {
       replaying += 1;
@@ -222,6 +264,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
       if (recorded) return replay(button.dataset.preset);
       fill(filled(fields, presets[button.dataset.preset].settings));
       address();
+      startOver();
     });
 
   // -- how it begins ------------------------------------------------------------------------------------------------
@@ -245,6 +288,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   if (recorded) {
     const named = new URLSearchParams(location.search).get("preset");
     if (Object.hasOwn(presets, named)) replay(named);
+    else if (!matchMedia("(prefers-reduced-motion: reduce)").matches) firstSeen(find("results"), () => replaying || replay(Object.keys(presets)[0]));
   } else program(writeAddress(fields, asked));
   const all = [...notices, ...unknown];
   if (all.length) say(all.join(" "));

@@ -1,6 +1,6 @@
 // One kind of chart: series over positions, on a plain or a logarithmic scale. Lines differ in dash and mark, not colour.
 
-import { el, extent, figure, power, round, table, text } from "./svg.js";
+import { el, escaped, extent, figure, power, round, table, text } from "./svg.js";
 
 const SMALLEST = 1e-300; // of what a logarithm is drawn of: below, powers of ten are zero
 const LEFT = 12, RIGHT = 408, TOP = 44, BOTTOM = 214;
@@ -34,13 +34,14 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
   const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
-  const drawn = series.map(({ ys, look }, number) => {
-    const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
-      .map(([left, value]) => [round(left), round(up(value))]);
+  const drawn = series.map(({ name, ys, look }, number) => {
+    const points = ys.map((value, index) => [across(index), value, index]).filter(([, value]) => drawable(value))
+      .map(([left, value, index]) => [round(left), round(up(value)), `${name}: ${format(value)} (${x}: ${xs[index]})`]);
     const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
     const stride = Math.max(1, Math.ceil(points.length / most));
     return el("g", { class: `series s${look ?? number}` }, line && el("path", { d: line, class: "line" }),
-      points.filter((_, index) => index % stride === 0 || index === points.length - 1).map(([left, top]) => MARKS[look ?? number](left, top)));
+      points.filter((_, index) => index % stride === 0 || index === points.length - 1)
+        .map(([left, top, words]) => el("g", {}, el("title", {}, escaped(words)), MARKS[look ?? number](left, top)))); // said under the pointer
   });
   const named = places(series.map(({ name }) => short(name)));
   const names = named.map(({ name, left, top }, number) => {

@@ -1,6 +1,7 @@
 // What a run of the playground has told so far, as one record; a pure function of its events.
 
 import { split } from "./phases.js";
+import { bytes } from "./svg.js";
 
 const NONE = { forwards: 0, backwards: 0, steps: 0 }; // of the step that is under way
 
@@ -49,15 +50,15 @@ export function apply(view, event) {
       if (event.step < 3 || (event.step + 1) % 10 === 0) note(`Step ${event.step + 1}: loss ${digits(event.loss)}, ${event.microbatches} microbatches.`);
       break;
     case "retry":
-      next.overflow = { ...event.memory, total: event.peak_bytes };
+      next.overflow = needed(event);
       next.retry = event;
       next.event = null;
       next.seen = NONE;
       next.planned = split(view.settings.batch, event.after).length;
-      note(`Step ${event.step + 1}: memory ran out in microbatch ${event.index + 1}. Everything is put back; microbatches of ${event.after} instead of ${event.before}.`);
+      note(`Step ${event.step + 1}: memory ran out in microbatch ${event.index + 1}, which needs ${bytes(needed(event).total)}. Everything is put back; microbatches of ${event.after} instead of ${event.before}.`);
       break;
     case "overflow":
-      next.overflow = { ...event.memory, total: event.peak_bytes };
+      next.overflow = needed(event);
       next.error = event.error;
       note(event.error);
       break;
@@ -78,6 +79,9 @@ export function apply(view, event) {
   return next;
 }
 
+// What an attempt that overflowed needs, as it was measured without a budget.
+const needed = (event) => ({ ...(event.need_memory ?? event.memory), total: event.need_bytes ?? event.peak_bytes, rows: event.rows });
+
 export const digits = (value) => (value === null || value === undefined ? "not finite" : value.toPrecision(4));
 
 // What the badge says of the newest step.
@@ -87,6 +91,9 @@ export function badge(view) {
   const right = step.error <= step.tolerance;
   return { right, error: step.error, tolerance: step.tolerance, scale: step.scale };
 }
+
+// How much of what was planned is done, from 0 to 1.
+export const progress = ({ settings, done, kind }) => (kind === "done" ? 1 : Math.min(1, done.step / (settings.steps || 1)));
 
 export function status(view) {
   const { settings, steps } = view;

@@ -18,6 +18,24 @@ export const filled = (fields, settings = {}) => ({ ...Object.fromEntries(Object
 export const presetOf = (fields, presets, values) => Object.keys(presets).find((preset) =>
   Object.entries(filled(fields, presets[preset].settings)).every(([name, value]) => String(values[name]) === String(value)));
 
+export const sameSettings = (fields, one, other) => Object.keys(fields).every((name) => String(one[name]) === String(other[name]));
+
+// What a result is of, in one line: the preset's name, the cut and the rate, and whatever else is not as usual.
+export function nameOf(fields, presets, values) {
+  // However many steps of it were run: a recording has fewer.
+  const named = Object.keys(presets).find((preset) => {
+    const whole = filled(fields, presets[preset].settings);
+    return presetOf(fields, { [preset]: presets[preset] }, { ...values, ...("steps" in whole && { steps: whole.steps }) });
+  });
+  const preset = presets[named]?.title;
+  const { batch, microbatch, lr } = values;
+  const cut = typeof microbatch !== "number" ? `${batch} rows, microbatches of a size that is found`
+    : batch % microbatch ? `${batch} rows in microbatches of ${microbatch}` : `${batch} = ${batch / microbatch} × ${microbatch} rows`;
+  const others = Object.entries(fields).filter(([name, field]) => !["batch", "microbatch", "lr", "compare", "pace", "steps"].includes(name)
+    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label[0].toLowerCase()}${field.label.slice(1)}: ${values[name]}`);
+  return [preset ? `${preset}: ${cut}` : cut, `learning rate ${lr}`, ...others].join(", ");
+}
+
 // Every field's value, and a notice for each name or value that is not known. A preset comes first, whatever the order.
 export function readAddress(fields, search, { others = [], presets = {} } = {}) {
   const preset = new URLSearchParams(search).get("preset");
@@ -46,10 +64,11 @@ export function writeAddress(fields, values, others = {}) {
   return query.toString();
 }
 
-export function readIndex(search, name, length) {
+// A moment of the stage, written as the number of microbatches and the thousandth of the step.
+export function readMoment(search, name, { cuts, last }) {
   const text = new URLSearchParams(search).get(name);
   if (text === null) return {};
-  const index = Number(text);
-  if (text !== "" && Number.isInteger(index) && index >= 0 && index < length) return { index };
-  return { notice: `The address asks for event ${text.slice(0, 20)} of “${name}”, which has the events 0 to ${length - 1}; it begins where it always does.` };
+  const [, cut, t] = (/^(\d{1,2})-(\d{1,4})$/.exec(text) ?? []).map(Number);
+  if (cuts.includes(cut) && t <= last) return { cut, t };
+  return { notice: `The address asks for the moment ${text.slice(0, 20)} of “${name}”, which has none such; it begins where it always does.` };
 }

@@ -1,6 +1,6 @@
 // Pictures as text: pure functions from values to SVG, so that Node can test them and a server can send them.
 
-const escaped = (text) =>
+export const escaped = (text) =>
   String(text).replace(/[&<>"]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign]);
 
 export function el(name, attributes = {}, ...children) {

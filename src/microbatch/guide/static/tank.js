@@ -4,6 +4,8 @@ import { bar, bytes, el, ROLES, text } from "./svg.js";
 
 export const MIB = 1024 ** 2;
 
+export const TANKS = { low: 16, high: 192, step: 4 }; // MiB that the reader can choose
+
 export function parts(measured) {
   const known = ROLES.filter((role) => role !== "other").map((role) => [role, measured[role] ?? 0]);
   const other = measured.total - known.reduce((sum, [, size]) => sum + size, 0);
