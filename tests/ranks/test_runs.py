@@ -178,7 +178,9 @@ def test_the_same_batches_losses_and_weights(runs: Path) -> None:
 
 def test_what_left_a_rank_is_in_the_metrics_and_on_screen(runs: Path) -> None:
     said, summary = lines(runs / "plain-4"), json.loads((runs / "plain-4" / "summary.json").read_text())
-    (sent,) = {(line["comm_bytes"], line["comm_calls"]) for line in said[1:]}
+    # The eleventh step measures the noise scale, with one small all-reduce more.
+    (sent,) = {(line["comm_bytes"], line["comm_calls"]) for line in said[1:] if line["step"] != 11}
+    assert [line["comm_calls"] for line in said if line["step"] == 11] == [3]
     assert sent[0] > 0
     assert sent[1] == 2  # the agreement, and the only bucket
     assert summary["communication"] == {"bytes": sent[0], "calls": sent[1]}
