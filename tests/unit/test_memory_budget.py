@@ -84,8 +84,19 @@ def test_nobody_watches_where_the_user_wants_no_limit() -> None:
     assert watched(accumulator(memory_budget="none"), (8, 8), (8, 8), (64, 9, 8)) == [False] * 3
 
 
-def test_a_budget_that_was_given_is_always_watched() -> None:
-    assert watched(accumulator(memory_budget="1 GiB"), *[(8, 8)] * 4) == [True] * 4
+def test_a_budget_that_was_given_is_watched_where_memory_may_grow_and_checked_now_and_then() -> None:
+    it = accumulator(memory_budget="1 GiB")
+    assert watched(it, *[(8, 8)] * 20) == [True, True, *[False] * 14, True, *[False] * 3]
+    assert watched(it, (9, 8), (9, 8), (8, 2, 8), (8, 2, 8)) == [True, False, True, False]
+
+
+def test_a_budget_that_was_given_is_always_watched_where_the_sizes_are_not_known() -> None:
+    model = nn.Linear(8, 8)
+    it = accumulator(model=model, memory_budget="1 GiB")
+    for _ in range(4):
+        with it.window() as window:
+            window.backward(fit(model, torch.randn(4, 8)), count=4)
+        assert window.step.peak_bytes is not None
 
 
 def test_the_default_is_what_is_there_beside_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

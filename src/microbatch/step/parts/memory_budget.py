@@ -25,12 +25,16 @@ from microbatch.step.record import Step
 from microbatch.warned import warn
 
 
+_CHECK_EVERY = 16  # windows
+
+
 class MemoryBudget(Part):
     """Measure the memory of windows, and raise an error for an allocation beyond the budget.
 
-    A budget from the user holds in every window. Without one, CUDA's allocator itself fails at the end of memory. On
-    the CPU, the system would kill the process instead, so the meter is on where memory may grow. These are the first
-    two windows, the first window with optimizer state, and windows with larger microbatches or rows than before.
+    On CUDA, the allocator holds a budget from the user in every window, and fails by itself at the end of memory. On the
+    CPU, a meter does both. It costs time in every operator, so it is on where memory may grow. These are the first two
+    windows, the first window with optimizer state, and windows with larger microbatches or rows than before. With a
+    budget from the user, these are also every 16th window, and every window of a batch that this library does not cut.
 
     Attributes:
         budget: Bytes that the window may use; `None` if they are not measured.
@@ -49,6 +53,7 @@ class MemoryBudget(Part):
         # Windows that succeeded, their largest row and microbatch, the most bytes beyond a budget so far, and whether
         # the last window began before the optimizer had its state.
         self._windows, self._row_bytes, self._bytes, self._beyond, self._stateless = 0, 0.0, 0.0, 0, False
+        self._sizes_known = False
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Start to measure, before the batch is known."""
@@ -64,10 +69,8 @@ class MemoryBudget(Part):
             if isinstance(options.memory_budget, int):
                 self.budget = options.memory_budget
                 window.outer.callback(_limit_cuda(device, self.budget))
-        elif isinstance(options.memory_budget, int):
-            self._meter_on(window, options.memory_budget)
-        elif self._windows < 2 or (has_state and self._stateless):
-            self._meter_by_default(window)
+        elif self._windows < 2 or (has_state and self._stateless) or self._is_check(options):
+            self._watch(window)
         self._stateless = not has_state
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
@@ -77,7 +80,7 @@ class MemoryBudget(Part):
             return
         self._cut = cut
         if cut.row_bytes > self._row_bytes or cut.bytes > self._bytes:
-            self._meter_by_default(window)
+            self._watch(window)
         if self._meter is not None:
             self._track(self._meter, contents(batch))
 
@@ -97,6 +100,7 @@ class MemoryBudget(Part):
     def done(self, window: OpenWindow, step: Step) -> None:
         """Store the sizes that fit, and report an exceeded budget."""
         self._windows += 1
+        self._sizes_known = self._cut is not None
         if self._meter is not None and self._cut is not None:
             self._row_bytes = max(self._row_bytes, self._cut.row_bytes)
             self._bytes = max(self._bytes, self._cut.bytes)
@@ -154,10 +158,22 @@ class MemoryBudget(Part):
     def _forget(self, *, windows: int) -> None:
         self._windows, self._row_bytes, self._bytes, self._stateless = windows, 0.0, 0.0, False
 
+    def _is_check(self, options: Options) -> bool:
+        """Return whether the meter is on to check a budget from the user, although nothing seems to have grown."""
+        return isinstance(options.memory_budget, int) and (not self._sizes_known or self._windows % _CHECK_EVERY == 0)
+
+    def _watch(self, window: OpenWindow) -> None:
+        """Turn the meter on, with the user's budget or with the machine's free memory as the limit."""
+        options = window.options
+        if self._meter is not None or window.device.type != "cpu":
+            return
+        if isinstance(options.memory_budget, int):
+            self._meter_on(window, options.memory_budget)
+        elif options.memory_budget is None:
+            self._meter_by_default(window)
+
     def _meter_by_default(self, window: OpenWindow) -> None:
         options = window.options
-        if self._meter is not None or window.device.type != "cpu" or options.memory_budget is not None:
-            return
         # The compiler does not compile under a meter, and fake tensors take no memory.
         if options.compile or is_fake(options):
             return
