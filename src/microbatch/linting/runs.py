@@ -129,7 +129,7 @@ class _Runner:
         forks: list[Outcome] = []
         signatures: set[Any] = set()
         waiting: list[dict[str, bool]] = [{}]
-        known, asked = {frozenset[str]()}, set[str]()
+        known, asked, spare = {frozenset[str]()}, set[str](), 6
         probes = 0
         while waiting:
             if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
@@ -145,6 +145,8 @@ class _Runner:
                 fresh = set(outcome.run.asked)
                 signatures.add(signature)
                 forks.append(outcome)
+            elif fresh and (spare := spare - 1) < 0:
+                continue
             # Where nothing changed, the second half of `a and b` may still: it is asked for the first time.
             for key in (key for key in outcome.run.asked if key in fresh):
                 path = frozenset({*decisions, key})
