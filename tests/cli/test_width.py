@@ -10,7 +10,7 @@ from rich.console import Console
 
 from microbatch.cli.progress import Screen
 from microbatch.cli.run_views import step_line, summary_view
-from microbatch.planning.plan import _aligned, _fitting
+from microbatch.planning.text_table import aligned, fitting
 from microbatch.step.events import Retry
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Notice, RunPlanned, StepLogged
@@ -75,10 +75,10 @@ def test_a_file_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_table_leaves_out_columns_until_it_fits() -> None:
     rows = [["", "microbatch", "counted", "error", "step"], [">", "16", "6.48 MiB", "+18.2%", "70.9 ms"]]
-    assert _fitting(rows, ["counted", "error"], None) == rows
+    assert fitting(rows, ["counted", "error"], None) == rows
     for width in (30, 25, 20):
-        fitted = _fitting(rows, ["counted", "error"], width)
-        assert max(map(len, _aligned(fitted).splitlines())) <= max(width, 23)
+        fitted = fitting(rows, ["counted", "error"], width)
+        assert max(map(len, aligned(fitted).splitlines())) <= max(width, 23)
         assert fitted[0][1] == "microbatch"
         assert fitted[1][-1] == "70.9 ms"
-    assert _fitting(rows, ["counted", "error"], 20)[0] == ["", "microbatch", "step"]
+    assert fitting(rows, ["counted", "error"], 20)[0] == ["", "microbatch", "step"]

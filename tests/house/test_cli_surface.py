@@ -25,8 +25,12 @@ TRAIN_FLAGS = {
     "--resume",
     "--data",
 }
-PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"}
-PLAN_FLAGS |= {"--price", "--deadline", "--steps", "--samples"}
+PLAN_FLAGS = {"--batch-size", "--memory", "--device", "--json", "--plot", "--no-cache", "--config", "--seed"} | {
+    "--price",
+    "--deadline",
+    "--steps",
+    "--samples",
+}
 CHECK_FLAGS = {"--batch-size", "--microbatch-size", "--memory", "--loop", "--device", "--seed", "--config", "--json"}
 LR_FLAGS = {
     "--batch-size",

@@ -24,7 +24,6 @@ from microbatch.step.part import OpenWindow, Part
 from microbatch.step.record import Step
 from microbatch.warned import warn
 
-
 _CHECK_EVERY = 16  # windows
 
 
