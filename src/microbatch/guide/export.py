@@ -20,7 +20,7 @@ from microbatch.train.rundir import jsonable
 SINGLE = "guide.html"
 """The file that is the whole guide, for a double click."""
 
-MOST_STEPS = 12
+MOST_STEPS = 16
 """Steps of a recorded run: it is there to be looked at, not to learn much."""
 
 
