@@ -216,7 +216,9 @@ def test_no_probe_is_above_what_the_budget_allows(by_hand: bool) -> None:
         # A batch that goes through whole has no second microbatch, which the prediction counts with.
         assert -0.01 < error < 0.1
     assert max(step.microbatch_size for step in steps) == chosen(events).microbatch_size < 32
-    assert all(step.peak_bytes is not None and step.peak_bytes <= 26 * 1024 for step in steps)
+    peaks = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+    assert len(peaks) >= 3
+    assert max(peaks) <= 26 * 1024
 
 
 def test_the_largest_size_that_fits_is_tried_between_two_halves() -> None:

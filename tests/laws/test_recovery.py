@@ -681,7 +681,9 @@ def test_a_budget_that_only_small_microbatches_meet_is_kept(fits: int) -> None:
     assert steps[0].microbatch_size == fits
     assert 2 ** steps[0].retries == 32 // fits
     assert [step.retries for step in steps[1:]] == [0, 0]  # remembered
-    assert all(step.peak_bytes is not None and step.peak_bytes <= budget for step in steps)
+    peaks = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+    assert len(peaks) >= 2
+    assert max(peaks) <= budget
     other = budgeted(fits, "none")
     torch.manual_seed(7)
     assert [other.step(batch, wide_fit).loss.item() for _ in range(3)] == [step.loss.item() for step in steps]

@@ -87,7 +87,7 @@ def test_nobody_watches_where_the_user_wants_no_limit() -> None:
 def test_a_budget_that_was_given_is_watched_where_memory_may_grow_and_checked_now_and_then() -> None:
     it = accumulator(memory_budget="1 GiB")
     assert watched(it, *[(8, 8)] * 20) == [True, True, *[False] * 14, True, *[False] * 3]
-    assert watched(it, (8, 2, 8), (8, 2, 8)) == [True, False]
+    assert watched(it, (8, 2, 8), (8, 2, 8), (9, 8), (9, 8)) == [True, False, True, False]
 
 
 def test_a_budget_that_was_given_is_always_watched_where_the_sizes_are_not_known() -> None:

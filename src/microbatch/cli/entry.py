@@ -25,4 +25,9 @@ def main() -> None:
             raise SystemExit(code)
     from microbatch.cli.main import main as run
 
+    if sys.argv[1:2] == ["train"] and not {"--help", "-h"} & set(sys.argv):
+        # Here, because it is a setting of the whole process, and only this process is the command's own.
+        from microbatch.memory.kept_heap import keep_heap
+
+        keep_heap()
     run()

@@ -24,7 +24,6 @@ from microbatch.cli.rank_log import RankLog
 from microbatch.cli.run_views import resume_command
 from microbatch.cli.safe_stream import safe
 from microbatch.errors import MicrobatchError, RankError
-from microbatch.memory.kept_heap import keep_heap
 from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.train.config import load_settings
 from microbatch.train.launch import Launch, joined, launch_of
@@ -75,7 +74,6 @@ def run_training(
     """
     launch = None
     told = Told(output)
-    keep_heap()
     try:
         with ExitStack() as around:
             launch = launch_of(os.environ)

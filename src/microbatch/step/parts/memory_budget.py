@@ -30,10 +30,11 @@ _CHECK_EVERY = 16  # windows
 class MemoryBudget(Part):
     """Measure the memory of windows, and raise an error for an allocation beyond the budget.
 
-    On CUDA, the allocator holds a budget from the user in every window, and fails by itself at the end of memory. On the
-    CPU, a meter does both. It costs time in every operator, so it is on where memory may grow. These are the first two
-    windows, the first window with optimizer state, and windows with larger microbatches or rows than before. With a
-    budget from the user, these are also every 16th window, and every window of a batch that this library does not cut.
+    On CUDA, the allocator holds a budget from the user in every window, and fails by itself at the end of memory. On
+    the CPU, a meter does both. It costs time in every operator, so it is on where memory may grow. These are the first
+    two windows, the first window with optimizer state, and windows with larger rows or microbatches than before. With a
+    budget from the user, these are also windows with more rows, and every 16th window. If sizes are not known, or if
+    what is kept in memory depends on the memory that is left, these are all windows.
 
     Attributes:
         budget: Bytes that the window may use; `None` if they are not measured.
@@ -52,7 +53,7 @@ class MemoryBudget(Part):
         # Windows that succeeded, their largest row and microbatch, the most bytes beyond a budget so far, and whether
         # the last window began before the optimizer had its state.
         self._windows, self._row_bytes, self._bytes, self._beyond, self._stateless = 0, 0.0, 0.0, 0, False
-        self._sizes_known = False
+        self._rows, self._now_rows, self._steady = 0, 0, False
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Start to measure, before the batch is known."""
@@ -77,8 +78,9 @@ class MemoryBudget(Part):
         cut = cutting.cut
         if cut is None:
             return
-        self._cut = cut
-        if cut.row_bytes > self._row_bytes or cut.bytes > self._bytes:
+        self._cut, self._now_rows = cut, cutting.rows or 0
+        more = isinstance(window.options.memory_budget, int) and self._now_rows > self._rows
+        if more or cut.row_bytes > self._row_bytes or cut.bytes > self._bytes:
             self._watch(window)
         if self._meter is not None:
             self._track(self._meter, contents(batch))
@@ -99,10 +101,12 @@ class MemoryBudget(Part):
     def done(self, window: OpenWindow, step: Step) -> None:
         """Store the sizes that fit, and report an exceeded budget."""
         self._windows += 1
-        self._sizes_known = self._cut is not None
+        # Offloading and the choice of a coupled loss's way use the memory that is left, which only the meter knows.
+        adapts = window.options.spill is not None or (window.coupled is not None and window.options.coupled == "auto")
+        self._steady = self._cut is not None and not adapts
         if self._meter is not None and self._cut is not None:
             self._row_bytes = max(self._row_bytes, self._cut.row_bytes)
-            self._bytes = max(self._bytes, self._cut.bytes)
+            self._bytes, self._rows = max(self._bytes, self._cut.bytes), max(self._rows, self._now_rows)
         if window.device.type == "cuda":
             self.allocation_retries = _allocation_retries(window.device) - self._retries
         peak, budget = step.peak_bytes, window.options.memory_budget
@@ -155,11 +159,11 @@ class MemoryBudget(Part):
         return None if self._meter is None else self._meter.live_bytes
 
     def _forget(self, *, windows: int) -> None:
-        self._windows, self._row_bytes, self._bytes, self._stateless = windows, 0.0, 0.0, False
+        self._windows, self._row_bytes, self._bytes, self._rows, self._stateless = windows, 0.0, 0.0, 0, False
 
     def _is_check(self, options: Options) -> bool:
         """Return whether the meter is on to check a budget from the user, although nothing seems to have grown."""
-        return isinstance(options.memory_budget, int) and (not self._sizes_known or self._windows % _CHECK_EVERY == 0)
+        return isinstance(options.memory_budget, int) and (not self._steady or self._windows % _CHECK_EVERY == 0)
 
     def _watch(self, window: OpenWindow) -> None:
         """Turn the meter on, with the user's budget or with the machine's free memory as the limit."""
