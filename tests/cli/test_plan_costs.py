@@ -184,7 +184,7 @@ def test_several_devices_and_ranks_in_one_table(config: str) -> None:
         (("--price", "h100=2/h,t4=1/h", "--deadline", "6 h"), "--deadline needs the length of the run: --steps"),
         (("--steps", "0"), "--steps is 0: it must be a whole number, at least 1"),
         (("--samples", "many"), '--samples is "many"'),
-        (("--steps", "1", "--samples", "1"), "--steps and --samples both say how long the run is"),
+        (("--steps", "1", "--samples", "1"), "--steps and --samples are both the length of the run"),
         (("--microbatch-seconds", "1 s"), "--device names several"),
     ],
 )

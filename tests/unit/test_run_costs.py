@@ -48,7 +48,7 @@ def test_a_run_costs_what_its_steps_cost() -> None:
     assert MADE.words() == said + "1,000 steps 30.0 min, 2.50 EUR"
 
 
-@pytest.mark.parametrize(("unknown", "said"), [(LARGE, "it does not fit"), (DARK, "nothing tells the time of a step")])
+@pytest.mark.parametrize(("unknown", "said"), [(LARGE, "it does not fit"), (DARK, "the time of a step is not known")])
 def test_what_is_not_known_has_no_cost(unknown: RunCost, said: str) -> None:
     assert (unknown.step_cost, unknown.run_cost, unknown.run_seconds, unknown.meets(1e9)) == (None,) * 4
     assert said in unknown.words()

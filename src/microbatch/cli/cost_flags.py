@@ -116,9 +116,9 @@ def read_cost_flags(flags: Mapping[str, Any]) -> CostFlags:
         if name in told and (not isinstance(told[name], int) or told[name] < 1):
             raise ConfigError(f"--{name} is {json.dumps(told[name])}: it must be a whole number, at least 1")
     if "steps" in told and "samples" in told:
-        raise ConfigError("--steps and --samples both say how long the run is; keep one of them")
+        raise ConfigError("--steps and --samples are both the length of the run; keep one of them")
     if "deadline" in told and "price" not in told:
-        raise ConfigError('--deadline finds the cheapest plan: say what a device costs, --price "2.50/h"')
+        raise ConfigError('--deadline finds the cheapest plan, so it needs the price of a device: --price "2.50/h"')
     if "price" in told:
         told["price"] = _read("--price", told["price"], parse_prices)
     if "deadline" in told:

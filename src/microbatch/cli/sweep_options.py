@@ -77,7 +77,7 @@ def sweep(
     samples: Annotated[
         str | None,
         typer.Option(
-            metavar="N", help="Samples that each run learns from.", rich_help_panel=LENGTH, show_default=THE_JOBS
+            metavar="N", help="Samples that each run trains on.", rich_help_panel=LENGTH, show_default=THE_JOBS
         ),
     ] = None,
     target_loss: Annotated[

@@ -49,7 +49,7 @@ TOUR: Mapping[str, Mapping[str, Preset]] = {
         "undivided": Preset(
             "Forgot to divide",
             "Watch the loss: four microbatches and no division make every gradient four times too large. "
-            "The whole batch learns; this run explodes.",
+            "The whole batch’s loss falls; this run’s explodes.",
             {"model": "mlp", "microbatch": 8, "divide": "none", "lr": 0.2, "compare": "yes"},
             exact=False,
         ),

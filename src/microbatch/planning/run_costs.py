@@ -85,7 +85,7 @@ class RunCost:
         if self.fits is False:
             return f"cost on {self.where}{at}: not known, because it does not fit"
         if self.step_seconds is None:
-            return f"cost on {self.where}{at}: not known, because nothing tells the time of a step"
+            return f"cost on {self.where}{at}: not known, because the time of a step is not known"
         told = [f"a step {_time_and_money(self.step_seconds, self.step_cost)}"]
         if self.run_seconds is not None:
             told.append(f"{_steps(self.steps or 0)} {_time_and_money(self.run_seconds, self.run_cost)}")
@@ -157,7 +157,7 @@ def steps_of_run(batch_size: int, *, steps: int | None, samples: int | None) -> 
         16
     """
     if steps is not None and samples is not None:
-        raise ConfigError(f"steps={steps} and samples={samples} both say how long the run is; keep one of them")
+        raise ConfigError(f"steps={steps} and samples={samples} are both the length of the run; keep one of them")
     for name, number in (("steps", steps), ("samples", samples)):
         if number is not None and number < 1:
             raise ConfigError(f"{name} must be at least 1, not {number}")

@@ -215,7 +215,7 @@ CLASHES: Sequence[Clash] = (
     *_with(
         NOISE,
         {
-            NORM: "all microbatches share one backward, so their gradients cannot be told apart; " + _ONE,
+            NORM: "all microbatches share one backward, so their gradients cannot be separated; " + _ONE,
             SHARDED: "torch itself reduces the gradients of each microbatch, and adds them up in shards; leave "
             "noise_scale= out",
             "parameters spread over ranks": "each rank has only a shard of each microbatch's gradient; leave "

@@ -159,7 +159,7 @@ def samples_of(job: Job, asked: int | None) -> int:
         return job.steps * job.batch_size
     total = _rows_in(job)
     if job.epochs is None or not total:
-        raise ConfigError("neither the job nor the call says when to stop; pass samples=")
+        raise ConfigError("neither the job nor the call has an end; pass samples=")
     return max(1, round(job.epochs * total))
 
 

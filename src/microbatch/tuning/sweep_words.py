@@ -74,14 +74,14 @@ def advise(batches: Sequence[BatchResult], critical: CriticalBatch | None) -> st
     if len(reached) < 2:
         if len(batches) < 2:
             return "One batch size alone cannot be compared with anything: give at least two."
-        return "Fewer than two batch sizes reached the target with every seed, so the data cannot tell them apart."
+        return "Fewer than two batch sizes reached the target with every seed, so the data show no difference."
     first, last = reached[0], reached[-1]
     text = (
         f"{last.batch_size:,} takes {_ratio(last.steps, first.steps)} of the steps and "
         f"{_ratio(last.samples, first.samples)} of the samples of {first.batch_size:,}"
     )
     if critical is not None and _within_scatter(first, last, critical):
-        text += " (the seeds cannot tell these samples from the same number)"
+        text += " (within the spread of the seeds, it may be the same number)"
     return f"{text}; {_harmless(reached, critical)}.{_fastest(reached)}"
 
 
@@ -114,10 +114,10 @@ def critical_line(critical: CriticalBatch) -> str:
         ends = f"{critical.low:,.3g} to {critical.high:,.3g}"
         return f"Critical batch size: {critical.batch_size:,.3g} ({ends}), with {least}; {check}."
     if critical.low is not None:
-        return f"Critical batch size: above {critical.low:,.3g}; these runs do not tell how far above. {_cap(check)}."
+        return f"Critical batch size: above {critical.low:,.3g}; these runs do not show how far above. {_cap(check)}."
     if critical.high is not None:
-        return f"Critical batch size: below {critical.high:,.3g}; these runs do not tell how far below. {_cap(check)}."
-    return "Critical batch size: these runs cannot tell; use more seeds, more samples, or sizes further apart."
+        return f"Critical batch size: below {critical.high:,.3g}; these runs do not show how far below. {_cap(check)}."
+    return "Critical batch size: not known from these runs; use more seeds, more samples, or sizes further apart."
 
 
 def _against_noise(critical: CriticalBatch, noise: float | None) -> Iterator[str]:
@@ -138,8 +138,8 @@ def _against_noise(critical: CriticalBatch, noise: float | None) -> Iterator[str
 def _harmless(reached: Sequence[BatchResult], critical: CriticalBatch | None) -> str:
     smallest, largest = reached[0].batch_size, reached[-1].batch_size
     if critical is not None and not critical.lawful:
-        return "the samples do not follow the law, so it cannot tell from which size on they are lost"
-    untold = "the data cannot tell from which size on samples are lost"
+        return "the samples do not follow the law, so it does not show from which size on they are lost"
+    untold = "the data do not show from which size on samples are lost"
     least = None if critical is None else critical.batch_size if critical.found else critical.low
     if critical is None or least is None:
         return untold
