@@ -45,7 +45,7 @@ class MemoryBudget(Part):
 
     def __init__(self) -> None:
         self.budget: int | None = None
-        self.passing = False
+        self.passing = self._of_free = False
         self.allocation_retries = 0
         self._meter: MemoryMeter | None = None
         self._cut: Cut | None = None
@@ -61,7 +61,7 @@ class MemoryBudget(Part):
         self._device = device
         if self._windows == 0 and isinstance(options.memory_budget, int):
             _check_least(options, device)
-        self.budget, self.passing, self._meter, self._cut = None, False, None, None
+        self.budget, self.passing, self._of_free, self._meter, self._cut = None, False, False, None, None
         has_state = all(optimizer.state for optimizer in options.optimizers)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -171,6 +171,7 @@ class MemoryBudget(Part):
         if self._meter is not None or window.device.type != "cpu":
             return
         if isinstance(options.memory_budget, int):
+            self.passing = self._steady
             self._meter_on(window, options.memory_budget)
         elif options.memory_budget is None:
             self._meter_by_default(window)
@@ -184,7 +185,7 @@ class MemoryBudget(Part):
         if available is not None:
             # The processes of this machine share the memory equally.
             share = available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            self.passing = True
+            self.passing = self._of_free = True
             self._meter_on(window, share)
 
     def _meter_on(self, window: OpenWindow, budget: int) -> None:
@@ -201,7 +202,7 @@ class MemoryBudget(Part):
         before = meter.live_bytes
         meter.track(*things)
         if self.budget is not None:
-            self.budget += meter.live_bytes - before if self.passing else 0
+            self.budget += meter.live_bytes - before if self._of_free else 0
             meter.budget = self.budget
 
 
