@@ -179,7 +179,7 @@ def test_several_devices_and_ranks_in_one_table(config: str) -> None:
         (("--price", "h100=2/h,t4=1/h,l4=1/h"), "--price names l4, which --device does not"),
         (("--price", "h100=2/h,t5=1/h"), "--price: 't5' is not one device"),
         (("--price", "h100=2/h,h100-80gb=3/h,t4=1/h"), "--price has two prices for h100-80gb"),
-        (("--deadline", "6 h"), "--deadline finds the cheapest plan: say what a device costs"),
+        (("--deadline", "6 h"), "--deadline finds the cheapest plan, so it needs the price"),
         (("--price", "h100=2/h,t4=1/h", "--deadline", "soon"), "--deadline: 'soon' is not a time"),
         (("--price", "h100=2/h,t4=1/h", "--deadline", "6 h"), "--deadline needs the length of the run: --steps"),
         (("--steps", "0"), "--steps is 0: it must be a whole number, at least 1"),

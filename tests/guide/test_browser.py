@@ -137,6 +137,7 @@ def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle
         until(page, f"{hero}.querySelector('.cuts [aria-pressed=true]').value === '4'")
         until(page, f"{hero}.querySelector('[data-say]').textContent.startsWith('One step')")
         until(page, f"{hero}.dataset.playing === 'false'")
+        page.wait_for_timeout(100)
         page.evaluate("window.frames_.length = 0")
         page.wait_for_timeout(1300)
         assert page.evaluate("window.frames_.length") == 0
@@ -163,6 +164,7 @@ def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any)
         until(page, f"{moment} !== {stood!r}")
         page.evaluate("window.scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
         until(page, "document.querySelector('[data-figure=hero]').dataset.playing === 'false'")
+        page.wait_for_timeout(100)  # a frame that was requested before may still come
         page.evaluate("window.frames_.length = 0")
         page.wait_for_timeout(500)
         assert page.evaluate("window.frames_.length") == 0

@@ -167,7 +167,7 @@ def test_a_text_that_takes_too_long_ends_with_its_process(client: Any, monkeypat
         short.setattr(paste_check, "MOST_SECONDS", 0.02)  # in which no process is up
         status, told = client.post("/api/doctor", {"source": WRONG})
     assert status == 503
-    assert "did not come to an end" in told["error"]
+    assert "did not finish" in told["error"]
     assert [process.returncode for process in started] == [-9] * len(started)
     assert "MB105" in {each["rule"] for each in check(client, WRONG)["findings"]}
 

@@ -437,7 +437,7 @@ def test_what_cannot_be_folded_is_refused_by_name(make: Any, settings: dict[str,
 
 def test_a_narrow_momentum_is_the_users_decision() -> None:
     model = regressor(0, "cpu", torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"pass dtype=torch\.bfloat16"):
+    with pytest.raises(ConfigError, match=r"Pass dtype=torch\.bfloat16"):
         folded(model, sgd)
     it = folded(model, sgd, dtype=torch.bfloat16)
     for step in range(3):

@@ -267,7 +267,9 @@ def test_what_the_first_window_leaves_open_is_predicted_then(fails: bool, monkey
     assert len(rehearsed) == 1
     plan = chosen(events)
     assert (plan.predicted_bytes is None) == fails
-    assert all(step.peak_bytes is not None and step.peak_bytes <= 24 << 20 for step in steps)
+    peaks = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+    assert len(peaks) >= 2
+    assert max(peaks) <= 24 << 20
     assert sum(step.retries for step in steps) == 0
     assert plan.microbatch_size < 32
 

@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_split_is_refused(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "changes", "match"),
     [
-        ({}, {"microbatch_size": None}, "a microbatch size that is to be found does not go: say one"),
+        ({}, {"microbatch_size": None}, "a microbatch size that is to be found does not go: pass one"),
         ({"shard": "zero3"}, {}, "--shard does not go: keep each stage whole"),
         ({"deterministic": True}, {}, "--deterministic does not go"),
         ({}, {"encode": lambda model, batch: model(batch)}, r"Job\(encode=\) does not go"),

@@ -140,7 +140,7 @@ def interval_of(windows: Sequence[Measured]) -> tuple[float, float] | None:
 
     Example:
         >>> low, high = interval_of([Measured(noise, 1.0) for noise in (3.0, 4.0, 4.0, 5.0)])
-        >>> round(low, 2), round(high, 2)  # 4 +- 3.182 * 0.408
+        >>> round(low, 1), round(high, 1)  # 4 +- 3.182 * 0.408
         (2.7, 5.3)
     """
     number = len(windows)
