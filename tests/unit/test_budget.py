@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.errors import ConfigError
+from microbatch.memory import budget
 from microbatch.memory.budget import available_bytes, format_bytes, parse_bytes
 
 
@@ -95,6 +96,12 @@ def system(folder: Path, files: dict[str, str]) -> Path:
 
 def machine(available: int) -> dict[str, str]:
     return {"proc/meminfo": f"MemTotal: 99999999 kB\nMemAvailable:   {available // 1024} kB\nSwapFree: 1 kB\n"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count no freed memory as available: another test may have kept the heap of this process."""
+    monkeypatch.setattr(budget, "kept_bytes", lambda: 0)
 
 
 def test_less_than_the_machine_has_available_is_left_a_margin(tmp_path: Path) -> None:
