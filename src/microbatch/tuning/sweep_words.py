@@ -82,7 +82,7 @@ def advise(batches: Sequence[BatchResult], critical: CriticalBatch | None) -> st
     )
     if critical is not None and _within_scatter(first, last, critical):
         text += " (within the spread of the seeds, it may be the same number)"
-    return f"{text}; {_harmless(reached, critical)}.{_fastest(reached)}"
+    return f"{text}. {_cap(_harmless(reached, critical))}.{_fastest(reached)}"
 
 
 def critical_line(critical: CriticalBatch) -> str:
