@@ -125,14 +125,14 @@ STUDIES = {
     "pairs-coupled": Study(
         job=pairs_job,
         question="a contrastive loss over the effective batch",
-        sizes=(32, 128, 512, 1024),
+        sizes=(32, 128, 256, 512),
         samples=16_384,
         seeds=2,
     ),
     "pairs-microbatch": Study(
         job=pairs_job,
         question="the contrastive loss within microbatches of 16, as accumulation usually has it",
-        sizes=(32, 128, 512, 1024),
+        sizes=(32, 128, 256, 512),
         samples=16_384,
         seeds=2,
         options={"accumulation": "plain", "microbatch_size": 16},
