@@ -102,8 +102,8 @@ def critical_line(critical: CriticalBatch) -> str:
     )
     if not critical.lawful:
         return (
-            f"Critical batch size: the law does not hold here ({check}), perhaps because some batch has a bad rate; "
-            f"{critical.batch_size:,.3g} is a rough place only."
+            f"Critical batch size: the law does not hold here ({check}), perhaps because some batch has a bad rate. "
+            f"So {critical.batch_size:,.3g} is a rough place only."
         )
     if critical.seeds < 2 and critical.inside:
         return (
