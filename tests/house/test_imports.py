@@ -202,7 +202,7 @@ def test_a_patch_or_a_thread_would_be_seen(changed: dict[str, list[str]], code: 
     assert any(CHANGES[code] in change for change in changed[code])
 
 
-def test_the_whole_package_costs_at_most_a_tenth_of_what_torch_does() -> None:
+def test_the_whole_package_costs_at_most_an_eighth_of_what_torch_does() -> None:
     timed = f"""
 import gc, time
 start = time.process_time()
@@ -214,9 +214,9 @@ print((time.process_time() - start) / torchs)
 """
     # Of one process, so that a busy machine slows both; the best of a few, for the first one makes the byte code.
     shares: list[float] = []
-    while len(shares) < 4 and min(shares, default=1.0) > 0.1:
+    while len(shares) < 4 and min(shares, default=1.0) > 0.125:
         shares.append(float(fresh(timed)))
-    assert min(shares) <= 0.1
+    assert min(shares) <= 0.125
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"], ["guide", "--help"]])
