@@ -249,7 +249,7 @@ def finalists(loops: Sequence[Loop], budget: int) -> list[int]:
 
 
 def _compare(row: Row, loops: Mapping[int, Handle], *, repeats: int, threads: int) -> Row:
-    """Let "auto" choose under the budget, and hold it against the fastest loops."""
+    """Measure the size that "auto" chooses under the budget, against the fastest loops."""
     auto = Handle(row.case, budget=row.budget, threads=threads)
     try:
         try:

@@ -203,7 +203,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def judged(result: Mapping[str, Any]) -> str:
-    """Say whether the suggestion is near enough to the best rate of the grid."""
+    """Compare the loss at the suggestion with the best loss of the grid."""
     rate = result["rates"]["suggested"]
     if rate is None:
         return "The range test suggested nothing."

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
 from microbatch.checking.gradient_hooks import carry_hooks
 from microbatch.errors import ConfigError
+from microbatch.gradients.parameters import device_of
 from microbatch.memory.out_of_memory import is_out_of_memory
 from microbatch.memory.signal_errors import is_from_signal
 
@@ -54,7 +55,7 @@ class Given:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next((each.device for each in self.model.parameters()), torch.device("cpu"))
+        return device_of(self.model)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

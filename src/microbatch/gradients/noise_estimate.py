@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 from microbatch.errors import ConfigError
 
+_FEWEST = 4
+"""Windows that an interval needs."""
+
 
 @dataclass(frozen=True, slots=True)
 class NoiseScale:
@@ -140,7 +143,7 @@ def interval_of(windows: Sequence[Measured]) -> tuple[float, float] | None:
 
     Example:
         >>> low, high = interval_of([Measured(noise, 1.0) for noise in (3.0, 4.0, 4.0, 5.0)])
-        >>> round(low, 1), round(high, 1)  # 4 +- 3.182 * 0.408
+        >>> round(low, 2), round(high, 2)  # 4 +- 3.182 * 0.408
         (2.7, 5.3)
     """
     number = len(windows)
@@ -148,7 +151,7 @@ def interval_of(windows: Sequence[Measured]) -> tuple[float, float] | None:
         return None
     noise, signal = (sum(each) / number for each in zip(*windows, strict=True))
     apart = [(each.noise - noise, each.signal - signal) for each in windows]
-    squared = _quantile(number - 1) ** 2 / (number * (number - 1))
+    squared = student(number - 1) ** 2 / (number * (number - 1))
     # (noise - B signal)^2 <= squared * sum (a - B b)^2 is a B^2 - 2 b B + c <= 0.
     a = signal**2 - squared * sum(b * b for _, b in apart)
     b = noise * signal - squared * sum(a * b for a, b in apart)
@@ -161,16 +164,16 @@ def interval_of(windows: Sequence[Measured]) -> tuple[float, float] | None:
     return max(0.0, lower), math.inf
 
 
-_FEWEST = 4
-_NORMAL = 1.959964
+def student(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t, by an expansion in one over the degrees of freedom.
 
+    Args:
+        freedom: Degrees of freedom, at least 1.
 
-def _quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, by the expansion of Fisher and Cornish; 1 % off at 3 degrees."""
-    z = _NORMAL
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+    Returns:
+        The quantile; 3 % low at two degrees of freedom, and below 1 % from three on.
+
+    Source:
+        Abramowitz and Stegun, 26.7.5.
+    """
+    return 1.95996 + 2.37228 / freedom + 2.8225 / freedom**2 + 2.5556 / freedom**3 + 1.5895 / freedom**4

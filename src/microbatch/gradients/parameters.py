@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -34,6 +35,12 @@ def first_parameter(model: nn.Module) -> nn.Parameter | None:
         if child is not None and (found := first_parameter(child)) is not None:
             break
     return found
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter; the CPU for a model without parameters."""
+    first = first_parameter(model)
+    return torch.device("cpu") if first is None else first.device
 
 
 class Trainable:

@@ -79,7 +79,7 @@ class Reach(Definitions):
         self._spread("steps", "calls")
 
     def _spread(self, what: str, through: str) -> None:
-        """Say the same of every function that calls one of which it is said."""
+        """Add every function that calls one of the functions that were found."""
         callers: dict[str, list[Facts]] = {}
         for facts in self.facts.values():
             for callee in getattr(facts, through):

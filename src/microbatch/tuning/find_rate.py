@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from microbatch.errors import ConfigError
-from microbatch.gradients.parameters import first_parameter
+from microbatch.gradients.parameters import device_of
 from microbatch.train.job import Job
 from microbatch.tuning.learning_rate import LearningRate, RangeStep
 
@@ -65,7 +63,5 @@ def find_learning_rate(
             raise ConfigError(f"{name} must be at least 1, not {value!r}")
     # The test has no warm-up: the rate grows by itself.
     flags = {"batch_size": batch_size, "microbatch_size": microbatch_size, "steps": steps, "warmup_steps": 0}
-    first = first_parameter(job.model)
-    device = torch.device("cpu") if first is None else first.device
-    config = resolve(load_settings(flags), job, device=device)
+    config = resolve(load_settings(flags), job, device=device_of(job.model))
     return rate_for(job, config, low=low, high=high, seeds=seeds_of(seeds), progress=progress)

@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from microbatch.gradients.noise_estimate import student
+
 _FAR = 30.0
 """Times beyond the batch sizes that were tried, where the data says nothing any more."""
 
@@ -150,7 +152,7 @@ def fit_critical(
         # Where the law itself is off by more than the seeds scatter, the interval is as much wider (Birge's ratio).
         law = misfit * math.sqrt(len(sizes) / max(1, len(sizes) - 2))
         off = max(1.0, law * math.sqrt(seeds) / scatter) if scatter and len(sizes) > 2 else 1.0
-        width = _student(freedom) * lost * off * _bootstrap(rows, logs, left)
+        width = student(freedom) * lost * off * _bootstrap(rows, logs, left)
         low, high = (math.exp(max(-700.0, min(700.0, place + side * width))) for side in (-1, 1))
         low = low if low > rows[0] / _FAR else None
         high = high if high < rows[-1] * _FAR else None
@@ -217,9 +219,3 @@ def _bootstrap(rows: Sequence[float], logs: Sequence[Sequence[float]], left: Seq
         drawn = [sum(draw.choices(each, k=len(each))) / len(each) for each in left]
         places.append(_least_squares(rows, [mean + shift for mean, shift in zip(own, drawn, strict=True)])[0])
     return statistics.pstdev(places)
-
-
-def _student(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, by an expansion in one over the degrees of freedom."""
-    # Abramowitz and Stegun 26.7.5; 3 % low at two degrees of freedom, and below 1 % from three on.
-    return 1.95996 + 2.37228 / freedom + 2.8225 / freedom**2 + 2.5556 / freedom**3 + 1.5895 / freedom**4

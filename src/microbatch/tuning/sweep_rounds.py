@@ -1,4 +1,4 @@
-"""Let the runs of a sweep take turns, and decide which of them go on."""
+"""Train the runs of a sweep in turns, and end those that another run has beaten."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from microbatch.errors import ConfigError, NonfiniteError
+from microbatch.gradients.parameters import device_of
 from microbatch.planning.scaling import Scaling, scale_hyperparameters
 from microbatch.step.saved_state import RandomState, seed_everything
 from microbatch.train.config import Settings
@@ -103,7 +104,7 @@ class Jobs:
             self._check(job)
             copies = self._stack.enter_context(kept(job.model, optimizers_of(job.optimizer)))
             self._stack.enter_context(kept_data(job.data))
-            self._stack.enter_context(untouched(job.model, device_of(job), training=True))
+            self._stack.enter_context(untouched(job.model, device_of(job.model), training=True))
             self._made[key] = job, copies
         job, copies = self._made[key]
         copies.restore()
@@ -168,7 +169,7 @@ class Runs:
         scale_learning_rates(optimizers_of(job.optimizer), plan.learning_rate)
         settings = settings_of(plan)
         config = replace(
-            resolve(settings, job, device=device_of(job)),
+            resolve(settings, job, device=device_of(job.model)),
             steps=end,
             validate_every=end,
             checkpoint_every=end,
@@ -258,18 +259,6 @@ def noise_of(record: Mapping[str, Any]) -> float | None:
     """
     found = record.get("noise_scale")
     return None if found is None else float(found)
-
-
-def device_of(job: Job) -> torch.device:
-    """Find the device that a job's model is on.
-
-    Args:
-        job: The job.
-
-    Returns:
-        The device of its first parameter; the CPU for a model without parameters.
-    """
-    return next((parameter.device for parameter in job.model.parameters()), torch.device("cpu"))
 
 
 def settings_of(plan: RunPlan) -> Settings:

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from microbatch.errors import ConfigError, MicrobatchError
-from microbatch.step.accumulator import Accumulator
+from microbatch.gradients.parameters import device_of
 from microbatch.step.events import Event, PlanChosen
 from microbatch.train.atomic_files import write_text
 from microbatch.train.baselines import take_step
 from microbatch.train.config import Settings
 from microbatch.train.data import Position, length_of
 from microbatch.train.job import Job
+from microbatch.train.job_accumulator import accumulator_for
 from microbatch.train.place import Place
 from microbatch.train.rank_batches import batches_of
 from microbatch.train.resolve import resolve
 from microbatch.train.schedule import scale_learning_rates
 from microbatch.train.state import optimizers_of
 from microbatch.train.streams import is_stream, samples_in
-from microbatch.tuning.sweep_runs import Jobs, apply_rule, device_of, scalings_for
+from microbatch.tuning.sweep_runs import Jobs, apply_rule, scalings_for
 
 ASKED = "sweep.json"
 """File of a sweep's folder that holds what was asked for and what was found for each batch size."""
@@ -207,7 +208,7 @@ def ends_of(places: Sequence[int], *, batch_size: int, total: int) -> list[int]:
 
 
 def find_microbatch_size(job: Job, batch_size: int, *, seed: int) -> int:
-    """Let ``microbatch_size="auto"`` run on a job until it has chosen.
+    """Take steps of a job with ``microbatch_size="auto"`` until a size is chosen.
 
     Args:
         job: The job; its weights move, and the caller puts them back.
@@ -218,26 +219,14 @@ def find_microbatch_size(job: Job, batch_size: int, *, seed: int) -> int:
         The chosen size; of a search that did not end, the size of its last step.
     """
     settings = Settings(job="sweep", batch_size=batch_size, microbatch_size="auto", steps=_MOST_STEPS, seed=seed)
-    config = replace(resolve(settings, job, device=device_of(job)), warmup_steps=0)
+    config = replace(resolve(settings, job, device=device_of(job.model)), warmup_steps=0)
     chosen: list[int] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, PlanChosen):
             chosen.append(event.microbatch_size)
 
-    accumulator = Accumulator(
-        job.model,
-        job.optimizer,
-        microbatch_size="auto",
-        memory_budget=config.memory_budget,
-        autocast=config.autocast,
-        nonfinite="skip",
-        lengths=job.lengths,
-        batch_norm=config.batch_norm,
-        buffers=config.buffers,
-        dropout=job.dropout,
-        listeners=(listen,),
-    )
+    accumulator = accumulator_for(job, config, grad_scaler=None, nonfinite="skip", listeners=(listen,))
     # In a throwaway place: a stream is read from its beginning again by the runs.
     batch, _ = batches_of(job, config=config, place=Place(), rank=0).take(0, Position())
     job.model.train()

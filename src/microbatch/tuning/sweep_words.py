@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from microbatch.planning.text_table import aligned
 from microbatch.tuning.sweep_fit import CriticalBatch, harmless_size
 from microbatch.tuning.sweep_records import BatchResult
 
@@ -20,10 +21,7 @@ def table(batches: Sequence[BatchResult]) -> str:
     Returns:
         Several lines, the first of them the headings. Steps, samples and time are those to the target.
     """
-    rows = [_HEAD, *(_row(each) for each in batches)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    lines = ("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned([_HEAD, *(_row(each) for each in batches)])
 
 
 def target_line(target: float | None, *, given: bool, measure: str) -> str:

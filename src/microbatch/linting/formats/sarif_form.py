@@ -124,7 +124,7 @@ def _artifact(path: str) -> dict[str, str]:
     if PurePosixPath(path).is_absolute():
         return {"uri": "file://" + quote(path, errors="surrogateescape")}
     if path[1:3] == ":/":  # on another drive
-        return {"uri": "file:///" + quote(path, safe="/:", errors="surrogateescape")}
+        return {"uri": "file://" + quote("/" + path, safe="/:", errors="surrogateescape")}
     if path.startswith("<"):  # standard input
         return {"uri": quote(path.strip("<>")), "uriBaseId": _ROOT}
     return {"uri": quote(path, errors="surrogateescape"), "uriBaseId": _ROOT}

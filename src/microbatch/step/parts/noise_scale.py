@@ -89,11 +89,11 @@ class NoiseMeter(Part):
         counts = _counts(window, met)
         total = met.samples if counts is None else next(iter(met.counts.values()))
         counts = dict(enumerate(window.done)) if counts is None else counts
-        own = self._own(window, met, counts=counts, total=total)
+        places = self._places(window)
+        own = self._own(window, met, places, counts=counts, total=total)
         microbatches, failed, *parts = window.peers.add_up(own)
         if failed or microbatches <= 1:
             return
-        places = self._places(window)
         whole = self._whole(window, factor)
         # From what the loss counts to samples: a sample has so many of them.
         per_sample = total / met.samples if met.samples else 1.0
@@ -104,7 +104,15 @@ class NoiseMeter(Part):
         if all(math.isfinite(number) for each in found for number in each):
             self._latest = [*self._windows, found][-self._asked.windows :]
 
-    def _own(self, window: OpenWindow, met: Met, *, counts: Mapping[int, float], total: float) -> list[float]:
+    def _own(
+        self,
+        window: OpenWindow,
+        met: Met,
+        places: Sequence[Sequence[int]],
+        *,
+        counts: Mapping[int, float],
+        total: float,
+    ) -> list[float]:
         """Return this rank's number of microbatches, whether it failed to measure, and its sums for each group."""
         used = [(count, *self._norms[index]) for index, count in counts.items() if count > 0 and index in self._norms]
         sums = [0.0] * len(window.gradients.named)
@@ -113,10 +121,10 @@ class NoiseMeter(Part):
             scale = window.denominator.factor(met.counts) / (scaler.get_scale() if scaler else 1.0)
             # n_i |g_i|^2 = N^2 |h_i|^2 / n_i, where a microbatch has added h_i to the whole gradient.
             read = torch.cat([norms for _, _, norms in used]).tolist()
-            weighted = [(place, count) for count, places, _ in used for place in places]
+            weighted = [(place, count) for count, found, _ in used for place in found]
             for (place, count), norm in zip(weighted, read, strict=True):
                 sums[place] += (norm * scale * total) ** 2 / count
-        return [float(len(used)), float(self._twice), *(sum(sums[k] for k in group) for group in self._places(window))]
+        return [float(len(used)), float(self._twice), *(sum(sums[k] for k in group) for group in places)]
 
     def _places(self, window: OpenWindow) -> list[list[int]]:
         """Return the places of all parameters, and of each group's, in the list of a window's parameters."""
