@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from microbatch.checking.check_report import Check
 from microbatch.checking.equal import check
-from microbatch.cli.error_report import report_error
+from microbatch.cli.reported import FAILED, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
-from microbatch.errors import MicrobatchError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.find_job import find_job
 from microbatch.train.resolve import check_data_path, resolve, resolve_device
 from microbatch.train.start import make_job
-
-DIFFERENT, BAD_INPUT = 1, 2
 
 
 def run_check(
@@ -44,20 +39,20 @@ def run_check(
         The exit code: 0 the large batch's gradient, 1 not, or the check failed, 2 bad input.
     """
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
-    try:
+
+    def work() -> tuple[Settings, Check]:
         settings = load_settings(flags, file=file)
-        found = _check(settings, loop)
-    except (MicrobatchError, OSError) as error:
-        report_error(error, errors, as_json=as_json)
-        return DIFFERENT if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
-    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
-        traceback.print_exc()
-        return DIFFERENT
+        return settings, _check(settings, loop)
+
+    done, code = reported(work, errors, as_json=as_json)
+    if done is None:
+        return code
+    settings, found = done
     if as_json:
         sys.stdout.write(json.dumps({"event": "check", "job": settings.job, **found.as_dict()}) + "\n")
     else:
         _show(found, Console(no_color=True if not color else None, highlight=False))
-    return 0 if found.ok else DIFFERENT
+    return 0 if found.ok else FAILED
 
 
 def _check(settings: Settings, loop: str | None) -> Check:

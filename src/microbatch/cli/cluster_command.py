@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.error_report import report_error
+from microbatch.cli.reported import refuse_word
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
@@ -25,7 +26,6 @@ from microbatch.planning.hardware import find_device, is_hardware
 from microbatch.planning.model_shapes import Case, case_from_config
 from microbatch.planning.run_costs import RunCost, cheapest, costs_table, deadline_words
 from microbatch.planning.sharding import PRECISIONS, Setup
-from microbatch.train.config import flag_name
 from microbatch.train.find_job import call_job, find_job
 
 _LOOKED_AT = 1000  # samples
@@ -96,9 +96,7 @@ def _plans(job: str, flags: Mapping[str, Any]) -> tuple[list[ClusterPlan], int |
     if "device" not in flags:
         raise ConfigError('pass the hardware: --device a100-40gb, or --device "24 GiB"')
     for name in ("batch_size", "microbatch_size", "sequence_length", "utilisation"):
-        if isinstance(flags.get(name), str):
-            kind = "number" if name == "utilisation" else "whole number"
-            raise ConfigError(f"{flag_name(name)} is {json.dumps(flags[name])}: it must be a {kind}")
+        refuse_word(name, flags.get(name), "a number" if name == "utilisation" else "a whole number")
     devices = [find_device(name) for name in flags["device"].split(",")]
     if len(devices) > 1 and "microbatch_seconds" in flags:
         raise ConfigError("--microbatch-seconds is a time on one device, and --device names several")

@@ -5,29 +5,24 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from microbatch.cli.error_report import report_error
+from microbatch.cli.reported import FAILED, refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
-from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
 from microbatch.train.start import make_job
+from microbatch.tuning.figure_file import check_figure
 from microbatch.tuning.learning_rate import LearningRate, RangeStep
-from microbatch.tuning.range_figure import check_figure
 from microbatch.tuning.rate_search import check_range, rate_for, seeds_of
-
-NOTHING, BAD_INPUT = 1, 2
 
 
 def run_lr(
@@ -53,29 +48,31 @@ def run_lr(
         The exit code: 0 found, 1 the curve says nothing or a step failed, 2 bad input.
     """
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
-    try:
+
+    def work() -> tuple[Settings, LearningRate]:
         # The test has no warm-up, and a file may have one that is longer.
         settings = load_settings({**flags, "warmup_steps": 0}, file=file)
-        given = {name: _number(name, value) for name, value in values.items()}
-        check_range(given["low"], given["high"], steps=settings.steps or 0)
-        seeds = seeds_of(given["seeds"], first=settings.seed)
+        for name, value in values.items():
+            refuse_word(name, value, "a whole number" if name == "seeds" else "a number")
+        check_range(values["low"], values["high"], steps=settings.steps or 0)
+        seeds = seeds_of(values["seeds"], first=settings.seed)
         if plot is not None:
             check_figure(plot)
         with _shown(errors, wanted=not as_json) as progress:
-            found = _find(settings, given, seeds, progress)
+            found = _find(settings, values, seeds, progress)
         if plot is not None:
             found.draw(plot)
-    except (MicrobatchError, OSError) as error:
-        report_error(error, errors, as_json=as_json)
-        return NOTHING if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
-    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
-        traceback.print_exc()
-        return NOTHING
+        return settings, found
+
+    done, code = reported(work, errors, as_json=as_json)
+    if done is None:
+        return code
+    settings, found = done
     if as_json:
         sys.stdout.write(json.dumps({"event": "lr", "job": settings.job, **found.as_dict()}) + "\n")
     else:
         _show(found, settings, Console(no_color=True if not color else None, highlight=False))
-    return 0 if found.suggested is not None else NOTHING
+    return 0 if found.suggested is not None else FAILED
 
 
 def _find(
@@ -87,13 +84,6 @@ def _find(
     config = resolve(settings, job, device=device)
     check_memory(settings, job, config)
     return rate_for(job, config, low=given["low"], high=given["high"], seeds=seeds, progress=progress)
-
-
-def _number(name: str, value: Any) -> Any:
-    kind = "a whole number" if name == "seeds" else "a number"
-    if isinstance(value, str):
-        raise ConfigError(f"--{name} is {json.dumps(value)}: it must be {kind}")
-    return value
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from microbatch.cli.shared_options import (
-    BATCH,
     OUTPUT,
     THE_JOBS,
     Autocast,
@@ -18,8 +17,10 @@ from microbatch.cli.shared_options import (
     DeviceName,
     JobName,
     JsonObject,
+    Memory,
     NoColor,
     Seed,
+    microbatch_size_option,
     number_or_word,
 )
 
@@ -30,24 +31,8 @@ def lr(
     job: JobName = None,
     *,
     batch_size: BatchSize = None,
-    microbatch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Samples that go through the model at once.",
-            rich_help_panel=BATCH,
-            show_default=THE_JOBS,
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help='Most memory a step may use, such as "6 GiB"; none for no limit of its own.',
-            rich_help_panel=BATCH,
-            show_default=THE_JOBS,
-        ),
-    ] = None,
+    microbatch_size: Annotated[str | None, microbatch_size_option(THE_JOBS)] = None,
+    memory: Memory = None,
     low: Annotated[
         str | None,
         typer.Option(

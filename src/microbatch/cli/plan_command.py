@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,15 @@ from rich.text import Text
 
 import microbatch.planning.plan as plans
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
-from microbatch.cli.error_report import report_error
+from microbatch.cli.reported import FAILED, reported
 from microbatch.cli.run_views import ACCENT, QUIET
-from microbatch.errors import ConfigError, MicrobatchError
+from microbatch.errors import ConfigError
 from microbatch.planning.figure import svg
 from microbatch.planning.make_plan import plan
-from microbatch.planning.run_costs import deadline_words
+from microbatch.planning.run_costs import RunCost, deadline_words
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
 from microbatch.train.start import make_job
-
-FAILED, BAD_INPUT = 1, 2
 
 
 def run_plan(
@@ -58,7 +55,8 @@ def run_plan(
         The exit code: 0 planned, 1 failed or too slow for the deadline, 2 bad input.
     """
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
-    try:
+
+    def work() -> tuple[Settings, CostFlags, plans.Plan, RunCost, bool]:
         settings, asked = load_settings(flags, file=file), read_cost_flags(costs)
         price = asked.price_here()
         _check_plot(plot)
@@ -66,12 +64,12 @@ def run_plan(
         cost = found.cost(price, **asked.length(job_steps), device=str(resolve_device(settings.device)))
         if plot is not None:
             plot.write_text(svg(found), encoding="utf-8")
-    except (MicrobatchError, OSError) as error:
-        report_error(error, errors, as_json=as_json)
-        return FAILED if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
-    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
-        traceback.print_exc()
-        return FAILED
+        return settings, asked, found, cost, cached
+
+    done, code = reported(work, errors, as_json=as_json)
+    if done is None:
+        return code
+    settings, asked, found, cost, cached = done
     late = asked.deadline is not None and not cost.meets(asked.deadline)
     if as_json:
         told = {"event": "plan", "job": settings.job, "cached": cached, **found.as_dict()}

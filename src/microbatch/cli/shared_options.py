@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,24 @@ THE_JOBS = "the job's"
 BatchSize = Annotated[
     str | None,
     typer.Option(metavar="N", help="Effective batch, in samples.", rich_help_panel=BATCH, show_default=THE_JOBS),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BYTES",
+        help='Memory limit of a step, such as "6 GiB"; none for all available memory.',
+        rich_help_panel=BATCH,
+        show_default=THE_JOBS,
+    ),
+]
+Accumulation = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|plain",
+        help="exact, or plain to compare: a contrastive loss within each microbatch only.",
+        rich_help_panel=BATCH,
+        show_default="exact",
+    ),
 ]
 DeviceName = Annotated[
     str | None,
@@ -50,6 +68,23 @@ JobName = Annotated[
         show_default=False,
     ),
 ]
+
+
+def microbatch_size_option(default: str) -> Any:
+    """Define ``--microbatch-size``, which has another default in each command.
+
+    Args:
+        default: What holds without the flag, as ``--help`` shows it.
+
+    Returns:
+        The option.
+    """
+    return typer.Option(
+        metavar="N|auto",
+        help="Samples that go through the model at once.",
+        rich_help_panel=BATCH,
+        show_default=default,
+    )
 
 
 def number_or_word(text: str | None, kind: type[int | float]) -> int | float | str | None:

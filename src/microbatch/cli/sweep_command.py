@@ -6,30 +6,29 @@ import itertools
 import json
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.text import Text
 
-from microbatch.cli.error_report import report_error
+from microbatch.cli.reported import refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
-from microbatch.errors import ConfigError, MicrobatchError, MissingDependencyError
+from microbatch.errors import ConfigError, MissingDependencyError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.job import Job
 from microbatch.train.resolve import check_data_path, resolve, resolve_device
 from microbatch.train.rundir import jsonable
 from microbatch.train.start import make_job
+from microbatch.tuning.figure_file import check_figure
 from microbatch.tuning.sweep import sweep
-from microbatch.tuning.sweep_figure import check_figure, draw
+from microbatch.tuning.sweep_figure import draw
 from microbatch.tuning.sweep_records import SweepProgress
 from microbatch.tuning.sweep_result import Sweep
 
-FAILED, BAD_INPUT, STOPPED = 1, 2, 130
+STOPPED = 130
 
 
 def run_sweep(
@@ -58,7 +57,8 @@ def run_sweep(
     """
     errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
     folder = output or _new_folder(str(flags.get("job") or "language"))
-    try:
+
+    def work() -> tuple[Settings, Sweep, bool]:
         settings = load_settings(flags, file=file)
         _check_numbers(asked)
         if plot is not None:
@@ -67,16 +67,16 @@ def run_sweep(
         jobs, given = _jobs(settings), {key: value for key, value in asked.items() if value is not None}
         given["batch_sizes"] = _sizes(asked["batch_sizes"], jobs)
         found = sweep(jobs, **given, accumulation=settings.accumulation, folder=folder, progress=_line(errors))
-        drawn = _figures(found, folder, plot)
-    except (MicrobatchError, OSError) as error:
-        report_error(error, errors, as_json=as_json)
-        return FAILED if isinstance(error, torch.OutOfMemoryError | OSError) else BAD_INPUT
+        return settings, found, _figures(found, folder, plot)
+
+    try:
+        done, code = reported(work, errors, as_json=as_json)
     except KeyboardInterrupt:
         errors.print(f"stopped; go on with the same command and --output {folder}", markup=False)
         return STOPPED
-    except Exception:  # noqa: BLE001 - whatever the user's own code raises is shown as Python shows it
-        traceback.print_exc()
-        return FAILED
+    if done is None:
+        return code
+    settings, found, drawn = done
     if as_json:
         told = {"event": "sweep", "job": settings.job, "folder": str(folder), **found.as_dict()}
         sys.stdout.write(json.dumps(jsonable(told)) + "\n")
@@ -87,10 +87,8 @@ def run_sweep(
 
 def _check_numbers(asked: Mapping[str, Any]) -> None:
     for key in ("samples", "target_loss", "seeds", "points", "microbatch_size"):
-        value = asked[key]
-        if isinstance(value, str) and (key, value) != ("microbatch_size", "auto"):
-            kind = "a number" if key == "target_loss" else "a whole number"
-            raise ConfigError(f"--{key.replace('_', '-')} is {json.dumps(value)}: it must be {kind}")
+        if (key, asked[key]) != ("microbatch_size", "auto"):
+            refuse_word(key, asked[key], "a number" if key == "target_loss" else "a whole number")
 
 
 def _jobs(settings: Settings) -> Callable[[int], Job]:

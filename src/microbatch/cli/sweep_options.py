@@ -13,14 +13,17 @@ from microbatch.cli.shared_options import (
     LENGTH,
     OUTPUT,
     THE_JOBS,
+    Accumulation,
     Autocast,
     ConfigFile,
     DataPath,
     DeviceName,
     JobName,
     JsonObject,
+    Memory,
     NoColor,
     Seed,
+    microbatch_size_option,
     number_or_word,
 )
 
@@ -37,33 +40,9 @@ def sweep(
             show_default="a half, once, twice and four times the job's",
         ),
     ] = None,
-    microbatch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Samples that go through the model at once.",
-            rich_help_panel=BATCH,
-            show_default="auto",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help='Most memory a step may use, such as "6 GiB"; none for what there is.',
-            rich_help_panel=BATCH,
-            show_default=THE_JOBS,
-        ),
-    ] = None,
-    accumulation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="exact|plain",
-            help="plain couples samples within each microbatch alone, as usual, to compare.",
-            rich_help_panel=BATCH,
-            show_default="exact",
-        ),
-    ] = None,
+    microbatch_size: Annotated[str | None, microbatch_size_option("auto")] = None,
+    memory: Memory = None,
+    accumulation: Accumulation = None,
     lr: Annotated[
         str | None,
         typer.Option(

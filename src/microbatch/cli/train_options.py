@@ -14,14 +14,17 @@ from microbatch.cli.shared_options import (
     MACHINE,
     OUTPUT,
     THE_JOBS,
+    Accumulation,
     Autocast,
     BatchSize,
     ConfigFile,
     DataPath,
     DeviceName,
     JobName,
+    Memory,
     NoColor,
     Seed,
+    microbatch_size_option,
     number_or_word,
 )
 
@@ -30,24 +33,8 @@ def train(
     job: JobName = None,
     *,
     batch_size: BatchSize = None,
-    microbatch_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="Samples that go through the model at once.",
-            rich_help_panel=BATCH,
-            show_default="the job's, or auto",
-        ),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BYTES",
-            help='Memory limit of a step, such as "6 GiB"; none for all available memory.',
-            rich_help_panel=BATCH,
-            show_default=THE_JOBS,
-        ),
-    ] = None,
+    microbatch_size: Annotated[str | None, microbatch_size_option("the job's, or auto")] = None,
+    memory: Memory = None,
     max_grad_norm: Annotated[
         str | None,
         typer.Option(
@@ -57,15 +44,7 @@ def train(
             show_default=THE_JOBS,
         ),
     ] = None,
-    accumulation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="exact|plain",
-            help="exact, or plain to compare: a contrastive loss within each microbatch only.",
-            rich_help_panel=BATCH,
-            show_default="exact",
-        ),
-    ] = None,
+    accumulation: Accumulation = None,
     buffers: Annotated[
         str | None,
         typer.Option(

@@ -1,4 +1,4 @@
-"""Draw the curve of a range test with matplotlib, which is imported when something is drawn."""
+"""Draw the curve of a range test."""
 
 from __future__ import annotations
 
@@ -7,26 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from microbatch.errors import ConfigError, MissingDependencyError
+from microbatch.tuning.figure_file import check_figure, drawn
 from microbatch.tuning.range_curve import RateCurve
 
-FORMATS = (".svg", ".png")
 _COLORS = {"suggested": "#0b7285", "diverged": "#c92a2a"}
 _OTHER, _RUN = "#5c6b75", "#a5b4bd"
-
-
-def check_figure(path: Path) -> None:
-    """Check that a figure can be drawn, before anything is run.
-
-    Args:
-        path: The file.
-
-    Raises:
-        ConfigError: Its name ends with something else than .svg or .png.
-    """
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"{path}: a figure is an SVG or a PNG; give it a name that ends with .svg or .png")
-    _matplotlib()
 
 
 def svg(curve: RateCurve, marks: Mapping[str, float]) -> str:
@@ -59,23 +44,8 @@ def draw(curve: RateCurve, marks: Mapping[str, float], *, path: Path) -> None:
     _save(curve, marks, path, kind=path.suffix[1:])
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib as mpl  # noqa: PLC0415 - of an extra, and it is slow
-    except ImportError as error:
-        raise MissingDependencyError(
-            'a figure is drawn with matplotlib, which is not installed: pip install "microbatch[figures]"'
-        ) from error
-    return mpl
-
-
 def _save(curve: RateCurve, marks: Mapping[str, float], file: Any, *, kind: str) -> None:
-    mpl = _matplotlib()
-    from matplotlib.figure import Figure  # noqa: PLC0415 - not pyplot, which keeps figures and picks a screen
-
-    # The same identifiers and no date, so that a figure differs only where the curve does.
-    with mpl.rc_context({"svg.hashsalt": "microbatch", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    with drawn(file, kind=kind, size=(7.2, 4.0), style={"svg.fonttype": "none"}) as figure:
         axes = figure.subplots()
         for run in curve.losses:
             losses = run[1 : len(curve.rates) + 1]
@@ -104,5 +74,3 @@ def _save(curve: RateCurve, marks: Mapping[str, float], file: Any, *, kind: str)
             room = (top - bottom) or abs(top) or 1.0
             axes.set_ylim(bottom - 0.2 * room, top + 0.6 * room)
         axes.spines[["top", "right"]].set_visible(False)
-        metadata = {"Date": None} if kind == "svg" else None
-        figure.savefig(file, format=kind, dpi=150, metadata=metadata)

@@ -3,36 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from microbatch.errors import ConfigError, MissingDependencyError
+from microbatch.tuning.figure_file import check_figure, drawn
 from microbatch.tuning.sweep_records import BatchResult, CurvePoint, SweepRun
 from microbatch.tuning.sweep_result import Sweep
 
-SUFFIXES = (".svg", ".png")
 _COLORS = ("#0b7285", "#c2410c", "#5f3dc4", "#2b8a3e", "#a61e4d", "#495057", "#e67700", "#1864ab")
-
-
-def check_figure(file: Path) -> None:
-    """Check that a figure can be drawn, before the runs begin.
-
-    Args:
-        file: Where it is to be written.
-
-    Raises:
-        ConfigError: The name does not end with ``.svg`` or ``.png``.
-        MissingDependencyError: matplotlib is not installed.
-    """
-    if file.suffix not in SUFFIXES:
-        raise ConfigError(f"a sweep is drawn as SVG or PNG, not {file.name!r}; end the name with .svg or .png")
-    try:
-        import_module("matplotlib")  # an extra
-    except ImportError as error:
-        raise MissingDependencyError(
-            'figures need the package "matplotlib"; install it with: pip install "microbatch[figures]"'
-        ) from error
 
 
 def draw(sweep: Sweep, file: Path) -> None:
@@ -47,14 +25,8 @@ def draw(sweep: Sweep, file: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     check_figure(file)
-    from matplotlib import rc_context  # noqa: PLC0415 - an extra
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    # The same result gives the same file.
-    with rc_context(
-        {"svg.hashsalt": "microbatch", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    ):
-        figure = Figure(figsize=(10, 7), layout="constrained")
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with drawn(file, kind=file.suffix[1:], size=(10, 7), style=style) as figure:
         (one, two), (three, four) = figure.subplots(2, 2)
         _curves(one, sweep, name="samples", at=lambda _, point: point.samples)
         _curves(two, sweep, name="steps", at=lambda _, point: point.steps)
@@ -63,7 +35,6 @@ def draw(sweep: Sweep, file: Path) -> None:
         )
         _law(four, sweep)
         one.legend(title="batch", frameon=False)
-        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def _colors(batches: Sequence[BatchResult]) -> dict[int, str]:
