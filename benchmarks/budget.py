@@ -20,7 +20,6 @@ fastest loops, a window each. Loops on ragged rows trim each microbatch to its o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -33,6 +32,7 @@ from typing import Any
 import microbatch as mb
 from benchmarks.cases import BUDGET_CASES
 from benchmarks.machine import busy_seconds, hardware, versions
+from benchmarks.report import write
 from benchmarks.summary import NOISY, Summary, order_of_round, summarize, summarize_ratio
 from benchmarks.under_budget import Chosen, Handle
 
@@ -438,7 +438,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shares": list(SHARES),
     }
     results: dict[str, tuple[int, list[Loop], list[Row]]] = {}
-    out.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for case in cases:
         results[case] = measure(case, repeats=repeats, looks=looks, threads=flags.threads)
@@ -453,8 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             }
             for name, (peak, loops, rows) in results.items()
         }
-        out.with_suffix(".json").write_text(json.dumps({**record, "cases": told}, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(as_markdown(record, results), encoding="utf-8")
+        write({**record, "cases": told}, as_markdown(record, results), out)
         for row in results[case][2]:
             print(_line(row))
         print(f"    {time.perf_counter() - started:.0f} s so far", flush=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import time
@@ -27,6 +26,7 @@ import microbatch as mb
 from benchmarks.cases import CASES, loss_sum
 from benchmarks.contenders import Subject, make_subject
 from benchmarks.machine import hardware, versions
+from benchmarks.report import write
 
 RESULTS = Path(__file__).parent / "results" / "claims"
 DEFAULT_CASES = ("gpt", "vit", "residual")
@@ -289,10 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = {"hardware": hardware("cpu"), "versions": versions(), "threads": flags.threads}
     markdown = as_markdown(rows, record)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
     record |= {"rows": [asdict(row) for row in rows]}
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return 0
 
 

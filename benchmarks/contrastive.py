@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ import microbatch as mb
 from benchmarks.cases import LEARNING_RATE, SEED
 from benchmarks.machine import hardware, versions
 from benchmarks.models import Block, VisionTransformer
+from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
 
 OUT = Path(__file__).parent / "results" / "contrastive"
@@ -321,9 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     markdown = as_markdown(record)
     print(markdown)
     if not flags.quick:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+        write(record, markdown, flags.out)
     return 0
 
 

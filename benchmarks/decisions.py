@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ import microbatch as mb
 from benchmarks.cases import CASES
 from benchmarks.machine import hardware, versions
 from benchmarks.memory import allocated_peak, warm_up_profiler
+from benchmarks.report import write
 from benchmarks.summary import Summary, order_of_round, summarize, summarize_ratio
 
 RESULTS = Path(__file__).parent / "results" / "decisions"
@@ -271,10 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = {"hardware": hardware("cpu"), "versions": versions(), "threads": flags.threads, "repeats": flags.repeats}
     markdown = as_markdown(rows, record)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
     record |= {"rows": [asdict(row) for row in rows]}
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return 0
 
 

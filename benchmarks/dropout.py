@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 import microbatch as mb
 from benchmarks.machine import hardware, versions
+from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
 from microbatch.batch.dropout_mode import ByRow, Shown
 
@@ -185,9 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     markdown = as_markdown(record)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return 0
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.machine import hardware, versions
+from benchmarks.report import write
 from microbatch.ranks.lost_ranks import CHECKPOINTING, DONE, Beat
 from microbatch.train.checkpoint import read_newest
 from microbatch.train.heartbeat import read_beat
@@ -297,9 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     markdown = as_markdown(record)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return int(difference > 1e-4 or any(kill.lost > flags.every for kill in kills))
 
 

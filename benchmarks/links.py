@@ -27,6 +27,7 @@ from typing import Any, Self
 from benchmarks.linked import ALONE, EVERY, KINDS, LOOP, NEVER, OURS, OVERLAPPED, Seat
 from benchmarks.machine import hardware, versions
 from benchmarks.network import INTERFACE, Network, NoNetworkError, enter_namespace
+from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize
 
 OUT = Path(__file__).parent / "results" / "links"
@@ -284,9 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     markdown = as_markdown(record, entries)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return int(record["disagreement"] > _AGREES or min(gains(entries)[0][1:]) < GOAL)
 
 

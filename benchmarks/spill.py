@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
@@ -27,6 +26,7 @@ from benchmarks.cases import loss_sum
 from benchmarks.contenders import make_subject
 from benchmarks.machine import hardware, versions
 from benchmarks.memory import Peak, warm_up_profiler
+from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
 from microbatch.memory.tensor_store import Store
 
@@ -327,9 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     markdown = as_markdown(record)
     print(markdown)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    flags.out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    write(record, markdown, flags.out)
     return int(not all(each.same_bits for each in entries))
 
 
