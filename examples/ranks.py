@@ -33,11 +33,13 @@ def draw(generator: torch.Generator) -> dict[str, Tensor]:
 
 def main() -> list[float]:
     ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if ranks > 1:
-        dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same weights on every rank
     model = nn.Sequential(nn.Embedding(WORDS, 32), nn.Linear(32, WORDS))
-    accumulator = mb.Accumulator(model, torch.optim.AdamW(model.parameters(), lr=1e-2), microbatch_size=4)
+    # Before the process group: otherwise torch keeps the group to the end, where its threads may abort the process.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if ranks > 1:
+        dist.init_process_group("gloo")
+    accumulator = mb.Accumulator(model, optimizer, microbatch_size=4)
     generator = torch.Generator().manual_seed(1)
     first = ROWS * (rank + bool(rank)) // (ranks + (ranks > 1))
     last = ROWS * (rank + 2) // (ranks + 1) if ranks > 1 else ROWS

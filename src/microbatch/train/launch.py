@@ -6,6 +6,7 @@ import datetime as dt
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from microbatch.errors import ConfigError
 from microbatch.train.rendezvous import fresh
+
+# Before there is a process group: torch binds the group of this moment as a default in this module, and every optimizer
+# loads it. A group that is bound outlives `destroy_process_group`, and its threads may abort the process at its end.
+import_module("torch.distributed.nn.functional")
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _TELLING = _NEEDED[:3]
