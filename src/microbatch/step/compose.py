@@ -82,7 +82,7 @@ class Composition:
         self.fused = Fused(
             # deterministic= removes each microbatch's gradient, so there is no sum to add to; a pipeline's schedule
             # runs backward itself.
-            weights=options.sums.fuse and not options.deterministic and options.pipeline is None,
+            weights=options.sums.fuse and not options.ranks.deterministic and options.pipeline is None,
             always=options.dropout is not None,
         )
         self.compilation = Compilation(options.compile if isinstance(options.compile, str) else None)
@@ -103,7 +103,7 @@ class Composition:
             The setup.
         """
         options = self.options
-        alone = not options.deterministic and options.pipeline is None and options.find_ranks() is None
+        alone = not options.ranks.deterministic and options.pipeline is None and options.find_ranks() is None
         if (alone, finish) not in self._setups:
             self._setups[alone, finish] = self._setup(self._alone if alone else self._together, finish)
         return self._setups[alone, finish]
@@ -211,7 +211,7 @@ class Composition:
         """Return the peers for a single process, and the peers for several ranks."""
         options = self.options
         kind = DataParallel
-        if options.deterministic:
+        if options.ranks.deterministic:
             kind = Deterministic
         elif options.pipeline is not None:
             kind = StagePeers
