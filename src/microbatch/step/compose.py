@@ -33,6 +33,7 @@ from microbatch.step.parts.noise_scale import NoiseMeter
 from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
 from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
+from microbatch.step.parts.weight_hooks import WeightHooks
 from microbatch.step.passes.coupled import Coupled
 from microbatch.step.passes.lockstep import InLockstep
 from microbatch.step.passes.pipelined import Pipelined
@@ -199,7 +200,8 @@ class Composition:
             found.append(Autocast(options.autocast))
         if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
-        return [*found, *self._noise.values(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
+        found += self._noise.values()  # it reads the gradients that hooks on weights change
+        return [*found, WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
 
     def _passes(self) -> Passes:
         spill = self.options.spill

@@ -17,7 +17,8 @@ from microbatch.ranks.agreement import Message
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import BUCKET_BYTES
 from microbatch.step.cutting import Cutting
-from microbatch.step.part import Begin, Met, OpenWindow, Pass
+from microbatch.step.met import Met
+from microbatch.step.part import Begin, OpenWindow, Pass
 from microbatch.step.peers.data_parallel import DataParallel
 from microbatch.step.saved_state import RandomState, seed_everything
 
