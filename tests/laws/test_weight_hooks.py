@@ -147,6 +147,8 @@ def test_a_narrow_weights_hook_gets_a_narrow_gradient_and_its_result_counts(sums
     mb.Accumulator(model, microbatch_size=4, sums=sums).gradient(batch(torch.bfloat16), mean)
     assert seen == [torch.bfloat16] * 2
     assert all((grads(model)[name] == 0.25).all() for name in ("0.weight", "2.bias"))
+    mb.Accumulator(model, microbatch_size=4, sums=sums, max_grad_norm=0.01).gradient(batch(torch.bfloat16), mean)
+    assert nn.utils.get_total_norm(list(grads(model).values())) < 0.0101  # the hook's result is clipped, too
 
 
 def test_the_norm_and_clipping_are_of_the_gradient_that_the_hooks_return() -> None:
