@@ -1,0 +1,79 @@
+"""Run items one after the other in this process, and write down what became of each; started by `run`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.here import Here
+from benchmarks.gpu.outcome import FAILED, NOT_HERE, PASSED, Log, NotHeldError, NotHereError
+from benchmarks.gpu.schedule import ITEMS, Item, function_of
+
+
+def run_item(item: Item, here: Here, log: Log) -> str:
+    """Run one item.
+
+    Args:
+        item: The item.
+        here: Where.
+        log: What is written to.
+
+    Returns:
+        Its status.
+    """
+    log.write(event="begin", item=item.name)
+    started, numbers, note = time.perf_counter(), None, ""
+    try:
+        numbers, status = function_of(item)(here, partial(log.write, event="row", item=item.name)), PASSED
+        here.wait()  # an error on the device may show only here
+    except NotHereError as error:
+        status, note = NOT_HERE, str(error)
+    except NotHeldError as error:
+        status, note = FAILED, str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the other items run
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        status, note = FAILED, f"{type(error).__name__}: {str(error)[:1500]} ({Path(where.filename).name}:{where.lineno})"
+        traceback.print_exc()
+    seconds = round(time.perf_counter() - started, 2)
+    log.write(event="end", item=item.name, status=status, seconds=seconds, note=note, numbers=numbers)
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the items, up to the first that fails: after an error, the device's state may be bad.
+
+    Args:
+        arguments: Of the command line; `None` for this process's own.
+
+    Returns:
+        0, or 1 after an item that failed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.child", description=__doc__)
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("names", nargs="+")
+    flags = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")  # of a library that knows this device less well than the CPU
+    here, log = Here(torch.device(flags.device), flags.tiny), Log(flags.log)
+    if not here.cuda:
+        torch.set_num_threads(1)
+    by_name = {each.name: each for each in ITEMS}
+    for name in flags.names:
+        torch.manual_seed(0)
+        if run_item(by_name[name], here, log) == FAILED:
+            return 1
+        here.clean()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Proofs about the order of work on a device: nothing waits for the host, copies overlap, graphs are captured."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import microbatch as mb
+from benchmarks.gpu.exact_proofs import Say, full_batch, ours, sentences, squared, token_sum
+from benchmarks.gpu.here import Here, gradients, relative_error
+from benchmarks.gpu.outcome import NotHereError, Numbers, require
+from benchmarks.models import GPT
+
+
+@contextmanager
+def refused() -> Any:
+    """Let CUDA refuse to wait for the host."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Guard:
+    """Refuse waits from a window's first backward to its last, as its events tell, once armed."""
+
+    def __init__(self, *, last: int) -> None:
+        self.last, self.armed, self.guarded, self.on = last, False, 0, ExitStack()
+
+    def __call__(self, event: object) -> None:
+        """Switch on after the first microbatch, and off after the last."""
+        if self.armed and isinstance(event, mb.MicrobatchDone):
+            self.guarded += event.index > 0
+            if event.index == 0:
+                self.on.enter_context(refused())
+            if event.index == self.last:
+                self.on.close()
+
+
+def synchronisation(here: Here, say: Say) -> Numbers:
+    """Take steps of several kinds while CUDA refuses every wait, and see that a read in a loss is refused."""
+    here.need_cuda("set_sync_debug_mode")
+    form = {"vocabulary": 2048, "length": 32, "layers": 2, "heads": 4, "channels": 512}
+    batch, rows = sentences(8, 32, 2048), 8
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "clipped": {"max_grad_norm": 0.1},
+        "nonfinite skipped": {"nonfinite": "skip"},
+        "autocast": {"autocast": torch.bfloat16},
+        "not fused": {"sums": mb.Sums(fuse=False)},
+        "spill": {"offload": "activations"},
+        "lengths": {"lengths": mb.Lengths(of=lambda batch: (batch["labels"] != -100).sum(1))},
+        "noise scale": {"noise_scale": mb.NoiseScale(every=1)},
+    }
+
+    def take(kind: str, dtype: torch.dtype, loss_fn: Callable[..., Any]) -> int:
+        model = GPT(**form).to(here.device, dtype)
+        guard = Guard(last=rows - 1)
+        adam = torch.optim.AdamW(model.parameters())
+        accumulator = mb.Accumulator(model, adam, microbatch_size=1, listeners=guard, **kinds[kind])
+        accumulator.step(batch, token_sum)  # a library's first use may wait
+        guard.armed = True
+        with guard.on:
+            accumulator.step(batch, loss_fn)
+        return guard.guarded
+
+    def reading(model: nn.Module, piece: dict[str, Tensor]) -> mb.Loss:
+        loss = token_sum(model, piece)
+        loss.sum.item()
+        return loss
+
+    failed: list[str] = []
+    for kind in kinds:
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{kind}, {dtype}".replace("torch.", "")
+            try:
+                guarded = take(kind, dtype, token_sum)
+            except RuntimeError as error:
+                torch.cuda.set_sync_debug_mode("default")
+                failed.append(name)
+                say(case=name, note=str(error)[:500])
+                continue
+            require(guarded == rows - 1, f"{name}: {guarded} microbatches were guarded")
+    try:
+        take("plain", torch.float32, reading)
+    except RuntimeError:
+        torch.cuda.set_sync_debug_mode("default")
+    else:
+        require(held=False, words="a read in a loss function was not refused: no negative control")
+    require(not failed, f"waits for the host: {', '.join(failed)}")
+    return {"kinds": 2 * len(kinds)}
+
+
+def prefetch(here: Here, _say: Say) -> Numbers:
+    """Compare a window whose rows come from pinned memory with one whose rows are on the device, and with copies alone."""
+    rows, width = 12, here.size(1 << 24, 1 << 10)
+    batch = torch.randn(rows, width)
+    weight = nn.Parameter(torch.ones((), device=here.device))
+    holder = nn.Module()
+    holder.register_parameter("weight", weight)
+    square = torch.randn(here.size(4096, 64), here.size(4096, 64), device=here.device)
+    products = 1
+
+    def mean(model: Any, x: Tensor) -> Tensor:
+        for _ in range(products):
+            torch.mm(square, square)
+        return (model.weight * x).mean()
+
+    accumulator = mb.Accumulator(holder, microbatch_size=1, memory_budget="none")
+    there = batch.to(here.device)
+    error = relative_error(ours(holder, mean, batch, microbatch_size=1), full_batch(holder, lambda m, b: mean(m, b["x"]), {"x": batch}))
+    require(error < 1e-3, f"the gradient is {error:.1e} off")
+    here.need_cuda("copies on a stream of their own")
+    pinned = batch.pin_memory()
+    landing = torch.empty_like(there[0])
+
+    def copies() -> None:
+        for row in pinned:
+            landing.copy_(row, non_blocking=True)
+
+    def window(rows_from: Tensor) -> float:
+        accumulator.gradient(rows_from, mean)
+        return min(here.seconds(lambda: accumulator.gradient(rows_from, mean)) for _ in range(3))
+
+    copies()
+    copying = min(here.seconds(copies) for _ in range(3))
+    bare = window(there)
+    one = min(here.seconds(lambda: torch.mm(square, square)) for _ in range(5))
+    products = 1 + int(max(0.0, 2 * copying - bare) / rows / one)
+    computing, together, pageable = window(there), window(pinned), window(batch)
+    shown = (together - computing) / copying
+    require(shown <= 0.35, f"{shown:.0%} of the copies' time is added to the window's")
+    return {
+        "copies, ms": 1000 * copying,
+        "window of rows on the device, ms": 1000 * computing,
+        "of pinned rows, ms": 1000 * together,
+        "of pageable rows, ms": 1000 * pageable,
+    }
+
+
+def graphs(here: Here, _say: Say) -> Numbers:
+    """Compile with CUDA graphs, see that graphs are launched, and compare the gradient with the full batch's."""
+    here.need_cuda("CUDA graphs")
+    if torch.version.hip is None and not _has_triton():
+        raise NotHereError("torch.compile needs Triton, which is not installed")
+    form = {"vocabulary": 1024, "length": 64, "layers": 2, "heads": 4, "channels": 256}
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = GPT(**form).to(here.device)
+    tokens = torch.randint(1024, (8, 64))
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1)}
+
+    def mean(model: nn.Module, piece: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(piece["tokens"]).flatten(0, 1), piece["labels"].flatten())
+
+    reference = full_batch(copy.deepcopy(model).double(), mean, batch)
+    own = relative_error(full_batch(model, mean, batch), reference)
+    accumulator = mb.Accumulator(model, microbatch_size=2, compile="reduce-overhead", memory_budget="none")
+    errors: list[float] = []
+    for _ in range(4):  # the first ones warm up and record
+        accumulator.gradient(batch, mean)
+        errors.append(relative_error(gradients(model), reference))
+    require(max(errors) <= 4 * own + 1e-5, f"errors of {errors}; the full batch in float32 is {own:.1e} off")
+    require(accumulator.eager == 0, f"{accumulator.eager} microbatches ran uncompiled")
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiled:
+        accumulator.gradient(batch, mean)
+        here.wait()
+    launches = sum(each.count for each in profiled.key_averages() if "GraphLaunch" in each.key)
+    compiled = here.seconds(lambda: accumulator.gradient(batch, mean))
+    plain = mb.Accumulator(copy.deepcopy(model), microbatch_size=2, memory_budget="none")
+    plain.gradient(batch, mean)
+    eager = here.seconds(lambda: plain.gradient(batch, mean))
+    require(launches > 0, "no graph was launched: the compiler left CUDA graphs out")
+    return {"graph launches in a window": launches, "error": max(errors), "time": f"{compiled / eager:.2f} of eager"}
+
+
+def _has_triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()
