@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -16,6 +17,9 @@ import torch
 from benchmarks.gpu.here import Here
 from benchmarks.gpu.outcome import FAILED, NOT_HERE, PASSED, Log, NotHeldError, NotHereError
 from benchmarks.gpu.schedule import ITEMS, Item, function_of
+from benchmarks.gpu.variables import ITEM, LOG
+
+ENOUGH = 0.75  # of an item's time: what has several rows begins no other one after it
 
 
 def run_item(item: Item, here: Here, log: Log) -> str:
@@ -30,6 +34,7 @@ def run_item(item: Item, here: Here, log: Log) -> str:
         Its status.
     """
     log.write(event="begin", item=item.name)
+    os.environ[ITEM] = item.name
     started, numbers, note = time.perf_counter(), None, ""
     try:
         numbers, status = function_of(item)(here, partial(log.write, event="row", item=item.name)), PASSED
@@ -40,7 +45,10 @@ def run_item(item: Item, here: Here, log: Log) -> str:
         status, note = FAILED, str(error)
     except Exception as error:  # noqa: BLE001 - whatever it was, the other items run
         where = traceback.extract_tb(error.__traceback__)[-1]
-        status, note = FAILED, f"{type(error).__name__}: {str(error)[:1500]} ({Path(where.filename).name}:{where.lineno})"
+        status, note = (
+            FAILED,
+            f"{type(error).__name__}: {str(error)[:1500]} ({Path(where.filename).name}:{where.lineno})",
+        )
         traceback.print_exc()
     seconds = round(time.perf_counter() - started, 2)
     log.write(event="end", item=item.name, status=status, seconds=seconds, note=note, numbers=numbers)
@@ -63,13 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+")
     flags = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # of a library that knows this device less well than the CPU
-    here, log = Here(torch.device(flags.device), flags.tiny), Log(flags.log)
-    if not here.cuda:
+    log = Log(flags.log)
+    os.environ[LOG] = str(flags.log.absolute())  # for the tests' own processes
+    if flags.device == "cpu":
         torch.set_num_threads(1)
     by_name = {each.name: each for each in ITEMS}
     for name in flags.names:
+        item = by_name[name]
+        here = Here(torch.device(flags.device), tiny=flags.tiny, until=time.monotonic() + ENOUGH * item.seconds)
         torch.manual_seed(0)
-        if run_item(by_name[name], here, log) == FAILED:
+        if run_item(item, here, log) == FAILED:
             return 1
         here.clean()
     return 0

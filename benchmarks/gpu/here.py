@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -25,15 +26,22 @@ class Here:
     Attributes:
         device: Of type ``"cuda"``, or ``"cpu"`` in a dry run.
         tiny: Whether sizes are so small that only the code is tried.
+        until: When an item with several rows begins no other one, on the monotonic clock.
     """
 
     device: torch.device
     tiny: bool
+    until: float = math.inf
 
     @property
     def cuda(self) -> bool:
         """Whether this is no dry run."""
         return self.device.type == "cuda"
+
+    @property
+    def late(self) -> bool:
+        """Whether an item with several rows should end."""
+        return time.monotonic() > self.until
 
     def need_cuda(self, what: str) -> None:
         """Leave an item that is about CUDA alone.
@@ -46,6 +54,18 @@ class Here:
         """
         if not self.cuda:
             raise NotHereError(f"{what}: CUDA only")
+
+    def rest(self, what: str) -> None:
+        """End an item that ran, and passed, without what is about CUDA.
+
+        Args:
+            what: What is missing.
+
+        Raises:
+            NotHereError: The device is not CUDA.
+        """
+        if not self.cuda:
+            raise NotHereError(f"{what}: CUDA only; all else of it passed")
 
     def size(self, large: _T, tiny: _T) -> _T:
         """Return the size for this run."""
@@ -101,7 +121,9 @@ class Here:
             return
         self.clean()
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(self.device) + more) / total, self.device)
+        torch.cuda.set_per_process_memory_fraction(
+            (torch.cuda.memory_reserved(self.device) + more) / total, self.device
+        )
         try:
             yield {"memory_budget": "none"}
         finally:
@@ -123,7 +145,9 @@ class Here:
 
 def nbytes(*things: nn.Module | Tensor) -> int:
     """Return the bytes of tensors, and of modules' parameters and buffers."""
-    tensors = [t for each in things for t in ([each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()])]
+    tensors = [
+        t for each in things for t in ([each] if isinstance(each, Tensor) else [*each.parameters(), *each.buffers()])
+    ]
     return sum(each.numel() * each.element_size() for each in tensors)
 
 

@@ -23,5 +23,7 @@ def facts(here: Here, _say: object) -> Numbers:
     found["cuda"] = torch.version.cuda or torch.version.hip
     there = torch.empty(2**28, dtype=torch.uint8, device=here.device)
     pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
-    found["pinned copy, GB/s"] = round(2**28 / min(here.seconds(lambda: there.copy_(pinned)) for _ in range(3)) / 1e9, 1)
+    found["pinned copy, GB/s"] = round(
+        2**28 / min(here.seconds(lambda: there.copy_(pinned)) for _ in range(3)) / 1e9, 1
+    )
     return found

@@ -73,6 +73,7 @@ class Outcome:
         note: Why it failed, or is not here.
         numbers: What it returned.
         rows: What it reported on the way: rows of a table, or single tests.
+        collected: Number of tests that pytest found.
     """
 
     item: str
@@ -81,6 +82,7 @@ class Outcome:
     note: str = ""
     numbers: Numbers = field(default_factory=dict[str, Any])
     rows: list[Numbers] = field(default_factory=list[Numbers])
+    collected: int = 0
 
 
 def outcomes(lines: Iterable[Mapping[str, Any]], items: Iterable[str]) -> dict[str, Outcome]:
@@ -94,7 +96,10 @@ def outcomes(lines: Iterable[Mapping[str, Any]], items: Iterable[str]) -> dict[s
         Outcomes by name.
 
     Example:
-        >>> lines = [{"event": "row", "item": "a", "status": "failed"}, {"event": "end", "item": "a", "status": "passed"}]
+        >>> lines = [
+        ...     {"event": "row", "item": "a", "status": "failed"},
+        ...     {"event": "end", "item": "a", "status": "passed"},
+        ... ]
         >>> [each.status for each in outcomes(lines, ["a", "b"]).values()]
         ['failed', 'not reached']
     """
@@ -105,10 +110,12 @@ def outcomes(lines: Iterable[Mapping[str, Any]], items: Iterable[str]) -> dict[s
             continue
         if line["event"] == "row":
             each.rows.append({name: value for name, value in line.items() if name not in {"event", "item"}})
+        elif line["event"] == "collected":
+            each.collected += line["collected"]
         elif line["event"] == "end":
             each.status, each.note = line["status"], line.get("note", "")
             each.seconds, each.numbers = line.get("seconds", 0.0), line.get("numbers") or {}
     for each in found.values():
-        if each.status == PASSED and any(row.get("status") == FAILED for row in each.rows):
+        if any(row.get("status") == FAILED for row in each.rows):
             each.status = FAILED
     return found

@@ -37,7 +37,10 @@ def as_markdown(items: Sequence[Item], found: Mapping[str, Outcome], *, device: 
         lines.append(f"| {part} | " + " | ".join(str(count[status]) for status in ORDER) + " |")
     if parts[PROOFS]:
         lines += ["", f"## {PROOFS}", "", "| what | status | seconds | found |", "|---|---|---|---|"]
-        lines += [f"| {_cell(o.item)} | {o.status} | {o.seconds:.1f} | {_cell(o.note or _numbers(o))} |" for o in parts[PROOFS]]
+        lines += [
+            f"| {_cell(o.item)} | {o.status} | {o.seconds:.1f} | {_cell(o.note or _numbers(o))} |"
+            for o in parts[PROOFS]
+        ]
     lines += _tests(parts[TESTS])
     if parts[SPEED]:
         lines += ["", f"## {SPEED}", "", *_speed(parts[SPEED])]
@@ -60,7 +63,7 @@ def summary_lines(found: Mapping[str, Outcome]) -> list[str]:
 def _test_counts(outcomes: Iterable[Outcome]) -> Counter[str]:
     count = Counter[str](row["status"] for each in outcomes for row in each.rows)
     for each in outcomes:
-        count[NOT_REACHED] += max(0, int(each.numbers.get("collected", 0)) - len(each.rows))
+        count[NOT_REACHED] += max(0, each.collected - len(each.rows))
     return count
 
 
@@ -69,7 +72,7 @@ def _tests(outcomes: Sequence[Outcome]) -> list[str]:
         return []
     lines = ["", f"## {TESTS}", ""]
     for each in outcomes:
-        lines += [f"{each.status}, {each.seconds:.0f} s. {each.note or _numbers(each)}", ""]
+        lines += [f"{each.status}, {each.seconds:.0f} s. {_cell(each.note or _numbers(each))}", ""]
         failures = [row for row in each.rows if row["status"] == FAILED]
         lines += [f"- `{row['test']}`: {_cell(row.get('note', ''))}" for row in failures[:MOST_FAILURES]]
         if len(failures) > MOST_FAILURES:
@@ -80,8 +83,15 @@ def _tests(outcomes: Sequence[Outcome]) -> list[str]:
 def _speed(outcomes: Sequence[Outcome]) -> list[str]:
     lines: list[str] = []
     for each in outcomes:
-        lines += [f"### {each.item}", "", f"{each.status}, {each.seconds:.0f} s. {_cell(each.note or _numbers(each))}", ""]
-        names = list(dict.fromkeys(name for row in each.rows for name in row if name not in {"status", "seconds_of_each"}))
+        lines += [
+            f"### {each.item}",
+            "",
+            f"{each.status}, {each.seconds:.0f} s. {_cell(each.note or _numbers(each))}",
+            "",
+        ]
+        names = list(
+            dict.fromkeys(name for row in each.rows for name in row if name not in {"status", "seconds_of_each"})
+        )
         if names:
             lines += ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
             lines += ["| " + " | ".join(_cell(_plain(row.get(name, ""))) for name in names) + " |" for row in each.rows]

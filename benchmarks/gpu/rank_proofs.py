@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -25,7 +24,9 @@ PATIENCE = 30  # seconds that a rank waits for the other
 
 def gloo(here: Here, _say: Say) -> Numbers:
     """Train on two ranks that share one device."""
-    return _two(here, "gloo", [str(here.device)] * 2)
+    found = _two(here, "gloo", [str(here.device)] * 2)
+    here.rest("a device that ranks share")
+    return found
 
 
 def nccl(here: Here, _say: Say) -> Numbers:
@@ -68,7 +69,7 @@ def _two(here: Here, backend: str, devices: list[str]) -> Numbers:
     return {"error": max(errors), "bytes sent in a step": found[0]["sent"]}
 
 
-def rank_main(folder: str, rank: int, backend: str, device: str) -> None:
+def rank_main(folder: str, rank: int, *, backend: str, device: str) -> None:
     """Be one rank: take a step with this rank's rows, and save the gradient and the weights."""
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
@@ -78,7 +79,11 @@ def rank_main(folder: str, rank: int, backend: str, device: str) -> None:
     start = sum(SHARES[:rank])
     share = {name: each[start : start + SHARES[rank]] for name, each in batch.items()}
     optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), list[list[torch.Tensor]]()
-    optimizer.register_step_pre_hook(lambda *_: seen.append(copy.deepcopy(gradients(model))))
+
+    def look(*_: object) -> None:
+        seen.append(gradients(model))
+
+    optimizer.register_step_pre_hook(look)
     step = mb.Accumulator(model, optimizer, microbatch_size=2).step(share, squared)
     found = {
         "gradients": [each.cpu() for each in seen[0]],
@@ -93,4 +98,4 @@ def rank_main(folder: str, rank: int, backend: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    rank_main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    rank_main(sys.argv[1], int(sys.argv[2]), backend=sys.argv[3], device=sys.argv[4])

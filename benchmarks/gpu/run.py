@@ -79,8 +79,8 @@ class Run:
         return outcomes(self.log.read(), [each.name for each in self.items])
 
     def _left(self) -> list[Item]:
-        found = self.found()
-        return [each for each in self.items if found[each.name].status == NOT_REACHED]
+        ended = {line["item"] for line in self.log.read() if line["event"] == "end"}
+        return [each for each in self.items if each.name not in ended]
 
     def _start(self, left: Sequence[Item]) -> None:
         command = [sys.executable, "-m", "benchmarks.gpu.child", "--device", self.device, "--log", str(self.log.path)]
@@ -109,7 +109,9 @@ class Run:
                     now, since, bound, running = line["item"], time.monotonic(), bounds[line["item"]], True
                 elif line["event"] == "end":
                     running = False
-                    print(f"{line['status']:>10}  {line['item']}, {line['seconds']} s  {line['note'][:200]}", flush=True)
+                    print(
+                        f"{line['status']:>10}  {line['item']}, {line['seconds']} s  {line['note'][:200]}", flush=True
+                    )
             told = len(lines)
             took = time.monotonic() - since
             if time.monotonic() > self.until or (took > bound and running) or took > bound + START_UP:
@@ -119,19 +121,19 @@ class Run:
     def _explain(self, now: str, took: float) -> None:
         """Write down why the process ended, where it could not do so itself."""
         assert self._process is not None  # noqa: S101 - likewise
-        one = self.found()[now]
-        if one.status != NOT_REACHED or (time.monotonic() > self.until and not one.rows):
+        if any(line["event"] == "end" and line["item"] == now for line in self.log.read()):
             return
         self.output.flush()
+        status = FAILED
         if time.monotonic() > self.until:
-            note = "cut short: the time for everything was over"
+            status, note = NOT_REACHED, "cut short: the time for everything was over"
         elif self._process.returncode == -signal.SIGKILL:
             note = f"stopped after {took:.0f} s"
         else:
             last = Path(self.output.name).read_bytes()[-1500:].decode(errors="replace").strip()
             note = f"the process ended with status {self._process.returncode}: {last}"
-        self.log.write(event="end", item=now, status=FAILED, seconds=round(took, 2), note=note)
-        print(f"{FAILED:>10}  {now}, {took:.1f} s  {note[:200]}", flush=True)
+        self.log.write(event="end", item=now, status=status, seconds=round(took, 2), note=note)
+        print(f"{status:>10}  {now}, {took:.1f} s  {note[:200]}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,7 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seconds", type=float, default=TOTAL, help="when to end, whatever is left")
     add("--only", nargs="+", choices=list(PARTS), help="parts, instead of all")
     add("--items", nargs="+", choices=[each.name for each in ITEMS], metavar="NAME", help="single items, by name")
-    add("--out", type=Path, help="folder of gpu.jsonl and gpu.md; default: benchmarks/results, a new one for the dry run")
+    add(
+        "--out",
+        type=Path,
+        help="folder of gpu.jsonl and gpu.md; default: benchmarks/results, a new one for the dry run",
+    )
     flags = parser.parse_args(arguments)
     until = time.monotonic() + flags.seconds
     if flags.device == "cuda" and not _has_cuda():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ class Item:
     Attributes:
         part: Heading of the page that it stands under.
         name: Its name.
-        where: Module and function, ``function(here, say)``; ``say(**fields)`` reports a row.
+        where: Module and function, ``function(here, say, **given)``; ``say(**fields)`` reports a row.
         seconds: How long it may take.
         given: Further arguments of the function.
     """
@@ -28,7 +29,7 @@ class Item:
     name: str
     where: str
     seconds: float
-    given: tuple[Any, ...] = ()
+    given: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 MACHINE, PROOFS, TESTS, SPEED = "Machine", "Proofs", "Tests marked `cuda`", "Speed"
@@ -37,12 +38,12 @@ MACHINE, PROOFS, TESTS, SPEED = "Machine", "Proofs", "Tests marked `cuda`", "Spe
 ITEMS = (
     Item(MACHINE, "machine", "machine_facts:facts", 30),
     Item(PROOFS, "the gradient is the full batch's", "exact_proofs:laws", 30),
-    Item(PROOFS, "out of memory in forward", "memory_proofs:recovery", 30, ("forward",)),
-    Item(PROOFS, "out of memory in backward", "memory_proofs:recovery", 30, ("backward",)),
+    Item(PROOFS, "out of memory in forward", "memory_proofs:recovery", 30, {"where": "forward"}),
+    Item(PROOFS, "out of memory in backward", "memory_proofs:recovery", 30, {"where": "backward"}),
     Item(PROOFS, "out of memory in the optimizer", "memory_proofs:optimizer", 30),
     Item(PROOFS, "no host synchronisation in a window", "stream_proofs:synchronisation", 30),
     Item(PROOFS, "fused bf16 products, fp32 sums", "exact_proofs:fused", 30),
-    Item(SPEED, "GPT 124M", "speed:gpt", 90, ("124M", (1, 4, 8, 32, 2, 16))),
+    Item(SPEED, "GPT 124M", "speed:gpt", 90, {"form": "124M", "sizes": (1, 4, 8, 32, 2, 16)}),
     Item(PROOFS, "predicted peak against the allocator", "memory_proofs:prediction", 45),
     Item(PROOFS, "exact BatchNorm", "exact_proofs:batch_norm", 30),
     Item(PROOFS, "losses that couple samples", "exact_proofs:coupled", 30),
@@ -52,11 +53,11 @@ ITEMS = (
     Item(PROOFS, "two devices, NCCL", "rank_proofs:nccl", 45),
     Item(PROOFS, 'CUDA graphs, compile="reduce-overhead"', "stream_proofs:graphs", 60),
     Item(TESTS, "tests", "marked_tests:marked", 120),
-    Item(SPEED, "GPT 1B", "speed:gpt", 75, ("1B", (1, 8, 4, 32, 2, 16))),
+    Item(SPEED, "GPT 1B", "speed:gpt", 75, {"form": "1B", "sizes": (1, 8, 4, 32, 2, 16)}),
     Item(SPEED, 'cost of microbatch_size="auto"', "speed_extras:auto", 40),
     Item(SPEED, "contrastive", "speed_extras:contrastive", 30),
     Item(SPEED, "BatchNorm", "speed_extras:batch_norm", 40),
-    Item(SPEED, "GPT 124M compiled", "speed:compiled", 120, ("124M", (1, 8))),
+    Item(SPEED, "GPT 124M compiled", "speed:compiled", 120, {"form": "124M", "sizes": (1, 8)}),
 )
 
 
@@ -64,4 +65,4 @@ def function_of(item: Item) -> Function:
     """Return the function of an item, with its further arguments."""
     module, name = item.where.split(":")
     function = getattr(import_module(f"benchmarks.gpu.{module}"), name)
-    return lambda here, say: function(here, say, *item.given)
+    return partial(function, **item.given)

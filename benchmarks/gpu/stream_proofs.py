@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import microbatch as mb
-from benchmarks.gpu.exact_proofs import Say, full_batch, ours, sentences, squared, token_sum
+from benchmarks.gpu.exact_proofs import Say, full_batch, ours, sentences, token_sum
 from benchmarks.gpu.here import Here, gradients, relative_error
 from benchmarks.gpu.outcome import NotHereError, Numbers, require
 from benchmarks.models import GPT
 
 
 @contextmanager
-def refused() -> Any:
-    """Let CUDA refuse to wait for the host."""
+def refused(here: Here) -> Generator[None]:
+    """Let CUDA refuse to wait for the host; nothing else refuses."""
+    if not here.cuda:
+        yield
+        return
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -30,22 +33,21 @@ def refused() -> Any:
 class Guard:
     """Refuse waits from a window's first backward to its last, as its events tell, once armed."""
 
-    def __init__(self, *, last: int) -> None:
-        self.last, self.armed, self.guarded, self.on = last, False, 0, ExitStack()
+    def __init__(self, here: Here) -> None:
+        self.here, self.armed, self.guarded, self.on = here, False, 0, ExitStack()
 
     def __call__(self, event: object) -> None:
         """Switch on after the first microbatch, and off after the last."""
         if self.armed and isinstance(event, mb.MicrobatchDone):
             self.guarded += event.index > 0
             if event.index == 0:
-                self.on.enter_context(refused())
-            if event.index == self.last:
+                self.on.enter_context(refused(self.here))
+            if event.index + 1 == event.microbatches:
                 self.on.close()
 
 
 def synchronisation(here: Here, say: Say) -> Numbers:
     """Take steps of several kinds while CUDA refuses every wait, and see that a read in a loss is refused."""
-    here.need_cuda("set_sync_debug_mode")
     form = {"vocabulary": 2048, "length": 32, "layers": 2, "heads": 4, "channels": 512}
     batch, rows = sentences(8, 32, 2048), 8
     kinds: dict[str, dict[str, Any]] = {
@@ -61,7 +63,7 @@ def synchronisation(here: Here, say: Say) -> Numbers:
 
     def take(kind: str, dtype: torch.dtype, loss_fn: Callable[..., Any]) -> int:
         model = GPT(**form).to(here.device, dtype)
-        guard = Guard(last=rows - 1)
+        guard = Guard(here)
         adam = torch.optim.AdamW(model.parameters())
         accumulator = mb.Accumulator(model, adam, microbatch_size=1, listeners=guard, **kinds[kind])
         accumulator.step(batch, token_sum)  # a library's first use may wait
@@ -76,21 +78,21 @@ def synchronisation(here: Here, say: Say) -> Numbers:
         return loss
 
     failed: list[str] = []
-    for kind in kinds:
+    for kind in here.size(list(kinds), ["plain", "lengths"]):
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{kind}, {dtype}".replace("torch.", "")
             try:
                 guarded = take(kind, dtype, token_sum)
             except RuntimeError as error:
-                torch.cuda.set_sync_debug_mode("default")
                 failed.append(name)
                 say(case=name, note=str(error)[:500])
                 continue
-            require(guarded == rows - 1, f"{name}: {guarded} microbatches were guarded")
+            require(guarded >= rows // 2, f"{name}: only {guarded} microbatches were guarded")
+    here.rest("set_sync_debug_mode")
     try:
         take("plain", torch.float32, reading)
     except RuntimeError:
-        torch.cuda.set_sync_debug_mode("default")
+        pass
     else:
         require(held=False, words="a read in a loss function was not refused: no negative control")
     require(not failed, f"waits for the host: {', '.join(failed)}")
@@ -98,7 +100,7 @@ def synchronisation(here: Here, say: Say) -> Numbers:
 
 
 def prefetch(here: Here, _say: Say) -> Numbers:
-    """Compare a window whose rows come from pinned memory with one whose rows are on the device, and with copies alone."""
+    """Compare a window of rows in pinned memory with one of rows on the device, and with the copies alone."""
     rows, width = 12, here.size(1 << 24, 1 << 10)
     batch = torch.randn(rows, width)
     weight = nn.Parameter(torch.ones((), device=here.device))
@@ -114,10 +116,10 @@ def prefetch(here: Here, _say: Say) -> Numbers:
 
     accumulator = mb.Accumulator(holder, microbatch_size=1, memory_budget="none")
     there = batch.to(here.device)
-    error = relative_error(ours(holder, mean, batch, microbatch_size=1), full_batch(holder, lambda m, b: mean(m, b["x"]), {"x": batch}))
+    reference = full_batch(holder, lambda model, piece: mean(model, piece["x"]), {"x": batch})
+    error = relative_error(ours(holder, mean, batch, microbatch_size=1), reference)
     require(error < 1e-3, f"the gradient is {error:.1e} off")
-    here.need_cuda("copies on a stream of their own")
-    pinned = batch.pin_memory()
+    pinned = batch.pin_memory() if here.cuda else batch
     landing = torch.empty_like(there[0])
 
     def copies() -> None:
@@ -134,6 +136,7 @@ def prefetch(here: Here, _say: Say) -> Numbers:
     one = min(here.seconds(lambda: torch.mm(square, square)) for _ in range(5))
     products = 1 + int(max(0.0, 2 * copying - bare) / rows / one)
     computing, together, pageable = window(there), window(pinned), window(batch)
+    here.rest("copies on a stream of their own")
     shown = (together - computing) / copying
     require(shown <= 0.35, f"{shown:.0%} of the copies' time is added to the window's")
     return {
@@ -146,11 +149,9 @@ def prefetch(here: Here, _say: Say) -> Numbers:
 
 def graphs(here: Here, _say: Say) -> Numbers:
     """Compile with CUDA graphs, see that graphs are launched, and compare the gradient with the full batch's."""
-    here.need_cuda("CUDA graphs")
-    if torch.version.hip is None and not _has_triton():
+    if here.cuda and not _has_triton():
         raise NotHereError("torch.compile needs Triton, which is not installed")
     form = {"vocabulary": 1024, "length": 64, "layers": 2, "heads": 4, "channels": 256}
-    torch.backends.cuda.matmul.allow_tf32 = False
     model = GPT(**form).to(here.device)
     tokens = torch.randint(1024, (8, 64))
     batch = {"tokens": tokens, "labels": tokens.roll(-1, 1)}
@@ -160,7 +161,9 @@ def graphs(here: Here, _say: Say) -> Numbers:
 
     reference = full_batch(copy.deepcopy(model).double(), mean, batch)
     own = relative_error(full_batch(model, mean, batch), reference)
-    accumulator = mb.Accumulator(model, microbatch_size=2, compile="reduce-overhead", memory_budget="none")
+    accumulator = mb.Accumulator(
+        model, microbatch_size=2, compile=here.cuda and "reduce-overhead", memory_budget="none"
+    )
     errors: list[float] = []
     for _ in range(4):  # the first ones warm up and record
         accumulator.gradient(batch, mean)
@@ -175,6 +178,7 @@ def graphs(here: Here, _say: Say) -> Numbers:
     plain = mb.Accumulator(copy.deepcopy(model), microbatch_size=2, memory_budget="none")
     plain.gradient(batch, mean)
     eager = here.seconds(lambda: plain.gradient(batch, mean))
+    here.rest("CUDA graphs")
     require(launches > 0, "no graph was launched: the compiler left CUDA graphs out")
     return {"graph launches in a window": launches, "error": max(errors), "time": f"{compiled / eager:.2f} of eager"}
 
