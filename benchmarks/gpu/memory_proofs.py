@@ -21,6 +21,7 @@ from microbatch.step.options import Options
 from microbatch.step.size.dry_run import dry_run
 
 CLOSE, SCALARS = 0.01, 1e-4  # of a predicted peak, relative; the latter are numbers that no one counts
+EPSILON = 1e-3  # of AdamW: so large that a rounded gradient is not a whole step
 ENDED: list[str] = []  # where memory ended, in order
 
 
@@ -122,7 +123,7 @@ def optimizer(here: Here, _say: Say) -> Numbers:
     batch = {"x": torch.randn(8, width), "y": torch.randn(8, 1)}
     before = [each.detach().cpu().clone() for each in model.parameters()]
     plain = copy.deepcopy(model)
-    adam = torch.optim.AdamW(plain.parameters(), lr=0.1)
+    adam = torch.optim.AdamW(plain.parameters(), lr=0.1, eps=EPSILON)
     squared(plain, {name: each.to(here.device) for name, each in batch.items()}).backward()
     adam.step()
     wanted = [each.detach().cpu().clone() for each in plain.parameters()]
@@ -130,7 +131,7 @@ def optimizer(here: Here, _say: Say) -> Numbers:
     del adam, plain
     mb.Accumulator(model, microbatch_size=2, memory_budget="none").gradient(batch, squared)
     model.zero_grad()
-    starved = Starved(model.parameters(), lr=0.1)
+    starved = Starved(model.parameters(), lr=0.1, eps=EPSILON)
     accumulator = mb.Accumulator(model, starved, microbatch_size=2, memory_budget="none")
     starved.starved = not here.cuda
     message = ""

@@ -35,12 +35,15 @@ def as_markdown(items: Sequence[Item], found: Mapping[str, Outcome], *, device: 
     for part, outcomes in parts.items():
         count = _test_counts(outcomes) if part == TESTS else Counter(each.status for each in outcomes)
         lines.append(f"| {part} | " + " | ".join(str(count[status]) for status in ORDER) + " |")
-    if parts[PROOFS]:
+    if any(parts[PROOFS]):
         lines += ["", f"## {PROOFS}", "", "| what | status | seconds | found |", "|---|---|---|---|"]
         lines += [
             f"| {_cell(o.item)} | {o.status} | {o.seconds:.1f} | {_cell(o.note or _numbers(o))} |"
             for o in parts[PROOFS]
         ]
+    for each in parts[PROOFS]:
+        if each.status == FAILED and each.rows:
+            lines += ["", f"{each.item}:", "", *(f"- {_cell(str(row))}" for row in each.rows)]
     lines += _tests(parts[TESTS])
     if parts[SPEED]:
         lines += ["", f"## {SPEED}", "", *_speed(parts[SPEED])]
@@ -54,6 +57,9 @@ def summary_lines(found: Mapping[str, Outcome]) -> list[str]:
         names = [each.item for each in found.values() if each.status == status]
         if names:
             lines.append(f"{status}, {len(names)}: {', '.join(names)}")
+    tests = Counter[str](row["status"] for each in found.values() for row in each.rows if "test" in row)
+    if tests:
+        lines.append("tests: " + ", ".join(f"{number} {status}" for status, number in tests.items()))
     goals = Counter(row["goal"].split(":")[0] for each in found.values() for row in each.rows if row.get("goal"))
     if goals:
         lines.append("goals of speed: " + ", ".join(f"{number} {verdict}" for verdict, number in goals.items()))

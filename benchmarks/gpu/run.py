@@ -109,9 +109,7 @@ class Run:
                     now, since, bound, running = line["item"], time.monotonic(), bounds[line["item"]], True
                 elif line["event"] == "end":
                     running = False
-                    print(
-                        f"{line['status']:>10}  {line['item']}, {line['seconds']} s  {line['note'][:200]}", flush=True
-                    )
+                    _show(self.found()[line["item"]])
             told = len(lines)
             took = time.monotonic() - since
             if time.monotonic() > self.until or (took > bound and running) or took > bound + START_UP:
@@ -133,7 +131,7 @@ class Run:
             last = Path(self.output.name).read_bytes()[-1500:].decode(errors="replace").strip()
             note = f"the process ended with status {self._process.returncode}: {last}"
         self.log.write(event="end", item=now, status=status, seconds=round(took, 2), note=note)
-        print(f"{status:>10}  {now}, {took:.1f} s  {note[:200]}", flush=True)
+        _show(self.found()[now])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,6 +185,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(["", *summary_lines(found), f"Written: {out / 'gpu.md'} and {log.path}"]))
     statuses = {each.status for each in found.values()}
     return 1 if FAILED in statuses else 2 if NOT_REACHED in statuses else 0
+
+
+def _show(one: Outcome) -> None:
+    print(f"{one.status:>11}  {one.item}, {one.seconds:.1f} s  {one.note[:200]}", flush=True)
 
 
 def _stopped(*_: object) -> None:

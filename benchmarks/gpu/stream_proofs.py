@@ -102,7 +102,7 @@ def synchronisation(here: Here, say: Say) -> Numbers:
 def prefetch(here: Here, _say: Say) -> Numbers:
     """Compare a window of rows in pinned memory with one of rows on the device, and with the copies alone."""
     rows, width = 12, here.size(1 << 24, 1 << 10)
-    batch = torch.randn(rows, width)
+    batch = torch.rand(rows, width)
     weight = nn.Parameter(torch.ones((), device=here.device))
     holder = nn.Module()
     holder.register_parameter("weight", weight)
