@@ -10,19 +10,20 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu.here import Here
 from benchmarks.gpu.outcome import FAILED, NOT_HERE, PASSED, Log, NotHeldError, NotHereError
-from benchmarks.gpu.schedule import ITEMS, Item, function_of
+from benchmarks.gpu.schedule import Item, function_of
 from benchmarks.gpu.variables import ITEM, LOG
 
 ENOUGH = 0.75  # of an item's time: what has several rows begins no other one after it
 
 
-def run_item(item: Item, here: Here, log: Log) -> str:
+def run_item(item: Item, here: Here, log: Log) -> bool:
     """Run one item.
 
     Args:
@@ -31,11 +32,11 @@ def run_item(item: Item, here: Here, log: Log) -> str:
         log: What is written to.
 
     Returns:
-        Its status.
+        Whether this process can run another one: not after an error, which the device may remember.
     """
     log.write(event="begin", item=item.name)
     os.environ[ITEM] = item.name
-    started, numbers, note = time.perf_counter(), None, ""
+    started, numbers, note, good = time.perf_counter(), None, "", True
     try:
         numbers, status = function_of(item)(here, partial(log.write, event="row", item=item.name)), PASSED
         here.wait()  # an error on the device may show only here
@@ -44,30 +45,29 @@ def run_item(item: Item, here: Here, log: Log) -> str:
     except NotHeldError as error:
         status, note = FAILED, str(error)
     except Exception as error:  # noqa: BLE001 - whatever it was, the other items run
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        status, note = (
-            FAILED,
-            f"{type(error).__name__}: {str(error)[:1500]} ({Path(where.filename).name}:{where.lineno})",
-        )
+        where, good = traceback.extract_tb(error.__traceback__)[-1], False
+        told = f"{type(error).__name__}: {str(error)[:1500]}"
+        status, note = FAILED, f"{told} ({Path(where.filename).name}:{where.lineno})"
         traceback.print_exc()
     seconds = round(time.perf_counter() - started, 2)
     log.write(event="end", item=item.name, status=status, seconds=seconds, note=note, numbers=numbers)
-    return status
+    return good
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the items, up to the first that fails: after an error, the device's state may be bad.
+    """Run the items, up to the first error.
 
     Args:
         arguments: Of the command line; `None` for this process's own.
 
     Returns:
-        0, or 1 after an item that failed.
+        0, or 1 after an error.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.child", description=__doc__)
     parser.add_argument("--device", required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--schedule", required=True, help="module with the items")
     parser.add_argument("names", nargs="+")
     flags = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # of a library that knows this device less well than the CPU
@@ -75,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[LOG] = str(flags.log.absolute())  # for the tests' own processes
     if flags.device == "cpu":
         torch.set_num_threads(1)
-    by_name = {each.name: each for each in ITEMS}
+    by_name: dict[str, Item] = {each.name: each for each in import_module(flags.schedule).ITEMS}
     for name in flags.names:
         item = by_name[name]
         here = Here(torch.device(flags.device), tiny=flags.tiny, until=time.monotonic() + ENOUGH * item.seconds)
         torch.manual_seed(0)
-        if run_item(item, here, log) == FAILED:
+        if not run_item(item, here, log):
             return 1
         here.clean()
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from benchmarks.gpu.here import Here
@@ -14,6 +16,7 @@ def facts(here: Here, _say: object) -> Numbers:
     found: Numbers = {**hardware(here.device.type), **versions()}
     found["bf16 matmul, TFLOP/s"] = round(here.matmul_rate(torch.bfloat16) / 1e12, 1)
     found["fp32 matmul, TFLOP/s"] = round(here.matmul_rate(torch.float32) / 1e12, 1)
+    found["greenlet"] = "installed" if find_spec("greenlet") else "not installed: exact BatchNorm takes threads"
     if not here.cuda:
         return found
     device = torch.cuda.get_device_properties(here.device)

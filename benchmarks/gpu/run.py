@@ -51,6 +51,7 @@ class Run:
         log: What results are written to.
         until: When everything ends, on the monotonic clock.
         output: What the processes print goes here.
+        schedule: Module that has the items.
     """
 
     items: Sequence[Item]
@@ -59,6 +60,7 @@ class Run:
     log: Log
     until: float
     output: IO[bytes]
+    schedule: str = "benchmarks.gpu.schedule"
     _process: subprocess.Popen[bytes] | None = field(default=None)
 
     def go(self) -> None:
@@ -84,6 +86,7 @@ class Run:
 
     def _start(self, left: Sequence[Item]) -> None:
         command = [sys.executable, "-m", "benchmarks.gpu.child", "--device", self.device, "--log", str(self.log.path)]
+        command += ["--schedule", self.schedule]
         paths = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         # A group of its own, which ends as one: an item may start processes, too.
         self._process = subprocess.Popen(  # noqa: S603 - this project's own code

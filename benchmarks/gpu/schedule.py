@@ -20,7 +20,8 @@ class Item:
     Attributes:
         part: Heading of the page that it stands under.
         name: Its name.
-        where: Module and function, ``function(here, say, **given)``; ``say(**fields)`` reports a row.
+        where: Module, of this package unless it has a dot, and function: ``function(here, say, **given)``, where
+            ``say(**fields)`` reports a row.
         seconds: How long it may take.
         given: Further arguments of the function.
     """
@@ -64,5 +65,5 @@ ITEMS = (
 def function_of(item: Item) -> Function:
     """Return the function of an item, with its further arguments."""
     module, name = item.where.split(":")
-    function = getattr(import_module(f"benchmarks.gpu.{module}"), name)
+    function = getattr(import_module(module if "." in module else f"benchmarks.gpu.{module}"), name)
     return partial(function, **item.given)
