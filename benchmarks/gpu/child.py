@@ -75,10 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ[LOG] = str(flags.log.absolute())  # for the tests' own processes
     if flags.device == "cpu":
         torch.set_num_threads(1)
+    device = torch.device("cuda:0" if flags.device == "cuda" else flags.device)  # some of torch's calls want an index
     by_name: dict[str, Item] = {each.name: each for each in import_module(flags.schedule).ITEMS}
     for name in flags.names:
         item = by_name[name]
-        here = Here(torch.device(flags.device), tiny=flags.tiny, until=time.monotonic() + ENOUGH * item.seconds)
+        here = Here(device, tiny=flags.tiny, until=time.monotonic() + ENOUGH * item.seconds)
         torch.manual_seed(0)
         if not run_item(item, here, log):
             return 1

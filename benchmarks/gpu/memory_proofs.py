@@ -72,14 +72,14 @@ def recovery(here: Here, _say: Say, *, where: str) -> Numbers:
     width, rows, times = here.size(1024, 64), 64, 1000
     model = Eater(width, where).double().to(here.device)
     batch = {"x": torch.randn(rows, width).double(), "y": torch.randn(rows, width).double()}
-    reference = full_batch(model, squared, batch)
+    reference = [each.cpu() for each in full_batch(model, squared, batch)]
     model.times = times
     twin = copy.deepcopy(model)
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.0)
     seen: list[list[Tensor]] = []
 
     def look(*_: Any) -> None:
-        seen.append(gradients(twin))
+        seen.append([each.cpu() for each in gradients(twin)])
 
     optimizer.register_step_pre_hook(look)
     warm_up = mb.Accumulator(twin, microbatch_size=1, memory_budget="none")
@@ -87,7 +87,7 @@ def recovery(here: Here, _say: Say, *, where: str) -> Numbers:
     twin.zero_grad()
     ENDED.clear()
     # Enough for the gradients, and for what eight rows need where memory ends.
-    more = 3 * nbytes(twin) + 10 * times * width * 8
+    more = 4 * nbytes(twin) + 10 * times * width * 8
     with here.at_most(more, beside=nbytes(twin, *batch.values())) as options:
         accumulator = mb.Accumulator(twin, optimizer, microbatch_size=rows, **options)
         step = accumulator.step(batch, squared)

@@ -8,12 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.gpu import marked_tests, run, schedule, stand_ins
-from benchmarks.gpu.outcome import FAILED, NOT_HERE, NOT_REACHED, PASSED, Log, Outcome, outcomes
+import torch
+from benchmarks.gpu import exact_proofs, marked_tests, memory_proofs, run, schedule, stand_ins
+from benchmarks.gpu.here import Here
+from benchmarks.gpu.outcome import (
+    FAILED,
+    NOT_HERE,
+    NOT_REACHED,
+    PASSED,
+    Log,
+    NotHeldError,
+    NotHereError,
+    Outcome,
+    outcomes,
+)
 from benchmarks.gpu.page import as_markdown, summary_lines
 from benchmarks.gpu.speed import goal
 from benchmarks.gpu.variables import ITEM, LOG
 from tests.benchmarks.gpu_items import ITEMS
+from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
 # What a machine with a GPU may well not have.
@@ -118,6 +131,31 @@ def test_nothing_else_is_needed() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import {', '.join(modules)}"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths})
+
+
+# -- proofs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out of memory in backward", "prefetch overlaps"])
+def test_what_is_about_cuda_alone_never_passes_on_a_cpu(name: str) -> None:
+    item = next(each for each in schedule.ITEMS if each.name == name)
+    with pytest.raises(NotHereError, match="CUDA only; all else of it passed"):
+        schedule.function_of(item)(Here(torch.device("cpu"), tiny=True), lambda **_: None)
+
+
+def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: nn.Module, *_: Any, **__: Any) -> list[Tensor]:
+        return [torch.ones_like(each) for each in model.parameters()]
+
+    monkeypatch.setattr(exact_proofs, "ours", wrong)
+    with pytest.raises(NotHeldError, match="off"):
+        exact_proofs.coupled(Here(torch.device("cpu"), tiny=True), lambda **_: None)
+
+
+def test_a_window_that_retries_without_need_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_proofs.Hungry, "backward", staticmethod(lambda _ctx, grad: (grad, None, None)))
+    with pytest.raises(NotHeldError, match="memory did not end"):
+        memory_proofs.recovery(Here(torch.device("cpu"), tiny=True), lambda **_: None, where="backward")
 
 
 # -- the suite with pytest alone ---------------------------------------------------------------------------------------
