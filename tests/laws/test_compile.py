@@ -1,11 +1,13 @@
 """compile=True: the same gradient, compiled once for the shapes that repeat."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.func import functional_call
 
 import microbatch as mb
 from microbatch.errors import ConfigError
@@ -75,6 +77,77 @@ def test_an_unknown_mode_is_refused() -> None:
     model = network()
     with pytest.raises(ConfigError, match="reduce-overhead"):
         mb.Accumulator(model, torch.optim.SGD(model.parameters()), microbatch_size=2, compile="fast")
+
+
+# -- CUDA graphs, whose results are in the same memory in every run ----------------------------------------------------
+
+
+class InPlace(torch.autograd.Function):
+    """Write a value, or its gradient, over that of the last run, as a captured graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, store: dict[str, Tensor], name: str) -> Tensor:
+        ctx.store, ctx.name = store, name
+        return in_place(store, name, value) if name.startswith("output") else value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.name.startswith("output"):
+            return grads[0], None, None
+        return in_place(ctx.store, ctx.name, grads[0]), None, None
+
+
+def in_place(store: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    if name not in store:
+        store[name] = torch.empty_like(value)
+        torch._C._add_cached_tensor(store[name])  # autograd takes such a gradient over, although it is referred to here
+    with torch.no_grad():
+        return store[name].copy_(value).detach() if name.startswith("output") else store[name].copy_(value)
+
+
+def captured(function: Callable[..., mb.Loss], **_: Any) -> Callable[[nn.Module, Batch], mb.Loss]:
+    """Run a function as if from a captured graph."""
+    store: dict[str, Tensor] = {}
+
+    def run(model: nn.Module, batch: Batch) -> mb.Loss:
+        def call(batch: Batch) -> mb.Loss:
+            weights = {name: InPlace.apply(each, store, name) for name, each in model.named_parameters()}
+            return function(lambda x: functional_call(model, weights, (x,)), batch)
+
+        loss = call(batch)
+        count, metric = (in_place(store, f"output {n}", torch.as_tensor(v)) for n, v in enumerate(told(loss)))
+        return mb.Loss(sum=InPlace.apply(loss.sum, store, "output"), count=count, metrics={"rows": metric})
+
+    return run
+
+
+def told(loss: mb.Loss) -> tuple[float, float]:
+    return float(loss.count), float(loss.metrics["rows"])
+
+
+def counted(model: Any, batch: Batch) -> mb.Loss:
+    rows = len(batch["x"])
+    return mb.Loss(sum=(model(batch["x"]) - batch["y"]).square().sum() / 2, count=rows, metrics={"rows": rows})
+
+
+@pytest.fixture
+def cached_tensors() -> Iterator[None]:
+    torch._C._set_cached_tensors_enabled(True)
+    yield
+    torch._C._set_cached_tensors_enabled(False)
+
+
+@pytest.mark.usefixtures("cached_tensors")
+@pytest.mark.parametrize(("mode", "exact"), [("reduce-overhead", True), ("max-autotune", True), ("default", False)])
+def test_what_a_captured_graph_overwrites_was_copied(mode: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", captured)
+    model, batch = network(), points(1, 7)  # three microbatches of 2, and one of 1
+    it = subject(model, size=2, compile=mode, memory_budget="none")
+    step = it.accumulator.step(batch, counted)
+    reference = full_batch(model, squared, batch)
+    assert (relative_error(it.updates[0], reference) <= EXACT) == exact
+    assert (step.count == 7) == exact
+    assert step.metrics["rows"].item() == 7  # which are added up at once
 
 
 def test_windows_that_do_not_end_in_the_reverse_of_their_order_leave_the_compiler_as_it_was() -> None:
