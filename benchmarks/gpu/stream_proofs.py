@@ -166,18 +166,19 @@ def graphs(here: Here, _say: Say) -> Numbers:
     )
     errors: list[float] = []
     for _ in range(4):  # the first ones warm up and record
-        accumulator.gradient(batch, mean)
+        step = accumulator.gradient(batch, token_sum)  # whose count is a result of the graph, too
+        require(step.count == tokens.numel(), f"the count is {step.count}, not {tokens.numel()}")
         errors.append(relative_error(gradients(model), reference))
     require(max(errors) <= 4 * own + 1e-5, f"errors of {errors}; the full batch in float32 is {own:.1e} off")
     require(accumulator.eager == 0, f"{accumulator.eager} microbatches ran uncompiled")
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiled:
-        accumulator.gradient(batch, mean)
+        accumulator.gradient(batch, token_sum)
         here.wait()
     launches = sum(each.count for each in profiled.key_averages() if "GraphLaunch" in each.key)
-    compiled = here.seconds(lambda: accumulator.gradient(batch, mean))
+    compiled = here.seconds(lambda: accumulator.gradient(batch, token_sum))
     plain = mb.Accumulator(copy.deepcopy(model), microbatch_size=2, memory_budget="none")
-    plain.gradient(batch, mean)
-    eager = here.seconds(lambda: plain.gradient(batch, mean))
+    plain.gradient(batch, token_sum)
+    eager = here.seconds(lambda: plain.gradient(batch, token_sum))
     here.rest("CUDA graphs")
     require(launches > 0, "no graph was launched: the compiler left CUDA graphs out")
     return {"graph launches in a window": launches, "error": max(errors), "time": f"{compiled / eager:.2f} of eager"}
