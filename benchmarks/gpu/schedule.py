@@ -58,6 +58,7 @@ ITEMS = (
     Item(SPEED, 'cost of microbatch_size="auto"', "speed_extras:auto", 40),
     Item(SPEED, "contrastive", "speed_extras:contrastive", 30),
     Item(SPEED, "BatchNorm", "speed_extras:batch_norm", 40),
+    Item(SPEED, "GPT 124M, bf16 weights", "speed:gpt", 30, {"form": "124M", "sizes": (1, 8), "weights": "bfloat16"}),
     Item(SPEED, "GPT 124M compiled", "speed:compiled", 120, {"form": "124M", "sizes": (1, 8)}),
 )
 

@@ -50,7 +50,7 @@ class Subject:
     """What all contenders train: one model, one optimizer and one batch, which they share.
 
     Attributes:
-        model: A GPT in float32, which computes in bf16 by autocast.
+        model: A GPT, which computes in bf16 by autocast.
         optimizer: AdamW.
         tokens: The batch, in pinned memory if the device has such.
     """
@@ -82,13 +82,14 @@ def token_sum(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def made(here: Here, form: str, rows: int) -> Subject:
+def made(here: Here, form: str, rows: int, *, weights: torch.dtype = torch.float32) -> Subject:
     """Make a model and a batch.
 
     Args:
         here: Where.
         form: A key of `FORMS`.
         rows: Rows of the batch.
+        weights: Their dtype.
 
     Raises:
         NotHereError: The device's memory is too small for weights, gradients and the optimizer's state.
@@ -96,7 +97,7 @@ def made(here: Here, form: str, rows: int) -> Subject:
     sizes = FORMS["tiny" if here.tiny else form]
     try:
         with here.device:
-            model = GPT(**sizes)
+            model = GPT(**sizes).to(weights)
         # The quickest optimizer that torch has, for everyone.
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=here.cuda)
         tokens = torch.randint(sizes["vocabulary"], (rows, sizes["length"]))
@@ -205,9 +206,12 @@ def goal(size: int, ratios: dict[str, float], *, noisy: bool) -> str:
     return f"{'undecided' if noisy else verdict}: {words}"
 
 
-def gpt(here: Here, say: Say, *, form: str, sizes: Sequence[int]) -> Numbers:
-    """Measure uncompiled windows of one GPT at several microbatch sizes."""
-    it = made(here, form, here.size(ROWS, 8))
+def gpt(here: Here, say: Say, *, form: str, sizes: Sequence[int], weights: str = "float32") -> Numbers:
+    """Measure uncompiled windows of one GPT at several microbatch sizes.
+
+    With weights in bf16, the loops add up in bf16, and `microbatch` in float32: more memory traffic, and a right sum.
+    """
+    it = made(here, form, here.size(ROWS, 8), weights=getattr(torch, weights))
     rows, rate = len(it.tokens), here.matmul_rate(torch.bfloat16)
     for size in sizes:
         if size > rows:

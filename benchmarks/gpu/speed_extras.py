@@ -33,8 +33,7 @@ def auto(here: Here, say: Say) -> Numbers:
     ours(it, 1)()  # libraries' first use, and the optimizer's state
     seconds = [here.seconds(window) for _ in range(WINDOWS)]
     usual = summarize(seconds[len(seconds) // 2 :]).median
-    for index, each in enumerate(seconds):
-        say(window=index, ms=round(1000 * each, 2))
+    say(windows=len(seconds), **{"usual ms": round(1000 * usual, 2)}, seconds_of_each=seconds)
     return {
         "sizes tried": " ".join(map(str, sizes)),
         "windows lost to the search": round(sum(seconds) / usual - len(seconds), 2),

@@ -1,6 +1,7 @@
 """The command for a GPU, without one: nothing ends it, nothing is said to have passed that did not run."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -165,6 +166,14 @@ def test_every_file_with_a_marked_test_is_found() -> None:
     marked = {file.name for file in marked_tests.files()}
     assert {"test_spill.py", "test_memory.py", "test_normalisation.py", "test_feed.py"} <= marked
     assert "test_words.py" not in marked
+
+
+def test_every_strategy_of_those_files_has_a_stand_in() -> None:
+    used = {
+        name for file in marked_tests.files() for name in re.findall(r"\bst\.(\w+)", file.read_text(encoding="utf-8"))
+    }
+    assert {"integers", "lists"} <= used
+    assert used <= {each.__name__ for each in stand_ins.STRATEGIES}
 
 
 def test_a_test_that_fails_is_written_down(tmp_path: Path) -> None:
