@@ -23,6 +23,7 @@ from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
 from microbatch.step.parts.batch_warnings import BatchWarnings
+from microbatch.step.parts.captured_gradients import CapturedGradients
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -199,7 +200,15 @@ class Composition:
             found.append(Autocast(options.autocast))
         if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
-        return [*found, *self._noise.values(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
+        return [
+            *found,
+            *self._noise.values(),
+            CountWarning(),
+            CouplingWarning(),
+            WatchedWeights(),
+            CapturedGradients(),
+            self.fused,
+        ]
 
     def _passes(self) -> Passes:
         spill = self.options.spill

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +13,12 @@ from microbatch.batch.batch_tree import leaves
 from microbatch.errors import RankAgainError
 from microbatch.loss.loss import Loss
 from microbatch.memory.out_of_memory import is_out_of_memory
-from microbatch.step.part import Function, OpenWindow, Part, Run
+from microbatch.step.part import Function, OpenWindow, Part
 
 # Number of shapes to compile. A batch has one shape for full microbatches, and one for a shorter last microbatch. If
 # the last one changes with every batch, it is not compiled again and again.
 _SHAPES = 2
-# Modes that capture CUDA graphs. A graph writes its results, gradients included, to the same memory in every run.
+# Modes that capture CUDA graphs. A graph writes its results to the same memory in every run.
 _CAPTURING = {"reduce-overhead", "max-autotune"}
 
 
@@ -33,8 +32,8 @@ class Compilation(Part):
         eager: Number of microbatches that ran uncompiled so far, because of their shapes.
 
     Cost:
-        Compiling for a shape takes seconds to minutes. With CUDA graphs, results and the first gradients are copied,
-        because the next microbatch overwrites the originals.
+        Compiling for a shape takes seconds to minutes. With CUDA graphs, the function's results are copied, because
+        the next microbatch overwrites the originals.
     """
 
     def __init__(self, mode: str | None) -> None:
@@ -50,20 +49,6 @@ class Compilation(Part):
             return self._call(function, model, microbatch)
 
         return compiled
-
-    def backward(self, window: OpenWindow, run: Run) -> Run:
-        """Copy the gradients that autograd took over from a captured graph, before the graph runs again."""
-        if self._mode not in _CAPTURING:
-            return run
-
-        def copied(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
-            new = [each.parameter for each in window.gradients.named if each.parameter.grad is None]
-            run(tensors, seeds)
-            for parameter in new:
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
-
-        return copied
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Compile for the next two shapes again if the microbatch size changes."""
