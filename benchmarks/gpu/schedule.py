@@ -52,7 +52,7 @@ ITEMS = (
     Item(PROOFS, "spill to pinned host memory", "memory_proofs:spill", 30),
     Item(PROOFS, "two processes on one device, gloo", "rank_proofs:gloo", 45),
     Item(PROOFS, "two devices, NCCL", "rank_proofs:nccl", 45),
-    Item(PROOFS, 'CUDA graphs, compile="reduce-overhead"', "stream_proofs:graphs", 60),
+    Item(PROOFS, 'CUDA graphs, compile="reduce-overhead"', "stream_proofs:graphs", 90),
     Item(TESTS, "tests", "marked_tests:marked", 120),
     Item(SPEED, "GPT 1B", "speed:gpt", 75, {"form": "1B", "sizes": (1, 8, 4, 32, 2, 16)}),
     Item(SPEED, 'cost of microbatch_size="auto"', "speed_extras:auto", 40),

@@ -179,6 +179,14 @@ def graphs(here: Here, _say: Say) -> Numbers:
     plain = mb.Accumulator(copy.deepcopy(model), microbatch_size=2, memory_budget="none")
     plain.gradient(batch, token_sum)
     eager = here.seconds(lambda: plain.gradient(batch, token_sum))
+    theirs = copy.deepcopy(model)
+    user = mb.Accumulator(
+        torch.compile(theirs, mode="reduce-overhead") if here.cuda else theirs, microbatch_size=2, memory_budget="none"
+    )
+    for _ in range(4):
+        user.gradient(batch, token_sum)
+        error = relative_error(gradients(theirs), reference)
+        require(error <= 4 * own + 1e-5, f"a model that the user compiled: {error:.1e} off")
     here.rest("CUDA graphs")
     require(launches > 0, "no graph was launched: the compiler left CUDA graphs out")
     return {"graph launches in a window": launches, "error": max(errors), "time": f"{compiled / eager:.2f} of eager"}
