@@ -23,6 +23,7 @@ from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
 from microbatch.step.parts.batch_warnings import BatchWarnings
+from microbatch.step.parts.captured_gradients import CapturedGradients
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -201,7 +202,8 @@ class Composition:
         if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
-        return [*found, WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
+        found += [WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), CapturedGradients()]
+        return [*found, self.fused]
 
     def _passes(self) -> Passes:
         spill = self.options.spill
