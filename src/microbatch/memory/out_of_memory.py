@@ -9,6 +9,7 @@ import traceback
 import torch
 from torch import nn
 
+from microbatch.devices.device_memory import bytes_in_use, empty_cache
 from microbatch.errors import MicrobatchError, OutOfMemoryError
 from microbatch.failed_layer import failed_layer, named_layer
 from microbatch.memory.budget import format_bytes, parse_bytes
@@ -76,7 +77,7 @@ def let_go(error: BaseException, device: torch.device) -> None:
         device: The device whose memory ran out.
 
     Cost:
-        One garbage collection; on CUDA, the allocator's cache is emptied.
+        One garbage collection; on an accelerator, the allocator's cache is emptied.
 
     Source:
         Law M3.
@@ -87,8 +88,7 @@ def let_go(error: BaseException, device: torch.device) -> None:
     for where in {torch.device("cpu"), device}:
         with torch.enable_grad():
             torch.zeros((), device=where, requires_grad=True).clone().backward()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(device)
 
 
 def let_go_of_locals(error: BaseException, model: nn.Module) -> None:
@@ -168,7 +168,7 @@ def _asked(error: BaseException) -> int | None:
 def _in_use(error: BaseException, device: torch.device) -> int | None:
     if isinstance(error, OutOfMemoryError):
         return error.in_use
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return bytes_in_use(device)
 
 
 def _amount(size: int | None) -> str:
