@@ -51,11 +51,13 @@ def function_of(device: torch.device, *names: str) -> Callable[..., Any] | None:
         The function, which takes its own arguments but no device; `None` if neither the backend nor `torch.accelerator`
         has it.
     """
-    for module in (backend_of(device.type), torch.accelerator):
-        for name in names:
-            found = getattr(module, name, None)
-            if callable(found) and (module is not torch.accelerator or device.type == accelerator()):
-                return _with_device(found, device)
+    backend = backend_of(device.type)
+    for name in names:
+        if callable(found := getattr(backend, name, None)):
+            return _with_device(found, device)
+    for name in names:
+        if callable(found := getattr(torch.accelerator, name, None)) and device.type == accelerator():
+            return _or_lacking(_with_device(found, device))
     return None
 
 
@@ -149,6 +151,30 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if (_adds_float64(device.type) if known is None else known) else torch.float32
 
 
+def to_wide(tensor: Tensor) -> Tensor:
+    """Convert a tensor to the widest floating dtype of its device.
+
+    Args:
+        tensor: Of any dtype.
+
+    Returns:
+        The tensor in float64, or in float32 on a device without float64.
+    """
+    return tensor.to(wide_dtype(tensor.device))
+
+
+def to_host_in_float64(tensor: Tensor) -> Tensor:
+    """Copy a tensor to the host, in float64; a device without float64 cannot convert it itself.
+
+    Args:
+        tensor: Of any dtype.
+
+    Returns:
+        A copy that shares no memory with the tensor.
+    """
+    return tensor.detach().to("cpu").to(torch.float64, copy=True)
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether autocast to bfloat16 works on a device, as far as its backend can tell.
 
@@ -191,6 +217,18 @@ def foreach_is_default(device: torch.device) -> bool:
 def _with_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """Pass the device to a function that takes one; MPS has one device, and some of its functions take none."""
     return (lambda *args: function(*args, device)) if _takes_device(function) else function
+
+
+def _or_lacking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the RuntimeError of a function of `torch.accelerator`, which a backend does not support, into our word."""
+
+    def supported(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            raise NotImplementedError(str(error)) from error
+
+    return supported
 
 
 @cache
