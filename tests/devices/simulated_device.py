@@ -1,18 +1,20 @@
 """A simulated accelerator: a device of PyTorch's own, ``sim``, whose memory is the host's.
 
 Tensors on it have real storages, strides and views. Each operator runs on the CPU, on tensors that share the device's
-memory. So results are the CPU's, while every allocation is counted, a limit can be set, and memory ends as on a GPU: with
-an error of the allocator, wherever it happens, in backward's own thread too. Streams, events, pinned memory and the random
-state are the device's own, and what is done with them is written down. Nothing has to be compiled.
+memory. So results are those of the CPU, while every allocation is counted. A limit can be set, and memory ends as on a
+GPU: with an error of the allocator, in backward's own thread too. Streams, events, pinned memory and random state are the
+device's own, and what is done with them is written down. Nothing has to be compiled.
 
 ``Full`` has what CUDA has. ``Small`` has what MPS has: no float64, no streams, no counter of peak memory, no limit, no
 pinned memory. A process has one of them, from `install` to its end.
 """
 
+import inspect
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,12 +32,12 @@ SET = torch.ops.aten.set_.source_Storage_storage_offset
 class Stream(torch.Stream):
     """A stream, on which everything is done at once; what waits for what is written down."""
 
-    def __new__(cls, device: Any = None, number: int | None = None) -> "Stream":
+    def __new__(cls, _: Any = None, number: int | None = None) -> Self:
         Full.streams += number is None
         number = Full.streams if number is None else number
         return super().__new__(cls, stream_id=number, device_index=0, device_type=20)
 
-    def __init__(self, device: Any = None, number: int | None = None) -> None:
+    def __init__(self, _: Any = None, number: int | None = None) -> None:
         self.number = self.stream_id
 
     def wait_stream(self, stream: Any) -> None:
@@ -69,19 +71,20 @@ class Small:
     @classmethod
     def allocate(cls, nbytes: int) -> Any:
         """Allocate device memory; it is freed together with its last tensor."""
-        if cls.live + nbytes > cls.limit:
+        if cls.live + nbytes > cls.limit and may_raise():
             cls.log.append(("out of memory", nbytes))
             raise torch.OutOfMemoryError(f"SIM out of memory. Tried to allocate {nbytes} bytes")
         Small.live += nbytes
         Small.peak = max(Small.peak, Small.live)
         host = torch.empty_strided((max(nbytes, 1),), (1,), dtype=torch.uint8)
         storage = C._construct_storage_from_data_pointer(host.data_ptr(), DEVICE, nbytes)
-        weakref.finalize(storage, cls.free, nbytes, host).atexit = False
+        weakref.finalize(storage, cls.free, nbytes, [host]).atexit = False
         return storage
 
     @classmethod
-    def free(cls, nbytes: int, host: Tensor) -> None:
+    def free(cls, nbytes: int, memory: list[Tensor]) -> None:
         Small.live -= nbytes
+        memory.clear()
 
     def is_initialized(self) -> bool:
         return True
@@ -218,8 +221,22 @@ def install(kind: type[Small]) -> Small:
         aten.impl("is_pinned", lambda x, device=None: x.data_ptr() in Full.pinned, "CPU", allow_override=True)
         aten.impl("_pin_memory", pin, "CPU", allow_override=True)
         aten.impl("empty.memory_format", host_empty, "CPU", allow_override=True)
+        aten.impl("empty_strided", host_strided, "CPU", allow_override=True)
     LIBRARIES.extend([library, aten])
     return module
+
+
+def may_raise() -> bool:
+    """Return whether an error may be raised here: not in a Python hook on backward's own thread.
+
+    Torch's guard of a device that is written in Python cannot be left while an error of Python is set, and after a hook
+    it is.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None:
+        frame = frame.f_back
+    is_kernel = frame is not None and frame.f_code.co_filename == __file__
+    return threading.current_thread() is threading.main_thread() or is_kernel
 
 
 LIBRARIES: list[Any] = []  # a library that is collected takes its kernels with it
@@ -237,10 +254,15 @@ def tensor_of(storage: Any, dtype: torch.dtype, *, offset: int, size: Sequence[i
     return made
 
 
+def elements(size: Sequence[int], stride: Sequence[int]) -> int:
+    """Count the elements of a storage for this size and these strides."""
+    return 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+
+
 def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Allocate a tensor on the device."""
-    elements = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    return tensor_of(type(torch.sim).allocate(elements * dtype.itemsize), dtype, offset=0, size=size, stride=stride)
+    nbytes = elements(size, stride) * dtype.itemsize
+    return tensor_of(type(torch.sim).allocate(nbytes), dtype, offset=0, size=size, stride=stride)
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -287,12 +309,23 @@ def on_host(op: Any, *args: Any, **kwargs: Any) -> Any:
             return tensor_of(base.untyped_storage(), x.dtype, **layout)
         return copied(x)
 
+    args = tuple(as_tensors(op, args))
     with C._AutoDispatchBelowAutograd():
         here, there = _pytree.tree_map(to_host, (args, kwargs))
+        if there.pop("pin_memory", None):
+            return as_pinned(op(*here, **there))
         bases = {each.untyped_storage().data_ptr(): theirs[id(each)] for each in hosts if each.numel()}
         with device_random() if torch.Tag.nondeterministic_seeded in op.tags else contextless():
             out = op(*here, **there)
         return _pytree.tree_map(to_device, out)
+
+
+def as_tensors(op: Any, args: Sequence[Any]) -> Iterator[Any]:
+    """Make tensors of the numbers that stand where an operator takes tensors."""
+    like = next((each.dtype for each in args if isinstance(each, Tensor)), torch.float32)
+    for given, declared in zip(args, op._schema.arguments, strict=False):
+        is_number = isinstance(given, int | float) and str(declared.type) == "Tensor"
+        yield torch.scalar_tensor(given, dtype=like) if is_number else given
 
 
 def copied(host: Tensor) -> Tensor:
@@ -328,7 +361,7 @@ def new_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Tensor:
     return empty(size, stride, dtype or torch.get_default_dtype())
 
 
-def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+def copy_from(source: Tensor, target: Tensor, *_: Any, **__: Any) -> Tensor:
     if torch.float64 in {source.dtype, target.dtype} and not type(torch.sim).float64:
         raise TypeError("Cannot convert a SIM Tensor to float64 dtype as the SIM framework doesn't support float64")
     Small.log.append(("copy", source.device.type, target.device.type, source.nbytes))
@@ -363,20 +396,33 @@ def cast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def pin(x: Tensor, device: Any = None) -> Tensor:
     made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
     made.copy_(x)
-    Full.pinned.add(made.data_ptr())
-    Small.log.append(("pin", x.nbytes))
-    return made
+    return as_pinned(made)
+
+
+def as_pinned(host: Tensor) -> Tensor:
+    """Write down the address of a host tensor as pinned, until the tensor is freed."""
+    address = host.data_ptr()
+    Full.pinned.add(address)
+    weakref.finalize(host.untyped_storage(), Full.pinned.discard, address).atexit = False
+    Small.log.append(("pin", host.nbytes))
+    return host
 
 
 def host_empty(
     size: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None, **how: Any
 ) -> Tensor:
     like = torch.empty(size, device="meta", memory_format=how.get("memory_format") or torch.contiguous_format)
-    made = torch.empty_strided(size, like.stride(), dtype=dtype or torch.get_default_dtype())
-    if pin_memory:
-        Full.pinned.add(made.data_ptr())
-        Small.log.append(("pin", made.nbytes))
-    return made
+    return host_strided(size, like.stride(), dtype, pin_memory=pin_memory)
+
+
+def host_strided(
+    size: Any, stride: Any, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None
+) -> Tensor:
+    """Allocate host memory without the kernels that this module replaces."""
+    dtype = dtype or torch.get_default_dtype()
+    made = torch.frombuffer(bytearray(dtype.itemsize), dtype=dtype)
+    SET._op_dk(CPU, made, torch.UntypedStorage(elements(size, stride) * dtype.itemsize), 0, list(size), list(stride))
+    return as_pinned(made) if pin_memory else made
 
 
 KERNELS = {

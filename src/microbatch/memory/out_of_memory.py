@@ -18,8 +18,8 @@ from microbatch.memory.budget import format_bytes, parse_bytes
 # workspace. An error text of the user that merely mentions memory matches none of these.
 _SPELLINGS = re.compile(
     r"""
-      ^(CUDA|HIP|XPU)\ out\ of\ memory\b                # the caching allocators
-    | \b(CUDA|HIP|XPU)\ out\ of\ memory\.\ Tried\ to\ allocate\b  # the same, inside another library's text
+      ^(CUDA|HIP|XPU|NPU|HPU|MLU|MUSA)\ out\ of\ memory\b  # the caching allocators
+    | \b(CUDA|HIP|XPU|NPU|HPU|MLU|MUSA)\ out\ of\ memory\.\ Tried\ to\ allocate\b  # inside another library's text
     | ^(CUDA|HIP)\ error:\ out\ of\ memory\b            # the runtimes, outside of the caching allocator
     | \b(cuda|hip)Error(MemoryAllocation|OutOfMemory)\b
     | \b(CU|HIP|MIOPEN)[A-Z]*_(STATUS_)?[A-Z_]*ALLOC(ATION)?_FAILED\b  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER, cuFFT
@@ -28,6 +28,7 @@ _SPELLINGS = re.compile(
     | \b(GET|FIND)\ was\ unable\ to\ find\ an\ engine\ to\ execute\ this\ computation
     | \bUR_RESULT_ERROR_OUT_OF_(DEVICE|HOST)_MEMORY\b   # XPU
     | ^MPS\ backend\ out\ of\ memory\b
+    | \bPT_DEVMEM\ Allocation\ failed\ for\ size\b       # HPU
     | DefaultCPUAllocator:\ (can't\ allocate|not\ enough)\ memory\b
     | \bunable\ to\ mmap\ \d+\ bytes\b.*Cannot\ allocate\ memory
     | ^std::bad_alloc$
