@@ -3,7 +3,7 @@
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,13 @@ def on_device(dtype: torch.dtype = torch.float64, **shape: Any) -> Classifier:
     return Classifier(dtype, **shape).to(DEVICE)
 
 
-def trained(model: nn.Module, size: int | str = 4, **options: Any) -> mb.Accumulator:
-    return mb.Accumulator(model, torch.optim.AdamW(model.parameters(), lr=1e-3), microbatch_size=size, **options)
+def trained(model: nn.Module, size: float | str = 4, **options: Any) -> mb.Accumulator:
+    return mb.Accumulator(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=1e-3),
+        microbatch_size=size if isinstance(size, str) else int(size),
+        **options,
+    )
 
 
 def reference(rows: dict[str, Tensor], **shape: Any) -> list[Tensor]:
@@ -70,13 +75,18 @@ def apart(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @contextmanager
-def limited(extra: int) -> Iterator[None]:
+def limited(extra: int) -> Generator[None]:
     """Leave this many bytes of the device's memory."""
     Small.limit = Small.live + extra
     try:
         yield
     finally:
         Small.limit = GIB
+
+
+def peak_of(step: mb.Step) -> int:
+    assert step.peak_bytes is not None
+    return step.peak_bytes
 
 
 def events(kind: str) -> list[tuple[Any, ...]]:

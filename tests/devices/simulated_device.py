@@ -2,8 +2,8 @@
 
 Tensors on it have real storages, strides and views. Each operator runs on the CPU, on tensors that share the device's
 memory. So results are those of the CPU, while every allocation is counted. A limit can be set, and memory ends as on a
-GPU: with an error of the allocator, in backward's own thread too. Streams, events, pinned memory and random state are the
-device's own, and what is done with them is written down. Nothing has to be compiled.
+GPU: with an error of the allocator, in backward's own thread too. Streams, events, pinned memory and random state are
+the device's own, and what is done with them is written down. Nothing has to be compiled.
 
 ``Full`` has what CUDA has. ``Small`` has what MPS has: no float64, no streams, no counter of peak memory, no limit, no
 pinned memory. A process has one of them, from `install` to its end.
@@ -12,7 +12,7 @@ pinned memory. A process has one of them, from `install` to its end.
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -40,10 +40,10 @@ class Stream(torch.Stream):
     def __init__(self, _: Any = None, number: int | None = None) -> None:
         self.number = self.stream_id
 
-    def wait_stream(self, stream: Any) -> None:
+    def wait_stream(self, stream: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         Full.log.append(("wait", self.number, stream.stream_id))
 
-    def wait_event(self, event: "Event") -> None:
+    def wait_event(self, event: Any) -> None:
         Full.log.append(("wait", self.number, event.of))
 
     def synchronize(self) -> None:
@@ -67,6 +67,7 @@ class Small:
     log: list[tuple[Any, ...]] = []  # noqa: RUF012 - of the whole process
     state = torch.Generator().get_state()
     float64 = False
+    bfloat16 = True
 
     @classmethod
     def allocate(cls, nbytes: int) -> Any:
@@ -107,6 +108,9 @@ class Small:
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
+    def is_bf16_supported(self) -> bool:
+        return self.bfloat16
+
     def get_rng_state(self, device: Any = "sim") -> Tensor:
         return Small.state.clone()
 
@@ -138,7 +142,8 @@ class Full(Small):
     pinned: set[int] = set()  # noqa: RUF012 - of the whole process
     Event = Event
     Stream = Stream
-    current_allocated_memory = recommended_max_memory = None
+    current_allocated_memory: Any = None
+    recommended_max_memory: Any = None
 
     def synchronize(self, device: Any = None) -> None:
         self.log.append(("synchronize",))
@@ -172,9 +177,6 @@ class Full(Small):
     def get_device_name(self, device: Any = None) -> str:
         return "Simulated 1 GiB"
 
-    def is_bf16_supported(self) -> bool:
-        return True
-
     def set_device(self, device: Any) -> None:
         self.log.append(("device", torch.device(device).index))
 
@@ -182,7 +184,7 @@ class Full(Small):
         return self.capturing
 
     @contextmanager
-    def device(self, device: Any) -> Iterator[None]:
+    def device(self, device: Any) -> Generator[None]:
         self.set_device(device)
         yield
 
@@ -194,7 +196,7 @@ class Full(Small):
         self.log.append(("stream", stream.stream_id))
 
     @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
+    def stream(self, stream: Any) -> Generator[None]:
         before = self.now
         self.set_stream(stream)
         yield
@@ -204,6 +206,7 @@ class Full(Small):
 def install(kind: type[Small]) -> Small:
     """Register the device ``sim``, once in a process."""
     module = kind()
+    BACKENDS.append(kind)
     _setup_privateuseone_for_python_backend("sim", module)
     Full.now = Stream(number=0)
     library = torch.library.Library("_", "IMPL")
@@ -239,6 +242,7 @@ def may_raise() -> bool:
     return threading.current_thread() is threading.main_thread() or is_kernel
 
 
+BACKENDS: list[type["Small"]] = []  # the one of this process
 LIBRARIES: list[Any] = []  # a library that is collected takes its kernels with it
 
 
@@ -247,7 +251,7 @@ LIBRARIES: list[Any] = []  # a library that is collected takes its kernels with 
 
 def tensor_of(storage: Any, dtype: torch.dtype, *, offset: int, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """Make a tensor of the device from a part of a storage."""
-    if dtype is torch.float64 and not type(torch.sim).float64:
+    if dtype is torch.float64 and not BACKENDS[0].float64:
         raise TypeError("Cannot convert a SIM Tensor to float64 dtype as the SIM framework doesn't support float64")
     made = C._acc.create_empty_tensor([0], dtype)
     SET._op_dk(CPU, made, storage, offset, list(size), list(stride))
@@ -262,7 +266,7 @@ def elements(size: Sequence[int], stride: Sequence[int]) -> int:
 def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Allocate a tensor on the device."""
     nbytes = elements(size, stride) * dtype.itemsize
-    return tensor_of(type(torch.sim).allocate(nbytes), dtype, offset=0, size=size, stride=stride)
+    return tensor_of(BACKENDS[0].allocate(nbytes), dtype, offset=0, size=size, stride=stride)
 
 
 def shared(tensor: Tensor) -> Tensor:
@@ -305,8 +309,8 @@ def on_host(op: Any, *args: Any, **kwargs: Any) -> Any:
             return own
         base = bases.get(x.untyped_storage().data_ptr())
         if base is not None:
-            layout = {"offset": x.storage_offset(), "size": x.size(), "stride": x.stride()}
-            return tensor_of(base.untyped_storage(), x.dtype, **layout)
+            storage, offset = base.untyped_storage(), int(x.storage_offset())
+            return tensor_of(storage, x.dtype, offset=offset, size=x.size(), stride=x.stride())
         return copied(x)
 
     args = tuple(as_tensors(op, args))
@@ -336,12 +340,12 @@ def copied(host: Tensor) -> Tensor:
 
 
 @contextmanager
-def contextless() -> Iterator[None]:
+def contextless() -> Generator[None]:
     yield
 
 
 @contextmanager
-def device_random() -> Iterator[None]:
+def device_random() -> Generator[None]:
     """Draw random numbers from the device's own state."""
     before = torch.get_rng_state()
     torch.set_rng_state(Small.state)
@@ -362,7 +366,7 @@ def new_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> Tensor:
 
 
 def copy_from(source: Tensor, target: Tensor, *_: Any, **__: Any) -> Tensor:
-    if torch.float64 in {source.dtype, target.dtype} and not type(torch.sim).float64:
+    if torch.float64 in {source.dtype, target.dtype} and not BACKENDS[0].float64:
         raise TypeError("Cannot convert a SIM Tensor to float64 dtype as the SIM framework doesn't support float64")
     Small.log.append(("copy", source.device.type, target.device.type, source.nbytes))
     with C._AutoDispatchBelowAutograd():

@@ -15,6 +15,7 @@ from tests.devices.scenario_parts import (
     gradients,
     limited,
     on_device,
+    peak_of,
     reference,
     run,
     scenario,
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import microbatch as mb
 from microbatch.batch.prefetch import feed
 from microbatch.devices import available_devices, backend, device_memory
-from microbatch.errors import CountError, OutOfMemoryError
+from microbatch.errors import ConfigError, CountError, OutOfMemoryError
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.host_numbers import numbers_of
 
@@ -77,7 +78,7 @@ def a_budget_is_held_by_counting_tensors() -> None:
     rows, model = batch_of(256, torch.float32), on_device(torch.float32)
     step = trained(model, "auto", memory_budget=48 << 10).step(rows, entropy)
     assert step.microbatch_size < 256
-    assert 0 < step.peak_bytes <= 48 << 10
+    assert 0 < peak_of(step) <= 48 << 10
     assert apart(gradients_after(rows), reference(rows)) < 1e-5
 
 
@@ -145,10 +146,23 @@ def microbatches_are_copied_when_their_turn_comes() -> None:
 @scenario
 def what_cannot_be_offloaded_stays() -> None:
     model, x = on_device(torch.float32, width=256), torch.randn(256, 8).to(DEVICE)
-    with mb.Spill(model, x) as spill:
+    with pytest.warns(mb.MicrobatchWarning, match="sim stay there, and offloading frees nothing"):
+        spill = mb.Spill(model, x)
+    with spill:
         loss = model(x).sum()
     assert spill.bytes_held == 0
     loss.backward()
+
+
+@scenario
+def autocast_that_is_not_there_is_refused() -> None:
+    rows, model = batch_of(8, torch.float32), on_device(torch.float32)
+    trained(model, 4, autocast=torch.bfloat16).step(rows, entropy)
+    Small.bfloat16 = False
+    with pytest.raises(ConfigError, match="sim:0 has no bfloat16"):
+        trained(model, 4, autocast=torch.bfloat16).step(rows, entropy)
+    trained(model, 4, autocast=torch.float16).step(rows, entropy)
+    Small.bfloat16 = True
 
 
 @scenario
@@ -167,7 +181,8 @@ def a_check_goes_through_the_host() -> None:
 def ranks_talk_through_the_host() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        store = dist.FileStore(f"{folder}/store", 1)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         assert RankGroup(None, DEVICE).device == torch.device("cpu")
         dist.destroy_process_group()
 

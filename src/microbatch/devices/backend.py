@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.errors import ConfigError
+
 # Whether these have float64 is known without asking them.
 _HAS_FLOAT64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}
 
@@ -175,16 +177,20 @@ def to_host_in_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").to(torch.float64, copy=True)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Return whether autocast to bfloat16 works on a device, as far as its backend can tell.
+def check_autocast(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse autocast where a device's backend does not have it.
 
     Args:
         device: The device.
+        dtype: Of the forward passes.
 
-    Returns:
-        False only if the backend denies it.
+    Raises:
+        ConfigError: PyTorch has no autocast for this type of device, or the hardware has no bfloat16.
     """
-    return device.type == "cpu" or bool(ask(device, "is_bf16_supported", otherwise=True))
+    if not torch.amp.is_autocast_available(device.type):
+        raise ConfigError(f"autocast: PyTorch has none for {device.type!r}; leave it out, or train in {dtype} itself")
+    if dtype is torch.bfloat16 and device.type != "cpu" and not ask(device, "is_bf16_supported", otherwise=True):
+        raise ConfigError(f"autocast: {name_of(device) or device} has no bfloat16; use torch.float16, or leave it out")
 
 
 def is_recording() -> bool:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.errors import ConfigError
 from microbatch.memory.storage_copy import root_of
-from microbatch.memory.tensor_store import Handle, KeptHandle, Store, is_movable
+from microbatch.memory.tensor_store import Handle, KeptHandle, Store, can_offload, is_movable
+from microbatch.warned import warn
 
 
 class Spill:
@@ -83,6 +84,13 @@ class Spill:
             kinds: set[str] | None = {_device_of(device).type}
         else:
             kinds = {tensor.device.type for tensor in named} - {"cpu"} or None
+        if stuck := sorted(
+            {tensor.device.type for tensor in named if not can_offload(tensor.device)} & (kinds or set())
+        ):
+            warn(
+                f"tensors on {', '.join(stuck)} stay there, and offloading frees nothing: PyTorch has no streams for that "
+                "device; use a smaller microbatch, or activation checkpointing"
+            )
         self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
         self.leave(named)
         # The graph holds these two functions, but not this object.

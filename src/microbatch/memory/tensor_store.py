@@ -172,6 +172,18 @@ class Store:
             return self._places[device]
 
 
+def can_offload(device: torch.device) -> bool:
+    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Whether they can; False for an accelerator without streams.
+    """
+    return device.type == "cpu" or has_streams(device)
+
+
 def is_movable(tensor: Tensor) -> bool:
     """Return whether a tensor is plain dense data that can be copied out and restored byte by byte.
 
@@ -184,7 +196,7 @@ def is_movable(tensor: Tensor) -> bool:
     return (
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.layout is torch.strided
-        and (tensor.device.type == "cpu" or has_streams(tensor.device))
+        and can_offload(tensor.device)
         and tensor.numel() > 0
         and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
         and not tensor.is_inference()

@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from microbatch.devices.backend import has_bfloat16, name_of
+from microbatch.devices.backend import check_autocast
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import parse_bytes
@@ -280,10 +280,7 @@ def _autocast(settings: Settings, job: Job, device: torch.device) -> torch.dtype
     if settings.autocast == "none":
         return None
     dtype = _DTYPES[settings.autocast]
-    if not torch.amp.is_autocast_available(device.type):
-        raise ConfigError(f"--autocast {settings.autocast}: PyTorch has no autocast on {device.type}; use none")
-    if dtype is torch.bfloat16 and not has_bfloat16(device):
-        raise ConfigError(f"--autocast bf16: {name_of(device) or device} has no bf16; use fp16 or none")
+    check_autocast(device, dtype)
     return dtype
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from microbatch.devices.available_devices import resolve_device
+from microbatch.devices.available_devices import lacking, resolve_device
 from microbatch.devices.backend import set_current
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
 from microbatch.ranks.process_group import RankGroup
@@ -252,6 +252,8 @@ def _prepare(
     listeners = (*listeners, *tracked)
     device = resolve_device(own_device(settings.device, launch))
     set_current(device)
+    if lacks := lacking(device):
+        notices += (f"{device} has {'; '.join(lacks)}",)
     job = make_job(settings, device)
     place = find_place(job, ranks, patience=settings.rank_timeout)
     if settings.shard != "none" and launch.ranks > 1 and not place.stages:
