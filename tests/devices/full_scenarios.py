@@ -37,6 +37,7 @@ from microbatch.devices import available_devices, backend, copy_streams, device_
 from microbatch.errors import ConfigError, OutOfMemoryError
 from microbatch.loss.thread_state import ThreadState
 from microbatch.memory.saved_values import Aside
+from microbatch.train.state import random_states, set_random_states
 
 # -- exact -------------------------------------------------------------------------------------------------------------
 
@@ -284,6 +285,16 @@ def an_error_puts_the_devices_random_state_back() -> None:
 
 
 @scenario
+def a_checkpoint_has_the_devices_random_state() -> None:
+    states = random_states(DEVICE)
+    assert torch.equal(states["sim"], Small.state)
+    first = torch.rand(4, device=DEVICE).cpu()
+    assert not torch.equal(first, torch.rand(4, device=DEVICE).cpu())
+    set_random_states(states, DEVICE)
+    assert torch.equal(first, torch.rand(4, device=DEVICE).cpu())
+
+
+@scenario
 def microbatches_are_copied_ahead_on_a_stream_of_their_own() -> None:
     sent = [{"x": torch.full((4,), float(index))} for index in range(4)]
     assert copy_streams.can_pin(DEVICE)
@@ -403,20 +414,45 @@ def nothing_is_lacking() -> None:
     assert available_devices.lacking(DEVICE) == []
 
 
+JOB = """
+import torch
+from torch import nn
+import microbatch as mb
+
+def small(*, device):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).to(device)
+    data = [(x, (x.sum() > 0).long()) for x in torch.randn(40, 6)]
+    return mb.Job(model=model, optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2), loss_fn=loss_fn, data=data,
+                  validation=data[:8], batch_size=8, microbatch_size=4, steps=3)
+
+def loss_fn(model, microbatch):
+    return nn.functional.cross_entropy(model(microbatch[0]), microbatch[1])
+"""
+
+
 @scenario
-def the_command_line_trains_on_it_and_resumes() -> None:
+def every_command_runs_on_it() -> None:
     from microbatch.cli.main import main
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        common = ["--batch-size", "16", "--microbatch-size", "8", "--device", "auto", "--run", str(run)]
-        assert command(main, ["train", "images", "--steps", "2", *common]) == 0
+        run, job = Path(folder) / "run", Path(folder) / "jobs.py"
+        job.write_text(JOB, encoding="utf-8")
+        name = f"{job}:small"
+        assert command(main, "train", name, "--steps", "2", "--device", "auto", "--run", str(run)) == 0
         assert 'device = "sim:0"' in (run / "config.toml").read_text(encoding="utf-8")
-        assert command(main, ["train", "--resume", "--run", str(run), "--steps", "3"]) == 0
-        assert command(main, ["check", "images", "--batch-size", "16", "--device", "sim"]) == 0
+        assert command(main, "train", "--resume", "--run", str(run), "--steps", "3") == 0
+        assert command(main, "check", name, "--device", "sim") == 0
+        assert command(main, "plan", name, "--device", "sim", "--no-cache") == 0
+        assert command(main, "lr", name, "--steps", "20", "--device", "sim:0") in {
+            0,
+            1,
+        }  # it may find no rate in so few
+        sizes = ("--batch-size", "4,8", "--samples", "32", "--points", "2", "--seeds", "1")
+        assert command(main, "sweep", name, *sizes, "--output", f"{folder}/sweep", "--device", "sim") in {0, 1}
+        assert command(main, "check", name, "--device", "sim:1") == 2
 
 
-def command(main: Callable[[], None], arguments: list[str]) -> Any:
+def command(main: Callable[[], None], *arguments: str) -> Any:
     sys.argv[1:], before = arguments, sys.argv[1:]
     try:
         return main() or 0

@@ -88,8 +88,8 @@ class Spill:
             {tensor.device.type for tensor in named if not can_offload(tensor.device)} & (kinds or set())
         ):
             warn(
-                f"tensors on {', '.join(stuck)} stay there, and offloading frees nothing: PyTorch has no streams for that "
-                "device; use a smaller microbatch, or activation checkpointing"
+                f"tensors on {', '.join(stuck)} stay there, and offloading frees nothing: PyTorch has no streams for "
+                "that device; use a smaller microbatch, or activation checkpointing"
             )
         self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
         self.leave(named)
