@@ -3,7 +3,7 @@
 ``python -m pytest -p tests.devices.simulate -m cuda -k sim tests/laws/test_normalisation.py``, and in the same way
 ``test_boundaries``, ``test_coupled``, ``test_dropout``, ``test_heads`` and ``test_lengths``. A device cannot be
 unregistered, so this is not part of the suite. The other files ask for more than the device has: sparse tensors,
-recurrent kernels, functions of CUDA, and errors that a hook raises in backward, which a device of Python cannot pass on.
+recurrent kernels, functions of CUDA, and errors that a hook raises in backward. A device of Python cannot pass them on.
 """
 
 import os
