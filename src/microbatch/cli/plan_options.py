@@ -53,7 +53,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="NAME",
-            help='auto, cpu, cuda, cuda:1, mps; or hardware that you do not have: a100-40gb, h100, "24 GiB"; '
+            help='auto, cpu, cuda, cuda:1, mps, xpu; or hardware that you do not have: a100-40gb, h100, "24 GiB"; '
             "several, with commas, to compare.",
             rich_help_panel=MACHINE,
         ),

@@ -38,7 +38,12 @@ Accumulation = Annotated[
 ]
 DeviceName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE, show_default="auto"),
+    typer.Option(
+        metavar="NAME",
+        help="auto, cpu, cuda, cuda:1, mps, xpu, npu or hpu.",
+        rich_help_panel=MACHINE,
+        show_default="auto",
+    ),
 ]
 Autocast = Annotated[
     str | None,

@@ -27,6 +27,7 @@ from torch import Tensor
 from microbatch.errors import CountError, MissingCountError, UnknownTermError, WindowError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Count, Share, check_number, wide_dtype
+from microbatch.step.host_numbers import is_whole
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 Total: TypeAlias = Callable[[float, Mapping[str, float]], tuple[float, Mapping[str, float]]]
@@ -383,9 +384,10 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     sums = sums * (term.weights[0] if equal else torch.tensor(term.weights, dtype=dtype, device=device))
     if not any(isinstance(count, Tensor) for count in term.counts):  # numbers have been checked, and none is 0
         return sums.sum(), float(sum(term.counts))
-    counts = _stack(term.counts, dtype, device)
-    # A sum could hide a negative count; it cannot hide NaN.
-    counts = torch.where(counts < 0, torch.nan, counts)
+    whole = dtype is torch.float32 and all(map(is_whole, term.counts))  # without float64, they would be rounded
+    counts = _stack(term.counts, torch.int64 if whole else dtype, device)
+    # A sum could hide a negative count; it cannot hide NaN, or a number as low as this one.
+    counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
 

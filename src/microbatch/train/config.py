@@ -34,14 +34,11 @@ class Settings(BaseModel):
         memory: Bytes that a step may use on the device, or a text such as ``"6 GiB"``.
         steps: Optimizer steps of the run.
         epochs: Passes over the data, instead of steps.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
-        seed: Seed of the initial weights, the order of the data and everything else that is random.
-        autocast: Precision of the forward pass.
-        learning_rate: Peak learning rate, instead of the one that the job's optimizer holds.
-        schedule: What follows the warm-up.
-        warmup_steps: Optimizer steps of linear warm-up.
-        max_grad_norm: Clip the finished gradient to this norm.
-        nonfinite: What to do with a window whose loss or gradient is not finite.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or another one that PyTorch
+        knows. seed: Seed of the initial weights, the order of the data and everything else that is random. autocast:
+        Precision of the forward pass. learning_rate: Peak learning rate, instead of the one that the job's optimizer
+        holds. schedule: What follows the warm-up. warmup_steps: Optimizer steps of linear warm-up. max_grad_norm: Clip
+        the finished gradient to this norm. nonfinite: What to do with a window whose loss or gradient is not finite.
         accumulation: ``"plain"`` couples samples within each microbatch alone, as accumulation usually does, for
             comparison; ``"exact"`` over the whole batch.
         buffers: What happens to buffers that every microbatch moves, but for those of batch normalisation: ``"once"``
