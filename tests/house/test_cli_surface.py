@@ -145,11 +145,12 @@ def test_what_does_not_exist_is_refused_without_a_traceback(arguments: list[str]
 @pytest.mark.parametrize("width", ["60", "80", "120", "200"])
 def test_help_cuts_no_flag_and_no_line_is_too_long(width: str) -> None:
     code = """
-from typer.testing import CliRunner
-from microbatch.cli.main import app
-from microbatch.train.run_settings import FLAGS, Settings, flag_name
+import contextlib, sys
+from microbatch.cli.main import main
 for command in ("train", "plan", "lr", "sweep", "check", "doctor", "guide", "new"):
-    print(CliRunner().invoke(app, [command, "--help"]).output)
+    sys.argv = ["microbatch", command, "--help"]
+    with contextlib.suppress(SystemExit):
+        main()
 """
     environment = {**os.environ, "COLUMNS": width}
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
