@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microbatch.cli.shared_options import ConfigFile, JobName, JsonObject, NoColor, option, with_settings
+from microbatch.cli.shared_options import ConfigFile, JobName, JsonObject, NoColor, option, waiting, with_settings
 from microbatch.train.run_settings import FILES
 
 
@@ -36,7 +36,9 @@ def check(
     Raises:
         Exit: Always, with the exit code: 0 equal, 1 not equal or failed, 2 bad input.
     """
-    from microbatch.cli.check_command import run_check
-
     flags["job"] = job
-    raise typer.Exit(run_check(flags, file=config, loop=loop, as_json=json, color=not no_color))
+    with waiting(as_json=json, color=not no_color) as line:
+        from microbatch.cli.check_command import run_check
+
+        code = run_check(flags, file=config, loop=loop, as_json=json, color=not no_color, line=line)
+    raise typer.Exit(code)

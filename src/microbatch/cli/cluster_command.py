@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.error_report import report_error
 from microbatch.cli.reported import refuse_word
+from microbatch.cli.waiting import Waiting
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
@@ -51,7 +51,7 @@ def is_for_a_cluster(job: str, device: str | None) -> bool:
     return job.endswith(".json") or (device is not None and all(map(is_hardware, device.split(","))))
 
 
-def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> int:
+def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line: Waiting) -> int:
     """Plan, and print the plan.
 
     Args:
@@ -61,20 +61,23 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
             ``bandwidth``, ``latency``, ``utilisation``, ``microbatch_seconds``, and those of `read_cost_flags`; `None`
             or left out for what was not given.
         as_json: Whether to print one JSON object a plan.
+        line: Where a terminal shows that something is done.
 
     Returns:
         The exit code: 0 it fits, 1 it does not (on any of the devices) or misses the deadline, 2 bad input.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
-        given = {name: value for name, value in flags.items() if value is not None}
-        asked = read_cost_flags(given)
-        plans, job_steps = _plans(job, given)
-        names = list(dict.fromkeys(plan.setup.device.name for plan in plans))
-        prices = asked.price_of(names, lambda name: find_device(name).name)
-        length = asked.length(job_steps)
-        costs = [plan.cost(prices[plan.setup.device.name], **length) for plan in plans]
+        with line:
+            line(f"planning {job}")
+            asked = read_cost_flags(given)
+            plans, job_steps = _plans(job, given)
+            names = list(dict.fromkeys(plan.setup.device.name for plan in plans))
+            prices = asked.price_of(names, lambda name: find_device(name).name)
+            length = asked.length(job_steps)
+            costs = [plan.cost(prices[plan.setup.device.name], **length) for plan in plans]
     except MicrobatchError as error:
-        report_error(error, Console(stderr=True, highlight=False, soft_wrap=True), as_json=as_json)
+        report_error(error, line.console, as_json=as_json)
         return BAD_INPUT
     if as_json:
         best = cheapest(costs, deadline=asked.deadline)

@@ -14,6 +14,7 @@ from microbatch.cli.shared_options import (
     NoColor,
     number_or_word,
     option,
+    waiting,
     with_settings,
 )
 from microbatch.train.run_settings import OUTPUT
@@ -54,12 +55,14 @@ def lr(
     Raises:
         Exit: Always, with the exit code: 0 found, 1 the curve says nothing or a step failed, 2 bad input.
     """
-    from microbatch.cli.lr_command import run_lr
-
     flags |= {"job": job, "steps": 100 if flags["steps"] is None else flags["steps"]}
     values = {
         "low": number_or_word(low, float),
         "high": number_or_word(high, float),
         "seeds": 3 if seeds is None else number_or_word(seeds, int),
     }
-    raise typer.Exit(run_lr(flags, values, file=config, plot=plot, as_json=json, color=not no_color))
+    with waiting(as_json=json, color=not no_color) as line:
+        from microbatch.cli.lr_command import run_lr
+
+        code = run_lr(flags, values, file=config, plot=plot, as_json=json, color=not no_color, line=line)
+    raise typer.Exit(code)

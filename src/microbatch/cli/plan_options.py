@@ -13,6 +13,7 @@ from microbatch.cli.shared_options import (
     NoColor,
     number_or_word,
     option,
+    waiting,
     with_settings,
 )
 from microbatch.train.run_settings import OUTPUT
@@ -108,31 +109,34 @@ def plan(
     Raises:
         Exit: Always, with the exit code: 0 planned, 1 failed, does not fit or misses the deadline, 2 bad input.
     """
-    from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
-    from microbatch.cli.plan_command import run_plan
-
     costs = {
         "price": price,
         "deadline": deadline,
         "steps": number_or_word(steps, int),
         "samples": number_or_word(samples, int),
     }
-    if is_for_a_cluster(job or "", flags["device"]):
-        elsewhere = {
-            "ranks": ranks,
-            "strategy": strategy,
-            "checkpointing": checkpointing,
-            "offload": offload,
-            "precision": precision,
-            "reduce": reduce,
-            "sequence_length": number_or_word(sequence_length, int),
-            "bandwidth": bandwidth,
-            "latency": latency,
-            "utilisation": number_or_word(utilisation, float),
-            "microbatch_seconds": microbatch_seconds,
-            **{key: flags[key] for key in ("device", "batch_size", "microbatch_size")},
-        }
-        raise typer.Exit(run_cluster_plan(job or "language", elsewhere | costs, as_json=json))
+    elsewhere = {
+        "ranks": ranks,
+        "strategy": strategy,
+        "checkpointing": checkpointing,
+        "offload": offload,
+        "precision": precision,
+        "reduce": reduce,
+        "sequence_length": number_or_word(sequence_length, int),
+        "bandwidth": bandwidth,
+        "latency": latency,
+        "utilisation": number_or_word(utilisation, float),
+        "microbatch_seconds": microbatch_seconds,
+        **{key: flags[key] for key in ("device", "batch_size", "microbatch_size")},
+    }
     flags["job"] = job
-    code = run_plan(flags, costs, file=config, plot=plot, cache=not no_cache, as_json=json, color=not no_color)
+    show = {"as_json": json, "color": not no_color}
+    with waiting(**show) as line:
+        from microbatch.cli.cluster_command import is_for_a_cluster, run_cluster_plan
+        from microbatch.cli.plan_command import run_plan
+
+        if is_for_a_cluster(job or "", flags["device"]):
+            code = run_cluster_plan(job or "language", elsewhere | costs, as_json=json, line=line)
+        else:
+            code = run_plan(flags, costs, file=config, plot=plot, cache=not no_cache, **show, line=line)
     raise typer.Exit(code)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from microbatch.cli.waiting import Waiting
 from microbatch.train.run_settings import FILES, OUTPUT, described, kind_of_flag
 
 ConfigFile = Annotated[
@@ -93,6 +94,21 @@ def _read(given: str | bool | None, kind: type) -> Any:
     if isinstance(given, bool):
         return given or None
     return number_or_word(given, kind)
+
+
+def waiting(*, as_json: bool, color: bool) -> Waiting:
+    """Make the line that a terminal shows from the first moment: importing PyTorch takes longer than people wait.
+
+    Args:
+        as_json: Whether standard output is for programs.
+        color: Whether colours may be used.
+
+    Returns:
+        The line.
+    """
+    line = Waiting(as_json=as_json, color=color)
+    line("loading PyTorch")
+    return line
 
 
 def number_or_word(text: str | None, kind: Callable[[str], Any]) -> Any:

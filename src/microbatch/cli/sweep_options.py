@@ -14,6 +14,7 @@ from microbatch.cli.shared_options import (
     NoColor,
     number_or_word,
     option,
+    waiting,
     with_settings,
 )
 from microbatch.train.run_settings import BATCH, FILES, LENGTH, OUTPUT
@@ -81,8 +82,6 @@ def sweep(
     Raises:
         Exit: Always, with the exit code: 0 done, 1 failed, 2 bad input, 130 stopped.
     """
-    from microbatch.cli.sweep_command import run_sweep
-
     flags["job"] = job
     asked = {
         "batch_sizes": batch_size,
@@ -94,5 +93,9 @@ def sweep(
         "microbatch_size": number_or_word(microbatch_size, int),
         "drop": False if keep_all else None,
     }
-    code = run_sweep(flags, asked, file=config, output=output, plot=plot, as_json=json, color=not no_color)
+    show = {"as_json": json, "color": not no_color}
+    with waiting(**show) as line:
+        from microbatch.cli.sweep_command import run_sweep
+
+        code = run_sweep(flags, asked, file=config, output=output, plot=plot, **show, line=line)
     raise typer.Exit(code)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microbatch.cli.shared_options import ConfigFile, JobName, NoColor, option, with_settings
+from microbatch.cli.shared_options import ConfigFile, JobName, NoColor, option, waiting, with_settings
 from microbatch.train.run_settings import FILES, FLAGS, OUTPUT
 
 
@@ -41,8 +41,10 @@ def train(
         Exit: Always, with the exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM,
             129 by a lost terminal.
     """
-    from microbatch.cli.train_command import Output, run_training
-
     flags |= {"job": job, "compare": False if no_compare else None}
-    output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
-    raise typer.Exit(run_training(flags, file=config, run=run, resume=resume, output=output))
+    with waiting(as_json=json, color=not no_color) as line:
+        from microbatch.cli.train_command import Output, run_training
+
+        output = Output(as_json=json, color=not no_color, watch=watch, tensorboard=tensorboard)
+        code = run_training(flags, file=config, run=run, resume=resume, output=output, line=line)
+    raise typer.Exit(code)

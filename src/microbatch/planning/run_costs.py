@@ -8,8 +8,9 @@ from typing import Any
 
 from microbatch.errors import ConfigError
 from microbatch.memory.byte_amounts import format_bytes
-from microbatch.planning.money import Money, Price, format_time
+from microbatch.planning.money import Money, Price
 from microbatch.planning.text_table import aligned, fitting
+from microbatch.planning.time_words import format_time
 
 MEASURED, PREDICTED = "measured", "predicted"
 
