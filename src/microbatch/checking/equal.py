@@ -102,9 +102,6 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
         >>> found = check(model, masked_mean, batch, microbatch_size=3)
         >>> found.ok, [cause.kind for cause in found.causes]
         (False, ['counts'])
-
-    Source:
-        Law P3.
     """
     given = _given(model, loss_fn, batch, encode=encode, loop=loop, optimizer=optimizer)
     given = replace(given, progress=CheckProgress(progress))

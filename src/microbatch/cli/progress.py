@@ -125,7 +125,7 @@ class Screen:
                 transient=True,
                 refresh_per_second=refresh_per_second,
             )
-            self._live.start()
+            self._live.start(refresh=True)
 
     def _draw(self) -> None:
         """Put the line together; the peak, the cells and the rate are left out first on a narrow screen."""

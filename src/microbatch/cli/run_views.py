@@ -34,6 +34,7 @@ _SYNC = {
     "lean": "lean: gradients meet after every microbatch",
     "fast": "fast: gradients meet once a step",
 }
+_ANY_WIDTH = 1000
 _MOST_CELLS = 16
 """Microbatches that are drawn one cell each; more share the cells."""
 
@@ -275,7 +276,7 @@ class _Comparison:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the table that fits."""
         wide = _comparison_table(self._found, ratios=True)
-        fits = Measurement.get(console, options, wide).maximum <= options.max_width
+        fits = Measurement.get(console, options.update(width=_ANY_WIDTH), wide).maximum <= options.max_width
         yield wide if fits else _comparison_table(self._found, ratios=False)
 
 

@@ -144,7 +144,7 @@ def _shown(line: Waiting) -> Callable[[SweepProgress], None]:
             return
         loss = "diverged" if told.loss is None else f"loss {told.loss:.4g}"
         run = f"batch {told.batch_size:,}, rate {told.learning_rate:.3g}, seed {told.seed}"
-        _say(line.console, f"{told.point}/{told.points}  {run}: {loss}; {told.running} runs go on")
+        _say(line.console, f"{told.point}/{told.points}  {run}: {loss}")
         line("training", told.share, detail=f"{told.running} runs")
 
     return show

@@ -139,7 +139,7 @@ class Waiting:
             Itself.
         """
         if self._live is not None:
-            self._live.start()
+            self._live.start(refresh=True)
         return self
 
     def __exit__(

@@ -181,7 +181,7 @@ class _Trial:
             self.write(int(event.step.microbatch_size), (event.step.seconds, event.step.peak_bytes))
 
 
-def _nobody(doing: str, share: float) -> None:
+def _nobody(doing: str, share: float | None) -> None:
     pass
 
 
