@@ -104,4 +104,4 @@ def _show(found: LearningRate, settings: Settings, console: Console) -> None:
     console.print(Text(f"{found.steps} steps in {found.seconds:.1f} s, {cut}; the job is as before", style=QUIET))
     if found.suggested is not None:
         command = f"microbatch train {shlex.quote(settings.job)} --batch-size {found.batch_size}"
-        console.print(Text(f"{command} --lr {found.suggested:.2g}", style=QUIET))
+        console.print(Text(f"{command} --lr {found.suggested:.2g}", style=QUIET), soft_wrap=True)  # to be copied

@@ -281,7 +281,11 @@ class _Comparison:
 
 
 def _comparison_table(found: Mapping[str, Any], *, ratios: bool) -> Table:
-    ways = {"accumulated": "microbatches", "whole": "whole batch", "hand_written": "by hand"}
+    ways = {
+        "accumulated": "microbatches",
+        "whole": "whole batch",
+        "hand_written": "written by hand" if ratios else "by hand",
+    }
     title = f"measured on the first batch, {found['samples']} samples in {found['microbatches']} microbatches"
     table = Table(
         box=box.SIMPLE_HEAD,
