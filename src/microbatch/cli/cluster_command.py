@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.error_report import report_error
 from microbatch.cli.reported import refuse_word
-from microbatch.cli.waiting import Waiting
+from microbatch.cli.waiting import Waiting, output_console
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
@@ -87,9 +88,11 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line:
                 told["cost"] = {**cost_as_dict(cost, asked), "cheapest": cost is best}
             sys.stdout.write(json.dumps(told) + "\n")
     else:
-        shown = plans[0].table() if len(plans) == 1 else _comparison(plans, costs, asked)
+        console = output_console(color=False)
+        shown = plans[0].table() if len(plans) == 1 else _comparison(plans, costs, asked, width=console.width)
         said = "\n".join(_cost_words(plans, costs, asked))
-        sys.stdout.write("\n\n".join(part for part in (shown, said) if part) + "\n")
+        for text in "\n\n".join(part for part in (shown, said) if part).splitlines():
+            console.print(Text(text))
     met = asked.deadline is None or any(cost.meets(asked.deadline) for cost in costs)
     return OK if met and any(plan.fits for plan in plans) else DOES_NOT_FIT
 
@@ -175,14 +178,14 @@ def _precision(name: str) -> Any:
     return PRECISIONS[name]
 
 
-def _comparison(plans: Sequence[ClusterPlan], costs: Sequence[RunCost], asked: CostFlags) -> str:
+def _comparison(plans: Sequence[ClusterPlan], costs: Sequence[RunCost], asked: CostFlags, *, width: int) -> str:
     """Write several plans below one another."""
     first = plans[0]
     devices = {plan.setup.device.name for plan in plans}
     setup = _but_ranks(first) if len(devices) == 1 else _but_device(first)
     lines = [f"{first.name}, {first.parameters:,} parameters, batch of {first.division.batch_size}, {setup}"]
     if asked.any or len(devices) > 1:
-        lines += ["", costs_table(costs, best=cheapest(costs, deadline=asked.deadline))]
+        lines += ["", costs_table(costs, best=cheapest(costs, deadline=asked.deadline), width=width)]
     else:
         lines += map(_line, plans)
     lines += [f"! {each}" for each in first.warnings]  # of the fewest ranks, which have the most microbatches
