@@ -168,3 +168,13 @@ def test_each_flag_of_a_setting_names_its_values_and_its_default() -> None:
             default = f"{field.default:g}" if isinstance(field.default, float) else field.default
             assert help_of[flag_name(key)].endswith(f"Default: {default}."), key
     assert {flag_name(key) for key in FLAGS} <= set(help_of)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("microbatch do", {"doctor"}), ("microbatch train --ba", {"--batch-size"})]
+)
+def test_a_shell_completes_commands_and_flags(words: str, expected: set[str]) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_MICROBATCH_COMPLETE": "complete_bash"}
+    script = Path(sys.executable).parent / "microbatch"
+    result = subprocess.run([str(script)], capture_output=True, text=True, check=False, env={**os.environ, **asked})
+    assert set(result.stdout.split()) == expected

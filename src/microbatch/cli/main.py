@@ -25,7 +25,7 @@ def _without_type(**_: Any) -> None:
 
 
 class _BareHelp:
-    """Show the option ``--help`` and every argument without a type of Python's beside them."""
+    """Show switches and arguments without a type of Python's beside them."""
 
     def get_params(self, ctx: Any) -> Any:
         """Return the parameters of the command."""
@@ -33,7 +33,7 @@ class _BareHelp:
         for each in params:
             if isinstance(each, TyperArgument):
                 cast("Any", each).display_type_rich = _without_type
-            elif each.name == "help":
+            elif getattr(each, "is_flag", False):
                 each.metavar = ""
         return params
 
@@ -50,7 +50,6 @@ app = typer.Typer(
     cls=_Group,
     name="microbatch",
     no_args_is_help=True,
-    add_completion=False,
     # An error in the user's own code is printed as Python's traceback, and an error of ours as one message.
     pretty_exceptions_enable=False,
     # Panels of a narrow screen would cut the names of flags.
