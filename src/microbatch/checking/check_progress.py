@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_COMPARED, _SEARCHED = 6, 40
+_COMPARED, _SEARCHED = 6, 24
 """Passes over the batch that a check usually takes: one that finds no difference, and one that looks for causes."""
 
 
