@@ -52,7 +52,7 @@ def is_for_a_cluster(job: str, device: str | None) -> bool:
     return job.endswith(".json") or (device is not None and all(map(is_hardware, device.split(","))))
 
 
-def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line: Waiting) -> int:
+def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line: Waiting | None = None) -> int:
     """Plan, and print the plan.
 
     Args:
@@ -62,12 +62,13 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line:
             ``bandwidth``, ``latency``, ``utilisation``, ``microbatch_seconds``, and those of `read_cost_flags`; `None`
             or left out for what was not given.
         as_json: Whether to print one JSON object a plan.
-        line: Where a terminal shows that something is done.
+        line: Where a terminal shows that something is done; `None` for a line of its own.
 
     Returns:
         The exit code: 0 it fits, 1 it does not (on any of the devices) or misses the deadline, 2 bad input.
     """
     given = {name: value for name, value in flags.items() if value is not None}
+    line = line or Waiting(as_json=as_json, color=True)
     try:
         with line:
             line(f"planning {job}")
