@@ -321,3 +321,23 @@ def test_a_gradient_that_is_not_finite_is_an_infinite_error() -> None:
     assert found.causes[0].without < 1e-12
     assert found.as_dict()["relative_error"] is None
     assert "not finite" in str(found)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_check_reports_how_far_it_is(exact: bool) -> None:
+    told: list[tuple[str, float]] = []
+    layers = [nn.Linear(4, 8), *([] if exact else [nn.BatchNorm1d(8)]), nn.Linear(8, 1)]
+    found = mb.check(
+        nn.Sequential(*layers),
+        lambda model, x: model(x).square().mean(),
+        torch.randn(16, 4),
+        microbatch_size=4,
+        progress=lambda doing, share: told.append((doing, share)),
+    )
+    assert found.ok == exact
+    assert told[0] == ("comparing the two gradients", 0.0)
+    assert all(0 <= share < 1 for _, share in told)
+    for doing in {doing for doing, _ in told}:  # forwards, but for the change to the longer search
+        shares = [share for each, share in told if each == doing]
+        assert shares == sorted(shares)
+    assert any(doing.startswith("looking") for doing, _ in told) == (not exact)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from microbatch.cli.flag_words import in_flags
 from microbatch.cli.main import app
 from microbatch.errors import ConfigError
-from microbatch.train import config
-from microbatch.train.config import Settings, flag_name, load_settings
+from microbatch.train.config import load_settings
+from microbatch.train.run_settings import FLAGS, Settings, flag_name
 
 JOB = """
 import torch
@@ -141,10 +141,19 @@ def test_the_job_is_an_argument_and_no_flag(here: Path) -> None:
     params = get_command(app).commands["train"].params  # type: ignore[attr-defined]
     known = {name for each in params for name in each.opts}
     # What is set in a file alone is named as in the file.
-    for key in set(Settings.model_fields) - set(config.WITHOUT_FLAG) - {"job"}:
+    for key in FLAGS:
         assert flag_name(key) in known, key
-    for key in config.WITHOUT_FLAG:
+    for key in set(Settings.model_fields) - set(FLAGS) - {"job"}:
         assert flag_name(key) == key
+
+
+@pytest.mark.parametrize("flag", ["--run", "--data", "--config"])
+@pytest.mark.parametrize("path", ["9" * 400, "a/" * 3000, "job.py/x"])
+def test_a_path_that_no_file_can_have_is_refused(here: Path, flag: str, path: str) -> None:
+    code, error, _, ours = run("train", "job.py:job", "--data", "/nowhere/at/all", flag, path)
+    assert ours
+    assert code == 2
+    assert error.startswith("error: ")
 
 
 @pytest.mark.parametrize(

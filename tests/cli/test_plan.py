@@ -108,7 +108,7 @@ def test_the_figure_has_a_bar_for_every_size() -> None:
 def test_json_is_kept_and_a_changed_job_is_planned_again(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def planned(job: Any) -> Plan:
+    def planned(job: Any, **_: Any) -> Plan:
         calls.append(job.batch_size)
         return made(2)
 
@@ -198,7 +198,7 @@ def test_a_plan_changes_nothing() -> None:
 def test_a_plan_is_for_one_device_and_one_version(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def planned(job: Any) -> Plan:
+    def planned(job: Any, **_: Any) -> Plan:
         calls.append(job.batch_size)
         return made(2, decided=len(calls) > 1)
 
@@ -225,7 +225,7 @@ def test_a_plan_is_for_one_device_and_one_version(job: str, monkeypatch: pytest.
 
 
 def test_a_kept_plan_of_another_form_is_made_again(job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job: made(2))
+    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job, **_: made(2))
     invoke("plan", job)
     (file,) = tmp_path.rglob("plans/*.json")
     for text in ("{}", "not json", '{"batch_size": 4}'):
@@ -238,7 +238,7 @@ def test_the_ways_are_shown_where_there_are_several(job: str, monkeypatch: pytes
     plan = dataclasses.replace(made(2), ways=(kept(2), again), way="checkpointed", microbatch_size=4)
     assert (plan.checkpoint, plan.offload, plan.microbatches, plan.seconds) == (("0", "1"), None, 1, 0.5)
     assert Plan.from_dict(plan.as_dict()) == plan
-    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job: plan)
+    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job, **_: plan)
     shown = invoke("plan", job, "--no-cache", "--no-color").stdout
     (line,) = (line for line in shown.splitlines() if "checkpointed, 2 blocks" in line)
     assert line.split() == [">", "checkpointed,", "2", "blocks", "4", "404", "B", "400", "B", "500", "ms", "8"]

@@ -70,7 +70,7 @@ def config(tmp_path: Path) -> str:
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job: PLAN)
+    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job, **_: PLAN)
     file = tmp_path / "small.py"
     file.write_text(JOB.format(length="steps=1000"))
     return f"{file}:job"
@@ -114,7 +114,7 @@ def test_a_job_without_a_length_needs_one_for_a_run_only(job: str) -> None:
 
 def test_a_plan_that_timed_nothing_has_no_cost(job: str, monkeypatch: pytest.MonkeyPatch) -> None:
     untimed = dataclasses.replace(PLAN, decided=False, ways=(dataclasses.replace(WAY, seconds=None),))
-    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job: untimed)
+    monkeypatch.setattr("microbatch.cli.plan_command.plan", lambda job, **_: untimed)
     result = invoke(job, "--price", "1/h", "--deadline", "1 h", "--json")
     told = json.loads(result.stdout)["cost"]
     assert (result.exit_code, told["step_cost"], told["run_cost"], told["meets_deadline"]) == (1, None, None, None)

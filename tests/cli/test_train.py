@@ -153,7 +153,7 @@ def test_the_stored_configuration_gives_the_same_run_again(jobs: Path) -> None:
         (["broken.py:job"], "broken.py, line 2 is not valid Python"),
         (
             ["pairs", "--data", "other.csv"],
-            "no text under \"anchor\", which is no name here: there are 'question', 'answer'",
+            "no text under \"anchor\"; rename its columns, which are 'question', 'answer'",
         ),
     ],
 )

@@ -8,12 +8,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from microbatch.checking.check_report import Cause, Check
 from microbatch.cli.progress import Screen
 from microbatch.cli.run_views import step_line, summary_view
 from microbatch.planning.text_table import aligned, fitting
 from microbatch.step.events import Retry
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Notice, RunPlanned, StepLogged
+from microbatch.tuning.sweep_records import BatchResult
+from microbatch.tuning.sweep_words import table
 
 CONFIG = RunConfig(
     job="images", device=torch.device("cpu"), batch_size=128, microbatch_size=16, memory_budget=None, steps=1000,
@@ -53,7 +56,7 @@ def shown(width: int | None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("width", [120, 80, 50])
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 50])
 def test_a_run_fits_and_breaks_no_number(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(width, monkeypatch)
     assert max(map(len, lines)) <= width
@@ -62,7 +65,11 @@ def test_a_run_fits_and_breaks_no_number(width: int, monkeypatch: pytest.MonkeyP
     words = " ".join(lines).split()
     for number in ("2.3429", "307,690", "1,438", "6.48", "3.7e-07"):
         assert number in words
-    assert ("1.09e-03" in words) == (width == 120)  # left out, and never in two pieces
+    assert ("1.00×" in words) == (width >= 80)  # a narrow table has no ratios
+    assert "…" not in words
+    (times,) = [line for line in lines if "time per step" in line]
+    assert times.count("123 ms") == 3
+    assert ("1.09e-03" in words) == (width >= 120)  # left out, and never in two pieces
 
 
 def test_a_file_has_no_width(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,3 +89,23 @@ def test_a_table_leaves_out_columns_until_it_fits() -> None:
         assert fitted[0][1] == "microbatch"
         assert fitted[1][-1] == "70.9 ms"
     assert fitting(rows, ["counted", "error"], 20)[0] == ["", "microbatch", "step"]
+
+
+def test_tables_of_a_sweep_and_a_check_fit() -> None:
+    batch = BatchResult(
+        batch_size=12_345, microbatch_size=1_234, learning_rate=1.06e-3, best_loss=0.5659, steps=6_300.0,
+        samples=2_027_000.0, spread=0.031, seconds_per_sample=0.004, noise_scale=57.7, seeds=3, rates=1,
+        reached=3,
+    )  # fmt: skip
+    causes = Check(
+        relative_error=0.1, rounding=1e-7, limit=2e-7, equal=False, precision="float32", yardstick="float64", rows=8,
+        microbatch_size=2, microbatches=4, parameters=(), notes=(),
+        causes=(Cause(kind="batch_statistics", words="", where=("base.model.encoder." * 4 + "norm",), alone=0.57,
+                      without=0.12, remedy=""),),
+    )  # fmt: skip
+    for width in (60, 80, 120, 200):
+        shown = [table([batch], width=width), causes.table(width=width)]
+        assert all(len(line) <= width for each in shown for line in each.splitlines())
+        assert "2,027,000" in shown[0]
+        assert "5.7e-01" in shown[1]
+        assert "norm" in shown[1]  # the end of a name tells more than its beginning

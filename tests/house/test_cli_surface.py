@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from microbatch.cli.main import app
+from microbatch.train.run_settings import FLAGS, Settings, flag_name
 
 COMMANDS = {"check", "doctor", "guide", "lr", "plan", "sweep", "train"}
 TRAIN_FLAGS = {
@@ -138,3 +140,41 @@ def test_what_does_not_exist_is_refused_without_a_traceback(arguments: list[str]
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert arguments[-1] in result.stderr or arguments[1] in result.stderr
+
+
+@pytest.mark.parametrize("width", ["60", "80", "120", "200"])
+def test_help_cuts_no_flag_and_no_line_is_too_long(width: str) -> None:
+    code = """
+import contextlib, sys
+from microbatch.cli.main import main
+for command in ("train", "plan", "lr", "sweep", "check", "doctor", "guide", "new"):
+    sys.argv = ["microbatch", command, "--help"]
+    with contextlib.suppress(SystemExit):
+        main()
+"""
+    environment = {**os.environ, "COLUMNS": width}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert max(map(len, shown.stdout.splitlines())) <= int(width)
+    words = set(re.split(r"[\s,|\u2502]+", shown.stdout))
+    for command in sorted(COMMANDS):
+        assert set(flags(command)) <= words, command
+    assert "\u2026" not in shown.stdout
+
+
+def test_each_flag_of_a_setting_names_its_values_and_its_default() -> None:
+    help_of = flags("train")
+    for key, field in Settings.model_fields.items():
+        if key in FLAGS and field.default not in (None, False):
+            default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+            assert help_of[flag_name(key)].endswith(f"Default: {default}."), key
+    assert {flag_name(key) for key in FLAGS} <= set(help_of)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("microbatch do", {"doctor"}), ("microbatch train --ba", {"--batch-size"})]
+)
+def test_a_shell_completes_commands_and_flags(words: str, expected: set[str]) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1), "_MICROBATCH_COMPLETE": "complete_bash"}
+    script = Path(sys.executable).parent / "microbatch"
+    result = subprocess.run([str(script)], capture_output=True, text=True, check=False, env={**os.environ, **asked})
+    assert set(result.stdout.split()) == expected

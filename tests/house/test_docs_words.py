@@ -12,8 +12,6 @@ WRITTEN_BY_PROGRAMS = {"combinations.md", "doctor.md"}
 FRONT = [DOCS.parent / name for name in ("README.md", "SECURITY.md")]
 PAGES = [*FRONT, *sorted(page for page in DOCS.glob("*.md") if page.name not in WRITTEN_BY_PROGRAMS)]
 SENTENCE_WORDS = 25
-# Pages that still have faults, and how many each may have: numbers that may only shrink, until the page is left out.
-NOT_YET = {"how-it-works.md": 13, "plan.md": 15, "scaling.md": 8}
 
 FENCE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"``.+?``|`.+?`", re.DOTALL)
@@ -93,13 +91,7 @@ def faults(page: str, *, questions: bool = False) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_is_in_plain_words(page: Path) -> None:
-    found = faults(page.read_text(encoding="utf-8"), questions=page.name == "faq.md")
-    assert found == [] or len(found) <= NOT_YET.get(page.name, 0)
-
-
-def test_no_exception_outlives_its_page() -> None:
-    faultless = [page.name for page in PAGES if not faults(page.read_text(encoding="utf-8"))]
-    assert set(NOT_YET) <= {page.name for page in PAGES} - set(faultless)
+    assert faults(page.read_text(encoding="utf-8"), questions=page.name == "faq.md") == []
 
 
 LONG = " ".join(["word"] * 26)

@@ -453,3 +453,21 @@ def test_a_compiled_step_is_not_probed() -> None:
 def test_a_stopwatch_that_nobody_set_has_a_real_clock() -> None:
     stopwatch = Stopwatch()
     assert stopwatch.clock() <= stopwatch.clock()
+
+
+def test_a_plan_reports_how_far_it_is() -> None:
+    told: list[tuple[str, float | None]] = []
+    model = nn.Linear(4, 1)
+    mb.plan(
+        model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss_fn=lambda model, x: model(x).square().mean(),
+        batch=torch.randn(8, 4),
+        progress=lambda doing, share: told.append((doing, share)),
+    )
+    (first, unknown), *rest = told
+    assert (first, unknown) == ("predicting memory", None)
+    shares = [share for _, share in rest if share is not None]
+    assert len(shares) == len(rest) > 0
+    assert shares == sorted(shares)
+    assert 0 < shares[0] <= shares[-1] < 1

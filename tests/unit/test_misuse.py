@@ -851,5 +851,20 @@ def test_a_state_without_one_of_its_keys(house: House, key: str) -> None:
         house.accumulator.load_state_dict(state)
 
 
+def test_a_loss_function_with_swapped_parameters_is_explained() -> None:
+    model = nn.Linear(2, 1)
+    accumulator = Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=2)
+    with pytest.raises(TypeError, match="not callable") as raised:
+        accumulator.step(torch.ones(4, 2), lambda microbatch, model: model(microbatch).mean())
+    assert any("loss_fn(model, microbatch)" in note for note in raised.value.__notes__)
+    with pytest.raises(TypeError, match="mine") as raised:
+        accumulator.step(torch.ones(4, 2), own_type_error)
+    assert not getattr(raised.value, "__notes__", [])
+
+
+def own_type_error(model: nn.Module, microbatch: Tensor) -> Tensor:
+    raise TypeError("mine")
+
+
 def test_every_error_of_this_page_is_ours() -> None:
     assert all(issubclass(error, MicrobatchError) for _, error, _ in LOSSES.values())

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microbatch.errors import ConfigError
-from microbatch.planning.money import Money, Price, format_time, parse_deadline, parse_prices
+from microbatch.planning.money import Money, Price, parse_deadline, parse_prices
+from microbatch.planning.time_words import format_time
 
 
 @pytest.mark.parametrize(

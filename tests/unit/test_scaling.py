@@ -217,8 +217,14 @@ def test_the_loss_curve_a_sample_is_kept_by_the_right_rule_alone(
         (adam(), 64, 1, {"rule": "half-life"}, "learning rate at 0.001 for you to tune.*between 0.000125 and 0.001"),
         (adam(betas=(0.9, 0.9)), 64, 640, {"rule": "half-life"}, "beta2 falls to 0.348"),
         (adam(), 64, 8192, {"rule": "half-life"}, "8,192 is above 4,096"),
-        (adam("AdamW", weight_decay=0.1), 64, 256, {}, "weight_decay is left at 0.1.*takes away less; 0.2 would"),
-        (adam("AdamW", weight_decay=0.1), 256, 64, {}, "takes away more; 0.05 would"),
+        (
+            adam("AdamW", weight_decay=0.1),
+            64,
+            256,
+            {},
+            "weight_decay stays at 0.1.*shrinks the weights less; 0.2 would",
+        ),
+        (adam("AdamW", weight_decay=0.1), 256, 64, {}, "shrinks the weights more; 0.05 would"),
         (adam("Lion"), 64, 256, {"rule": "sqrt"}, "made for Adam and AdamW, and is only borrowed for Lion"),
         (sgd(), 64, 256, {"critical_batch_size": 100}, "256 is past the critical one of 100"),
         (sgd(), 64, 640, {"warmup_steps": 15}, "warmup_steps in whole steps are 1,280 samples rather than 960"),
@@ -401,7 +407,7 @@ def test_the_table_has_every_value_before_and_after() -> None:
     assert rows["weight decay, group 0"] == ["0.1", "0.1"]
     assert rows["warm-up steps"] == ["100", "800"]
     assert rows["steps"] == ["2,500", "20,000"]
-    assert sum(line.startswith("! weight_decay is left at 0.1") for line in lines) == 1  # once for both groups
+    assert sum(line.startswith("! weight_decay stays at 0.1") for line in lines) == 1  # once for both groups
 
 
 def test_json_holds_every_field() -> None:

@@ -29,7 +29,7 @@ class Batches:
         6
 
     Source:
-        Law N8: whatever the cut, the sums over microbatches are the sums over the rows.
+        Whatever the cut, the sums over microbatches are the sums over the rows.
     """
 
     batches: Sequence[Any]

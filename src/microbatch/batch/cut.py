@@ -37,9 +37,6 @@ def cut(batch: object, microbatch_size: int) -> list[Any]:
         >>> import torch
         >>> [len(piece["x"]) for piece in cut({"x": torch.arange(7), "scale": 2.0}, 3)]
         [3, 3, 1]
-
-    Source:
-        Law N8.
     """
     check_microbatch_size(microbatch_size)
     rows = rows_of(batch)

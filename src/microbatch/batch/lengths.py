@@ -47,7 +47,7 @@ class Lengths:
         ConfigError: A field has a value that cannot work.
 
     Source:
-        Laws N1 to N9 hold for every cut. The cost was measured, see ``benchmarks/``.
+        Every cut has the same gradient. The cost was measured, see ``benchmarks/``.
     """
 
     of: str | Callable[[Any], Tensor]

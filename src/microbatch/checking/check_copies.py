@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import CellType, CodeType, FunctionType
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
+from microbatch.checking.check_progress import CheckProgress
 from microbatch.checking.gradient_hooks import carry_hooks
 from microbatch.errors import ConfigError
 from microbatch.gradients.parameters import device_of
@@ -37,6 +38,7 @@ class Given:
         encode: As for `Accumulator.step`, or `None`.
         loop: The user's own loop, ``loop(model, optimizer, batch)``; `None` for the accumulator.
         optimizer: What the loop is given.
+        progress: Called at every pass over the batch.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Given:
     encode: Callable[..., Any] | None = None
     loop: Callable[..., Any] | None = None
     optimizer: Any = None
+    progress: CheckProgress = field(default_factory=lambda: CheckProgress(None))
 
     @property
     def bare_model(self) -> nn.Module:

@@ -11,6 +11,8 @@ WRONG = frozenset({"gradient", "schedule", "memory"})
 """Harms that make a check fail; time alone does not."""
 _SHOWN = 8
 
+_LEAST_NAME = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
@@ -103,25 +105,35 @@ class Check:
             return f"not the large batch's gradient: it is not finite; {own}"
         return f"not the large batch's gradient: {_percent(self.relative_error)} off; {own}"
 
-    def table(self) -> str:
+    def table(self, *, width: int | None = None) -> str:
         """Lay out the causes, or, where there are none, the parameters with the largest errors.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Long names are cut, and numbers never.
 
         Returns:
             Lines of text, the first of which names the columns.
         """
-        return self.causes_table() if self.causes else self.parameters_table()
+        return self.causes_table(width=width) if self.causes else self.parameters_table(width=width)
 
-    def causes_table(self) -> str:
+    def causes_table(self, *, width: int | None = None) -> str:
         """Lay out the causes.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Long names are cut, and numbers never.
 
         Returns:
             Lines of text: what each is, where, the error that it makes alone, and the error that is left without it.
         """
         head = ["cause", "where", "alone", "without it"]
-        return _laid_out([head, *([c.kind, _some(c.where), _number(c.alone), _number(c.without)] for c in self.causes)])
+        rows = [[c.kind, _some(c.where), _number(c.alone), _number(c.without)] for c in self.causes]
+        return _laid_out([head, *rows], width)
 
-    def parameters_table(self) -> str:
+    def parameters_table(self, *, width: int | None = None) -> str:
         """Lay out the parameters with the largest errors.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Long names are cut, and numbers never.
 
         Returns:
             Lines of text: each one's relative error, and the full batch's own.
@@ -129,7 +141,9 @@ class Check:
         shown = self.parameters[:_SHOWN]
         rows = [[each.name, _number(each.relative_error), _number(each.rounding)] for each in shown]
         more = len(self.parameters) - len(shown)
-        return _laid_out([["parameter", "error", "full batch's own"], *rows, *([[f"and {more} more"]] if more else [])])
+        return _laid_out(
+            [["parameter", "error", "full batch's own"], *rows, *([[f"and {more} more"]] if more else [])], width
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON.
@@ -146,10 +160,16 @@ class Check:
         return "\n\n".join(part for part in told if part)
 
 
-def _laid_out(rows: list[list[str]]) -> str:
+def _laid_out(rows: list[list[str]], width: int | None) -> str:
     rows = [row + [""] * (len(rows[0]) - len(row)) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     words = 2 if rows[0][1] == "where" else 1
+    if width is not None:  # the end of a module's name tells more than its beginning
+        room = max(_LEAST_NAME, width - sum(widths) - 2 * (len(widths) - 1) + widths[words - 1])
+        widths[words - 1] = min(room, widths[words - 1])
+        for row in rows:
+            name = row[words - 1]
+            row[words - 1] = name if len(name) <= room else "…" + name[1 - room :]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column < words else cell.rjust(width)

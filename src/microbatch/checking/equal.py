@@ -20,6 +20,7 @@ from microbatch.batch.layouts import modules_with_time_first, other_layout
 from microbatch.checking.accumulating import LENGTHS, with_possible_cut
 from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
+from microbatch.checking.check_progress import CheckProgress
 from microbatch.checking.check_report import Cause, Check, ParameterError
 from microbatch.checking.gradient import Gradient, difference, norm, relative_error
 from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, STATISTICS, Play, Stage
@@ -54,6 +55,7 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
     loop: Callable[..., Any] | None = None,
     optimizer: Any = None,
     memory_budget: int | str | None = None,
+    progress: Callable[[str, float], object] | None = None,
     **options: Any,
 ) -> Check:
     """Check that accumulating gives the large batch's gradient, and if it does not, find out why.
@@ -77,6 +79,7 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
         optimizer: What the loop is given.
         memory_budget: Bytes, or a text such as ``"6 GiB"``, that the check may use beside what is in use; `None` for
             what the device has.
+        progress: Called with what is being done, and how much of the check is done, from 0 to 1, as an estimate.
         options: Other arguments of the `Accumulator`, such as ``autocast``, ``sums`` or ``lengths``.
 
     Returns:
@@ -100,11 +103,9 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
         >>> found = check(model, masked_mean, batch, microbatch_size=3)
         >>> found.ok, [cause.kind for cause in found.causes]
         (False, ['counts'])
-
-    Source:
-        Law P3.
     """
     given = _given(model, loss_fn, batch, encode=encode, loop=loop, optimizer=optimizer)
+    given = replace(given, progress=CheckProgress(progress))
     size = max(1, rows_of(batch) // 4) if microbatch_size is None else microbatch_size
     check_microbatch_size(size)
     options = {name: value for name, value in options.items() if name not in _WITHOUT}
@@ -246,6 +247,7 @@ class _Bench:
         everything = frozenset[str]()
         exact, found = self._is_exact(subject, limit), Causes((), everything, 0.0)
         if not exact:
+            self.given.progress.search()
             more = self._options_suspected() if looping is None else looping.suspects()
             found = find_causes(self.wide, subject, limit=limit, more=more)
         # In another precision other random numbers are drawn, so what rounding makes is looked at without them.

@@ -167,6 +167,7 @@ class Stage:
         """
         known = self.survey(rows).statistics if STATISTICS in off else None
         given = self.given
+        given.progress()
         if rows is not None:
             given = replace(given, batch=take_rows(given.batch, rows, rows=self.rows, marked=True))
         self._random.restore()

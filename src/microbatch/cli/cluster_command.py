@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.error_report import report_error
 from microbatch.cli.reported import refuse_word
+from microbatch.cli.waiting import Waiting, output_console
 from microbatch.errors import ConfigError, MicrobatchError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import format_bytes
@@ -51,7 +52,7 @@ def is_for_a_cluster(job: str, device: str | None) -> bool:
     return job.endswith(".json") or (device is not None and all(map(is_hardware, device.split(","))))
 
 
-def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> int:
+def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool, line: Waiting | None = None) -> int:
     """Plan, and print the plan.
 
     Args:
@@ -61,20 +62,24 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
             ``bandwidth``, ``latency``, ``utilisation``, ``microbatch_seconds``, and those of `read_cost_flags`; `None`
             or left out for what was not given.
         as_json: Whether to print one JSON object a plan.
+        line: Where a terminal shows that something is done; `None` for a line of its own.
 
     Returns:
         The exit code: 0 it fits, 1 it does not (on any of the devices) or misses the deadline, 2 bad input.
     """
+    given = {name: value for name, value in flags.items() if value is not None}
+    line = line or Waiting(as_json=as_json, color=True)
     try:
-        given = {name: value for name, value in flags.items() if value is not None}
-        asked = read_cost_flags(given)
-        plans, job_steps = _plans(job, given)
-        names = list(dict.fromkeys(plan.setup.device.name for plan in plans))
-        prices = asked.price_of(names, lambda name: find_device(name).name)
-        length = asked.length(job_steps)
-        costs = [plan.cost(prices[plan.setup.device.name], **length) for plan in plans]
+        with line:
+            line(f"planning {job}")
+            asked = read_cost_flags(given)
+            plans, job_steps = _plans(job, given)
+            names = list(dict.fromkeys(plan.setup.device.name for plan in plans))
+            prices = asked.price_of(names, lambda name: find_device(name).name)
+            length = asked.length(job_steps)
+            costs = [plan.cost(prices[plan.setup.device.name], **length) for plan in plans]
     except MicrobatchError as error:
-        report_error(error, Console(stderr=True, highlight=False, soft_wrap=True), as_json=as_json)
+        report_error(error, line.console, as_json=as_json)
         return BAD_INPUT
     if as_json:
         best = cheapest(costs, deadline=asked.deadline)
@@ -84,9 +89,11 @@ def run_cluster_plan(job: str, flags: Mapping[str, Any], *, as_json: bool) -> in
                 told["cost"] = {**cost_as_dict(cost, asked), "cheapest": cost is best}
             sys.stdout.write(json.dumps(told) + "\n")
     else:
-        shown = plans[0].table() if len(plans) == 1 else _comparison(plans, costs, asked)
+        console = output_console(color=False)
+        shown = plans[0].table() if len(plans) == 1 else _comparison(plans, costs, asked, width=console.width)
         said = "\n".join(_cost_words(plans, costs, asked))
-        sys.stdout.write("\n\n".join(part for part in (shown, said) if part) + "\n")
+        for text in "\n\n".join(part for part in (shown, said) if part).splitlines():
+            console.print(Text(text))
     met = asked.deadline is None or any(cost.meets(asked.deadline) for cost in costs)
     return OK if met and any(plan.fits for plan in plans) else DOES_NOT_FIT
 
@@ -172,14 +179,14 @@ def _precision(name: str) -> Any:
     return PRECISIONS[name]
 
 
-def _comparison(plans: Sequence[ClusterPlan], costs: Sequence[RunCost], asked: CostFlags) -> str:
+def _comparison(plans: Sequence[ClusterPlan], costs: Sequence[RunCost], asked: CostFlags, *, width: int) -> str:
     """Write several plans below one another."""
     first = plans[0]
     devices = {plan.setup.device.name for plan in plans}
     setup = _but_ranks(first) if len(devices) == 1 else _but_device(first)
     lines = [f"{first.name}, {first.parameters:,} parameters, batch of {first.division.batch_size}, {setup}"]
     if asked.any or len(devices) > 1:
-        lines += ["", costs_table(costs, best=cheapest(costs, deadline=asked.deadline))]
+        lines += ["", costs_table(costs, best=cheapest(costs, deadline=asked.deadline), width=width)]
     else:
         lines += map(_line, plans)
     lines += [f"! {each}" for each in first.warnings]  # of the fewest ranks, which have the most microbatches

@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from microbatch.cli.files_left import with_files_left
 from microbatch.cli.safe_stream import safe
 from microbatch.errors import LintError, MicrobatchError
 from microbatch.linting.edits import file_diff, fitting
@@ -127,7 +128,7 @@ def _run(paths: Sequence[str], flags: DoctorFlags, *, out: TextIO, errors: TextI
     settings = read_settings(
         _start(paths), select=flags.select, ignore=flags.ignore, exclude=flags.exclude, strict=flags.strict
     )
-    reads = _sources(paths, flags, settings)
+    reads = _sources(paths, flags, settings, errors)
     if flags.rewrite:
         return _rewrite(reads, out=out, errors=errors)
     report = _report(reads, settings, alone=len(paths) == 1 and not Path(paths[0]).is_dir())
@@ -150,23 +151,30 @@ class _Read:
     walked: bool = False
 
 
-def _sources(paths: Sequence[str], flags: DoctorFlags, settings: DoctorSettings) -> Iterator[_Read]:
-    """Yield what is read of every path."""
+def _sources(paths: Sequence[str], flags: DoctorFlags, settings: DoctorSettings, errors: TextIO) -> Iterator[_Read]:
+    """Yield what is read of every path; a terminal sees how much is left."""
     here, named = Path.cwd(), {shown(Path(path)) for path in paths}
-    for given in paths:
+    files = [(given, file) for given in paths for file in _files(given, settings)]
+    # A rewrite writes its reasons to the same stream, file by file.
+    for given, file in files if flags.rewrite else with_files_left(files, errors):
         if given == "-":
             name = Path(flags.stdin_filename or "<stdin>")
             yield _Read(read_bytes(sys.stdin.buffer.read(LARGEST_NOTEBOOK), path=shown(name)), here)
             continue
-        folder = Path(given)
-        for file in find_files([folder], exclude=settings.exclude, base=settings.base):
-            if isinstance(file, Finding):
-                yield _Read(file, here)
-            elif file is folder:
-                near = here if here in file.absolute().parents else file.parent
-                yield _Read(read_file(file, path=shown(file)), near)
-            else:
-                yield _Read(read_file(file, path=shown(file)), folder, walked=shown(file) not in named)
+        if isinstance(file, Finding):
+            yield _Read(file, here)
+        elif file == Path(given):
+            near = here if here in file.absolute().parents else file.parent
+            yield _Read(read_file(file, path=shown(file)), near)
+        else:
+            yield _Read(read_file(file, path=shown(file)), Path(given), walked=shown(file) not in named)
+
+
+def _files(given: str, settings: DoctorSettings) -> Sequence[Path | Finding]:
+    """List the files of one path; standard input is one, too."""
+    if given == "-":
+        return [Path(given)]
+    return list(find_files([Path(given)], exclude=settings.exclude, base=settings.base))
 
 
 def _report(reads: Iterator[_Read], settings: DoctorSettings, *, alone: bool) -> Report:

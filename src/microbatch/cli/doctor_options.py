@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from microbatch.cli.shared_options import OUTPUT
+from microbatch.cli.shared_options import option
+from microbatch.train.run_settings import OUTPUT
 
 RULES, CHANGES = "Which rules and files", "Changes to your code"
 
@@ -23,87 +24,59 @@ def doctor(
     *,
     output_format: Annotated[
         str,
-        typer.Option(
-            metavar="text|json|jsonl|github|sarif",
-            help="In which form standard output has the findings.",
-            rich_help_panel=OUTPUT,
-        ),
+        option("Form of the findings: text, json, jsonl, github or sarif.", OUTPUT, values="FORM", default="text"),
     ] = "text",
     show_window: Annotated[
         bool,
-        typer.Option(
-            "--show-window",
-            metavar="",
-            help="Draw the window too: which microbatches enter which step, and with which weight.",
-            rich_help_panel=OUTPUT,
+        option(
+            "Draw the window too: which microbatches enter which step, and with which weight.",
+            OUTPUT,
+            names=("--show-window",),
         ),
     ] = False,
     explain: Annotated[
         str | None,
-        typer.Option(
-            metavar="CODE",
-            help="Explain a rule, such as MB105; with paths, show what it finds there.",
-            rich_help_panel=OUTPUT,
-            show_default=False,
-        ),
+        option("Explain a rule, such as MB105; with paths, show what it finds there.", OUTPUT, values="CODE"),
     ] = None,
     select: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="CODES",
-            help="Rules that are reported, such as MB1,MB201: codes or their beginnings.",
-            rich_help_panel=RULES,
-            show_default="all",
+        option(
+            "Rules that are reported, such as MB1,MB201: codes or their beginnings.",
+            RULES,
+            values="CODES",
+            default="all",
         ),
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(metavar="CODES", help="Rules that are not.", rich_help_panel=RULES, show_default="none"),
+        option("Rules that are not.", RULES, values="CODES", default="none"),
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PATTERNS",
-            help="Names or paths that folders are read without, such as tests or old_*.py.",
-            rich_help_panel=RULES,
-            show_default="none",
+        option(
+            "Names or paths that folders are read without, such as tests or old_*.py.",
+            RULES,
+            values="PATTERNS",
+            default="none",
         ),
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option(
-            "--strict",
-            metavar="",
-            help="End with 1 for faults that depend on something, too.",
-            rich_help_panel=RULES,
-        ),
+        option("End with 1 for faults that depend on something, too.", RULES, names=("--strict",)),
     ] = False,
     stdin_filename: Annotated[
         str | None,
-        typer.Option(
-            metavar="PATH",
-            help="The name of what comes from standard input.",
-            rich_help_panel=RULES,
-            show_default=False,
-        ),
+        option("The name of what comes from standard input.", RULES, values="PATH"),
     ] = None,
     diff: Annotated[
         bool,
-        typer.Option(
-            "--diff",
-            metavar="",
-            help="Print the changes that mend faults as a diff. Read it before you apply it.",
-            rich_help_panel=CHANGES,
+        option(
+            "Print the changes that mend faults as a diff. Read it before you apply it.", CHANGES, names=("--diff",)
         ),
     ] = False,
     rewrite: Annotated[
         bool,
-        typer.Option(
-            "--rewrite",
-            metavar="",
-            help="Print each loop with mb.Accumulator as a diff: a sketch to read.",
-            rich_help_panel=CHANGES,
-        ),
+        option("Print each loop with mb.Accumulator as a diff: a sketch to read.", CHANGES, names=("--rewrite",)),
     ] = False,
 ) -> None:
     """Read gradient accumulation loops and find their faults, without running them.

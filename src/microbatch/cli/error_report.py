@@ -6,6 +6,7 @@ import json
 import sys
 
 from rich.console import Console
+from rich.text import Text
 
 from microbatch.cli.flag_words import in_flags
 
@@ -21,5 +22,17 @@ def report_error(error: Exception, errors: Console, *, as_json: bool = False) ->
     message = in_flags(str(error))
     if as_json:
         sys.stdout.write(json.dumps({"event": "error", "kind": type(error).__name__, "message": message}) + "\n")
-    errors.print("error:", style="bold red", end=" ")
-    errors.print(message, markup=False)
+    print_error(errors, message)
+
+
+def print_error(errors: Console, message: str, *, label: str = "error:") -> None:
+    """Print a message between words of a terminal; a command in it stays on one line, to be copied.
+
+    Args:
+        errors: The console on standard error.
+        message: The message; lines that begin with spaces are commands.
+        label: What stands before it.
+    """
+    for index, line in enumerate(message.splitlines()):
+        head = (f"{label} ", "bold red") if index == 0 else ""
+        errors.print(Text.assemble(head, line), soft_wrap=errors.soft_wrap or line.startswith("  "))

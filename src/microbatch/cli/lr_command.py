@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from microbatch.cli.reported import FAILED, refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
+from microbatch.cli.waiting import Waiting, output_console
 from microbatch.devices.available_devices import resolve_device
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.resolve import check_data_path, check_memory, resolve
@@ -34,6 +33,7 @@ def run_lr(
     plot: Path | None,
     as_json: bool,
     color: bool,
+    line: Waiting,
 ) -> int:
     """Find a learning rate for a job, and print what was found.
 
@@ -44,11 +44,11 @@ def run_lr(
         plot: Where to write a figure, or `None`.
         as_json: Whether standard output is for machines.
         color: Whether colours may be used.
+        line: Where a terminal shows how far it is.
 
     Returns:
         The exit code: 0 found, 1 the curve says nothing or a step failed, 2 bad input.
     """
-    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
 
     def work() -> tuple[Settings, LearningRate]:
         # The test has no warm-up, and a file may have one that is longer.
@@ -59,54 +59,35 @@ def run_lr(
         seeds = seeds_of(values["seeds"], first=settings.seed)
         if plot is not None:
             check_figure(plot)
-        with _shown(errors, wanted=not as_json) as progress:
-            found = _find(settings, values, seeds, progress)
+        found = _find(settings, values, seeds, line)
         if plot is not None:
             found.draw(plot)
         return settings, found
 
-    done, code = reported(work, errors, as_json=as_json)
+    done, code = reported(work, line, as_json=as_json)
     if done is None:
         return code
     settings, found = done
     if as_json:
         sys.stdout.write(json.dumps({"event": "lr", "job": settings.job, **found.as_dict()}) + "\n")
     else:
-        _show(found, settings, Console(no_color=True if not color else None, highlight=False))
+        _show(found, settings, output_console(color=color))
     return 0 if found.suggested is not None else FAILED
 
 
-def _find(
-    settings: Settings, given: Mapping[str, Any], seeds: Sequence[int], progress: Callable[[RangeStep], None]
-) -> LearningRate:
+def _find(settings: Settings, given: Mapping[str, Any], seeds: Sequence[int], line: Waiting) -> LearningRate:
     check_data_path(settings)
     device = resolve_device(settings.device)
+    line(f"making the job {settings.job}")
     job = make_job(settings, device)
     config = resolve(settings, job, device=device)
     check_memory(settings, job, config)
-    return rate_for(job, config, low=given["low"], high=given["high"], seeds=seeds, progress=progress)
 
+    def show(step: RangeStep) -> None:
+        share = (step.sweep + step.step / step.steps) / step.sweeps
+        line(f"run {step.sweep + 1} of {step.sweeps}", share, detail=f"lr {step.rate:.2e}  loss {step.loss:.4f}")
 
-@contextmanager
-def _shown(console: Console, *, wanted: bool) -> Generator[Callable[[RangeStep], None]]:
-    """Show a bar on a terminal while the steps are taken."""
-    if not (wanted and console.is_terminal):
-        yield lambda step: None
-        return
-    columns = TextColumn("  run {task.fields[run]}"), BarColumn(bar_width=None), TextColumn("{task.fields[figures]}")
-    with Progress(*columns, console=console, transient=True, refresh_per_second=8) as bar:
-        task = bar.add_task("", total=None, run="", figures="")
-
-        def show(step: RangeStep) -> None:
-            bar.update(
-                task,
-                completed=step.step,
-                total=step.steps,
-                run=f"{step.sweep + 1}/{step.sweeps}",
-                figures=f"lr {step.rate:.2e}  loss {step.loss:.4f}",
-            )
-
-        yield show
+    return rate_for(job, config, low=given["low"], high=given["high"], seeds=seeds, progress=show)
 
 
 def _show(found: LearningRate, settings: Settings, console: Console) -> None:
@@ -124,4 +105,4 @@ def _show(found: LearningRate, settings: Settings, console: Console) -> None:
     console.print(Text(f"{found.steps} steps in {found.seconds:.1f} s, {cut}; the job is as before", style=QUIET))
     if found.suggested is not None:
         command = f"microbatch train {shlex.quote(settings.job)} --batch-size {found.batch_size}"
-        console.print(Text(f"{command} --lr {found.suggested:.2g}", style=QUIET), soft_wrap=True)
+        console.print(Text(f"{command} --lr {found.suggested:.2g}", style=QUIET), soft_wrap=True)  # to be copied

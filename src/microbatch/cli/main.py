@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Annotated, Any, cast
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from microbatch.cli.check_options import check
 from microbatch.cli.doctor_options import doctor
@@ -16,16 +17,25 @@ from microbatch.cli.plan_options import plan
 from microbatch.cli.sweep_options import sweep
 from microbatch.cli.train_options import train
 
+_ROOM_FOR_PANELS = 80
+
+
+def _without_type(**_: Any) -> None:
+    pass
+
 
 class _BareHelp:
-    """Show the option ``--help`` without a type beside it."""
+    """Show switches and arguments without a type of Python's beside them."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """Return the option."""
-        option = cast("Any", super()).get_help_option(ctx)
-        if option is not None:
-            option.metavar = ""
-        return option
+    def get_params(self, ctx: Any) -> Any:
+        """Return the parameters of the command."""
+        params = cast("Any", super()).get_params(ctx)
+        for each in params:
+            if isinstance(each, TyperArgument):
+                cast("Any", each).display_type_rich = _without_type
+            elif getattr(each, "is_flag", False):
+                each.metavar = ""
+        return params
 
 
 class _Command(_BareHelp, TyperCommand):
@@ -40,9 +50,10 @@ app = typer.Typer(
     cls=_Group,
     name="microbatch",
     no_args_is_help=True,
-    add_completion=False,
     # An error in the user's own code is printed as Python's traceback, and an error of ours as one message.
     pretty_exceptions_enable=False,
+    # Panels of a narrow screen would cut the names of flags.
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _ROOM_FOR_PANELS else None,
     help="Ask for the batch you want. It runs in the memory you have, and the gradient is the large batch's gradient.",
 )
 

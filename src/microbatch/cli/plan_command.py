@@ -21,6 +21,7 @@ import microbatch.planning.plan as plans
 from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.reported import FAILED, reported
 from microbatch.cli.run_views import ACCENT, QUIET
+from microbatch.cli.waiting import Waiting, output_console
 from microbatch.devices.available_devices import resolve_device
 from microbatch.devices.backend import name_of
 from microbatch.errors import ConfigError
@@ -41,6 +42,7 @@ def run_plan(
     cache: bool,
     as_json: bool,
     color: bool,
+    line: Waiting,
 ) -> int:
     """Plan a job, and say what was found.
 
@@ -52,23 +54,23 @@ def run_plan(
         cache: Whether an earlier plan of the same job, device and versions will do.
         as_json: Whether standard output is for machines.
         color: Whether colours may be used.
+        line: Where a terminal shows how far it is.
 
     Returns:
         The exit code: 0 planned, 1 failed or too slow for the deadline, 2 bad input.
     """
-    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
 
     def work() -> tuple[Settings, CostFlags, plans.Plan, RunCost, bool]:
         settings, asked = load_settings(flags, file=file), read_cost_flags(costs)
         price = asked.price_here()
         _check_plot(plot)
-        found, job_steps, cached = _plan(settings, asked, cache=cache)
+        found, job_steps, cached = _plan(settings, asked, line, cache=cache)
         cost = found.cost(price, **asked.length(job_steps), device=str(resolve_device(settings.device)))
         if plot is not None:
             plot.write_text(svg(found), encoding="utf-8")
         return settings, asked, found, cost, cached
 
-    done, code = reported(work, errors, as_json=as_json)
+    done, code = reported(work, line, as_json=as_json)
     if done is None:
         return code
     settings, asked, found, cost, cached = done
@@ -80,7 +82,7 @@ def run_plan(
     else:
         said = [cost.words()] if asked.any else []
         said += [deadline_words([cost], asked.deadline)] if asked.deadline is not None else []
-        _show(found, said, Console(no_color=True if not color else None, highlight=False), cached=cached)
+        _show(found, said, output_console(color=color), cached=cached)
     return FAILED if late else 0
 
 
@@ -89,13 +91,14 @@ def _check_plot(plot: Path | None) -> None:
         raise ConfigError(f"--plot {plot}: the figure is an SVG; give it a name that ends with .svg")
 
 
-def _plan(settings: Settings, asked: CostFlags, *, cache: bool) -> tuple[plans.Plan, int | None, bool]:
+def _plan(settings: Settings, asked: CostFlags, line: Waiting, *, cache: bool) -> tuple[plans.Plan, int | None, bool]:
     """Return the plan, the steps of the job's run, and whether the plan was kept from an earlier call."""
     check_data_path(settings)
     device = resolve_device(settings.device)
     file = _cache_file(settings, device)
     if cache and (kept := _kept(file)) is not None:
         return *kept, True
+    line(f"making the job {settings.job}")
     job = make_job(settings, device)
     open_ended = {job.steps, job.epochs, settings.steps, settings.epochs} == {None}
     if open_ended and (asked.steps or asked.samples):  # the flag says how long the run is, and a plan needs no more
@@ -109,7 +112,7 @@ def _plan(settings: Settings, asked: CostFlags, *, cache: bool) -> tuple[plans.P
         memory_budget=config.memory_budget,
         microbatch_size=None if config.auto else config.microbatch_size,
     )
-    found, steps = plan(job), None if open_ended else config.steps
+    found, steps = plan(job, progress=line), None if open_ended else config.steps
     if cache and found.decided:  # a busy machine may be quiet next time
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**found.as_dict(), "job_steps": steps}), encoding="utf-8")

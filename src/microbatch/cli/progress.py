@@ -8,8 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.status import Status
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +16,6 @@ from microbatch.cli.run_views import (
     QUIET,
     WARN,
     cells,
-    duration,
     memory_text,
     plan_text,
     plan_view,
@@ -26,6 +24,7 @@ from microbatch.cli.run_views import (
     summary_view,
     sync_text,
 )
+from microbatch.cli.waiting import ProgressLine, duration
 from microbatch.memory.budget import format_bytes
 from microbatch.step.events import BudgetPassed, MicrobatchDone, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.run_config import RunConfig
@@ -54,8 +53,10 @@ class Screen:
         """
         self._console = console
         self._config: RunConfig | None = None
-        self._progress: Progress | None = None
-        self._status: Status | None = None
+        self._live: Live | None = None
+        self._line = ProgressLine(Text())
+        self._done, self._drawn_cells = 0, ""
+        self._figures: tuple[Text, ...] = ()
         self._peak: int | None = None
         self._rate: float | None = None
         self._seconds: float | None = None
@@ -100,11 +101,8 @@ class Screen:
                 self._say("stopping", stop_text(event.signal))
             case Comparing():
                 self._end_progress()
-                if self._console.is_terminal:
-                    # Drawn rarely: what is measured now is time.
-                    text = Text("measuring the first batch against the full batch", style=QUIET)
-                    self._status = Status(text, console=self._console, refresh_per_second=1)
-                    self._status.start()
+                self._line = ProgressLine(Text("measuring the first batch against the full batch", style=QUIET))
+                self._start_line(refresh_per_second=1)  # drawn rarely: what is measured now is time
             case RunEnded():
                 self._end_progress()
                 self._console.print(summary_view(event.summary))
@@ -115,24 +113,31 @@ class Screen:
         self._config = event.config
         self._last_line = event.step
         self._console.print(plan_view(event))
-        if not self._console.is_terminal:
-            return
-        self._progress = Progress(
-            TextColumn("  [bold]{task.completed}[/]/{task.total}"),
-            BarColumn(bar_width=None, style="bright_black", complete_style="cyan", finished_style="green"),
-            TextColumn("{task.fields[cells]}", style="cyan"),
-            TextColumn("{task.fields[figures]}"),
-            console=self._console,
-            expand=True,
-            refresh_per_second=8,
-            transient=True,
-        )
-        self._progress.add_task("", total=event.config.steps, completed=event.step, cells="", figures="")
-        self._progress.start()
+        self._done = event.step
+        self._draw()
+        self._start_line(refresh_per_second=8)
+
+    def _start_line(self, *, refresh_per_second: float) -> None:
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console,
+                get_renderable=lambda: self._line,
+                transient=True,
+                refresh_per_second=refresh_per_second,
+            )
+            self._live.start(refresh=True)
+
+    def _draw(self) -> None:
+        """Put the line together; the peak, the cells and the rate are left out first on a narrow screen."""
+        if self._config is not None:
+            head = Text.assemble((f"{self._done}", "bold"), f"/{self._config.steps}")
+            fields = (Text(self._drawn_cells, style="cyan"), *self._figures)
+            self._line = ProgressLine(head, self._done / self._config.steps, fields, spare=(4, 0, 2))
 
     def _microbatch(self, event: MicrobatchDone) -> None:
-        if self._progress is not None and event.microbatches is not None:
-            self._progress.update(self._progress.task_ids[0], cells=self._cells(event.index + 1, event.microbatches))
+        if self._live is not None and event.microbatches is not None:
+            self._drawn_cells = self._cells(event.index + 1, event.microbatches)
+            self._draw()
 
     def _cells(self, done: int, microbatches: int) -> str:
         """Keep the width of a whole batch, so that an epoch's short batch does not move the line about."""
@@ -148,14 +153,15 @@ class Screen:
         self._rate = _smooth(self._rate, metrics["per_second"])
         self._seconds = _smooth(self._seconds, metrics["seconds"])
         step = metrics["step"]
-        if self._progress is not None:
-            figures = Text.assemble(
-                ("loss ", QUIET), (f"{metrics['loss']:.3f}", "bold"), "  ",
-                f"{self._rate:,.0f} {config.unit}/s", "  ",
-                (f"{duration((config.steps - step) * self._seconds)} left", QUIET),
-                ("" if self._peak is None else f"  peak {format_bytes(self._peak)}", QUIET),
-            )  # fmt: skip
-            self._progress.update(self._progress.task_ids[0], completed=step, figures=figures.markup)
+        if self._live is not None:
+            self._done = step
+            self._figures = (
+                Text.assemble(("loss ", QUIET), (f"{metrics['loss']:.3f}", "bold")),
+                Text(f"{self._rate:,.0f} {config.unit}/s"),
+                Text(f"{duration((config.steps - step) * self._seconds)} left", style=QUIET),
+                Text("" if self._peak is None else f"peak {format_bytes(self._peak)}", style=QUIET),
+            )
+            self._draw()
         if not metrics["applied"]:
             self._say("note", f"step {step} was dropped: its gradient is not finite")
         spacing = max(1, config.steps // 10)
@@ -181,12 +187,9 @@ class Screen:
         self._console.print(grid)
 
     def _end_progress(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def _smooth(before: float | None, now: float) -> float:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from microbatch.cli.waiting import duration
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.kept_heap import heap_is_kept
+from microbatch.planning.time_words import format_time
 from microbatch.step.events import BudgetPassed, PlanChosen, Retry, SizeChanged, SyncChosen
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import RunPlanned
@@ -31,6 +34,7 @@ _SYNC = {
     "lean": "lean: gradients meet after every microbatch",
     "fast": "fast: gradients meet once a step",
 }
+_ANY_WIDTH = 1000
 _MOST_CELLS = 16
 """Microbatches that are drawn one cell each; more share the cells."""
 
@@ -197,26 +201,6 @@ def cells(done: int, microbatches: int) -> str:
     return "■" * full + "□" * (width - full)
 
 
-def duration(seconds: float) -> str:
-    """Write a time for people.
-
-    Args:
-        seconds: At least 0.
-
-    Returns:
-        Seconds, or minutes and seconds, with hours where there are any.
-
-    Example:
-        >>> duration(2.34), duration(75), duration(3675)
-        ('2.3 s', '1:15', '1:01:15')
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def stop_text(signal: str) -> str:
     """Say what happens after a signal.
 
@@ -261,7 +245,9 @@ def summary_view(summary: Mapping[str, Any]) -> Group:
     title = f"finished{early}" if finished else f"stopped by {summary['stopped_by']}"
     parts: list[RenderableType] = [_framed(grid, title=title, color="green" if finished else "yellow")]
     if summary["comparison"] is not None:
-        parts += _comparison(summary["comparison"])
+        found = summary["comparison"]
+        notes = [Padding(Text(note, style=WARN), (0, 2)) for note in found["notes"]]
+        parts += [Text(), _Comparison(found), *notes]
     if summary["text"]:
         parts += [Text(), _framed(Text(summary["text"].rstrip()), title="in its own words", color="bright_black")]
     return Group(*parts, Text(), Padding(_closing(summary), (0, 2)))
@@ -281,8 +267,25 @@ def best_text(summary: Mapping[str, Any]) -> Text:
     return Text.assemble((f"{name} {best['value']:.4f}", GOOD), f" at step {best['step']:,}, in {best['checkpoint']}")
 
 
-def _comparison(found: Mapping[str, Any]) -> list[RenderableType]:
-    ways = {"accumulated": "microbatches", "whole": "whole batch", "hand_written": "written by hand"}
+class _Comparison:
+    """A table of what was measured on the first batch; on a narrow screen, without the ratios."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self._found = found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the table that fits."""
+        wide = _comparison_table(self._found, ratios=True)
+        fits = Measurement.get(console, options.update(width=_ANY_WIDTH), wide).maximum <= options.max_width
+        yield wide if fits else _comparison_table(self._found, ratios=False)
+
+
+def _comparison_table(found: Mapping[str, Any], *, ratios: bool) -> Table:
+    ways = {
+        "accumulated": "microbatches",
+        "whole": "whole batch",
+        "hand_written": "written by hand" if ratios else "by hand",
+    }
     title = f"measured on the first batch, {found['samples']} samples in {found['microbatches']} microbatches"
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -292,21 +295,18 @@ def _comparison(found: Mapping[str, Any]) -> list[RenderableType]:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column(style=QUIET)
+    table.add_column(style=QUIET, no_wrap=True)
     for key, label in ways.items():
         style = ACCENT if key == "accumulated" else "bold"
-        table.add_column(label, justify="right", header_style=style, overflow="fold")
-    whole = found["whole"]
+        table.add_column(label, justify="right", header_style=style, no_wrap=True)
     errors = [_error(found[key]["relative_error"]) for key in ways]
     if found["accumulated"]["relative_error"] is not None:
         errors[list(ways).index("whole")] = "reference"
     table.add_row("gradient error", *errors)
-    table.add_row(
-        "peak memory", *(_against(found[key]["peak_bytes"], whole["peak_bytes"], format_bytes) for key in ways)
-    )
-    table.add_row("time per step", *(_against(found[key]["seconds"], whole["seconds"], _time) for key in ways))
-    notes = [Padding(Text(note, style=WARN), (0, 2)) for note in found["notes"]]
-    return [Text(), table, *notes]
+    for label, key, write in (("peak memory", "peak_bytes", format_bytes), ("time per step", "seconds", format_time)):
+        whole = found["whole"][key] if ratios else None
+        table.add_row(label, *(_against(found[way][key], whole, write) for way in ways))
+    return table
 
 
 def _closing(summary: Mapping[str, Any]) -> Text:
@@ -348,7 +348,3 @@ def _against(value: float | None, reference: float | None, write: Callable[[Any]
 
 def _figure(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4f}"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from microbatch.cli.reported import refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
+from microbatch.cli.waiting import Waiting, output_console
 from microbatch.devices.available_devices import resolve_device
 from microbatch.errors import ConfigError, MissingDependencyError
 from microbatch.train.config import Settings, load_settings
@@ -41,6 +42,7 @@ def run_sweep(
     plot: Path | None,
     as_json: bool,
     color: bool,
+    line: Waiting,
 ) -> int:
     """Sweep a job, and write what was found.
 
@@ -52,11 +54,11 @@ def run_sweep(
         plot: Where to write a figure too, or `None`.
         as_json: Whether standard output is for machines.
         color: Whether colours may be used.
+        line: Where a terminal shows how far it is.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad input, 130 stopped by a signal.
     """
-    errors = Console(stderr=True, no_color=True if not color else None, highlight=False, soft_wrap=True)
     folder = output or _new_folder(str(flags.get("job") or "language"))
 
     def work() -> tuple[Settings, Sweep, bool]:
@@ -65,15 +67,16 @@ def run_sweep(
         if plot is not None:
             check_figure(plot)
         check_data_path(settings)
+        line(f"making the job {settings.job}")
         jobs, given = _jobs(settings), {key: value for key, value in asked.items() if value is not None}
         given["batch_sizes"] = _sizes(asked["batch_sizes"], jobs)
-        found = sweep(jobs, **given, accumulation=settings.accumulation, folder=folder, progress=_line(errors))
+        found = sweep(jobs, **given, accumulation=settings.accumulation, folder=folder, progress=_shown(line))
         return settings, found, _figures(found, folder, plot)
 
     try:
-        done, code = reported(work, errors, as_json=as_json)
+        done, code = reported(work, line, as_json=as_json)
     except KeyboardInterrupt:
-        errors.print(f"stopped; go on with the same command and --output {folder}", markup=False)
+        line.console.print(f"stopped; go on with the same command and --output {folder}", markup=False)
         return STOPPED
     if done is None:
         return code
@@ -82,7 +85,7 @@ def run_sweep(
         told = {"event": "sweep", "job": settings.job, "folder": str(folder), **found.as_dict()}
         sys.stdout.write(json.dumps(jsonable(told)) + "\n")
     else:
-        _show(found, folder, drawn, Console(no_color=True if not color else None, highlight=False, soft_wrap=True))
+        _show(found, folder, drawn, output_console(color=color))
     return 0
 
 
@@ -135,25 +138,27 @@ def _figures(found: Sweep, folder: Path, plot: Path | None) -> bool:
     return True
 
 
-def _line(console: Console) -> Callable[[SweepProgress], None]:
+def _shown(line: Waiting) -> Callable[[SweepProgress], None]:
     def show(told: SweepProgress) -> None:
         if told.seed is None:
-            console.print(Text(f"batch {told.batch_size:,}: learning rate {told.learning_rate:.3g}", style=QUIET))
+            _say(line.console, f"batch {told.batch_size:,}: learning rate {told.learning_rate:.3g}")
             return
         loss = "diverged" if told.loss is None else f"loss {told.loss:.4g}"
-        text = (
-            f"{told.point}/{told.points}  batch {told.batch_size:,}, rate {told.learning_rate:.3g}, seed {told.seed}: "
-            f"{loss}; {told.running} runs go on"
-        )
-        console.print(Text(text, style=QUIET))
+        run = f"batch {told.batch_size:,}, rate {told.learning_rate:.3g}, seed {told.seed}"
+        _say(line.console, f"{told.point}/{told.points}  {run}: {loss}")
+        line("training", told.share, detail=f"{told.running} runs")
 
     return show
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(Text(text, style=QUIET))
 
 
 def _show(found: Sweep, folder: Path, drawn: bool, console: Console) -> None:
     console.print(Text(found.goal, style=QUIET))
     console.print()
-    head, *lines = found.table().splitlines()
+    head, *lines = found.table(width=console.width).splitlines()
     console.print(Text(head, style=QUIET))
     for line in lines:
         console.print(Text(line))

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from microbatch.cli.error_report import print_error
 from microbatch.cli.flag_words import in_flags
 from microbatch.cli.json_lines import JsonLines
 from microbatch.cli.live_view_process import Watch
@@ -23,6 +24,7 @@ from microbatch.cli.progress import Screen
 from microbatch.cli.rank_log import RankLog
 from microbatch.cli.run_views import resume_command
 from microbatch.cli.safe_stream import safe
+from microbatch.cli.waiting import Waiting
 from microbatch.errors import MicrobatchError, RankError
 from microbatch.ranks.lost_ranks import is_of_the_group
 from microbatch.train.config import load_settings
@@ -58,6 +60,7 @@ def run_training(
     run: Path | None,
     resume: bool,
     output: Output,
+    line: Waiting,
 ) -> int:
     """Train, and say what happens.
 
@@ -67,19 +70,21 @@ def run_training(
         run: Run directory, or `None`.
         resume: Whether to go on with a run.
         output: What is shown, and how.
+        line: What a terminal shows until the run begins.
 
     Returns:
         The exit code: 0 finished, 1 failed, 2 bad input, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by a lost
         terminal.
     """
     launch = None
-    told = Told(output)
+    told = Told(output, line)
     try:
         with ExitStack() as around:
             launch = launch_of(os.environ)
             listeners = told.listeners(launch, around)
             patience = 0.0 if launch is None else load_settings(flags, file=file).rank_timeout
             around.enter_context(joined(launch, patience=patience))
+            line("making the job and its data")
             told.prepared = prepare(flags, file=file, run=run, resume=resume, listeners=listeners, launch=launch)
             stopped_by = told.prepared.train()["stopped_by"]
         code = 0 if stopped_by is None else 128 + signal.Signals[stopped_by]
@@ -104,13 +109,14 @@ class Told:
 
     Args:
         output: What is shown, and how.
+        line: What a terminal shows until the run begins.
 
     Attributes:
         prepared: The run, once there is one.
     """
 
-    def __init__(self, output: Output) -> None:
-        self._output = output
+    def __init__(self, output: Output, line: Waiting) -> None:
+        self._output, self._line = output, line
         self._log: RankLog | None = None
         self._launch = Launch()
         self._stderr = safe(sys.stderr)
@@ -133,8 +139,9 @@ class Told:
             made.append(self._log)
         if not self._launch.speaks:
             return tuple(made)
-        stream = safe(sys.stdout)
+        stream = safe(self._line.stdout)
         console = Console(file=stream, no_color=None if output.color else True, highlight=False)
+        made.append(lambda _: self._line.end())
         made.append(around.enter_context(JsonLines(stream) if output.as_json else Screen(console)))
         if output.tensorboard:
             made.append(EventFile())
@@ -154,6 +161,7 @@ class Told:
             The code.
         """
         kind, launch = type(error).__name__, self._launch
+        self._line.end()
         if self.prepared is not None:
             message += _resume_hint(self.prepared)
         if self._log is not None:
@@ -163,11 +171,9 @@ class Told:
             return code
         if self._output.as_json and launch.speaks:
             safe(sys.stdout).write(json.dumps({"event": "error", "kind": kind, "message": message}) + "\n")
-        console = Console(
-            file=self._stderr, no_color=None if self._output.color else True, highlight=False, soft_wrap=True
-        )
-        console.print("error:" if launch.ranks == 1 else f"error on rank {launch.rank}:", style="bold red", end=" ")
-        console.print(message, markup=False)
+        console = Console(file=self._stderr, no_color=None if self._output.color else True, highlight=False)
+        console.soft_wrap = not console.is_terminal
+        print_error(console, message, label="error:" if launch.ranks == 1 else f"error on rank {launch.rank}:")
         return code
 
     def crashed(self, error: Exception) -> int:
@@ -183,6 +189,7 @@ class Told:
             return self.failed(
                 error, "another rank failed or died before the run began (its own error has the cause)", code=FAILED
             )
+        self._line.end()
         if self._launch.speaks or self.prepared is not None:
             traceback.print_exception(type(error), error, _of_the_user(error.__traceback__), file=self._stderr)
         where = "the job's function" if self.prepared is None else "the run"

@@ -56,9 +56,6 @@ class DeepSpeed:
         >>> DeepSpeed(torch.nn.Linear(1, 1))
         Traceback (most recent call last):
         microbatch.errors.ConfigError: engine must be what deepspeed.initialize(...) returned first, not a Linear
-
-    Source:
-        Laws N1 to N5, N7 to N9, B4 to B6, R1, R2, F5, F6.
     """
 
     def __init__(

@@ -43,9 +43,6 @@ def batch_mean(x: Tensor, *, count: Count | None = None) -> Tensor:
         >>> x = torch.tensor([1.0, 2.0])
         >>> batch_mean(x) is x
         True
-
-    Source:
-        Law C4.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(batch_mean, (x,), x, count=count)
@@ -67,9 +64,6 @@ def batch_sum(x: Tensor) -> Tensor:
 
     Cost:
         One sync point of all microbatches under ``batch_norm="exact"``; nothing otherwise.
-
-    Source:
-        Law C4.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(batch_sum, (x,), x)
@@ -92,9 +86,6 @@ def batch_gather(x: Tensor) -> Tensor:
     Cost:
         One sync point of all microbatches and the memory of all rows, once, under ``batch_norm="exact"``; nothing
         otherwise.
-
-    Source:
-        Law C4.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(batch_gather, (x,), x)

@@ -48,9 +48,6 @@ class Loss:
         ... )
         >>> round(loss.mean.item(), 4)  # log 4
         1.3863
-
-    Source:
-        Laws N1 to N5.
     """
 
     sum: Tensor

@@ -73,9 +73,6 @@ def from_model(count: CountOf = "auto") -> ModelLoss:
         >>> loss = from_model("labels")(Model(4, 2), batch)
         >>> int(loss.count)
         3
-
-    Source:
-        Laws N1 to N4.
     """
     return ModelLoss(_call, count, takes_items=_takes_items)
 

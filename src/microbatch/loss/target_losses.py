@@ -32,9 +32,6 @@ def causal_lm(logits: Tensor, labels: Tensor, *, shift: bool = True, ignore_inde
         >>> loss = causal_lm(torch.zeros(1, 4, 5), labels)
         >>> int(loss.count), round(loss.mean.item(), 4)  # log 5
         (2, 1.6094)
-
-    Source:
-        Law N2.
     """
     if labels.shape != logits.shape[:-1] or not labels.ndim:
         raise LossError(
@@ -75,9 +72,6 @@ def cross_entropy(
         >>> loss = cross_entropy(torch.zeros(3, 2), torch.tensor([0, 1, -100]), weight=torch.tensor([1.0, 3.0]))
         >>> loss.count.item(), round(loss.mean.item(), 4)  # log 2
         (4.0, 0.6931)
-
-    Source:
-        Law N2.
     """
     if logits.ndim < 2 or labels.shape not in {logits.shape, logits.shape[:1] + logits.shape[2:]}:
         raise LossError(

@@ -34,9 +34,11 @@ from microbatch.step.size.room import room_for
 from microbatch.step.size.search import sizes_for
 from microbatch.step.size.timing_search import MOST_PROBES
 
-_METERED = "what is counted, and the error, is of tensors alone, as the meter counts them on the CPU"
+_METERED = "on the CPU, the columns counted and error are of tensors alone"
 _MOST_STEPS = 60
 """Steps after which five probes must have ended, each with its warm-up and as many again for a meter and for noise."""
+_DRY_RUN, _TIMED, _USUAL_STEPS = 0.15, 0.75, 22
+"""Usual shares of the time after the dry run and after the trial, and usual steps of the trial; for `progress`."""
 _CLEARLY = 1.03
 """Times as fast that another way has to be: all of them have a price that no timing shows."""
 
@@ -68,6 +70,7 @@ def plan(
     memory_budget: int | str | None = None,
     autocast: torch.dtype | None = None,
     from_batch_size: int | None = None,
+    progress: Callable[[str, float | None], object] | None = None,
 ) -> Plan:
     """Find the microbatch size with the best throughput within a memory budget, and whether to keep activations.
 
@@ -85,6 +88,8 @@ def plan(
         autocast: Precision of the forward pass; `None` for the job's.
         from_batch_size: Batch that the optimizer's hyperparameters were tuned for, in samples, to be told what goes
             with this one; `None` leaves them out.
+        progress: Called with what is being done, and how much of the plan is done, from 0 to 1, as an
+            estimate; `None` while nobody knows.
 
     Returns:
         The plan; print it, or read ``microbatch_size``, ``checkpoint`` and ``offload``.
@@ -116,7 +121,7 @@ def plan(
         raise EmptyBatchError("the batch to plan for has 0 rows")
     snapshot = Snapshot(options.bare_model, options.device)
     try:
-        made = _made(options, loss_fn, batch=batch, counts=counts, asked=asked)
+        made = _made(options, loss_fn, batch=batch, counts=counts, asked=asked, progress=progress or _nobody)
     finally:
         snapshot.restore()
     if from_batch_size is not None:
@@ -130,7 +135,8 @@ def plan(
 class _Trial:
     """Run "auto" on copies, and write down how long steps took and what they took."""
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[str, float | None], object]) -> None:
+        self._progress, self._steps = progress, 0
         self.seconds: dict[int, float] = {}
         self.peaks: dict[int, int] = {}
         self.chosen: PlanChosen | None = None
@@ -165,17 +171,34 @@ class _Trial:
             self.peaks[size] = max(peak, self.peaks.get(size, 0))
 
     def _listen(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            self._steps += 1
+            share = _DRY_RUN + (_TIMED - _DRY_RUN) * min(1.0, self._steps / _USUAL_STEPS)
+            self._progress(f"timing microbatches of {event.step.microbatch_size}", share)
         if isinstance(event, PlanChosen):
             self.chosen = event
         elif isinstance(event, StepDone) and not event.step.retries:
             self.write(int(event.step.microbatch_size), (event.step.seconds, event.step.peak_bytes))
 
 
-def _made(options: Options, loss_fn: LossFunction, *, batch: Any, counts: Any, asked: int | None) -> Plan:
+def _nobody(doing: str, share: float | None) -> None:
+    pass
+
+
+def _made(
+    options: Options,
+    loss_fn: LossFunction,
+    *,
+    batch: Any,
+    counts: Any,
+    asked: int | None,
+    progress: Callable[[str, float | None], object],
+) -> Plan:
     rows, budget = rows_of(batch), room_for(options, batch)
     stage = Stage(options=options, loss_fn=loss_fn, batch=batch, counts=counts, rows=rows, budget=budget)
+    progress("predicting memory", None)
     prediction = dry_run(options, loss_fn, batch=batch)
-    trial, chosen, failure = _Trial(), None, None
+    trial, chosen, failure = _Trial(progress), None, None
     try:
         chosen = trial.run(options, loss_fn, batch=batch, counts=counts)
     except Exception as error:
@@ -195,6 +218,7 @@ def _made(options: Options, loss_fn: LossFunction, *, batch: Any, counts: Any, a
     kept = None if chosen is None else _kept(candidates, chosen.microbatch_size)
     found = [] if kept is None else [kept]
     if chosen is None or chosen.decided:  # else the machine is too busy to compare anything
+        progress("timing checkpoints and offloading", _TIMED)
         found += ways(stage, kept, prediction=prediction, sizes=sizes_for(rows))
     if not found and failure is not None:
         raise failure

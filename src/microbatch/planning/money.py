@@ -164,23 +164,3 @@ def parse_deadline(text: str) -> float:
     if seconds <= 0:
         raise ConfigError(f'{text!r} is not a time above 0; write one such as "90 min", "6 h" or "2 d"')
     return seconds
-
-
-def format_time(seconds: float) -> str:
-    """Format a time with 3 significant digits, in the largest unit of which there are two.
-
-    Args:
-        seconds: Finite, at least 0.
-
-    Returns:
-        The time in ms, s, min, h or d.
-
-    Example:
-        >>> format_time(0.0123), format_time(95), format_time(150), format_time(8000), format_time(400_000)
-        ('12.3 ms', '95.0 s', '2.50 min', '2.22 h', '4.63 d')
-    """
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    unit = next((name for name in ("d", "h", "min") if seconds >= 2 * _SECONDS[name]), "s")
-    number = Money(_EXACT.divide(Decimal(str(seconds)), Decimal(_SECONDS[unit])))
-    return f"{number} {unit}"

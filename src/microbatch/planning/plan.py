@@ -13,6 +13,7 @@ from microbatch.planning.money import Price
 from microbatch.planning.run_costs import MEASURED, RunCost, as_price, steps_of_run
 from microbatch.planning.scaling import Scaling
 from microbatch.planning.text_table import aligned, fitting
+from microbatch.planning.time_words import format_time
 
 _BAR = 24
 KEPT, CHECKPOINTED, OFFLOADED = "kept", "checkpointed", "offloaded"
@@ -221,9 +222,9 @@ class Plan:
         """
         timed = [(each, self.batch_size / each.seconds) for each in self.candidates if each.seconds]
         best = max((speed for _, speed in timed), default=0.0)
-        width = len(str(self.batch_size))
+        width, bar = len(str(self.batch_size)), _BAR / best if best else 0.0
         return "\n".join(
-            f"{each.microbatch_size:>{width}}  {'█' * max(1, round(_BAR * speed / best)):<{_BAR}}  {speed:,.4g} rows/s"
+            f"{each.microbatch_size:>{width}}  {'█' * max(1, round(bar * speed)):<{_BAR}}  {_speed(speed)} rows/s"
             f"{'  <' if each.microbatch_size == self.microbatch_size else ''}"
             for each, speed in timed
         )
@@ -303,12 +304,16 @@ def _way_from(found: Mapping[str, Any]) -> Way:
     return Way(**values)
 
 
+def _speed(rows: float) -> str:
+    return f"{rows:,.0f}" if rows >= 100 else f"{rows:.3g}"
+
+
 def _told(each: Candidate | Way, rows: int) -> list[str]:
     """Write predicted and measured bytes, seconds of a step, and rows per second."""
     seconds = each.seconds
     return [
         "-" if each.predicted_bytes is None else format_bytes(each.predicted_bytes),
         "-" if each.measured_bytes is None else format_bytes(each.measured_bytes),
-        "-" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms",
-        "-" if not seconds else f"{rows / seconds:,.4g}",
+        "-" if seconds is None else format_time(seconds),
+        "-" if not seconds else _speed(rows / seconds),
     ]

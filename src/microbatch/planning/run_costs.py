@@ -8,8 +8,9 @@ from typing import Any
 
 from microbatch.errors import ConfigError
 from microbatch.memory.byte_amounts import format_bytes
-from microbatch.planning.money import Money, Price, format_time
+from microbatch.planning.money import Money, Price
 from microbatch.planning.text_table import aligned, fitting
+from microbatch.planning.time_words import format_time
 
 MEASURED, PREDICTED = "measured", "predicted"
 
@@ -225,7 +226,7 @@ def costs_table(costs: Sequence[RunCost], *, best: RunCost | None = None, width:
     empty = [name for column, name in enumerate(head) if name and all(row[column] == "-" for row in rows[1:])]
     for name in empty:
         rows = [[cell for cell, title in zip(row, rows[0], strict=True) if title != name] for row in rows]
-    spare = [name for name in ("step costs", "cut", "peak", "fits") if name not in empty]
+    spare = [name for name in ("step costs", "cut", "peak", "fits", "limited by") if name not in empty]
     return aligned(fitting(rows, spare, width))
 
 

@@ -260,9 +260,9 @@ def _warn(rule: Rule, pair: Sequence[Hyperparameters], change: Change) -> Iterat
     weaker = change.factor * given.learning_rate / scaled.learning_rate
     if given.optimizer == "AdamW" and given.weight_decay and abs(weaker - 1) > 0.01:
         yield (
-            f"weight_decay is left at {given.weight_decay:.6g}: over as many samples it now takes away "
-            f"{'less' if weaker > 1 else 'more'}; {given.weight_decay * weaker:.6g} would take away as much (Wang and "
-            "Aitchison 2024)"
+            f"weight_decay stays at {given.weight_decay:.6g}. Over the same number of samples, it now shrinks the "
+            f"weights {'less' if weaker > 1 else 'more'}; {given.weight_decay * weaker:.3g} would shrink them as "
+            "before (Wang and Aitchison 2024)"
         )
 
 

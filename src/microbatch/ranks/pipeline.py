@@ -60,9 +60,6 @@ class Pipeline(nn.Module):
         >>> step.loss.item(), [layer.weight.item() for layer in layers]  # of v w x: both gradients are mean(x) = 2
         (2.0, [0.0, 0.0])
         >>> dist.destroy_process_group()
-
-    Source:
-        Laws N1 to N9, R1, R2.
     """
 
     def __init__(self, stages: Any, *, schedule: Any = None) -> None:

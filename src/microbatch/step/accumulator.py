@@ -91,9 +91,6 @@ class Accumulator:
         >>> step = accumulator.step(batch, lambda model, x: model(x).mean())
         >>> step.loss.item(), step.microbatches, model.weight.item()  # 1 - 0.5 * 2
         (2.0, 2, 0.0)
-
-    Source:
-        Laws N1 to N9, B1 to B6, P1 to P4.
     """
 
     @names_checked

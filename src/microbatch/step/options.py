@@ -99,7 +99,7 @@ class Sums:
         True
 
     Source:
-        Laws P1 to P3; ``docs/precision.md``, ``docs/fuse.md``.
+        ``docs/precision.md``, ``docs/fuse.md``.
     """
 
     dtype: torch.dtype = torch.float32
@@ -149,7 +149,7 @@ class Ranks:
         torch.float32
 
     Source:
-        Laws R1 to R8; ``docs/ranks.md``, ``docs/sharded.md``.
+        ``docs/ranks.md``, ``docs/sharded.md``.
     """
 
     group: object = None

@@ -150,7 +150,7 @@ class OwnLoop(OpenWindow):
             representations; with several ranks, one all-gather of them.
 
         Source:
-            Laws C1 to C3; ``docs/coupled.md``.
+            ``docs/coupled.md``.
         """
         self.check_open("encode in")
         check_callable("encode", encode, "encode(model, microbatch)")
@@ -174,7 +174,7 @@ class OwnLoop(OpenWindow):
         if self.record is None:
             raise WindowClosedError(
                 "there is no step yet: the window's record exists once its block, or the loop over its microbatches, "
-                "has ended"
+                "has ended. A loop that was left by break ends when the next window begins"
             )
         return self.record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from microbatch.errors import WindowError
 
 _OURS = (str(Path(__file__).parents[1]), "<@")  # and functions that beartype generated
+_SWAPPED = re.compile(r"'\w+' object (is not callable|is not subscriptable|cannot be interpreted as an integer)")
+"""What Python raises if a microbatch is called, or a model is read like a microbatch."""
 _AGAIN = "backward through the graph a second time"
 
 
 def raise_as_raised(error: BaseException) -> None:
-    """Raise the error of the user's function, if another one was raised in its place.
+    """Raise the error of the user's function, if another one was raised in its place; explain swapped parameters.
 
     The library calls the functions inside of generators. There, Python replaces a `StopIteration`, such as that of
     ``next(loader)`` at the loader's end, by a `RuntimeError`.
@@ -24,6 +27,8 @@ def raise_as_raised(error: BaseException) -> None:
     Raises:
         StopIteration: It was the user's.
     """
+    if isinstance(error, TypeError) and _SWAPPED.match(str(error)):
+        error.add_note("microbatch: loss_fn is called as loss_fn(model, microbatch), the model first")
     if type(error) is not RuntimeError or not isinstance(error.__cause__, StopIteration):
         return
     last = error.__traceback__

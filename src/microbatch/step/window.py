@@ -50,9 +50,6 @@ class Window(OwnLoop):
         ...         window.backward(model(microbatch["x"]).mean())
         >>> window.step.microbatches, window.step.samples
         (3, 5)
-
-    Source:
-        Laws B1 to B6.
     """
 
     def __init__(

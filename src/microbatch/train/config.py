@@ -1,4 +1,4 @@
-"""Settings of a run: a TOML file, flags over it, the job's defaults under it."""
+"""Load the settings of a run: a TOML file, flags over it, and what is wrong with them in words."""
 
 from __future__ import annotations
 
@@ -8,126 +8,12 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
-from microbatch.errors import ConfigError, MicrobatchError
-from microbatch.memory.budget import parse_bytes
-from microbatch.train.best import Score
-
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Settings(BaseModel):
-    """Everything that can be set in a file or by a flag; what is left out is the job's to say.
-
-    ``"none"`` switches off what a job would otherwise bring.
-
-    Attributes:
-        job: Built-in name or ``path/to/file.py:function``.
-        data: File or folder for the job, instead of its own data.
-        batch_size: Effective batch in samples, over all ranks.
-        microbatch_size: Samples that go through the model at once, or ``"auto"`` to find the
-            fastest that fits in the first steps; the job's default if left out, and ``"auto"`` if it has none.
-        memory: Bytes that a step may use on the device, or a text such as ``"6 GiB"``.
-        steps: Optimizer steps of the run.
-        epochs: Passes over the data, instead of steps.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"xpu"``, or another one that PyTorch
-        knows. seed: Seed of the initial weights, the order of the data and everything else that is random. autocast:
-        Precision of the forward pass. learning_rate: Peak learning rate, instead of the one that the job's optimizer
-        holds. schedule: What follows the warm-up. warmup_steps: Optimizer steps of linear warm-up. max_grad_norm: Clip
-        the finished gradient to this norm. nonfinite: What to do with a window whose loss or gradient is not finite.
-        accumulation: ``"plain"`` couples samples within each microbatch alone, as accumulation usually does, for
-            comparison; ``"exact"`` over the whole batch.
-        buffers: What happens to buffers that every microbatch moves, but for those of batch normalisation: ``"once"``
-            or ``"mean"`` moves them once a step, ``"each"`` lets every microbatch move them; as for `Accumulator`.
-        checkpoint: Which blocks of the model recompute their activations in backward: ``"all"``, ``"none"``, or with
-            ``"auto"`` as few as the memory needs.
-        validate_every: Optimizer steps between validations.
-        checkpoint_every: Optimizer steps between checkpoints.
-        keep_checkpoints: Newest checkpoints that are kept.
-        best: Keep the checkpoint of the best validation, too: ``"min:NAME"`` or ``"max:NAME"`` of its scores.
-        patience: Validations in a row without a better one after which the run ends early; without ``best``, the loss
-            decides.
-        compare: Whether the run ends with the comparison against the full batch.
-        deterministic: Whether the run has the same bits on any number of ranks, dropout included.
-        async_checkpoints: Whether training goes on while a checkpoint is written.
-        rank_timeout: Seconds that a rank waits for the others before it says who is missing and ends.
-        shard: What each of several ranks holds a share of: ``"zero2"`` of the gradients and the optimizer's state,
-            ``"zero3"`` of the weights too; ``"none"`` of nothing that the job has not sharded itself.
-        sync: When the gradients of a sharded model meet, as for `Accumulator`.
-        tracker: Where the metrics of every step go as well; a resumed run continues there.
-    """
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-    job: Annotated[str, Field(min_length=1)] = "language"
-    data: Annotated[str, Field(min_length=1)] | None = None
-    batch_size: Count | None = None
-    microbatch_size: Count | Literal["auto"] | None = None
-    memory: Count | str | None = None
-    steps: Count | None = None
-    epochs: Positive | None = None
-    device: Annotated[str, Field(min_length=1)] = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    autocast: Literal["bf16", "fp16", "none"] | None = None
-    learning_rate: Positive | None = None
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    max_grad_norm: Positive | Literal["none"] | None = None
-    nonfinite: Literal["raise", "skip"] = "raise"
-    accumulation: Literal["exact", "plain"] = "exact"
-    buffers: Literal["once", "mean", "each"] | None = None
-    checkpoint: Literal["auto", "all", "none"] = "none"
-    validate_every: Count | None = None
-    checkpoint_every: Count | None = None
-    keep_checkpoints: Count = 3
-    best: str | None = None
-    patience: Count | None = None
-    compare: bool = True
-    deterministic: bool = False
-    async_checkpoints: bool = False
-    rank_timeout: Positive = 600.0
-    shard: Literal["none", "zero2", "zero3"] = "none"
-    sync: Literal["auto", "lean", "fast"] = "auto"
-    tracker: Literal["wandb", "mlflow", "trackio", "tensorboard", "none"] = "none"
-
-    @field_validator("memory")
-    @classmethod
-    def _memory_is_readable(cls, value: int | str | None) -> int | str | None:
-        if value is not None and value != "none":
-            try:
-                parse_bytes(value)
-            except MicrobatchError as error:
-                raise ValueError(str(error)) from None
-        return value
-
-    @field_validator("best")
-    @classmethod
-    def _best_is_readable(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                Score.parse(value)
-            except MicrobatchError as error:
-                raise ValueError(str(error)) from None
-        return value
-
-    def toml(self) -> str:
-        """Write the settings as a file that ``--config`` reads back to the same settings.
-
-        Returns:
-            TOML text, one key a line; keys that are not set are left out.
-
-        Example:
-            >>> print(Settings(job="images", steps=3).toml().splitlines()[0])
-            job = "images"
-        """
-        values = self.model_dump(exclude_none=True)
-        # A JSON string, number or boolean is the same thing in TOML, except for the control character DEL.
-        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items())
-        return "".join(line.replace("\x7f", "\\u007f") + "\n" for line in lines)
+from microbatch.errors import ConfigError
+from microbatch.train.run_settings import Settings, flag_name
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -214,25 +100,6 @@ def _ask_for_units(amount: object, *, where: str) -> None:
         raise ConfigError(
             f'{where} is {text}: {text} what? Write "{text} GiB" or "{text} MiB", or "{text} B" for bytes'
         )
-
-
-WITHOUT_FLAG = ("schedule", "nonfinite", "keep_checkpoints", "compare")
-"""Keys that are set in a file alone; of the last, the flag ``--no-compare`` is the opposite."""
-
-
-def flag_name(key: str) -> str:
-    """Name the flag that sets a key.
-
-    Args:
-        key: A key of `Settings`.
-
-    Returns:
-        For example ``"--batch-size"``; for the job, which is an argument, its name in the usage; the key
-        itself where no flag sets it.
-    """
-    if key in WITHOUT_FLAG:
-        return key
-    return "JOB" if key == "job" else "--" + {"learning_rate": "lr"}.get(key, key).replace("_", "-")
 
 
 def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:

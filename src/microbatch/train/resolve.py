@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -39,8 +40,28 @@ def check_data_path(settings: Settings) -> None:
     Raises:
         ConfigError: The path does not exist.
     """
-    if settings.data is not None and not Path(settings.data).expanduser().exists():
+    if settings.data is not None and not is_there(Path(settings.data).expanduser(), flag="--data"):
         raise ConfigError(f"--data {settings.data}: there is no such file or folder")
+
+
+def is_there(path: Path, *, flag: str) -> bool:
+    """Look whether there is a file or folder.
+
+    Args:
+        path: Its path.
+        flag: The flag that was given the path.
+
+    Returns:
+        Whether there is one.
+
+    Raises:
+        ConfigError: The file system refuses the path: it is too long, or no folder may be read on the way.
+    """
+    try:
+        return path.exists()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{flag} {os.fspath(path)[:60]!r}: this path cannot be used: {why}") from None
 
 
 def check_memory(settings: Settings, job: Job, config: RunConfig) -> None:

@@ -29,7 +29,13 @@ from microbatch.train.first_rank import by_the_first
 from microbatch.train.job import Job
 from microbatch.train.launch import Launch, own_device
 from microbatch.train.place import find_place
-from microbatch.train.resolve import check_data_path, check_memory, resolve, resolved_settings
+from microbatch.train.resolve import (
+    check_data_path,
+    check_memory,
+    is_there,
+    resolve,
+    resolved_settings,
+)
 from microbatch.train.run_config import RunConfig
 from microbatch.train.run_events import Comparing, Notice, RunEnded, RunEvent, RunListener, RunPlaced
 from microbatch.train.run_lock import Claim
@@ -301,6 +307,8 @@ def _choose(
         raise ConfigError(
             "the launcher may restart the ranks (--max-restarts): pass --run DIR, so that they find the run again"
         )
+    if run is not None:
+        is_there(run, flag="--run")
     if launch.restartable and run is not None and RunDirectory(run).has_checkpoints:
         resume = True
     if resume:

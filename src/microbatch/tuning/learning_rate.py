@@ -121,7 +121,7 @@ class LearningRate:
         curve = self.curve
         count = len(curve.rates)
         shown = {round(index * (count - 1) / max(1, _ROWS - 1)) for index in range(_ROWS)} if count else set[int]()
-        rows = [(curve.rates[i], f"{curve.smoothed[i]:>11.5g}{curve.spread[i]:>11.2g}", "") for i in shown]
+        rows = [(curve.rates[i], f"{curve.smoothed[i]:>#11.5g}{curve.spread[i]:>#11.2g}", "") for i in shown]
         rows += [(rate, f"{'':>22}", f"  < {name}") for name, rate in self.marks.items()]
         rows.sort(key=lambda row: row[0])
         lines = [f"{'rate':>9}{'loss':>11}{'spread':>11}"]

@@ -153,6 +153,7 @@ class SweepProgress:
         seed: Its seed; `None` while sizes and rates are being found.
         loss: Its loss at the point; `None` before the first.
         running: Runs that go on.
+        share: How much of the whole sweep is done, from 0 to 1, if no more runs end early.
     """
 
     point: int
@@ -162,3 +163,4 @@ class SweepProgress:
     seed: int | None = None
     loss: float | None = None
     running: int = 0
+    share: float = 0.0

@@ -104,13 +104,16 @@ class Sweep:
         """Write what follows: the advice, the fit, and the comparison with the noise scale."""
         return tuple(reading(self.advice, self.critical, self.noise_scale))
 
-    def table(self) -> str:
+    def table(self, *, width: int | None = None) -> str:
         """Write one line for each batch size.
+
+        Args:
+            width: Columns that there are; `None` for no limit. Columns that do not fit are left out.
 
         Returns:
             Several lines, the first of them the headings.
         """
-        return table(self.batches)
+        return table(self.batches, width=width)
 
     def __str__(self) -> str:
         """Write the target, the table, what follows, and the notes."""

@@ -32,6 +32,11 @@ class _Run:
         """Return the loss at the newest point; infinite for a run that diverged."""
         return self.curve[-1].loss if self.curve and self.ended != DIVERGED else math.inf
 
+    @property
+    def share(self) -> float:
+        """Return the share of its samples that it has trained on."""
+        return self.plan.ends[len(self.curve) - 1] / self.plan.ends[-1] if self.curve else 0.0
+
 
 class Rounds:
     """The runs of a sweep, which take turns.
@@ -114,6 +119,7 @@ class Rounds:
             seed=run.plan.seed,
             loss=run.curve[-1].loss if run.curve else None,
             running=sum(each.ended is None for each in self._all),
+            share=sum(each.share for each in self._all) / sum(each.share if each.ended else 1.0 for each in self._all),
         )
         self._tell(told)
 

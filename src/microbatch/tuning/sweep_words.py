@@ -5,23 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from microbatch.planning.text_table import aligned
+from microbatch.planning.text_table import aligned, fitting
+from microbatch.planning.time_words import format_time
 from microbatch.tuning.sweep_fit import CriticalBatch, harmless_size
 from microbatch.tuning.sweep_records import BatchResult
 
-_HEAD = ("batch", "microbatch", "learning rate", "best loss", "steps", "samples", "spread", "time", "noise scale")
+_HEAD = ["batch", "microbatch", "learning rate", "best loss", "steps", "samples", "spread", "time", "noise scale"]
 
 
-def table(batches: Sequence[BatchResult]) -> str:
+def table(batches: Sequence[BatchResult], *, width: int | None = None) -> str:
     """Write one line for each batch size.
 
     Args:
         batches: The results.
+        width: Columns that there are; `None` for no limit. Columns that do not fit are left out.
 
     Returns:
         Several lines, the first of them the headings. Steps, samples and time are those to the target.
     """
-    return aligned([_HEAD, *(_row(each) for each in batches)])
+    rows = [_HEAD, *(list(_row(each)) for each in batches)]
+    spare = ("microbatch", "spread", "noise scale", "learning rate", "best loss")
+    return aligned(fitting(rows, spare, width))
 
 
 def target_line(target: float | None, *, given: bool, measure: str) -> str:
@@ -180,21 +184,6 @@ def _row(each: BatchResult) -> tuple[str, ...]:
         "-" if each.seconds is None else format_time(each.seconds),
         "-" if each.noise_scale is None else f"{each.noise_scale:,.3g}",
     )
-
-
-def format_time(seconds: float) -> str:
-    """Write a time for people.
-
-    Args:
-        seconds: 0 or more.
-
-    Returns:
-        For example ``"12.3 s"``, ``"4.0 min"`` or ``"2.5 h"``.
-    """
-    for unit, length in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _cap(text: str) -> str:

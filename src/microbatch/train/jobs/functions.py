@@ -165,7 +165,7 @@ def _pair(record: Any, *, where: str) -> Pair:
 
 def _told_columns(record: dict[Any, Any]) -> str:
     names = [str(name) for name in record if name is not None]
-    return f", which is no name here: there are {', '.join(map(ascii, names[:6]))}, to be renamed" if names else ""
+    return f"; rename its columns, which are {', '.join(map(ascii, names[:6]))}" if names else ""
 
 
 def _wanted() -> str:
