@@ -18,7 +18,7 @@ import microbatch as mb
 from microbatch.guide import paste_check, paste_worker
 from microbatch.guide.page import RECORDED, load_drawn, load_measured, page
 from microbatch.guide.paste_check import MOST_PASTED, MOST_SOURCE
-from microbatch.guide.paste_form import LOOPS
+from microbatch.guide.paste_loops import LOOPS
 from microbatch.linting.finding import Finding
 from microbatch.linting.rules.table import RULES
 from microbatch.linting.sources import Source

@@ -69,6 +69,7 @@ FORMATS: Mapping[str, Callable[[float], str]] = {
     "percent": percent,
     "times": times,
     "bytes": format_bytes,
-    "int": lambda value: f"{round(value):,}",
+    "whole": lambda value: f"{round(value):,}",
+    "plain": lambda value: f"{value:,.6f}".rstrip("0").rstrip("."),
 }
 """Ways to write a number, by the name that the text calls them by."""

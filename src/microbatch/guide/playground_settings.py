@@ -192,6 +192,19 @@ FIELDS: tuple[Field, ...] = (
     ),
 )
 
+KNOBS = ("batch", "microbatch", "lr")
+"""What the playground asks first."""
+
+GROUPS = {
+    "What": ("model", "norm", "coupling", "precision", "divide"),
+    "The memory": ("tank", "recover"),
+    "The step": ("optimizer", "rule"),
+    "The run": ("steps", "seed", "compare", "pace"),
+}
+
+WIDE = ("model", "norm", "coupling", "precision", "divide", "optimizer", "rule")
+"""Whose choices take more words than half a column holds."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
