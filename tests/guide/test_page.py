@@ -132,7 +132,7 @@ def test_what_is_written_into_the_page_is_escaped(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(TITLES, "by_hand", bad)
     written = page({**load_measured(), "made": {**load_measured()["made"], "processor": bad}}, drawn)
     assert bad not in written
-    assert written.count("&lt;img src=x&gt;") == 6
+    assert written.count("&lt;img src=x&gt;") == 7  # say, processor, loop twice, title three times
     assert json.loads(written.split('id="data">')[1].split("</script>")[0])["measured"]["made"]["processor"] == bad
 
 

@@ -35,7 +35,7 @@ STAGED = ("hero", "loop", "code")
 
 LIVE, RECORDED = "live", "recorded"
 
-TITLES = {"full_batch": "The whole batch", "by_hand": "Accumulated by hand", "with_microbatch": "With microbatch"}
+TITLES = {"full_batch": "Whole batch", "by_hand": "By hand", "with_microbatch": "With microbatch"}
 """What the examples are called."""
 
 # Whatever a template writes is escaped, unless it says `safe`; what it names must be there.

@@ -244,7 +244,7 @@ function against({ sizes }, named, label, said) {
 }
 
 const norm = ({ batch_norm, batch_norm_exact, group_norm }) =>
-  against(batch_norm, [["BatchNorm", batch_norm], ["exact BatchNorm", batch_norm_exact], ["GroupNorm", group_norm]], "Relative error of the gradient, by microbatch size",
+  against(batch_norm, [["BatchNorm", batch_norm], ["exact mode", batch_norm_exact], ["GroupNorm", group_norm]], "Relative error of the gradient, by microbatch size",
     (batch, exact, group) => `With BatchNorm the gradient is ${percent(batch)} off, in exact mode ${power(exact)}, with GroupNorm ${power(group)},`);
 
 const coupling = ({ pairs, pairs_coupled }) =>
@@ -287,7 +287,7 @@ export function decision({ path }) {
       const chosen = reached && answer === (side === "yes");
       const top = y - 4 + number * 54;
       drawn.push(el("path", { class: chosen ? "arrow thick" : "arrow faint", d: number ? `M122 ${y + 38}V${top + 22}H262` : `M240 ${y + 19}H262`, "marker-end": "url(#head)" }));
-      drawn.push(text(number ? 132 : 244, number ? top + 16 : y + 9, side, { class: "quiet small" }));
+      drawn.push(text(number ? 132 : 254, number ? top + 16 : y + 9, side, { class: "quiet small", "text-anchor": number ? null : "middle" }));
       drawn.push(el("g", { class: chosen ? "answer reached" : "answer" }, el("rect", { x: 268, y: top, width: 148, height: 46, rx: 6 }), lines(342, top + 19, question[side])));
     });
     const on = { yes: question.no && !question.yes, no: question.yes && !question.no };

@@ -3,6 +3,7 @@
 import { FIGURES, RULES, START, TANK, tankScale, VIEWS } from "./figures.js";
 import { startPaste } from "./paste.js";
 import { startPlayground } from "./playground.js";
+import { show } from "./readout.js";
 import { CUTS, LAST } from "./stage.js";
 import { startStage } from "./stage-player.js";
 import { readMoment } from "./state.js";
@@ -19,16 +20,7 @@ function place(name) {
   const figure = document.querySelector(`[data-figure="${name}"]`);
   const controls = figure.querySelector("[data-controls]");
   controls.hidden = false;
-  return {
-    figure, controls,
-    show(drawn) {
-      const { svg, say, table } = drawn;
-      figure.querySelector("[data-drawing]").innerHTML = svg;
-      figure.querySelector("[data-say]").textContent = say;
-      figure.querySelector("[data-table]").innerHTML = table;
-      return drawn;
-    },
-  };
+  return { figure, controls, show: (drawn) => (show(figure, drawn), drawn) };
 }
 
 function slider(controls, label, { min, max, step = 1, value, name = String }, onInput) {
@@ -54,6 +46,18 @@ function select(controls, label, choices, value, onChange) {
   controls.append(wrap);
   list.addEventListener("change", () => onChange(list.value));
 }
+
+// What is open where there is room for it is folded on a phone, until the reader opens it; turning the phone keeps that.
+const phone = matchMedia("(max-width: 40rem), (max-height: 30rem)"), folds = [...document.querySelectorAll("[data-fold]")];
+let opened = [];
+function fold() {
+  if (!phone.matches) opened = folds.filter((each) => each.open);
+  for (const each of folds) each.open = !phone.matches || opened.includes(each);
+}
+fold();
+phone.addEventListener("change", fold);
+const sections = document.querySelector(".top details");
+sections.addEventListener("click", ({ target }) => target.closest("a") && (sections.open = !phone.matches));
 
 // -- figures that are chosen ------------------------------------------------------------------------------------------
 
@@ -130,7 +134,7 @@ function wireMathematics() {
   lengths.className = "lengths";
   controls.append(lengths);
   state.lengths.forEach((length, index) =>
-    slider(lengths, `Length ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
+    slider(lengths, `Tokens ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
   draw();
 }
 
@@ -226,12 +230,12 @@ function wireQuestions() {
   const answers = new Map();
   for (const item of questions) {
     const bold = item.closest("section").querySelector(".remember");
-    bold.hidden = true;
+    bold.hidden = item.querySelector("details").hidden = true;
     item.addEventListener("change", ({ target }) => {
       const right = target.hasAttribute("data-right");
       if (!answers.has(item)) answers.set(item, right); // the first answer counts
       item.querySelector("[data-verdict]").textContent = right ? "✓ Right." : "✗ Not this one.";
-      item.querySelector("details").open = true;
+      Object.assign(item.querySelector("details"), { hidden: false, open: true });
       bold.hidden = false;
       score.textContent = tallied();
       share.hidden = false;
