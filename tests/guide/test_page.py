@@ -229,6 +229,19 @@ def test_the_memory_is_as_it_was() -> None:
                 assert found == pytest.approx(known[how][size][kind], rel=0.02, abs=2**16), (how, size, kind)
 
 
+def test_the_recorded_run_is_as_it_was() -> None:
+    known, now = json.loads(measure.RECORDED.read_text(encoding="utf-8")), measure.recorded()
+    assert known["settings"] == now["settings"]
+    assert [(each["kind"], set(each)) for each in known["events"]] == [
+        (each["kind"], set(each)) for each in now["events"]
+    ]
+    steps = [[each for each in run["events"] if each["kind"] == "step"] for run in (known, now)]
+    for before, after in zip(*steps, strict=True):
+        assert before["loss"] == pytest.approx(after["loss"], rel=0.02)
+        assert before["peak_bytes"] == pytest.approx(after["peak_bytes"], rel=0.02)
+        assert before["error"] <= before["tolerance"]
+
+
 def test_what_differs_differs_as_it_did() -> None:
     known = load_measured()
     for name, norm in (("batch_norm", "batch"), ("group_norm", "group")):

@@ -44,7 +44,7 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
     legend(190, 78, list, { step: 28 }),
     over ? el("g", { class: "plate" }, el("rect", { x: 196, y: 228, width: 222, height: 54, rx: 10 }),
       text(307, 251, "Out of memory", { class: "shout", "text-anchor": "middle" }),
-      text(307, 272, `needs ${bytes(sum)}, has ${capacity} MiB`, { "text-anchor": "middle" })) : null,
+      text(307, 272, `needs ${bytes(sum)}, has ${capacity}`, { "text-anchor": "middle" })) : null,
   );
   const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [role, bytes(bytesOf)]);
   return { svg, say: said, over, table: table(["part", "at the peak"], cells, whole) };
