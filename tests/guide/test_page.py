@@ -276,6 +276,17 @@ def test_the_words_of_the_tank_are_of_the_series_that_its_figure_draws() -> None
         assert found["fixed"] == sum(each[kind] for kind in ("parameters", "gradients", "optimizer state"))
 
 
+def test_the_hero_and_the_sentence_beside_it_are_of_one_step(text: str) -> None:
+    found, said = derived(load_measured())["hero"], load_drawn()["hero"]["say"]
+    took, whole = (float(size) for size in re.findall(r"([\d.]+) MiB", said))
+    assert found["share"] == pytest.approx(took / whole, abs=0.005)
+    remember = text.split('class="remember">')[1].split("</p>", maxsplit=1)[0]
+    assert f"Cut in {found['cut']}: " in remember
+    assert f"{100 * took / whole:.0f} % of the memory" in remember
+    assert load_drawn()["hero"]["svg"].count("data-microbatch=") == 2 * found["cut"]  # wide and narrow
+    assert load_drawn()["loop"]["svg"].count("data-microbatch=") == found["cut"]
+
+
 def test_the_shares_of_the_gradient_add_up_as_they_did() -> None:
     known, now = load_measured()["shares"], stage_numbers.shares()
     assert now["entries"] == known["entries"]

@@ -33,6 +33,9 @@ for the copy that any server may host."""
 STAGED = ("hero", "loop", "code")
 """The figures that are moments of the stage."""
 
+HERO_CUT = 4
+"""Microbatches of the step that the page shows before anyone touches it."""
+
 LIVE, RECORDED = "live", "recorded"
 
 TITLES = {"full_batch": "Whole batch", "by_hand": "By hand", "with_microbatch": "With microbatch"}
@@ -110,8 +113,14 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
     whole, cut, row = alone[str(reference["batch"])], window[str(reference["microbatch"])], window["1"]
     norms, rates = measured["batch_norm"], measured["speed"]["per_second"]
     at = norms["sizes"].index(reference["microbatch"])
+    hero_window = window[str(reference["batch"] // HERO_CUT)]
     return {
         "share": cut["total"] / whole["total"],
+        "hero": {
+            "cut": HERO_CUT,
+            "share": hero_window["total"] / whole["total"],
+            "apart": measured["shares"]["cuts"][str(HERO_CUT)]["apart"],
+        },
         "total_ratio": whole["total"] / cut["total"],
         "activations_ratio": whole["activations"] / cut["activations"],
         "activations_first": row["activations"],

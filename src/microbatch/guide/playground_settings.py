@@ -160,7 +160,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         name="lr",
-        label="Learning rate at 32",
+        label="Learning rate",
         default=0.05,
         help="Tuned for an effective batch of 32 samples.",
         low=1e-6,

@@ -169,7 +169,7 @@ export { indexOf };
 
 // -- the mathematics --------------------------------------------------------------------------------------------------
 
-export const RULES = { right: "all tokens", none: "nothing", means: "the microbatches" };
+export const RULES = { right: "all tokens", none: "nothing", means: "number of microbatches" };
 
 // What one token of each microbatch weighs in the gradient.
 export function weights(lengths, rule) {
@@ -197,9 +197,9 @@ export function mathematics({ lengths, rule }, measured) {
   const said = {
     right: "Divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
     none: `Not divided: the stack is ${ratio.toFixed(2)} times as tall as the whole batch’s.`,
-    means: even ? "Divided by the microbatches: right, as long as all of them have as many tokens."
-      : off < 5e-4 ? "Divided by the microbatches: right here by chance, since tokens do not weigh alike."
-      : `A mean of means: ${percent(off)} off, because a token of a short microbatch weighs more.`,
+    means: even ? "Divided by the number of microbatches: right only while all of them have equally many tokens."
+      : off < 5e-4 ? "Divided by the number of microbatches: right here by chance."
+      : `A mean of means: ${percent(off)} off, because a token of a short microbatch has more weight.`,
   }[rule];
   const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
   let left = 14, level = bottom;
