@@ -64,3 +64,28 @@ def test_what_is_folded_opens_and_stays_open_when_the_phone_is_turned(browser: A
         page.set_viewport_size(PHONE)
         page.wait_for_timeout(50)
         assert page.locator(".card[open]").count() == 1
+
+
+def test_everything_can_be_done_by_a_finger(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url, viewport=PHONE, has_touch=True, is_mobile=True) as page:
+        page.locator(".top summary").tap()
+        page.locator(".top a[href='#code']").tap()
+        page.locator(".tabs label").nth(1).tap()
+        page.locator("#code .line[data-phase~=step]:visible").first.tap()
+        code = page.locator('[data-figure="code"]')
+        assert "One step" in str(code.locator("[data-say]").text_content())
+        code.locator("[data-microbatch='1']").tap()
+        assert str(code.locator("[data-say]").text_content()).startswith("Microbatch 2 of 4")
+        tank = page.locator('[data-figure="tank"]')
+        tank.locator("input").first.fill("6")
+        tank.get_by_role("button", name="Cut it in half").tap()
+        assert "2 × 32 rows" in str(tank.locator("[data-say]").text_content())
+        chart = page.locator('[data-figure="differences"]')
+        chart.locator("[data-drawing]").tap(position={"x": 140, "y": 100})
+        assert ": 4. BatchNorm" in str(chart.locator("[data-say]").text_content())
+        page.locator(".card summary").first.tap()
+        assert page.locator(".card p").first.is_visible()
+        small = """() => [...document.querySelectorAll('main :is(button, .button, select, summary, .tabs label)')]
+          .filter((each) => each.checkVisibility()).map((each) => [each.textContent, each.getBoundingClientRect()])
+          .filter(([, { width, height }]) => Math.min(width, height) < 20).map(([words]) => words)"""
+        assert page.evaluate(small) == []

@@ -37,24 +37,25 @@ function start(drawing) {
     drawing.setAttribute("aria-valuenow", number + 1);
     drawing.setAttribute("aria-valuetext", words);
     drawing.querySelector(".cursor")?.remove();
+    // What stands below stays where it is: a finger may be on its way to it.
+    say.style.minHeight = at === null ? "" : say.style.minHeight || `${say.offsetHeight}px`;
     say.textContent = at === null ? said : words;
     if (at !== null) drawing.firstElementChild.insertAdjacentHTML("beforeend", el("g", { class: "cursor" },
       el("path", { d: `M${left} ${top}V${bottom}` }), points.map((y) => el("circle", { cx: left, cy: y, r: 7 }))));
   }
 
   const move = (at) => {
-    if (!reader.read?.lefts.length) return;
     reader.at = at;
-    show();
+    if (reader.read?.lefts.length) show();
   };
-  const near = ({ clientX, pointerType, type }) => {
-    if (!reader.read || (pointerType === "touch" && type === "pointermove" && !drawing.matches(":active, :focus"))) return;
+  const near = ({ clientX }) => {
+    if (!reader.read?.lefts.length) return;
     const { left, width } = drawing.firstElementChild.getBoundingClientRect(), x = ((clientX - left) / width) * WIDTH;
     const { lefts } = reader.read;
     move(lefts.reduce((best, each, index) => (Math.abs(each - x) < Math.abs(lefts[best] - x) ? index : best), 0));
   };
   drawing.addEventListener("pointermove", near);
-  drawing.addEventListener("pointerdown", near);
+  drawing.addEventListener("pointerdown", (event) => (near(event), drawing.focus({ preventScroll: true }))); // what a finger chose stays
   drawing.addEventListener("pointerleave", () => drawing.matches(":focus") || move(null));
   drawing.addEventListener("focus", () => reader.at ?? move(Infinity));
   drawing.addEventListener("blur", () => move(null));
