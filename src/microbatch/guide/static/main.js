@@ -56,8 +56,12 @@ function fold() {
 }
 fold();
 phone.addEventListener("change", fold);
-const sections = document.querySelector(".top details");
-sections.addEventListener("click", ({ target }) => target.closest("a") && (sections.open = !phone.matches));
+// The list of sections is open where it fits beside the name; else it is folded again once it was used.
+const wide = matchMedia("(min-width: 62rem)"), sections = document.querySelector(".top details");
+const list = () => (sections.open = wide.matches);
+list();
+wide.addEventListener("change", list);
+sections.addEventListener("click", ({ target }) => target.closest("a") && list());
 
 // -- figures that are chosen ------------------------------------------------------------------------------------------
 

@@ -116,10 +116,10 @@ function model(state, shape) {
     return node("g", {}, rect(x, top, width, height, { rx: 7, class: "layer" }), filled("activations", x + 4, top + height - 4 - high, width - 8, high),
       rect(x, top + height + 8, width, 7, { rx: 3.5, class: "groove" }), rect(x, top + height + 8, width * weight, 7, { rx: 3.5, class: "weight" }));
   });
-  const doing = state.overflow !== null ? "" : state.phase === "forward" ? "forward →" : state.phase === "backward" ? "← backward" : "";
+  const doing = state.overflow !== null ? "" : state.phase === "forward" ? "forward →" : state.phase === "backward" ? "← backward" : `model: ${LAYERS} layers`;
   const moved = state.stepped > 0;
   return node("g", { class: "network" }, layers,
-    label(center, top - 17, doing, { class: `label ${state.phase === "backward" ? "gradients" : "activations"}` }),
+    label(center, top - 17, doing, { class: { forward: "label activations", backward: "label gradients" }[state.phase] ?? "quiet" }),
     label(center + (shape.name === "wide" ? 10 : 6), top + height + 38, moved ? "weights move" : "weights frozen", { class: "label parameters" }),
     node("path", { class: "padlock", d: padlock(center - (shape.name === "wide" ? 54 : 58), top + height + 33, moved) }));
 }
