@@ -119,6 +119,9 @@ def test_a_number_that_was_typed_in_would_be_seen() -> None:
 def test_a_number_that_was_not_measured_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"do not hold.*ones"):
         page({**load_measured(), "sums": {}}, load_drawn())
+    reference = {name: value for name, value in load_measured()["reference"].items() if name != "length"}
+    with pytest.raises(ConfigError, match=r"do not hold.*length"):
+        page({**load_measured(), "reference": reference}, load_drawn())
     with pytest.raises(ConfigError, match=r"do not hold.*hero"):
         page(load_measured(), {})
 
