@@ -285,7 +285,7 @@ def test_the_hero_and_the_sentence_beside_it_are_of_one_step(text: str) -> None:
     assert found["share"] == pytest.approx(took / whole, abs=0.005)
     remember = text.split('class="remember">')[1].split("</p>", maxsplit=1)[0]
     assert f"Cut in {found['cut']}: " in remember
-    assert f"{100 * took / whole:.0f} % of the memory" in remember
+    assert f"{100 * took / whole:.0f}\N{NO-BREAK SPACE}% of the memory" in remember
     assert load_drawn()["hero"]["svg"].count("data-microbatch=") == 2 * found["cut"]  # wide and narrow
     assert load_drawn()["loop"]["svg"].count("data-microbatch=") == found["cut"]
 

@@ -7,7 +7,7 @@ import { written } from "./nodes.js";
 import { CUTS, fits, HAS, LAST, need, stateAt, words } from "./stage.js";
 import { SHAPES, stagePicture } from "./stage-picture.js";
 import { bar, bytes, count, el, extent, figure, percent, power, ROLES, round, table, text } from "./svg.js";
-import { legend, MIB, parts, tank, TANKS, total } from "./tank.js";
+import { legend, MIB, named, parts, tank, TANKS, total } from "./tank.js";
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
       text(307, 251, "Out of memory", { class: "shout", "text-anchor": "middle" }),
       text(307, 272, `needs ${bytes(sum)}, has ${capacity}`, { "text-anchor": "middle" })) : null,
   );
-  const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [role, bytes(bytesOf)]);
+  const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [named(role), bytes(bytesOf)]);
   return { svg, say: said, over, table: table(["part", "at the peak"], cells, whole) };
 }
 
@@ -77,7 +77,7 @@ export function memoryFigure({ batch, microbatch }, measured) {
     text(184, 222, `activations ÷ ${fewer("activations")}`, { class: "label activations" }),
     text(184, 246, `total ÷ ${ratio}`, { class: "number" }),
   );
-  const rows = whole.map(([role, bytesOf], index) => [role, bytes(bytesOf), bytes(small[index][1])]);
+  const rows = whole.map(([role, bytesOf], index) => [named(role), bytes(bytesOf), bytes(small[index][1])]);
   rows.push(["together", bytes(total(whole)), bytes(total(small))]);
   return { svg, say: said, table: table(["part", `${batch} at once`, `${Math.ceil(batch / size)} × ${size}`], rows, "Memory at the peak of a step") };
 }

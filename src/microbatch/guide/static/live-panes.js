@@ -2,7 +2,7 @@
 
 import { plot } from "./plot.js";
 import { bytes, count, el, escaped, extent, figure, grouped, power, table, text } from "./svg.js";
-import { legend, parts, tank, total } from "./tank.js";
+import { legend, named, parts, tank, total } from "./tank.js";
 
 const MOST = 400; // points of a curve; of a longer run, equally many steps share two: their lowest and their highest
 
@@ -94,7 +94,7 @@ export function memoryOf(run, step) {
   const scale = 170 / (Math.max(total(list), limit ?? 0, 1) * 1.06);
   const said = `${bytes(total(list))} at the peak of step ${grouped(line.step)}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
   const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${grouped(line.step)}` }), legend(170, 48, list, { step: 28 }));
-  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
+  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [named(role), bytes(size)]), "Memory at the peak of a step") };
 }
 
 // Times have tones and patterns, not the colours of what is in memory.
