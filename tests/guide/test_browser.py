@@ -125,6 +125,13 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
         assert seen == ["begin", "take", "forward", "backward", "backward", "take"]
         page.locator("#code .line[data-phase~=step]").first.click()
         assert "One step" in str(code.locator("[data-say]").text_content())
+        code.locator("input[type=range]").fill("0")
+        page.locator("#code .listing").nth(1).focus()
+        for words in ("Microbatch 1 of 4 goes", "Forward", "Backward", "One step", "One step"):
+            page.keyboard.press("ArrowDown")
+            assert str(code.locator("[data-say]").text_content()).startswith(words)
+        page.keyboard.press("ArrowUp")
+        assert str(code.locator("[data-say]").text_content()).startswith("Backward")
 
 
 def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle: Any) -> None:

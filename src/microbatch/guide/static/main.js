@@ -222,8 +222,15 @@ function wireCode() {
       }
     },
   });
-  for (const line of lines)
-    if (line.dataset.phase) line.addEventListener("click", () => stage.phase(line.dataset.phase.split(" ")[0]));
+  const happening = lines.filter((line) => line.dataset.phase), see = (line) => stage.phase(line.dataset.phase.split(" ")[0]);
+  for (const line of happening) line.addEventListener("click", () => see(line));
+  for (const listing of document.querySelectorAll("#code .listing"))
+    listing.addEventListener("keydown", (event) => {
+      const by = { ArrowDown: 1, ArrowUp: -1 }[event.key], own = happening.filter((line) => listing.contains(line));
+      if (!by) return;
+      event.preventDefault();
+      see(own[Math.max(0, Math.min(own.length - 1, own.findIndex((line) => line.classList.contains("now")) + by))]);
+    });
 }
 
 // -- questions, copies, where one is ---------------------------------------------------------------------------------------
