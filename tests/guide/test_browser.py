@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from tests.guide.browser import crowded, launched, opened, until, violations
-from tests.guide.conftest import within_a_second
+from tests.guide.conftest import serving, within_a_second
+
+from microbatch.guide.server import Guide
 
 FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
 SECTIONS = [*FIGURED, "quiz", "playground", "use"]
@@ -87,8 +89,7 @@ def test_it_prints_its_text_and_figures(browser: Any, idle: Any) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_wider_than_the_window(browser: Any, idle: Any, width: str) -> None:
     with opened(browser, idle.url, viewport=WIDTHS[width]) as page:
-        for summary in page.locator("summary:visible").all():
-            summary.click()
+        open_folds(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= WIDTHS[width]["width"]
 
 
@@ -124,6 +125,13 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
         assert seen == ["begin", "take", "forward", "backward", "backward", "take"]
         page.locator("#code .line[data-phase~=step]").first.click()
         assert "One step" in str(code.locator("[data-say]").text_content())
+        code.locator("input[type=range]").fill("0")
+        page.locator("#code .listing").nth(1).focus()
+        for words in ("Microbatch 1 of 4 goes", "Forward", "Backward", "One step", "One step"):
+            page.keyboard.press("ArrowDown")
+            assert str(code.locator("[data-say]").text_content()).startswith(words)
+        page.keyboard.press("ArrowUp")
+        assert str(code.locator("[data-say]").text_content()).startswith("Backward")
 
 
 def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle: Any) -> None:
@@ -162,7 +170,7 @@ def test_nothing_moves_while_it_is_paused_or_off_screen(browser: Any, idle: Any)
         assert page.evaluate(moment) == stood
         hero.locator(".player button").first.click()
         until(page, f"{moment} !== {stood!r}")
-        page.evaluate("window.scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
+        page.evaluate("document.querySelector('#memory').scrollIntoView({ behavior: 'instant' })")
         until(page, "document.querySelector('[data-figure=hero]').dataset.playing === 'false'")
         page.wait_for_timeout(100)  # a frame that was requested before may still come
         page.evaluate("window.frames_.length = 0")
@@ -219,7 +227,7 @@ def test_memory_ends_under_the_readers_hand_and_the_batch_is_cut(browser: Any, i
         tank = page.locator('[data-figure="tank"]')
         assert not page.locator("#tank .remember").is_visible()  # it would answer the guess
         page.locator("#tank .question input").nth(1).check()
-        remember = str(page.locator("#tank .remember").text_content())
+        remember = str(page.locator("#tank .remember").text_content()).replace("\N{NO-BREAK SPACE}", " ")
         for stop in range(7):
             tank.locator("input").first.fill(str(stop))
             words, picture = tank.locator("[data-say]").text_content(), tank.locator("svg").inner_html()
@@ -339,10 +347,15 @@ def test_the_player_the_quiz_and_a_run_by_keyboard_alone(browser: Any, idle: Any
         wait_for_end(page)
 
 
+def open_folds(page: Any) -> None:
+    """Open whatever is folded."""
+    while page.locator("details:not([open]) > summary:visible").count():
+        page.locator("details:not([open]) > summary:visible").first.click()
+
+
 def open_up(page: Any) -> None:
     """Open, choose and answer whatever can be."""
-    for summary in page.locator("summary:visible").all():
-        summary.click()
+    open_folds(page)
     page.locator('[data-figure="tank"] input').first.fill("6")
     page.locator('input[name="q2"]').first.check()
     page.locator('[data-figure="decision"]').get_by_role("button", name="No").click()
@@ -382,6 +395,47 @@ def test_axe_finds_nothing(browser: Any, idle: Any, state: str) -> None:
                 assert crowded(page) == [], width
 
 
+# -- charts that are read off -----------------------------------------------------------------------------------------
+
+
+def test_a_chart_is_read_off_by_the_arrow_keys_and_under_the_pointer(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        figure = page.locator('[data-figure="differences"]')
+        chart, words = figure.locator("[data-drawing]"), figure.locator("[data-say]")
+        before = str(words.text_content())
+        assert figure.locator(".cursor").count() == 0
+        chart.focus()
+        assert chart.get_attribute("role") == "slider"
+        assert str(words.text_content()).startswith("rows of a microbatch, of a batch of 32: 32.")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        cells = figure.locator("tbody tr").nth(3).locator("td").all_text_contents()
+        assert f": 8. BatchNorm: {cells[0]}, exact mode: {cells[1]}, GroupNorm: {cells[2]}." in str(
+            words.text_content()
+        )
+        assert chart.get_attribute("aria-valuetext") == words.text_content()  # what a screen reader announces
+        assert figure.locator(".cursor circle").count() == 3
+        page.keyboard.press("Home")
+        assert chart.get_attribute("aria-valuenow") == "1"
+        page.keyboard.press("Tab")
+        assert (words.text_content(), figure.locator(".cursor").count()) == (before, 0)
+        box = chart.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] * 0.45, box["y"] + box["height"] / 2)
+        assert ": 4. BatchNorm" in str(words.text_content())
+        page.mouse.move(0, 0)
+        assert words.text_content() == before
+        figure.locator("select").select_option(index=3)
+        assert "rows a second" in str(words.text_content())
+    with opened(browser, idle.url + MANY) as page:
+        press_run(page)
+        wait_for_end(page)
+        page.locator("[data-pane=loss] [data-drawing]").focus()
+        page.keyboard.press("ArrowLeft")
+        assert str(page.locator("[data-pane=loss] [data-say]").text_content()).startswith("step: 4. this run: ")
+        assert page.locator("[data-pane=tank] [data-drawing]").get_attribute("role") is None  # it is no chart
+
+
 # -- the playground ---------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +449,26 @@ def test_a_run_is_counted_and_its_badge_is_the_logs(browser: Any, idle: Any) -> 
         badge = page.locator("[data-badge]")
         assert float(badge.get_attribute("data-error")) == last["error"] <= last["tolerance"]
         assert str(badge.text_content()).startswith("✓")
+
+
+def test_the_playground_starts_by_itself_when_it_is_first_reached(browser: Any) -> None:
+    """A recording stands for the run, until its process has told something; who wants less motion presses Train."""
+    for client in serving(Guide()):
+        reached = f"{client.url}#playground"
+        with opened(browser, reached, reduced_motion="reduce") as page:
+            page.wait_for_timeout(1000)
+            assert client.get("/api/run")[1]["run"] is None
+        with opened(browser, reached, reduced_motion="no-preference") as page:
+            shown = "document.querySelector('[data-shown]').textContent"
+            until(page, f"{shown}.startsWith('Recorded, until your own run begins. ')")
+            assert page.evaluate("document.activeElement === document.body")
+            until(page, f"{shown}.startsWith('32 = 4 × 8 rows')")
+            wait_for_end(page)
+            assert page.get_attribute("#playground", "data-steps") == "20"
+        name = client.get("/api/run")[1]["run"]["name"]
+        with opened(browser, reached, reduced_motion="no-preference") as page:  # it never starts over what is there
+            page.wait_for_timeout(1000)
+            assert client.get("/api/run")[1]["run"]["name"] == name
 
 
 def test_no_frame_takes_longer_than_a_frame_has_while_it_streams(browser: Any, idle: Any) -> None:

@@ -187,6 +187,13 @@ def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
                 assert page.locator("[data-pane=Loss] svg").is_visible()
                 assert "Step 6: 3 microbatches" in str(page.locator("[data-pane^='A step'] [data-say]").text_content())
                 assert "at the peak of step 2" in str(page.locator("[data-pane=Memory] [data-say]").text_content())
+                # Two runs: each chart shows both. One row tells the chosen one.
+                assert page.locator("[data-headline] dd").nth(0).text_content() == "6 of 6"
+                assert page.locator("[data-headline] dd").nth(1).text_content() == "finished"
+                chart = page.locator("[data-pane=Loss] [data-drawing]")
+                chart.focus()
+                page.keyboard.press("Home")
+                assert str(chart.get_attribute("aria-valuetext")).startswith("step: 1. mine: ")
                 page.get_by_role("button", name="other").click()
                 until(page, "document.querySelector('[data-log]').textContent.includes('memory ran out 2 times')")
                 with (other / "metrics.jsonl").open("a", encoding="utf-8") as file:

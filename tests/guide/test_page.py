@@ -11,15 +11,28 @@ import torch
 
 from microbatch.errors import ConfigError
 from microbatch.guide import experiments, measure, stage_numbers
-from microbatch.guide.page import POLICY, ROOM, STATIC, code_html, derived, example, load_drawn, load_measured, page
+from microbatch.guide.page import (
+    POLICY,
+    ROOM,
+    STATIC,
+    TITLES,
+    derived,
+    example,
+    listings,
+    load_drawn,
+    load_measured,
+    page,
+)
+from microbatch.guide.paste_loops import LOOPS
 
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = [
     *("page.html", "playground.html", "use.html", "cards.html", "paste.html", "paste_recorded.html", "quiz.json"),
-    "live.html",
+    *("live.html", "macros.html", "code.html"),
 ]
 FIGURED = ["hero", "tank", "split", "loop", "mathematics", "code", "memory", "differences", "when"]
 SECTIONS = [*FIGURED, "quiz", "playground", "use"]
+EXAMPLES = ["full_batch", "by_hand", "with_microbatch"]
 
 
 class Reader(HTMLParser):
@@ -64,8 +77,8 @@ def test_all_twelve_sections_are_there_in_order(text: str) -> None:
 def test_a_section_is_short(text: str, name: str) -> None:
     source = (ROOM / "page.html").read_text(encoding="utf-8")
     # The questions, the cards, the form and the pasted loop are parts of their own; what introduces them is counted.
-    parts = r"\{\{(cards|playground|use|paste|figure:\w+|asks:\w+|code|patterns|data)\}\}"
-    words = Reader(re.sub(parts, "", source)).words.get(name, [])
+    parts = r"\{%.*?%\}|\{\{ (figure|asks)\(.*?\}\}"
+    words = Reader(re.sub(r"\{\{.*?\}\}", "number", re.sub(parts, "", source))).words.get(name, [])
     assert len(words) <= 60
 
 
@@ -83,7 +96,7 @@ SPELT = "two|three|four|five|six|seven|eight|nine|ten|twenty|fifty|hundred|thous
 
 def numbers(source: str) -> list[str]:
     """Return the numbers of a source's words that no measurement put there; one inside of a name is none."""
-    plain = re.sub(r"<!--.*?-->|\{\{.*?\}\}|<(svg|script|math)\b.*?</\1>", " ", source, flags=re.DOTALL)
+    plain = re.sub(r"<!--.*?-->|\{[{%#].*?[}%#]\}|<(svg|script|math)\b.*?</\1>", " ", source, flags=re.DOTALL)
     plain = re.sub(r"<[^>]*>", " ", plain)
     return re.findall(rf"(?<!\w)\d[^\s<>]*|\b(?:{SPELT}) (?:times|per ?cent)\b", plain)
 
@@ -99,15 +112,31 @@ def test_no_number_of_the_text_was_typed_in(name: str) -> None:
 
 
 def test_a_number_that_was_typed_in_would_be_seen() -> None:
-    assert numbers('<p class="x3">It is <b>5.2</b> times {{derived.total_ratio|times}} faster</p>') == ["5.2"]
+    assert numbers('<p class="x3">It is <b>5.2</b> times {{ derived.total_ratio|times }} faster</p>') == ["5.2"]
     assert numbers("it falls eight times") == ["eight times"]
 
 
 def test_a_number_that_was_not_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match="does not hold"):
+    with pytest.raises(ConfigError, match=r"do not hold.*ones"):
         page({**load_measured(), "sums": {}}, load_drawn())
-    with pytest.raises(ConfigError, match="no figure"):
+    reference = {name: value for name, value in load_measured()["reference"].items() if name != "length"}
+    with pytest.raises(ConfigError, match=r"do not hold.*length"):
+        page({**load_measured(), "reference": reference}, load_drawn())
+    with pytest.raises(ConfigError, match=r"do not hold.*hero"):
         page(load_measured(), {})
+
+
+def test_what_is_written_into_the_page_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the pictures, which the page's own functions draw, are taken as they are."""
+    bad = "<img src=x>"
+    drawn = load_drawn()
+    drawn["tank"]["say"] = bad
+    monkeypatch.setitem(LOOPS, bad, bad)
+    monkeypatch.setitem(TITLES, "by_hand", bad)
+    written = page({**load_measured(), "made": {**load_measured()["made"], "processor": bad}}, drawn)
+    assert bad not in written
+    assert written.count("&lt;img src=x&gt;") == 7  # say, processor, loop twice, title three times
+    assert json.loads(written.split('id="data">')[1].split("</script>")[0])["measured"]["made"]["processor"] == bad
 
 
 def test_nothing_runs_from_within_the_page_and_nothing_comes_from_elsewhere(text: str) -> None:
@@ -154,15 +183,19 @@ def test_the_code_that_is_shown_takes_the_full_batchs_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["by_hand", "with_microbatch"])
 def test_every_phase_has_a_line(name: str) -> None:
-    shown = code_html([name])
-    phases = {phase for phases in re.findall(r'data-phase="([^"]*)"', shown) for phase in phases.split()}
-    assert phases == {"begin", "take", "forward", "backward", "step"}
-    assert "#:" not in shown
+    (lines,) = listings([name]).values()
+    assert {phase for line in lines for phase in line.phases.split()} == {
+        "begin",
+        "take",
+        "forward",
+        "backward",
+        "step",
+    }
+    assert not any("#:" in line.code for line in lines)
 
 
 def test_the_lines_that_are_added_are_marked() -> None:
-    listings = code_html(["full_batch", "by_hand", "with_microbatch"]).split("<h3>")[1:]
-    added = [re.findall(r'class="line added" data-phase="([^"]*)"', listing) for listing in listings]
+    added = [[line.phases for line in lines if line.added] for lines in listings(EXAMPLES).values()]
     assert added[0] == []
     assert added[1] == ["", "take", "forward", "backward"]  # the loop, and what is in it
 
@@ -199,6 +232,19 @@ def test_the_memory_is_as_it_was() -> None:
                 assert found == pytest.approx(known[how][size][kind], rel=0.02, abs=2**16), (how, size, kind)
 
 
+def test_the_recorded_run_is_as_it_was() -> None:
+    known, now = json.loads(measure.RECORDED.read_text(encoding="utf-8")), measure.recorded()
+    assert known["settings"] == now["settings"]
+    assert [(each["kind"], set(each)) for each in known["events"]] == [
+        (each["kind"], set(each)) for each in now["events"]
+    ]
+    steps = [[each for each in run["events"] if each["kind"] == "step"] for run in (known, now)]
+    for before, after in zip(*steps, strict=True):
+        assert before["loss"] == pytest.approx(after["loss"], rel=0.02)
+        assert before["peak_bytes"] == pytest.approx(after["peak_bytes"], rel=0.02)
+        assert before["error"] <= before["tolerance"]
+
+
 def test_what_differs_differs_as_it_did() -> None:
     known = load_measured()
     for name, norm in (("batch_norm", "batch"), ("group_norm", "group")):
@@ -231,6 +277,17 @@ def test_the_words_of_the_tank_are_of_the_series_that_its_figure_draws() -> None
     ]
     for each in series.values():
         assert found["fixed"] == sum(each[kind] for kind in ("parameters", "gradients", "optimizer state"))
+
+
+def test_the_hero_and_the_sentence_beside_it_are_of_one_step(text: str) -> None:
+    found, said = derived(load_measured())["hero"], load_drawn()["hero"]["say"]
+    took, whole = (float(size) for size in re.findall(r"([\d.]+) MiB", said))
+    assert found["share"] == pytest.approx(took / whole, abs=0.005)
+    remember = text.split('class="remember">')[1].split("</p>", maxsplit=1)[0]
+    assert f"Cut in {found['cut']}: " in remember
+    assert f"{100 * took / whole:.0f}\N{NO-BREAK SPACE}% of the memory" in remember
+    assert load_drawn()["hero"]["svg"].count("data-microbatch=") == 2 * found["cut"]  # wide and narrow
+    assert load_drawn()["loop"]["svg"].count("data-microbatch=") == found["cut"]
 
 
 def test_the_shares_of_the_gradient_add_up_as_they_did() -> None:

@@ -18,7 +18,7 @@ import microbatch as mb
 from microbatch.guide import paste_check, paste_worker
 from microbatch.guide.page import RECORDED, load_drawn, load_measured, page
 from microbatch.guide.paste_check import MOST_PASTED, MOST_SOURCE
-from microbatch.guide.paste_form import LOOPS
+from microbatch.guide.paste_loops import LOOPS
 from microbatch.linting.finding import Finding
 from microbatch.linting.rules.table import RULES
 from microbatch.linting.sources import Source
@@ -290,6 +290,8 @@ def test_what_is_not_checked_is_said(browser: Any, client: Any) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_axe_finds_nothing_and_nothing_is_too_wide(browser: Any, client: Any, width: str) -> None:
     with opened(browser, client.url, viewport=WIDTHS[width]) as page:
+        if width == "phone":
+            page.click(".paste > summary")
         for source in (LOOPS["Two faults"], "for " + "x" * 400, RIGHT):
             page.fill("#pasted", source)
             for state in ("changed", "checked"):

@@ -20,9 +20,16 @@ import torch
 
 from microbatch.errors import MissingDependencyError
 from microbatch.guide import experiments, stage_numbers
+from microbatch.guide.export import record
 from microbatch.guide.page import ROOM, STATIC
+from microbatch.guide.playground_settings import read_settings
 
 MEASURED = STATIC / "measured.json"
+
+RECORDED = STATIC / "recorded.json"
+"""A short run, which the playground shows until the process of the reader's own run has begun."""
+
+RECORDED_STEPS = 4
 
 EXPERIMENTS: Mapping[str, Callable[[], Any]] = {
     "reference": experiments.agreement,
@@ -87,7 +94,28 @@ def main() -> None:
     """Measure, and write the file; then draw the figures that show it."""
     if "--draw" not in sys.argv:
         write()
+        write_recorded()
     draw()
+
+
+def write_recorded() -> None:
+    """Record the short run, and write the file."""
+    RECORDED.write_text(json.dumps(rounded(recorded()), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def recorded() -> dict[str, Any]:
+    """Train the playground's first run for a few steps.
+
+    Returns:
+        Its settings, and of its events what pictures show.
+    """
+    run = record(read_settings({"steps": RECORDED_STEPS}))
+    left_out = {"forward", "backward", "live_bytes", "rows", "reported", "full_loss", "samples", "seconds", "whole"}
+    events = [
+        {name: value for name, value in event.items() if name not in left_out and value is not None}
+        for event in run["events"]
+    ]
+    return {"settings": run["settings"], "events": events}
 
 
 def write() -> None:

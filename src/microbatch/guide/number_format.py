@@ -65,10 +65,15 @@ def times(value: float) -> str:
 
 
 FORMATS: Mapping[str, Callable[[float], str]] = {
-    "power": power,
-    "percent": percent,
-    "times": times,
-    "bytes": format_bytes,
-    "int": lambda value: f"{round(value):,}",
+    "power": lambda value: _whole(power(value)),
+    "percent": lambda value: _whole(percent(value)),
+    "times": lambda value: _whole(times(value)),
+    "bytes": lambda value: _whole(format_bytes(value)),
+    "whole": lambda value: f"{round(value):,}",
+    "plain": lambda value: f"{value:,.6f}".rstrip("0").rstrip("."),
 }
-"""Ways to write a number, by the name that the text calls them by."""
+"""Ways to write a number, by the name that the text calls them by. No line ends inside a number."""
+
+
+def _whole(number: str) -> str:
+    return number.replace(" ", "\N{NO-BREAK SPACE}")

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+from markupsafe import Markup
+
 from microbatch.errors import ConfigError
-from microbatch.guide.form import form_html
 from microbatch.guide.number_format import FORMATS
-from microbatch.guide.paste_form import paste_html
-from microbatch.guide.playground_settings import FIELDS, read_settings
-from microbatch.guide.presets import PRESETS
+from microbatch.guide.paste_check import MOST_SOURCE
+from microbatch.guide.paste_loops import LOOPS
+from microbatch.guide.playground_settings import FIELDS, GROUPS, KNOBS, WIDE, read_settings
+from microbatch.guide.presets import PRESETS, TOUR
 from microbatch.guide.python_code import program
 
 ROOM = Path(__file__).parent
 STATIC = ROOM / "static"
-PLACE = re.compile(r"\{\{(?P<path>[\w.]+)(?:\|(?P<format>\w+))?\}\}")
-ASKED = re.compile(r"\{\{asks:(?P<section>\w+)\}\}")
-PAIR = re.compile(r"\{\{pair:(?P<one>[\w.]+),(?P<other>[\w.]+)\}\}")
-FIGURE = re.compile(r"\{\{figure:(?P<name>\w+)\}\}")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -35,9 +33,20 @@ for the copy that any server may host."""
 STAGED = ("hero", "loop", "code")
 """The figures that are moments of the stage."""
 
-PLAYER = '<div class="player" data-player hidden></div>'
+HERO_CUT = 4
+"""Microbatches of the step that the page shows before anyone touches it."""
 
 LIVE, RECORDED = "live", "recorded"
+
+TITLES = {"full_batch": "Whole batch", "by_hand": "By hand", "with_microbatch": "With microbatch"}
+"""What the examples are called."""
+
+# Whatever a template writes is escaped, unless it says `safe`; what it names must be there.
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(ROOM), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+_TEMPLATES.filters.update(FORMATS)
+_TEMPLATES.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
 
 
 def page(measured: Mapping[str, Any], drawn: Mapping[str, Any], *, mode: str = LIVE) -> str:
@@ -54,26 +63,31 @@ def page(measured: Mapping[str, Any], drawn: Mapping[str, Any], *, mode: str = L
     Raises:
         ConfigError: The text asks for a number or a figure that is not there.
     """
-    values = {**measured, "same": 1.0, "derived": derived(measured), "program": program(read_settings({}))}
-    pieces = {
-        "patterns": _read("patterns.svg"),
-        "code": code_html(["full_batch", "by_hand", "with_microbatch"]),
-        "cards": _read("cards.html"),
-        "paste": paste_html(recorded=mode == RECORDED),
-        "playground": form_html(recorded=mode == RECORDED),
-        "use": _read("use.html"),
-        "data": data_html(measured),
-        "mode": mode,
-        "policy": POLICY,
-    }
-    text = _read("page.html")
-    for name, piece in pieces.items():
-        text = text.replace("{{" + name + "}}", piece)
-    questions = json.loads(_read("quiz.json"))
-    text = ASKED.sub(lambda match: questions_html(questions, match["section"]), text)
-    text = PAIR.sub(lambda match: pair_html(find(match["one"], values), find(match["other"], values)), text)
-    text = FIGURE.sub(lambda match: figure_html(match["name"], drawn), text)
-    return PLACE.sub(lambda match: fill(match, values), text)
+    try:
+        values = {**measured, "derived": derived(measured)}
+        questions = json.loads(_TEMPLATES.get_template("quiz.json").render(values))
+        return _TEMPLATES.get_template("page.html").render(
+            **values,
+            mode=mode,
+            recorded=mode == RECORDED,
+            policy=Markup(POLICY),  # noqa: S704 -- written here
+            drawn=drawn,
+            staged=STAGED,
+            questions=questions,
+            listings=listings(["full_batch", "by_hand", "with_microbatch"]),
+            fields={field.name: field for field in FIELDS},
+            knobs=KNOBS,
+            groups=GROUPS,
+            wide=WIDE,
+            tour=TOUR,
+            numbers={name: number for number, name in enumerate(PRESETS, start=1)},
+            loops=LOOPS,
+            most_source=MOST_SOURCE,
+            program=program(read_settings({})),
+            data=page_data(measured),
+        )
+    except (KeyError, UndefinedError) as error:
+        raise ConfigError(f"the page asks for what its numbers and figures do not hold: {error}") from error
 
 
 def live_page() -> str:
@@ -82,66 +96,7 @@ def live_page() -> str:
     Returns:
         The document; what it shows comes from the server.
     """
-    return _read("live.html").replace("{{patterns}}", _read("patterns.svg"))
-
-
-def fill(match: re.Match[str], values: Mapping[str, Any]) -> str:
-    """Write one number.
-
-    Args:
-        match: Of `PLACE`: where the number is found, and how it is written.
-        values: Nested by name.
-
-    Returns:
-        The number, as people write it.
-
-    Raises:
-        ConfigError: There is no such number, or no such way to write it.
-    """
-    value = find(match["path"], values)
-    way = match["format"]
-    if way is not None and way not in FORMATS:
-        raise ConfigError(f"there is no way to write a number called {way!r}; there are {', '.join(FORMATS)}")
-    return escape(str(value) if way is None else FORMATS[way](value))
-
-
-def find(path: str, values: Mapping[str, Any]) -> Any:
-    """Find one number.
-
-    Args:
-        path: Names with points between them.
-        values: Nested by name.
-
-    Returns:
-        The number.
-
-    Raises:
-        ConfigError: There is no such number.
-    """
-    value: Any = values
-    for name in path.split("."):
-        if not isinstance(value, Mapping) or name not in value:
-            raise ConfigError(f"the text asks for {path!r}, which measured.json does not hold")
-        value = value[name]
-    return value
-
-
-def pair_html(one: float, other: float) -> str:
-    """Draw two numbers as bars, for a card that says them in words.
-
-    Args:
-        one: Not negative.
-        other: Above zero.
-
-    Returns:
-        A small picture.
-    """
-    most = max(one, other)
-    return (
-        '<svg class="bars" viewBox="0 0 100 18" preserveAspectRatio="none" aria-hidden="true" focusable="false">'
-        f'<rect width="{100 * one / most:.1f}" height="7"/>'
-        f'<rect y="10" width="{100 * other / most:.1f}" height="7"/></svg>'
-    )
+    return _TEMPLATES.get_template("live.html").render()
 
 
 def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,8 +113,14 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
     whole, cut, row = alone[str(reference["batch"])], window[str(reference["microbatch"])], window["1"]
     norms, rates = measured["batch_norm"], measured["speed"]["per_second"]
     at = norms["sizes"].index(reference["microbatch"])
+    hero_window = window[str(reference["batch"] // HERO_CUT)]
     return {
         "share": cut["total"] / whole["total"],
+        "hero": {
+            "cut": HERO_CUT,
+            "share": hero_window["total"] / whole["total"],
+            "apart": measured["shares"]["cuts"][str(HERO_CUT)]["apart"],
+        },
         "total_ratio": whole["total"] / cut["total"],
         "activations_ratio": whole["activations"] / cut["activations"],
         "activations_first": row["activations"],
@@ -177,31 +138,6 @@ def derived(measured: Mapping[str, Any]) -> dict[str, Any]:
         "pairs_coupled": measured["pairs_coupled"]["errors"][at],
         "one": 1.0,
     }
-
-
-def figure_html(name: str, drawn: Mapping[str, Any]) -> str:
-    """Write a figure: its picture, what it says, and its table.
-
-    Args:
-        name: Of the figure.
-        drawn: All of them.
-
-    Returns:
-        The element, which JavaScript makes interactive where there is any.
-
-    Raises:
-        ConfigError: There is no such figure.
-    """
-    if name not in drawn:
-        raise ConfigError(f"there is no figure {name!r}; there are {', '.join(drawn)}")
-    each = drawn[name]
-    return (
-        f'<figure class="figure{" staged" if name in STAGED else ""}" data-figure="{name}">'
-        f'<div class="controls" data-controls hidden></div><div class="drawing" data-drawing>{each["svg"]}</div>'
-        f"{PLAYER if name in STAGED else ''}<figcaption><p data-say>{escape(each['say'])}</p>"
-        f'<details class="twin"><summary>The same as a table</summary><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="Table: {name}" data-table>{each["table"]}</div></details></figcaption></figure>'
-    )
 
 
 @cache
@@ -223,86 +159,55 @@ def example(name: str) -> str:
     return examples[name].read_text(encoding="utf-8")
 
 
-TITLES = {"full_batch": "The whole batch", "by_hand": "Accumulated by hand", "with_microbatch": "With microbatch"}
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of an example.
+
+    Attributes:
+        code: As it is written.
+        phases: What happens in it, in words with spaces between them.
+        added: Whether the first example does not have it.
+    """
+
+    code: str
+    phases: str
+    added: bool
 
 
-def code_html(names: Sequence[str]) -> str:
-    """Write examples, every line with the phases that it belongs to.
+def listings(names: Sequence[str]) -> dict[str, list[Line]]:
+    """Read examples, every line with the phases that it belongs to.
 
     Args:
         names: Of the examples; the lines that the first one does not have are marked in the others.
 
     Returns:
-        A listing each.
+        The lines that are shown, by title: neither imports nor the model, which all examples begin with.
     """
-    first = {_code(line) for line in _shown(example(names[0]))}
-    listings = "".join(
-        f'<div><h3>{TITLES[name]}</h3><pre class="listing" tabindex="0" aria-label="{TITLES[name]}"><code>'
-        f"{''.join(_line(line, added=_code(line) not in first) for line in _shown(example(name)))}</code></pre></div>"
+    first = {code for code, _ in _shown(names[0])}
+    return {
+        TITLES[name]: [Line(code, phases, bool(code) and code not in first) for code, phases in _shown(name)]
         for name in names
-    )
-    return f'<div class="listings">{listings}</div>'
+    }
 
 
-def _shown(source: str) -> list[str]:
-    """Leave out what all examples begin with: imports and the model."""
-    lines = source.rstrip("\n").split("\n")
+def _shown(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the code and the phases of each line from the first phase on."""
+    lines = example(name).rstrip("\n").split("\n")
     start = next(number for number, line in enumerate(lines) if "#: begin" in line)
-    # One blank line tells parts apart as well as two.
-    return [line for number, line in enumerate(lines) if number >= start and (line or lines[number - 1])]
+    for number, line in enumerate(lines[start:], start):
+        if line or lines[number - 1]:  # one blank line tells parts apart as well as two
+            code, _, phases = line.partition("  #: ")
+            yield code, phases
 
 
-def _code(line: str) -> str:
-    return line.partition("  #: ")[0].strip()
-
-
-def _line(line: str, *, added: bool) -> str:
-    code, _, phases = line.partition("  #: ")
-    mark = " added" if added and code else ""
-    return f'<span class="line{mark}" data-phase="{phases}">{escape(code) or " "}\n</span>'
-
-
-def questions_html(questions: Sequence[Mapping[str, Any]], section: str) -> str:
-    """Write the questions of a section, which are asked before its figure answers them.
-
-    Args:
-        questions: All of them, with answers, the right one's number, why, and the section that answers.
-        section: Its anchor.
-
-    Returns:
-        The questions; without JavaScript the explanations can be opened.
-    """
-    items: list[str] = []
-    for number, question in enumerate(questions, start=1):
-        if question["see"] != section:
-            continue
-        right = question["answers"][question["right"]]
-        choices = "".join(
-            f'<label><input type="radio" name="q{number}" value="{index}"'
-            f"{' data-right' if index == question['right'] else ''}> <span>{answer}</span></label>"
-            for index, answer in enumerate(question["answers"])
-        )
-        items.append(
-            f'<div class="question"><fieldset><legend>{question["ask"]}</legend>{choices}</fieldset>'
-            f'<p class="verdict" role="status" data-verdict></p>'
-            f"<details><summary>Explanation</summary><p><strong>{_begun(right)}.</strong> "
-            f"{question['why']}</p></details></div>"
-        )
-    return "".join(items)
-
-
-def _begun(words: str) -> str:
-    return words[:1].upper() + words[1:]
-
-
-def data_html(measured: Mapping[str, Any]) -> str:
-    """Write what the page's own modules need to know.
+def page_data(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather what the page's own modules need to know.
 
     Args:
         measured: What ``measured.json`` holds.
 
     Returns:
-        A block of JSON, which no browser runs.
+        Plain values.
     """
     fields = {
         field.name: {
@@ -321,10 +226,7 @@ def data_html(measured: Mapping[str, Any]) -> str:
         name: {"title": each.title, "text": each.text, "settings": dict(each.settings)}
         for name, each in PRESETS.items()
     }
-    text = json.dumps(
-        {"measured": measured, "fields": fields, "presets": presets}, ensure_ascii=False, separators=(",", ":")
-    )
-    return f'<script type="application/json" id="data">{text.replace("<", chr(92) + "u003c")}</script>'
+    return {"measured": measured, "fields": fields, "presets": presets}
 
 
 def load_measured() -> dict[str, Any]:
@@ -342,8 +244,4 @@ def load_drawn() -> dict[str, Any]:
     Returns:
         What ``drawn.json`` holds.
     """
-    return json.loads(_read("drawn.json"))
-
-
-def _read(name: str) -> str:
-    return (ROOM / name).read_text(encoding="utf-8")
+    return json.loads((ROOM / "drawn.json").read_text(encoding="utf-8"))

@@ -160,7 +160,7 @@ FIELDS: tuple[Field, ...] = (
     ),
     Field(
         name="lr",
-        label="Learning rate at 32",
+        label="Learning rate",
         default=0.05,
         help="Tuned for an effective batch of 32 samples.",
         low=1e-6,
@@ -191,6 +191,19 @@ FIELDS: tuple[Field, ...] = (
         choices={"0": "full speed", "0.15": "slow", "0.6": "very slow"},
     ),
 )
+
+KNOBS = ("batch", "microbatch", "lr")
+"""What the playground asks first."""
+
+GROUPS = {
+    "What": ("model", "norm", "coupling", "precision", "divide"),
+    "The memory": ("tank", "recover"),
+    "The step": ("optimizer", "rule"),
+    "The run": ("steps", "seed", "compare", "pace"),
+}
+
+WIDE = ("model", "norm", "coupling", "precision", "divide", "optimizer", "rule")
+"""Whose choices take more words than half a column holds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -51,6 +51,39 @@ test("a run stands as its files say", () => {
   assert.match(panes.standing(run([line(2)], { silent: 1e9 })), /^no news since .*2001/);
 });
 
+const told = (of) => Object.fromEntries(panes.headline(of).map(({ name, value, of, share }) => [name, [value, of || "", share || 0]]));
+
+test("one row says how far a run is, how long it takes, how well it does, how full and how fast it is", () => {
+  const lines = [line(1, { timeline }), line(2, { timeline, per_second: 30, validation: { loss: 0.25 }, peak_bytes: 750 })];
+  assert.deepEqual(told(run(lines, { settings: { steps: 12, memory: 1000 } })), {
+    Step: ["2", "of 12", 1 / 6], "Time left": ["12 s", "", 0], Loss: ["0.5", "validation 0.25", 0],
+    "Memory, peak": ["750 B", "of 1000 B", 0.75], Speed: ["30", "samples or tokens a second", 0],
+  });
+  assert.equal(told(run(lines, { summary: { finished: true, step: 2 } }))["Time left"][0], "finished");
+  assert.equal(told(run(lines, { silent: 1e9 }))["Time left"][0], "–");
+  assert.deepEqual(told(run([line(5)], { settings: { memory: "none" } })).Step, ["5", "", 0]);
+  assert.deepEqual(panes.headline(run([])), []);
+  assert.deepEqual([0, 45, 720, 12_000, 1e6].map(panes.duration), ["0 s", "45 s", "12 min", "3 h 20 min", "12 days"]);
+  assert.ok(!/NaN|undefined|Infinity|<b>/.test(panes.headlineOf(run([line(1, { loss: null, per_second: undefined })], { settings: { steps: "<b>", memory: 0 } }))));
+});
+
+test("of one run the validation is in the chart of its loss; of several, each has a chart", () => {
+  const lines = [line(1), line(2, { validation: { loss: 0.75 } }), line(3)];
+  assert.match(panes.lossOf([run(lines)]).say, /now training: 0\.3333, validation: 0\.75/);
+  assert.doesNotMatch(panes.lossOf([run(lines), run(lines)]).say, /validation/);
+});
+
+test("a chart is read off position by position: only where something is, at the height of its points", () => {
+  const { read, svg } = plot({ label: "l", xs: [1, 2, 4], x: "rows", y: "y", series: [{ name: "one", ys: [5, null, 7] }, { name: "other", ys: [null, null, 9] }] });
+  assert.equal(read.lefts.length, 2);
+  assert.equal(read.at(0).words, "rows: 1. one: 5.");
+  assert.equal(read.at(1).words, "rows: 4. one: 7, other: 9.");
+  const circle = svg.match(/<circle cx="([\d.]+)" cy="([\d.]+)"/g).map((each) => each.match(/[\d.]+/g).map(Number));
+  const { left, points } = read.at(1);
+  assert.ok(circle.some(([x, y]) => Math.abs(x - left) < 0.01 && Math.abs(y - points[0]) < 0.01));
+  assert.equal(panes.lossOf([run([])]).read, undefined);
+});
+
 test("a long run is thinned out, evenly, and keeps its last step in sight", () => {
   const lines = Array.from({ length: 5000 }, (_, index) => line(index + 1));
   const { table } = panes.lossOf([run(lines)]);

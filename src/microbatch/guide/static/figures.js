@@ -7,7 +7,7 @@ import { written } from "./nodes.js";
 import { CUTS, fits, HAS, LAST, need, stateAt, words } from "./stage.js";
 import { SHAPES, stagePicture } from "./stage-picture.js";
 import { bar, bytes, count, el, extent, figure, percent, power, ROLES, round, table, text } from "./svg.js";
-import { legend, MIB, parts, tank, TANKS, total } from "./tank.js";
+import { legend, MIB, named, parts, tank, TANKS, total } from "./tank.js";
 
 // -- memory -----------------------------------------------------------------------------------------------------------
 
@@ -44,9 +44,9 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
     legend(190, 78, list, { step: 28 }),
     over ? el("g", { class: "plate" }, el("rect", { x: 196, y: 228, width: 222, height: 54, rx: 10 }),
       text(307, 251, "Out of memory", { class: "shout", "text-anchor": "middle" }),
-      text(307, 272, `needs ${bytes(sum)}, has ${capacity} MiB`, { "text-anchor": "middle" })) : null,
+      text(307, 272, `needs ${bytes(sum)}, has ${capacity}`, { "text-anchor": "middle" })) : null,
   );
-  const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [role, bytes(bytesOf)]);
+  const cells = [...list, ["together", sum]].map(([role, bytesOf]) => [named(role), bytes(bytesOf)]);
   return { svg, say: said, over, table: table(["part", "at the peak"], cells, whole) };
 }
 
@@ -77,7 +77,7 @@ export function memoryFigure({ batch, microbatch }, measured) {
     text(184, 222, `activations ÷ ${fewer("activations")}`, { class: "label activations" }),
     text(184, 246, `total ÷ ${ratio}`, { class: "number" }),
   );
-  const rows = whole.map(([role, bytesOf], index) => [role, bytes(bytesOf), bytes(small[index][1])]);
+  const rows = whole.map(([role, bytesOf], index) => [named(role), bytes(bytesOf), bytes(small[index][1])]);
   rows.push(["together", bytes(total(whole)), bytes(total(small))]);
   return { svg, say: said, table: table(["part", `${batch} at once`, `${Math.ceil(batch / size)} × ${size}`], rows, "Memory at the peak of a step") };
 }
@@ -169,7 +169,7 @@ export { indexOf };
 
 // -- the mathematics --------------------------------------------------------------------------------------------------
 
-export const RULES = { right: "all tokens", none: "nothing", means: "the microbatches" };
+export const RULES = { right: "all tokens", none: "nothing", means: "number of microbatches" };
 
 // What one token of each microbatch weighs in the gradient.
 export function weights(lengths, rule) {
@@ -197,9 +197,9 @@ export function mathematics({ lengths, rule }, measured) {
   const said = {
     right: "Divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
     none: `Not divided: the stack is ${ratio.toFixed(2)} times as tall as the whole batch’s.`,
-    means: even ? "Divided by the microbatches: right, as long as all of them have as many tokens."
-      : off < 5e-4 ? "Divided by the microbatches: right here by chance, since tokens do not weigh alike."
-      : `A mean of means: ${percent(off)} off, because a token of a short microbatch weighs more.`,
+    means: even ? "Divided by the number of microbatches: right only while all of them have equally many tokens."
+      : off < 5e-4 ? "Divided by the number of microbatches: right here by chance."
+      : `A mean of means: ${percent(off)} off, because a token of a short microbatch has more weight.`,
   }[rule];
   const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
   let left = 14, level = bottom;
@@ -244,7 +244,7 @@ function against({ sizes }, named, label, said) {
 }
 
 const norm = ({ batch_norm, batch_norm_exact, group_norm }) =>
-  against(batch_norm, [["BatchNorm", batch_norm], ["exact BatchNorm", batch_norm_exact], ["GroupNorm", group_norm]], "Relative error of the gradient, by microbatch size",
+  against(batch_norm, [["BatchNorm", batch_norm], ["exact mode", batch_norm_exact], ["GroupNorm", group_norm]], "Relative error of the gradient, by microbatch size",
     (batch, exact, group) => `With BatchNorm the gradient is ${percent(batch)} off, in exact mode ${power(exact)}, with GroupNorm ${power(group)},`);
 
 const coupling = ({ pairs, pairs_coupled }) =>
@@ -287,7 +287,7 @@ export function decision({ path }) {
       const chosen = reached && answer === (side === "yes");
       const top = y - 4 + number * 54;
       drawn.push(el("path", { class: chosen ? "arrow thick" : "arrow faint", d: number ? `M122 ${y + 38}V${top + 22}H262` : `M240 ${y + 19}H262`, "marker-end": "url(#head)" }));
-      drawn.push(text(number ? 132 : 244, number ? top + 16 : y + 9, side, { class: "quiet small" }));
+      drawn.push(text(number ? 132 : 254, number ? top + 16 : y + 9, side, { class: "quiet small", "text-anchor": number ? null : "middle" }));
       drawn.push(el("g", { class: chosen ? "answer reached" : "answer" }, el("rect", { x: 268, y: top, width: 148, height: 46, rx: 6 }), lines(342, top + 19, question[side])));
     });
     const on = { yes: question.no && !question.yes, no: question.yes && !question.no };

@@ -1,8 +1,8 @@
 // The pictures of runs: pure functions of their lines of metrics.
 
 import { plot } from "./plot.js";
-import { bytes, count, el, extent, figure, grouped, power, table, text } from "./svg.js";
-import { legend, parts, tank, total } from "./tank.js";
+import { bytes, count, el, escaped, extent, figure, grouped, power, table, text } from "./svg.js";
+import { legend, named, parts, tank, total } from "./tank.js";
 
 const MOST = 400; // points of a curve; of a longer run, equally many steps share two: their lowest and their highest
 
@@ -58,8 +58,15 @@ function curve(runs, take, words) {
   return { ...picture, say: `${words.label}; now ${last.join(", ")}.${thinned}` };
 }
 
-export const lossOf = (runs) => curve(runs, (line) => line.loss, { label: "Loss by step", y: "loss", none: "no step yet" });
+// Of one run, the loss and the validation loss in one chart; of several, each run's loss.
+export function lossOf(runs) {
+  const words = { label: "Loss by step", y: "loss", none: "no step yet" };
+  if (runs.length !== 1 || !runs[0].lines.some(({ validation }) => validation)) return curve(runs, (line) => line.loss, words);
+  const validated = { ...runs[0], name: "validation", lines: runs[0].lines.map(({ step, validation }) => ({ step, loss: validation?.loss })) };
+  return curve([{ ...runs[0], name: "training" }, validated], (line) => line.loss, { ...words, label: "Loss and validation loss by step" });
+}
 
+// Of several runs alone: of one it is in the chart of its loss.
 export function validationOf(runs) {
   const losses = runs.flatMap(({ lines }) => lines.filter((line) => line.validation));
   // Few are drawn as they are, evenly spaced; many as every other curve.
@@ -87,7 +94,7 @@ export function memoryOf(run, step) {
   const scale = 170 / (Math.max(total(list), limit ?? 0, 1) * 1.06);
   const said = `${bytes(total(list))} at the peak of step ${grouped(line.step)}${limit === undefined ? "" : `, of ${bytes(limit)} allowed`}.`;
   const svg = figure(240, said, tank(30, 24, 90, 180, list, { scale, capacity: limit, label: `step ${grouped(line.step)}` }), legend(170, 48, list, { step: 28 }));
-  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [role, bytes(size)]), "Memory at the peak of a step") };
+  return { svg, say: said, table: table(["part", `step ${grouped(line.step)}`], [...list, ["together", total(list)]].map(([role, size]) => [named(role), bytes(size)]), "Memory at the peak of a step") };
 }
 
 // Times have tones and patterns, not the colours of what is in memory.
@@ -147,6 +154,44 @@ export function happened(run) {
   }
   return found;
 }
+
+// The run in one row: how far it is, how long it takes yet, how well it does, how full the memory is, how fast it is.
+export function headline(run) {
+  const last = run?.lines.at(-1);
+  if (!last) return [];
+  const steps = run.settings.steps, limit = run.settings.memory, peak = Math.max(run.totals?.peak_bytes ?? 0, last.peak_bytes ?? 0);
+  const validated = run.lines.findLast(({ validation }) => validation)?.validation.loss;
+  const speeds = run.lines.map(({ per_second }) => per_second).filter((speed) => speed !== undefined).slice(-RECENT);
+  return [
+    { name: "Step", value: grouped(last.step), of: steps > 0 && `of ${grouped(steps)}`, share: steps > 0 && last.step / steps },
+    { name: "Time left", value: timeLeft(run, last) },
+    { name: "Loss", value: digits(last.loss), of: validated !== undefined && `validation ${digits(validated)}` },
+    { name: "Memory, peak", value: peak ? bytes(peak) : "–", of: peak && (limit > 0 ? `of ${bytes(limit)}` : "no limit"), share: peak && limit > 0 && peak / limit },
+    { name: "Speed", value: speeds.length ? digits(median(speeds)) : "–", of: speeds.length && "samples or tokens a second" },
+  ];
+}
+
+const RECENT = 20; // steps that a speed is the median of
+
+const median = (values) => [...values].sort((one, other) => one - other)[Math.floor(values.length / 2)];
+
+// What is left of the steps, each as long as the newest ones were.
+function timeLeft(run, last) {
+  const state = ending(run, last).split(" ")[0], steps = run.settings.steps;
+  if (state !== "running") return { no: "–" }[state] ?? state;
+  const times = run.lines.filter(({ timeline }) => timeline).slice(-RECENT).map(({ timeline: { wait, forward, backward, finish, optimizer } }) => wait + sumOf(forward) + sumOf(backward) + finish + optimizer);
+  if (!(steps > 0) || !times.length) return "–";
+  return duration(Math.max(0, steps - last.step) * median(times));
+}
+
+export function duration(seconds) {
+  const minutes = Math.round(seconds / 60), hours = Math.floor(minutes / 60);
+  return seconds < 99.5 ? `${Math.round(seconds)} s` : minutes < 100 ? `${minutes} min` : hours < 48 ? `${hours} h ${minutes % 60} min` : `${grouped(Math.round(minutes / 1440))} days`;
+}
+
+export const headlineOf = (run) => headline(run).map(({ name, value, of, share }) =>
+  el("div", {}, el("dt", {}, name), el("dd", {}, el("strong", {}, escaped(value)), of ? ` ${escaped(of)}` : null,
+    share ? el("progress", { max: 1, value: Math.min(1, share), "aria-label": name }) : null))).join("");
 
 export function standing(run) {
   const last = run.lines.at(-1), steps = run.settings.steps, totals = run.totals ?? {};

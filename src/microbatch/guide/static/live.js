@@ -1,6 +1,7 @@
 // The live view: run directories as the server reads them, drawn anew when there is news, and only then.
 
 import * as panes from "./live-panes.js";
+import { show } from "./readout.js";
 import { bytes, grouped } from "./svg.js";
 import { startTheme } from "./theme.js";
 
@@ -32,13 +33,9 @@ function make(title) {
 
 function draw() {
   dirty = false;
-  for (const { draw: picture, figure } of PANES) {
-    const { svg, say, table } = picture(state);
-    figure.querySelector("[data-drawing]").innerHTML = svg;
-    figure.querySelector("[data-say]").textContent = say;
-    figure.querySelector("details").hidden = !table;
-    if (figure.querySelector("details").open) figure.querySelector("[data-table]").innerHTML = table;
-  }
+  for (const { draw: picture, figure } of PANES) show(figure, picture(state), { late: true });
+  PANES[1].figure.hidden = state.runs.length === 1; // its validation is in the chart of its loss
+  find("headline").innerHTML = panes.headlineOf(state.runs[state.chosen]);
   for (const run of state.runs) {
     run.status.textContent = panes.standing(run);
     run.notice.textContent = [run.wrong, run.trouble].filter(Boolean).join("; ");

@@ -3,6 +3,7 @@
 import { FIGURES, RULES, START, TANK, tankScale, VIEWS } from "./figures.js";
 import { startPaste } from "./paste.js";
 import { startPlayground } from "./playground.js";
+import { show } from "./readout.js";
 import { CUTS, LAST } from "./stage.js";
 import { startStage } from "./stage-player.js";
 import { readMoment } from "./state.js";
@@ -19,16 +20,7 @@ function place(name) {
   const figure = document.querySelector(`[data-figure="${name}"]`);
   const controls = figure.querySelector("[data-controls]");
   controls.hidden = false;
-  return {
-    figure, controls,
-    show(drawn) {
-      const { svg, say, table } = drawn;
-      figure.querySelector("[data-drawing]").innerHTML = svg;
-      figure.querySelector("[data-say]").textContent = say;
-      figure.querySelector("[data-table]").innerHTML = table;
-      return drawn;
-    },
-  };
+  return { figure, controls, show: (drawn) => (show(figure, drawn), drawn) };
 }
 
 function slider(controls, label, { min, max, step = 1, value, name = String }, onInput) {
@@ -54,6 +46,22 @@ function select(controls, label, choices, value, onChange) {
   controls.append(wrap);
   list.addEventListener("change", () => onChange(list.value));
 }
+
+// What is open where there is room for it is folded on a phone, until the reader opens it; turning the phone keeps that.
+const phone = matchMedia("(max-width: 40rem), (max-height: 30rem)"), folds = [...document.querySelectorAll("[data-fold]")];
+let opened = [];
+function fold() {
+  if (!phone.matches) opened = folds.filter((each) => each.open);
+  for (const each of folds) each.open = !phone.matches || opened.includes(each);
+}
+fold();
+phone.addEventListener("change", fold);
+// The list of sections is open where it fits beside the name; else it is folded again once it was used.
+const wide = matchMedia("(min-width: 62rem)"), sections = document.querySelector(".top details");
+const list = () => (sections.open = wide.matches);
+list();
+wide.addEventListener("change", list);
+sections.addEventListener("click", ({ target }) => target.closest("a") && list());
 
 // -- figures that are chosen ------------------------------------------------------------------------------------------
 
@@ -130,7 +138,7 @@ function wireMathematics() {
   lengths.className = "lengths";
   controls.append(lengths);
   state.lengths.forEach((length, index) =>
-    slider(lengths, `Length ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
+    slider(lengths, `Tokens ${index + 1}`, { min: 1, max: 16, value: length }, (tokens) => ((state.lengths[index] = tokens), draw())));
   draw();
 }
 
@@ -214,8 +222,15 @@ function wireCode() {
       }
     },
   });
-  for (const line of lines)
-    if (line.dataset.phase) line.addEventListener("click", () => stage.phase(line.dataset.phase.split(" ")[0]));
+  const happening = lines.filter((line) => line.dataset.phase), see = (line) => stage.phase(line.dataset.phase.split(" ")[0]);
+  for (const line of happening) line.addEventListener("click", () => see(line));
+  for (const listing of document.querySelectorAll("#code .listing"))
+    listing.addEventListener("keydown", (event) => {
+      const by = { ArrowDown: 1, ArrowUp: -1 }[event.key], own = happening.filter((line) => listing.contains(line));
+      if (!by) return;
+      event.preventDefault();
+      see(own[Math.max(0, Math.min(own.length - 1, own.findIndex((line) => line.classList.contains("now")) + by))]);
+    });
 }
 
 // -- questions, copies, where one is ---------------------------------------------------------------------------------------
@@ -226,12 +241,12 @@ function wireQuestions() {
   const answers = new Map();
   for (const item of questions) {
     const bold = item.closest("section").querySelector(".remember");
-    bold.hidden = true;
+    bold.hidden = item.querySelector("details").hidden = true;
     item.addEventListener("change", ({ target }) => {
       const right = target.hasAttribute("data-right");
       if (!answers.has(item)) answers.set(item, right); // the first answer counts
       item.querySelector("[data-verdict]").textContent = right ? "✓ Right." : "✗ Not this one.";
-      item.querySelector("details").open = true;
+      Object.assign(item.querySelector("details"), { hidden: false, open: true });
       bold.hidden = false;
       score.textContent = tallied();
       share.hidden = false;

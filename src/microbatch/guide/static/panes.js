@@ -5,7 +5,7 @@ import { events, indexOf } from "./phases.js";
 import { plot } from "./plot.js";
 import { digits } from "./runs.js";
 import { bytes, count, extent, figure, power, table, text } from "./svg.js";
-import { legend, overflowSign, parts, tank, total } from "./tank.js";
+import { legend, named, overflowSign, parts, tank, total } from "./tank.js";
 
 export function loopPane(view) {
   const event = view.event ?? { phase: "begin", microbatch: -1 };
@@ -39,7 +39,7 @@ export function tankPane(view) {
     over ? overflowSign(beside ? 184 : 150, 214, `needs ${bytes(total(list))}`) : null,
   );
   const rows = [...list, ["together", total(list)]].map(([role, size], line) =>
-    [role, bytes(size), ...(beside ? [bytes(line < beside.length ? beside[line][1] : total(beside))] : [])]);
+    [named(role), bytes(size), ...(beside ? [bytes(line < beside.length ? beside[line][1] : total(beside))] : [])]);
   return { svg, say: said, table: table(["part", "this run", ...(beside ? ["full batch"] : [])], rows, "Memory at the peak of a step") };
 }
 

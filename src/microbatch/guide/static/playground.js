@@ -1,6 +1,7 @@
 // The playground: a form, a run of the server's, and four pictures of what it tells.
 
 import { errorPane, lossPane, loopPane, tankPane } from "./panes.js";
+import { show } from "./readout.js";
 import { apply, badge, begin, ended, progress, status } from "./runs.js";
 import { split } from "./phases.js";
 import { filled, nameOf, presetOf, read, readAddress, sameSettings, writeAddress } from "./state.js";
@@ -24,27 +25,21 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   const find = (name) => place.querySelector(`[data-${name}]`);
   find("play").hidden = false;
   const form = find("form"), run = find("run"), stop = find("stop"), recover = find("recover"), notice = find("notice");
-  let view = null, source = null, name = null, dirty = false, replaying = 0;
+  let view = null, recording = null, source = null, name = null, dirty = false, replaying = 0;
 
   // -- what is shown ------------------------------------------------------------------------------------------------
 
   function draw() {
     dirty = false;
-    for (const [pane, drawn] of Object.entries(PANES)) {
-      const figure = place.querySelector(`[data-pane="${pane}"]`);
-      const { svg, say, table } = drawn(view);
-      figure.querySelector("[data-drawing]").innerHTML = svg;
-      figure.querySelector("[data-say]").textContent = say;
-      const twin = figure.querySelector("[data-table]");
-      if (!twin) continue;
-      twin.closest("details").hidden = !table;
-      if (twin.closest("details").open) twin.innerHTML = table;
-    }
-    find("shown").textContent = view.kind === "idle" ? "" : nameOf(fields, presets, view.settings);
+    const told = (!view.last && recording) || view; // until a run has told anything, the recording stands for it
+    for (const [pane, drawn] of Object.entries(PANES)) show(place.querySelector(`[data-pane="${pane}"]`), drawn(told), { late: true });
+    find("results").hidden = view.kind === "idle"; // nothing to show yet
+    const title = view.kind === "idle" ? "" : nameOf(fields, presets, told.settings);
+    find("shown").textContent = told === view ? title : `Recorded, until your own run begins. ${title}`;
     age();
     const words = status(view);
     if (find("status").textContent !== words) find("status").textContent = words;
-    const seen = badge(view);
+    const seen = badge(told);
     find("badge").hidden = !seen;
     if (seen) {
       find("badge").classList.toggle("wrong", !seen.right);
@@ -182,7 +177,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     redraw();
   }
 
-  async function start() {
+  async function start({ itself = false } = {}) {
     const { found, problems } = values();
     if (problems.length) {
       say(problems.join(". "));
@@ -200,9 +195,22 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     else {
       listen(answer.run);
       stop.disabled = false;
+      if (itself) return standIn();
       stop.focus({ preventScroll: true });
       reveal();
     }
+  }
+
+  // The process of the first run may still be loading: a recorded run is shown as long.
+  async function standIn() {
+    const { settings, events = [] } = await ask("static/recorded.json");
+    for (const event of events) {
+      if (view.last) break;
+      recording = apply(recording ?? begin(settings), event);
+      redraw();
+      await new Promise((done) => setTimeout(done, 100));
+    }
+    recording = null;
   }
 
   // A preset runs at once: what is under way makes room for it.
@@ -285,12 +293,15 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   draw();
   const { values: asked, notices: unknown } = readAddress(fields, location.search, { others: OTHERS, presets });
   fill(asked);
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   if (recorded) {
     const named = new URLSearchParams(location.search).get("preset");
     if (Object.hasOwn(presets, named)) replay(named);
-    else if (!matchMedia("(prefers-reduced-motion: reduce)").matches) firstSeen(find("results"), () => replaying || replay(Object.keys(presets)[0]));
+    else if (!still) firstSeen(run.closest(".bar"), () => replaying || replay(Object.keys(presets)[0]));
   } else program(writeAddress(fields, asked));
   const all = [...notices, ...unknown];
   if (all.length) say(all.join(" "));
-  resume(location.search.length > 1);
+  resume(location.search.length > 1).then(() => {
+    if (!recorded && !still) firstSeen(run.closest(".bar"), () => name || replaying || run.disabled || start({ itself: true }));
+  });
 }

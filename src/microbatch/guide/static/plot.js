@@ -1,6 +1,6 @@
 // One kind of chart: series over positions, on a plain or a logarithmic scale. Lines differ in dash and mark, not colour.
 
-import { el, escaped, extent, figure, power, round, table, text } from "./svg.js";
+import { el, extent, figure, power, round, table, text } from "./svg.js";
 
 const SMALLEST = 1e-300; // of what a logarithm is drawn of: below, powers of ten are zero
 const LEFT = 12, RIGHT = 408, TOP = 44, BOTTOM = 214;
@@ -34,14 +34,14 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
   const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
-  const drawn = series.map(({ name, ys, look }, number) => {
-    const points = ys.map((value, index) => [across(index), value, index]).filter(([, value]) => drawable(value))
-      .map(([left, value, index]) => [round(left), round(up(value)), `${name}: ${format(value)} (${x}: ${xs[index]})`]);
+  const drawn = series.map(({ ys, look }, number) => {
+    const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
+      .map(([left, value]) => [round(left), round(up(value))]);
     const line = points.map(([left, top], index) => `${index ? "L" : "M"}${left} ${top}`).join("");
     const stride = Math.max(1, Math.ceil(points.length / most));
     return el("g", { class: `series s${look ?? number}` }, line && el("path", { d: line, class: "line" }),
       points.filter((_, index) => index % stride === 0 || index === points.length - 1)
-        .map(([left, top, words]) => el("g", {}, el("title", {}, escaped(words)), MARKS[look ?? number](left, top)))); // said under the pointer
+        .map(([left, top]) => MARKS[look ?? number](left, top)));
   });
   const named = places(series.map(({ name }) => short(name)));
   const names = named.map(({ name, left, top }, number) => {
@@ -57,7 +57,14 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
   const svg = figure(height + further, label, names, further ? el("g", { transform: `translate(0 ${further})` }, picture) : picture);
   const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))])
     .filter(([, ...cells]) => cells.some((cell) => cell !== "–"));
-  return { svg, say: label, table: table([x, ...series.map(({ name }) => `${name}: ${y}`)], rows, label) };
+  // What a reader finds under the pointer or by the arrow keys: for each position its place, its points and its words.
+  const seen = xs.map((_, index) => index).filter((index) => series.some(({ ys }) => drawable(ys[index])));
+  const read = { label, lefts: seen.map(across), at(number) {
+    const index = seen[number], known = series.filter(({ ys }) => drawable(ys[index]));
+    return { left: across(index), top: TOP + further, bottom: BOTTOM + further, points: known.map(({ ys }) => up(ys[index]) + further),
+      words: `${x}: ${tick(xs[index])}. ${known.map(({ name, ys }) => `${name}: ${format(ys[index])}`).join(", ")}.` };
+  } };
+  return { svg, say: label, read, table: table([x, ...series.map(({ name }) => `${name}: ${y}`)], rows, label) };
 }
 
 const short = (name) => (name.length > 24 ? `${name.slice(0, 23)}…` : name);

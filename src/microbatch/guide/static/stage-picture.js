@@ -1,7 +1,7 @@
 // The stage's picture: a tree of one shape for each cut, so that from moment to moment only attributes change.
 
 import { node } from "./nodes.js";
-import { HAS, LIMIT, stateAt, wholeCurve, words } from "./stage.js";
+import { HAS, LAST, LIMIT, stateAt, wholeCurve, words } from "./stage.js";
 import { bytes, roleClass, round } from "./svg.js";
 
 const WIDE = {
@@ -15,6 +15,7 @@ const NARROW = {
 export const SHAPES = { wide: WIDE, narrow: NARROW };
 const LAYERS = 4; // of the reference model
 
+const tenth = (value) => Math.round(value * 10) / 10; // of a curve with many points, which is there three times
 const rect = (x, y, width, height, more = {}) => node("rect", { x, y, width: Math.max(0, width), height: Math.max(0, height), ...more });
 const label = (x, y, written, more = {}) => node("text", { x, y, ...more }, written);
 const PATTERNS = { "optimizer state": "dots", gradients: "hatch", activations: "stripes", overflow: "cross" };
@@ -87,20 +88,18 @@ function tankOf(state, shape) {
 function trace(state, shape, measured) {
   const [x, bottom, width, height] = shape.trace;
   const most = LIMIT * 1.18, up = (value) => bottom - (Math.min(value, most) / most) * height;
-  const points = wholeCurve(state.cut, measured).map(([share, value]) => `${round(x + share * width)} ${round(up(value))}`);
-  const end = points.at(-1).split(" ")[1];
-  const line = `M${x} ${points[0].split(" ")[1]}L${points.join("L")}L${x + width} ${end}`;
-  const now = (state.seconds / state.end) * width, top = bottom - height - 4;
+  const points = wholeCurve(state.cut, measured).map(([share, value]) => [tenth(x + share * width), tenth(up(value))]);
+  const now = tenth(x + (state.seconds / state.end) * width), level = tenth(up(state.total));
+  const line = (list) => `M${list.map((point) => point.join(" ")).join("L")}`;
+  const whole = [[x, points[0][1]], ...points, [x + width, points.at(-1)[1]]], past = [...whole.filter(([left]) => left < now), [now, level]];
   return node("g", { class: "trace" },
-    node("path", { class: "ahead", d: line }),
-    // What has been is drawn: a window on the whole curve that grows.
-    node("svg", { x, y: top, width: now, height: height + 8 }, node("g", { transform: `translate(${-x} ${-top})` },
-      node("path", { class: "area", d: `${line}V${bottom}H${x}Z` }), node("path", { class: "past", d: line }))),
+    node("path", { class: "ahead", d: state.t < LAST ? line(whole) : "" }),
+    node("path", { class: "area", d: `${line(past)}V${bottom}H${x}Z` }), node("path", { class: "past", d: line(past) }),
     node("path", { class: "limit", d: `M${x} ${round(up(LIMIT))}H${x + width}` }),
     label(x + width, up(LIMIT) - 6, `limit: ${HAS}`, { class: "end small bad" }),
     label(x, bottom - height - 1, "memory over time", { class: "start small quiet" }),
     node("path", { class: "axis", d: `M${x} ${bottom}H${x + width}` }),
-    node("circle", { class: "now", cx: x + now, cy: up(state.total), r: 5.5 }),
+    node("circle", { class: "now", cx: now, cy: level, r: 5.5 }),
     rect(x - 4, bottom - height - 6, width + 8, height + 20, { class: "scrub", "data-scrub": "" }));
 }
 
@@ -117,12 +116,12 @@ function model(state, shape) {
     return node("g", {}, rect(x, top, width, height, { rx: 7, class: "layer" }), filled("activations", x + 4, top + height - 4 - high, width - 8, high),
       rect(x, top + height + 8, width, 7, { rx: 3.5, class: "groove" }), rect(x, top + height + 8, width * weight, 7, { rx: 3.5, class: "weight" }));
   });
-  const doing = state.overflow !== null ? "" : state.phase === "forward" ? "forward →" : state.phase === "backward" ? "← backward" : "";
+  const doing = state.overflow !== null ? "" : state.phase === "forward" ? "forward →" : state.phase === "backward" ? "← backward" : `model: ${LAYERS} layers`;
   const moved = state.stepped > 0;
   return node("g", { class: "network" }, layers,
-    label(center, top - 17, doing, { class: `label ${state.phase === "backward" ? "gradients" : "activations"}` }),
-    label(center + 10, top + height + 38, moved ? "weights move" : "weights frozen", { class: "label parameters" }),
-    node("path", { class: "padlock", d: padlock(center - (shape.name === "wide" ? 54 : 53), top + height + 33, moved) }));
+    label(center, top - 17, doing, { class: { forward: "label activations", backward: "label gradients" }[state.phase] ?? "quiet" }),
+    label(center + (shape.name === "wide" ? 10 : 6), top + height + 38, moved ? "weights move" : "weights frozen", { class: "label parameters" }),
+    node("path", { class: "padlock", d: padlock(center - (shape.name === "wide" ? 54 : 58), top + height + 33, moved) }));
 }
 
 const padlock = (x, y, open) => `M${x - 6} ${y - 4}h12v9h-12zM${x - 3.5} ${y - 4}v-3a3.5 3.5 0 0 1 7 0${open ? "" : "v3"}`;

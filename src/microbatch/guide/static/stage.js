@@ -139,13 +139,13 @@ export function words(state) {
   const { cut, rows, phase, index, need: needed, atOnce, apart } = state;
   const size = rows / cut, which = cut === 1 ? "The batch" : `Microbatch ${index + 1} of ${cut}`;
   return {
-    begin: cut === 1 ? `All ${rows} rows at once.` : `${rows} rows, cut into ${cut} microbatches of ${size}. The weights are frozen.`,
+    begin: cut === 1 ? `All ${rows} rows at once. A row is one example.` : `${rows} rows, cut into ${cut} microbatches of ${size}. The weights are frozen.`,
     take: `${which} goes into the model: ${count(size, "row")}.`,
     forward: "Forward: every layer keeps activations, for its backward.",
-    backward: "Backward: layer by layer the activations are used and freed.",
+    backward: "Backward: layer by layer, activations are used and freed.",
     add: cut === 1 ? "The gradient is there." : `Its gradient, divided by ${cut}, is added.`,
-    agree: cut === 1 ? "This is the whole batch’s gradient." : `All ${cut} shares together are the whole batch’s gradient, ${power(apart)} apart.`,
-    step: `One step: the weights move, once. It took ${bytes(needed)}, and not ${bytes(atOnce)}.`,
+    agree: cut === 1 ? "This is the whole batch’s gradient." : `All ${cut} shares together are the whole batch’s gradient, ${power(apart)} apart by rounding.`,
+    step: `One step: the weights move, once. It took ${bytes(needed)} instead of ${bytes(atOnce)}.`,
     overflow: `Out of memory: ${cut === 1 ? `all ${rows} rows at once` : `microbatches of ${size}`} need ${bytes(needed)}, and the GPU has ${HAS}. Cut the batch.`,
   }[phase];
 }

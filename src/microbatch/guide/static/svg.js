@@ -30,7 +30,7 @@ export const text = (x, y, words, attributes = {}) => el("text", { x, y, ...attr
 export function figure(height, label, ...children) {
   return el(
     "svg",
-    { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label, xmlns: "http://www.w3.org/2000/svg" },
+    { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": label },
     ...children,
   );
 }
@@ -51,7 +51,6 @@ export function bar(x, y, width, height, role) {
     { class: `role ${roleClass(role)}` },
     el("rect", { ...box, class: "fill" }),
     pattern && el("rect", { ...box, fill: `url(#${pattern})` }),
-    el("rect", { ...box, class: "edge" }),
   );
 }
 

@@ -12,6 +12,9 @@ export function parts(measured) {
   return [...known, ["other", Math.max(0, other)]];
 }
 
+// What is no role of its own: the rows themselves, and what operators need for a moment.
+export const named = (role) => (role === "other" ? "inputs, scratch" : role);
+
 export const total = (list) => list.reduce((sum, [, size]) => sum + size, 0);
 
 // A tank that is filled from below; what is above the rim has overflowed.
@@ -37,7 +40,7 @@ export function tank(x, y, width, height, list, { scale, capacity, label }) {
 export function legend(x, y, list, { step = 30 } = {}) {
   return list.map(([role, size], line) => [
     bar(x, y + line * step, 16, 16, role),
-    text(x + 22, y + line * step + 13, role, { class: `label ${role.replace(" ", "-")}` }),
+    text(x + 22, y + line * step + 13, named(role), { class: `label ${role.replace(" ", "-")}` }),
     size === undefined ? null : text(420 - 4, y + line * step + 13, bytes(size), { "text-anchor": "end", class: "number" }),
   ]);
 }
