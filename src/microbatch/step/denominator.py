@@ -386,16 +386,14 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
         return sums.sum(), float(sum(term.counts))
     whole = dtype is torch.float32 and all(map(is_whole, term.counts))  # without float64, they would be rounded
     counts = _stack(term.counts, torch.int64 if whole else dtype, device)
-    # A sum could hide a negative count; it cannot hide NaN, or a number as low as this one.
+    # A sum could hide a negative count; it cannot hide NaN, or so low a number.
     counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
 
 
-def _stack(numbers: Sequence[Count], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number, device=device).detach().to(dtype) for number in numbers])
-    return torch.tensor(numbers, dtype=dtype, device=device)
+def _stack(counts: Sequence[Count], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.stack([torch.as_tensor(count, device=device).detach().to(dtype) for count in counts])
 
 
 def _power_of_two(number: float) -> float:
