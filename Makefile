@@ -25,7 +25,7 @@ INTEGRATIONS := $(VENV)/.installed-integrations
 DOCS := $(VENV)/.installed-docs
 PACKAGE := $(VENV)/.installed-package
 
-.PHONY: help train test test-integrations browser lint bench docs package format clean
+.PHONY: help train test test-integrations browser lint bench gpu docs package format clean
 
 help: ## List the commands.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 32
@@ -54,6 +54,13 @@ lint: $(DEV) ## Only the first three of those.
 
 bench: $(BENCH) ## Set up with the peers, then measure against them.
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# Nothing is set up: PyTorch with CUDA, numpy and pytest are enough, and there may be no network.
+# The Python that is named, or else that of .venv, or else the first one.
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+gpu: ## Prove and measure everything on this machine's GPU, in eight minutes; ARGS="--device cpu" is the dry run.
+	@test -n "$(GPU_PYTHON)" || { echo "No Python 3.11 or newer was found: make gpu PYTHON=/path/to/python"; exit 1; }
+	PYTHONPATH=src $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 docs: $(DOCS) ## Set up, then build the documentation in build/docs; ARGS="-b linkcheck" asks the network about its links.
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet $(if $(findstring -b,$(ARGS)),,-b html) $(ARGS) -c docs . build/docs

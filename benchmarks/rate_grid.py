@@ -24,9 +24,9 @@ from typing import Any
 
 import microbatch as mb
 from benchmarks.machine import hardware, versions
+from microbatch.devices.available_devices import resolve_device
 from microbatch.train.config import load_settings
 from microbatch.train.evaluate import evaluate
-from microbatch.train.resolve import resolve_device
 from microbatch.train.start import make_job, prepare
 
 OUT = Path(__file__).parent / "results"

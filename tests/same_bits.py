@@ -45,6 +45,7 @@ RENAMED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "sync": ("ranks", lambda value: {"sync": value}),
     "reduce_dtype": ("ranks", lambda value: {"reduce_dtype": value}),
     "overlap": ("ranks", lambda value: {"overlap": value}),
+    "deterministic": ("ranks", lambda value: {"deterministic": value}),
 }
 # Options that are records: the dicts above become one.
 RECORDS = {"sums": "Sums", "ranks": "Ranks"}

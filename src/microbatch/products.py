@@ -32,7 +32,7 @@ def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """
     if total.dtype == left.dtype:
         total.addmm_(left.T, right)
-    elif total.is_cuda and _accumulates_wide(total.device, left.dtype, total.dtype):
+    elif total.device.type != "cpu" and _accumulates_wide(total.device, left.dtype, total.dtype):
         torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         for rows, piece in product_pieces(left, right):

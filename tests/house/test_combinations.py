@@ -14,7 +14,7 @@ from microbatch.step.combinations import CLASHES, FEATURES, USES
 
 # How to ask for a feature in a plain process; the others need ranks, or a model of their own.
 ASKED: dict[str, dict[str, Any]] = {
-    "deterministic=True": {"deterministic": True},
+    "Ranks(deterministic=True)": {"ranks": mb.Ranks(deterministic=True)},
     "Ranks(overlap=True)": {"ranks": mb.Ranks(overlap=True)},
     'batch_norm="exact"': {"batch_norm": "exact"},
     'batch_norm="pooled"': {"batch_norm": "pooled"},
@@ -31,6 +31,17 @@ ASKED: dict[str, dict[str, Any]] = {
     'coupled="twice"': {"coupled": "twice"},
     'coupled="keep"': {"coupled": "keep"},
     'microbatch_size="auto"': {"microbatch_size": "auto"},
+}
+
+
+# Pairs whose two features are fields of one record.
+BOTH_FIELDS: dict[frozenset[str], dict[str, Any]] = {
+    frozenset(('Sums(buffer="none")', 'Sums(how="compensated")')): {
+        "sums": mb.Sums(buffer="none", how="compensated", dtype=torch.bfloat16)
+    },
+    frozenset(("Ranks(overlap=True)", "Ranks(deterministic=True)")): {
+        "ranks": mb.Ranks(overlap=True, deterministic=True)
+    },
 }
 
 
@@ -58,11 +69,7 @@ def test_the_table_names_what_there_is() -> None:
 )
 def test_what_the_table_refuses_is_refused_with_its_words(clash: Any) -> None:
     first, second = ASKED[clash.first], ASKED[clash.second]
-    if first.keys() & second.keys():  # two fields of one record
-        asked = {"sums": mb.Sums(buffer="none", how="compensated", dtype=torch.bfloat16)}
-        assert {clash.first, clash.second} == {'Sums(buffer="none")', 'Sums(how="compensated")'}
-    else:
-        asked = {**first, **second}
+    asked = BOTH_FIELDS.get(frozenset((clash.first, clash.second)), {**first, **second})
     with pytest.raises(ConfigError, match="does not go with") as caught:
         make(**asked)
     assert clash.why in str(caught.value)

@@ -1,13 +1,16 @@
 """Files that can be read in one sitting, and a window that stays small: features are parts, not branches of it."""
 
 import ast
+import inspect
 import statistics
 from pathlib import Path
 
 import pytest
 
+from microbatch.step.accumulator import Accumulator
+
 PACKAGE = Path(__file__).parents[2] / "src" / "microbatch"
-LARGEST, MEDIAN = 400, 160
+LARGEST, MEDIAN, OPTIONS = 400, 160, 18
 WINDOW = {"lines": 300, "attributes": 30, "tests for None": 15}
 
 
@@ -63,3 +66,8 @@ def test_attributes_are_counted(source: str, number: int) -> None:
 @pytest.mark.parametrize(("source", "number"), [("a is None or b is not None", 2), ("a == 1", 0)])
 def test_none_tests_are_counted(source: str, number: int) -> None:
     assert none_tests(source) == number
+
+
+def test_an_accumulator_has_few_options() -> None:
+    asked = inspect.signature(Accumulator).parameters.values()
+    assert sum(each.kind is each.KEYWORD_ONLY for each in asked) <= OPTIONS, "group it with the options it goes with"

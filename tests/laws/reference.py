@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -27,7 +28,8 @@ WRONG = 1e-6  # a hand-written recipe that is further off than this is wrong, no
 
 few = settings(max_examples=12)  # of each law, on each device and through each door, beside the law's own example
 fewer = settings(max_examples=4)  # of a law that is also held under each of many names
-on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+ACCELERATOR = os.environ.get("MICROBATCH_TEST_ACCELERATOR", "cuda")  # `tests.devices.simulate` has another
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param(ACCELERATOR, marks=pytest.mark.cuda)])
 
 
 # -- the reference -------------------------------------------------------------------------------------------------

@@ -268,12 +268,14 @@ class State:
 
     @classmethod
     def of(cls, model: nn.Module) -> "State":
+        device = next(model.parameters()).device
+        backend = torch.get_device_module(device)
         return cls(
             gradients_of(model),
             [id(each.grad) for each in model.parameters()],
             [each.detach().clone() for each in model.parameters()],
             [each.detach().clone() for each in model.buffers()],
-            [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
+            [torch.get_rng_state(), *([] if device.type == "cpu" else [backend.get_rng_state(device)])],
             [np.asarray(part).tolist() for part in np.random.get_state()],  # noqa: NPY002 - the global one
             random.getstate(),
         )

@@ -1,16 +1,32 @@
 """compile=True: the same gradient, compiled once for the shapes that repeat."""
 
+import sys
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.func import functional_call
 
 import microbatch as mb
 from microbatch.errors import ConfigError
 
-from .reference import EXACT, WRONG, Batch, filled, full_batch, points, relative_error, squared, subject
+from .reference import (
+    EXACT,
+    WRONG,
+    Batch,
+    filled,
+    full_batch,
+    gradients_of,
+    pieces_of,
+    points,
+    relative_error,
+    squared,
+    subject,
+)
 
 pytestmark = [  # of torch itself: when its compiler is imported, and when it looks at what goes into a function
     pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning"),
@@ -75,6 +91,94 @@ def test_an_unknown_mode_is_refused() -> None:
     model = network()
     with pytest.raises(ConfigError, match="reduce-overhead"):
         mb.Accumulator(model, torch.optim.SGD(model.parameters()), microbatch_size=2, compile="fast")
+
+
+# -- CUDA graphs, whose results are in the same memory in every run ----------------------------------------------------
+
+
+class InPlace(torch.autograd.Function):
+    """Write a value, or its gradient, over that of the last run, as a captured graph does."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, store: dict[str, Tensor], name: str) -> Tensor:
+        ctx.store, ctx.name = store, name
+        return in_place(store, name, value) if name.startswith("output") else value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.name.startswith("output"):
+            return grads[0], None, None
+        return in_place(ctx.store, ctx.name, grads[0]), None, None
+
+
+def in_place(store: dict[str, Tensor], name: str, value: Tensor) -> Tensor:
+    if name not in store:
+        store[name] = torch.empty_like(value)
+        torch._C._add_cached_tensor(store[name])  # autograd takes such a gradient over, although it is referred to here
+    with torch.no_grad():
+        return store[name].copy_(value).detach() if name.startswith("output") else store[name].copy_(value)
+
+
+def captured(function: Callable[..., mb.Loss], **_: Any) -> Callable[[nn.Module, Batch], mb.Loss]:
+    """Run a function as if from a captured graph."""
+    store: dict[str, Tensor] = {}
+
+    def run(model: nn.Module, batch: Batch) -> mb.Loss:
+        def call(batch: Batch) -> mb.Loss:
+            weights = {name: InPlace.apply(each, store, name) for name, each in model.named_parameters()}
+            return function(lambda x: functional_call(model, weights, (x,)), batch)
+
+        loss = call(batch)
+        count, metric = (in_place(store, f"output {n}", torch.as_tensor(v)) for n, v in enumerate(told(loss)))
+        return mb.Loss(sum=InPlace.apply(loss.sum, store, "output"), count=count, metrics={"rows": metric})
+
+    return run
+
+
+def told(loss: mb.Loss) -> tuple[float, float]:
+    return float(loss.count), float(loss.metrics["rows"])
+
+
+def counted(model: Any, batch: Batch) -> mb.Loss:
+    rows = len(batch["x"])
+    return mb.Loss(sum=(model(batch["x"]) - batch["y"]).square().sum() / 2, count=rows, metrics={"rows": rows})
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let torch seem to have captured a graph."""
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", ModuleType("cudagraph_trees"))
+    torch._C._set_cached_tensors_enabled(True)
+    yield
+    torch._C._set_cached_tensors_enabled(False)
+
+
+@pytest.mark.usefixtures("capturing")
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_what_a_captured_graph_overwrites_was_copied(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", captured)
+    model, batch = network(), points(1, 7)  # three microbatches of 2, and one of 1
+    it = subject(model, size=2, compile=mode, memory_budget="none")
+    step = it.accumulator.step(batch, counted)
+    assert relative_error(it.updates[0], full_batch(model, squared, batch)) <= EXACT
+    assert step.count == 7
+    assert step.metrics["rows"].item() == 7
+
+
+@pytest.mark.usefixtures("capturing")
+def test_gradients_of_a_model_that_the_user_compiled_are_copied() -> None:
+    model, batch = network(), points(1, 7)
+    it, function = subject(model, size=2), captured(counted)
+    it.accumulator.step(batch, lambda model, piece: mb.Loss(sum=function(model, piece).sum * 1, count=len(piece["x"])))
+    assert relative_error(it.updates[0], full_batch(model, squared, batch)) <= EXACT
+
+
+@pytest.mark.usefixtures("capturing")
+def test_by_hand_the_first_gradient_is_overwritten() -> None:
+    model, batch, function = network(), points(1, 6), captured(counted)
+    for piece in pieces_of(batch, 2):
+        (function(model, piece).sum / 6).backward()
+    assert relative_error(gradients_of(model), full_batch(model, squared, batch)) > WRONG
 
 
 def test_windows_that_do_not_end_in_the_reverse_of_their_order_leave_the_compiler_as_it_was() -> None:

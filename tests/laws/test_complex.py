@@ -57,7 +57,7 @@ def off(got: Tensor, wanted: Tensor) -> float:
         {"sums": mb.Sums(dtype=torch.float64)},
         {"sums": mb.Sums(dtype=torch.float64), "max_grad_norm": 0.01},
         {"sums": mb.Sums(dtype=torch.bfloat16, how="compensated")},
-        {"sums": mb.Sums(dtype=torch.float64), "deterministic": True},
+        {"sums": mb.Sums(dtype=torch.float64), "ranks": mb.Ranks(deterministic=True)},
         {"sums": mb.Sums(dtype=torch.float64), "batch_norm": "exact"},
     ],
     ids=["own", "wide", "clipped", "compensated", "deterministic", "exact"],

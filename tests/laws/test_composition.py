@@ -30,7 +30,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = {
     "exact": {"batch_norm": "exact"},
     "pooled": {"batch_norm": "pooled"},
     "frozen": {"batch_norm": "frozen"},
-    "deterministic": {"deterministic": True, "batch_norm": "frozen"},
+    "deterministic": {"ranks": mb.Ranks(deterministic=True), "batch_norm": "frozen"},
     "dropout": {"dropout": "by_row"},
     "offload": {"offload": "activations"},
     "lengths": {"lengths": mb.Lengths(of="lengths", keys=["x"])},
@@ -113,7 +113,7 @@ def test_every_hook_of_every_part_is_reached(names: tuple[str, ...]) -> None:
     except ConfigError as refused:
         assert ENCODE in str(refused)  # noqa: PT017 - a combination that the table refuses
     # Only a loss of the whole batch has it; and in lockstep no microbatch has a time of its own.
-    alone = it.options.deterministic or it.options.noise_scale
+    alone = it.options.ranks.deterministic or it.options.noise_scale
     allowed = {"RowDropout.whole"} if alone else set[str]()
     allowed |= {"Stopwatch.around", "OneRowNorms.around"} if it.options.batch_norm == "exact" else set()
     assert reached.missed <= allowed

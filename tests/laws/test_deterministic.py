@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from microbatch.errors import ConfigError, NonfiniteError, WindowError
 from microbatch.loss.loss import Loss
 from microbatch.step.accumulator import Accumulator
-from microbatch.step.options import Sums
+from microbatch.step.options import Ranks, Sums
 
 
 def accumulator(model: nn.Module, **more: Any) -> tuple[Accumulator, list[dict[str, Tensor | None]]]:
@@ -25,7 +25,7 @@ def accumulator(model: nn.Module, **more: Any) -> tuple[Accumulator, list[dict[s
         seen.append({name: None if grad is None else grad.clone() for name, grad in grads.items()})
 
     optimizer.register_step_pre_hook(look)
-    wanted: dict[str, Any] = {"deterministic": True, "microbatch_size": 2, **more}
+    wanted: dict[str, Any] = {"ranks": Ranks(deterministic=True), "microbatch_size": 2, **more}
     return Accumulator(model, optimizer, **wanted), seen
 
 

@@ -516,6 +516,6 @@ def test_the_record_as_a_dict_and_as_one_line() -> None:
 
 def test_batches_do_not_go_with_numbered_microbatches() -> None:
     model, batches = make_model(), [tokens([6, 1, 5]), tokens([2, 3])]
-    accumulator = mb.Accumulator(model, microbatch_size=2, deterministic=True)
+    accumulator = mb.Accumulator(model, microbatch_size=2, ranks=mb.Ranks(deterministic=True))
     with pytest.raises(ConfigError, match="pad the batches to one"):
         accumulator.gradient(mb.Batches(batches), token_loss)

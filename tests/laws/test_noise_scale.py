@@ -118,7 +118,7 @@ def test_with_one_row_in_a_microbatch_it_is_the_sample_covariance() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"max_grad_norm": 1e-3},
-    "deterministic": {"deterministic": True},
+    "deterministic": {"ranks": mb.Ranks(deterministic=True)},
     "bufferless": {"sums": mb.Sums(buffer="none"), "momentum": 0.9},
     "by row": {"dropout": "by_row"},
     "checkpoint": {"checkpoint": ["body"]},

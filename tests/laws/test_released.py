@@ -27,7 +27,7 @@ WAYS = {
     "plain": (plain, {}), "gradient": (gradient, {}), "window": (window, {}), "error": (error, {}),
     "twice": (coupled, {"coupled": "twice"}), "keep": (coupled, {"coupled": "keep"}),
     "exact": (plain, {"batch_norm": "exact"}), "pooled": (plain, {"batch_norm": "pooled"}),
-    "dropout": (plain, {"dropout": "by_row"}), "tree": (plain, {"deterministic": True}),
+    "dropout": (plain, {"dropout": "by_row"}), "tree": (plain, {"ranks": mb.Ranks(deterministic=True)}),
 }
 x = torch.randn(6, 64)
 gc.disable()

@@ -149,7 +149,7 @@ def test_s3_a_parameter_in_two_optimizers_is_refused() -> None:
         accumulator(model, [SGD(model.parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)])
 
 
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"batch_norm": "exact"}])
+@pytest.mark.parametrize("options", [{}, {"ranks": mb.Ranks(deterministic=True)}, {"batch_norm": "exact"}])
 def test_s3_a_loss_of_another_model_is_refused_and_nothing_changes(options: Any) -> None:
     model, other = network(), network()
     before = copy.deepcopy(model.state_dict())

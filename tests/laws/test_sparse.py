@@ -96,7 +96,10 @@ def test_complex_weights_keep_their_imaginary_part(sums: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"deterministic": True}, "deterministic=True"), ({"ranks": Ranks(overlap=True)}, r"Ranks\(overlap=True\)")],
+    [
+        ({"ranks": Ranks(deterministic=True)}, r"Ranks\(deterministic=True\)"),
+        ({"ranks": Ranks(overlap=True)}, r"Ranks\(overlap=True\)"),
+    ],
 )
 def test_an_optimizer_of_sparse_gradients_alone_is_refused_where_gradients_become_dense(
     options: dict[str, Any], words: str

@@ -102,6 +102,25 @@ def case_overlap(rank: int, ranks: int) -> Any:
     return told_of(model, accumulator.gradient(share(make_batch(), rank, ranks), weighted))
 
 
+def hooked(model: nn.Sequential) -> nn.Sequential:
+    model[0].weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    return model
+
+
+def case_hooked(rank: int, ranks: int) -> Any:
+    return gradient(hooked(make_model()), rank, ranks)
+
+
+def case_hooked_ddp(rank: int, ranks: int) -> Any:
+    return gradient(DistributedDataParallel(hooked(make_model())), rank, ranks)
+
+
+def case_hooked_overlap(rank: int, ranks: int) -> Any:
+    model = hooked(make_model())
+    accumulator = mb.Accumulator(model, microbatch_size=2, ranks=mb.Ranks(overlap=True))
+    return told_of(model, accumulator.gradient(share(make_batch(), rank, ranks), weighted))
+
+
 def case_lbfgs(rank: int, ranks: int) -> Any:
     model, batch = make_model(), share(make_batch(), rank, ranks)
     accumulator = mb.Accumulator(model, microbatch_size=2)
@@ -159,8 +178,9 @@ def told(request: pytest.FixtureRequest, run_ranks: Any, tmp_path_factory: pytes
     return run_ranks(all_cases, request.param, folder)
 
 
-def reference(*, norm: bool = False, couples: bool = False) -> tuple[dict[str, Tensor], float]:
+def reference(*, norm: bool = False, couples: bool = False, hooks: bool = False) -> tuple[dict[str, Tensor], float]:
     model, batch = make_model(norm=norm), make_batch()
+    model = hooked(model) if hooks else model
     loss = coupled(model, encode(model, batch)) if couples else weighted(model, batch).mean
     loss.backward()
     return {name: whole(each.grad) for name, each in model.named_parameters()}, loss.item()
@@ -171,11 +191,12 @@ def off(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return (distance / torch.stack([each.square().sum() for each in wanted.values()]).sum().sqrt()).item()
 
 
-@pytest.mark.parametrize(
-    "case", ["bare", "ddp", "sharded", "coupled", "sharded_coupled", "overlap", "exact_norm", "a_failing_rank"]
-)
+PLAIN = ["bare", "ddp", "sharded", "coupled", "sharded_coupled", "overlap", "exact_norm", "a_failing_rank"]
+
+
+@pytest.mark.parametrize("case", [*PLAIN, "hooked", "hooked_ddp", "hooked_overlap"])
 def test_every_rank_has_the_whole_batchs_gradient(told: list[Any], case: str) -> None:
-    wanted, loss = reference(norm=case == "exact_norm", couples="coupled" in case)
+    wanted, loss = reference(norm=case == "exact_norm", couples="coupled" in case, hooks="hooked" in case)
     right = (make_model()(make_batch()["x"]).argmax(-1) == make_batch()["class"]).sum().item()
     for found in result(told, case):
         if found is None:

@@ -100,7 +100,7 @@ def case_every_second(rank: int, ranks: int) -> Any:
 
 
 def case_deterministic(rank: int, ranks: int) -> Any:
-    return run(rank, shares=[12, 7], deterministic=True)
+    return run(rank, shares=[12, 7], ranks=mb.Ranks(deterministic=True))
 
 
 def case_one_each(rank: int, ranks: int) -> Any:

@@ -294,7 +294,7 @@ def test_a_loop_of_ones_own_may_end_early_but_not_begin_again(told: list[dict[st
 
 
 def refused() -> Iterator[tuple[str, dict[str, Any]]]:
-    yield "deterministic=True", {"deterministic": True, "microbatch_size": 2}
+    yield "Ranks(deterministic=True)", {"ranks": Ranks(overlap=True, deterministic=True), "microbatch_size": 2}
     yield 'batch_norm="exact"', {"batch_norm": "exact"}
     yield 'Sums(buffer="none")', {"sums": Sums(buffer="none")}
     yield 'dropout="by_row"', {"dropout": "by_row"}
@@ -304,8 +304,9 @@ def refused() -> Iterator[tuple[str, dict[str, Any]]]:
 def test_what_does_not_go_with_it_is_refused(name: str, settings: dict[str, Any]):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    asked: dict[str, Any] = {"ranks": Ranks(overlap=True), **settings}
     with pytest.raises(ConfigError, match=re.escape("Ranks(overlap=True) does not go with " + name)):
-        Accumulator(model, optimizer, ranks=Ranks(overlap=True), **settings)
+        Accumulator(model, optimizer, **asked)
 
 
 def test_narrow_parameters_and_encoders_are_refused():

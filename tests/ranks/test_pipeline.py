@@ -625,7 +625,7 @@ def alone() -> Iterator[Callable[..., PipelineStage]]:
         ({"memory_budget": "1 GiB"}, "memory_budget="),
         ({"sums": Sums(buffer="none")}, r"Sums\(buffer="),
         ({"grad_scaler": torch.amp.GradScaler("cpu")}, "grad_scaler="),
-        ({"deterministic": True}, "deterministic=True"),
+        ({"ranks": Ranks(deterministic=True)}, r"Ranks\(deterministic=True\)"),
         ({"compile": True}, "compile each stage's module"),
         ({"offload": "activations"}, "offload="),
         ({"checkpoint": "all"}, "checkpoint="),

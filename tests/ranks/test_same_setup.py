@@ -147,7 +147,10 @@ CASES: dict[str, tuple[Callable[[bool], Made], list[str]]] = {
     "noise": (with_option(noise_scale=NoiseScale(5)), ["NoiseScale(every=...) is None on ranks 0 and 2, and 5"]),
     "sums": (with_option(sums=Sums(dtype=torch.float64)), ["Sums(dtype=...)"]),
     "overlap": (with_option(ranks=Ranks(overlap=True)), ["Ranks(overlap=...) is False"]),
-    "deterministic": (with_option(deterministic=True), ["deterministic is False", "microbatch_size is missing"]),
+    "deterministic": (
+        with_option(ranks=Ranks(deterministic=True)),
+        ["Ranks(deterministic=...) is False", "microbatch_size is missing"],
+    ),
     "scaler": (scaler, ["grad_scaler is {scale: 512", "scale: 1024"]),
     "unwrapped": (unwrapped, ["the model is Sequential in DistributedDataParallel on ranks 0 and 2"]),
     "weights": (changed_after_wrapping, ["'1.bias'", "checksum"]),

@@ -107,7 +107,7 @@ CASES: dict[str, Case] = {
     "sparse and dense on both": ({"tied": True}, sgd, [0, 1, 0, 1, 0, 1], [3, 3], {}),
     "dense first": ({"tied": True}, sgd, [1, 0, 0, 0, 0, 0], [4, 2], {}),
     "overlap": ({}, sgd, BOTH, [3, 3], {"ranks": Ranks(overlap=True)}),
-    "deterministic": ({}, sgd, BOTH, [3, 3], {"deterministic": True}),
+    "deterministic": ({}, sgd, BOTH, [3, 3], {"ranks": Ranks(deterministic=True)}),
     "in DistributedDataParallel": ({}, lazy_adam, BOTH, [3, 3], {}),
 }
 
@@ -179,7 +179,7 @@ def all_cases(rank: int, ranks: int) -> dict[str, Any]:
         "bfloat16, reduced in bfloat16": run("SGD", rank, dtype=torch.bfloat16, ranks=Ranks(reduce_dtype=None)),
         "complex": complex_weights(rank),
         "complex, overlapped": complex_weights(rank, ranks=Ranks(overlap=True)),
-        "complex, deterministic": complex_weights(rank, deterministic=True),
+        "complex, deterministic": complex_weights(rank, ranks=Ranks(deterministic=True)),
         "sharded": sharded_table(),
         "beside": sharded_beside(rank),
         "group": dist.get_world_size(),

@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from microbatch.devices.available_devices import resolve_device
 from microbatch.errors import ConfigError, DataError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.find_job import call_job, find_job
 from microbatch.train.job import Job
-from microbatch.train.resolve import resolve, resolve_device, resolved_settings
+from microbatch.train.resolve import resolve, resolved_settings
 from microbatch.train.run_config import RunConfig
 
 CPU = torch.device("cpu")
@@ -234,7 +235,12 @@ def test_a_job_with_a_scheduler_keeps_its_learning_rate() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("gpu", "not a device"), ("meta", "not supported"), ("cuda:99", "CUDA device"), ("cpu0", "device")],
+    [
+        ("gpu", "not a device"),
+        ("meta", "no such device"),
+        ("cuda:99", "here (is|are) cpu"),
+        ("cpu0", "device"),
+    ],
 )
 def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from microbatch.batch.batch_tree import contents, map_leaves
 from microbatch.batch.walk import holds_tensors
+from microbatch.devices.copy_streams import current_stream, has_streams, new_stream, on_stream, pinned
 from microbatch.errors import BatchError
 
 
 def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """Yield each microbatch with its tensors on ``device``.
 
-    On CUDA, the next microbatch is copied from pinned memory on its own stream while the current one computes. So the
-    device holds the inputs of two microbatches, and never waits for the host. On other devices, a microbatch is copied
-    when its turn comes. Tensors that are already on ``device`` are not copied.
+    On an accelerator with streams, the next microbatch is copied from pinned memory on its own stream while the current
+    one computes. So the device holds the inputs of two microbatches, and never waits for the host. On other devices, a
+    microbatch is copied when its turn comes. Tensors that are already on ``device`` are not copied.
 
     Args:
         microbatches: Structures of tensors, usually on the host.
@@ -30,10 +31,11 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         The same structures with their tensors on ``device``.
 
     Cost:
-        No host synchronisation. On CUDA, one pinned copy on the host and one copy on the device for each microbatch.
+        No host synchronisation. With streams, one pinned copy on the host and one copy on the device for each
+        microbatch.
     """
-    if device.type == "cuda":
-        yield from _feed_cuda(microbatches, device)
+    if has_streams(device):
+        yield from _feed_ahead(microbatches, device)
         return
     for microbatch in microbatches:
         yield moved(microbatch, device)
@@ -84,26 +86,25 @@ def is_there(batch: object, device: torch.device) -> bool:
 
 
 @functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the CUDA stream for copies to ``device``."""
+def _copy_stream(device: torch.device) -> Any:
+    """Return the stream for copies to ``device``."""
     # One stream for the whole process, because the caching allocator has a separate memory pool for each stream.
-    return torch.cuda.Stream(device)
+    return new_stream(device)
 
 
-def _feed_cuda(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+def _feed_ahead(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    stream, current = _copy_stream(device), current_stream(device)
 
     def copy_tensor(tensor: Tensor) -> Tensor:
         if tensor.device == device:
             return tensor
-        source = tensor.pin_memory() if tensor.device.type == "cpu" else tensor
-        return source.to(device, non_blocking=True)
+        return pinned(tensor, device).to(device, non_blocking=True)
 
     def copy_microbatch(microbatch: Any) -> Any:
         # The copy may reuse memory that an earlier microbatch freed. It waits for the work queued so far, so that this
         # work has read that memory. So the device never holds the inputs of more than two microbatches.
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        with on_stream(stream):
             return moved(microbatch, device, copy_tensor)
 
     source = iter(microbatches)

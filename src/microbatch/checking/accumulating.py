@@ -25,7 +25,7 @@ from microbatch.step.accumulator import Accumulator
 
 COUNTS, COUPLING, ROW_ORDER, LENGTHS = "counts", "coupling", "row_order", "lengths"
 ONE_ROW = "one_row"
-_WIDE_TAKES = ("lengths", "fuse", "batch_norm", "buffers", "dropout", "deterministic")
+_WIDE_TAKES = ("lengths", "batch_norm", "buffers", "dropout", "ranks")
 """Options that say what is computed; the others say in which precision, where, or how fast."""
 _BY_SLOPES = frozenset({COUPLING, ROW_ORDER})
 LossFunction = Callable[[nn.Module, Any], Any]

@@ -25,6 +25,7 @@ from microbatch.checking.check_report import Cause, Check, ParameterError
 from microbatch.checking.gradient import Gradient, difference, norm, relative_error
 from microbatch.checking.trial_runs import RANDOMNESS, REMEDIED, STATISTICS, Play, Stage
 from microbatch.checking.user_loop import Looping
+from microbatch.devices.backend import wide_dtype
 from microbatch.errors import ConfigError, EmptyBatchError, OutOfMemoryError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import available_bytes, parse_bytes
@@ -179,7 +180,7 @@ class _Bench:
 
     def _widest(self) -> Stage:
         """Make the stage for the yardstick: float64 where the model can, on as many rows as fit."""
-        wide = torch.float64 if self.given.device.type != "mps" else None
+        wide = torch.float64 if wide_dtype(self.given.device) is torch.float64 else None
         rows = rows_of(self.given.batch)
         fitting = rows
         while True:

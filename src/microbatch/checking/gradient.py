@@ -10,6 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from microbatch.devices.backend import to_host_in_float64
+
 Gradient: TypeAlias = dict[str, Tensor]
 """By the parameter's name, as `plain` numbers; a parameter that was not reached is left out."""
 
@@ -39,7 +41,7 @@ def plain(tensor: Tensor) -> Tensor:
         The copy; of complex numbers, with the real and the imaginary part as one more dimension.
     """
     tensor = tensor.detach()
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).to("cpu", torch.float64, copy=True)
+    return to_host_in_float64(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
 
 
 def norm(gradient: Mapping[str, Tensor]) -> float:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.memory.module_of_op import Where
+from microbatch.step.parts.weight_hooks import comes_from
 
 _OF_MODULES = ("_backward_hooks", "_backward_pre_hooks")
 
@@ -75,17 +76,10 @@ class Unhooked(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Return a handle of nothing where a hook would be registered; run every other call."""
-        if func is not Tensor.register_hook or _is_ours(args[1]) or torch.compiler.is_compiling():
+        if func is not Tensor.register_hook or comes_from(args[1], "microbatch.") or torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         self.seen[self._where.here()[0] or "the loss or the model itself"] = None
         return RemovableHandle(OrderedDict[int, Any]())
-
-
-def _is_ours(hook: Any) -> bool:
-    """Return whether a hook is this library's own, which does not change a gradient's values."""
-    while hasattr(hook, "func"):  # of functools.partial
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith("microbatch.")
 
 
 def _hooks(tensor: Tensor) -> dict[int, Any]:

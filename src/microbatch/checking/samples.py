@@ -17,6 +17,7 @@ from microbatch.checking.accumulating import COUNTS, COUPLING, ROW_ORDER, Slopes
 from microbatch.checking.boundary import trace
 from microbatch.checking.gradient import Gradient, fit, relative_error
 from microbatch.checking.trial_runs import Play, Stage
+from microbatch.devices.backend import to_host_in_float64, to_wide
 from microbatch.loss.loss import shares_of
 
 TOLERANCE = 1e-7
@@ -268,7 +269,7 @@ def _shapes_differ(one: Tensor, other: Tensor) -> bool:
 
 def _distance(one: Tensor, other: Tensor) -> float:
     """Return the relative distance of two tensors; numbers that are not finite have to be in the same places."""
-    one, other = one.detach().double(), other.detach().double()
+    one, other = to_wide(one.detach()), to_wide(other.detach())
     if not torch.equal(one.isfinite(), other.isfinite()):
         return math.inf
     one, other = one.nan_to_num(0.0, 0.0, 0.0), other.nan_to_num(0.0, 0.0, 0.0)
@@ -277,7 +278,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 
 def _numbered(tensors: Sequence[Tensor]) -> Gradient:
-    return {str(index): each.detach().to("cpu", torch.float64) for index, each in enumerate(tensors)}
+    return {str(index): to_host_in_float64(each) for index, each in enumerate(tensors)}
 
 
 def _taken(tensors: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:

@@ -18,9 +18,10 @@ from microbatch.checking.equal import check
 from microbatch.cli.reported import FAILED, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.cli.waiting import Waiting, output_console
+from microbatch.devices.available_devices import resolve_device
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.find_job import find_job
-from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, resolve
 from microbatch.train.start import make_job
 
 

@@ -16,8 +16,9 @@ from rich.text import Text
 from microbatch.cli.reported import FAILED, refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.cli.waiting import Waiting, output_console
+from microbatch.devices.available_devices import resolve_device
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, check_memory, resolve
 from microbatch.train.start import make_job
 from microbatch.tuning.figure_file import check_figure
 from microbatch.tuning.learning_rate import LearningRate, RangeStep

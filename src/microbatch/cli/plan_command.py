@@ -22,12 +22,14 @@ from microbatch.cli.cost_flags import CostFlags, cost_as_dict, read_cost_flags
 from microbatch.cli.reported import FAILED, reported
 from microbatch.cli.run_views import ACCENT, QUIET
 from microbatch.cli.waiting import Waiting, output_console
+from microbatch.devices.available_devices import resolve_device
+from microbatch.devices.backend import name_of
 from microbatch.errors import ConfigError
 from microbatch.planning.figure import svg
 from microbatch.planning.make_plan import plan
 from microbatch.planning.run_costs import RunCost, deadline_words
 from microbatch.train.config import Settings, load_settings
-from microbatch.train.resolve import check_data_path, check_memory, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, check_memory, resolve
 from microbatch.train.start import make_job
 
 
@@ -130,7 +132,7 @@ def _cache_file(settings: Settings, device: torch.device) -> Path:
     from importlib.metadata import version
 
     source = Path(settings.job.rpartition(":")[0]).expanduser()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = name_of(device) or platform.processor() or platform.machine()
     told = {
         "settings": settings.model_dump(mode="json"),
         "source": hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else None,

@@ -17,10 +17,11 @@ from rich.text import Text
 from microbatch.cli.reported import refuse_word, reported
 from microbatch.cli.run_views import ACCENT, QUIET, WARN
 from microbatch.cli.waiting import Waiting, output_console
+from microbatch.devices.available_devices import resolve_device
 from microbatch.errors import ConfigError, MissingDependencyError
 from microbatch.train.config import Settings, load_settings
 from microbatch.train.job import Job
-from microbatch.train.resolve import check_data_path, resolve, resolve_device
+from microbatch.train.resolve import check_data_path, resolve
 from microbatch.train.rundir import jsonable
 from microbatch.train.start import make_job
 from microbatch.tuning.figure_file import check_figure

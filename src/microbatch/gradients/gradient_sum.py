@@ -216,10 +216,11 @@ class GradientSum:
             index: The parameter's, in the order of `open`.
             total: The new sum, in the dtype in which the parameter's gradients add up.
         """
-        if total.dtype == self._named[index].parameter.dtype:
-            self._named[index].parameter.grad = total
-        else:
+        self._wide.narrow_sums.pop(index, None)
+        if index in self._wide.totals or total.dtype != self._named[index].parameter.dtype:
             self._wide.totals[index] = total
+        else:
+            self._named[index].parameter.grad = total
 
     def drop(self, wanted: Sequence[bool]) -> None:
         """Restore the optimizer's state of parameters that got no gradient on any rank.

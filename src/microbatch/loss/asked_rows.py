@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from microbatch.devices.backend import to_wide
 from microbatch.loss.counted_labels import IGNORED, Fields, rows_in, take
 
 ROWS_ASKED = 3  # most rows that a model is asked about at once
@@ -160,7 +161,7 @@ def ranges_of(batch: Fields) -> Ranges:
     found = {each: value for each, value in batch.items() if _is_telling(each, value)}
     if not found:
         return {}
-    ends = [torch.stack([each.amin().double(), each.amax().double()]).cpu() for each in found.values()]
+    ends = [torch.stack([to_wide(each.amin()), to_wide(each.amax())]).cpu() for each in found.values()]
     return {
         name: (float(low), float(high) if value.ndim == 1 else float("inf"))
         for (name, value), (low, high) in zip(found.items(), ends, strict=True)
@@ -225,7 +226,7 @@ def _features(batch: Fields) -> list[Tensor]:
         if telling:
             value = value.detach()
             kept = value if value.ndim == 1 else (value > 0 if "label" not in name else value != IGNORED)
-            feature = kept.reshape(len(value), -1).double().sum(1)
+            feature = to_wide(kept.reshape(len(value), -1)).sum(1)
             if feature.numel() and bool((feature != feature[0]).any()):
                 found.append(feature)
     return found

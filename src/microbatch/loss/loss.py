@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from microbatch.devices.backend import wide_dtype
 from microbatch.errors import CountError, LossError, LossShapeError, MissingCountError, NoGraphError
 from microbatch.kind_words import kind_of
 
@@ -267,15 +268,3 @@ def _overflows(value: Any) -> bool:
     except OverflowError:
         return True
     return False
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest floating dtype that ``device`` supports, for sums of scalars.
-
-    Args:
-        device: Device of the scalars.
-
-    Returns:
-        float64, or float32 on MPS, which has no float64.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from microbatch.devices.backend import is_recording, random_state
 from microbatch.errors import LossError
 from microbatch.kind_words import kind_of
 from microbatch.loss.asked_rows import ROWS_ASKED, Ranges, different_rows, is_wider, joined, ranges_of, widened
@@ -285,7 +286,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def _is_recorded() -> bool:
     """Return whether code is compiled or a graph of the device is recorded, where nothing can be asked."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return torch.compiler.is_compiling() or is_recording()
 
 
 def _takes_items(model: Any) -> bool:
@@ -302,11 +303,12 @@ def _undisturbed(model: nn.Module) -> Generator[None]:
     """Run a model without dropout and without a graph, and leave everything as before."""
     modes = {module: module.training for module in model.modules()}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = list({each.device for each in model.parameters() if each.device.type == "cuda"})
+    devices = [each for each in {each.device for each in model.parameters()} if random_state(each) is not None]
+    kind = devices[0].type if devices else "cuda"
     python, numpy = random.getstate(), sys.modules.get("numpy")
     state = None if numpy is None else numpy.random.get_state()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with torch.no_grad(), torch.random.fork_rng([each.index or 0 for each in devices], device_type=kind):
             for module in modes:
                 module.training = False
             yield

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from microbatch.devices.backend import to_wide
 from microbatch.errors import LossError, NoGraphError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Share
@@ -168,7 +169,7 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
     """
     if own == whole:
         return share
-    count = share.count.double() if isinstance(share.count, Tensor) else share.count
+    count = to_wide(share.count) if isinstance(share.count, Tensor) else share.count
     metrics = {name: value * own / whole for name, value in share.metrics.items()}
     return replace(share, weight=share.weight * own / whole, count=count * own / whole, metrics=metrics)
 

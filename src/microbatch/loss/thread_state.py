@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,  # pyright: ignore[reportPrivateUsage]
 )
 
+from microbatch.devices.copy_streams import current_stream, enter_stream, set_stream
 from microbatch.interrupts import unbroken
 
 _AUTOGRAD: Any = getattr(torch, "_C")._autograd  # noqa: B009 - torch._C._autograd is private and has no types
@@ -37,9 +38,9 @@ class _Autocast:
 class ThreadState:
     """Copy the current thread's torch state, to apply it on another thread.
 
-    The state is grad mode, inference mode, autocast, function and dispatch modes, and the CUDA device and stream. Torch
-    keeps it per thread, and a new thread has the defaults. Without this state, a forward pass on another thread would
-    record another graph, in another precision, and would not be measured.
+    The state is grad mode, inference mode, autocast, function and dispatch modes, and the device and stream of the
+    accelerator. Torch keeps it per thread, and a new thread has the defaults. Without this state, a forward pass on
+    another thread would record another graph, in another precision, and would not be measured.
 
     Args:
         device: The model's device.
@@ -50,7 +51,7 @@ class ThreadState:
         self._autocasts = _autocasts(device)
         self._function_modes: list[Any] = _get_current_function_mode_stack()
         self._dispatch_modes: list[Any] = _get_current_dispatch_mode_stack()
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = current_stream(device)
 
     @contextmanager
     def applied(self) -> Generator[None]:
@@ -61,8 +62,7 @@ class ThreadState:
         """
         with ExitStack() as stack:
             if self._stream is not None:
-                stack.enter_context(torch.cuda.device(self._stream.device))
-                stack.enter_context(torch.cuda.stream(self._stream))
+                enter_stream(stack, self._stream)
             # Modes are pushed and not entered, because their own __enter__ has already run on the other thread.
             for mode in self._dispatch_modes:
                 _push_until_exit(stack, mode, TorchDispatchMode)
@@ -100,13 +100,13 @@ class RemovedThreadState:
         while (pair := _AUTOGRAD._top_saved_tensors_default_hooks(True)) is not None:
             self._hooks.append(pair)
             _AUTOGRAD._pop_saved_tensors_default_hooks()
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = current_stream(device)
 
     @unbroken
     def restore(self) -> None:
         """Restore the state on a thread that has no modes and no hooks."""
         if self._stream is not None:
-            torch.cuda.set_stream(self._stream)
+            set_stream(self._stream)
         for mode in reversed(self._dispatch_modes):
             _python_dispatch._push_mode(mode)  # pyright: ignore[reportPrivateUsage]
         for mode in reversed(self._function_modes):

@@ -91,7 +91,7 @@ def has_offloaded(arguments: Iterable[Any]) -> bool:
 
 def _owns_storage(tensor: Tensor) -> bool:
     """Return whether a tensor is on the host, unmodified, no view, and as large as its storage."""
-    # CUDA tensors are left out, because copies of them may still be running.
+    # Tensors of an accelerator are left out, because copies of them may still be running.
     return (
         tensor._base is None
         and tensor._version == 0

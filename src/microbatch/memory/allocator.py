@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from microbatch.devices.device_memory import allocator_of
 from microbatch.memory.ledger import Timeline
 from microbatch.memory.match_operators import spans
 from microbatch.memory.meter import MemoryMeter, is_question
@@ -56,11 +57,11 @@ class Witnessed:
 class AllocatorMeter(MemoryMeter):
     """A memory meter that also records the allocator's peak within each operator.
 
-    On the CPU, the profiler reports every allocation. On CUDA, the allocator's own peak counter is read and reset
-    around each operator.
+    On the CPU, the profiler reports every allocation. On an accelerator, the allocator's own peak counter is read and
+    reset around each operator.
 
     Args:
-        device: The device whose allocator is read; of type ``"cpu"`` or ``"cuda"``.
+        device: The device whose allocator is read; the CPU, or an accelerator whose backend counts the peak.
         budget: As for `MemoryMeter`.
 
     Cost:
@@ -69,7 +70,7 @@ class AllocatorMeter(MemoryMeter):
 
     def __init__(self, device: torch.device, *, budget: int | None = None) -> None:
         super().__init__(budget=budget, timeline=True)
-        self._device = device
+        self._counters = allocator_of(device)
         self._profile: Any = None
         self._highest: list[int] = []
         self._base = 0
@@ -86,8 +87,8 @@ class AllocatorMeter(MemoryMeter):
         # Garbage from before would otherwise be freed in the middle of the run, and change its levels.
         gc.collect()
         self._base = self.live_bytes
-        if self._device.type == "cuda":
-            self._base -= torch.cuda.memory_allocated(self._device)
+        if self._counters is not None:
+            self._base -= self._counters.in_use()
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about builds without a GPU
@@ -102,8 +103,8 @@ class AllocatorMeter(MemoryMeter):
     ) -> None:
         """Stop counting and profiling."""
         super().__exit__(kind, error, traceback)
-        if self._device.type == "cuda":
-            self._highest.append(torch.cuda.max_memory_allocated(self._device))
+        if self._counters is not None:
+            self._highest.append(self._counters.peak())
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,16 +120,16 @@ class AllocatorMeter(MemoryMeter):
 
     def witnessed(self) -> Witnessed:
         """Return the measured run, after the meter was left."""
-        if self._device.type == "cuda":
+        if self._counters is not None:
             levels = [[highest] for highest in self._highest[1:]]  # the first reading is from before the first operator
         else:
             levels = _levels_between_marks(self._profile)
         return Witnessed(self.timeline, [[self._base + level for level in each] for each in levels])
 
     def _mark(self) -> None:
-        if self._device.type == "cuda":
-            self._highest.append(torch.cuda.max_memory_allocated(self._device))
-            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._counters is not None:
+            self._highest.append(self._counters.peak())
+            self._counters.reset_peak()
             return
         for size in _MARKS:
             torch.empty(size, dtype=torch.uint8, device="cpu")

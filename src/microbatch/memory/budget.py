@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
+from microbatch.devices.device_memory import free_bytes
 from microbatch.memory.byte_amounts import format_bytes, parse_bytes
 from microbatch.memory.kept_heap import kept_bytes
 
@@ -21,27 +22,24 @@ _MARGIN_BYTES, _MARGIN_SHARE = 256 * 1024**2, 0.05
 def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | None:
     """Return how much more memory this process can allocate on a device.
 
-    On CUDA: the device's free memory plus the cached memory of this process's allocator. On the CPU: the machine's
-    available memory, or what the process's control groups still allow if that is less, plus the free memory that
-    `keep_heap` keeps. A margin of 256 MiB or 5 %,
-    whichever is more, is subtracted. File caches count as available, because the system frees them on demand.
+    On an accelerator: the device's free memory plus the cached memory of this process's allocator. On the CPU: the
+    machine's available memory, or what the process's control groups still allow if that is less, plus the free memory
+    that `keep_heap` keeps. A margin of 256 MiB or 5 %, whichever is more, is subtracted. File caches count as
+    available, because the system frees them on demand.
 
     Args:
         device: The device.
         root: Root of the system's files; for tests.
 
     Returns:
-        Bytes; `None` if unknown: on a CPU without ``/proc`` and ``os.sysconf``, as on Windows, and on other devices,
-        whose allocators refuse by themselves.
+        Bytes; `None` if unknown: on a CPU without ``/proc`` and ``os.sysconf``, as on Windows, and on an accelerator
+        whose backend does not report it.
 
     Cost:
-        Reads a few small files, or calls CUDA; about half a millisecond.
+        Reads a few small files, or asks the backend; about half a millisecond.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu":
-        return None
+        return free_bytes(device)
     limits = [size for size in (_machine_bytes(root), *_group_bytes(root)) if size is not None]
     if not limits:
         return None

@@ -1,4 +1,4 @@
-"""Storage for offloaded bytes: a temporary file for CPU tensors, pinned host memory for GPU tensors."""
+"""Storage for offloaded bytes: a temporary file for CPU tensors, pinned host memory for tensors of an accelerator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from microbatch.devices.copy_streams import current_stream, empty_on_host, new_event, new_stream, on_stream
 from microbatch.errors import SpillError
 from microbatch.interrupts import unbroken
 from microbatch.memory.budget import format_bytes
@@ -234,18 +236,18 @@ class _OnDisk(Piece):
 
 
 class Pinned(Place):
-    """Offloaded bytes of a GPU in pinned host memory, copied on two extra streams, one for each direction.
+    """Offloaded bytes of an accelerator in pinned host memory, copied on two extra streams, one for each direction.
 
     torch's caching host allocator pools the pinned memory in power-of-two sizes, and tracks which of it is still being
     copied.
 
     Args:
-        device: The GPU.
+        device: The accelerator; one with streams.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.out, self.back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.out, self.back = new_stream(device), new_stream(device)
         self._leaving: deque[weakref.ref[_OnHost]] = deque()
 
     def put(self, data: Tensor) -> Piece:
@@ -256,15 +258,15 @@ class Pinned(Place):
         order of the current stream.
 
         Args:
-            data: uint8, shape ``(bytes,)``, contiguous, on the GPU.
+            data: uint8, shape ``(bytes,)``, contiguous, on the accelerator.
 
         Returns:
             The offloaded bytes.
         """
-        host = torch.empty(data.numel(), dtype=torch.uint8, pin_memory=True)
-        stream = torch.cuda.current_stream(self.device)
+        host = empty_on_host(data.numel(), torch.uint8, self.device)
+        stream = current_stream(self.device)
         self.out.wait_stream(stream)
-        with torch.cuda.stream(self.out):
+        with on_stream(self.out):
             host.copy_(data, non_blocking=True)
         piece = _OnHost(self, host, data=data, stream=stream)
         self._leaving.append(weakref.ref(piece))
@@ -277,10 +279,10 @@ class Pinned(Place):
 class _OnHost(Piece):
     ahead = _IN_FLIGHT
 
-    def __init__(self, place: Pinned, host: Tensor, *, data: Tensor, stream: torch.cuda.Stream) -> None:
+    def __init__(self, place: Pinned, host: Tensor, *, data: Tensor, stream: Any) -> None:
         self._place, self._host, self._stream = place, host, stream
         self._data: Tensor | None = data
-        self._gone, self._there = torch.cuda.Event(), torch.cuda.Event()
+        self._gone, self._there = new_event(place.device), new_event(place.device)
         self._gone.record(place.out)
         self.nbytes = host.numel()
 
@@ -293,18 +295,18 @@ class _OnHost(Piece):
     def fetch(self) -> Tensor:
         place = self._place
         # The current stream allocates the memory, and its earlier work may still use it.
-        self._stream = torch.cuda.current_stream(place.device)
+        self._stream = current_stream(place.device)
         data = torch.empty(self.nbytes, dtype=torch.uint8, device=place.device)
         place.back.wait_stream(self._stream)
         place.back.wait_event(self._gone)
-        with torch.cuda.stream(place.back):
+        with on_stream(place.back):
             data.copy_(self._host, non_blocking=True)
         self._there.record(place.back)
         data.record_stream(place.back)
         return data
 
     def wait(self, data: Tensor) -> None:
-        stream = torch.cuda.current_stream(self._place.device)
+        stream = current_stream(self._place.device)
         stream.wait_event(self._there)
         if stream != self._stream:
             data.record_stream(stream)

@@ -9,6 +9,7 @@ import traceback
 import torch
 from torch import nn
 
+from microbatch.devices.device_memory import bytes_in_use, empty_cache
 from microbatch.errors import MicrobatchError, OutOfMemoryError
 from microbatch.failed_layer import failed_layer, named_layer
 from microbatch.memory.budget import format_bytes, parse_bytes
@@ -17,8 +18,8 @@ from microbatch.memory.budget import format_bytes, parse_bytes
 # workspace. An error text of the user that merely mentions memory matches none of these.
 _SPELLINGS = re.compile(
     r"""
-      ^(CUDA|HIP|XPU)\ out\ of\ memory\b                # the caching allocators
-    | \b(CUDA|HIP|XPU)\ out\ of\ memory\.\ Tried\ to\ allocate\b  # the same, inside another library's text
+      ^(CUDA|HIP|XPU|NPU|HPU|MLU|MUSA)\ out\ of\ memory\b  # the caching allocators
+    | \b(CUDA|HIP|XPU|NPU|HPU|MLU|MUSA)\ out\ of\ memory\.\ Tried\ to\ allocate\b  # inside another library's text
     | ^(CUDA|HIP)\ error:\ out\ of\ memory\b            # the runtimes, outside of the caching allocator
     | \b(cuda|hip)Error(MemoryAllocation|OutOfMemory)\b
     | \b(CU|HIP|MIOPEN)[A-Z]*_(STATUS_)?[A-Z_]*ALLOC(ATION)?_FAILED\b  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER, cuFFT
@@ -27,6 +28,7 @@ _SPELLINGS = re.compile(
     | \b(GET|FIND)\ was\ unable\ to\ find\ an\ engine\ to\ execute\ this\ computation
     | \bUR_RESULT_ERROR_OUT_OF_(DEVICE|HOST)_MEMORY\b   # XPU
     | ^MPS\ backend\ out\ of\ memory\b
+    | \bPT_DEVMEM\ Allocation\ failed\ for\ size\b       # HPU
     | DefaultCPUAllocator:\ (can't\ allocate|not\ enough)\ memory\b
     | \bunable\ to\ mmap\ \d+\ bytes\b.*Cannot\ allocate\ memory
     | ^std::bad_alloc$
@@ -76,7 +78,7 @@ def let_go(error: BaseException, device: torch.device) -> None:
         device: The device whose memory ran out.
 
     Cost:
-        One garbage collection; on CUDA, the allocator's cache is emptied.
+        One garbage collection; on an accelerator, the allocator's cache is emptied.
 
     Source:
         Law M3.
@@ -87,8 +89,7 @@ def let_go(error: BaseException, device: torch.device) -> None:
     for where in {torch.device("cpu"), device}:
         with torch.enable_grad():
             torch.zeros((), device=where, requires_grad=True).clone().backward()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    empty_cache(device)
 
 
 def let_go_of_locals(error: BaseException, model: nn.Module) -> None:
@@ -168,7 +169,7 @@ def _asked(error: BaseException) -> int | None:
 def _in_use(error: BaseException, device: torch.device) -> int | None:
     if isinstance(error, OutOfMemoryError):
         return error.in_use
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+    return bytes_in_use(device)
 
 
 def _amount(size: int | None) -> str:

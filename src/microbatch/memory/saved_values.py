@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from microbatch.devices.copy_streams import can_pin
 from microbatch.memory.offload_targets import File
 from microbatch.memory.tensor_store import is_movable
 
 
 class Aside:
-    """Copies off the device: CPU tensors in a temporary file, CUDA tensors in pinned host memory.
+    """Copies off the device: CPU tensors in a temporary file, an accelerator's in pinned host memory.
 
     Args:
         directory: Where the file is created; `None` for `tempfile.gettempdir`. This directory may be in memory: see
@@ -45,15 +46,15 @@ class Aside:
             SpillError: The disk is full, or the file cannot be created or written.
 
         Cost:
-            On the CPU a write to the file, which goes to the system's page cache first. On CUDA a copy to the host, on
-            the current stream.
+            On the CPU a write to the file, which goes to the system's page cache first. On an accelerator a copy to the
+            host, on the current stream.
         """
         device = tensor.device
         if not is_movable(tensor):
             copy = tensor.detach().clone()
             return lambda: copy
-        if device.type == "cuda":
-            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        if device.type != "cpu":
+            host = torch.empty_like(tensor, device="cpu", pin_memory=can_pin(device))
             host.copy_(tensor.detach(), non_blocking=True)
             return lambda: host.to(device, non_blocking=True)
         if self._file is None:

@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from microbatch.errors import ConfigError
 from microbatch.memory.storage_copy import root_of
-from microbatch.memory.tensor_store import Handle, KeptHandle, Store, is_movable
+from microbatch.memory.tensor_store import Handle, KeptHandle, Store, can_offload, is_movable
+from microbatch.warned import warn
 
 
 class Spill:
@@ -23,8 +24,8 @@ class Spill:
 
     Under gradient accumulation, a microbatch's activations take most of the memory. Each activation waits from its
     forward to its backward for one use. Inside the ``with`` block, activations are copied out as autograd saves them:
-    CPU tensors to a file, CUDA tensors to pinned host memory. They come back when their node runs, bitwise equal, so
-    the gradient is bitwise the same too. Leave the block before backward, or the tensors that backward saves are
+    CPU tensors to a file, an accelerator's to pinned host memory. They come back when their node runs, bitwise equal,
+    so the gradient is bitwise the same too. Leave the block before backward, or the tensors that backward saves are
     offloaded as well.
 
     Parameters, other leaves that require a gradient, and views of them stay on the device. So does everything passed as
@@ -42,8 +43,8 @@ class Spill:
             one**: offloading to it saves nothing, and a warning says so. Pass a directory on a disk, such as
             ``/var/tmp``.
         smallest: Size in bytes of the smallest storage that is offloaded; at least 0.
-        device: Offload only tensors on this type of device. By default, GPU tensors if anything in ``stay`` is on a
-            GPU, otherwise CPU and GPU tensors.
+        device: Offload only tensors on this type of device. By default, an accelerator's tensors if anything in
+            ``stay`` is on one, otherwise all tensors. An accelerator without streams, such as MPS, keeps its tensors.
 
     Cost:
         CPU: bytes are written once and read once, or twice if two nodes far apart in the graph need them. Measured: 0.2
@@ -80,9 +81,16 @@ class Spill:
         self.store = Store(directory=directory)
         named = [tensor for thing in stay for tensor in _tensors(thing)]
         if device is not None:
-            kinds = {_device_of(device).type}
+            kinds: set[str] | None = {_device_of(device).type}
         else:
-            kinds = {"cuda"} if any(tensor.is_cuda for tensor in named) else {"cpu", "cuda"}
+            kinds = {tensor.device.type for tensor in named} - {"cpu"} or None
+        if stuck := sorted(
+            {tensor.device.type for tensor in named if not can_offload(tensor.device)} & (kinds or set())
+        ):
+            warn(
+                f"tensors on {', '.join(stuck)} stay there, and offloading frees nothing: PyTorch has no streams for "
+                "that device; use a smaller microbatch, or activation checkpointing"
+            )
         self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
         self.leave(named)
         # The graph holds these two functions, but not this object.
@@ -177,19 +185,22 @@ class _Rule:
 
     store: Store
     stay: weakref.WeakSet[UntypedStorage]
-    kinds: set[str]
+    kinds: set[str] | None  # types of devices; `None` for all
     smallest: int
     room: _Room
 
     def pack(self, tensor: Tensor, *, briefly: bool = False) -> Handle:
         root = root_of(tensor)
-        if (root.is_leaf and root.requires_grad) or tensor.device.type not in self.kinds or not is_movable(tensor):
+        if (root.is_leaf and root.requires_grad) or not self._is_meant(tensor):
             return KeptHandle(tensor)
         storage = tensor.untyped_storage()
         # The check for frozen parameters comes last, because it is slow.
         if storage.nbytes() < self.smallest or storage in self.stay or isinstance(root, nn.Parameter):
             return KeptHandle(tensor)
         return KeptHandle(tensor) if self.room.takes(storage, briefly=briefly) else self.store.put(tensor)
+
+    def _is_meant(self, tensor: Tensor) -> bool:
+        return (self.kinds is None or tensor.device.type in self.kinds) and is_movable(tensor)
 
 
 def _device_of(device: object) -> torch.device:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.utils.weak import TensorWeakRef
 
+from microbatch.devices.copy_streams import has_streams
 from microbatch.memory.offload_targets import File, Piece, Pinned, Place
 from microbatch.memory.storage_copy import StorageCopy, StorageWatch, byte_range, bytes_of, root_of
 
@@ -44,13 +45,13 @@ class Handle(ABC):
             SpillError: The file cannot be read.
 
         Cost:
-            On the CPU a read of the copied range; on CUDA a copy that the current stream waits for. Nothing if the
-            original is alive.
+            On the CPU a read of the copied range; on an accelerator a copy that the current stream waits for. Nothing
+            if the original is alive.
         """
 
 
 class Store:
-    """Move tensors off the device and back: CPU tensors to a file, CUDA tensors to pinned host memory.
+    """Move tensors off the device and back: CPU tensors to a file, an accelerator's to pinned host memory.
 
     The bytes of a storage are copied once, even if several tensors view them. If a tensor spans at least half of its
     storage, the whole storage is copied, so that its other views find their bytes there. Otherwise, only the spanned
@@ -109,8 +110,8 @@ class Store:
         """Move a tensor off the device; its memory is freed once nothing else refers to it.
 
         Args:
-            tensor: Any tensor. If you write to it in place afterwards, it cannot be brought back. On CUDA, where the
-                copy is asynchronous, drop the tensor after this call, and do not resize its storage.
+            tensor: Any tensor. If you write to it in place afterwards, it cannot be brought back. On an accelerator,
+                where the copy is asynchronous, drop the tensor after this call, and do not resize its storage.
 
         Returns:
             A handle that brings the tensor back.
@@ -119,7 +120,7 @@ class Store:
             SpillError: The disk is full, or the file cannot be created or written.
 
         Cost:
-            One copy of the bytes, unless they are stored already. On CUDA the copy runs on a stream of its own.
+            One copy of the bytes, unless they are stored already. On an accelerator the copy runs on its own stream.
         """
         if not is_movable(tensor):
             return KeptHandle(tensor)
@@ -166,9 +167,21 @@ class Store:
     def _place(self, device: torch.device) -> Place:
         with self._lock:
             if device not in self._places:
-                cuda = device.type == "cuda"
-                self._places[device] = Pinned(device) if cuda else File(self._directory or tempfile.gettempdir())
+                on_host = device.type == "cpu"
+                self._places[device] = File(self._directory or tempfile.gettempdir()) if on_host else Pinned(device)
             return self._places[device]
+
+
+def can_offload(device: torch.device) -> bool:
+    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Whether they can; False for an accelerator without streams.
+    """
+    return device.type == "cpu" or has_streams(device)
 
 
 def is_movable(tensor: Tensor) -> bool:
@@ -183,7 +196,7 @@ def is_movable(tensor: Tensor) -> bool:
     return (
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.layout is torch.strided
-        and tensor.device.type in {"cpu", "cuda"}
+        and can_offload(tensor.device)
         and tensor.numel() > 0
         and not (tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg())
         and not tensor.is_inference()

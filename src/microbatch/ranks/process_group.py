@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from microbatch.devices.backend import wide_dtype
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.ranks.store_beats import StoreBeats
@@ -25,7 +26,7 @@ class RankGroup:
     Attributes:
         size: World size of the group; at least 2.
         index: This process's rank in the group, from 0.
-        device: Device of the tensors that the group's backend communicates.
+        device: Device of the numbers that the group communicates: the model's, or the CPU if that has no float64.
         calls: Collectives started so far.
         sent_bytes: Bytes that this rank has sent in them so far, computed for ring algorithms, as large collectives
             use.
@@ -42,7 +43,7 @@ class RankGroup:
         self._group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
-        self.device = device
+        self.device = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
         self.calls = 0
         self.sent_bytes = 0
         self.beats: StoreBeats | None = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from microbatch.devices.backend import to_wide
 from microbatch.errors import BatchError, ConfigError, RankError
 from microbatch.ranks.agreement import Message, agree
 from microbatch.ranks.pipeline import Pipeline
@@ -151,7 +152,7 @@ class Stages:
         Cost:
             One all-reduce of 8 bytes.
         """
-        square = own.double().square()
+        square = to_wide(own).square()
         self.group.sum_(square)
         return square.sqrt()
 

@@ -73,12 +73,10 @@ class Accumulator:
             ``"mean"``: the mean of all updates stays, weighted by rows. See ``docs/warnings.md``.
         dropout: ``"by_row"`` to draw a dropout mask for each row of the effective batch, so that masks do not depend
             on the cut. See ``docs/dropout.md``.
-        deterministic: Whether results are bitwise identical on any number of ranks, dropout included. Each microbatch
-            of ``microbatch_size`` rows has its own seed; gradients add up in a fixed tree. See ``docs/ranks.md``.
         compile: Whether `step` runs the loss function (or ``encode``) and the model in it through `torch.compile`; or
             one of its modes, such as ``"reduce-overhead"``. Only the first two shapes of microbatches are compiled.
         sums: How gradients add up: in which dtype, in which buffer, and whether inside the matrix product. See `Sums`.
-        ranks: Over which ranks gradients are reduced, when, and in which dtype. See `Ranks`.
+        ranks: Over which ranks gradients are reduced, when, in which dtype and in which order. See `Ranks`.
         noise_scale: How often to measure the gradient noise scale: a `NoiseScale`. `None` does not measure it.
         listeners: A callable, or several, that is called with every event, such as `StepDone`.
 
@@ -114,7 +112,6 @@ class Accumulator:
         batch_norm: str | None = None,
         buffers: str | None = None,
         dropout: str | None = None,
-        deterministic: bool = False,
         compile: bool | str = False,  # noqa: A002 - torch's own name for it
         sums: Sums | None = None,
         ranks: Ranks | None = None,
@@ -138,7 +135,6 @@ class Accumulator:
                 batch_norm=batch_norm,
                 buffers=buffers,
                 dropout=dropout,
-                deterministic=deterministic,
                 compile=compile,
                 sums=Sums() if sums is None else sums,
                 ranks=Ranks() if ranks is None else ranks,
@@ -296,7 +292,7 @@ class Accumulator:
 
         Raises:
             ConfigError: There is no optimizer, or ``microbatches`` is not a whole number of at least 1; or an option
-                excludes this method: ``batch_norm="exact"``, ``deterministic=True`` or a `Pipeline`.
+                excludes this method: ``batch_norm="exact"``, ``Ranks(deterministic=True)`` or a `Pipeline`.
 
         Cost:
             Holds one window's microbatches on the host.

@@ -18,7 +18,7 @@ from microbatch.shards import is_shard
 from microbatch.step.options import EXACT, FROZEN, MEAN, ONCE, POOLED, Options
 
 SHARDED, PIPELINE = "a fully sharded model", "a Pipeline"
-DETERMINISTIC, OVERLAP = "deterministic=True", "Ranks(overlap=True)"
+DETERMINISTIC, OVERLAP = "Ranks(deterministic=True)", "Ranks(overlap=True)"
 NORM, BUFFERLESS = 'batch_norm="exact"', 'Sums(buffer="none")'
 BUFFERS = 'buffers="once" or "mean"'
 ENCODE, WINDOW, WINDOWS, COUNTS = "encode=", "accumulator.window()", "accumulator.windows()", "counts="
@@ -34,7 +34,7 @@ Given = Callable[[Options], object]
 FEATURES: Mapping[str, Given] = {
     SHARDED: lambda o: o.is_sharded,
     PIPELINE: lambda o: o.pipeline is not None,
-    DETERMINISTIC: lambda o: o.deterministic,
+    DETERMINISTIC: lambda o: o.ranks.deterministic,
     OVERLAP: lambda o: o.ranks.overlap,
     NORM: lambda o: o.batch_norm == EXACT,
     BUFFERLESS: lambda o: any(o.linear_states),

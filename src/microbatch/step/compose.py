@@ -23,6 +23,7 @@ from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
 from microbatch.step.parts.batch_warnings import BatchWarnings
+from microbatch.step.parts.captured_gradients import CapturedGradients
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -33,6 +34,7 @@ from microbatch.step.parts.noise_scale import NoiseMeter
 from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
 from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
+from microbatch.step.parts.weight_hooks import WeightHooks
 from microbatch.step.passes.coupled import Coupled
 from microbatch.step.passes.lockstep import InLockstep
 from microbatch.step.passes.pipelined import Pipelined
@@ -82,7 +84,7 @@ class Composition:
         self.fused = Fused(
             # deterministic= removes each microbatch's gradient, so there is no sum to add to; a pipeline's schedule
             # runs backward itself.
-            weights=options.sums.fuse and not options.deterministic and options.pipeline is None,
+            weights=options.sums.fuse and not options.ranks.deterministic and options.pipeline is None,
             always=options.dropout is not None,
         )
         self.compilation = Compilation(options.compile if isinstance(options.compile, str) else None)
@@ -103,7 +105,7 @@ class Composition:
             The setup.
         """
         options = self.options
-        alone = not options.deterministic and options.pipeline is None and options.find_ranks() is None
+        alone = not options.ranks.deterministic and options.pipeline is None and options.find_ranks() is None
         if (alone, finish) not in self._setups:
             self._setups[alone, finish] = self._setup(self._alone if alone else self._together, finish)
         return self._setups[alone, finish]
@@ -199,7 +201,9 @@ class Composition:
             found.append(Autocast(options.autocast))
         if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
-        return [*found, *self._noise.values(), CountWarning(), CouplingWarning(), WatchedWeights(), self.fused]
+        found += self._noise.values()  # it reads the gradients that hooks on weights change
+        found += [WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), CapturedGradients()]
+        return [*found, self.fused]
 
     def _passes(self) -> Passes:
         spill = self.options.spill
@@ -211,7 +215,7 @@ class Composition:
         """Return the peers for a single process, and the peers for several ranks."""
         options = self.options
         kind = DataParallel
-        if options.deterministic:
+        if options.ranks.deterministic:
             kind = Deterministic
         elif options.pipeline is not None:
             kind = StagePeers

@@ -4,7 +4,7 @@ The gradient of the effective batch is ``sum_i grad S_i / sum_i c_i``. Microbatc
 ``c_i`` samples or targets. All counts are known only after the last microbatch.
 
 1. Before the first backward, the window *expects* a count: the rows for a mean over rows, the declared ``counts=``, or
-   an estimate. The estimate is a power of two, so dividing by it rounds nothing.
+   an estimate: the last window's count. For narrow losses it is a power of two, so dividing by it rounds nothing.
 2. Every backward starts from the *seed* ``weight / expected`` (`Denominator.seeds`). So the accumulated gradient is
    ``sum_i grad S_i / expected``.
 3. At the end, over all ranks, one *factor* ``expected / count`` makes the gradient exact (`Denominator.factor`),
@@ -27,6 +27,7 @@ from torch import Tensor
 from microbatch.errors import CountError, MissingCountError, UnknownTermError, WindowError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Count, Share, check_number, wide_dtype
+from microbatch.step.host_numbers import is_whole
 
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 Total: TypeAlias = Callable[[float, Mapping[str, float]], tuple[float, Mapping[str, float]]]
@@ -307,9 +308,11 @@ class Denominator:
                 f"the whole batch that returns them, for example counts=lambda batch: {{{own[0]!r}: ...}}"
             )
         self.means = not own
-        # One number for all terms, because one factor corrects all of them.
-        exact = all(share.is_mean and share.value.dtype in {torch.float32, torch.float64} for share in shares)
-        expected = float(self.rows) if exact and self.rows else _power_of_two(self._expected)
+        # One number for all terms, as one factor corrects all. If it is the final count, activations' hooks are exact.
+        expected = float(self.rows) if self.means and self.rows else self._expected
+        # A rank that has no microbatch, and so no terms, expects the same.
+        narrow = any(share.value.dtype not in {torch.float32, torch.float64} for share in shares)
+        expected = _power_of_two(expected) if narrow or self.shared else expected
         self._terms = {share.name: _Term(expected=expected) for share in shares}
 
     def _seed(self, share: Share) -> Tensor:
@@ -381,9 +384,10 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     sums = sums * (term.weights[0] if equal else torch.tensor(term.weights, dtype=dtype, device=device))
     if not any(isinstance(count, Tensor) for count in term.counts):  # numbers have been checked, and none is 0
         return sums.sum(), float(sum(term.counts))
-    counts = _stack(term.counts, dtype, device)
-    # A sum could hide a negative count; it cannot hide NaN.
-    counts = torch.where(counts < 0, torch.nan, counts)
+    whole = dtype is torch.float32 and all(map(is_whole, term.counts))  # without float64, they would be rounded
+    counts = _stack(term.counts, torch.int64 if whole else dtype, device)
+    # A sum could hide a negative count; it cannot hide NaN, or a number as low as this one.
+    counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
 

@@ -10,8 +10,9 @@ import torch
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.clipping import clip_factor, first_nonfinite
+from microbatch.step.met import Met
 from microbatch.step.optimizer_step import Versions, apply, zero_grad
-from microbatch.step.part import Met, OpenWindow
+from microbatch.step.part import OpenWindow
 
 
 def take_step(window: OpenWindow) -> dict[str, Any]:
@@ -82,15 +83,15 @@ def _finished(window: OpenWindow, met: Met) -> dict[str, Any]:
     """Divide and clip the gradient, and set whether the window is dropped."""
     options, contributed = window.options, any(met.counts.values())
     factor = window.denominator.factor(met.counts) if contributed and not met.normalized else 1.0
-    finite = math.isfinite(met.host_norm) and all(map(math.isfinite, met.host_sums))
-    window.dropped = not (contributed and finite)
-    if not window.dropped:
-        clip = clip_factor(met.host_norm * factor, options.max_grad_norm)
+    if contributed:
         if not met.normalized:
             window.gradients.settle(factor)
         for part in window.setup.having("reduced"):
             part.reduced(window, met, factor)
-        window.gradients.scale_(factor * clip)
+        factor = 1.0 if met.normalized else factor
+    window.dropped = not (contributed and met.finite)
+    if not window.dropped:
+        window.gradients.scale_(factor * clip_factor(met.host_norm * factor, options.max_grad_norm))
     elif options.nonfinite == "raise":
         _refuse(window, contributed=contributed)
     return record_of(met, math.nan if window.gradients.is_folded else factor)

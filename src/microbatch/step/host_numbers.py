@@ -9,6 +9,8 @@ from torch import Tensor
 
 from microbatch.loss.loss import wide_dtype
 
+_PART = 1 << 24  # float32 holds all whole numbers up to it
+
 
 def numbers_of(found: Sequence[Tensor | float], device: torch.device) -> list[float]:
     """Read several numbers.
@@ -26,5 +28,26 @@ def numbers_of(found: Sequence[Tensor | float], device: torch.device) -> list[fl
     if device.type == "cpu":
         return [float(each) for each in found]
     dtype = wide_dtype(device)
-    read = iter(torch.stack([each.to(dtype) for each in found if isinstance(each, Tensor)]).tolist())
+    tensors = [each for each in found if isinstance(each, Tensor)]
+    split = [dtype is torch.float32 and is_whole(each) for each in tensors]
+    # A device without float64 would round whole numbers from 2**24 on, so they are read in two parts.
+    lows = [each.remainder(_PART) if is_split else each for each, is_split in zip(tensors, split, strict=True)]
+    highs = [each.div(_PART, rounding_mode="floor") for each, is_split in zip(tensors, split, strict=True) if is_split]
+    values = torch.stack([each.to(dtype) for each in (*lows, *highs)]).tolist()
+    high = iter(values[len(lows) :])
+    read = iter([low + (next(high) * _PART if is_split else 0) for low, is_split in zip(values, split, strict=False)])
     return [next(read) if isinstance(each, Tensor) else float(each) for each in found]
+
+
+def is_whole(number: Tensor | float) -> bool:
+    """Return whether a number is whole: for a tensor, as far as its dtype tells, so that no value is read.
+
+    Args:
+        number: A 0-d tensor, or a number on the host.
+
+    Returns:
+        Whether it is.
+    """
+    if not isinstance(number, Tensor):
+        return float(number).is_integer()
+    return not (number.is_floating_point() or number.is_complex() or number.dtype is torch.bool)

@@ -47,6 +47,7 @@ _NAMES = {
     "sync": "ranks=mb.Ranks(sync=...)",
     "reduce_dtype": "ranks=mb.Ranks(reduce_dtype=...)",
     "overlap": "ranks=mb.Ranks(overlap=...)",
+    "deterministic": "ranks=mb.Ranks(deterministic=...)",
     "look_again": 'removed: microbatch_size="auto" keeps the size that it has chosen',
     "optimizers": "optimizer=, which takes one or several",
     "gradient_accumulation_steps": "microbatch_size=, the rows of one microbatch; pass the whole batch to step()",
@@ -137,6 +138,8 @@ class Ranks:
         reduce_dtype: The dtype in which narrower gradients are reduced: float32, or `None` for the parameter's dtype.
         overlap: Whether gradients are reduced during the backward of the last microbatch. Takes memory for a copy of
             all gradients.
+        deterministic: Whether results are bitwise identical on any number of ranks, dropout included. Each microbatch
+            of ``microbatch_size`` rows has its own seed; gradients add up in a fixed tree.
 
     Raises:
         ConfigError: A value cannot work.
@@ -153,11 +156,13 @@ class Ranks:
     sync: str = "auto"
     reduce_dtype: torch.dtype | None = torch.float32
     overlap: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check every value."""
         check_one_of("Ranks: sync", self.sync, ("auto", "lean", "fast"))
         check_one_of("Ranks: overlap", self.overlap, (True, False))
+        check_one_of("Ranks: deterministic", self.deterministic, (True, False))
         if self.reduce_dtype is not None and self.reduce_dtype is not torch.float32:
             raise ConfigError(
                 "Ranks: reduce_dtype must be torch.float32, or None for each parameter's own dtype, not "
@@ -188,7 +193,6 @@ class Options:
     batch_norm: str | None = None
     buffers: str | None = None
     dropout: str | None = None
-    deterministic: bool = False
     compile: bool | str = False
     sums: Sums = field(default_factory=Sums)
     ranks: Ranks = field(default_factory=Ranks)
@@ -213,7 +217,6 @@ class Options:
             ("batch_norm", self.batch_norm, (EXACT, MICROBATCH, POOLED, FROZEN, None)),
             ("buffers", self.buffers, (ONCE, MEAN, EACH, None)),
             ("dropout", self.dropout, ("by_row", None)),
-            ("deterministic", self.deterministic, (True, False)),
             ("compile", self.compile, (True, False, *_COMPILE_MODES)),
         ]:
             check_one_of(name, value, allowed)

@@ -18,6 +18,7 @@ from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.step.cutting import Cutting
 from microbatch.step.denominator import Denominator
 from microbatch.step.events import Event
+from microbatch.step.met import Met
 from microbatch.step.options import Options
 from microbatch.step.record import Step
 from microbatch.step.undo import Undo
@@ -47,37 +48,6 @@ class Pass:
     index: int = 0
     again: bool = False
     filler: bool = False
-
-
-@dataclass(slots=True)  # not frozen: many fields, made for every window
-class Met:
-    """Results of a window over all ranks: sums and counts of the loss, and the gradient's norm.
-
-    Attributes:
-        names: Names of the loss's terms.
-        sums: Sum of each term, on the device; shape ``()`` each.
-        host_sums: The values of ``sums`` on the host.
-        counts: Count of each term.
-        samples: Rows of the effective batch.
-        dtype: The dtype in which the loss is reported.
-        norm: Norm of the accumulated gradient, on the device; shape ``()``.
-        host_norm: The value of ``norm`` on the host.
-        normalized: Whether the gradient is already divided by the count.
-        present: For each parameter, whether any rank has a gradient; empty for a single process.
-        metrics: Sum of each metric, by name, on the device.
-    """
-
-    names: Sequence[str]
-    sums: Sequence[Tensor]
-    host_sums: Sequence[float]
-    counts: Mapping[str, float]
-    samples: float
-    dtype: torch.dtype
-    norm: Tensor
-    host_norm: float
-    normalized: bool
-    present: Sequence[bool]
-    metrics: Mapping[str, Tensor]
 
 
 @runtime_checkable
@@ -213,7 +183,7 @@ class Part:
         """Raise an error instead of the step, while the other ranks can still be notified."""
 
     def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
-        """Read the gradients of all ranks, which ``factor`` finishes, before they are clipped."""
+        """Read or change the gradients of all ranks, which ``factor`` finishes, before they are checked and clipped."""
 
     def figures(self, window: OpenWindow) -> Mapping[str, Any]:
         """Return this part's fields of the `Step` record."""

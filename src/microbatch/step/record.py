@@ -32,7 +32,7 @@ class Step:
         metrics: Sum of each metric of `Loss`, by name.
         fused: Number of weights whose gradients were added inside the matrix product; see `Accumulator.fusion`.
         retries: How often the window ran again because memory ran out.
-        peak_bytes: Peak memory of the window on the device, in bytes, from the CUDA allocator, or from the meter on
+        peak_bytes: Peak memory of the window on the device, in bytes, from the device's allocator, or from the meter on
             the CPU. `None` if the window was not measured; see ``docs/out-of-memory.md``.
         spilled_bytes: Bytes offloaded under ``offload=`` or ``batch_norm="exact"``.
         comm_bytes: Bytes that this rank sent to other data-parallel ranks in the last attempt. An all-reduce of ``n``
@@ -77,7 +77,7 @@ class Step:
             Numbers, texts, booleans and `None`, by name; a term, count or metric has a name such as ``"terms/name"``.
 
         Cost:
-            Reads the loss, the norm and the metrics: a host synchronisation on CUDA.
+            Reads the loss, the norm and the metrics: a host synchronisation on an accelerator.
 
         Example:
             >>> import torch

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from microbatch.devices.backend import random_state, set_random_state
+
 _C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 
 
@@ -172,7 +174,7 @@ class RandomState:
     def __init__(self, device: torch.device, before: RandomState | None = None) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
-        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._on_device = random_state(device)
         now = random.getstate()
         self._python = before._python if before is not None and before._python == now else now
         self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
@@ -181,7 +183,7 @@ class RandomState:
         """Restore every generator."""
         torch.set_rng_state(self._cpu)
         if self._on_device is not None:
-            torch.cuda.set_rng_state(self._on_device, self._device)
+            set_random_state(self._device, self._on_device)
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)

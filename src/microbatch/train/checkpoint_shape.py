@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeAlias
 
 import torch
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict
 
@@ -88,12 +88,18 @@ class _Position(TypedDict):
     start: _Count
 
 
+def _device_states(states: Any) -> Any:
+    """Check the states of accelerators' generators, which are under the names of their types."""
+    if isinstance(states, dict):
+        for name in states.keys() - {"python", "torch", "numpy"}:
+            _tensor(states[name])
+    return states
+
+
 class _Random(TypedDict):
     python: Annotated[Any, AfterValidator(_python_state)]
     torch: Annotated[Any, AfterValidator(_torch_state)]
     numpy: NotRequired[Annotated[Any, AfterValidator(_numpy_state)]]
-    cuda: NotRequired[Annotated[Any, AfterValidator(_tensor)]]
-    mps: NotRequired[Annotated[Any, AfterValidator(_tensor)]]
 
 
 class _Own(TypedDict):
@@ -120,7 +126,7 @@ class _Progress(TypedDict):
     data: NotRequired[dict[Any, Any]]
     scaler: dict[_Text, Any] | None
     accumulator: dict[_Text, Any]
-    random: _Random
+    random: Annotated[_Random, BeforeValidator(_device_states)]
 
 
 class _Whole(_Progress, _Own):

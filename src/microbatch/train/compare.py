@@ -15,6 +15,8 @@ from torch.optim import Optimizer
 
 from microbatch.batch.cut import cut
 from microbatch.batch.prefetch import feed
+from microbatch.devices.backend import random_state, synchronize
+from microbatch.devices.device_memory import allocator_of
 from microbatch.errors import MicrobatchError
 from microbatch.memory.budget import format_bytes
 from microbatch.memory.meter import MemoryMeter
@@ -193,15 +195,13 @@ class _Bench:
         return kept, peak
 
     def _peak(self, way: Callable[[], None]) -> int | None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+        allocator = allocator_of(self.device)
+        if allocator is not None:
+            synchronize(self.device)
+            allocator.reset_peak()
             way()
-            torch.cuda.synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device)
-        if self.device.type != "cpu":
-            way()
-            return None
+            synchronize(self.device)
+            return allocator.peak()
         with MemoryMeter() as meter:
             meter.track(self.job.model, *self.optimizers, self.batch)
             way()
@@ -230,10 +230,10 @@ class _Bench:
             if round_index >= 1 and time.perf_counter() > until:
                 break
             for name, way in self.ways.items():
-                _synchronize(self.device)
+                synchronize(self.device)
                 started = time.perf_counter()
                 way()
-                _synchronize(self.device)
+                synchronize(self.device)
                 times[name].append(time.perf_counter() - started)
         return times
 
@@ -256,15 +256,8 @@ def _relative_error(gradient: list[Tensor] | None, reference: list[Tensor] | Non
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    on_device = random_state(device)
+    return [torch.get_rng_state()] + ([] if on_device is None else [on_device])
 
 
 def _free_host_bytes() -> int | None:

@@ -65,8 +65,7 @@ def accumulator_for(
         buffers=config.buffers,
         checkpoint=config.checkpoint,
         dropout=job.dropout,
-        deterministic=config.deterministic,
-        ranks=Ranks(sync=config.sync, group=group),
+        ranks=Ranks(sync=config.sync, group=group, deterministic=config.deterministic),
         noise_scale=noise_scale,
         listeners=listeners,
     )

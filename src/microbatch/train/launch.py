@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from microbatch.devices.backend import accelerator
 from microbatch.errors import ConfigError
 from microbatch.train.rendezvous import fresh
 
@@ -92,8 +92,8 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
 def joined(launch: Launch | None, *, patience: float) -> Generator[None]:
     """Join the group of all ranks while the block runs.
 
-    What is on the CPU is reduced by gloo, what is on CUDA devices by NCCL: the gradients, wherever they are, and the
-    few words of the training loop, which are not worth a kernel.
+    What is on the CPU is reduced by gloo, what is on an accelerator by its own backend, such as NCCL: the gradients,
+    wherever they are, and the few words of the training loop, which are not worth a kernel.
 
     Args:
         launch: What the launcher says; with `None`, or a single rank, there is nothing to join.
@@ -108,10 +108,10 @@ def joined(launch: Launch | None, *, patience: float) -> Generator[None]:
     if launch is None or launch.ranks == 1:
         yield
         return
-    cuda, timeout = torch.cuda.is_available() and dist.is_nccl_available(), dt.timedelta(seconds=patience)
+    timeout = dt.timedelta(seconds=patience)
     store, _, _ = next(rendezvous("env://", launch.rank, launch.ranks, timeout=timeout))
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        _backends(),
         store=fresh(store, rank=launch.rank, ranks=launch.ranks, patience=patience),
         rank=launch.rank,
         world_size=launch.ranks,
@@ -141,13 +141,22 @@ def own_device(name: str, launch: Launch | None) -> str:
     """
     if launch is None or launch.ranks == 1:
         return name
-    if name.startswith(("cuda:", "mps")):
+    kind = name.partition(":")[0]
+    if kind == "mps" or (":" in name and kind != "cpu"):
         raise ConfigError(
             f"--device {name} is one device, and there are {launch.ranks} ranks; with --device cuda each takes its own"
         )
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return f"cuda:{launch.local}" if name == "cuda" else name
+        kind = accelerator() or "cpu"
+        kind = "cpu" if kind == "mps" else kind  # a machine has one
+    return kind if kind == "cpu" else f"{kind}:{launch.local}"
+
+
+def _backends() -> str:
+    """Name the process group's backends: gloo for the CPU, and the accelerator's own if this PyTorch has it."""
+    kind = accelerator()
+    own = "" if kind is None else dist.Backend.default_device_backend_map.get(kind, "")
+    return f"cpu:gloo,{kind}:{own}" if own not in {"", "gloo", "fake"} and dist.is_backend_available(own) else "gloo"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
+from microbatch.devices.backend import check_autocast
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.memory.budget import parse_bytes
@@ -28,38 +29,6 @@ from microbatch.train.state import optimizers_of
 from microbatch.train.streams import is_stream, samples_in
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def resolve_device(name: str) -> torch.device:
-    """Convert a device's name to a device that this machine has.
-
-    Args:
-        name: ``"auto"`` for CUDA where there is one, else the CPU; or a name that PyTorch knows.
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: PyTorch does not know the name, or this machine has no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device; use auto, cpu, cuda, cuda:1 or mps") from None
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise ConfigError(f"--device {name}: this PyTorch sees no CUDA device; use --device cpu")
-        if (device.index or 0) >= count:
-            raise ConfigError(f"--device {name}: there are {count} CUDA devices, cuda:0 to cuda:{count - 1}")
-        return torch.device("cuda", device.index or 0)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
-    if device.type not in ("cpu", "mps"):
-        raise ConfigError(f"--device {name}: training on {device.type!r} is not supported; use cpu, cuda or mps")
-    return device
 
 
 def check_data_path(settings: Settings) -> None:
@@ -332,8 +301,7 @@ def _autocast(settings: Settings, job: Job, device: torch.device) -> torch.dtype
     if settings.autocast == "none":
         return None
     dtype = _DTYPES[settings.autocast]
-    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
-        raise ConfigError(f"--autocast bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or none")
+    check_autocast(device, dtype)
     return dtype
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from microbatch.devices.backend import name_of
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
@@ -110,9 +112,8 @@ class RunConfig:
     @property
     def device_name(self) -> str:
         """Name the device for people."""
-        if self.device.type == "cuda":
-            return f"{self.device} ({torch.cuda.get_device_name(self.device)})"
         if self.device.type == "cpu":
             threads = torch.get_num_threads()
             return f"cpu ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
-        return str(self.device)
+        name = name_of(self.device)
+        return f"{self.device} ({name})" if name else str(self.device)

@@ -106,7 +106,9 @@ class Settings(BaseModel):
         Flag(group=LENGTH, help="End early after N validations in a row without a better one.", default="never"),
     ] = None
     device: Annotated[
-        Annotated[str, Field(min_length=1)], Flag(group=MACHINE, values="NAME", help="auto, cpu, cuda, cuda:1 or mps.")
+        Annotated[str, Field(min_length=1)],
+        Flag(group=MACHINE, values="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu, npu or hpu."),
+,
     ] = "auto"
     autocast: Annotated[
         Literal["bf16", "fp16", "none"] | None, Flag(group=MACHINE, help="Precision of the forward pass.")

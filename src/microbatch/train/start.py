@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from microbatch.devices.available_devices import lacking, resolve_device
+from microbatch.devices.backend import set_current
 from microbatch.errors import CheckpointError, ConfigError, MicrobatchError
 from microbatch.ranks.process_group import RankGroup
 from microbatch.step.saved_state import seed_everything
@@ -32,7 +34,6 @@ from microbatch.train.resolve import (
     check_memory,
     is_there,
     resolve,
-    resolve_device,
     resolved_settings,
 )
 from microbatch.train.run_config import RunConfig
@@ -256,8 +257,9 @@ def _prepare(
     tracked = _tracked(settings.tracker, tell=listeners, ranks=ranks)
     listeners = (*listeners, *tracked)
     device = resolve_device(own_device(settings.device, launch))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    set_current(device)
+    if lacks := lacking(device):
+        notices += (f"{device} has {'; '.join(lacks)}",)
     job = make_job(settings, device)
     place = find_place(job, ranks, patience=settings.rank_timeout)
     if settings.shard != "none" and launch.ranks > 1 and not place.stages:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from microbatch.devices.backend import random_state, set_random_state
 from microbatch.errors import CheckpointError
 from microbatch.shards import is_shard
 from microbatch.train.sharded_tensors import dealt
@@ -70,8 +71,8 @@ def random_states(device: torch.device) -> dict[str, Any]:
         States by generator, for `set_random_states`.
     """
     states: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        states[device.type] = getattr(torch, device.type).get_rng_state(*_index(device))
+    if (on_device := random_state(device)) is not None:
+        states[device.type] = on_device
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         states["numpy"] = (kind, [int(key) for key in keys], *rest)
@@ -88,13 +89,9 @@ def set_random_states(states: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
     if device.type in states:
-        getattr(torch, device.type).set_rng_state(states[device.type], *_index(device))
+        set_random_state(device, states[device.type])
     if "numpy" in states and "numpy" in sys.modules:
         sys.modules["numpy"].random.set_state(states["numpy"])
-
-
-def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return (device,) if device.type == "cuda" else ()
 
 
 def model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.devices.backend import check_autocast
 from microbatch.step.part import OpenWindow, Part, Run
 
 
@@ -20,10 +21,13 @@ class Autocast(Part):
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self._dtype, self._checked = dtype, False
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Enter autocast without its weight cache, which would live until the window ends."""
+        if not self._checked:
+            check_autocast(window.device, self._dtype)
+            self._checked = True
         stack.enter_context(torch.autocast(window.device.type, self._dtype, cache_enabled=False))
 
     def backward(self, window: OpenWindow, run: Run) -> Run:

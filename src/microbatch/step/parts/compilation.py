@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from microbatch.batch.batch_tree import leaves
 from microbatch.errors import RankAgainError
+from microbatch.loss.loss import Loss
 from microbatch.memory.out_of_memory import is_out_of_memory
 from microbatch.step.part import Function, OpenWindow, Part
 
 # Number of shapes to compile. A batch has one shape for full microbatches, and one for a shorter last microbatch. If
 # the last one changes with every batch, it is not compiled again and again.
 _SHAPES = 2
+# Modes that capture CUDA graphs. A graph writes its results to the same memory in every run.
+_CAPTURING = {"reduce-overhead", "max-autotune"}
 
 
 class Compilation(Part):
@@ -27,7 +32,8 @@ class Compilation(Part):
         eager: Number of microbatches that ran uncompiled so far, because of their shapes.
 
     Cost:
-        Compiling for a shape takes seconds to minutes.
+        Compiling for a shape takes seconds to minutes. With CUDA graphs, the function's results are copied, because
+        the next microbatch overwrites the originals.
     """
 
     def __init__(self, mode: str | None) -> None:
@@ -58,7 +64,20 @@ class Compilation(Part):
         if function not in self._functions:
             # The compiler's cache is by code object: a lambda that is created in every step is compiled only once.
             self._functions = {function: torch.compile(function, dynamic=False, mode=self._mode)}
-        return self._functions[function](model, microbatch)
+        result = self._functions[function](model, microbatch)
+        return tree_map(_copy, result, is_leaf=_is_loss) if self._mode in _CAPTURING else result
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, Loss)
+
+
+def _copy(value: Any) -> Any:
+    """Copy a tensor, or the tensors of a loss; autograd goes through the copy."""
+    if isinstance(value, Loss):
+        metrics = {name: _copy(each) for name, each in value.metrics.items()}
+        return replace(value, sum=value.sum.clone(), count=_copy(value.count), metrics=metrics)
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _shape(microbatch: object) -> tuple[Any, ...]:

@@ -95,7 +95,7 @@ def _unequal(batch: object, cutting: Cutting) -> tuple[str, str, float, float] |
     """Return path, condition, least and most targets a row, of a tensor that counts differently in the microbatches."""
     found = [(path, value) for path, value in leaves(batch) if isinstance(value, Tensor) and value.ndim]
     for path, condition, counts in _counted(found):
-        per_row = counts.double().cpu()
+        per_row = counts.cpu().double()
         if cutting.order is None:
             pieces = per_row.split(cutting.size or len(per_row))
         else:

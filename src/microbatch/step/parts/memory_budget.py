@@ -1,16 +1,17 @@
-"""Keep a window within its memory budget: by the meter on the CPU, by the allocator's limit on CUDA."""
+"""Keep a window within its memory budget: by the meter on the CPU, by the allocator's limit on an accelerator."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
 
 from microbatch.batch.batch_tree import contents
+from microbatch.devices.device_memory import Allocator, allocator_of
 from microbatch.errors import ConfigError
 from microbatch.memory.budget import available_bytes, format_bytes
 from microbatch.memory.least_memory import least_memory
@@ -30,17 +31,18 @@ _CHECK_EVERY = 16  # windows
 class MemoryBudget(Part):
     """Measure the memory of windows, and raise an error for an allocation beyond the budget.
 
-    On CUDA, the allocator holds a budget from the user in every window, and fails by itself at the end of memory. On
-    the CPU, a meter does both. It costs time in every operator, so it is on where memory may grow. These are the first
-    two windows, the first window with optimizer state, and windows with larger rows or microbatches than before. With a
-    budget from the user, these are also windows with more rows, and every 16th window. If sizes are not known, or if
-    what is kept in memory depends on the memory that is left, these are all windows.
+    On an accelerator, the allocator holds a budget from the user in every window, and fails by itself at the end of
+    memory. On the CPU, and on an accelerator whose allocator cannot, a meter does both. It costs time in every
+    operator, so it is on where memory may grow. These are the first two windows, the first window with optimizer state,
+    and windows with larger rows or microbatches than before. With a budget from the user, these are also windows with
+    more rows, and every 16th window. If sizes are not known, or if what is kept in memory depends on the memory that is
+    left, these are all windows.
 
     Attributes:
         budget: Bytes that the window may use; `None` if they are not measured.
         passing: Whether the meter is on in this window, although most windows run without it.
-        allocation_retries: How often CUDA's allocator emptied its cache in the last window and asked the device again.
-            Each time, it waits for the device.
+        allocation_retries: How often the device's allocator emptied its cache in the last window and asked the device
+            again. Each time, it waits for the device.
     """
 
     def __init__(self) -> None:
@@ -49,7 +51,8 @@ class MemoryBudget(Part):
         self.allocation_retries = 0
         self._meter: MemoryMeter | None = None
         self._cut: Cut | None = None
-        self._retries, self._device = 0, torch.device("cpu")
+        self._retries, self._by_device = 0, False
+        self._allocator: Allocator | None = None
         # Windows that succeeded, their largest row and microbatch, the most bytes beyond a budget so far, and whether
         # the last window began before the optimizer had its state.
         self._windows, self._row_bytes, self._bytes, self._beyond, self._stateless = 0, 0.0, 0.0, 0, False
@@ -58,18 +61,16 @@ class MemoryBudget(Part):
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Start to measure, before the batch is known."""
         options, device = window.options, window.device
-        self._device = device
         if self._windows == 0 and isinstance(options.memory_budget, int):
             _check_least(options, device)
         self.budget, self.passing, self._of_free, self._meter, self._cut = None, False, False, None, None
         has_state = all(optimizer.state for optimizer in options.optimizers)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._retries = _allocation_retries(device)
-            if isinstance(options.memory_budget, int):
-                self.budget = options.memory_budget
-                window.outer.callback(_limit_cuda(device, self.budget))
-        elif self._windows < 2 or (has_state and self._stateless) or self._is_check(options):
+        self._allocator = allocator_of(device)
+        if self._allocator is not None:
+            self._allocator.reset_peak()
+            self._retries = self._allocator.retries
+        self._by_device = self._is_held_by_device(window)
+        if self._windows < 2 or (has_state and self._stateless) or self._is_check(options):
             self._watch(window)
         self._stateless = not has_state
 
@@ -107,8 +108,8 @@ class MemoryBudget(Part):
         if self._meter is not None and self._cut is not None:
             self._row_bytes = max(self._row_bytes, self._cut.row_bytes)
             self._bytes, self._rows = max(self._bytes, self._cut.bytes), max(self._rows, self._now_rows)
-        if window.device.type == "cuda":
-            self.allocation_retries = _allocation_retries(window.device) - self._retries
+        if self._allocator is not None:
+            self.allocation_retries = self._allocator.retries - self._retries
         peak, budget = step.peak_bytes, window.options.memory_budget
         if peak is not None and isinstance(budget, int) and peak - budget > self._beyond:
             self._beyond = peak - budget
@@ -144,8 +145,8 @@ class MemoryBudget(Part):
         Returns:
             Bytes; `None` if neither measures.
         """
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
+        if self._allocator is not None:
+            return self._allocator.peak()
         return None if self._meter is None else self._meter.peak_bytes
 
     def live_bytes(self) -> int | None:
@@ -154,12 +155,26 @@ class MemoryBudget(Part):
         Returns:
             Bytes; `None` if they are not measured.
         """
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
+        if self._allocator is not None:
+            return self._allocator.in_use()
         return None if self._meter is None else self._meter.live_bytes
 
     def _forget(self, *, windows: int) -> None:
         self._windows, self._row_bytes, self._bytes, self._rows, self._stateless = windows, 0.0, 0.0, 0, False
+
+    def _is_held_by_device(self, window: OpenWindow) -> bool:
+        """Return whether the device's allocator fails at the end of memory, after the user's budget is set as limit."""
+        if self._allocator is None:
+            return False
+        budget = window.options.memory_budget
+        if not isinstance(budget, int):
+            return True
+        release = self._allocator.limit(budget)
+        if release is None:
+            return False
+        self.budget = budget
+        window.outer.callback(release)
+        return True
 
     def _is_check(self, options: Options) -> bool:
         """Return whether the meter is on to check a budget from the user, although nothing seems to have grown."""
@@ -168,7 +183,7 @@ class MemoryBudget(Part):
     def _watch(self, window: OpenWindow) -> None:
         """Turn the meter on, with the user's budget or with the machine's free memory as the limit."""
         options = window.options
-        if self._meter is not None or window.device.type != "cpu":
+        if self._meter is not None or self._by_device:
             return
         if isinstance(options.memory_budget, int):
             self.passing = self._steady
@@ -226,14 +241,3 @@ def is_fake(options: Options) -> bool:
     """
     fake: Any = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and any(isinstance(each, fake.FakeTensor) for each in options.model.parameters())
-
-
-def _allocation_retries(device: torch.device) -> int:
-    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
-
-
-def _limit_cuda(device: torch.device, budget: int) -> Callable[[], None]:
-    total = torch.cuda.get_device_properties(device).total_memory
-    before = torch.cuda.get_per_process_memory_fraction(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
-    return lambda: torch.cuda.set_per_process_memory_fraction(before, device)

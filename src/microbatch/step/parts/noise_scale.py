@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from microbatch.gradients.noise_estimate import Measured, NoiseScale, interval_of, measure, scale_of
+from microbatch.step.met import Met
 from microbatch.step.options import Options
-from microbatch.step.part import Met, OpenWindow, Part, Run
+from microbatch.step.part import OpenWindow, Part, Run
 from microbatch.step.record import Step
 
 _PIECE = 2**18
@@ -78,7 +79,7 @@ class NoiseMeter(Part):
 
     def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
         """Compare the microbatches' gradients with the whole gradient, which all ranks have added up."""
-        if not self._due:
+        if not (self._due and met.finite):
             return
         if self._twice:
             window.setup.warn(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from microbatch.devices.backend import to_wide
 from microbatch.errors import WeightsMovedError, WindowError
 from microbatch.gradients.parameters import Named
 from microbatch.step.part import OpenWindow, Part, Pass, Run
@@ -167,7 +168,7 @@ class BuffersOnce(Part):
         values = [each.now().detach() for each in snapshot.buffers]
         if not self._first:
             self._first = [value.clone() for value in values]
-            self._sums = [value.double() * p.rows if value.is_floating_point() else value for value in self._first]
+            self._sums = [to_wide(value) * p.rows if value.is_floating_point() else value for value in self._first]
         elif self._pooled:
             for total, value in zip(self._sums, values, strict=True):
                 if value.is_floating_point():

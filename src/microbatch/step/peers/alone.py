@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from microbatch.gradients.clipping import gradient_norm
 from microbatch.ranks.fsdp import reshard
 from microbatch.step.host_numbers import numbers_of
-from microbatch.step.part import Met, OpenWindow, Peers
+from microbatch.step.met import Met
+from microbatch.step.part import OpenWindow, Peers
 
 
 class Alone(Peers):

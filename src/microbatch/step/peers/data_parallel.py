@@ -23,7 +23,8 @@ from microbatch.ranks.sparse_reduce import reduce_sparse
 from microbatch.shards import local_of
 from microbatch.step.denominator import Denominator
 from microbatch.step.host_numbers import numbers_of
-from microbatch.step.part import Met, OpenWindow, Peers
+from microbatch.step.met import Met
+from microbatch.step.part import OpenWindow, Peers
 from microbatch.step.peers.all_or_none import all_or_none
 from microbatch.step.peers.alone import enter_no_sync, unscaled_norm
 from microbatch.step.peers.rank_setup import RankSetup

@@ -17,7 +17,8 @@ from microbatch.ranks.agreement import Message
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import BUCKET_BYTES
 from microbatch.step.cutting import Cutting
-from microbatch.step.part import Begin, Met, OpenWindow, Pass
+from microbatch.step.met import Met
+from microbatch.step.part import Begin, OpenWindow, Pass
 from microbatch.step.peers.data_parallel import DataParallel
 from microbatch.step.saved_state import RandomState, seed_everything
 
@@ -46,15 +47,17 @@ class Deterministic(DataParallel):
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
         """Number the microbatches over all ranks."""
         if window.done:
-            raise WindowError("deterministic=True numbers the rows of a batch once; call window.split once")
+            raise WindowError("Ranks(deterministic=True) numbers the rows of a batch once; call window.split once")
         if isinstance(batch, Batches):
-            raise WindowError("deterministic=True numbers the rows of one batch, and mb.Batches has several; pad them")
+            raise WindowError(
+                "Ranks(deterministic=True) numbers the rows of one batch, and mb.Batches has several; pad them"
+            )
         size = cutting.size
         self._seed, shares = self.number_rows(window, rows_of(batch))
         last = max((index for index, share in enumerate(shares) if share), default=0)
         if any(share % size for share in shares[:last]):
             raise WindowError(
-                f"deterministic=True keeps virtual microbatches of {size} rows whole, and the ranks' shares are "
+                f"Ranks(deterministic=True) keeps virtual microbatches of {size} rows whole, and the ranks' shares are "
                 f"{shares}: give every rank but the last a multiple of {size} rows"
             )
         self._counts = [-(-share // size) for share in shares]
@@ -79,7 +82,7 @@ class Deterministic(DataParallel):
         """Raise an error for gradients of microbatches that the window did not hand out."""
         super().check(window)
         if any(window.gradients.present):
-            raise WindowError("deterministic=True adds up what window.split hands out, and nothing else")
+            raise WindowError("Ranks(deterministic=True) adds up what window.split hands out, and nothing else")
 
     def meet(self, window: OpenWindow) -> Met:
         """Combine the trees of all ranks, so that results are bitwise identical for any world size."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from microbatch.errors import WindowError
 from microbatch.ranks.agreement import Message, agree
 from microbatch.ranks.bucketed_reduce import Overlap
-from microbatch.step.part import Met, OpenWindow, Run
+from microbatch.step.met import Met
+from microbatch.step.part import OpenWindow, Run
 from microbatch.step.peers.data_parallel import DataParallel
 
 

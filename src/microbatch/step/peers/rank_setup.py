@@ -150,7 +150,7 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
         "nonfinite": options.nonfinite,
         "batch_norm": options.batch_norm,
         "dropout": options.dropout,
-        "deterministic": options.deterministic,
+        "Ranks(deterministic=...)": ranks.deterministic,
         "NoiseScale(every=...)": noise and noise.every,
         "NoiseScale(by_group=...)": noise and noise.by_group,
         "Sums(dtype=...)": sums.dtype,
@@ -160,7 +160,7 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
         "Ranks(overlap=...)": ranks.overlap,
         "the number of earlier windows": windows,
     }
-    if options.deterministic:
+    if ranks.deterministic:
         found["microbatch_size"] = options.microbatch_size
     return {name: _text(value) for name, value in found.items()}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from microbatch.batch.batch_tree import map_tensors, rows_of
+from microbatch.devices.backend import synchronize
 from microbatch.errors import BatchError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.recompute import blocks_of
@@ -195,8 +196,7 @@ def _timed(options: Options, loss_fn: LossFunction, *, batch: object, names: Seq
     fastest = dict.fromkeys(names, float("inf"))
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter()
 
     def note(name: str, seconds: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from microbatch.batch.batch_tree import map_tensors, rows_of
 from microbatch.batch.copies import Copies
+from microbatch.devices.device_memory import allocator_of
 from microbatch.errors import ConfigError
 from microbatch.gradients.parameters import trainable
 from microbatch.memory.allocator import AllocatorMeter, Witnessed
@@ -178,6 +179,10 @@ def _real(scene: Scene, size: int) -> Witnessed:
 def _witness(scene: Scene, *, sizes: Sequence[int], notes: list[str]) -> list[tuple[int, Witnessed]]:
     """Run real windows at some sizes, and add a note for each that fails."""
     seen: list[tuple[int, Witnessed]] = []
+    device = scene.options.device
+    if device.type != "cpu" and allocator_of(device) is None:
+        notes.append(f"workspaces were not measured, because the backend of {device.type!r} counts no peak memory")
+        return seen
     for size in sizes:
         try:
             seen.append((size, _real(scene, size)))
@@ -202,7 +207,7 @@ def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> None:
     held = [some_rows(cast.batch, size)]
     on_cpu = cast.device.type == "cpu"
     if not on_cpu:
-        # On a GPU, microbatches are copies of what the host has, and the next one is copied while this one runs.
+        # On an accelerator, microbatches are copies of what the host has, and the next one is copied meanwhile.
         held.append(map_tensors(torch.clone, held[0]))
     meter.track(held, category=INPUTS)
     learn_to_count(type(torch.empty(0, device="cpu")))

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from microbatch.batch.batch_tree import contents, map_tensors, rows_of, take_rows
 from microbatch.batch.batches import parts_of
+from microbatch.devices.backend import foreach_is_default
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
 from microbatch.memory.signal_errors import is_from_signal
@@ -80,7 +81,7 @@ class Fakes(FakeTensorMode):
 
 
 class Faked(TorchFunctionMode):
-    """Make `copy.deepcopy` return fake CPU tensors; without a GPU, fake CUDA tensors cannot train.
+    """Make `copy.deepcopy` return fake CPU tensors; without an accelerator, its fake tensors cannot train.
 
     Args:
         mode: The fake tensor mode.
@@ -148,8 +149,8 @@ def copies_of(scene: Scene, *, how: Faked | None) -> Cast:
         for parameter, gradient in scene.gradients:
             if (twin := memo.get(id(parameter))) is not None:
                 twin.grad = copy.deepcopy(gradient)
-    if how is not None and options.device.type == "cuda":
-        _as_on_cuda(optimizers)
+    if how is not None and foreach_is_default(options.device):
+        _set_foreach(optimizers)
     rest = replace(
         options,
         model=copied,
@@ -182,8 +183,8 @@ def _copy_loss(loss_fn: LossFunction, memo: dict[int, Any]) -> LossFunction:
     return made
 
 
-def _as_on_cuda(optimizers: Sequence[Optimizer]) -> None:
-    """Set ``foreach=True`` where the optimizer would choose it on CUDA, because it takes temporary memory."""
+def _set_foreach(optimizers: Sequence[Optimizer]) -> None:
+    """Set ``foreach=True`` where the optimizer would choose it on its device, because it takes temporary memory."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if group.get("foreach", False) is None and not group.get("fused"):

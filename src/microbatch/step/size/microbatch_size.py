@@ -32,7 +32,7 @@ class Meter(Protocol):
     Attributes:
         budget: Bytes that the window may use; `None` if they are not measured.
         passing: Whether the meter is on in this window, although most windows run without it.
-        allocation_retries: How often CUDA's allocator emptied its cache in the last window.
+        allocation_retries: How often the device's allocator emptied its cache in the last window.
     """
 
     budget: int | None
@@ -152,7 +152,7 @@ class MicrobatchSize(Part):
             return
         cut, budget = self.cut_of, self._meter.budget
         if budget is None and step.peak_bytes is not None:
-            # On CUDA the allocator measures without a budget, so the limit is the device's memory.
+            # On an accelerator the allocator measures without a budget, so the limit is the device's memory.
             budget = room_for(self._options, ())
         chosen = tuning.after(
             Played(
@@ -239,7 +239,7 @@ def adapt(sizing: Sizing, cut: Cut | None, *, step: int, retries: int) -> list[E
         sizing: The size.
         cut: How the window's batch was cut.
         step: Index of the window.
-        retries: How often CUDA's allocator emptied its cache in the window, which then waits for the device.
+        retries: How often the device's allocator emptied its cache in the window, which then waits for the device.
 
     Returns:
         Events for the listeners.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from microbatch.batch.batch_tree import contents
+from microbatch.devices.device_memory import bytes_in_use
 from microbatch.memory.budget import available_bytes
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.options import Options
@@ -28,8 +27,8 @@ def room_for(options: Options, batch: object) -> int | None:
     available = available_bytes(device)
     if available is None:
         return None
-    if device.type == "cuda":
-        return available + torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return available + (bytes_in_use(device) or 0)
     meter = MemoryMeter()
     meter.track(options.model, *options.optimizers, contents(batch))
     return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) + meter.live_bytes

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from microbatch.devices.backend import synchronize
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import OpenWindow, Part, Pass
 
@@ -52,6 +53,5 @@ class Stopwatch(Part):
             self._last = now
 
     def _now(self, device: torch.device) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return self.clock()

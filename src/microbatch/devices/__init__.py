@@ -1,0 +1,1 @@
+"""What differs between devices: functions of torch's backends, memory, streams, and which devices are here."""

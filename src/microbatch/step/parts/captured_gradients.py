@@ -1,0 +1,46 @@
+"""Copy gradients that lie in the memory of a captured CUDA graph, before the graph runs again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from microbatch.step.part import OpenWindow, Part, Run
+
+# Imported by torch when it captures its first graph, and not before.
+_CAPTURE = "torch._inductor.cudagraph_trees"
+
+
+class CapturedGradients(Part):
+    """Copy the first gradient of each parameter, if `torch.compile` captures CUDA graphs in this process.
+
+    A captured graph writes its results to the same memory in every run. Autograd takes over a parameter's first
+    gradient without a copy. So the next microbatch would overwrite the gradient that it should add to: torch raises an
+    error, or the sum is wrong. Both ``compile=`` and a model that the user compiled can capture graphs.
+
+    Cost:
+        With CUDA graphs, one copy of the gradients in each window; otherwise none.
+
+    Source:
+        Law N2; https://github.com/pytorch/pytorch/issues/169545.
+    """
+
+    def backward(self, window: OpenWindow, run: Run) -> Run:
+        """Copy gradients that are new after a backward, if anything is compiled."""
+        if not window.options.compile and "torch._dynamo" not in sys.modules:
+            return run
+
+        def copied(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+            if _CAPTURE not in sys.modules:
+                run(tensors, seeds)
+                return
+            new = [each.parameter for each in window.gradients.named if each.parameter.grad is None]
+            run(tensors, seeds)
+            for parameter in new:
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+
+        return copied

@@ -1,0 +1,108 @@
+"""Hooks on weights: run once a window, on the finished gradient, as the backward of the whole batch runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microbatch.gradients.clipping import gradient_norm
+from microbatch.shards import is_shard
+from microbatch.step.met import Met
+from microbatch.step.part import OpenWindow, Part
+
+Hook = Callable[[Tensor], Tensor | None]
+
+# Whose hooks must run inside a backward, and do not change the gradient: this library's own, and those of
+# `torch.autograd.graph.register_multi_grad_hook` and of torch's wrappers for several ranks.
+_WITHIN = ("microbatch.", "torch.autograd.", "torch.distributed.")
+
+
+class WeightHooks(Part):
+    """Set hooks of `Tensor.register_hook` on weights aside for the microbatches, and run them on the whole gradient.
+
+    The clamp of a sum is not the sum of the clamps. So a hook that clamps, normalises or adds is only right on the
+    finished gradient: divided, unscaled, and added up over the ranks.
+
+    Source:
+        Law S9.
+    """
+
+    def __init__(self) -> None:
+        # The hooks of each weight that has some, by the weight's place; with the dict in which torch looks them up.
+        self._aside: dict[int, tuple[dict[int, Any], Mapping[int, Hook]]] = {}
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Replace the hooks by others that do nothing, until the last backward has run."""
+        self._aside = {}
+        hooked = [(place, each) for place, each in enumerate(window.gradients.named) if each.parameter._backward_hooks]
+        for place, each in hooked:
+            found: Any = each.parameter._backward_hooks
+            hooks = {key: hook for key, hook in found.items() if not comes_from(hook, *_WITHIN)}
+            if not hooks:
+                continue
+            if not _has_whole_gradients(window):
+                window.setup.warn(
+                    "weight_hooks",
+                    f"the weight {each.name!r} has a hook on its gradient, which runs in every microbatch, on a part "
+                    "of the gradient. This is right for a hook that multiplies, and wrong for one that clamps or adds. "
+                    "Write such a hook's work after accumulator.gradient(batch, loss_fn)",
+                )
+                return
+            self._aside[place] = found, hooks
+            # The dict stays: handles that remove hooks, and code that adds some, know this one.
+            found.update(dict.fromkeys(hooks, _nothing))
+            stack.callback(_put_back, found, hooks)
+
+    @torch.no_grad()
+    def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
+        """Finish the gradient of all ranks, run the hooks on it, and measure its norm again."""
+        if not self._aside:
+            return
+        gradients, met.normalized = window.gradients, True
+        gradients.scale_(factor)
+        places = {id(each.parameter): place for place, each in enumerate(gradients.named)}
+        for each, total in gradients.gradients():
+            place = places[id(each.parameter)]
+            if place not in self._aside:
+                continue
+            found, hooks = self._aside[place]
+            finished = total.to(each.parameter.dtype)
+            for hook in [hook for key, hook in hooks.items() if key in found]:  # the others have been removed
+                changed = hook(finished)
+                finished = finished if changed is None else changed
+            gradients.put(place, finished.to(total.dtype))
+        met.norm = gradient_norm([total for _, total in gradients.held()], window.device)
+        met.host_norm = met.norm.item()
+
+
+def _has_whole_gradients(window: OpenWindow) -> bool:
+    """Return whether this rank holds finished gradients whole, and knows their norm alone."""
+    options, named = window.options, window.gradients.named
+    return not (window.gradients.is_folded or options.pipeline or any(is_shard(each.parameter) for each in named))
+
+
+def comes_from(hook: Any, *packages: str) -> bool:
+    """Return whether a hook was written in one of some packages.
+
+    Args:
+        hook: A function, or a `functools.partial` of one.
+        packages: Names, each with a dot at its end.
+
+    Returns:
+        Whether it was.
+    """
+    while hasattr(hook, "func"):  # of functools.partial
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).startswith(packages)
+
+
+def _nothing(gradient: Tensor) -> None:
+    del gradient
+
+
+def _put_back(found: dict[int, Any], hooks: Mapping[int, Hook]) -> None:
+    found.update({key: hook for key, hook in hooks.items() if key in found})
