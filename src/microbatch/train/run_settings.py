@@ -108,7 +108,6 @@ class Settings(BaseModel):
     device: Annotated[
         Annotated[str, Field(min_length=1)],
         Flag(group=MACHINE, values="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu, npu or hpu."),
-,
     ] = "auto"
     autocast: Annotated[
         Literal["bf16", "fp16", "none"] | None, Flag(group=MACHINE, help="Precision of the forward pass.")
