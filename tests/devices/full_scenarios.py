@@ -316,6 +316,18 @@ def microbatches_are_copied_ahead_on_a_stream_of_their_own() -> None:
 
 
 @scenario
+def many_microbatches_take_no_more_memory_than_three() -> None:
+    def peak(number: int) -> int:
+        sent = [torch.zeros(1 << 14) for _ in range(number)]
+        before = Small.peak = Small.live
+        for _ in feed(sent, DEVICE):
+            pass
+        return Small.peak - before
+
+    assert peak(3) == peak(16) == 3 * (4 << 14)
+
+
+@scenario
 def a_window_does_not_wait_for_the_device() -> None:
     model, rows = on_device(), batch_of(32)
     accumulator = trained(model)

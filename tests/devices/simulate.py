@@ -10,5 +10,8 @@ import os
 
 from tests.devices.simulated_device import Full, install
 
-os.environ["MICROBATCH_TEST_ACCELERATOR"] = "sim"
-install(Full)
+
+def pytest_configure() -> None:
+    """Register the device, where this module is a plugin."""
+    os.environ["MICROBATCH_TEST_ACCELERATOR"] = "sim"
+    install(Full)

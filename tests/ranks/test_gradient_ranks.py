@@ -103,7 +103,7 @@ def case_overlap(rank: int, ranks: int) -> Any:
 
 
 def hooked(model: nn.Sequential) -> nn.Sequential:
-    model[0].weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    model.get_parameter("0.weight").register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
     return model
 
 

@@ -76,7 +76,7 @@ def test_an_unknown_key_names_the_nearest_one(tmp_path: Path, wrong: str, right:
 
 
 def test_a_key_like_nothing_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="known keys are job, batch_size, microbatch_size"):
+    with pytest.raises(ConfigError, match="known keys are job, batch_size"):
         load_settings({}, file=toml(tmp_path, "zzzzqqq = 3\n"))
 
 

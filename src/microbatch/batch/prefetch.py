@@ -20,8 +20,9 @@ def feed(microbatches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """Yield each microbatch with its tensors on ``device``.
 
     On an accelerator with streams, the next microbatch is copied from pinned memory on its own stream while the current
-    one computes. So the device holds the inputs of two microbatches, and never waits for the host. On other devices, a
-    microbatch is copied when its turn comes. Tensors that are already on ``device`` are not copied.
+    one computes. So the device never waits for the host. It holds the inputs of two microbatches, and of the previous
+    one while the caller's loop variable still refers to it. On other devices, a microbatch is copied when its turn
+    comes. Tensors that are already on ``device`` are not copied.
 
     Args:
         microbatches: Structures of tensors, usually on the host.
@@ -102,7 +103,7 @@ def _feed_ahead(microbatches: Iterable[Any], device: torch.device) -> Iterator[A
 
     def copy_microbatch(microbatch: Any) -> Any:
         # The copy may reuse memory that an earlier microbatch freed. It waits for the work queued so far, so that this
-        # work has read that memory. So the device never holds the inputs of more than two microbatches.
+        # work has read that memory.
         stream.wait_stream(current)
         with on_stream(stream):
             return moved(microbatch, device, copy_tensor)

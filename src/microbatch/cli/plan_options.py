@@ -25,8 +25,8 @@ ELSEWHERE, COSTS = "Hardware that you do not have", "What it costs"
     *("batch_size", "microbatch_size", "memory", "device", "autocast", "seed", "data"),
     microbatch_size={"help": "Microbatch size to compare with the best one.", "values": "N", "default": ""},
     device={
-        "help": "auto, cpu, cuda, cuda:1, mps, xpu; or hardware that you do not have: "
-        'a100-40gb, h100, "24 GiB"; several, with commas, to compare.',
+        "help": 'auto, cpu, cuda, cuda:1, mps, xpu; or hardware that you do not have: a100-40gb, h100, "24 GiB"; '
+        "several, with commas, to compare.",
     },
 )
 def plan(
