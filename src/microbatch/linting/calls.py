@@ -11,11 +11,12 @@ from typing import Any
 
 from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
-from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS
 from microbatch.linting.own_models import layers, losses_of_models, takes
+from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
-from microbatch.linting.tensor_calls import TensorCalls, within_rows
+from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
@@ -24,9 +25,6 @@ __all__ = ["Calls"]
 _LIBRARIES = re.compile(
     r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
 )
-_LOSS_CLASSES = re.compile(r"loss|criterion", re.IGNORECASE)
-# What a class of the file is by its name, if none of its methods runs a backward.
-_KNOWN_BY_NAME = frozenset({"loader", "ema", "meter", "scheduler", "optimizer", "scaler", "native_scaler"})
 _AVERAGES = re.compile(
     r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
     re.IGNORECASE,
@@ -43,7 +41,7 @@ _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
-class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
+class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects):
     """The part of the machine that reads calls."""
 
     def call(self, node: ast.Call) -> Any:
@@ -98,6 +96,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return made
         if isinstance(callee, Obj) and callee.kind == "class":
             return self.construct(node, callee)
+        if text in self.module.library_names and isinstance(callee, Unknown):
+            return self._library(node, self.module.full_name(text))
         if isinstance(callee, Bound):
             args, _ = self.arguments(node)
             return self.call_bound(callee, node, args)
@@ -121,7 +121,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             method = find(cls, "__call__") or find(cls, "forward")
             if method is not None:
                 args, keywords = self.arguments(node)
-                return self.call_function(method, args, keywords, owner=cls)
+                return self.call_function(method, args, keywords, owner=cls, holder=callee.info.get("id", ""))
         if kind in ("model", "engine"):
             return self.own_loss(callee, node, "forward") or self.forward(node)
         if kind == "criterion":
@@ -155,28 +155,12 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         synced = [replace(v, forward_synced=self.sync_off == 0) if isinstance(v, Data) else v for v in parts]
         return tuple(synced) if isinstance(made, tuple | list) else synced[0]
 
-    def construct(self, node: ast.Call, cls: Obj) -> Any:
-        """An object of a class of the file."""
-        name, find = cls.name, self.module.find_method
-        guessed = kind_of_constructor(name)
-        args, keywords = self.arguments(node)
-        is_loss = _LOSS_CLASSES.search(name) is not None or guessed == "criterion"
-        if not is_loss and find(name, "forward") and find(name, "__call__") is None:
-            return Obj("model", name, {"class": name})
-        methods = self.module.methods.get(name, {}).values()
-        if guessed in _KNOWN_BY_NAME and not any(self.module.reaches(self.module.key(method)) for method in methods):
-            return Obj(guessed, name, {"class": name})
-        init = find(name, "__init__")
-        if init is not None:
-            self.call_function(init, args, keywords, owner=name)
-        return Obj("instance", name, {"class": name})
-
     # ---- a method
 
     def _method(self, node: ast.Call, func: ast.Attribute, target: Function | None) -> Any:
         attr, text = func.attr, dotted(func)
-        if text and _LIBRARIES.match(text):
-            return self._library(node, text)
+        if text and (_LIBRARIES.match(text) or text.partition(".")[0] in self.module.library_names):
+            return self._library(node, self.module.full_name(text))
         base = self.evaluate(func.value)
         if (
             isinstance(base, Obj)
@@ -184,11 +168,13 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             and (own := self.module.find_method(base.info["class"], attr))
         ):
             args, keywords = self.arguments(node)
-            return self.call_function(own, args, keywords, owner=base.info["class"])
+            return self.call_function(own, args, keywords, owner=base.info["class"], holder=base.info.get("id", ""))
         if target is not None:
             args, keywords = self.arguments(node)
-            is_self = isinstance(base, Obj) and base.kind == "self"
-            return self.call_function(target, args, keywords, owner=self.frame.owner if is_self else target.owner)
+            if isinstance(base, Obj) and base.kind == "self":
+                owner, holder = base.info.get("class"), base.info.get("id", "")
+                return self.call_function(target, args, keywords, owner=owner, holder=holder)
+            return self.call_function(target, args, keywords, owner=target.owner)
         if CLIP_CALLS.match(attr):
             return self.clip_call(node, text or attr)
         if isinstance(base, Data):
@@ -272,7 +258,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return made
         if name in ("mean", "nanmean", "sum"):
             return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
-        compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
+        compares = len(data) > 1 and (name in ("matmul", "mm", "cdist") or (name == "einsum" and pairs_rows(node)))
         return replace(made, coupled=node.lineno if compares else made.coupled)
 
     def unknown_call(self, node: ast.Call, text: str) -> Any:

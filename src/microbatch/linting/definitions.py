@@ -194,7 +194,7 @@ class Definitions:
             "model",
         ):
             return None
-        candidates = self.by_method.get(func.attr, [])
+        candidates = [each for each in self.by_method.get(func.attr, []) if not self._is_abstract(each)]
         return candidates[0] if len(candidates) == 1 else None
 
     @cached_property

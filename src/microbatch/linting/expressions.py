@@ -81,10 +81,25 @@ class Expressions(Conditions, Calls, Operations):
 
     def heap_key(self, node: ast.AST) -> str:
         """The name under which the value of an attribute or a subscript is kept."""
+        if isinstance(node, ast.Name):
+            return node.id
         text = dotted(node)
-        if text.startswith("self.") and self.frame.owner:
-            return f"{self.frame.owner}::{text[5:]}"
-        return text
+        if not text or not isinstance(node, ast.Attribute | ast.Subscript):
+            return ""
+        base = node.value
+        last = f".{node.attr}" if isinstance(node, ast.Attribute) else text[len(dotted(base)) :]
+        if isinstance(base, ast.Name):
+            frame = self.frame.find(base.id)
+            held = frame.locals[base.id] if frame is not None else self.globals.locals.get(base.id)
+            if held is None and base.id == "self" and self.frame.owner:
+                return f"{self.frame.holder}::{last.removeprefix('.')}"
+            key = base.id
+        else:
+            key = self.heap_key(base)
+            held = self.heap.get(key)
+        if isinstance(held, Obj) and held.kind in ("self", "instance") and held.info.get("id"):
+            return f"{held.info['id']}::{last.removeprefix('.')}"
+        return key + last
 
     def guess(self, name: str) -> Obj | None:
         """An object by the name alone."""
@@ -94,11 +109,9 @@ class Expressions(Conditions, Calls, Operations):
     def _name(self, node: ast.Name) -> Any:
         name = node.id
         is_window = name in self.window_names or self.names_window(node)
-        frame = self.frame
-        while frame is not None:
-            if name in frame.locals:
-                return self.window() if is_window and (id(frame), name) not in self.moved else frame.locals[name]
-            frame = frame.parent
+        frame = self.frame.find(name)
+        if frame is not None:
+            return self.window() if is_window and (id(frame), name) not in self.moved else frame.locals[name]
         if is_window:
             return self.window()
         if name in self.globals.locals:
@@ -124,9 +137,9 @@ class Expressions(Conditions, Calls, Operations):
 
     def _attribute(self, node: ast.Attribute) -> Any:
         text = dotted(node)
-        if text and (text in self.window_names or self.names_window(node)):
-            return self.window()
         key = self.heap_key(node) if text else ""
+        if text and (text in self.window_names or self.names_window(node)) and (0, key) not in self.moved:
+            return self.window()
         if key and key in self.heap:
             return self.heap[key]
         base = self.evaluate(node.value)
@@ -135,7 +148,7 @@ class Expressions(Conditions, Calls, Operations):
         if isinstance(base, Data):
             return self._attribute_of_data(base, node)
         if isinstance(base, Obj):
-            found = self.attribute_of_object(base, node)
+            found = self.attribute_of_object(base, node) if "class" not in base.info else self.own_attribute(base, node)
             if found is not None:
                 return found
         if (isinstance(base, Obj) and base.kind == "self") or (isinstance(base, Unknown) and not base.data):

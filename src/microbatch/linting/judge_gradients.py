@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.schedule_units import schedule_units
+from microbatch.linting.schedule_units import WINDOWS, counts, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
@@ -175,31 +175,54 @@ def _recreated(view: View) -> Iterator[Fault]:
 
 def _skipped_units(view: View) -> Iterator[Fault]:
     """MB304: a resumed run skips as many microbatches as it took steps."""
-    in_steps: set[str] = set()
-    for node in view.module.nodes:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            for part in ast.walk(node.value):
-                if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod) and _counts_steps(part.right):
-                    in_steps.add(dotted(node.targets[0]))
-    for node in view.module.nodes:
-        if (
-            not isinstance(node, ast.If)
-            or not isinstance(node.test, ast.Compare)
-            or not isinstance(node.body[-1], ast.Continue)
-        ):
+    module = view.module
+    in_steps = set(_names_of_steps(module.nodes))
+    for node in module.nodes:
+        if not isinstance(node, ast.If) or not isinstance(node.body[-1], ast.Continue):
             continue
-        name = dotted(node.test.left)
-        counts_down = any(
-            isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name for s in node.body
-        )
-        if name in in_steps and counts_down:
+        for test in (part for part in ast.walk(node.test) if isinstance(part, ast.Compare)):
+            name, limit = dotted(test.left), dotted(test.comparators[0])
+            counts_down = any(
+                isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name
+                for s in node.body
+            )
+            if name in in_steps and counts_down:
+                how = "one is taken off for each microbatch"
+            elif limit and isinstance(test.ops[0], ast.Lt | ast.LtE) and _counts_microbatches(view, node, name):
+                if limit not in in_steps and counts(module, limit) != WINDOWS:
+                    continue
+                name, how = limit, f"it is compared with `{name}`, which counts microbatches"
+            else:
+                continue
             yield Fault(
                 "MB304",
                 node,
-                f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
-                "1/N of what it should",
+                f"`{name}` counts optimizer steps, and {how}: a resumed run skips 1/N of what it should",
             )
             return
+
+
+def _names_of_steps(nodes: list[ast.AST]) -> Iterator[str]:
+    """The names that are assigned a number of steps of an epoch: the rest of a division by `length // N`."""
+    for node in nodes:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            parts = [part for part in ast.walk(node.value) if isinstance(part, ast.BinOp)]
+            back = any(
+                isinstance(p.op, ast.Mult) and (names_window(last_name(p.left)) or names_window(last_name(p.right)))
+                for p in parts
+            )
+            if not back and any(isinstance(p.op, ast.Mod) and _counts_steps(p.right) for p in parts):
+                yield dotted(node.targets[0])
+
+
+def _counts_microbatches(view: View, node: ast.AST, name: str) -> bool:
+    """Whether a name is the number that a loop over microbatches gives to each of them."""
+    loop = next(iter(view.module.loops_above(node)), None)
+    if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Tuple) or not name:
+        return False
+    enumerates = any(isinstance(n, ast.Call) and last_name(n.func) == "enumerate" for n in ast.walk(loop.iter))
+    micro = view.module.is_microbatch_loop(loop, view.module.owner_of(loop))
+    return enumerates and micro and dotted(loop.target.elts[0]) == name
 
 
 def _replayed(view: View) -> Iterator[Fault]:

@@ -117,7 +117,14 @@ class Machine(Loops, FunctionCalls, Expressions):
         if self.spent > STATEMENTS:
             raise TooLongError
         method = self._STATEMENT_KINDS.get(type(node))
-        return method(self, node) if method else None
+        if node not in self.clearing:
+            return method(self, node) if method else None
+        self.trace.cleared.add(node)
+        marks = len(self.trace.marks)
+        signal = method(self, node) if method else None
+        if not any(mark.kind == "zero" for mark in self.trace.marks[marks:]):
+            self.trace.may_clear()
+        return signal
 
     def _expr(self, node: ast.Expr) -> None:
         if not isinstance(node.value, ast.Constant):
@@ -130,14 +137,18 @@ class Machine(Loops, FunctionCalls, Expressions):
             return
         value = self.evaluate(node.value)
         for target in node.targets:
-            if (
-                isinstance(target, ast.Name)
-                and is_number(value)
-                and self.names_window(target)
-                and self.module.is_inside_loop(node)
-            ):
-                self.moved.add((id(self.frame), target.id))
+            if is_number(value) and isinstance(target, ast.Name | ast.Attribute):
+                self._note_length(node, target, value)
             self.store(target, value)
+
+    def _note_length(self, node: ast.Assign, target: ast.Name | ast.Attribute, value: Any) -> None:
+        """Note that a name stands for another number than N: a length, or what a loop sets it to."""
+        is_length = "len" in tags(value) and "n" not in tags(value)
+        if isinstance(target, ast.Attribute):
+            if is_length:
+                self.moved.add((0, self.heap_key(target)))
+        elif is_length or (self.names_window(target) and self.module.is_inside_loop(node)):
+            self.moved.add((id(self.frame), target.id))
 
     def _ann_assign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -197,7 +208,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _store_name(self, name: str, value: Any) -> None:
         if "loss" in name.lower() and self.trace.tick and not self.trace.evaluating:
             value = self._loss_by_name(name, value)
-        self.frame.locals[name] = value
+        self.frame.frame_of(name, self.globals).locals[name] = value
         if name in self.rooted:  # what was kept under the old value is gone with it
             for key in [key for key in self.heap if key.startswith((f"{name}[", f"{name}."))]:
                 del self.heap[key]
@@ -261,7 +272,9 @@ class Machine(Loops, FunctionCalls, Expressions):
             for handler in node.handlers:
                 if last_name(handler.type or node) not in ("KeyboardInterrupt", "ImportError"):
                     self.trace.mark("skip", handler, detail="except")
+                    self.handling += 1
                     signal = self.block(handler.body)
+                    self.handling -= 1
                     return signal if signal is not None else self.block(node.finalbody)
         signal = self.block(node.body)
         if signal is None:

@@ -1,7 +1,8 @@
 """What the doctor knows of a file before it runs it; here: the words for N, the number of microbatches of a window."""
 
 import ast
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from microbatch.linting.guesses import names_window
@@ -9,6 +10,8 @@ from microbatch.linting.reach import Reach
 from microbatch.linting.syntax import dotted, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
+
+_LIBRARY = re.compile(r"(torch|numpy|math|einops)(\.|$)")
 
 
 class Module(Reach):
@@ -54,6 +57,27 @@ class Module(Reach):
         return found
 
     @cached_property
+    def library_names(self) -> dict[str, str]:
+        """Names that stand for something of torch, numpy or einops, each with its full name there."""
+        found: dict[str, str] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                found.update((a.asname, a.name) for a in node.names if a.asname and _LIBRARY.match(a.name))
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level and _LIBRARY.match(node.module):
+                found.update((a.asname or a.name, f"{node.module}.{a.name}") for a in node.names)
+        return found
+
+    def full_name(self, text: str) -> str:
+        """The full name of a part of a library that the file imports under a name of its own."""
+        first, dot, rest = text.partition(".")
+        return self.library_names.get(first, first) + dot + rest
+
+    @cached_property
+    def counted_attributes(self) -> set[str]:
+        """The last words of attributes that count."""
+        return {name.rpartition(".")[2] for name in self.counters if "." in name}
+
+    @cached_property
     def window_lists(self) -> set[str]:
         """Names of lists that hold the microbatches of one window: `for x, y in waiting:` with the step after it."""
         found: set[str] = set()
@@ -89,7 +113,7 @@ class Module(Reach):
 
         for node in self.nodes:
             if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
-                _moduli(node.test, add, self.counters)
+                self._moduli_of_guard(node.test, add)
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
@@ -115,6 +139,24 @@ class Module(Reach):
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
                         add(end)
         return names, literals
+
+    def _moduli_of_guard(self, test: ast.expr, add: Callable[[ast.AST], None]) -> None:
+        for expression in (test, *self._answers(test)):
+            _moduli(expression, add, self.counters)
+
+    def _answers(self, test: ast.expr) -> Iterator[ast.expr]:
+        """What the functions and properties of the file return that a condition asks."""
+        owner = self.owner_of(test)
+        for node in ast.walk(test):
+            if isinstance(node, ast.Call):
+                asked = self.resolve(node.func, owner)
+            elif isinstance(node, ast.Attribute):
+                asked = next(iter(self.by_method.get(node.attr, [])), None)
+            else:
+                continue
+            for statement in asked.node.body if asked is not None else ():
+                if isinstance(statement, ast.Return) and statement.value is not None:
+                    yield statement.value
 
     def _guards_step(self, node: ast.If | ast.IfExp) -> bool:
         """Whether a condition decides about a step: inside of it, or after its `continue`."""

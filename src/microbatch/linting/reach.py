@@ -28,6 +28,13 @@ _PARTS = re.compile(
 )
 
 
+# What was found out from the nodes of a file, and is found out anew where these change.
+_OF_THE_NODES = (
+    *("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists", "counted_attributes"),
+    "library_names",
+)
+
+
 class Reach(Definitions):
     """One parsed file.
 
@@ -64,7 +71,7 @@ class Reach(Definitions):
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
-        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists"):
+        for name in _OF_THE_NODES:
             self.__dict__.pop(name, None)
         self._reach()
 

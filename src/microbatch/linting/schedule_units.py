@@ -11,7 +11,7 @@ from microbatch.linting.guesses import kind_of_constructor, kind_of_name, names_
 from microbatch.linting.module import Module
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, text_of
 
-__all__ = ["schedule_units"]
+__all__ = ["WINDOWS", "counts", "schedule_units"]
 
 MICROBATCHES, WINDOWS = "microbatches", "windows"
 _EPOCHS = re.compile(r"epoch", re.IGNORECASE)
@@ -81,7 +81,7 @@ def _settings(module: Module) -> Iterator[tuple[str, str]]:
             for counter, other in ((left, right), (_counter(right), node.left)):
                 setting = last_name(other.left) if isinstance(other, ast.BinOp) else last_name(other)
                 if counter and setting and _LENGTHS.search(setting) and not _EPOCHS.search(setting):
-                    unit = _counts(module, counter)
+                    unit = counts(module, counter)
                     if unit:
                         yield setting, unit
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and node.iter.args:
@@ -101,7 +101,7 @@ def _counter(node: ast.expr) -> str:
     return dotted(node)
 
 
-def _counts(module: Module, counter: str) -> str:
+def counts(module: Module, counter: str) -> str:
     """What a counter counts, by where one is added to it."""
     found: set[str] = set()
     for node in module.nodes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from microbatch.linting.clearing import places_of_clearing
 from microbatch.linting.module import Module
 from microbatch.linting.slices import Slice
 from microbatch.linting.trace import Trace
@@ -39,12 +40,28 @@ class Run:
 class Frame:
     """The names of one call."""
 
-    __slots__ = ("locals", "owner", "parent")
+    __slots__ = ("declared", "holder", "locals", "owner", "parent")
 
-    def __init__(self, owner: str | None, parent: Frame | None = None) -> None:
+    def __init__(self, owner: str | None, parent: Frame | None = None, *, holder: str = "") -> None:
         self.locals: dict[str, Any] = {}
         self.owner = owner
         self.parent = parent
+        self.holder = holder or owner or ""  # the object whose method runs
+        self.declared: dict[str, str] = {}  # names that it calls "global" or "nonlocal"
+
+    def find(self, name: str) -> Frame | None:
+        """Find the frame that has a name: this one, or one around it."""
+        frame: Frame | None = self
+        while frame is not None and name not in frame.locals:
+            frame = frame.parent
+        return frame
+
+    def frame_of(self, name: str, top: Frame) -> Frame:
+        """Find the frame where an assignment keeps a name; `top` is that of the file."""
+        said = self.declared.get(name)
+        if said is None or self.parent is None:
+            return self
+        return top if said == "global" else self.parent.find(name) or self
 
 
 class Simulated:
@@ -74,11 +91,14 @@ class Simulated:
         self.used_window = False
         self.at_last = False
         self.now_and_then = False
+        self.handling = 0  # inside of the handler of an exception
         self.made = 0
         self.begun: set[str] = set()  # classes of which an object was made
         self.range_end: Any = None
-        self.moved: set[tuple[int, str]] = set()  # names for N that the loop itself sets
+        self.moved: set[tuple[int, str]] = set()  # names for N that the loop itself sets, or that are a length
+        self.objects: dict[str, int] = {}  # how many objects were made of each class
         self.window_names, self.window_literals = module.windows
+        self.clearing = places_of_clearing(module)
 
     def __getattr__(self, name: str) -> Any:
         """Refuse a name that no part of the machine has.

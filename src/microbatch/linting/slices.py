@@ -1,8 +1,10 @@
 """Which statements of a file decide its gradients, so that a run passes over all others."""
 
 import ast
+import re
 from dataclasses import dataclass
 
+from microbatch.linting.clearing import clears_by_name
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.module import Module
 from microbatch.linting.own_models import losses_of_models
@@ -59,6 +61,9 @@ _SWITCHES = frozenset(
         "empty_cache",
     }
 )
+
+
+_GRADIENTS = re.compile(r"(^|_)(grads?|gradients?)$")
 
 
 @dataclass
@@ -246,7 +251,9 @@ def _switches(node: ast.stmt) -> bool:
         name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
         if name in _SWITCHES:
             return True
-        if name.startswith("clip_grad") or name == "clip_master_grads" or "ema" in name.split("_"):
+        if name.startswith(("clip_grad", "_foreach_")) or name == "clip_master_grads" or "ema" in name.split("_"):
+            return True
+        if _GRADIENTS.search(name) or clears_by_name(name):
             return True
         if (
             isinstance(child, ast.Call)

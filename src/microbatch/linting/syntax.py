@@ -11,6 +11,7 @@ from microbatch.linting.guesses import kind_of_name
 __all__ = [
     "FunctionNode",
     "Loop",
+    "declared",
     "dotted",
     "is_backward_call",
     "is_gradient",
@@ -54,6 +55,20 @@ def last_name(node: ast.AST) -> str:
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return node.slice.value
     return ""
+
+
+def declared(node: FunctionNode) -> dict[str, str]:
+    """The names that a function declares as "global" or "nonlocal"."""
+    found = getattr(node, "_declared", None)
+    if found is None:
+        found = {
+            name: "global" if isinstance(each, ast.Global) else "nonlocal"
+            for each in ast.walk(node)
+            if isinstance(each, ast.Global | ast.Nonlocal)
+            for name in each.names
+        }
+        node._declared = found  # type: ignore[union-attr]
+    return found
 
 
 def text_of(node: ast.AST) -> str:

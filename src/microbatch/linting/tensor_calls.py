@@ -10,7 +10,7 @@ from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
 from microbatch.linting.values import Data, Unknown, tags
 
-__all__ = ["TensorCalls", "within_rows"]
+__all__ = ["TensorCalls", "pairs_rows", "within_rows"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 # Methods whose result is the same value, in another form or place.
@@ -59,6 +59,17 @@ def within_rows(node: ast.Call, first: int) -> bool:
     except (ValueError, TypeError):
         return False
     return found is not None and 0 not in (found if isinstance(found, tuple | list) else (found,))
+
+
+def pairs_rows(node: ast.Call) -> bool:
+    """Whether an `einsum` compares each row of one tensor with each row of another: "i d, j d -> i j"."""
+    said = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    left, arrow, right = said[0].partition("->") if said else ("", "", "")
+    words = [part.split() if " " in part.strip() else list(part.strip()) for part in left.split(",")]
+    if not arrow or len(words) != 2 or not all(words):
+        return not said
+    first, second = (part[0] for part in words)
+    return first != second and first in right and second in right
 
 
 class TensorCalls(Simulated):

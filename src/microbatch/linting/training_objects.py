@@ -240,7 +240,7 @@ class TrainingObjects(Simulated):
     def _on_criterion(self, base: Obj, node: ast.Call, attr: str) -> Any:
         if attr in ("forward", "calc", "compute", "calculate", "compute_loss", "get_loss", "__call__"):
             return self.loss_call(node, base.info.get("reduction", ""), base.name, info=base.info)
-        return NotImplemented
+        return base if attr in ("to", "cuda", "train", "eval", "cpu", "double", "float", "half") else NotImplemented
 
     def _on_instance(self, base: Obj, node: ast.Call, attr: str) -> Any:
         known = attr in ("zero_grad", "train", "eval", "parameters")
