@@ -20,7 +20,7 @@ from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "is_library"]
 
 _LIBRARIES = re.compile(
     r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
@@ -39,6 +39,11 @@ _NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoin
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
+
+
+def is_library(text: str) -> bool:
+    """Whether a name begins with that of a library which the doctor knows."""
+    return _LIBRARIES.match(text) is not None
 
 
 class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects):
@@ -217,6 +222,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
 
     def _library(self, node: ast.Call, text: str) -> Any:
         last = text.rsplit(".", 1)[-1]
+        if last == "partial":
+            return PYTHON_FUNCTIONS[last](self, node)
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
         if last in ("empty_cache", "synchronize"):

@@ -6,12 +6,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from microbatch.linting.calls import Calls
+from microbatch.linting.calls import Calls, is_library
 from microbatch.linting.conditions import Conditions
-from microbatch.linting.guesses import kind_of_name, names_window
+from microbatch.linting.guesses import MEAN_LOSSES, kind_of_name, names_window
 from microbatch.linting.operations import Operations
-from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Num, Obj, Unknown, as_loss, hangs_on_data, is_number, number, tags
+from microbatch.linting.syntax import as_function, dotted, last_name, text_of
+from microbatch.linting.values import Data, Function, Num, Obj, Unknown, as_loss, hangs_on_data, is_number, number, tags
 
 __all__ = ["Expressions"]
 
@@ -120,11 +120,19 @@ class Expressions(Conditions, Calls, Operations):
             return self.module.functions[name]
         if name in self.module.classes:
             return Obj("class", name)
-        found = self.guess(name)
+        found = self._library_loss(name) or self.guess(name)
         if found is not None and not name.isupper():
             self.globals.locals[name] = found
             return found
         return self._by_word(name, name)
+
+    def _library_loss(self, text: str) -> Obj | None:
+        """A loss of torch that is not called yet: `F.mse_loss`, kept in a variable."""
+        name = self.module.full_name(text)
+        is_loss = (
+            MEAN_LOSSES.search(name) and (name != text or is_library(text)) and not name[name.rfind(".") + 1].isupper()
+        )
+        return Obj("criterion", name, {"reduction": "mean"}) if is_loss else None
 
     def _by_word(self, word: str, key: str) -> Any:
         """What a word alone says of a number that the file does not show."""
@@ -142,6 +150,8 @@ class Expressions(Conditions, Calls, Operations):
             return self.window()
         if key and key in self.heap:
             return self.heap[key]
+        if text and node.attr.islower() and (loss := self._library_loss(text)) is not None:
+            return loss
         base = self.evaluate(node.value)
         if node.attr == "grad" and not (isinstance(base, Data) and base.weights):
             return Unknown(text or text_of(node))
@@ -184,7 +194,7 @@ class Expressions(Conditions, Calls, Operations):
             if -len(base) <= position < len(base):
                 return base[position]
         if isinstance(base, dict):
-            return base.get(index if isinstance(index, str) else None, Unknown(text_of(node)))
+            return base.get(index, Unknown(text_of(node))) if isinstance(index, str) else _any_of(base, node)
         if isinstance(base, Data):
             return as_loss(base) if isinstance(index, str) and "loss" in index else base
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
@@ -247,12 +257,20 @@ class Expressions(Conditions, Calls, Operations):
         element = self.evaluate(node.elt)
         return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node), tags=origin)
 
-    def _lambda(self, _node: ast.Lambda) -> Any:
-        return Unknown("lambda")
+    def _lambda(self, node: ast.Lambda) -> Any:
+        function = as_function(node)
+        if self.relevant is not None:
+            self.relevant.update(function.body)
+        return Function("lambda", function, None, self.frame)
 
     def _if_expression(self, node: ast.IfExp) -> Any:
         taken = self.choose(node)
         return self.evaluate(node.body if taken else node.orelse)
+
+    def _yield(self, node: ast.Yield) -> Any:
+        value = None if node.value is None else self.evaluate(node.value)
+        if self.frame.at_yield is not None:
+            self.frame.at_yield(value)
 
     def _named(self, node: ast.NamedExpr) -> Any:
         value = self.evaluate(node.value)
@@ -286,9 +304,19 @@ class Expressions(Conditions, Calls, Operations):
         ast.Lambda: _lambda,
         ast.IfExp: _if_expression,
         ast.NamedExpr: _named,
+        ast.Yield: _yield,
         ast.BinOp: _binary,
         ast.UnaryOp: _unary,
         ast.Compare: Conditions.compare,
         ast.BoolOp: Conditions.boolean,
         ast.Call: Calls.call,
     }
+
+
+def _any_of(values: dict[Any, Any], node: ast.AST) -> Any:
+    """One of several values, where the file does not show which: they may all be losses of one kind."""
+    first = next(iter(values.values()), None)
+    losses = all(isinstance(v, Obj) and v.kind == "criterion" for v in values.values())
+    if losses and isinstance(first, Obj) and all(v.info == first.info for v in values.values()):
+        return first
+    return Unknown(text_of(node))

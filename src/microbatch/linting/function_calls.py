@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -44,8 +45,22 @@ class FunctionCalls(Simulated):
         guess: bool = False,
         owner: str | None = None,
         holder: str = "",
+        at_yield: Callable[[Any], None] | None = None,
     ) -> Any:
-        """Run a function of the file with these values; `holder` is the object whose method it is."""
+        """Run a function of the file with these values.
+
+        Args:
+            function: The function.
+            args: The values of its arguments.
+            keywords: Those that are given by name.
+            guess: Whether the user's settings may differ from the defaults.
+            owner: The class of the object whose method it is.
+            holder: This object.
+            at_yield: What is run where the function yields.
+
+        Returns:
+            What it returns.
+        """
         key = Module.key(function)
         if self.depth >= DEPTH or self.active.count(key) >= 2:
             return Unknown(f"{function.name}()")
@@ -53,7 +68,7 @@ class FunctionCalls(Simulated):
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
         frame = Frame(owner or function.owner, parent, holder=holder)
-        frame.declared = declared(node)
+        frame.declared, frame.at_yield = declared(node), at_yield
         self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
         outer, self.frame = self.frame, frame
         evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)

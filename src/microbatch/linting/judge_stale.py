@@ -13,7 +13,7 @@ __all__ = ["judge_stale"]
 def judge_stale(view: View) -> Iterator[Fault]:
     """The fault that every step takes the gradients of the steps before it as well."""
     trace = view.trace
-    if view.blocked or view.managed or "cached" in trace.settings or len(trace.steps) < 3:
+    if view.blocked or view.managed or "cached" in trace.settings or len(trace.steps) < 2:
         return
     cleared = [mark.name for mark in view.marks("zero")]
     if not set(cleared) <= {step.optimizer for step in trace.steps}:
@@ -21,7 +21,7 @@ def judge_stale(view: View) -> Iterator[Fault]:
     several = len({step.optimizer for step in trace.steps if step.since}) > 1
     for steps, sites, _ in view.own_steps:
         stale = [step for step in steps if _before(step, sites if several else None)]
-        few = 2 * len(stale) < len(steps) or len(steps) < 3
+        few = 2 * len(stale) < len(steps) or not any(s.node is stale[0].node for s in steps if s not in stale)
         if not stale or (few and view.clean):
             continue
         elsewhere = places_of_clearing(view.module) - trace.cleared

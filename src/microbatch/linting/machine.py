@@ -179,7 +179,7 @@ class Machine(Loops, FunctionCalls, Expressions):
         elif isinstance(target, ast.Attribute):
             if target.attr == "require_backward_grad_sync":
                 self.trace.frameworks.add("sync switch")
-                self.sync_off = 0 if self.truth(value, target) else 1
+                self.sync_off = int(self.known_truth(value) is False)
             elif target.attr == "grad" and isinstance(value, Data):
                 return
             self._keep(self.heap_key(target), dotted(target), value)
@@ -259,12 +259,20 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.trace.occasional -= 1
 
     def _with(self, node: ast.With) -> Any:
-        leave = [self.enter(item) for item in node.items]
+        return self._inside(node.items, node.body)
+
+    def _inside(self, items: list[ast.withitem], body: list[ast.stmt]) -> Any:
+        """Run statements inside of contexts."""
+        if not items:
+            return self.block(body)
+        manager = self.own_manager(items[0].context_expr)
+        if manager is not None:
+            return self.run_around(manager, items[0], lambda: self._inside(items[1:], body))
+        leave = self.enter(items[0])
         try:
-            return self.block(node.body)
+            return self._inside(items[1:], body)
         finally:
-            for undo in reversed(leave):
-                undo()
+            leave()
 
     def _try(self, node: ast.Try) -> Any:
         skips = self.run.skip and self.run.skip == self.trace.tick

@@ -57,6 +57,19 @@ class Module(Reach):
         return found
 
     @cached_property
+    def resets(self) -> set[str]:
+        """Counters that a loop sets back to 0."""
+        return {
+            dotted(node.targets[0])
+            for node in self.nodes
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and node.value.value == 0
+            and dotted(node.targets[0]) in self.counters
+            and self.is_inside_loop(node)
+        }
+
+    @cached_property
     def library_names(self) -> dict[str, str]:
         """Names that stand for something of torch, numpy or einops, each with its full name there."""
         found: dict[str, str] = {}
@@ -113,7 +126,7 @@ class Module(Reach):
 
         for node in self.nodes:
             if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
-                self._moduli_of_guard(node.test, add)
+                self._moduli_of_guard(node, add)
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
@@ -133,16 +146,33 @@ class Module(Reach):
                 and isinstance(node.iter, ast.Call)
                 and last_name(node.iter.func) in ("range", "trange")
             ):
-                inner = self.is_inside_loop(node)
+                inner = self.is_inside_loop(node) or self._step_follows(node)
                 if inner and node.iter.args and self.is_microbatch_loop(node, self.owner_of(node)):
                     end = node.iter.args[0] if len(node.iter.args) == 1 else node.iter.args[1]
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
                         add(end)
         return names, literals
 
-    def _moduli_of_guard(self, test: ast.expr, add: Callable[[ast.AST], None]) -> None:
-        for expression in (test, *self._answers(test)):
+    def _step_follows(self, loop: ast.For) -> bool:
+        """Whether a step comes after a loop, in the same block of a function, and none is in it."""
+        owner = self.owner_of(loop)
+        siblings = getattr(self.parents[loop], "body", [])
+        after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
+        return any(self.steps(s, owner) for s in after) and not any(self.steps(s, owner) for s in loop.body)
+
+    def _moduli_of_guard(self, node: ast.If | ast.IfExp, add: Callable[[ast.AST], None]) -> None:
+        """Find what the condition of a step counts up to, also where it leaves out the step: `if k < n: continue`."""
+        for expression in (node.test, *self._answers(node.test)):
             _moduli(expression, add, self.counters)
+        test = node.test
+        if (
+            isinstance(node, ast.If)
+            and isinstance(node.body[-1], ast.Continue)
+            and isinstance(test, ast.Compare)
+            and isinstance(test.ops[0], ast.Lt | ast.NotEq)
+            and dotted(test.left) in self.resets
+        ):
+            add(test.comparators[0])
 
     def _answers(self, test: ast.expr) -> Iterator[ast.expr]:
         """What the functions and properties of the file return that a condition asks."""

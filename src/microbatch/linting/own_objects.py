@@ -2,12 +2,13 @@
 
 import ast
 import re
+from collections.abc import Callable
 from typing import Any
 
 from microbatch.linting.guesses import kind_of_constructor
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import last_name
-from microbatch.linting.values import Obj, Unknown
+from microbatch.linting.values import Function, Obj, Unknown
 
 __all__ = ["OwnObjects"]
 
@@ -75,6 +76,48 @@ class OwnObjects(Simulated):
             default = next((k.value for k in value.keywords if k.arg == "default"), None)
             return self.evaluate(default) if default is not None else Unknown("field")
         return self.evaluate(value)
+
+    # ---- contexts
+
+    def own_manager(self, node: ast.expr) -> Function | None:
+        """The generator of the file that a `with` runs around its statements."""
+        target = self.module.resolve(node.func, self.frame.owner) if isinstance(node, ast.Call) else None
+        found = target is not None and any(last_name(d) == "contextmanager" for d in target.node.decorator_list)
+        return target if found else None
+
+    def run_around(self, manager: Function, item: ast.withitem, inside: Callable[[], Any]) -> Any:
+        """Run a context manager of the file, and where it yields, what is inside of the `with`."""
+        call = item.context_expr
+        if not isinstance(call, ast.Call):
+            return inside()
+        args, keywords = self.arguments(call)
+        outer, signals = self.frame, list[Any]()
+
+        def at_yield(value: Any) -> None:
+            if signals:
+                return
+            inner, self.frame = self.frame, outer
+            if item.optional_vars is not None:
+                self.store(item.optional_vars, value)
+            signals.append(inside())
+            self.frame = inner
+
+        owner = self.frame.owner if manager.owner is not None else None
+        held = self.frame.holder if manager.owner is not None else ""
+        self.call_function(manager, args, keywords, owner=owner, holder=held, at_yield=at_yield)
+        return signals[0] if signals else inside()
+
+    def enter_object(self, base: Obj) -> tuple[Any, Callable[[], None]]:
+        """Enter an object of the file as a context: what it gives, and how to leave it."""
+        cls, holder = base.info["class"], base.info.get("id", "")
+        begin, end = (self.module.find_method(cls, name) for name in ("__enter__", "__exit__"))
+        given = base if begin is None else self.call_function(begin, [], {}, owner=cls, holder=holder)
+
+        def leave() -> None:
+            if end is not None:
+                self.call_function(end, [None, None, None], {}, owner=cls, holder=holder)
+
+        return (base if isinstance(given, Obj) and given.kind == "self" else given), leave
 
 
 _PROPERTIES = frozenset({"property", "cached_property"})

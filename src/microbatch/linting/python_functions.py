@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["PYTHON_FUNCTIONS"]
 
@@ -130,8 +130,18 @@ def _getattr(machine: Any, node: ast.Call) -> Any:
     return machine.unknown_call(node, "getattr")
 
 
+def _partial(machine: Any, node: ast.Call) -> Any:
+    args, keywords = machine.arguments(node)
+    first = args[0] if args else Unknown(text_of(node))
+    if isinstance(first, Obj) and first.kind == "criterion" and isinstance(keywords.get("reduction"), str):
+        return Obj("criterion", first.name, {**first.info, "reduction": keywords["reduction"]})
+    known = isinstance(first, Obj) or (isinstance(first, Function) and len(args) == 1)
+    return first if known else Unknown(text_of(node))
+
+
 PYTHON_FUNCTIONS: dict[str, Any] = {
     "len": _len,
+    "partial": _partial,
     "next": _next,
     "sum": _sum,
     "divmod": _divmod,

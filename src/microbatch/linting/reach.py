@@ -28,10 +28,13 @@ _PARTS = re.compile(
 )
 
 
+# Functions that give several items at a time.
+_GROUPS = re.compile(r"batched|chunk|group|window|slice|partition", re.IGNORECASE)
 # What was found out from the nodes of a file, and is found out anew where these change.
 _OF_THE_NODES = (
     *("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists", "counted_attributes"),
     "library_names",
+    "resets",
 )
 
 
@@ -281,7 +284,7 @@ class Reach(Definitions):
         if isinstance(loop, ast.While):
             return True
         text = text_of(loop.iter)
-        if PIECE_WORDS.search(text):
+        if PIECE_WORDS.search(text) or self._is_over_group(loop):
             return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or PIECE_NAMES.search(name) or names_window(name) for name in names):
@@ -289,6 +292,18 @@ class Reach(Definitions):
         if not self.is_inside_loop(loop):
             return True
         return not any(_PARTS.search(name) for name in names)
+
+    def _is_over_group(self, loop: Loop | ast.comprehension) -> bool:
+        """Whether a loop runs over what an outer one takes from `batched(loader, n)`: the microbatches of a window."""
+        if not isinstance(loop, ast.For) or not isinstance(loop.iter, ast.Name):
+            return False
+        return any(
+            isinstance(above, ast.For)
+            and isinstance(above.iter, ast.Call)
+            and dotted(above.target) == loop.iter.id
+            and _GROUPS.search(last_name(above.iter.func))
+            for above in self.loops_above(loop)
+        )
 
     @cached_property
     def caches_outputs(self) -> bool:

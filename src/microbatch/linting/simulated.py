@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 from microbatch.linting.clearing import places_of_clearing
@@ -40,13 +41,14 @@ class Run:
 class Frame:
     """The names of one call."""
 
-    __slots__ = ("declared", "holder", "locals", "owner", "parent")
+    __slots__ = ("at_yield", "declared", "holder", "locals", "owner", "parent")
 
     def __init__(self, owner: str | None, parent: Frame | None = None, *, holder: str = "") -> None:
         self.locals: dict[str, Any] = {}
         self.owner = owner
         self.parent = parent
         self.holder = holder or owner or ""  # the object whose method runs
+        self.at_yield: Callable[[Any], None] | None = None  # what a context manager of the file runs around
         self.declared: dict[str, str] = {}  # names that it calls "global" or "nonlocal"
 
     def find(self, name: str) -> Frame | None:

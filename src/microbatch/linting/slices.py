@@ -117,6 +117,8 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
                 kept.add(statement)
             continue
         owner = module.owner_of(statement)
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield):
+            kept.add(statement)
         if module.touches_gradients(statement, owner) or _switches(statement):
             kept.add(statement)
             core.add(statement)

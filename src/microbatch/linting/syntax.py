@@ -11,6 +11,7 @@ from microbatch.linting.guesses import kind_of_name
 __all__ = [
     "FunctionNode",
     "Loop",
+    "as_function",
     "declared",
     "dotted",
     "is_backward_call",
@@ -55,6 +56,16 @@ def last_name(node: ast.AST) -> str:
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return node.slice.value
     return ""
+
+
+def as_function(node: ast.Lambda) -> ast.FunctionDef:
+    """The function that a lambda is, the same each time."""
+    found = getattr(node, "_function", None)
+    if found is None:
+        body = ast.copy_location(ast.Return(node.body), node)
+        found = ast.copy_location(ast.FunctionDef("lambda", node.args, [body], []), node)
+        node._function = found  # type: ignore[attr-defined]
+    return found
 
 
 def declared(node: FunctionNode) -> dict[str, str]:
