@@ -26,7 +26,11 @@ class BackwardCalls(Simulated):
         args, keywords = self.arguments(node)
         values = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
         given = values[0] if values else None
-        if len(args) > 1 and name == "backward" and all(isinstance(arg, ast.List | ast.Tuple) for arg in node.args[:2]):
+        if (
+            len(args) > 1
+            and name == "backward"
+            and all(isinstance(arg, (ast.List, ast.Tuple)) for arg in node.args[:2])
+        ):
             self.trace.settings["cached"] = True  # gradients of outputs that were cached are handed on
         if isinstance(base, Data):
             loss = base

@@ -46,6 +46,16 @@ def is_library(text: str) -> bool:
     return _LIBRARIES.match(text) is not None
 
 
+def _kind_of_call(node: ast.Call) -> tuple[bool, bool]:
+    """Whether a call updates an average of the weights, and whether it adds to the gradients, by its name."""
+    found = getattr(node, "_kind", None)
+    if found is None:
+        name = last_name(node.func)
+        averages = _AVERAGES.search(name) is not None and _NO_AVERAGES.search(name) is None
+        found = node._kind = averages, is_backward_call(node) and name != ""  # type: ignore[attr-defined]
+    return found
+
+
 class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects):
     """The part of the machine that reads calls."""
 
@@ -53,9 +63,10 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         """The value of a call, with what it does to the gradients."""
         func = node.func
         target = self.module.resolve(func, self.frame.owner)
-        if self.trace.tick and _AVERAGES.search(last_name(func)) and not _NO_AVERAGES.search(last_name(func)):
+        averages, adds = _kind_of_call(node)
+        if averages and self.trace.tick:
             self.trace.mark("ema", node, last_name(func))
-        if target is None and is_backward_call(node) and last_name(func) != "":
+        if adds and target is None:
             found = self.backward_call(node)
             if found is not NotImplemented:
                 return found
@@ -72,7 +83,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         args: list[Any] = []
         for arg in node.args:
             value = self.evaluate(arg.value if isinstance(arg, ast.Starred) else arg)
-            if isinstance(arg, ast.Starred) and isinstance(value, tuple | list):
+            if isinstance(arg, ast.Starred) and isinstance(value, (tuple, list)):
                 args.extend(value)
             else:
                 args.append(value)
@@ -154,11 +165,11 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             return None
         args, keywords = self.arguments(node)
         made = self.call_function(found[0][1], args, keywords, owner=found[0][0])
-        parts = made if isinstance(made, tuple | list) else [made]
+        parts = made if isinstance(made, (tuple, list)) else [made]
         if not any(isinstance(v, Data) and v.kind == "loss" and v.weights and not v.opaque for v in parts):
             return None
         synced = [replace(v, forward_synced=self.sync_off == 0) if isinstance(v, Data) else v for v in parts]
-        return tuple(synced) if isinstance(made, tuple | list) else synced[0]
+        return tuple(synced) if isinstance(made, (tuple, list)) else synced[0]
 
     # ---- a method
 
@@ -191,7 +202,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             if found is not NotImplemented:
                 return found
         value = self.heap.get(self.heap_key(func)) if text else None
-        if isinstance(value, Obj | Function | Bound):
+        if isinstance(value, (Obj, Function, Bound)):
             return self._plain(node, value)
         made = self.made_by(node, text or attr)
         if made is not None:
@@ -252,7 +263,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if data and not _is_zeros(node):
-            return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
+            return self._out_of_data(node, last, data, several=isinstance(args[0], (list, tuple)) if args else False)
         rows = {"rows"} if last == "arange" or _is_zeros(node) else set[str]()
         if data or any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
@@ -334,7 +345,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         """Values with the contents of lists, tuples and dictionaries."""
         found: list[Any] = []
         for value in values:
-            if isinstance(value, tuple | list) and depth < 4:
+            if isinstance(value, (tuple, list)) and depth < 4:
                 found += self.flat(value, depth + 1)
             elif isinstance(value, dict) and depth < 4:
                 found += self.flat(value.values(), depth + 1)

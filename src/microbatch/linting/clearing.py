@@ -30,7 +30,7 @@ def clears(node: ast.AST) -> bool:
         return name in _FILLS and "grad" in text_of(node)
     if isinstance(node, ast.Attribute) and clears_by_name(node.attr):
         return True  # handed on, to be called later
-    return isinstance(node, ast.Attribute) and is_gradient(node) and isinstance(node.ctx, ast.Store | ast.Del)
+    return isinstance(node, ast.Attribute) and is_gradient(node) and isinstance(node.ctx, (ast.Store, ast.Del))
 
 
 def places_of_clearing(module: Definitions) -> set[ast.AST]:

@@ -69,7 +69,7 @@ class Conditions(Simulated):
         return Unknown(text_of(node), data=any(hangs_on_data(v) for v in values))
 
     def _compare_two(self, left: Any, op: ast.cmpop, right: Any, *, node: ast.AST) -> bool | None:
-        if isinstance(op, ast.Is | ast.IsNot):
+        if isinstance(op, (ast.Is, ast.IsNot)):
             if right is None and not isinstance(left, Unknown):
                 missing = left is None
                 if isinstance(left, Obj) and left.info.get("maybe"):
@@ -100,11 +100,11 @@ class Conditions(Simulated):
 
     def known_truth(self, value: Any) -> bool | None:
         """Whether a value is true; `None` where the file does not show it."""
-        if isinstance(value, Unknown | Data):
+        if isinstance(value, (Unknown, Data)):
             return None
         if isinstance(value, Obj):
             return None if value.info.get("maybe") else True
-        if isinstance(value, Function | Bound):
+        if isinstance(value, (Function, Bound)):
             return True
         return bool(number(value))
 
@@ -222,7 +222,7 @@ class Conditions(Simulated):
 
 
 def _jumps(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Break | ast.Continue | ast.Return | ast.Raise)
+    return bool(body) and isinstance(body[-1], (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
 def _continues(body: list[ast.stmt]) -> bool:

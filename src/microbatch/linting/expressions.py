@@ -10,7 +10,7 @@ from microbatch.linting.calls import Calls, is_library
 from microbatch.linting.conditions import Conditions
 from microbatch.linting.guesses import MEAN_LOSSES, kind_of_name, names_window
 from microbatch.linting.operations import Operations
-from microbatch.linting.syntax import as_function, dotted, last_name, text_of
+from microbatch.linting.syntax import as_function, dotted, last_name, parts_of, text_of
 from microbatch.linting.values import Data, Function, Num, Obj, Unknown, as_loss, hangs_on_data, is_number, number, tags
 
 __all__ = ["Expressions"]
@@ -81,13 +81,10 @@ class Expressions(Conditions, Calls, Operations):
 
     def heap_key(self, node: ast.AST) -> str:
         """The name under which the value of an attribute or a subscript is kept."""
-        if isinstance(node, ast.Name):
-            return node.id
-        text = dotted(node)
-        if not text or not isinstance(node, ast.Attribute | ast.Subscript):
-            return ""
-        base = node.value
-        last = f".{node.attr}" if isinstance(node, ast.Attribute) else text[len(dotted(base)) :]
+        parts = parts_of(node)
+        if parts is None:
+            return dotted(node)
+        base, last = parts
         if isinstance(base, ast.Name):
             frame = self.frame.find(base.id)
             held = frame.locals[base.id] if frame is not None else self.globals.locals.get(base.id)
@@ -189,7 +186,7 @@ class Expressions(Conditions, Calls, Operations):
             return self.heap[key]
         base = self.evaluate(node.value)
         index = self._slice(node.slice, base, node) if isinstance(node.slice, ast.Slice) else self.evaluate(node.slice)
-        if isinstance(base, tuple | list) and isinstance(index, int | Num):
+        if isinstance(base, (tuple, list)) and isinstance(index, (int, Num)):
             position = int(number(index))
             if -len(base) <= position < len(base):
                 return base[position]
@@ -200,7 +197,7 @@ class Expressions(Conditions, Calls, Operations):
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
             return base
         if isinstance(base, Unknown) and (
-            base.data or (self.trace.tick and not isinstance(node.slice, ast.Constant | ast.Slice))
+            base.data or (self.trace.tick and not isinstance(node.slice, (ast.Constant, ast.Slice)))
         ):
             return Unknown(text_of(node), data=True)  # a part that this microbatch picks
         may_be_object = isinstance(index, str) and not _SETTINGS.search(dotted(node.value))
@@ -210,7 +207,7 @@ class Expressions(Conditions, Calls, Operations):
         for part in (node.lower, node.upper, node.step):
             if part is not None:
                 self.evaluate(part)
-        if isinstance(base, Data | Unknown) and node.lower is not None and node.upper is not None and self.loop_depth:
+        if isinstance(base, (Data, Unknown)) and node.lower is not None and node.upper is not None and self.loop_depth:
             self.trace.mark("slice", where, text_of(where))
         return None
 
@@ -252,7 +249,7 @@ class Expressions(Conditions, Calls, Operations):
             origin |= tags(value) & {"rows"}
             self.store(
                 generator.target,
-                self.item_of(value) if isinstance(value, Obj | Data) else Unknown(text_of(generator.target)),
+                self.item_of(value) if isinstance(value, (Obj, Data)) else Unknown(text_of(generator.target)),
             )
         element = self.evaluate(node.elt)
         return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node), tags=origin)

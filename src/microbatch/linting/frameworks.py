@@ -111,7 +111,7 @@ class Frameworks(Simulated):
                 self.store(target, value)
             return leave
         if target is not None:
-            known = value if isinstance(value, Obj | Data) else self.guess(dotted(target))
+            known = value if isinstance(value, (Obj, Data)) else self.guess(dotted(target))
             self.store(target, known or Unknown(text_of(target)))
         return _nothing
 

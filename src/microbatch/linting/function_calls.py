@@ -132,7 +132,7 @@ class FunctionCalls(Simulated):
 
     def scales_gradients(self, node: ast.Call, func: ast.Attribute) -> bool:
         """Whether a call multiplies gradients in place: `p.grad.div_(n)`, `torch._foreach_mul_(gradients, 1 / n)`."""
-        way = _SCALES.match(func.attr)
+        way = _SCALES.match(func.attr) if func.attr.endswith("_") else None
         if way is None or not node.args:
             return False
         target, by = func.value, node.args[0]
@@ -155,7 +155,7 @@ class FunctionCalls(Simulated):
     def scale_gradients(self, node: ast.AST, target: ast.expr, *, op: ast.operator, by: ast.expr) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
         value = self.evaluate(by)
-        if not isinstance(op, ast.Div | ast.Mult):
+        if not isinstance(op, (ast.Div, ast.Mult)):
             return  # a term is added to the gradients: weight decay, noise
         if SHARED.search(text_of(target)):
             self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself

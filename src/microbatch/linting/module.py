@@ -28,7 +28,7 @@ class Module(Reach):
             return None
         for node in self.nodes:
             if (
-                isinstance(node, ast.Name | ast.Attribute)
+                isinstance(node, (ast.Name, ast.Attribute))
                 and names_window(last_name(node))
                 and dotted(node) not in self.counters
             ):
@@ -40,7 +40,7 @@ class Module(Reach):
         """Names that count: added to, or set back to a small number inside of a loop."""
         found: set[str] = set()
         for node in self.nodes:
-            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, (ast.Add, ast.Sub)):
                 found.add(dotted(node.target))
             elif isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target = dotted(node.targets[0])
@@ -125,7 +125,7 @@ class Module(Reach):
                 names.add(text)
 
         for node in self.nodes:
-            if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
+            if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
                 self._moduli_of_guard(node, add)
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
@@ -169,7 +169,7 @@ class Module(Reach):
             isinstance(node, ast.If)
             and isinstance(node.body[-1], ast.Continue)
             and isinstance(test, ast.Compare)
-            and isinstance(test.ops[0], ast.Lt | ast.NotEq)
+            and isinstance(test.ops[0], (ast.Lt, ast.NotEq))
             and dotted(test.left) in self.resets
         ):
             add(test.comparators[0])
@@ -215,11 +215,11 @@ def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -
     for node in ast.walk(test):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
             add(node.right)
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.GtE)):
             end = node.comparators[0]
             # A list that fills up counts too: `len(waiting) == n`.
             counts = dotted(node.left) in counters or (
                 isinstance(node.left, ast.Call) and last_name(node.left.func) == "len"
             )
-            if counts and isinstance(end, ast.Constant | ast.Name | ast.Attribute) and "len" not in last_name(end):
+            if counts and isinstance(end, (ast.Constant, ast.Name, ast.Attribute)) and "len" not in last_name(end):
                 add(end)

@@ -43,7 +43,7 @@ class Operations(Simulated):
             and len(left) + len(right) < 200
         ):
             return left + right
-        if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
+        if isinstance(left, (tuple, str)) and isinstance(right, (tuple, str)) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
         return Unknown(text_of(node), data=data, tags=_origin(left, op, right))
@@ -75,11 +75,11 @@ class Operations(Simulated):
             return data
         if isinstance(op, ast.Div) and data is right:
             return replace(data, blurred=True)
-        if isinstance(op, ast.Mult | ast.Div):
+        if isinstance(op, (ast.Mult, ast.Div)):
             return self._scaled(data, op, other, node=node)
         if isinstance(op, ast.MatMult):
             return data
-        if isinstance(op, ast.FloorDiv | ast.Mod | ast.Pow):
+        if isinstance(op, (ast.FloorDiv, ast.Mod, ast.Pow)):
             return replace(data, blurred=True)
         return data
 
@@ -146,7 +146,7 @@ class Operations(Simulated):
             }
             return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
         both = self.combine([left, right])
-        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, ast.Add | ast.Sub):
+        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, (ast.Add, ast.Sub)):
             return replace(both, mixed=both.mixed or line)
         return both
 

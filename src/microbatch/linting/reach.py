@@ -108,7 +108,7 @@ class Reach(Definitions):
         stack: list[tuple[ast.AST, bool]] = [(statement, False) for statement in body]
         while stack:
             node, in_loop = stack.pop()
-            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+            if isinstance(node, (FunctionNode, ast.ClassDef, ast.Lambda)):
                 continue
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in self.functions:
                 facts.calls.add(self.key(self.functions[node.id]))  # handed on: to a launcher, say
@@ -196,15 +196,15 @@ class Reach(Definitions):
 
     def touches_gradients_here(self, node: ast.AST) -> bool:
         """Whether the head of a compound statement touches gradients: `while not closure():`."""
-        if isinstance(node, ast.With | ast.AsyncWith):
+        if isinstance(node, (ast.With, ast.AsyncWith)):
             return any(
                 last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
                 for item in node.items
                 if isinstance(item.context_expr, ast.Call)
             )
-        if isinstance(node, ast.If | ast.While):
+        if isinstance(node, (ast.If, ast.While)):
             return self.touches_gradients(node.test, self.owner_of(node))
-        if isinstance(node, ast.For | ast.AsyncFor):
+        if isinstance(node, (ast.For, ast.AsyncFor)):
             return self.touches_gradients(node.iter, self.owner_of(node))
         return False
 
@@ -227,7 +227,7 @@ class Reach(Definitions):
         """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
 
         def judge(node: ast.AST) -> bool | None:
-            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+            if isinstance(node, (FunctionNode, ast.ClassDef, ast.Lambda)):
                 return False
             if not deep and isinstance(node, Loop) and self._is_own_loop(node):
                 return False
@@ -283,6 +283,12 @@ class Reach(Definitions):
         """A loop of its own right: not one over the losses, tasks or optimizers of one microbatch."""
         if isinstance(loop, ast.While):
             return True
+        key = (loop, None, "own")
+        if key not in self._memo:
+            self._memo[key] = self._looks_own(loop)
+        return self._memo[key]
+
+    def _looks_own(self, loop: ast.For | ast.AsyncFor | ast.comprehension) -> bool:
         text = text_of(loop.iter)
         if PIECE_WORDS.search(text) or self._is_over_group(loop):
             return True

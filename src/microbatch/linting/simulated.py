@@ -31,11 +31,27 @@ class Run:
         epochs: int = 2,
     ) -> None:
         self.microbatches = microbatches
-        self.length = length
         self.decisions = dict(decisions or {})
         self.asked: dict[str, ast.AST] = {}
-        self.skip = skip  # the microbatch that is skipped where the loop may skip one; 0 for none
         self.epochs = epochs
+        self._length, self._skip = length, skip
+        self.reads_length = self.may_skip = False
+
+    @property
+    def length(self) -> int:
+        """How many microbatches an epoch has; where no run reads it, all lengths are the same run."""
+        self.reads_length = True
+        return self._length
+
+    @property
+    def skip(self) -> int:
+        """The microbatch that is skipped where the loop may skip one, counted from 1; 0 for none."""
+        self.may_skip = True
+        return self._skip
+
+    def of_length(self, length: int) -> Run:
+        """The same way to run, for another length that no run reads."""
+        return Run(self.microbatches, length, self.decisions, epochs=self.epochs)
 
 
 class Frame:
@@ -94,6 +110,7 @@ class Simulated:
         self.at_last = False
         self.now_and_then = False
         self.handling = 0  # inside of the handler of an exception
+        self.settled: dict[tuple[ast.If, str], list[ast.stmt]] = {}  # branches of long chains, by what they compare
         self.made = 0
         self.begun: set[str] = set()  # classes of which an object was made
         self.range_end: Any = None

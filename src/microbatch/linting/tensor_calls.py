@@ -58,7 +58,7 @@ def within_rows(node: ast.Call, first: int) -> bool:
         found = ast.literal_eval(dims[0])
     except (ValueError, TypeError):
         return False
-    return found is not None and 0 not in (found if isinstance(found, tuple | list) else (found,))
+    return found is not None and 0 not in (found if isinstance(found, (tuple, list)) else (found,))
 
 
 def pairs_rows(node: ast.Call) -> bool:
@@ -154,7 +154,7 @@ class TensorCalls(Simulated):
         if attr.rstrip("_") in ("div", "mul", "true_divide", "divide", "multiply") and node.args:
             op = ast.Mult() if attr.startswith("mul") else ast.Div()
             value = self.operate(base, op, self.evaluate(node.args[0]), node=node)
-            if attr.endswith("_") and isinstance(func.value, ast.Name | ast.Attribute):
+            if attr.endswith("_") and isinstance(func.value, (ast.Name, ast.Attribute)):
                 self.store(func.value, value)
             return value
         args, keywords = self.arguments(node)

@@ -1,0 +1,67 @@
+"""What stands in objects, closures, contexts and helpers is followed; without the fault, nothing is certain."""
+
+import pytest
+from tests.linting.followed_loops import CLEARINGS, OBJECTS, cleared_by
+
+from microbatch.linting.doctor import doctor
+
+
+def certain(source: str) -> set[str]:
+    return {each.rule for each in doctor(source) if each.confidence == "certain" and each.rule < "MB5"}
+
+
+@pytest.mark.parametrize("name", list(OBJECTS))
+def test_the_fault_is_certain(name: str) -> None:
+    codes, source = OBJECTS[name]
+    assert certain(source) == codes
+
+
+MENDED = {
+    "a counter in a dataclass, tested before it is raised": ("state.micro %", "(state.micro + 1) %"),
+    "a counter in an enclosing function": ("if count %", "if (count + 1) %"),
+    "a property is the condition of the step": ("(self.turn + 1) %", "self.turn %"),
+    "a context manager of the file clears the gradients": (
+        "    for k in range(accum_steps):\n        x, y = next(batches)\n        with fresh(opt):\n",
+        "    with fresh(opt):\n        for k in range(accum_steps):\n            x, y = next(batches)\n",
+    ),
+    "a context of the file takes the step when it is left": (".backward()", ".div(accum_steps).backward()"),
+    "the loss is a lambda": (".backward()", ".div(accum_steps).backward()"),
+    "the loss is a partial function": (".backward()", ".div(accum_steps).backward()"),
+    "groups of a loader": (".backward()", ".div(k).backward()"),
+    "a window whose step stands in a method": (".backward()", ".div(self.pieces).backward()"),
+    "pairs by einsum": ('"i d, j d -> i j"', '"i d, i d -> i d"'),
+    "a resumed run compares microbatches with steps": ("(len(loader) // accum_steps)", "len(loader)"),
+    "gradients that are cleared once an epoch": ("opt.step()", "opt.step(); opt.zero_grad()"),
+    "a loop that does not accumulate, and never clears": ("opt.step()", "opt.step(); opt.zero_grad()"),
+    "one optimizer of two is never cleared": ("g_optim.step()", "g_optim.step(); g_optim.zero_grad()"),
+}
+
+
+@pytest.mark.parametrize("name", list(OBJECTS))
+def test_nothing_is_certain_once_it_is_mended(name: str) -> None:
+    old, new = MENDED[name]
+    source = OBJECTS[name][1]
+    assert old in source
+    assert certain(source.replace(old, new)) == set()
+
+
+@pytest.mark.parametrize("statement", CLEARINGS)
+def test_gradients_may_be_cleared_in_many_ways(statement: str) -> None:
+    assert certain(cleared_by("pass")) == {"MB107"}
+    assert certain(cleared_by(statement)) == set()
+
+
+def test_a_length_is_not_the_number_of_microbatches() -> None:
+    loop = """
+last_index = len(loader) - 1
+n = len(loader)
+for epoch in range(epochs):
+    for i, (x, y) in enumerate(loader):
+        is_last = i == last_index
+        (criterion(model(x), y) / accum).backward()
+        if (i + 1) % accum == 0 or is_last or i + 1 == n:
+            opt.step()
+            opt.zero_grad()
+"""
+    assert certain(loop) == set()
+    assert {each.rule for each in doctor(loop) if each.rule < "MB5"} == {"MB112"}
