@@ -17,7 +17,7 @@ from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
 from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, subject_of_chain, text_of
 from microbatch.linting.trace import Trace
-from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number, tags
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, hangs_on_data, is_number, tags
 
 __all__ = ["Machine"]
 
@@ -149,13 +149,13 @@ class Machine(Loops, FunctionCalls, Expressions):
             return
         value = self.evaluate(node.value)
         for target in node.targets:
-            if is_number(value) and isinstance(target, (ast.Name, ast.Attribute)):
-                self._note_length(node, target, value)
+            if isinstance(target, (ast.Name, ast.Attribute)) and (is_number(value) or hangs_on_data(value)):
+                self._note_other_number(node, target, value)
             self.store(target, value)
 
-    def _note_length(self, node: ast.Assign, target: ast.Name | ast.Attribute, value: Any) -> None:
-        """Note that a name stands for another number than N: a length, or what a loop sets it to."""
-        is_length = "len" in tags(value) and "n" not in tags(value)
+    def _note_other_number(self, node: ast.Assign, target: ast.Name | ast.Attribute, value: Any) -> None:
+        """Note that a name stands for another number than N: a length, a count of rows, or what a loop sets it to."""
+        is_length = ("len" in tags(value) and "n" not in tags(value)) or hangs_on_data(value)
         if isinstance(target, ast.Attribute):
             if is_length:
                 self.moved.add((0, self.heap_key(target)))

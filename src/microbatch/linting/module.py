@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
@@ -122,7 +123,11 @@ class Module(Reach):
                 if isinstance(node.value, int) and not isinstance(node.value, bool) and node.value > 1:
                     literals.add(node.value)
             elif (text := dotted(node)) and text not in self.counters:
-                names.add(text)
+                literal = None if names_window(last_name(node)) else self._literal_of(node)
+                if literal is None:
+                    names.add(text)
+                else:
+                    literals.add(literal)
 
         for node in self.nodes:
             if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
@@ -175,18 +180,55 @@ class Module(Reach):
             add(test.comparators[0])
 
     def _answers(self, test: ast.expr) -> Iterator[ast.expr]:
-        """What the functions and properties of the file return that a condition asks."""
+        """What the functions, properties and callable objects of the file return that a condition asks."""
         owner = self.owner_of(test)
         for node in ast.walk(test):
             if isinstance(node, ast.Call):
-                asked = self.resolve(node.func, owner)
+                asked = self.resolve(node.func, owner) or self.find_method(self._class_of(node.func), "__call__")
             elif isinstance(node, ast.Attribute):
                 asked = next(iter(self.by_method.get(node.attr, [])), None)
             else:
                 continue
             for statement in asked.node.body if asked is not None else ():
-                if isinstance(statement, ast.Return) and statement.value is not None:
-                    yield statement.value
+                value = statement.value if isinstance(statement, ast.Return) else None
+                if isinstance(value, ast.Name) and asked is not None:
+                    made = (s for s in asked.node.body if isinstance(s, ast.Assign))
+                    value = next((s.value for s in made if dotted(s.targets[0]) == value.id), value)
+                if value is not None:
+                    yield value
+
+    def _class_of(self, node: ast.AST) -> str | None:
+        """The class of the file whose object a name holds, by where it is assigned."""
+        name = dotted(node)
+        return next((cls for target, cls, _ in self._made_objects if name and target == name), None)
+
+    @cached_property
+    def _made_objects(self) -> list[tuple[str, str, ast.Call]]:
+        """Where the file makes objects of its own classes: the name, the class and the call."""
+        return [
+            (dotted(node.targets[0]), last_name(node.value.func), node.value)
+            for node in self.nodes
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and last_name(node.value.func) in self.classes
+        ]
+
+    def _literal_of(self, node: ast.AST) -> int | None:
+        """The number that every constructor gives to an attribute: 4 of `self.n` where all objects are `Window(4)`."""
+        cls = self.owner_of(node)
+        init = self.find_method(cls, "__init__")
+        if init is None or not isinstance(node, ast.Attribute) or dotted(node.value) != "self":
+            return None
+        names = [arg.arg for arg in init.node.args.args[1:]]
+        kept = (s for s in ast.walk(init.node) if isinstance(s, ast.Assign) and dotted(s.targets[0]) == dotted(node))
+        name = next((dotted(s.value) for s in kept), "")
+        found: set[Any] = set()
+        for call in (call for _, made, call in self._made_objects if made == cls and name in names):
+            place = names.index(name)
+            given = [k.value for k in call.keywords if k.arg == name] or call.args[place : place + 1]
+            found.add(given[0].value if given and isinstance(given[0], ast.Constant) else None)
+        literal = found.pop() if len(found) == 1 else None
+        return literal if isinstance(literal, int) and literal > 1 else None
 
     def _guards_step(self, node: ast.If | ast.IfExp) -> bool:
         """Whether a condition decides about a step: inside of it, or after its `continue`."""

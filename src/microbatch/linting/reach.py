@@ -35,6 +35,7 @@ _OF_THE_NODES = (
     *("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists", "counted_attributes"),
     "library_names",
     "resets",
+    "_made_objects",
 )
 
 

@@ -78,7 +78,7 @@ class TrainingObjects(Simulated):
             if any("by n" in tags(v) for v in [*args, *keywords.values()]):
                 self.trace.settings["small rate"] = node
         elif kind == "scheduler":
-            made.info["units"] = self._units([*args, *keywords.values()])
+            made.info["units"] = self._units([*args, *keywords.values(), *self._captured(args)])
         elif kind == "accelerator":
             plugin = keywords.get("gradient_accumulation_plugin")
             steps = keywords.get("gradient_accumulation_steps")
@@ -89,6 +89,17 @@ class TrainingObjects(Simulated):
         elif kind == "scaler" and keywords.get("enabled") is False:
             made.info["off"] = True
         return made
+
+    def _captured(self, values: list[Any]) -> list[Any]:
+        """The numbers around a lambda that it reads: the length in `LambdaLR(optimizer, lambda k: k / length)`."""
+        found: list[Any] = []
+        for function in (v for v in values if isinstance(v, Function) and v.name == "lambda"):
+            own = {arg.arg for arg in function.node.args.args}
+            for node in ast.walk(function.node.body[0]):
+                if isinstance(node, ast.Name) and node.id not in own:
+                    frame = self.frame.find(node.id)
+                    found += [] if frame is None else [frame.locals[node.id]]
+        return found
 
     @staticmethod
     def _units(values: list[Any]) -> str:
