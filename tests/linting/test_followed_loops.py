@@ -65,3 +65,57 @@ for epoch in range(epochs):
 """
     assert certain(loop) == set()
     assert {each.rule for each in doctor(loop) if each.rule < "MB5"} == {"MB112"}
+
+
+ROWS = """
+loader = torch.utils.data.DataLoader(rows, batch_size={size})
+scheduler = get_linear_schedule_with_warmup(optimizer, 10, {total})
+for epoch in range(epochs):
+    for i, (x, y) in enumerate(loader):
+        (criterion(model(x), y) / accum_steps).backward()
+        if (i + 1) % accum_steps == 0:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "codes"),
+    [
+        ("args.batch_size", "len(rows) // args.batch_size * epochs", {"MB301"}),
+        ("args.batch_size // accum_steps", "len(rows) // args.batch_size * epochs", set()),
+        ("args.batch_size", "len(rows) // (args.batch_size * accum_steps) * epochs", set()),
+        ("args.batch_size", "len(rows)", {"MB301"}),
+        ("args.batch_size", "args.updates", set()),
+    ],
+)
+def test_a_schedule_counts_steps_only_where_the_batch_size_is_that_of_a_step(
+    size: str, total: str, codes: set[str]
+) -> None:
+    assert certain(ROWS.format(size=size, total=total)) == codes
+
+
+@pytest.mark.parametrize(
+    ("test", "codes"), [("self.count % self.every == 0", {"MB105"}), ("(self.count + 1) % self.every == 0", set())]
+)
+def test_an_object_that_is_called_counts(test: str, codes: set[str]) -> None:
+    loop = f"""
+class Turn:
+    def __init__(self, every):
+        self.every = every
+        self.count = 0
+    def __call__(self):
+        ready = {test}
+        self.count += 1
+        return ready
+
+turn = Turn(4)
+for epoch in range(epochs):
+    for x, y in loader:
+        (torch.nn.functional.mse_loss(model(x), y) / turn.every).backward()
+        if turn():
+            opt.step()
+            opt.zero_grad()
+"""
+    assert certain(loop) == codes

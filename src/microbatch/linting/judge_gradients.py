@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.schedule_units import WINDOWS, counts, schedule_units
+from microbatch.linting.schedule_units import WINDOWS, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
@@ -112,17 +112,17 @@ def _schedules(view: View) -> Iterator[Fault]:
                     needs=() if sure else ("whether the schedule's length is meant in microbatches",),
                     data={"kind": "every"},
                 )
-        elif (
-            units == "microbatches"
-            and ticks <= view.step_ticks
-            and len(ticks) >= len(view.step_ticks) - 1
-            and len(ticks) > 2
-        ):
+        elif ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
+            in_rows = view.module.once("schedule in rows", lambda: made_in_rows(view.module))
+            if units != "microbatches" and in_rows is None:
+                continue
+            in_microbatches = units == "microbatches"
+            what = "microbatches" if in_microbatches else "rows"
+            share = f"only 1/{view.n} of it is walked" if in_microbatches else "only a small part of it is walked"
             yield Fault(
                 "MB301",
-                _constructor(view) or node,
-                f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
-                "is walked",
+                (_constructor(view) if in_microbatches else in_rows) or node,
+                f"the schedule's length counts {what} and it advances once a step: {share}",
                 data={"kind": "length"},
             )
 

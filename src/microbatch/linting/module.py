@@ -58,6 +58,18 @@ class Module(Reach):
         return found
 
     @cached_property
+    def batch_sizes(self) -> set[str]:
+        """The expressions that loaders of the file are given as their batch size; of names, the last word."""
+        given = [
+            keyword.value
+            for node in self.nodes
+            if isinstance(node, ast.Call)
+            for keyword in node.keywords
+            if keyword.arg == "batch_size"
+        ]
+        return {last_name(value) or text_of(value) for value in given}
+
+    @cached_property
     def resets(self) -> set[str]:
         """Counters that a loop sets back to 0."""
         return {

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Data, Num, Unknown, is_number, number, tags
 
 __all__ = ["Operations"]
@@ -22,6 +22,7 @@ _ARITHMETIC: dict[type, Any] = {
     ast.Mod: operator.mod,
 }
 _COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
+_SIZES = re.compile(r"batch|bs\b", re.IGNORECASE)
 _ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
 
 
@@ -46,10 +47,26 @@ class Operations(Simulated):
         if isinstance(left, (tuple, str)) and isinstance(right, (tuple, str)) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
-        return Unknown(text_of(node), data=data, tags=_origin(left, op, right))
+        return Unknown(text_of(node), data=data, tags=self._origin(left, op, right, node=node))
+
+    def _origin(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> frozenset[str]:
+        """The origins of two numbers together; "by n" where N divides.
+
+        A number of rows, divided by a batch size that no loader of the file has, may be a number of steps.
+
+        Returns:
+            The origins.
+        """
+        found = tags(left, right)
+        if not isinstance(op, (ast.Div, ast.FloorDiv)):
+            return found
+        if "len" in tags(left) and isinstance(node, ast.BinOp) and _SIZES.search(text_of(node.right)):
+            known = {last_name(node.right) or text_of(node.right)} & self.module.batch_sizes
+            found = found if known else found - {"len"}
+        return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found
 
     def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
-        a, b, origin = number(left), number(right), _origin(left, op, right)
+        a, b, origin = number(left), number(right), self._origin(left, op, right, node=node)
         try:
             if isinstance(op, ast.Div):
                 value: Any = Fraction(a) / Fraction(b)
@@ -180,9 +197,3 @@ def _is_mixed(left: Data, right: Data) -> bool:
     if left.number or right.number or left.weights.keys() != right.weights.keys():
         return False
     return left.weights != right.weights and bool(left.divided) != bool(right.divided)
-
-
-def _origin(left: Any, op: ast.operator, right: Any) -> frozenset[str]:
-    """The origins of two numbers together; "by n" where N divides."""
-    found = tags(left, right)
-    return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found

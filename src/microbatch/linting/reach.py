@@ -36,6 +36,7 @@ _OF_THE_NODES = (
     "library_names",
     "resets",
     "_made_objects",
+    "batch_sizes",
 )
 
 
