@@ -119,3 +119,21 @@ for epoch in range(epochs):
             opt.zero_grad()
 """
     assert certain(loop) == codes
+
+
+@pytest.mark.parametrize(("begin", "codes"), [("self.before_batch()", set()), ("self.count += 1", {"MB107"})])
+def test_a_base_class_in_another_file_may_clear(begin: str, codes: set[str]) -> None:
+    loop = f"""
+class Trainer(BaseTrainer):
+    def run(self):
+        for x, y in self.loader:
+            {begin}
+            torch.nn.functional.mse_loss(self.model(x), y).backward()
+            self.optimizer.step()
+"""
+    assert certain(loop) == codes
+
+
+@pytest.mark.parametrize(("call", "codes"), [("begin(model, opt)", set()), ("adjust_lr(opt, epoch)", {"MB107"})])
+def test_a_function_that_gets_the_optimizer_may_clear(call: str, codes: set[str]) -> None:
+    assert certain(cleared_by(call)) == codes

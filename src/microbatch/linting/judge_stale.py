@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 
-from microbatch.linting.clearing import places_of_clearing
+from microbatch.linting.clearing import calls_that_may_clear, places_of_clearing
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.trace import StepTaken
 
@@ -24,7 +24,7 @@ def judge_stale(view: View) -> Iterator[Fault]:
         few = 2 * len(stale) < len(steps) or not any(s.node is stale[0].node for s in steps if s not in stale)
         if not stale or (few and view.clean):
             continue
-        elsewhere = places_of_clearing(view.module) - trace.cleared
+        elsewhere: set[ast.AST] = {*places_of_clearing(view.module) - trace.cleared, *calls_that_may_clear(view.module)}
         yield Fault(
             "MB107",
             stale[0].node,
@@ -36,7 +36,7 @@ def judge_stale(view: View) -> Iterator[Fault]:
 
 
 def _unsure(elsewhere: set[ast.AST]) -> tuple[str, ...]:
-    """What decides where the file clears gradients at a place that no run comes to."""
+    """What decides where the file clears gradients at a place that no run comes to, or may do so."""
     lines = sorted(getattr(node, "lineno", 0) for node in elsewhere)
     return (f"whether line {lines[0]} clears them",) if lines else ()
 
