@@ -137,3 +137,26 @@ class Trainer(BaseTrainer):
 @pytest.mark.parametrize(("call", "codes"), [("begin(model, opt)", set()), ("adjust_lr(opt, epoch)", {"MB107"})])
 def test_a_function_that_gets_the_optimizer_may_clear(call: str, codes: set[str]) -> None:
     assert certain(cleared_by(call)) == codes
+
+
+PIECES = """
+for batch in loader:
+    for x, y in zip(batch["x"].chunk(pieces), batch["y"].chunk(pieces)):
+        loss = torch.nn.functional.cross_entropy(model(x), y, reduction="sum")
+        {}
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backward", "codes"),
+    [
+        ('(loss / len(batch["x"])).backward()', set()),
+        ("(loss / len(x)).backward()", {"MB101"}),
+        ("(loss / len(x)).backward(torch.tensor(1 / pieces))", set()),
+        ("(loss / len(x)).backward(torch.ones_like(loss))", {"MB101"}),
+    ],
+)
+def test_what_a_sum_is_divided_by_tells_a_mean_of_a_piece_from_one_of_the_batch(backward: str, codes: set[str]) -> None:
+    assert certain(PIECES.format(backward)) == codes

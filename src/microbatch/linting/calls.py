@@ -18,7 +18,7 @@ from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, tags
 
 __all__ = ["Calls", "is_library"]
 
@@ -252,7 +252,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         if (
             last in ("tensor", "as_tensor", "LongTensor")
             and len(node.args) == 1
-            and isinstance(value := self.evaluate(node.args[0]), Unknown)
+            and (isinstance(value := self.evaluate(node.args[0]), Unknown) or is_number(value))
         ):
             return value
         args, keywords = self.arguments(node)

@@ -253,6 +253,11 @@ class Definitions:
             node = self.parents[node]
         return node
 
+    def stored_in(self, node: ast.AST) -> set[str]:
+        """The names that a statement assigns, itself or inside."""
+        stores = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        return self.once(f"stored in {id(node)}", lambda: {n.id for n in stores})
+
     def is_inside_loop(self, node: ast.AST) -> bool:
         """Whether a node stands inside of a loop of its function."""
         return bool(self.loops_above(node))

@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
-from microbatch.linting.syntax import dotted, last_name, steps_inside, text_of
+from microbatch.linting.syntax import dotted, is_gradient, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
 
@@ -56,6 +56,11 @@ class Module(Reach):
                 found.update(dotted(name) for name in ast.walk(node.target) if isinstance(name, ast.Name))
         found.discard("")
         return found
+
+    @cached_property
+    def handles_gradients(self) -> bool:
+        """Whether the file reads or writes `.grad` itself, so that a gradient may be put back after it was cleared."""
+        return any(isinstance(node, ast.Attribute) and is_gradient(node) for node in self.nodes)
 
     @cached_property
     def batch_sizes(self) -> set[str]:
@@ -163,14 +168,14 @@ class Module(Reach):
                 and isinstance(node.iter, ast.Call)
                 and last_name(node.iter.func) in ("range", "trange")
             ):
-                inner = self.is_inside_loop(node) or self._step_follows(node)
+                inner = self.is_inside_loop(node) or self.step_follows(node)
                 if inner and node.iter.args and self.is_microbatch_loop(node, self.owner_of(node)):
                     end = node.iter.args[0] if len(node.iter.args) == 1 else node.iter.args[1]
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
                         add(end)
         return names, literals
 
-    def _step_follows(self, loop: ast.For) -> bool:
+    def step_follows(self, loop: ast.For) -> bool:
         """Whether a step comes after a loop, in the same block of a function, and none is in it."""
         owner = self.owner_of(loop)
         siblings = getattr(self.parents[loop], "body", [])

@@ -126,13 +126,14 @@ class Operations(Simulated):
             return replace(data, reduction="mean")
         return data
 
-    @staticmethod
-    def _divided(data: Data, other: Any, node: ast.AST) -> Data:
+    def _divided(self, data: Data, other: Any, node: ast.AST) -> Data:
         """A tensor divided by what is no known number."""
         rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
         if rows and not other.data and other.key.startswith("sum("):
             rows = False  # of all microbatches of a window
         counted = isinstance(other, Unknown) and other.data
+        if data.reduction == "sum" and self._counts_window(node):
+            rows = counted = False
         if data.reduction == "sum":
             if not counted and not rows:  # a count of the whole window, as far as the file shows
                 return replace(data, reduction="", opaque=(*data.opaque, "divided by a count"))
@@ -143,9 +144,21 @@ class Operations(Simulated):
         divisor = text_of(node.right if isinstance(node, ast.BinOp) else node)
         return replace(data, opaque=(*data.opaque, f"divided by {divisor}"))
 
+    def _counts_window(self, node: ast.AST) -> bool:
+        """Whether a divisor comes from outside of the loop over the pieces of a batch: it counts the whole window."""
+        loop = self.trace.loop
+        if not isinstance(node, ast.BinOp) or loop is None or loop not in self.module.above(node):
+            return False
+        if not isinstance(loop, ast.For) or not self.module.step_follows(loop):
+            return False
+        read = {n.id for n in ast.walk(node.right) if isinstance(n, ast.Name)}
+        return bool(read) and not read & self.module.stored_in(loop)
+
     def _two_data(self, left: Data, op: ast.operator, right: Data, *, node: ast.AST) -> Any:
         line = getattr(node, "lineno", 0)
         if isinstance(op, ast.Div):
+            if left.reduction == "sum" and left.weights and self._counts_window(node):
+                return replace(left, reduction="", opaque=(*left.opaque, "divided by a count"))
             if left.reduction == "sum" and left.weights:
                 counts = right.reduction == "sum" or (
                     isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
