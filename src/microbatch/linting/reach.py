@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
-from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
+from microbatch.linting.guesses import GROUPS, LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
 from microbatch.linting.syntax import (
     FunctionNode,
     Loop,
@@ -28,8 +28,6 @@ _PARTS = re.compile(
 )
 
 
-# Functions that give several items at a time.
-_GROUPS = re.compile(r"batched|chunk|group|window|slice|partition", re.IGNORECASE)
 # What was found out from the nodes of a file, and is found out anew where these change.
 _OF_THE_NODES = (
     *("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists", "counted_attributes"),
@@ -309,7 +307,7 @@ class Reach(Definitions):
             isinstance(above, ast.For)
             and isinstance(above.iter, ast.Call)
             and dotted(above.target) == loop.iter.id
-            and _GROUPS.search(last_name(above.iter.func))
+            and GROUPS.search(last_name(above.iter.func))
             for above in self.loops_above(loop)
         )
 
