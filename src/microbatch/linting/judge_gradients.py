@@ -102,7 +102,7 @@ def _schedules(view: View) -> Iterator[Fault]:
                     certain=units == "windows",
                     needs=("whether the schedule is meant in microbatches",),
                 )
-            elif units != "microbatches" and not view.managed:
+            elif units not in ("microbatches", "perhaps") and not view.managed:
                 sure = units == "windows"
                 yield Fault(
                     "MB301",
@@ -114,15 +114,17 @@ def _schedules(view: View) -> Iterator[Fault]:
                 )
         elif ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
             in_rows = view.module.once("schedule in rows", lambda: made_in_rows(view.module))
-            if units != "microbatches" and in_rows is None:
+            if units not in ("microbatches", "perhaps") and in_rows is None:
                 continue
-            in_microbatches = units == "microbatches"
+            in_microbatches = units in ("microbatches", "perhaps")
             what = "microbatches" if in_microbatches else "rows"
             share = f"only 1/{view.n} of it is walked" if in_microbatches else "only a small part of it is walked"
             yield Fault(
                 "MB301",
                 (_constructor(view) if in_microbatches else in_rows) or node,
                 f"the schedule's length counts {what} and it advances once a step: {share}",
+                certain=units != "perhaps",
+                needs=("whether the length is divided by the rows of a microbatch",) if units == "perhaps" else (),
                 data={"kind": "length"},
             )
 

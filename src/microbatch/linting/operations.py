@@ -52,7 +52,8 @@ class Operations(Simulated):
     def _origin(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> frozenset[str]:
         """The origins of two numbers together; "by n" where N divides.
 
-        A number of rows, divided by a batch size that no loader of the file has, may be a number of steps.
+        A number of rows, divided by a batch size that no loader of the file has, may be a number of steps: it has no
+        origin where the file shows loaders, and "perhaps len" where it shows none.
 
         Returns:
             The origins.
@@ -61,8 +62,9 @@ class Operations(Simulated):
         if not isinstance(op, (ast.Div, ast.FloorDiv)):
             return found
         if "len" in tags(left) and isinstance(node, ast.BinOp) and _SIZES.search(text_of(node.right)):
-            known = {last_name(node.right) or text_of(node.right)} & self.module.batch_sizes
-            found = found if known else found - {"len"}
+            shown = self.module.batch_sizes
+            if (last_name(node.right) or text_of(node.right)) not in shown:
+                found = found - {"len"} if shown else (found - {"len"}) | {"perhaps len"}
         return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found
 
     def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:

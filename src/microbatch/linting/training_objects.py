@@ -106,12 +106,14 @@ class TrainingObjects(Simulated):
         """What a scheduler's length counts, by what is in its numbers.
 
         Returns:
-            "microbatches" or "windows"; empty if the file does not show it.
+            "microbatches" or "windows"; "perhaps" if they are microbatches by the name of a batch size; else empty.
         """
-        found = [tags(v) for v in values if "len" in tags(v)]
+        found = [tags(v) for v in values if tags(v) & {"len", "perhaps len"}]
         if not found:
             return ""
-        return "windows" if any("n" in origin for origin in found) else "microbatches"
+        if any("n" in origin for origin in found):
+            return "windows"
+        return "microbatches" if any("len" in origin for origin in found) else "perhaps"
 
     # ---- attributes and methods of objects
 
