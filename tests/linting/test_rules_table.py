@@ -15,7 +15,7 @@ PUBLISHED = """
 MB000 unreadable input              MB001 no-accumulation-found input    MB002 opaque input
 MB003 unused-suppression input      MB101 loss-not-divided error         MB102 loss-divided-twice error
 MB103 zero-grad-in-window error     MB104 step-every-microbatch error    MB105 window-phase error
-MB106 backward-only-at-boundary error
+MB106 backward-only-at-boundary error MB107 zero-grad-missing error
 MB110 tail-leaks warning            MB111 tail-dropped warning           MB112 tail-scale warning
 MB113 tail-step-differs warning     MB114 skip-in-window warning
 MB201 clip-every-microbatch warning MB202 clip-scaled-gradients error    MB203 unscale-twice error

@@ -26,10 +26,15 @@ class BackwardCalls(Simulated):
         args, keywords = self.arguments(node)
         values = [v for v in self.flat([*args, *keywords.values()]) if isinstance(v, Data)]
         given = values[0] if values else None
-        if len(args) > 1 and name == "backward" and all(isinstance(arg, ast.List | ast.Tuple) for arg in node.args[:2]):
+        if (
+            len(args) > 1
+            and name == "backward"
+            and all(isinstance(arg, (ast.List, ast.Tuple)) for arg in node.args[:2])
+        ):
             self.trace.settings["cached"] = True  # gradients of outputs that were cached are handed on
         if isinstance(base, Data):
-            loss = base
+            weight = args[0] if args and name == "backward" else keywords.get("gradient")
+            loss = base if weight is None else self._weighted(node, base, weight)
         elif given is not None:
             loss = given
         elif holder in ("optimizer", "accelerator", "engine", "model", "fabric", "self", "scaler") and not args:
@@ -50,6 +55,15 @@ class BackwardCalls(Simulated):
             self.trace.frameworks.add("lightning")
         self._add(node, loss)
         return None
+
+    def _weighted(self, node: ast.Call, loss: Data, weight: Any) -> Data:
+        """A loss whose backward begins with another number than 1: `loss.backward(torch.tensor(1 / n))`."""
+        if is_number(weight):
+            return self.operate(loss, ast.Mult(), weight, node=node)
+        given = next((k.value for k in node.keywords if k.arg == "gradient"), node.args[0] if node.args else node)
+        if "ones" in text_of(given):
+            return loss
+        return replace(loss, opaque=(*loss.opaque, f"multiplied by `{text_of(given)}`"))
 
     def _unseen_loss(self, node: ast.Call) -> Data:
         """The loss of a backward where the file does not show it; `anything.scale(loss).backward()` scales it."""

@@ -11,22 +11,20 @@ from typing import Any
 
 from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.frameworks import Frameworks
-from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS, kind_of_constructor
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS
 from microbatch.linting.own_models import layers, losses_of_models, takes
+from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
-from microbatch.linting.tensor_calls import TensorCalls, within_rows
+from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, tags
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, tags
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "is_library"]
 
 _LIBRARIES = re.compile(
     r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
 )
-_LOSS_CLASSES = re.compile(r"loss|criterion", re.IGNORECASE)
-# What a class of the file is by its name, if none of its methods runs a backward.
-_KNOWN_BY_NAME = frozenset({"loader", "ema", "meter", "scheduler", "optimizer", "scaler", "native_scaler"})
 _AVERAGES = re.compile(
     r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
     re.IGNORECASE,
@@ -43,16 +41,32 @@ _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
-class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
+def is_library(text: str) -> bool:
+    """Whether a name begins with that of a library which the doctor knows."""
+    return _LIBRARIES.match(text) is not None
+
+
+def _kind_of_call(node: ast.Call) -> tuple[bool, bool]:
+    """Whether a call updates an average of the weights, and whether it adds to the gradients, by its name."""
+    found = getattr(node, "_kind", None)
+    if found is None:
+        name = last_name(node.func)
+        averages = _AVERAGES.search(name) is not None and _NO_AVERAGES.search(name) is None
+        found = node._kind = averages, is_backward_call(node) and name != ""  # type: ignore[attr-defined]
+    return found
+
+
+class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects):
     """The part of the machine that reads calls."""
 
     def call(self, node: ast.Call) -> Any:
         """The value of a call, with what it does to the gradients."""
         func = node.func
         target = self.module.resolve(func, self.frame.owner)
-        if self.trace.tick and _AVERAGES.search(last_name(func)) and not _NO_AVERAGES.search(last_name(func)):
+        averages, adds = _kind_of_call(node)
+        if averages and self.trace.tick:
             self.trace.mark("ema", node, last_name(func))
-        if target is None and is_backward_call(node) and last_name(func) != "":
+        if adds and target is None:
             found = self.backward_call(node)
             if found is not NotImplemented:
                 return found
@@ -69,7 +83,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         args: list[Any] = []
         for arg in node.args:
             value = self.evaluate(arg.value if isinstance(arg, ast.Starred) else arg)
-            if isinstance(arg, ast.Starred) and isinstance(value, tuple | list):
+            if isinstance(arg, ast.Starred) and isinstance(value, (tuple, list)):
                 args.extend(value)
             else:
                 args.append(value)
@@ -98,6 +112,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return made
         if isinstance(callee, Obj) and callee.kind == "class":
             return self.construct(node, callee)
+        if text in self.module.library_names and isinstance(callee, Unknown):
+            return self._library(node, self.module.full_name(text))
         if isinstance(callee, Bound):
             args, _ = self.arguments(node)
             return self.call_bound(callee, node, args)
@@ -121,7 +137,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             method = find(cls, "__call__") or find(cls, "forward")
             if method is not None:
                 args, keywords = self.arguments(node)
-                return self.call_function(method, args, keywords, owner=cls)
+                return self.call_function(method, args, keywords, owner=cls, holder=callee.info.get("id", ""))
         if kind in ("model", "engine"):
             return self.own_loss(callee, node, "forward") or self.forward(node)
         if kind == "criterion":
@@ -149,34 +165,18 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return None
         args, keywords = self.arguments(node)
         made = self.call_function(found[0][1], args, keywords, owner=found[0][0])
-        parts = made if isinstance(made, tuple | list) else [made]
+        parts = made if isinstance(made, (tuple, list)) else [made]
         if not any(isinstance(v, Data) and v.kind == "loss" and v.weights and not v.opaque for v in parts):
             return None
         synced = [replace(v, forward_synced=self.sync_off == 0) if isinstance(v, Data) else v for v in parts]
-        return tuple(synced) if isinstance(made, tuple | list) else synced[0]
-
-    def construct(self, node: ast.Call, cls: Obj) -> Any:
-        """An object of a class of the file."""
-        name, find = cls.name, self.module.find_method
-        guessed = kind_of_constructor(name)
-        args, keywords = self.arguments(node)
-        is_loss = _LOSS_CLASSES.search(name) is not None or guessed == "criterion"
-        if not is_loss and find(name, "forward") and find(name, "__call__") is None:
-            return Obj("model", name, {"class": name})
-        methods = self.module.methods.get(name, {}).values()
-        if guessed in _KNOWN_BY_NAME and not any(self.module.reaches(self.module.key(method)) for method in methods):
-            return Obj(guessed, name, {"class": name})
-        init = find(name, "__init__")
-        if init is not None:
-            self.call_function(init, args, keywords, owner=name)
-        return Obj("instance", name, {"class": name})
+        return tuple(synced) if isinstance(made, (tuple, list)) else synced[0]
 
     # ---- a method
 
     def _method(self, node: ast.Call, func: ast.Attribute, target: Function | None) -> Any:
         attr, text = func.attr, dotted(func)
-        if text and _LIBRARIES.match(text):
-            return self._library(node, text)
+        if text and (_LIBRARIES.match(text) or text.partition(".")[0] in self.module.library_names):
+            return self._library(node, self.module.full_name(text))
         base = self.evaluate(func.value)
         if (
             isinstance(base, Obj)
@@ -184,11 +184,13 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             and (own := self.module.find_method(base.info["class"], attr))
         ):
             args, keywords = self.arguments(node)
-            return self.call_function(own, args, keywords, owner=base.info["class"])
+            return self.call_function(own, args, keywords, owner=base.info["class"], holder=base.info.get("id", ""))
         if target is not None:
             args, keywords = self.arguments(node)
-            is_self = isinstance(base, Obj) and base.kind == "self"
-            return self.call_function(target, args, keywords, owner=self.frame.owner if is_self else target.owner)
+            if isinstance(base, Obj) and base.kind == "self":
+                owner, holder = base.info.get("class"), base.info.get("id", "")
+                return self.call_function(target, args, keywords, owner=owner, holder=holder)
+            return self.call_function(target, args, keywords, owner=target.owner)
         if CLIP_CALLS.match(attr):
             return self.clip_call(node, text or attr)
         if isinstance(base, Data):
@@ -200,7 +202,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             if found is not NotImplemented:
                 return found
         value = self.heap.get(self.heap_key(func)) if text else None
-        if isinstance(value, Obj | Function | Bound):
+        if isinstance(value, (Obj, Function, Bound)):
             return self._plain(node, value)
         made = self.made_by(node, text or attr)
         if made is not None:
@@ -231,6 +233,8 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
 
     def _library(self, node: ast.Call, text: str) -> Any:
         last = text.rsplit(".", 1)[-1]
+        if last == "partial":
+            return PYTHON_FUNCTIONS[last](self, node)
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
         if last in ("empty_cache", "synchronize"):
@@ -248,7 +252,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         if (
             last in ("tensor", "as_tensor", "LongTensor")
             and len(node.args) == 1
-            and isinstance(value := self.evaluate(node.args[0]), Unknown)
+            and (isinstance(value := self.evaluate(node.args[0]), Unknown) or is_number(value))
         ):
             return value
         args, keywords = self.arguments(node)
@@ -259,7 +263,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if data and not _is_zeros(node):
-            return self._out_of_data(node, last, data, several=isinstance(args[0], list | tuple) if args else False)
+            return self._out_of_data(node, last, data, several=isinstance(args[0], (list, tuple)) if args else False)
         rows = {"rows"} if last == "arange" or _is_zeros(node) else set[str]()
         if data or any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
@@ -272,7 +276,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
             return made
         if name in ("mean", "nanmean", "sum"):
             return self.reduce(made, "mean" if "mean" in name else "sum", len(data) if several else 0)
-        compares = name in ("matmul", "mm", "bmm", "einsum") and len(data) > 1
+        compares = len(data) > 1 and (name in ("matmul", "mm", "cdist") or (name == "einsum" and pairs_rows(node)))
         return replace(made, coupled=node.lineno if compares else made.coupled)
 
     def unknown_call(self, node: ast.Call, text: str) -> Any:
@@ -341,7 +345,7 @@ class Calls(BackwardCalls, Frameworks, TensorCalls, TrainingObjects):
         """Values with the contents of lists, tuples and dictionaries."""
         found: list[Any] = []
         for value in values:
-            if isinstance(value, tuple | list) and depth < 4:
+            if isinstance(value, (tuple, list)) and depth < 4:
                 found += self.flat(value, depth + 1)
             elif isinstance(value, dict) and depth < 4:
                 found += self.flat(value.values(), depth + 1)

@@ -27,6 +27,7 @@ _MAIN_RANK = re.compile(
     r"main_process|is_main|(^|_)rank\b.*(== 0|in )|master_process|is_rank_zero|is_global_zero|\bverbose\b|primary",
     re.IGNORECASE,
 )
+_MEMORY = re.compile(r"memory|\boom\b", re.IGNORECASE)  # of which a handler of exceptions asks
 _FINITE = re.compile(r"isfinite")
 _BROKEN = re.compile(r"isnan|isinf|is_nan|nan\b|overflow|== 0|exceed", re.IGNORECASE)
 
@@ -68,7 +69,7 @@ class Conditions(Simulated):
         return Unknown(text_of(node), data=any(hangs_on_data(v) for v in values))
 
     def _compare_two(self, left: Any, op: ast.cmpop, right: Any, *, node: ast.AST) -> bool | None:
-        if isinstance(op, ast.Is | ast.IsNot):
+        if isinstance(op, (ast.Is, ast.IsNot)):
             if right is None and not isinstance(left, Unknown):
                 missing = left is None
                 if isinstance(left, Obj) and left.info.get("maybe"):
@@ -99,11 +100,11 @@ class Conditions(Simulated):
 
     def known_truth(self, value: Any) -> bool | None:
         """Whether a value is true; `None` where the file does not show it."""
-        if isinstance(value, Unknown | Data):
+        if isinstance(value, (Unknown, Data)):
             return None
         if isinstance(value, Obj):
             return None if value.info.get("maybe") else True
-        if isinstance(value, Function | Bound):
+        if isinstance(value, (Function, Bound)):
             return True
         return bool(number(value))
 
@@ -138,10 +139,9 @@ class Conditions(Simulated):
                 self.trace.mark("skip", node, text)
             jumps = _jumps(body) or not self._holds(body)
             return skips == jumps
-        if _FINITE.search(text) and not text.startswith("not "):
-            return True
-        if _BROKEN.search(text) and data:
-            return text.startswith("not ")
+        said = self._said_by_words(text, data=data)
+        if said is not None:
+            return said
         if body and _jumps(body) and not self._holds(body):
             if _continues(body) and not data and self.trace.tick:
                 self.trace.settings["bounds"] = node  # the loop ends where the file does not show
@@ -160,6 +160,16 @@ class Conditions(Simulated):
             self.now_and_then = bool(body)
             return True
         return self.decide(text, node)
+
+    def _said_by_words(self, text: str, *, data: bool) -> bool | None:
+        """The answer of a condition about memory that ended or numbers that are not finite; `None` for others."""
+        if self.handling and _MEMORY.search(text):
+            return "not in" not in text and not text.startswith("not ")
+        if _FINITE.search(text) and not text.startswith("not "):
+            return True
+        if _BROKEN.search(text) and data:
+            return text.startswith("not ")
+        return None
 
     def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
         is_and = isinstance(test.op, ast.And)
@@ -212,7 +222,7 @@ class Conditions(Simulated):
 
 
 def _jumps(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Break | ast.Continue | ast.Return | ast.Raise)
+    return bool(body) and isinstance(body[-1], (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
 def _continues(body: list[ast.stmt]) -> bool:

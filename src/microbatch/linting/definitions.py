@@ -101,6 +101,7 @@ class Definitions:
         self.paths: dict[ast.AST, str] = {}
         self._resolved: dict[tuple[ast.AST, str | None], Function | None] = {}
         self._found: dict[str, Any] = {}
+        self._owners: dict[ast.AST, str | None] = {}
         self._collect(tree, None, None)
 
     def add(self, node: FunctionNode | ast.ClassDef, path: str) -> None:
@@ -153,7 +154,7 @@ class Definitions:
     def _is_abstract(function: Function) -> bool:
         """Whether a function only says that a subclass has to write it."""
         body = [s for s in function.node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-        return not body or (len(body) == 1 and isinstance(body[0], ast.Raise | ast.Pass))
+        return not body or (len(body) == 1 and isinstance(body[0], (ast.Raise, ast.Pass)))
 
     def find_method(self, owner: str | None, name: str) -> Function | None:
         """A method of a class of the file or of its base classes there."""
@@ -194,7 +195,7 @@ class Definitions:
             "model",
         ):
             return None
-        candidates = self.by_method.get(func.attr, [])
+        candidates = [each for each in self.by_method.get(func.attr, []) if not self._is_abstract(each)]
         return candidates[0] if len(candidates) == 1 else None
 
     @cached_property
@@ -231,10 +232,18 @@ class Definitions:
 
     def owner_of(self, node: ast.AST) -> str | None:
         """The class that holds a node."""
+        known, passed = self._owners, [node]
+        found = None
         while (node := self.parents.get(node, self.tree)) is not self.tree:
             if isinstance(node, ast.ClassDef):
-                return node.name
-        return None
+                found = node.name
+                break
+            if node in known:
+                found = known[node]
+                break
+            passed.append(node)
+        known.update((each, found) for each in passed if isinstance(each, ast.stmt))
+        return found
 
     def statement_of(self, node: ast.AST) -> ast.stmt | None:
         """The statement that holds an expression, or the statement itself."""
@@ -243,6 +252,11 @@ class Definitions:
                 return None
             node = self.parents[node]
         return node
+
+    def stored_in(self, node: ast.AST) -> set[str]:
+        """The names that a statement assigns, itself or inside."""
+        stores = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+        return self.once(f"stored in {id(node)}", lambda: {n.id for n in stores})
 
     def is_inside_loop(self, node: ast.AST) -> bool:
         """Whether a node stands inside of a loop of its function."""

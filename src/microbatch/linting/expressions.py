@@ -6,12 +6,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from microbatch.linting.calls import Calls
+from microbatch.linting.calls import Calls, is_library
 from microbatch.linting.conditions import Conditions
-from microbatch.linting.guesses import kind_of_name, names_window
+from microbatch.linting.guesses import MEAN_LOSSES, kind_of_name, names_window
 from microbatch.linting.operations import Operations
-from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Num, Obj, Unknown, as_loss, hangs_on_data, is_number, number, tags
+from microbatch.linting.syntax import as_function, dotted, last_name, parts_of, text_of
+from microbatch.linting.values import Data, Function, Num, Obj, Unknown, as_loss, hangs_on_data, is_number, number, tags
 
 __all__ = ["Expressions"]
 
@@ -81,10 +81,22 @@ class Expressions(Conditions, Calls, Operations):
 
     def heap_key(self, node: ast.AST) -> str:
         """The name under which the value of an attribute or a subscript is kept."""
-        text = dotted(node)
-        if text.startswith("self.") and self.frame.owner:
-            return f"{self.frame.owner}::{text[5:]}"
-        return text
+        parts = parts_of(node)
+        if parts is None:
+            return dotted(node)
+        base, last = parts
+        if isinstance(base, ast.Name):
+            frame = self.frame.find(base.id)
+            held = frame.locals[base.id] if frame is not None else self.globals.locals.get(base.id)
+            if held is None and base.id == "self" and self.frame.owner:
+                return f"{self.frame.holder}::{last.removeprefix('.')}"
+            key = base.id
+        else:
+            key = self.heap_key(base)
+            held = self.heap.get(key)
+        if isinstance(held, Obj) and held.kind in ("self", "instance") and held.info.get("id"):
+            return f"{held.info['id']}::{last.removeprefix('.')}"
+        return key + last
 
     def guess(self, name: str) -> Obj | None:
         """An object by the name alone."""
@@ -94,11 +106,9 @@ class Expressions(Conditions, Calls, Operations):
     def _name(self, node: ast.Name) -> Any:
         name = node.id
         is_window = name in self.window_names or self.names_window(node)
-        frame = self.frame
-        while frame is not None:
-            if name in frame.locals:
-                return self.window() if is_window and (id(frame), name) not in self.moved else frame.locals[name]
-            frame = frame.parent
+        frame = self.frame.find(name)
+        if frame is not None:
+            return self.window() if is_window and (id(frame), name) not in self.moved else frame.locals[name]
         if is_window:
             return self.window()
         if name in self.globals.locals:
@@ -107,11 +117,19 @@ class Expressions(Conditions, Calls, Operations):
             return self.module.functions[name]
         if name in self.module.classes:
             return Obj("class", name)
-        found = self.guess(name)
+        found = self._library_loss(name) or self.guess(name)
         if found is not None and not name.isupper():
             self.globals.locals[name] = found
             return found
         return self._by_word(name, name)
+
+    def _library_loss(self, text: str) -> Obj | None:
+        """A loss of torch that is not called yet: `F.mse_loss`, kept in a variable."""
+        name = self.module.full_name(text)
+        is_loss = (
+            MEAN_LOSSES.search(name) and (name != text or is_library(text)) and not name[name.rfind(".") + 1].isupper()
+        )
+        return Obj("criterion", name, {"reduction": "mean"}) if is_loss else None
 
     def _by_word(self, word: str, key: str) -> Any:
         """What a word alone says of a number that the file does not show."""
@@ -124,18 +142,20 @@ class Expressions(Conditions, Calls, Operations):
 
     def _attribute(self, node: ast.Attribute) -> Any:
         text = dotted(node)
-        if text and (text in self.window_names or self.names_window(node)):
-            return self.window()
         key = self.heap_key(node) if text else ""
+        if text and (text in self.window_names or self.names_window(node)) and (0, key) not in self.moved:
+            return self.window()
         if key and key in self.heap:
             return self.heap[key]
+        if text and node.attr.islower() and (loss := self._library_loss(text)) is not None:
+            return loss
         base = self.evaluate(node.value)
         if node.attr == "grad" and not (isinstance(base, Data) and base.weights):
             return Unknown(text or text_of(node))
         if isinstance(base, Data):
             return self._attribute_of_data(base, node)
         if isinstance(base, Obj):
-            found = self.attribute_of_object(base, node)
+            found = self.attribute_of_object(base, node) if "class" not in base.info else self.own_attribute(base, node)
             if found is not None:
                 return found
         if (isinstance(base, Obj) and base.kind == "self") or (isinstance(base, Unknown) and not base.data):
@@ -166,18 +186,18 @@ class Expressions(Conditions, Calls, Operations):
             return self.heap[key]
         base = self.evaluate(node.value)
         index = self._slice(node.slice, base, node) if isinstance(node.slice, ast.Slice) else self.evaluate(node.slice)
-        if isinstance(base, tuple | list) and isinstance(index, int | Num):
+        if isinstance(base, (tuple, list)) and isinstance(index, (int, Num)):
             position = int(number(index))
             if -len(base) <= position < len(base):
                 return base[position]
         if isinstance(base, dict):
-            return base.get(index if isinstance(index, str) else None, Unknown(text_of(node)))
+            return base.get(index, Unknown(text_of(node))) if isinstance(index, str) else _any_of(base, node)
         if isinstance(base, Data):
             return as_loss(base) if isinstance(index, str) and "loss" in index else base
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
             return base
         if isinstance(base, Unknown) and (
-            base.data or (self.trace.tick and not isinstance(node.slice, ast.Constant | ast.Slice))
+            base.data or (self.trace.tick and not isinstance(node.slice, (ast.Constant, ast.Slice)))
         ):
             return Unknown(text_of(node), data=True)  # a part that this microbatch picks
         may_be_object = isinstance(index, str) and not _SETTINGS.search(dotted(node.value))
@@ -187,7 +207,7 @@ class Expressions(Conditions, Calls, Operations):
         for part in (node.lower, node.upper, node.step):
             if part is not None:
                 self.evaluate(part)
-        if isinstance(base, Data | Unknown) and node.lower is not None and node.upper is not None and self.loop_depth:
+        if isinstance(base, (Data, Unknown)) and node.lower is not None and node.upper is not None and self.loop_depth:
             self.trace.mark("slice", where, text_of(where))
         return None
 
@@ -229,17 +249,25 @@ class Expressions(Conditions, Calls, Operations):
             origin |= tags(value) & {"rows"}
             self.store(
                 generator.target,
-                self.item_of(value) if isinstance(value, Obj | Data) else Unknown(text_of(generator.target)),
+                self.item_of(value) if isinstance(value, (Obj, Data)) else Unknown(text_of(generator.target)),
             )
         element = self.evaluate(node.elt)
         return [element] * min(times, 200) if isinstance(element, Data) else Unknown(text_of(node), tags=origin)
 
-    def _lambda(self, _node: ast.Lambda) -> Any:
-        return Unknown("lambda")
+    def _lambda(self, node: ast.Lambda) -> Any:
+        function = as_function(node)
+        if self.relevant is not None:
+            self.relevant.update(function.body)
+        return Function("lambda", function, None, self.frame)
 
     def _if_expression(self, node: ast.IfExp) -> Any:
         taken = self.choose(node)
         return self.evaluate(node.body if taken else node.orelse)
+
+    def _yield(self, node: ast.Yield) -> Any:
+        value = None if node.value is None else self.evaluate(node.value)
+        if self.frame.at_yield is not None:
+            self.frame.at_yield(value)
 
     def _named(self, node: ast.NamedExpr) -> Any:
         value = self.evaluate(node.value)
@@ -273,9 +301,19 @@ class Expressions(Conditions, Calls, Operations):
         ast.Lambda: _lambda,
         ast.IfExp: _if_expression,
         ast.NamedExpr: _named,
+        ast.Yield: _yield,
         ast.BinOp: _binary,
         ast.UnaryOp: _unary,
         ast.Compare: Conditions.compare,
         ast.BoolOp: Conditions.boolean,
         ast.Call: Calls.call,
     }
+
+
+def _any_of(values: dict[Any, Any], node: ast.AST) -> Any:
+    """One of several values, where the file does not show which: they may all be losses of one kind."""
+    first = next(iter(values.values()), None)
+    losses = all(isinstance(v, Obj) and v.kind == "criterion" for v in values.values())
+    if losses and isinstance(first, Obj) and all(v.info == first.info for v in values.values()):
+        return first
+    return Unknown(text_of(node))

@@ -105,8 +105,13 @@ class Frameworks(Simulated):
                 if target is not None:
                     self.store(target, value.info["loss"])
                 return self.trace.unscale_all
+        if isinstance(value, Obj) and value.kind == "instance":
+            value, leave = self.enter_object(value)
+            if target is not None:
+                self.store(target, value)
+            return leave
         if target is not None:
-            known = value if isinstance(value, Obj | Data) else self.guess(dotted(target))
+            known = value if isinstance(value, (Obj, Data)) else self.guess(dotted(target))
             self.store(target, known or Unknown(text_of(target)))
         return _nothing
 

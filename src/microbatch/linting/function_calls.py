@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from microbatch.linting.guesses import SHARED
 from microbatch.linting.module import Module
 from microbatch.linting.simulated import Frame, Simulated
-from microbatch.linting.syntax import FunctionNode, is_gradient, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, declared, is_gradient, last_name, text_of
 from microbatch.linting.values import Function, Obj, Unknown, is_number, number
 
 __all__ = ["FunctionCalls"]
@@ -43,15 +44,31 @@ class FunctionCalls(Simulated):
         *,
         guess: bool = False,
         owner: str | None = None,
+        holder: str = "",
+        at_yield: Callable[[Any], None] | None = None,
     ) -> Any:
-        """Run a function of the file with these values."""
+        """Run a function of the file with these values.
+
+        Args:
+            function: The function.
+            args: The values of its arguments.
+            keywords: Those that are given by name.
+            guess: Whether the user's settings may differ from the defaults.
+            owner: The class of the object whose method it is.
+            holder: This object.
+            at_yield: What is run where the function yields.
+
+        Returns:
+            What it returns.
+        """
         key = Module.key(function)
         if self.depth >= DEPTH or self.active.count(key) >= 2:
             return Unknown(f"{function.name}()")
         self.begin_object(owner or function.owner, function.name)
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
-        frame = Frame(owner or function.owner, parent)
+        frame = Frame(owner or function.owner, parent, holder=holder)
+        frame.declared, frame.at_yield = declared(node), at_yield
         self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
         outer, self.frame = self.frame, frame
         evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)
@@ -83,7 +100,7 @@ class FunctionCalls(Simulated):
         names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args)]
         static = any(last_name(d) == "staticmethod" for d in node.decorator_list)
         if function.owner is not None and not static and names:
-            frame.locals[names[0]] = Obj("self", frame.owner or "")
+            frame.locals[names[0]] = Obj("self", frame.owner or "", {"id": frame.holder, "class": frame.owner})
             names = names[1:]
         defaults = dict(zip(reversed(names), reversed(node.args.defaults), strict=False))
         for keyword, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
@@ -115,11 +132,11 @@ class FunctionCalls(Simulated):
 
     def scales_gradients(self, node: ast.Call, func: ast.Attribute) -> bool:
         """Whether a call multiplies gradients in place: `p.grad.div_(n)`, `torch._foreach_mul_(gradients, 1 / n)`."""
-        way = _SCALES.match(func.attr)
+        way = _SCALES.match(func.attr) if func.attr.endswith("_") else None
         if way is None or not node.args:
             return False
         target, by = func.value, node.args[0]
-        if len(node.args) == 2 and "grad" in text_of(node.args[0]):
+        if len(node.args) == 2 and self._are_gradients(node.args[0]):
             target, by = node.args
         elif not is_gradient(target):
             base = self.evaluate(target)
@@ -128,10 +145,17 @@ class FunctionCalls(Simulated):
         self.scale_gradients(node, target, op=ast.Mult() if way[1] else ast.Div(), by=by)
         return True
 
+    def _are_gradients(self, node: ast.expr) -> bool:
+        """Whether an expression is a list of gradients, by its text or by what made it."""
+        if "grad" in text_of(node):
+            return True
+        value = self.evaluate(node)
+        return isinstance(value, Unknown) and ".grad" in value.key
+
     def scale_gradients(self, node: ast.AST, target: ast.expr, *, op: ast.operator, by: ast.expr) -> None:
         """`p.grad /= n`: every gradient is multiplied."""
         value = self.evaluate(by)
-        if not isinstance(op, ast.Div | ast.Mult):
+        if not isinstance(op, (ast.Div, ast.Mult)):
             return  # a term is added to the gradients: weight decay, noise
         if SHARED.search(text_of(target)):
             self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself

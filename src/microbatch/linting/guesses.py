@@ -10,6 +10,7 @@ from functools import lru_cache
 __all__ = [
     "CLIP_CALLS",
     "COUPLED_LOSSES",
+    "GROUPS",
     "LOADER_WORDS",
     "MEAN_LOSSES",
     "PIECE_CALLS",
@@ -151,6 +152,8 @@ LOADER_WORDS = re.compile(
 # Calls that cut a batch into pieces, words of an iterable of pieces, and words in the name of a piece.
 PIECE_CALLS = frozenset({"split", "chunk", "tensor_split"})
 PIECE_WORDS = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
+# Functions that give several items at a time.
+GROUPS = re.compile(r"batched|chunk|group|window|slice|partition", re.IGNORECASE)
 PIECE_NAMES = re.compile(r"batch|chunk", re.IGNORECASE)
 
 

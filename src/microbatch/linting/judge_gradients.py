@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.schedule_units import schedule_units
+from microbatch.linting.schedule_units import WINDOWS, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
@@ -102,7 +102,7 @@ def _schedules(view: View) -> Iterator[Fault]:
                     certain=units == "windows",
                     needs=("whether the schedule is meant in microbatches",),
                 )
-            elif units != "microbatches" and not view.managed:
+            elif units not in ("microbatches", "perhaps") and not view.managed:
                 sure = units == "windows"
                 yield Fault(
                     "MB301",
@@ -112,17 +112,19 @@ def _schedules(view: View) -> Iterator[Fault]:
                     needs=() if sure else ("whether the schedule's length is meant in microbatches",),
                     data={"kind": "every"},
                 )
-        elif (
-            units == "microbatches"
-            and ticks <= view.step_ticks
-            and len(ticks) >= len(view.step_ticks) - 1
-            and len(ticks) > 2
-        ):
+        elif ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
+            in_rows = view.module.once("schedule in rows", lambda: made_in_rows(view.module))
+            if units not in ("microbatches", "perhaps") and in_rows is None:
+                continue
+            in_microbatches = units in ("microbatches", "perhaps")
+            what = "microbatches" if in_microbatches else "rows"
+            share = f"only 1/{view.n} of it is walked" if in_microbatches else "only a small part of it is walked"
             yield Fault(
                 "MB301",
-                _constructor(view) or node,
-                f"the schedule's length counts microbatches and it advances once a step: only 1/{view.n} of it "
-                "is walked",
+                (_constructor(view) if in_microbatches else in_rows) or node,
+                f"the schedule's length counts {what} and it advances once a step: {share}",
+                certain=units != "perhaps",
+                needs=("whether the length is divided by the rows of a microbatch",) if units == "perhaps" else (),
                 data={"kind": "length"},
             )
 
@@ -175,31 +177,54 @@ def _recreated(view: View) -> Iterator[Fault]:
 
 def _skipped_units(view: View) -> Iterator[Fault]:
     """MB304: a resumed run skips as many microbatches as it took steps."""
-    in_steps: set[str] = set()
-    for node in view.module.nodes:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            for part in ast.walk(node.value):
-                if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod) and _counts_steps(part.right):
-                    in_steps.add(dotted(node.targets[0]))
-    for node in view.module.nodes:
-        if (
-            not isinstance(node, ast.If)
-            or not isinstance(node.test, ast.Compare)
-            or not isinstance(node.body[-1], ast.Continue)
-        ):
+    module = view.module
+    in_steps = set(_names_of_steps(module.nodes))
+    for node in module.nodes:
+        if not isinstance(node, ast.If) or not isinstance(node.body[-1], ast.Continue):
             continue
-        name = dotted(node.test.left)
-        counts_down = any(
-            isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name for s in node.body
-        )
-        if name in in_steps and counts_down:
+        for test in (part for part in ast.walk(node.test) if isinstance(part, ast.Compare)):
+            name, limit = dotted(test.left), dotted(test.comparators[0])
+            counts_down = any(
+                isinstance(s, ast.AugAssign) and isinstance(s.op, ast.Sub) and dotted(s.target) == name
+                for s in node.body
+            )
+            if name in in_steps and counts_down:
+                how = "one is taken off for each microbatch"
+            elif limit and isinstance(test.ops[0], ast.Lt | ast.LtE) and _counts_microbatches(view, node, name):
+                if limit not in in_steps and counts(module, limit) != WINDOWS:
+                    continue
+                name, how = limit, f"it is compared with `{name}`, which counts microbatches"
+            else:
+                continue
             yield Fault(
                 "MB304",
                 node,
-                f"`{name}` counts optimizer steps, and one is taken off for each microbatch: a resumed run skips "
-                "1/N of what it should",
+                f"`{name}` counts optimizer steps, and {how}: a resumed run skips 1/N of what it should",
             )
             return
+
+
+def _names_of_steps(nodes: list[ast.AST]) -> Iterator[str]:
+    """The names that are assigned a number of steps of an epoch: the rest of a division by `length // N`."""
+    for node in nodes:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            parts = [part for part in ast.walk(node.value) if isinstance(part, ast.BinOp)]
+            back = any(
+                isinstance(p.op, ast.Mult) and (names_window(last_name(p.left)) or names_window(last_name(p.right)))
+                for p in parts
+            )
+            if not back and any(isinstance(p.op, ast.Mod) and _counts_steps(p.right) for p in parts):
+                yield dotted(node.targets[0])
+
+
+def _counts_microbatches(view: View, node: ast.AST, name: str) -> bool:
+    """Whether a name is the number that a loop over microbatches gives to each of them."""
+    loop = next(iter(view.module.loops_above(node)), None)
+    if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Tuple) or not name:
+        return False
+    enumerates = any(isinstance(n, ast.Call) and last_name(n.func) == "enumerate" for n in ast.walk(loop.iter))
+    micro = view.module.is_microbatch_loop(loop, view.module.owner_of(loop))
+    return enumerates and micro and dotted(loop.target.elts[0]) == name
 
 
 def _replayed(view: View) -> Iterator[Fault]:

@@ -125,7 +125,7 @@ def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterat
     epochs = view.trace.epoch_of
     for step in steps:
         lost = [m for m in step.lost if epochs.get(m) == step.epoch and m != step.tick]
-        if lost and step.weights and not view.managed:
+        if lost and (step.weights or not view.module.handles_gradients) and not view.managed:
             zeros = [m for m in view.marks("zero") if m.name in ("", step.optimizer)]
             zero = next((m for m in zeros if m.tick > min(lost) and m.tick <= step.tick), None)
             if zero is None:

@@ -46,7 +46,7 @@ class Loops(Simulated):
             self.begin_epoch()
         for index in range(limit):
             value = self.evaluate(node.test)
-            if not isinstance(value, Unknown | Data) and not self.truth(value, node.test):
+            if not isinstance(value, (Unknown, Data)) and not self.truth(value, node.test):
                 break
             if micro:
                 self.begin_microbatch(last=index == limit - 1)
@@ -84,9 +84,18 @@ class Loops(Simulated):
             return self.run.length
         if not self.module.contains_backward(node, owner) or self.loop_depth > 2:
             return 1
-        if any(self.is_counted(inner) for inner in ast.walk(node) if isinstance(inner, ast.For)):
-            return 3  # this loop runs once for each window
-        return self.run.epochs
+        return 3 if self._runs_once_a_window(node) else self.run.epochs
+
+    def _runs_once_a_window(self, node: ast.For | ast.While) -> bool:
+        """Whether the N microbatches of one window are a loop inside, and no other loop is between."""
+        key = f"windows in {id(node)}"
+        return self.module.once(key, lambda: self._holds_window(node))
+
+    def _holds_window(self, node: ast.For | ast.While) -> bool:
+        inner = [each for each in ast.walk(node) if isinstance(each, (ast.For, ast.While)) and each is not node]
+        counted = {each for each in inner if isinstance(each, ast.For) and self.is_counted(each)}
+        between = any(each not in counted and counted & set(ast.walk(each)) for each in inner)
+        return bool(counted) and not between
 
     def is_counted(self, node: ast.For) -> bool:
         """Whether a loop runs once for each of the N microbatches: `for i in range(n)`."""
@@ -117,17 +126,19 @@ class Loops(Simulated):
     def items(self, node: ast.For) -> tuple[list[Any], bool]:
         """The items of a for loop, and whether the loop is the N microbatches of one window."""
         value = self.evaluate(node.iter)
-        count = self.count_of_loop(node)
         owner = self.frame.owner
         outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
-        limit = count if outer else max(self.run.length, self.run.microbatches)
         if isinstance(value, range) and not value and outer:
-            return list(range(count)), False  # `range(0)` in a tutorial that is not to train
+            return list(range(self.count_of_loop(node))), False  # `range(0)` in a tutorial that is not to train
+        if isinstance(value, range) and not outer and len(value) <= self.run.microbatches:
+            return list(value), "n" in tags(self.range_end)
+        count = self.count_of_loop(node)
+        limit = count if outer else max(self.run.length, self.run.microbatches)
         if isinstance(value, range):
             return list(value[:limit]), "n" in tags(self.range_end)
-        if self._over_window(node) and not (isinstance(value, tuple | list) and len(value) > 1):
+        if self._over_window(node) and not (isinstance(value, (tuple, list)) and len(value) > 1):
             return self._window_items(value), True
-        if isinstance(value, tuple | list):
+        if isinstance(value, (tuple, list)):
             return list(value)[:limit], False
         if isinstance(value, Obj) and value.kind == "enumerate":
             start = number(value.info["start"])
@@ -151,7 +162,7 @@ class Loops(Simulated):
         if isinstance(value, Obj) and value.kind == "enumerate":
             start, over = number(value.info["start"]), value.info["over"]
             return [(start + k, self.item_of(over)) for k in range(self.run.microbatches)]
-        if isinstance(value, tuple | list) and value:
+        if isinstance(value, (tuple, list)) and value:
             numbered = isinstance(value[0], tuple) and is_number(value[0][0]) if value[0] else False
             return [(k, value[0][1]) if numbered else value[0] for k in range(self.run.microbatches)]
         return [self.item_of(value) for _ in range(self.run.microbatches)]

@@ -15,9 +15,9 @@ from microbatch.linting.function_calls import FunctionCalls
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
-from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, subject_of_chain, text_of
 from microbatch.linting.trace import Trace
-from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, is_number, tags
+from microbatch.linting.values import Data, Function, Obj, Unknown, as_loss, hangs_on_data, is_number, tags
 
 __all__ = ["Machine"]
 
@@ -54,7 +54,7 @@ class Machine(Loops, FunctionCalls, Expressions):
         return [
             statement
             for statement in self.module.tree.body
-            if isinstance(statement, ast.Assign | ast.AnnAssign) and not self.module.contains_backward(statement, None)
+            if isinstance(statement, (ast.Assign, ast.AnnAssign)) and not self.module.contains_backward(statement, None)
         ]
 
     def _start_function(self, facts: Facts, root: str) -> None:
@@ -66,7 +66,8 @@ class Machine(Loops, FunctionCalls, Expressions):
         if facts.flat:
             self.drive(function, owner)
             return
-        for _ in range(1 if self._has_epochs(facts.node, owner) else self.run.epochs):
+        once = self.module.once(f"epochs of {root}", lambda: self._has_epochs(root))
+        for _ in range(1 if once else self.run.epochs):
             self.call_function(function, [], {}, guess=True, owner=owner)
 
     def drive(self, function: Function, owner: str | None) -> None:
@@ -77,10 +78,21 @@ class Machine(Loops, FunctionCalls, Expressions):
                 self.begin_microbatch(last=index == self.run.length - 1)
                 self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
 
-    def _has_epochs(self, node: ast.AST, owner: str | None) -> bool:
-        """Whether a loop of the function holds the loop over microbatches."""
+    def _has_epochs(self, root: str) -> bool:
+        """Whether a loop of the function, or of one that it calls, holds the loop over microbatches."""
+        waiting, seen = [root], {root}
+        while waiting:
+            facts = self.module.facts[waiting.pop()]
+            if self._holds_epochs(facts.node, facts.owner):
+                return True
+            new = {key for key in facts.calls if self.module.reaches(key)} - seen
+            seen |= new
+            waiting += new
+        return False
+
+    def _holds_epochs(self, node: ast.AST, owner: str | None) -> bool:
         return any(
-            isinstance(inner, ast.For | ast.While)
+            isinstance(inner, (ast.For, ast.While))
             and self.module.contains_backward(inner, owner)
             and not self.module.is_microbatch_loop(inner, owner)
             for inner in ast.walk(node)
@@ -117,7 +129,14 @@ class Machine(Loops, FunctionCalls, Expressions):
         if self.spent > STATEMENTS:
             raise TooLongError
         method = self._STATEMENT_KINDS.get(type(node))
-        return method(self, node) if method else None
+        if node not in self.clearing:
+            return method(self, node) if method else None
+        self.trace.cleared.add(node)
+        marks = len(self.trace.marks)
+        signal = method(self, node) if method else None
+        if not any(mark.kind == "zero" for mark in self.trace.marks[marks:]):
+            self.trace.may_clear()
+        return signal
 
     def _expr(self, node: ast.Expr) -> None:
         if not isinstance(node.value, ast.Constant):
@@ -130,14 +149,18 @@ class Machine(Loops, FunctionCalls, Expressions):
             return
         value = self.evaluate(node.value)
         for target in node.targets:
-            if (
-                isinstance(target, ast.Name)
-                and is_number(value)
-                and self.names_window(target)
-                and self.module.is_inside_loop(node)
-            ):
-                self.moved.add((id(self.frame), target.id))
+            if isinstance(target, (ast.Name, ast.Attribute)) and (is_number(value) or hangs_on_data(value)):
+                self._note_other_number(node, target, value)
             self.store(target, value)
+
+    def _note_other_number(self, node: ast.Assign, target: ast.Name | ast.Attribute, value: Any) -> None:
+        """Note that a name stands for another number than N: a length, a count of rows, or what a loop sets it to."""
+        is_length = ("len" in tags(value) and "n" not in tags(value)) or hangs_on_data(value)
+        if isinstance(target, ast.Attribute):
+            if is_length:
+                self.moved.add((0, self.heap_key(target)))
+        elif is_length or (self.names_window(target) and self.module.is_inside_loop(node)):
+            self.moved.add((id(self.frame), target.id))
 
     def _ann_assign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -161,14 +184,14 @@ class Machine(Loops, FunctionCalls, Expressions):
         value = self._named_object(target, value)
         if isinstance(target, ast.Name):
             self._store_name(target.id, value)
-        elif isinstance(target, ast.Tuple | ast.List):
+        elif isinstance(target, (ast.Tuple, ast.List)):
             self._unpack(target.elts, value)
         elif isinstance(target, ast.Starred):
             self.store(target.value, Unknown(text_of(target)))
         elif isinstance(target, ast.Attribute):
             if target.attr == "require_backward_grad_sync":
                 self.trace.frameworks.add("sync switch")
-                self.sync_off = 0 if self.truth(value, target) else 1
+                self.sync_off = int(self.known_truth(value) is False)
             elif target.attr == "grad" and isinstance(value, Data):
                 return
             self._keep(self.heap_key(target), dotted(target), value)
@@ -182,7 +205,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _named_object(self, target: ast.AST, value: Any) -> Any:
         """The object that a name promises where the value is not known; an object that was made takes the name."""
         is_plain = isinstance(value, Unknown) and not value.data and not value.tags
-        if is_plain and isinstance(target, ast.Name | ast.Attribute):
+        if is_plain and isinstance(target, (ast.Name, ast.Attribute)):
             guessed = self.guess(dotted(target))
             if guessed is not None and not self.trace.tick:
                 self.made += 1  # set up once: an object of its own
@@ -197,7 +220,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _store_name(self, name: str, value: Any) -> None:
         if "loss" in name.lower() and self.trace.tick and not self.trace.evaluating:
             value = self._loss_by_name(name, value)
-        self.frame.locals[name] = value
+        self.frame.frame_of(name, self.globals).locals[name] = value
         if name in self.rooted:  # what was kept under the old value is gone with it
             for key in [key for key in self.heap if key.startswith((f"{name}[", f"{name}."))]:
                 del self.heap[key]
@@ -213,7 +236,7 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _unpack(self, targets: list[ast.expr], value: Any) -> None:
         if (
-            isinstance(value, tuple | list)
+            isinstance(value, (tuple, list))
             and len(value) == len(targets)
             and not any(isinstance(t, ast.Starred) for t in targets)
         ):
@@ -231,13 +254,16 @@ class Machine(Loops, FunctionCalls, Expressions):
             self.store(target, part)
 
     def _if(self, node: ast.If) -> Any:
-        branch = node.body if self.choose(node) else node.orelse
-        while branch is node.orelse and len(branch) == 1 and isinstance(branch[0], ast.If) and not self.now_and_then:
-            node = branch[0]  # an `elif`: no call inside of a call, for there may be a thousand of them
-            self.spent += 1
-            if self.relevant is not None and node not in self.relevant:
-                return None
-            branch = node.body if self.choose(node) else node.orelse
+        subject = subject_of_chain(node)
+        if subject is not None:
+            value = self.evaluate(subject)
+            key = value.key if isinstance(value, Unknown) and not value.data else value
+            if isinstance(key, str):
+                said = node, key
+                if said not in self.settled:
+                    self.settled[said] = self._choose_branch(node)
+                return self.block(self.settled[said])
+        branch = self._choose_branch(node)
         if not self.now_and_then:
             return self.block(branch)
         self.now_and_then = False
@@ -247,21 +273,42 @@ class Machine(Loops, FunctionCalls, Expressions):
         finally:
             self.trace.occasional -= 1
 
+    def _choose_branch(self, node: ast.If) -> list[ast.stmt]:
+        """The branch that is taken; an `elif` is no call inside of a call, for there may be a thousand of them."""
+        branch = node.body if self.choose(node) else node.orelse
+        while branch is node.orelse and len(branch) == 1 and isinstance(branch[0], ast.If) and not self.now_and_then:
+            node = branch[0]
+            self.spent += 1
+            if self.relevant is not None and node not in self.relevant:
+                return []
+            branch = node.body if self.choose(node) else node.orelse
+        return branch
+
     def _with(self, node: ast.With) -> Any:
-        leave = [self.enter(item) for item in node.items]
+        return self._inside(node.items, node.body)
+
+    def _inside(self, items: list[ast.withitem], body: list[ast.stmt]) -> Any:
+        """Run statements inside of contexts."""
+        if not items:
+            return self.block(body)
+        manager = self.own_manager(items[0].context_expr)
+        if manager is not None:
+            return self.run_around(manager, items[0], lambda: self._inside(items[1:], body))
+        leave = self.enter(items[0])
         try:
-            return self.block(node.body)
+            return self._inside(items[1:], body)
         finally:
-            for undo in reversed(leave):
-                undo()
+            leave()
 
     def _try(self, node: ast.Try) -> Any:
-        skips = self.run.skip and self.run.skip == self.trace.tick
-        if skips and self.module.contains_backward(node, self.frame.owner):
+        can_skip = bool(node.handlers) and self.module.contains_backward(node, self.frame.owner)
+        if can_skip and 0 < self.run.skip == self.trace.tick:
             for handler in node.handlers:
                 if last_name(handler.type or node) not in ("KeyboardInterrupt", "ImportError"):
                     self.trace.mark("skip", handler, detail="except")
+                    self.handling += 1
                     signal = self.block(handler.body)
+                    self.handling -= 1
                     return signal if signal is not None else self.block(node.finalbody)
         signal = self.block(node.body)
         if signal is None:

@@ -1,14 +1,18 @@
 """What the doctor knows of a file before it runs it; here: the words for N, the number of microbatches of a window."""
 
 import ast
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
-from microbatch.linting.syntax import dotted, last_name, steps_inside, text_of
+from microbatch.linting.syntax import dotted, is_gradient, last_name, steps_inside, text_of
 
 __all__ = ["Module"]
+
+_LIBRARY = re.compile(r"(torch|numpy|math|einops)(\.|$)")
 
 
 class Module(Reach):
@@ -25,7 +29,7 @@ class Module(Reach):
             return None
         for node in self.nodes:
             if (
-                isinstance(node, ast.Name | ast.Attribute)
+                isinstance(node, (ast.Name, ast.Attribute))
                 and names_window(last_name(node))
                 and dotted(node) not in self.counters
             ):
@@ -37,7 +41,7 @@ class Module(Reach):
         """Names that count: added to, or set back to a small number inside of a loop."""
         found: set[str] = set()
         for node in self.nodes:
-            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, (ast.Add, ast.Sub)):
                 found.add(dotted(node.target))
             elif isinstance(node, ast.Assign) and len(node.targets) == 1:
                 target = dotted(node.targets[0])
@@ -52,6 +56,57 @@ class Module(Reach):
                 found.update(dotted(name) for name in ast.walk(node.target) if isinstance(name, ast.Name))
         found.discard("")
         return found
+
+    @cached_property
+    def handles_gradients(self) -> bool:
+        """Whether the file reads or writes `.grad` itself, so that a gradient may be put back after it was cleared."""
+        return any(isinstance(node, ast.Attribute) and is_gradient(node) for node in self.nodes)
+
+    @cached_property
+    def batch_sizes(self) -> set[str]:
+        """The expressions that loaders of the file are given as their batch size; of names, the last word."""
+        given = [
+            keyword.value
+            for node in self.nodes
+            if isinstance(node, ast.Call)
+            for keyword in node.keywords
+            if keyword.arg == "batch_size"
+        ]
+        return {last_name(value) or text_of(value) for value in given}
+
+    @cached_property
+    def resets(self) -> set[str]:
+        """Counters that a loop sets back to 0."""
+        return {
+            dotted(node.targets[0])
+            for node in self.nodes
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and node.value.value == 0
+            and dotted(node.targets[0]) in self.counters
+            and self.is_inside_loop(node)
+        }
+
+    @cached_property
+    def library_names(self) -> dict[str, str]:
+        """Names that stand for something of torch, numpy or einops, each with its full name there."""
+        found: dict[str, str] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                found.update((a.asname, a.name) for a in node.names if a.asname and _LIBRARY.match(a.name))
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level and _LIBRARY.match(node.module):
+                found.update((a.asname or a.name, f"{node.module}.{a.name}") for a in node.names)
+        return found
+
+    def full_name(self, text: str) -> str:
+        """The full name of a part of a library that the file imports under a name of its own."""
+        first, dot, rest = text.partition(".")
+        return self.library_names.get(first, first) + dot + rest
+
+    @cached_property
+    def counted_attributes(self) -> set[str]:
+        """The last words of attributes that count."""
+        return {name.rpartition(".")[2] for name in self.counters if "." in name}
 
     @cached_property
     def window_lists(self) -> set[str]:
@@ -85,11 +140,15 @@ class Module(Reach):
                 if isinstance(node.value, int) and not isinstance(node.value, bool) and node.value > 1:
                     literals.add(node.value)
             elif (text := dotted(node)) and text not in self.counters:
-                names.add(text)
+                literal = None if names_window(last_name(node)) else self._literal_of(node)
+                if literal is None:
+                    names.add(text)
+                else:
+                    literals.add(literal)
 
         for node in self.nodes:
-            if isinstance(node, ast.If | ast.IfExp) and self._guards_step(node):
-                _moduli(node.test, add, self.counters)
+            if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
+                self._moduli_of_guard(node, add)
             elif isinstance(node, ast.Call):
                 for keyword in node.keywords:
                     if keyword.arg in ("update_grad", "need_update", "enabled"):
@@ -109,12 +168,84 @@ class Module(Reach):
                 and isinstance(node.iter, ast.Call)
                 and last_name(node.iter.func) in ("range", "trange")
             ):
-                inner = self.is_inside_loop(node)
+                inner = self.is_inside_loop(node) or self.step_follows(node)
                 if inner and node.iter.args and self.is_microbatch_loop(node, self.owner_of(node)):
                     end = node.iter.args[0] if len(node.iter.args) == 1 else node.iter.args[1]
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
                         add(end)
         return names, literals
+
+    def step_follows(self, loop: ast.For) -> bool:
+        """Whether a step comes after a loop, in the same block of a function, and none is in it."""
+        owner = self.owner_of(loop)
+        siblings = getattr(self.parents[loop], "body", [])
+        after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
+        return any(self.steps(s, owner) for s in after) and not any(self.steps(s, owner) for s in loop.body)
+
+    def _moduli_of_guard(self, node: ast.If | ast.IfExp, add: Callable[[ast.AST], None]) -> None:
+        """Find what the condition of a step counts up to, also where it leaves out the step: `if k < n: continue`."""
+        for expression in (node.test, *self._answers(node.test)):
+            _moduli(expression, add, self.counters)
+        test = node.test
+        if (
+            isinstance(node, ast.If)
+            and isinstance(node.body[-1], ast.Continue)
+            and isinstance(test, ast.Compare)
+            and isinstance(test.ops[0], (ast.Lt, ast.NotEq))
+            and dotted(test.left) in self.resets
+        ):
+            add(test.comparators[0])
+
+    def _answers(self, test: ast.expr) -> Iterator[ast.expr]:
+        """What the functions, properties and callable objects of the file return that a condition asks."""
+        owner = self.owner_of(test)
+        for node in ast.walk(test):
+            if isinstance(node, ast.Call):
+                asked = self.resolve(node.func, owner) or self.find_method(self._class_of(node.func), "__call__")
+            elif isinstance(node, ast.Attribute):
+                asked = next(iter(self.by_method.get(node.attr, [])), None)
+            else:
+                continue
+            for statement in asked.node.body if asked is not None else ():
+                value = statement.value if isinstance(statement, ast.Return) else None
+                if isinstance(value, ast.Name) and asked is not None:
+                    made = (s for s in asked.node.body if isinstance(s, ast.Assign))
+                    value = next((s.value for s in made if dotted(s.targets[0]) == value.id), value)
+                if value is not None:
+                    yield value
+
+    def _class_of(self, node: ast.AST) -> str | None:
+        """The class of the file whose object a name holds, by where it is assigned."""
+        name = dotted(node)
+        return next((cls for target, cls, _ in self._made_objects if name and target == name), None)
+
+    @cached_property
+    def _made_objects(self) -> list[tuple[str, str, ast.Call]]:
+        """Where the file makes objects of its own classes: the name, the class and the call."""
+        return [
+            (dotted(node.targets[0]), last_name(node.value.func), node.value)
+            for node in self.nodes
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and last_name(node.value.func) in self.classes
+        ]
+
+    def _literal_of(self, node: ast.AST) -> int | None:
+        """The number that every constructor gives to an attribute: 4 of `self.n` where all objects are `Window(4)`."""
+        cls = self.owner_of(node)
+        init = self.find_method(cls, "__init__")
+        if init is None or not isinstance(node, ast.Attribute) or dotted(node.value) != "self":
+            return None
+        names = [arg.arg for arg in init.node.args.args[1:]]
+        kept = (s for s in ast.walk(init.node) if isinstance(s, ast.Assign) and dotted(s.targets[0]) == dotted(node))
+        name = next((dotted(s.value) for s in kept), "")
+        found: set[Any] = set()
+        for call in (call for _, made, call in self._made_objects if made == cls and name in names):
+            place = names.index(name)
+            given = [k.value for k in call.keywords if k.arg == name] or call.args[place : place + 1]
+            found.add(given[0].value if given and isinstance(given[0], ast.Constant) else None)
+        literal = found.pop() if len(found) == 1 else None
+        return literal if isinstance(literal, int) and literal > 1 else None
 
     def _guards_step(self, node: ast.If | ast.IfExp) -> bool:
         """Whether a condition decides about a step: inside of it, or after its `continue`."""
@@ -143,11 +274,11 @@ def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -
     for node in ast.walk(test):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
             add(node.right)
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], ast.Eq | ast.GtE):
+        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.GtE)):
             end = node.comparators[0]
             # A list that fills up counts too: `len(waiting) == n`.
             counts = dotted(node.left) in counters or (
                 isinstance(node.left, ast.Call) and last_name(node.left.func) == "len"
             )
-            if counts and isinstance(end, ast.Constant | ast.Name | ast.Attribute) and "len" not in last_name(end):
+            if counts and isinstance(end, (ast.Constant, ast.Name, ast.Attribute)) and "len" not in last_name(end):
                 add(end)

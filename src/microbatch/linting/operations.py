@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Data, Num, Unknown, is_number, number, tags
 
 __all__ = ["Operations"]
@@ -22,6 +22,7 @@ _ARITHMETIC: dict[type, Any] = {
     ast.Mod: operator.mod,
 }
 _COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
+_SIZES = re.compile(r"batch|bs\b", re.IGNORECASE)
 _ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
 
 
@@ -43,13 +44,31 @@ class Operations(Simulated):
             and len(left) + len(right) < 200
         ):
             return left + right
-        if isinstance(left, tuple | str) and isinstance(right, tuple | str) and isinstance(op, ast.Add):
+        if isinstance(left, (tuple, str)) and isinstance(right, (tuple, str)) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
-        return Unknown(text_of(node), data=data, tags=_origin(left, op, right))
+        return Unknown(text_of(node), data=data, tags=self._origin(left, op, right, node=node))
+
+    def _origin(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> frozenset[str]:
+        """The origins of two numbers together; "by n" where N divides.
+
+        A number of rows, divided by a batch size that no loader of the file has, may be a number of steps: it has no
+        origin where the file shows loaders, and "perhaps len" where it shows none.
+
+        Returns:
+            The origins.
+        """
+        found = tags(left, right)
+        if not isinstance(op, (ast.Div, ast.FloorDiv)):
+            return found
+        if "len" in tags(left) and isinstance(node, ast.BinOp) and _SIZES.search(text_of(node.right)):
+            shown = self.module.batch_sizes
+            if (last_name(node.right) or text_of(node.right)) not in shown:
+                found = found - {"len"} if shown else (found - {"len"}) | {"perhaps len"}
+        return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found
 
     def _operate_numbers(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
-        a, b, origin = number(left), number(right), _origin(left, op, right)
+        a, b, origin = number(left), number(right), self._origin(left, op, right, node=node)
         try:
             if isinstance(op, ast.Div):
                 value: Any = Fraction(a) / Fraction(b)
@@ -75,11 +94,11 @@ class Operations(Simulated):
             return data
         if isinstance(op, ast.Div) and data is right:
             return replace(data, blurred=True)
-        if isinstance(op, ast.Mult | ast.Div):
+        if isinstance(op, (ast.Mult, ast.Div)):
             return self._scaled(data, op, other, node=node)
         if isinstance(op, ast.MatMult):
             return data
-        if isinstance(op, ast.FloorDiv | ast.Mod | ast.Pow):
+        if isinstance(op, (ast.FloorDiv, ast.Mod, ast.Pow)):
             return replace(data, blurred=True)
         return data
 
@@ -109,13 +128,14 @@ class Operations(Simulated):
             return replace(data, reduction="mean")
         return data
 
-    @staticmethod
-    def _divided(data: Data, other: Any, node: ast.AST) -> Data:
+    def _divided(self, data: Data, other: Any, node: ast.AST) -> Data:
         """A tensor divided by what is no known number."""
         rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
         if rows and not other.data and other.key.startswith("sum("):
             rows = False  # of all microbatches of a window
         counted = isinstance(other, Unknown) and other.data
+        if data.reduction == "sum" and self._counts_window(node):
+            rows = counted = False
         if data.reduction == "sum":
             if not counted and not rows:  # a count of the whole window, as far as the file shows
                 return replace(data, reduction="", opaque=(*data.opaque, "divided by a count"))
@@ -126,9 +146,21 @@ class Operations(Simulated):
         divisor = text_of(node.right if isinstance(node, ast.BinOp) else node)
         return replace(data, opaque=(*data.opaque, f"divided by {divisor}"))
 
+    def _counts_window(self, node: ast.AST) -> bool:
+        """Whether a divisor comes from outside of the loop over the pieces of a batch: it counts the whole window."""
+        loop = self.trace.loop
+        if not isinstance(node, ast.BinOp) or loop is None or loop not in self.module.above(node):
+            return False
+        if not isinstance(loop, ast.For) or not self.module.step_follows(loop):
+            return False
+        read = {n.id for n in ast.walk(node.right) if isinstance(n, ast.Name)}
+        return bool(read) and not read & self.module.stored_in(loop)
+
     def _two_data(self, left: Data, op: ast.operator, right: Data, *, node: ast.AST) -> Any:
         line = getattr(node, "lineno", 0)
         if isinstance(op, ast.Div):
+            if left.reduction == "sum" and left.weights and self._counts_window(node):
+                return replace(left, reduction="", opaque=(*left.opaque, "divided by a count"))
             if left.reduction == "sum" and left.weights:
                 counts = right.reduction == "sum" or (
                     isinstance(node, ast.BinOp) and _COUNTS.search(text_of(node.right))
@@ -146,7 +178,7 @@ class Operations(Simulated):
             }
             return replace(left, weights={m: w for m, w in weights.items() if w}, blurred=left.blurred or right.blurred)
         both = self.combine([left, right])
-        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, ast.Add | ast.Sub):
+        if left.kind == right.kind == "loss" and _is_mixed(left, right) and isinstance(op, (ast.Add, ast.Sub)):
             return replace(both, mixed=both.mixed or line)
         return both
 
@@ -180,9 +212,3 @@ def _is_mixed(left: Data, right: Data) -> bool:
     if left.number or right.number or left.weights.keys() != right.weights.keys():
         return False
     return left.weights != right.weights and bool(left.divided) != bool(right.divided)
-
-
-def _origin(left: Any, op: ast.operator, right: Any) -> frozenset[str]:
-    """The origins of two numbers together; "by n" where N divides."""
-    found = tags(left, right)
-    return found | {"by n"} if isinstance(op, ast.Div) and "n" in tags(right) else found

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_number, number, tags
 
 __all__ = ["PYTHON_FUNCTIONS"]
 
@@ -15,14 +15,14 @@ def _len(machine: Any, node: ast.Call) -> Any:
     if (
         node.args
         and dotted(node.args[0]) in machine.module.window_lists
-        and not (isinstance(value, list | tuple) and len(value) > 1)
+        and not (isinstance(value, (list, tuple)) and len(value) > 1)
     ):
         return machine.window()
     if (isinstance(value, Obj) and value.kind in ("loader", "enumerate", "zip", "model")) or (
         isinstance(value, Unknown) and not value.data and value.key
     ):
         return Num(machine.run.length, frozenset({"len"}))
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         waiting = [v for v in machine.flat(value) if isinstance(v, Data)]  # microbatches, or their losses
         return Num(len(value), frozenset({"n"})) if waiting and len(value) > 1 else len(value)
     return Unknown(text_of(node), data=True)
@@ -47,7 +47,7 @@ def _enumerate(machine: Any, node: ast.Call) -> Any:
     args, keywords = machine.arguments(node)
     start = args[1] if len(args) > 1 else keywords.get("start", 0)
     over = args[0] if args else Unknown("")
-    if isinstance(over, list | tuple) and over:
+    if isinstance(over, (list, tuple)) and over:
         return [(number(start) + i if is_number(start) else i, item) for i, item in enumerate(over)]
     if isinstance(over, range):
         return [(i, item) for i, item in enumerate(over)][: machine.run.length + 2]
@@ -130,8 +130,18 @@ def _getattr(machine: Any, node: ast.Call) -> Any:
     return machine.unknown_call(node, "getattr")
 
 
+def _partial(machine: Any, node: ast.Call) -> Any:
+    args, keywords = machine.arguments(node)
+    first = args[0] if args else Unknown(text_of(node))
+    if isinstance(first, Obj) and first.kind == "criterion" and isinstance(keywords.get("reduction"), str):
+        return Obj("criterion", first.name, {**first.info, "reduction": keywords["reduction"]})
+    known = isinstance(first, Obj) or (isinstance(first, Function) and len(args) == 1)
+    return first if known else Unknown(text_of(node))
+
+
 PYTHON_FUNCTIONS: dict[str, Any] = {
     "len": _len,
+    "partial": _partial,
     "next": _next,
     "sum": _sum,
     "divmod": _divmod,

@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
-from microbatch.linting.guesses import LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
+from microbatch.linting.guesses import GROUPS, LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
 from microbatch.linting.syntax import (
     FunctionNode,
     Loop,
@@ -25,6 +25,16 @@ __all__ = ["Reach"]
 _PARTS = re.compile(
     r"loss|task|optim|model|param|term|head|key|layer|group|level|module|net|agent|stage|modal|domain|criteri|name",
     re.IGNORECASE,
+)
+
+
+# What was found out from the nodes of a file, and is found out anew where these change.
+_OF_THE_NODES = (
+    *("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists", "counted_attributes"),
+    "library_names",
+    "resets",
+    "_made_objects",
+    "batch_sizes",
 )
 
 
@@ -64,7 +74,7 @@ class Reach(Definitions):
             facts.calls.clear()
             facts.flat_calls.clear()
             facts.sites.clear()
-        for name in ("roots", "_memo", "counters", "windows", "names_text", "wraps_ddp", "window_lists"):
+        for name in _OF_THE_NODES:
             self.__dict__.pop(name, None)
         self._reach()
 
@@ -98,7 +108,7 @@ class Reach(Definitions):
         stack: list[tuple[ast.AST, bool]] = [(statement, False) for statement in body]
         while stack:
             node, in_loop = stack.pop()
-            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+            if isinstance(node, (FunctionNode, ast.ClassDef, ast.Lambda)):
                 continue
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in self.functions:
                 facts.calls.add(self.key(self.functions[node.id]))  # handed on: to a launcher, say
@@ -186,15 +196,15 @@ class Reach(Definitions):
 
     def touches_gradients_here(self, node: ast.AST) -> bool:
         """Whether the head of a compound statement touches gradients: `while not closure():`."""
-        if isinstance(node, ast.With | ast.AsyncWith):
+        if isinstance(node, (ast.With, ast.AsyncWith)):
             return any(
                 last_name(item.context_expr.func) in ("no_sync", "accumulate", "no_backward_sync", "scale_loss")
                 for item in node.items
                 if isinstance(item.context_expr, ast.Call)
             )
-        if isinstance(node, ast.If | ast.While):
+        if isinstance(node, (ast.If, ast.While)):
             return self.touches_gradients(node.test, self.owner_of(node))
-        if isinstance(node, ast.For | ast.AsyncFor):
+        if isinstance(node, (ast.For, ast.AsyncFor)):
             return self.touches_gradients(node.iter, self.owner_of(node))
         return False
 
@@ -217,7 +227,7 @@ class Reach(Definitions):
         """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
 
         def judge(node: ast.AST) -> bool | None:
-            if isinstance(node, FunctionNode | ast.ClassDef | ast.Lambda):
+            if isinstance(node, (FunctionNode, ast.ClassDef, ast.Lambda)):
                 return False
             if not deep and isinstance(node, Loop) and self._is_own_loop(node):
                 return False
@@ -273,8 +283,14 @@ class Reach(Definitions):
         """A loop of its own right: not one over the losses, tasks or optimizers of one microbatch."""
         if isinstance(loop, ast.While):
             return True
+        key = (loop, None, "own")
+        if key not in self._memo:
+            self._memo[key] = self._looks_own(loop)
+        return self._memo[key]
+
+    def _looks_own(self, loop: ast.For | ast.AsyncFor | ast.comprehension) -> bool:
         text = text_of(loop.iter)
-        if PIECE_WORDS.search(text):
+        if PIECE_WORDS.search(text) or self._is_over_group(loop):
             return True
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or PIECE_NAMES.search(name) or names_window(name) for name in names):
@@ -282,6 +298,18 @@ class Reach(Definitions):
         if not self.is_inside_loop(loop):
             return True
         return not any(_PARTS.search(name) for name in names)
+
+    def _is_over_group(self, loop: Loop | ast.comprehension) -> bool:
+        """Whether a loop runs over what an outer one takes from `batched(loader, n)`: the microbatches of a window."""
+        if not isinstance(loop, ast.For) or not isinstance(loop.iter, ast.Name):
+            return False
+        return any(
+            isinstance(above, ast.For)
+            and isinstance(above.iter, ast.Call)
+            and dotted(above.target) == loop.iter.id
+            and GROUPS.search(last_name(above.iter.func))
+            for above in self.loops_above(loop)
+        )
 
     @cached_property
     def caches_outputs(self) -> bool:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ __all__ = ["Outcome", "Root", "simulate"]
 _FIRST = re.compile(
     r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE
 )
-FORKS = 12  # settings of one root that are judged
+FORKS = 16  # settings of one root that are judged
 PROBES = 32  # settings of one root that are tried
 STATEMENTS = 300_000  # of all runs of one file together
 OVERHEAD = 50  # what a run costs besides, in statements
@@ -89,6 +90,24 @@ def simulate(module: Module) -> list[Root]:
     return [root for root in roots if root.outcomes]
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Settings to try: those of a run before, whose signature is `before`, with one more answer turned.
+
+    `is_new` says that this run asked for the answer as the first one.
+    """
+
+    decisions: dict[str, bool]
+    key: str
+    before: Any
+    is_new: bool
+
+    @property
+    def order(self) -> tuple[int, bool]:
+        """Few settings come first; of these, precision and ranks, for loops differ by them most."""
+        return len(self.decisions), _FIRST.search(self.key) is None
+
+
 class _Runner:
     """Runs the roots of one file, and counts the statements of all runs."""
 
@@ -101,59 +120,75 @@ class _Runner:
         """Run one root: with every setting, and with the default setting for several sizes."""
         root, before = Root(name), self.left
         sizes = _sizes(self.module)
-        first, lengths = sizes[0]
+        first = sizes[0][0]
         root.survey = self.one(name, Run(first, 2 * first + 1), surveys=True)
         for index, probe in enumerate(self._forks(root, first)):
-            decisions = probe.run.decisions
-            root.questions[index] = decisions
+            root.questions[index] = probe.run.decisions
             outcomes = [replace(probe, fork=index)]
-            for microbatches, lengths_of_size in sizes if index == 0 else [(first, lengths[:1])]:
-                for length in lengths_of_size:
-                    if self.left <= 0:
-                        root.complete = False
-                        break
-                    outcomes.append(self.one(name, Run(microbatches, length, decisions), fork=index))
+            for microbatches, lengths_of_size in sizes if index == 0 else [(first, [2 * first])]:
+                outcomes += self._lengths(root, probe, microbatches, lengths=lengths_of_size, fork=index)
             root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
-        root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
+            if index == 0 and probe.run.may_skip:
+                root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
         root.spent = before - self.left
         return root
+
+    def _lengths(
+        self, root: Root, probe: Outcome, microbatches: int, *, lengths: list[int], fork: int
+    ) -> Iterator[Outcome]:
+        """Run with loaders of several lengths; once, where the loop does not ask for the length."""
+        known = None if probe.run.reads_length or probe.run.microbatches != microbatches else probe
+        for length in lengths:
+            if known is not None:
+                yield replace(known, run=known.run.of_length(length), fork=fork)
+                return
+            if self.left <= 0:
+                root.complete = False
+                return
+            outcome = self.one(root.name, Run(microbatches, length, probe.run.decisions), fork=fork)
+            known = None if outcome.run.reads_length else outcome
+            yield outcome
 
     def _forks(self, root: Root, microbatches: int) -> list[Outcome]:
         """Find the settings that make a difference.
 
-        One answer of an unknown condition is turned at a time, and kept if the run changes.
+        One answer of an unknown condition is turned at a time. Two are turned together where each of them changes a
+        run, or where the second is asked for the first time after the first one was turned.
 
         Returns:
             One run for each of these settings, the default first.
         """
         forks: list[Outcome] = []
         signatures: set[Any] = set()
-        waiting: list[dict[str, bool]] = [{}]
-        known, asked, spare = {frozenset[str]()}, set[str](), 6
+        waiting = [_Turn({}, "", None, is_new=True)]
+        known, asked, matters, spare = {frozenset[str]()}, set[str](), set[str](), 6
         probes = 0
         while waiting:
+            turn = waiting.pop(min(range(len(waiting)), key=lambda place: waiting[place].order))
+            if not turn.is_new and turn.key not in matters:
+                continue
             if probes >= PROBES or len(forks) >= FORKS or self.left <= 0:
                 root.complete = False
                 break
-            decisions = waiting.pop(0)
             probes += 1
-            outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, decisions))
+            outcome = self.one(root.name, Run(microbatches, 2 * microbatches + 1, turn.decisions))
             signature = _signature(outcome.trace)
             fresh = set(outcome.run.asked) - asked
             asked |= fresh
-            if signature not in signatures:
-                fresh = set(outcome.run.asked)
+            if signature != turn.before:
+                matters.add(turn.key)
+            is_fork = signature not in signatures
+            if is_fork:
                 signatures.add(signature)
                 forks.append(outcome)
             elif fresh and (spare := spare - 1) < 0:
                 continue
             # Where nothing changed, the second half of `a and b` may still: it is asked for the first time.
-            for key in (key for key in outcome.run.asked if key in fresh):
-                path = frozenset({*decisions, key})
+            for key in (key for key in outcome.run.asked if is_fork or key in fresh):
+                path = frozenset({*turn.decisions, key})
                 if path not in known:
                     known.add(path)
-                    # Precision and ranks are what loops differ by most.
-                    waiting.insert(0 if _FIRST.search(key) else len(waiting), {**decisions, key: True})
+                    waiting.append(_Turn({**turn.decisions, key: True}, key, signature, is_new=key in fresh))
         return forks
 
     def one(self, name: str, run: Run, *, fork: int = 0, surveys: bool = False) -> Outcome:

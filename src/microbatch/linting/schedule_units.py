@@ -11,10 +11,12 @@ from microbatch.linting.guesses import kind_of_constructor, kind_of_name, names_
 from microbatch.linting.module import Module
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, text_of
 
-__all__ = ["schedule_units"]
+__all__ = ["WINDOWS", "counts", "made_in_rows", "schedule_units"]
 
 MICROBATCHES, WINDOWS = "microbatches", "windows"
 _EPOCHS = re.compile(r"epoch", re.IGNORECASE)
+_TOTALS = frozenset({"num_training_steps", "t_total", "total_steps", "T_max"})
+_OF_ROWS = re.compile(r"(data|lines|samples|examples|queries|rows|pairs|texts|sentences|records)$", re.IGNORECASE)
 _LENGTHS = re.compile(r"step|iter|update|total|batches|_len|t_max|horizon|schedule", re.IGNORECASE)
 
 
@@ -27,6 +29,26 @@ def schedule_units(module: Module) -> str:
     counted = dict(_settings(module))
     found = {_unit(module, call, counted) for call in _schedules(module)} - {""}
     return found.pop() if len(found) == 1 else ""
+
+
+def made_in_rows(module: Module) -> ast.Call | None:
+    """Where a schedule is made whose length is a number of rows, which nothing divides: `len(lines) * epochs`."""
+    for call in _schedules(module):
+        holder = next((p for p in module.around(call) if isinstance(p, FunctionNode)), module.tree)
+        lengths = [k.value for k in call.keywords if k.arg in _TOTALS] or call.args[2:3]
+        for length in lengths:
+            made = [
+                s.value
+                for s in ast.walk(holder)
+                if isinstance(s, ast.Assign) and isinstance(length, ast.Name) and dotted(s.targets[0]) == length.id
+            ]
+            value = made[0] if len(made) == 1 else length
+            parts = list(ast.walk(value))
+            counted = [p.args[0] for p in parts if isinstance(p, ast.Call) and dotted(p.func) == "len" and p.args]
+            divided = any(isinstance(p, (ast.Div, ast.FloorDiv, ast.Mod)) for p in parts)
+            if counted and not divided and all(_OF_ROWS.search(last_name(each)) for each in counted):
+                return call
+    return None
 
 
 def _schedules(module: Module) -> Iterator[ast.Call]:
@@ -81,7 +103,7 @@ def _settings(module: Module) -> Iterator[tuple[str, str]]:
             for counter, other in ((left, right), (_counter(right), node.left)):
                 setting = last_name(other.left) if isinstance(other, ast.BinOp) else last_name(other)
                 if counter and setting and _LENGTHS.search(setting) and not _EPOCHS.search(setting):
-                    unit = _counts(module, counter)
+                    unit = counts(module, counter)
                     if unit:
                         yield setting, unit
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call) and node.iter.args:
@@ -101,7 +123,7 @@ def _counter(node: ast.expr) -> str:
     return dotted(node)
 
 
-def _counts(module: Module, counter: str) -> str:
+def counts(module: Module, counter: str) -> str:
     """What a counter counts, by where one is added to it."""
     found: set[str] = set()
     for node in module.nodes:

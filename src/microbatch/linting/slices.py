@@ -1,8 +1,10 @@
 """Which statements of a file decide its gradients, so that a run passes over all others."""
 
 import ast
+import re
 from dataclasses import dataclass
 
+from microbatch.linting.clearing import clears_by_name
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.module import Module
 from microbatch.linting.own_models import losses_of_models
@@ -61,6 +63,9 @@ _SWITCHES = frozenset(
 )
 
 
+_GRADIENTS = re.compile(r"(^|_)(grads?|gradients?)$")
+
+
 @dataclass
 class Slice:
     """What matters in a file: the statements to run, and those whose branches are worth trying both ways."""
@@ -82,10 +87,11 @@ def cut(module: Module) -> Slice:
     """
     kept, core = _statements(module)
     names: set[str] = set()
+    around = _around(module, core)
     for statement in core:
         names |= _names(statement)
-        for node in module.above(statement):
-            names |= _head(node) if isinstance(node, ast.stmt) else set()
+    for node in around:
+        names |= _head(node)
     # Which object a name holds hardly ever decides anything; whether there is a scaler does.
     names = {
         name for name in names if kind_of_name(name) in (None, "scaler", "criterion", "ema") and name not in _COMMON
@@ -94,9 +100,21 @@ def cut(module: Module) -> Slice:
     for statement in kept - core:
         if not isinstance(statement, _COMPOUND) and _made(statement) & names:
             deciding.add(statement)
-    for statement in list(deciding):
-        deciding.update(node for node in module.above(statement) if isinstance(node, ast.stmt))
+    deciding |= _around(module, deciding)
     return Slice(kept, deciding)
+
+
+def _around(module: Module, statements: set[ast.stmt]) -> set[ast.stmt]:
+    """The statements around others, inside their functions."""
+    found: set[ast.stmt] = set()
+    for statement in statements:
+        node: ast.AST = statement
+        while (node := module.parents.get(node, module.tree)) is not module.tree:
+            if isinstance(node, (FunctionNode, ast.ClassDef)) or node in found:
+                break
+            if isinstance(node, ast.stmt):
+                found.add(node)
+    return found
 
 
 def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
@@ -112,6 +130,8 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
                 kept.add(statement)
             continue
         owner = module.owner_of(statement)
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield):
+            kept.add(statement)
         if module.touches_gradients(statement, owner) or _switches(statement):
             kept.add(statement)
             core.add(statement)
@@ -197,7 +217,7 @@ def _frame(module: Module, node: ast.AST) -> ast.AST | None:
     """The loop, or else the function, that a jump leaves."""
     while node in module.parents:
         node = module.parents[node]
-        if isinstance(node, Loop | FunctionNode):
+        if isinstance(node, (Loop, FunctionNode)):
             return node
     return None
 
@@ -205,13 +225,13 @@ def _frame(module: Module, node: ast.AST) -> ast.AST | None:
 def _head(node: ast.stmt) -> set[str]:
     """The names that a compound statement itself reads."""
     parts: list[ast.AST] = []
-    if isinstance(node, ast.If | ast.While):
+    if isinstance(node, (ast.If, ast.While)):
         parts = [node.test]
     elif isinstance(node, ast.Match):
         parts = [node.subject]
-    elif isinstance(node, ast.For | ast.AsyncFor):
+    elif isinstance(node, (ast.For, ast.AsyncFor)):
         parts = [node.iter]
-    elif isinstance(node, ast.With | ast.AsyncWith):
+    elif isinstance(node, (ast.With, ast.AsyncWith)):
         parts = [item.context_expr for item in node.items]
     return {name for part in parts for name in _names(part)}
 
@@ -232,7 +252,7 @@ def _names(node: ast.AST) -> set[str]:
 def _made(node: ast.stmt) -> set[str]:
     found: set[str] = set()
     for child in ast.walk(node):
-        if isinstance(child, ast.Name | ast.Attribute | ast.Subscript) and isinstance(child.ctx, ast.Store):
+        if isinstance(child, (ast.Name, ast.Attribute, ast.Subscript)) and isinstance(child.ctx, ast.Store):
             found.add(last_name(child) or dotted(child))
         elif isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in _MUTATES:
             found.add(last_name(child.func.value))
@@ -243,10 +263,12 @@ def _made(node: ast.stmt) -> set[str]:
 def _switches(node: ast.stmt) -> bool:
     """Whether a statement changes how gradients are handled without touching them: clipping, scaling, EMA."""
     for child in ast.walk(node):
-        name = last_name(child) if isinstance(child, ast.Attribute | ast.Name) else ""
+        name = last_name(child) if isinstance(child, (ast.Attribute, ast.Name)) else ""
         if name in _SWITCHES:
             return True
-        if name.startswith("clip_grad") or name == "clip_master_grads" or "ema" in name.split("_"):
+        if name.startswith(("clip_grad", "_foreach_")) or name == "clip_master_grads" or "ema" in name.split("_"):
+            return True
+        if _GRADIENTS.search(name) or clears_by_name(name):
             return True
         if (
             isinstance(child, ast.Call)

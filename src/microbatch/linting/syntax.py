@@ -5,21 +5,27 @@ What is the text of a name? Is a call a backward or a step? Answers that are ask
 
 import ast
 from collections.abc import Sequence
+from typing import Any
 
 from microbatch.linting.guesses import kind_of_name
 
 __all__ = [
     "FunctionNode",
     "Loop",
+    "as_function",
+    "declared",
     "dotted",
     "is_backward_call",
     "is_gradient",
     "is_step_call",
     "last_name",
+    "parts_of",
     "steps_inside",
+    "subject_of_chain",
     "text_of",
 ]
 
+CHAIN = 12  # so many branches make a chain of `elif` long
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 Loop = ast.For | ast.AsyncFor | ast.While
 
@@ -45,6 +51,21 @@ def dotted(node: ast.AST) -> str:
     return found
 
 
+def parts_of(node: ast.AST) -> tuple[ast.expr, str] | None:
+    """What an attribute or a subscript belongs to, and its own part: `self.args` and ".n" of "self.args.n".
+
+    Returns:
+        Both; `None` for a plain name and for any other expression.
+    """
+    found: Any = getattr(node, "_parts", False)
+    if found is False:
+        found, text = None, dotted(node)
+        if text and isinstance(node, (ast.Attribute, ast.Subscript)):
+            found = node.value, text[len(dotted(node.value)) :]
+        node._parts = found  # type: ignore[attr-defined]
+    return found
+
+
 def last_name(node: ast.AST) -> str:
     """The last word of a name: `n` of "self.args.n" and of "config['n']"."""
     if isinstance(node, ast.Name):
@@ -54,6 +75,50 @@ def last_name(node: ast.AST) -> str:
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return node.slice.value
     return ""
+
+
+def as_function(node: ast.Lambda) -> ast.FunctionDef:
+    """The function that a lambda is, the same each time."""
+    found = getattr(node, "_function", None)
+    if found is None:
+        body = ast.copy_location(ast.Return(node.body), node)
+        found = ast.copy_location(ast.FunctionDef("lambda", node.args, [body], []), node)
+        node._function = found  # type: ignore[attr-defined]
+    return found
+
+
+def declared(node: FunctionNode) -> dict[str, str]:
+    """The names that a function declares as "global" or "nonlocal"."""
+    found = getattr(node, "_declared", None)
+    if found is None:
+        found = {
+            name: "global" if isinstance(each, ast.Global) else "nonlocal"
+            for each in ast.walk(node)
+            if isinstance(each, (ast.Global, ast.Nonlocal))
+            for name in each.names
+        }
+        node._declared = found  # type: ignore[union-attr]
+    return found
+
+
+def subject_of_chain(node: ast.If) -> ast.expr | None:
+    """What a long chain of `elif` compares with one text or number after another; `None` for any other condition."""
+    found: Any = getattr(node, "_subject", False)
+    if found is False:
+        found, count, at = None, 0, node
+        left = dotted(node.test.left) if isinstance(node.test, ast.Compare) else ""
+        while left and isinstance(at.test, ast.Compare) and dotted(at.test.left) == left and _is_equality(at.test):
+            count += 1
+            if len(at.orelse) != 1 or not isinstance(at.orelse[0], ast.If):
+                found = node.test.left if count >= CHAIN and isinstance(node.test, ast.Compare) else None
+                break
+            at = at.orelse[0]
+        node._subject = found  # type: ignore[attr-defined]
+    return found
+
+
+def _is_equality(test: ast.Compare) -> bool:
+    return len(test.ops) == 1 and isinstance(test.ops[0], ast.Eq) and isinstance(test.comparators[0], ast.Constant)
 
 
 def text_of(node: ast.AST) -> str:

@@ -10,7 +10,7 @@ from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
 from microbatch.linting.values import Data, Unknown, tags
 
-__all__ = ["TensorCalls", "within_rows"]
+__all__ = ["TensorCalls", "pairs_rows", "within_rows"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 # Methods whose result is the same value, in another form or place.
@@ -58,7 +58,18 @@ def within_rows(node: ast.Call, first: int) -> bool:
         found = ast.literal_eval(dims[0])
     except (ValueError, TypeError):
         return False
-    return found is not None and 0 not in (found if isinstance(found, tuple | list) else (found,))
+    return found is not None and 0 not in (found if isinstance(found, (tuple, list)) else (found,))
+
+
+def pairs_rows(node: ast.Call) -> bool:
+    """Whether an `einsum` compares each row of one tensor with each row of another: "i d, j d -> i j"."""
+    said = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    left, arrow, right = said[0].partition("->") if said else ("", "", "")
+    words = [part.split() if " " in part.strip() else list(part.strip()) for part in left.split(",")]
+    if not arrow or len(words) != 2 or not all(words):
+        return not said
+    first, second = (part[0] for part in words)
+    return first != second and first in right and second in right
 
 
 class TensorCalls(Simulated):
@@ -143,7 +154,7 @@ class TensorCalls(Simulated):
         if attr.rstrip("_") in ("div", "mul", "true_divide", "divide", "multiply") and node.args:
             op = ast.Mult() if attr.startswith("mul") else ast.Div()
             value = self.operate(base, op, self.evaluate(node.args[0]), node=node)
-            if attr.endswith("_") and isinstance(func.value, ast.Name | ast.Attribute):
+            if attr.endswith("_") and isinstance(func.value, (ast.Name, ast.Attribute)):
                 self.store(func.value, value)
             return value
         args, keywords = self.arguments(node)

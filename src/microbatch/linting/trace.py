@@ -49,6 +49,7 @@ class StepTaken:
     loop: ast.AST | None = None  # the loop over microbatches that ran last
     sites: dict[tuple[int, ast.AST], Fraction] = field(default_factory=dict)  # the weights by the calls of backward
     after: int = 0  # so many backwards had run
+    stale: frozenset[tuple[int, ast.AST]] = frozenset()  # of earlier steps: not cleared, and taken once more
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Gradients:
     unscaled: bool = False
     last_synced: bool = True
     steps: int = 0
+    maybe: set[int] = field(default_factory=set)  # microbatches that something may have cleared
 
     def copy(self) -> "Gradients":
         """Copy the state, so that the copy goes its own way."""
@@ -77,6 +79,7 @@ class Gradients:
             self.unscaled,
             self.last_synced,
             self.steps,
+            set(self.maybe),
         )
 
 
@@ -100,6 +103,7 @@ class Trace:
         self.settings: dict[str, Any] = {}
         self.occasional = 0  # inside of a condition that is true now and then
         self.evaluating = 0  # inside of an evaluation
+        self.cleared: set[ast.stmt] = set()  # the statements that cleared gradients
 
     def group(self, optimizer: str) -> Gradients:
         """Find the gradients of one optimizer, which begin as those of no optimizer."""
@@ -142,6 +146,11 @@ class Trace:
             group.per_site.clear()
             group.prior.append("zero")
             group.scaled = False
+
+    def may_clear(self) -> None:
+        """Note that some gradients are cleared, or all: which, the file does not show."""
+        for group in self.every_group():
+            group.maybe.update(group.weights)
 
     def multiply(self, factor: Fraction) -> None:
         """Multiply the gradients in place."""
@@ -193,6 +202,7 @@ class Trace:
                 self.loop,
                 {key: w for key, w in group.per_site.items() if key[0] in group.since},
                 len(self.backwards),
+                frozenset(key for key in group.per_site if key[0] not in group.since and key[0] not in group.maybe),
             )
         )
         group.since.clear()

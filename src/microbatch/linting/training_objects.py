@@ -78,7 +78,7 @@ class TrainingObjects(Simulated):
             if any("by n" in tags(v) for v in [*args, *keywords.values()]):
                 self.trace.settings["small rate"] = node
         elif kind == "scheduler":
-            made.info["units"] = self._units([*args, *keywords.values()])
+            made.info["units"] = self._units([*args, *keywords.values(), *self._captured(args)])
         elif kind == "accelerator":
             plugin = keywords.get("gradient_accumulation_plugin")
             steps = keywords.get("gradient_accumulation_steps")
@@ -90,17 +90,30 @@ class TrainingObjects(Simulated):
             made.info["off"] = True
         return made
 
+    def _captured(self, values: list[Any]) -> list[Any]:
+        """The numbers around a lambda that it reads: the length in `LambdaLR(optimizer, lambda k: k / length)`."""
+        found: list[Any] = []
+        for function in (v for v in values if isinstance(v, Function) and v.name == "lambda"):
+            own = {arg.arg for arg in function.node.args.args}
+            for node in ast.walk(function.node.body[0]):
+                if isinstance(node, ast.Name) and node.id not in own:
+                    frame = self.frame.find(node.id)
+                    found += [] if frame is None else [frame.locals[node.id]]
+        return found
+
     @staticmethod
     def _units(values: list[Any]) -> str:
         """What a scheduler's length counts, by what is in its numbers.
 
         Returns:
-            "microbatches" or "windows"; empty if the file does not show it.
+            "microbatches" or "windows"; "perhaps" if they are microbatches by the name of a batch size; else empty.
         """
-        found = [tags(v) for v in values if "len" in tags(v)]
+        found = [tags(v) for v in values if tags(v) & {"len", "perhaps len"}]
         if not found:
             return ""
-        return "windows" if any("n" in origin for origin in found) else "microbatches"
+        if any("n" in origin for origin in found):
+            return "windows"
+        return "microbatches" if any("len" in origin for origin in found) else "perhaps"
 
     # ---- attributes and methods of objects
 
@@ -240,7 +253,7 @@ class TrainingObjects(Simulated):
     def _on_criterion(self, base: Obj, node: ast.Call, attr: str) -> Any:
         if attr in ("forward", "calc", "compute", "calculate", "compute_loss", "get_loss", "__call__"):
             return self.loss_call(node, base.info.get("reduction", ""), base.name, info=base.info)
-        return NotImplemented
+        return base if attr in ("to", "cuda", "train", "eval", "cpu", "double", "float", "half") else NotImplemented
 
     def _on_instance(self, base: Obj, node: ast.Call, attr: str) -> Any:
         known = attr in ("zero_grad", "train", "eval", "parameters")

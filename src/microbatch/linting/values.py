@@ -120,7 +120,7 @@ class Data:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a known number."""
-    return isinstance(value, Num | int | float | Fraction)
+    return isinstance(value, (Num, int, float, Fraction))
 
 
 def number(value: Any) -> Any:
@@ -132,7 +132,7 @@ def tags(*values: Any) -> frozenset[str]:
     """The origins of several values together."""
     found: frozenset[str] = NOTHING
     for value in values:
-        if isinstance(value, Num | Unknown):
+        if isinstance(value, (Num, Unknown)):
             found |= value.tags
     return found
 

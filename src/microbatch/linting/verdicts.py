@@ -9,6 +9,7 @@ from microbatch.linting.faults import Fault, View
 from microbatch.linting.judge_costs import judge_costs, judge_survey
 from microbatch.linting.judge_gradients import judge_gradients
 from microbatch.linting.judge_loss import judge_loss
+from microbatch.linting.judge_stale import judge_stale
 from microbatch.linting.judge_weights import judge_weights
 from microbatch.linting.module import Module
 from microbatch.linting.runs import Outcome, Root, simulate
@@ -17,7 +18,13 @@ __all__ = ["Reading", "Verdict", "read"]
 
 # A setting that is about the machine, not about the method: what is wrong under it is wrong.
 _PRECISION = re.compile(r"amp|fp16|half|autocast|scaler|mixed|bf16|precision", re.IGNORECASE)
-_JUDGES: tuple[Callable[[View], Iterator[Fault]], ...] = (judge_weights, judge_gradients, judge_loss, judge_costs)
+_JUDGES: tuple[Callable[[View], Iterator[Fault]], ...] = (
+    judge_weights,
+    judge_stale,
+    judge_gradients,
+    judge_loss,
+    judge_costs,
+)
 
 
 @dataclass
@@ -59,6 +66,8 @@ def read(module: Module) -> Reading:
     shifted = {node for (rule, node), verdict in found.items() if rule == "MB105" and verdict.certain}
     for node in shifted:
         found.pop(("MB111", node), None)  # what is left over follows from the shift
+    for node in {node for rule, node in found if rule == "MB104"}:
+        found.pop(("MB107", node), None)  # what is not cleared belongs to the same window
     ordered = sorted(found.values(), key=lambda v: (getattr(v.fault.node, "lineno", 0), v.fault.rule))
     traces = [outcome.trace for root in roots for outcome in root.outcomes]
     made = {name for trace in traces for name in trace.settings.get("optimizers", {})}
@@ -154,7 +163,7 @@ def _matters(rule: str, outcome: Outcome) -> bool:
         return any(b.loss.scaled for b in outcome.trace.backwards)
     if rule in ("MB502", "MB503"):
         return any(not b.synced for b in outcome.trace.backwards)
-    return rule in ("MB104", "MB106") or any(len(s.since) > 1 for s in outcome.trace.steps)
+    return rule in ("MB104", "MB106", "MB107") or any(len(s.since) > 1 for s in outcome.trace.steps)
 
 
 def _settings(root: Root, holds: set[tuple[int, int]], active: set[tuple[int, int]]) -> list[str]:
