@@ -10,7 +10,7 @@ const WIDE = {
 };
 const NARROW = {
   name: "narrow", width: 360, height: 348, edge: 8, tiles: [6, 40], gap: 6,
-  tank: [10, 88, 78, 104], model: [116, 88, 26, 104, 9], bars: [266, 88, 88, 104], trace: [8, 334, 344, 52], plate: [206, 54],
+  tank: [10, 88, 78, 104], model: [116, 88, 26, 104, 9], bars: [266, 88, 88, 104], trace: [8, 334, 344, 52], plate: [228, 54],
 };
 export const SHAPES = { wide: WIDE, narrow: NARROW };
 const LAYERS = 4; // of the reference model
