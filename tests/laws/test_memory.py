@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -301,3 +302,44 @@ def test_m5_what_was_guarded_is_still_exact(device: str) -> None:
     it = subject(copy.deepcopy(model), size=SIZE)
     it.accumulator.step(batch, fit)
     assert relative_error(it.updates[0], full_batch(model, fit, batch)) <= 1e-12
+
+
+class Rows:
+    """A batch that slices itself, and counts which of its microbatches are alive when another one is made."""
+
+    def __init__(self, x: Tensor, seen: list[int], alive: "WeakSet[Rows]") -> None:
+        self.x, self.seen, self.alive = x, seen, alive
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.x[rows], self.seen, self.alive)
+
+    def clone(self) -> "Rows":
+        self.seen.append(len(self.alive))
+        made = Rows(self.x.clone(), self.seen, self.alive)
+        self.alive.add(made)
+        return made
+
+
+def of_rows(model: nn.Module, microbatch: Rows) -> Tensor:
+    return model(microbatch.x).mean()
+
+
+@pytest.mark.parametrize("way", ["step", "split", "encode"])
+def test_m5_a_microbatch_is_made_after_the_one_before_it_is_gone(way: str) -> None:
+    model, batch = nn.Linear(2, 1), Rows(torch.randn(6, 2), [], WeakSet())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    accumulator = mb.Accumulator(model, optimizer, microbatch_size=2, coupled="twice")
+    if way == "split":
+        with accumulator.window() as window:
+            for microbatch in window.split(batch):
+                window.backward(of_rows(model, microbatch))
+                del microbatch
+    elif way == "encode":
+        accumulator.step(batch, lambda model, z: z.mean(), encode=lambda model, rows: model(rows.x))
+    else:
+        accumulator.step(batch, of_rows)
+    assert len(batch.seen) >= 3
+    assert max(batch.seen) == 0

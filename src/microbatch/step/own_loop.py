@@ -183,4 +183,5 @@ class OwnLoop(OpenWindow):
         for p in self.passes.of(self, begin):
             self.check_open("take microbatches from")
             yield p.microbatch
+            del p
         self.left -= 1

@@ -236,12 +236,14 @@ class Passes(Part):
         for p in window.peers.passes(window, begin, again=again, graph=graph):
             window.go(p)
             yield p
+            del p  # the next microbatch is made without this one
             window.go(None)
 
     def values(self, window: OpenWindow, begin: Begin, function: Function) -> Iterator[tuple[Pass, Any]]:
         """Call a function with every microbatch, and yield each pass with the function's result."""
         for p in self.of(window, begin):
             yield p, function(window.model, p.microbatch)
+            del p
 
     def losses(self, window: OpenWindow, batch: object, loss_fn: Function) -> Iterator[Any]:
         """Yield the loss of each microbatch of a batch; the caller passes it to `Window.backward`."""
@@ -290,8 +292,11 @@ class Peers(Part):
     def passes(self, window: OpenWindow, begin: Begin, *, again: bool, graph: bool) -> Iterator[Pass]:
         """Yield this rank's passes, and run filler passes if another rank has more."""
         del window, graph
-        for index, (rows, microbatch) in enumerate(begin()):
+        index = 0
+        for rows, microbatch in begin():
             yield Pass(rows, microbatch, index, again)
+            del microbatch
+            index += 1  # noqa: SIM113 - `enumerate` would hold this microbatch while the next one is made
 
     def silence(self, loss: object) -> tuple[list[Any], list[Tensor]]:
         """Return roots and zero gradients for a backward that only communicates; none if passes do not communicate."""

@@ -170,6 +170,7 @@ class Coupled:
             if self._keep:
                 self._kept.append(piece)
             self._sizes.append(p.rows or 0)
+            del p
         return encoded
 
     def _together(self, begin: Begin) -> list[Representations]:
@@ -178,6 +179,7 @@ class Coupled:
             self._exchange = self._exchange or window.peers.exchange()  # all ranks have shared the last statistic
             self._kept.append(taken_apart(value, rows=p.rows or 0))
             self._sizes.append(p.rows or 0)
+            del p, value
         self._exchange = self._exchange or window.peers.exchange()
         return [piece.copied() for piece in self._kept]
 
@@ -233,6 +235,7 @@ class Coupled:
             after = window.setup.live_bytes()
             if before is not None and after is not None:
                 self.graph_bytes = max(self.graph_bytes or 0, after - before)
+            del p
             yield piece
             del piece
 
