@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -33,14 +34,14 @@ class CapturedGradients(Part):
         if not window.options.compile and "torch._dynamo" not in sys.modules:
             return run
 
-        def copied(tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
-            if _CAPTURE not in sys.modules:
-                run(tensors, seeds)
-                return
-            new = [each.parameter for each in window.gradients.named if each.parameter.grad is None]
-            run(tensors, seeds)
-            for parameter in new:
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
+        return partial(self._copied, window, run)
 
-        return copied
+    def _copied(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+        if _CAPTURE not in sys.modules:
+            run(tensors, seeds)
+            return
+        new = [each.parameter for each in window.gradients.named if each.parameter.grad is None]
+        run(tensors, seeds)
+        for parameter in new:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
