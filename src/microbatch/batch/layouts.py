@@ -107,9 +107,9 @@ def doubtful_numbers(batch: object) -> str:
             continue
         if len(shape) > 1:
             return (
-                f"{path} is a list of {rows} lists of numbers, and the batch has {rows} rows. It is read as one list "
-                "for each row. If it is a value of the whole batch, such as weights, mark it with mb.Whole(...). If it has "
-                "one list for each row, mark it with mb.Rows(...), and this warning ends"
+                f"{path} is a list of {rows} lists of numbers, and the batch has {rows} rows. It is read as one "
+                "list for each row. If it is a value of the whole batch, such as weights, mark it with mb.Whole(...). "
+                "If it has one list for each row, mark it with mb.Rows(...), and this warning ends"
             )
         return (
             f"{path} is a tuple of {rows} whole numbers, and the batch has {rows} rows. It is read as a size, which "

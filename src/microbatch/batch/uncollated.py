@@ -4,8 +4,8 @@ The rule goes by the form of the entries, because sizes change from one batch to
 
 * Two tensors are ``(x, y)``, and are a batch. Two colour images of different sizes are samples.
 * Three or more tensors of one shape and dtype, or three or more entries that are alike, can be samples.
-* Two alike entries can be samples in a list. In a tuple they can be if they hold numbers, or if all their tensors have one
-  dimension. Other tuples of two are a batch, such as ``zip(one_loader, other_loader)`` gives.
+* Two alike entries can be samples in a list. In a tuple they can be if they hold numbers, or if all their tensors have
+  one dimension. Other tuples of two are a batch, such as ``zip(one_loader, other_loader)`` gives.
 * Two lists are a batch, as ``default_collate`` makes it of nested tuples, unless they hold numbers.
 * One entry can be a sample if it is in a list, and if all its tensors have one dimension.
 * A list of images beside a list of as many dicts is what the loader of a detector gives.

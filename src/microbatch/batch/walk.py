@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Mapping, MappingView, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,6 +27,7 @@ _PLAIN = (str, bytes, bytearray, memoryview, int, float, complex, range, type(No
 LISTS = (list, tuple, UserList)
 """What holds one value after the other; a `UserList` is a list."""
 _LONGEST_SIZE = 4  # a longer tuple of whole numbers is not a size
+_PLAIN_SETTERS = (dict.__setitem__, OrderedDict.__setitem__)
 _DEPTH, _MOST = 5, 500  # how deep, and at how many objects, `holds_tensors` looks
 
 
@@ -207,15 +208,21 @@ def beside(node: object) -> Iterator[tuple[str, Any]]:
         node: A dataclass, or a dict, a list or a tuple.
 
     Yields:
-        Pairs of name and value; an attribute that is one of the items is left out.
+        Pairs of name and value. An item that the class also keeps as an attribute is left out.
     """
-    if type(node) in {dict, list, tuple}:
+    if type(node) in {dict, list, tuple} or not (
+        isinstance(node, dict | UserDict | list | tuple | UserList) or _is_dataclass(node)
+    ):
         return
-    if not isinstance(node, dict | list | tuple) and not _is_dataclass(node):
-        return
-    items = {id(child) for _, child in children(node) or ()}
-    for name, value in getattr(node, "__dict__", {}).items():
-        if id(value) not in items:
+    known = {"data"} if isinstance(node, UserDict | UserList) else set[str]()
+    if dataclasses.is_dataclass(node) and not isinstance(node, dict):
+        known |= {each.name for each in dataclasses.fields(node)}
+    # A class whose own `__setitem__` writes its attributes too, such as a model's output, has the cut rows in both.
+    kept_in_step = isinstance(node, dict) and type(node).__setitem__ not in _PLAIN_SETTERS
+    items = {id(child) for _, child in children(node) or ()} if kept_in_step else set[int]()
+    held = getattr(node, "__dict__", {})
+    for name, value in held.items() if held is not node else ():
+        if name not in known and id(value) not in items:
             yield f".{name}", value
 
 
