@@ -1,4 +1,4 @@
-"""Laws E3, E6 and E9: samples that nobody collated, values that no cut reaches, and numbers in lists and tuples."""
+"""Laws E3, E6 and E9: samples that were not collated, values that no cut reaches, and numbers in lists and tuples."""
 
 from __future__ import annotations
 

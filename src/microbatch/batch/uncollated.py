@@ -1,14 +1,19 @@
-"""Tell a list of samples that nobody collated from a batch whose values are in a list.
+"""Distinguish a list of samples, which were not collated, from a batch whose values are in a list.
 
-The rule goes by the form of the entries, because sizes change from one batch to the next:
+The rule uses the form of the entries, because sizes change from one batch to the next.
 
-* Two tensors are ``(x, y)``, and are a batch. Two colour images of different sizes are samples.
-* Three or more tensors of one shape and dtype, or three or more entries that are alike, can be samples.
-* Two alike entries can be samples in a list. In a tuple they can be if they hold numbers, or if all their tensors have
-  one dimension. Other tuples of two are a batch, such as ``zip(one_loader, other_loader)`` gives.
-* Two lists are a batch, as ``default_collate`` makes it of nested tuples, unless they hold numbers.
-* One entry can be a sample if it is in a list, and if all its tensors have one dimension.
-* A list of images beside a list of as many dicts is what the loader of a detector gives.
+Two tensors are ``(x, y)``, and are a batch. Two colour images of different sizes are samples.
+
+Three or more tensors of one shape and dtype, or three or more entries that are alike, can be samples.
+
+Two alike entries can be samples in a list. In a tuple they can be samples if they hold numbers, or if all their tensors
+have one dimension. Other tuples of two are a batch, as ``zip(one_loader, other_loader)`` gives it.
+
+Two lists are a batch, which ``default_collate`` makes of nested tuples, unless they hold numbers.
+
+One entry can be a sample if it is in a list, and if all its tensors have one dimension.
+
+A list of images beside a list of as many dicts are the samples of a detector.
 
 Entries are alike if they have one type, the same keys, and tensors of the same dtypes and numbers of dimensions.
 """
