@@ -162,7 +162,7 @@ def _rows_of_tensors(batch: Any) -> int | None:
         if rows not in {-1, value.shape[0]}:
             return None
         rows = value.shape[0]
-    if len(values) == 2 and type(batch) is not dict and two_images(*cast("Sequence[Tensor]", values)):
+    if rows == 3 and len(values) == 2 and type(batch) is not dict and two_images(*values):  # three colours
         return None
     return None if rows < 0 else rows
 
