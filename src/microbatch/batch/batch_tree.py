@@ -13,7 +13,7 @@ from microbatch.batch.batches import Batches
 from microbatch.batch.copies import Copies
 from microbatch.batch.marks import Rows, Whole
 from microbatch.batch.recognise import count_rows, entries_of, spread
-from microbatch.batch.walk import contents, is_array, leaves, map_leaves, map_tensors
+from microbatch.batch.walk import LISTS, contents, is_array, leaves, map_leaves, map_tensors
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
 
@@ -49,7 +49,7 @@ def rows_of(batch: object) -> int:
 
     Raises:
         BatchError: Nothing in the batch has rows. Or a value cannot be sliced, or can be read in two ways: a list of
-            equal tensors, a list of numbers, an object that holds tensors.
+            samples, a list of numbers, an object that holds tensors or arrays.
         RowsDisagreeError: Two values have different numbers of rows.
 
     Example:
@@ -174,11 +174,11 @@ class _Selection:
             return Rows(found, value.dim, group=value.group) if self._marked else found
         if isinstance(value, Whole):
             return value if self._marked else self._share(value.value)
-        if isinstance(value, list | tuple):
-            has_rows = len(cast("Sequence[Any]", value)) == self._rows
-            return self._take(value, path) if has_rows else self._share(value)
         if value is None or isinstance(value, str | int | float):
             return value
+        if isinstance(value, LISTS):
+            has_rows = len(cast("Sequence[Any]", value)) == self._rows
+            return self._take(value, path) if has_rows else self._share(value)
         return self._share(value) if entries_of(value, path) is None else self._take(value, path)
 
     def _take(self, value: Any, path: str, *, dim: int = 0, group: int = 1) -> Any:
@@ -186,7 +186,7 @@ class _Selection:
         if key not in self._taken:
             source = self._trim(value, path, dim) if self._trim is not None and is_array(value) else value
             some = taken_from(source, self._pick, path, dim=dim, group=group)
-            is_view = self._consecutive or isinstance(value, list | tuple)
+            is_view = self._consecutive or isinstance(value, LISTS)
             self._taken[key] = self._share(some) if is_view else some
         return self._taken[key]
 
@@ -234,7 +234,7 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
         return value[(*[slice(None)] * dim, chosen)] if dim else value[chosen]
     if isinstance(chosen, slice):
         return value[chosen]
-    if isinstance(value, list | tuple):
+    if isinstance(value, LISTS):
         return type(value)([value[each] for each in chosen])
     if isinstance(value, str | bytes):
         return [value[each] for each in chosen]

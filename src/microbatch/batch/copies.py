@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserList
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -61,8 +62,8 @@ class Copies:
             return self.tensor(value)
         if children(value) is not None:
             return map_leaves(self._leaf, value)
-        if type(value) is list:
-            return [self(each) for each in cast("Sequence[Any]", value)]
+        if type(value) in {list, UserList}:
+            return type(value)([self(each) for each in cast("Sequence[Any]", value)])
         if is_array(value):
             return value.copy() if hasattr(value, "copy") else value
         if slices_itself(value):

@@ -1,13 +1,15 @@
-"""Find batches in which another dimension than the first could hold the rows."""
+"""Find batches that could be read in another way than they are: along another dimension, or with other rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from microbatch.batch.marks import Rows
-from microbatch.batch.walk import is_array, leaves, slices_itself
+from microbatch.batch.recognise import count_rows
+from microbatch.batch.walk import LISTS, children, is_array, is_number, is_size, leaves, slices_itself
 
 _BATCH_FIRST = {"input_ids", "attention_mask", "token_type_ids"}  # names of a library whose rows always come first
 _CHANNELS = 4  # most channels of an image
@@ -79,6 +81,68 @@ def modules_with_time_first(model: nn.Module) -> list[str]:
         for name, each in model.named_modules()
         if isinstance(each, kinds) and not getattr(each, "batch_first", False)
     ]
+
+
+def doubtful_numbers(batch: object) -> str:
+    """Return a warning if numbers in lists could be those of the rows as well as a value of the whole batch.
+
+    These are lists of equally long lists, which are cut, and short tuples of whole numbers, which are not cut.
+
+    Args:
+        batch: One batch that has rows.
+
+    Returns:
+        A text with the remedy; empty if there are none, or if their length is not the number of rows.
+    """
+    if isinstance(batch, Tensor):
+        return ""
+    if type(batch) is dict and all(isinstance(each, Tensor) for each in cast("dict[Any, Any]", batch).values()):
+        return ""
+    found = list(_in_lists(batch, "batch"))
+    if not found or not any(isinstance(leaf, Tensor | Rows) or is_array(leaf) for _, leaf in leaves(batch)):
+        return ""
+    rows = count_rows(batch)
+    for path, shape in found:
+        if shape[0] != rows or rows < 2:
+            continue
+        if len(shape) > 1:
+            return (
+                f"{path} is a list of {rows} lists of numbers, and the batch has {rows} rows. It is read as one "
+                "list for each row. If it is a value of the whole batch, such as weights, mark it with mb.Whole(...). "
+                "If it has one list for each row, mark it with mb.Rows(...), and this warning ends"
+            )
+        return (
+            f"{path} is a tuple of {rows} whole numbers, and the batch has {rows} rows. It is read as a size, which "
+            "every microbatch gets. If it has one number for each row, mark it with mb.Rows(...). If it is a size, "
+            "mark it with mb.Whole(...), and this warning ends"
+        )
+    return ""
+
+
+def _in_lists(node: object, path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every size, and every list of lists of numbers, with its path and shape."""
+    inner = children(node)
+    if isinstance(node, LISTS) and len(node):
+        shape = _shape(node) if inner is None else None
+        if shape is not None and len(shape) > 1:
+            yield path, shape
+        if is_size(node) and not isinstance(node, Size) and not hasattr(node, "_fields"):
+            yield path, (len(node),)
+    for end, child in inner or ():
+        if not isinstance(child, Tensor):
+            yield from _in_lists(child, path + end)
+
+
+def _shape(node: object) -> tuple[int, ...] | None:
+    """Return the shape of numbers in lists, as an array of them has it; `None` if there is no such array."""
+    if not isinstance(node, LISTS):
+        return () if is_number(node) else None
+    values = cast("Sequence[Any]", node)
+    if len({len(each) if isinstance(each, LISTS) else -1 for each in values}) != 1:
+        return None
+    shapes = {_shape(each) for each in values}
+    inner = shapes.pop()
+    return None if shapes or inner is None else (len(values), *inner)
 
 
 def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

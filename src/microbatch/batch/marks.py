@@ -13,8 +13,8 @@ class Whole:
     """Mark a value of a batch that has no rows, so that every microbatch gets the complete value.
 
     The mark is needed for tensors of one or more dimensions and for lists, such as class weights, and for objects that
-    hold tensors. 0-d tensors, numbers, strings and `None` never have rows. The loss function receives the value without
-    the mark.
+    hold tensors or arrays. 0-d tensors, numbers, strings and `None` never have rows. The loss function receives the
+    value without the mark.
 
     Attributes:
         value: Any object.

@@ -12,12 +12,28 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from microbatch.batch.marks import Rows, Whole
-from microbatch.batch.row_errors import Entry, disagreement, read_once, samples_in_a_list, unknown_object
-from microbatch.batch.walk import ENDLESS, LONGEST_SIZE, children, holds_tensors, is_array, is_number, slices_itself
+from microbatch.batch.row_errors import (
+    Entry,
+    disagreement,
+    out_of_reach,
+    read_once,
+    samples_in_a_list,
+    unknown_object,
+)
+from microbatch.batch.uncollated import could_be_samples, images_with_targets, two_images
+from microbatch.batch.walk import (
+    ENDLESS,
+    LISTS,
+    beside,
+    children,
+    holds_arrays,
+    is_array,
+    is_number,
+    is_size,
+    slices_itself,
+)
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
-
-_CHANNELS = 4  # most channels of an image: a first dimension of up to 4 may be colours
 
 
 @dataclass(slots=True)
@@ -115,7 +131,7 @@ def spread(mark: Rows, path: str) -> list[tuple[str, Rows]]:
     Returns:
         Pairs of path and mark; one pair for a mark of a single value.
     """
-    inner = None if isinstance(mark.value, list | tuple) else children(mark.value)
+    inner = None if isinstance(mark.value, LISTS) else children(mark.value)
     if inner is None:
         return [(path, mark)]
     found: list[tuple[str, Rows]] = []
@@ -146,6 +162,8 @@ def _rows_of_tensors(batch: Any) -> int | None:
         if rows not in {-1, value.shape[0]}:
             return None
         rows = value.shape[0]
+    if rows == 3 and len(values) == 2 and type(batch) is not dict and two_images(*values):  # three colours
+        return None
     return None if rows < 0 else rows
 
 
@@ -153,7 +171,7 @@ def _rows_of_tensors(batch: Any) -> int | None:
 
 
 def _marked(mark: Rows, path: str) -> int | None:
-    if not isinstance(mark.value, list | tuple) and children(mark.value) is not None:
+    if not isinstance(mark.value, LISTS) and children(mark.value) is not None:
         sizes = {_marked(each, where) for where, each in spread(mark, path)}
         if len(sizes) != 1:
             raise BatchError(f"{path}: the values in mb.Rows have {_listed(sizes)} rows; mark each value by itself")
@@ -172,7 +190,7 @@ def _entries_along(mark: Rows, path: str) -> int:
     elif isinstance(value, PackedSequence):
         entries_of(value, path)  # raises
         raise AssertionError
-    elif isinstance(value, list | tuple | str | bytes) or slices_itself(value):
+    elif isinstance(value, (*LISTS, str, bytes)) or slices_itself(value):
         if dim:
             raise BatchError(
                 f"{path}: mb.Rows of {kind_of(value)} has one item per row, so dim= must be 0, not {dim}. Mark "
@@ -218,13 +236,19 @@ def _survey(node: Any, path: str, found: Found) -> None:
     if inner is None:
         _survey_leaf(node, path, found)
         return
-    if isinstance(node, list | tuple) and not hasattr(node, "_fields"):
+    for end, value in beside(node):
+        if holds_arrays(value):
+            raise out_of_reach(node, path, end)
+    images = images_with_targets(inner)
+    if images is not None:
+        raise samples_in_a_list(path + images, len(dict(inner)[images]), "images, beside a list of as many dicts")
+    if isinstance(node, LISTS) and not hasattr(node, "_fields"):
         values = [child for _, child in inner]
         if _are_numbers(values):
-            if isinstance(node, list) or len(values) > LONGEST_SIZE:
+            if not is_size(node):
                 found.numbers.append(Entry(path, len(values), (len(values),), what="list of 0-d tensors"))
             return
-        what = _alike(values)
+        what = could_be_samples(node, values)
         if what:
             own = Found()
             for end, child in inner:
@@ -237,12 +261,13 @@ def _survey(node: Any, path: str, found: Found) -> None:
 
 
 def _survey_leaf(leaf: Any, path: str, found: Found) -> None:
-    if isinstance(leaf, list | tuple) and not isinstance(leaf, PackedSequence):
+    numbers = isinstance(leaf, Sequence) and slices_itself(leaf) and _are_numbers(cast("Sequence[Any]", leaf))
+    if numbers or (isinstance(leaf, LISTS) and not isinstance(leaf, PackedSequence)):
         _note_values(cast("Sequence[Any]", leaf), path, found)
     elif not _note(leaf, path, found) and not isinstance(leaf, Rows):
         if isinstance(leaf, Iterator) and not isinstance(leaf, IOBase):
             raise read_once(leaf, path)
-        if holds_tensors(leaf):
+        if holds_arrays(leaf):
             raise unknown_object(leaf, path)
 
 
@@ -310,45 +335,6 @@ def _settle(found: Found, batch: object) -> int:
 
 def _are_numbers(values: Sequence[Any]) -> bool:
     return bool(values) and all(map(is_number, values))
-
-
-def _alike(values: Sequence[Any]) -> str:
-    """Return in words what the entries of a list are if they could be samples; else an empty text."""
-    if len(values) < 2:
-        return ""
-    first = values[0]
-    if isinstance(first, Tensor) or is_array(first):
-        if len(values) == 2 or not all(isinstance(each, Tensor) or is_array(each) for each in values):
-            return ""
-        if len({(each.dtype, len(each.shape)) for each in values}) > 1 or not first.shape:
-            return ""
-        shapes = {tuple(each.shape) for each in values}
-        pictures = len(first.shape) > 2 and all(shape[0] == first.shape[0] <= _CHANNELS for shape in shapes)
-        if len(shapes) == 1:
-            return f"{len(values)} tensors of shape {tuple(first.shape)}"
-        return f"{len(values)} tensors such as one of shape {tuple(first.shape)}" if pictures else ""
-    forms = [_form(each) for each in values]
-    if forms[0] is None or any(form != forms[0] for form in forms[1:]):
-        return ""
-    if len(values) == 2 and "number" not in forms[0]:
-        return ""
-    return f"{len(values)} entries of type {type(first).__name__}, alike in form"
-
-
-def _form(node: Any) -> tuple[Any, ...] | None:
-    """Return the form of a container: its keys, and the kind of each value; `None` for what is no container."""
-    inner = children(node)
-    if inner is None:
-        return ("object", type(node)) if slices_itself(node) else None
-    found: list[Any] = [type(node)]
-    for end, child in inner:
-        if isinstance(child, int | float) or (isinstance(child, Tensor) and child.ndim == 0):
-            found.append("number")
-        elif isinstance(child, Tensor) or is_array(child):
-            found += [end, child.dtype, len(child.shape)]
-        else:
-            found += [end, _form(child) or type(child)]
-    return tuple(found)
 
 
 def _listed(sizes: set[int | None]) -> str:

@@ -54,7 +54,9 @@ def disagreement(entries: Sequence[Entry]) -> RowsDisagreeError:
     return RowsDisagreeError(f"the tensors of one batch have different numbers of rows: {listed}{more}; {advice}")
 
 
-def samples_in_a_list(path: str, entries: int, what: str, *, inner: Sequence[Entry], rows: int | None) -> BatchError:
+def samples_in_a_list(
+    path: str, entries: int, what: str, *, inner: Sequence[Entry] = (), rows: int | None = None
+) -> BatchError:
     """Return the error for a list that could be the samples of the batch.
 
     Args:
@@ -71,11 +73,31 @@ def samples_in_a_list(path: str, entries: int, what: str, *, inner: Sequence[Ent
     first = f" with {inner[0].rows} rows each" if len({each.rows for each in inner}) == 1 else ""
     if rows is not None and rows != entries:
         kind, about = RowsDisagreeError, f"{about}, and the rest of the batch has {rows} rows"
+    readings = f"they could be {entries} samples, or {entries} different things"
+    if entries == 1:
+        readings = "it could be one sample, or one value"
     return kind(
-        f"{about}: they could be {entries} samples, or {entries} different things{first}. If they are samples, collate "
+        f"{about}: {readings}{first}. If they are samples, collate "
         f"them into one tensor (collate_fn of the DataLoader, torch.stack), or wrap the list in mb.Rows([...]) to get "
         "a list of samples in every microbatch. If they are different things, give them names: pass a dict or a named "
         "tuple"
+    )
+
+
+def out_of_reach(value: object, path: str, end: str) -> BatchError:
+    """Return the error for tensors that a container holds beside its items.
+
+    Args:
+        value: The container.
+        path: Where it is.
+        end: Name of the attribute, with a dot.
+
+    Returns:
+        The error.
+    """
+    return BatchError(
+        f"{path}{end} holds tensors or arrays, and is no field or item of {kind_of(value)}, so it would not be cut. "
+        f"Make it a field or an item, or pass a dict. Or wrap {path} in mb.Whole(...) if it has no rows"
     )
 
 
@@ -90,7 +112,7 @@ def unknown_object(value: object, path: str) -> BatchError:
         The error.
     """
     return BatchError(
-        f"{path} is {kind_of(value)}, which holds tensors, and it is not known which of them have rows. Wrap "
+        f"{path} is {kind_of(value)}, which holds tensors or arrays, and it is not known which of them have rows. Wrap "
         "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict. Or let the loader "
         "make microbatches, and use accumulator.windows(loader, microbatches=...), which does not cut them"
     )
@@ -123,9 +145,13 @@ def _advice(entries: Sequence[Entry], sizes: Sequence[int]) -> list[str]:
     """Find layouts in which the rows would agree."""
     found: list[str] = []
     plain = [each for each in entries if not each.marked and not each.what]
-    lists: dict[str, int] = {}
-    for each in plain:
-        lists[each.path.rpartition("[")[0]] = lists.get(each.path.rpartition("[")[0], 0) + each.path.endswith("]")
+    start = entries[0].path.removesuffix("[0]")
+    alike = len({len(each.shape) for each in entries}) == 1
+    if start != entries[0].path and alike and all(each.path == f"{start}[{n}]" for n, each in enumerate(entries)):
+        found.append(
+            f"if the entries of {start} are samples, pad them and collate them into one tensor (collate_fn of the "
+            "DataLoader)"
+        )
     for rows in sizes:
         others = [each for each in plain if each.rows != rows]
         if others and all(len(each.shape) > 1 and each.shape[1] == rows for each in others) and rows > 1:

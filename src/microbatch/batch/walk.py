@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from numbers import Number
+from collections import OrderedDict, UserDict, UserList, deque
+from collections.abc import Callable, Iterator, Mapping, MappingView, MutableMapping, Sequence
+from contextlib import suppress
+from functools import partial
+from numbers import Integral, Number
+from types import FunctionType, MethodType
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from microbatch.batch.marks import Rows, Whole
@@ -21,7 +24,10 @@ Leaf = Callable[[Any, str], Any]
 
 ENDLESS = "the batch is nested too deeply, or contains itself; pass a batch whose dicts and lists end somewhere"
 _PLAIN = (str, bytes, bytearray, memoryview, int, float, complex, range, type(None), Rows, Whole)
-LONGEST_SIZE = 4  # a longer tuple of numbers is not a size or a shape
+LISTS = (list, tuple, UserList)
+"""What holds one value after the other; a `UserList` is a list."""
+_LONGEST_SIZE = 4  # a longer tuple of whole numbers is not a size
+_PLAIN_SETTERS = (dict.__setitem__, OrderedDict.__setitem__)
 _DEPTH, _MOST = 5, 500  # how deep, and at how many objects, `holds_tensors` looks
 
 
@@ -111,7 +117,7 @@ def children(node: object) -> list[tuple[str, Any]] | None:
     if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
         items = cast("Mapping[Any, Any]", node)
         return [(f"[{key!r}]", items[key]) for key in items]
-    if isinstance(node, list | tuple) and not _is_leaf(node):
+    if isinstance(node, LISTS) and not _is_leaf(cast("Sequence[Any]", node)):
         return [(f"[{index}]", child) for index, child in enumerate(cast("Sequence[Any]", node))]
     if _is_dataclass(node):
         return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(cast("Any", node))]
@@ -136,6 +142,17 @@ def is_number(value: object) -> bool:
     )
 
 
+def is_size(value: object) -> bool:
+    """Return whether a value is a size, such as height and width: `torch.Size`, or a tuple of up to 4 whole numbers."""
+    if not isinstance(value, tuple):
+        return False
+    numbers = cast("tuple[Any, ...]", value)
+    return isinstance(value, Size) or (
+        len(numbers) <= _LONGEST_SIZE
+        and all(isinstance(each, Integral) and not isinstance(each, bool) for each in numbers)
+    )
+
+
 def slices_itself(value: Any) -> bool:
     """Return whether an object has a length and slices of its own type, as a TensorDict has.
 
@@ -146,7 +163,7 @@ def slices_itself(value: Any) -> bool:
         True if it has. Tensors, lists, tuples, texts, dicts and modules are handled otherwise.
     """
     kind = type(value)
-    if isinstance(value, (*_PLAIN, Tensor, list, tuple, dict, nn.Module)):
+    if isinstance(value, (*_PLAIN, Tensor, *LISTS, dict, nn.Module)):
         return False
     if not hasattr(kind, "__len__") or not hasattr(kind, "__getitem__"):
         return False
@@ -167,6 +184,46 @@ def holds_tensors(value: object) -> bool:
         True if one is found within a few levels.
     """
     return any(isinstance(each, Tensor) for each in held_in(value))
+
+
+def holds_arrays(value: object) -> bool:
+    """Return whether an object holds a tensor, or an array with a dimension, as `holds_tensors` looks for them.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        True if one is found within a few levels.
+    """
+    return any(
+        isinstance(each, Tensor) or (not isinstance(each, _PLAIN) and is_array(each) and each.shape)
+        for each in held_in(value)
+    )
+
+
+def beside(node: object) -> Iterator[tuple[str, Any]]:
+    """Yield what a container holds beside its items: attributes that are no fields, which no cut reaches.
+
+    Args:
+        node: A dataclass, or a dict, a list or a tuple.
+
+    Yields:
+        Pairs of name and value. An item that the class also keeps as an attribute is left out.
+    """
+    if type(node) in {dict, list, tuple} or not (
+        isinstance(node, dict | UserDict | list | tuple | UserList) or _is_dataclass(node)
+    ):
+        return
+    known = {"data"} if isinstance(node, UserDict | UserList) else set[str]()
+    if dataclasses.is_dataclass(node) and not isinstance(node, dict):
+        known |= {each.name for each in dataclasses.fields(node)}
+    # A class whose own `__setitem__` writes its attributes too, such as a model's output, has the cut rows in both.
+    kept_in_step = isinstance(node, dict) and type(node).__setitem__ not in _PLAIN_SETTERS
+    items = {id(child) for _, child in children(node) or ()} if kept_in_step else set[int]()
+    held = getattr(node, "__dict__", {})
+    for name, value in held.items() if held is not node else ():
+        if name not in known and id(value) not in items:
+            yield f".{name}", value
 
 
 def held_in(value: object) -> Iterator[Any]:
@@ -195,8 +252,8 @@ def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
         items = cast("Mapping[Any, Any]", node)
         found = {key: _mapped(function, items[key], f"{path}[{key!r}]", lists=lists) for key in items}
         return _rebuilt(_mapping_like, items, found, path=path)
-    if isinstance(node, list | tuple):
-        if not lists or _is_leaf(node):
+    if isinstance(node, LISTS):
+        if not lists or _is_leaf(cast("Sequence[Any]", node)):
             return function(node, path)
         made = [
             _mapped(function, child, f"{path}[{i}]", lists=lists) for i, child in enumerate(cast("Sequence[Any]", node))
@@ -222,13 +279,13 @@ def _is_dataclass(node: object) -> bool:
 
 def _is_leaf(node: Sequence[Any]) -> bool:
     """Return whether a list or a tuple holds plain values, such as one string per row, and no tensor."""
-    # `default_collate` returns strings as a list or a tuple. A short tuple of numbers is usually a size or a shape.
+    # `default_collate` returns strings as a list or a tuple.
     if isinstance(node, tuple):
         if hasattr(node, "_fields"):
             return isinstance(node, PackedSequence)
-        if len(node) > LONGEST_SIZE and all(is_number(item) and not isinstance(item, Tensor) for item in node):
-            return True
-        return bool(node) and all(isinstance(item, str | bytes) for item in node)
+        if all(is_number(item) and not isinstance(item, Tensor) for item in node):
+            return not is_size(node)
+        return all(isinstance(item, str | bytes) for item in node)
     return not any(_holds_array(item) for item in node)
 
 
@@ -249,9 +306,19 @@ def _inside(value: object) -> Iterator[Any]:
     if isinstance(value, Mapping):
         yield from cast("Mapping[Any, Any]", value).values()
         return
-    if isinstance(value, list | tuple | set | frozenset | deque):
+    if isinstance(value, list | tuple | set | frozenset | deque | MappingView):
         yield from cast("Sequence[Any]", value)
         return
+    if isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        yield value.__self__
+        return
+    elif isinstance(value, FunctionType):
+        yield from (value.__defaults__, value.__kwdefaults__)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # a variable without a value yet
+                yield cell.cell_contents
     yield from getattr(value, "__dict__", {}).values()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())

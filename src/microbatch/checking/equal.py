@@ -16,7 +16,7 @@ from torch import nn
 from microbatch.arguments import check_callable, is_text
 from microbatch.batch.batch_tree import rows_of, take_rows
 from microbatch.batch.cut import check_microbatch_size, cut
-from microbatch.batch.layouts import modules_with_time_first, other_layout
+from microbatch.batch.layouts import doubtful_numbers, modules_with_time_first, other_layout
 from microbatch.checking.accumulating import LENGTHS, with_possible_cut
 from microbatch.checking.causes import DIVIDED, PRECISION, REMEDIES, Causes, Subject, Suspect, error, find_causes
 from microbatch.checking.check_copies import Given
@@ -154,7 +154,7 @@ class _Bench:
 
     def __init__(self, given: Given, *, size: int, budget: int | str | None, options: Mapping[str, Any]) -> None:
         layout = other_layout(given.batch, time_first=modules_with_time_first(given.bare_model), thorough=True)
-        self.notes = [layout] if layout else []
+        self.notes = [text for text in (layout, doubtful_numbers(given.batch)) if text]
         self.options = options
         self._budget = None if budget is None or is_text(budget, "none") else parse_bytes(budget)
         self.given = given
