@@ -21,7 +21,7 @@ pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.fabric.wrappers import _FabricOptimizer  # pyright: ignore[reportPrivateUsage]
+from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
@@ -46,6 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step"),  # after an overflow
 ]
 
+_STRATEGY: Any = SingleDeviceStrategy()
 ROWS = 34
 TOKENS, WIDTH = 9, 6
 
@@ -638,7 +639,7 @@ def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
         assert float((sharded - unclipped).norm() / unclipped.norm()) < 1e-12
 
 
-@pytest.mark.parametrize("wrap", [LightningOptimizer, lambda inner: _FabricOptimizer(inner, SingleDeviceStrategy())])
+@pytest.mark.parametrize("wrap", [LightningOptimizer, lambda inner: _FabricOptimizer(inner, _STRATEGY)])
 def test_the_wrappers_around_optimizers_are_unwrapped(wrap: Callable[[Any], Any]) -> None:
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
     assert plain_optimizers(wrap(optimizer)) == [optimizer]

@@ -66,7 +66,7 @@ class FrozenWeights(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the parameters that the passes have moved, if there was more than one pass."""
-        young, new = self._windows < WINDOWS, self._new()
+        young, new = self._windows < WINDOWS, self._new(window)
         kept = [each for each in window.undo.snapshot.buffers if each.place is not None]
         moved = [each for each in kept if each.moved or (young and not each.same)]
         window.setup.history.moving.update((each.module, each.name) for each in (*new, *moved))
@@ -83,7 +83,7 @@ class FrozenWeights(Part):
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Warn about parameters that a window has moved which failed, and which had no copy of them."""
-        if window.undo.versions or not (new := self._new()):
+        if window.undo.versions or not (new := self._new(window)):
             return
         window.setup.history.moving.update((each.module, each.name) for each in new)
         text = moved_text(window, new, "weights with requires_grad=False moved")
@@ -92,15 +92,20 @@ class FrozenWeights(Part):
             f"{text}. The window failed and had no copy of them, so they stay as they are; later windows put them back",
         )
 
-    def _new(self) -> list[Frozen]:
+    def _new(self, window: OpenWindow) -> list[Frozen]:
         """Return the parameters without a copy that have moved."""
+        if not self._others:
+            return []
         pairs = zip(self._others, self._versions, strict=True)
         found = [each for each, version in pairs if each.parameter._version != version and not renorms(each.module)]
-        return found + [
-            each
-            for each, place in self._places
-            if each.parameter.data_ptr() != place and not _exempt(each.module) and each not in found
-        ]
+        for each, place in self._places:
+            if each.parameter.data_ptr() != place and not _exempt(each.module):
+                found.append(each)
+        if not window.options.is_sharded:
+            old = window.setup.trainable.replaced(window.options.model).values()
+            gone = {id(each) for each in old if not each.is_meta}  # hooks that load weights for a call leave meta ones
+            found += [each for each in self._others if id(each.parameter) in gone]
+        return list({id(each): each for each in found}.values())
 
 
 _ADVICE = (
