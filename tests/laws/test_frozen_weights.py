@@ -136,6 +136,24 @@ def test_s5_a_batch_that_is_encoded_twice_sees_the_same_frozen_weights_twice(mov
 
 
 @pytest.mark.parametrize("move", WAYS)
+def test_s5_the_second_encoding_of_a_batch_sees_the_frozen_weights_of_the_first(move: Any) -> None:
+    found: list[list[Tensor]] = []
+    for coupled in ("keep", "twice", "another"):
+        model = Momentum(move)
+        it = mb.Accumulator(
+            model, microbatch_size=2, buffers="each", coupled=coupled if coupled != "another" else "keep"
+        )
+        if coupled == "another":  # the negative control: weights that have moved already
+            model(X)
+        it.gradient(X, spread, encode=encode)
+        found.append([each.grad for each in model.student.parameters() if each.grad is not None] + values(model))
+    kept, twice, control = found
+    for ours, theirs in zip(twice, kept, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(control[0], kept[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("move", WAYS)
 @pytest.mark.parametrize("options", [{}, {"buffers": "each"}, {"buffers": "once"}])
 @pytest.mark.parametrize("before", [0, 3])
 def test_b4_a_window_that_fails_puts_frozen_weights_back(move: Any, options: Any, before: int) -> None:

@@ -71,7 +71,7 @@ class Trainable:
     def __init__(self) -> None:
         self._seen: list[object] = []
         self._named: list[Named] = []
-        self._tables: list[dict[str, Any]] = []
+        self._tables: list[Any] = []
         self._entries: list[object] = []
         self._by_name: dict[str, nn.Parameter] = {}
         self.frozen: list[Frozen] = []
@@ -111,7 +111,7 @@ class Trainable:
         frozen: dict[int, Frozen] = {}
         self._tables = []
         for module in modules:
-            own: dict[str, Any] = module._parameters  # pyright: ignore[reportPrivateUsage]
+            own: Any = module._parameters  # pyright: ignore[reportPrivateUsage]
             self._tables += [each for each in (own, module._modules) if each]  # pyright: ignore[reportPrivateUsage]
             for name, each in own.items():
                 if each is not None and not each.requires_grad:

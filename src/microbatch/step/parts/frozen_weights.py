@@ -96,13 +96,15 @@ class FrozenWeights(Part):
         """Return the parameters without a copy that have moved."""
         if not self._others:
             return []
-        pairs = zip(self._others, self._versions, strict=True)
-        found = [each for each, version in pairs if each.parameter._version != version and not renorms(each.module)]
+        now, found = [each.parameter._version for each in self._others], list[Frozen]()
+        if now != self._versions:
+            trios = zip(self._others, now, self._versions, strict=True)
+            found = [each for each, version, before in trios if version != before and not renorms(each.module)]
         for each, place in self._places:
             if each.parameter.data_ptr() != place and not _exempt(each.module):
                 found.append(each)
-        if not window.options.is_sharded:
-            old = window.setup.trainable.replaced(window.options.model).values()
+        old = window.setup.trainable.replaced(window.options.model).values() if self._windows < WINDOWS else ()
+        if old and not window.options.is_sharded:
             gone = {id(each) for each in old if not each.is_meta}  # hooks that load weights for a call leave meta ones
             found += [each for each in self._others if id(each.parameter) in gone]
         return list({id(each): each for each in found}.values())

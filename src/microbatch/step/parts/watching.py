@@ -79,7 +79,8 @@ class WatchedWeights(Part):
         """Refuse a window in whose course the model got other weights, or a weight with a gradient was frozen."""
         named = window.gradients.named
         model = window.options.model
-        if not window.options.is_sharded and (replaced := window.setup.trainable.replaced(model)):
+        replaced = window.setup.trainable.replaced(model)
+        if replaced and not window.options.is_sharded:  # sharding replaces parameters by itself
             trained = {id(each.parameter) for each in named}
             if names := [name for name, each in replaced.items() if id(each) in trained]:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -251,7 +252,7 @@ def renorms(module: Any) -> bool:
 
 
 def moved_text(window: OpenWindow, moved: Sequence[Any], what: str) -> str:
-    """Say which buffers or frozen weights moved, and how often.
+    """Return text that names the buffers or frozen weights that moved, and how often.
 
     Args:
         window: The window.
