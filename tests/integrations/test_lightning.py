@@ -21,7 +21,9 @@ pytest.importorskip("lightning")
 pytest.importorskip("torchdata")
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.wrappers import _FabricOptimizer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.fsdp import fully_shard
@@ -29,6 +31,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from microbatch.integrations.lightning import Microbatch
+from microbatch.step.plain_optimizers import plain_optimizers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -43,6 +46,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step"),  # after an overflow
 ]
 
+_STRATEGY: Any = SingleDeviceStrategy()
 ROWS = 34
 TOKENS, WIDTH = 9, 6
 
@@ -633,3 +637,9 @@ def test_two_ranks_with_uneven_rows(run_ranks: Any, tmp_path: Path) -> None:
         assert norms == pytest.approx(whole.norms, rel=1e-10)
         assert float((theirs - reference).norm() / reference.norm()) > 1e-3
         assert float((sharded - unclipped).norm() / unclipped.norm()) < 1e-12
+
+
+@pytest.mark.parametrize("wrap", [LightningOptimizer, lambda inner: _FabricOptimizer(inner, _STRATEGY)])
+def test_the_wrappers_around_optimizers_are_unwrapped(wrap: Callable[[Any], Any]) -> None:
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.1)
+    assert plain_optimizers(wrap(optimizer)) == [optimizer]

@@ -285,6 +285,80 @@ def test_s4_a_weight_that_is_thawed_inside_a_window_is_refused(when: int) -> Non
     assert is_exact(it, model)  # thawed between two windows, they take part
 
 
+def froze(model: nn.Module) -> None:
+    model.get_parameter("0.weight").requires_grad_(False)
+
+
+def assigned(model: Any) -> None:
+    model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+
+
+def other_layer(model: Any) -> None:
+    model[0] = nn.Linear(3, 4).double()
+
+
+def loaded(model: nn.Module) -> None:
+    model.load_state_dict({name: each * 2 for name, each in model.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("change", [froze, assigned, other_layer, loaded])
+@pytest.mark.parametrize("how", ["step", "gradient", "window"])
+def test_s4_weights_that_are_frozen_or_replaced_inside_a_window_are_refused(change: Any, how: str) -> None:
+    model = network()
+    it, calls = accumulator(model), list[int]()
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        calls.append(0)
+        if len(calls) == 2:
+            change(model)
+        return square(model, x)
+
+    def by_hand() -> None:
+        with it.window() as window:
+            for x in window.split(X):
+                window.backward(loss_fn(model, x))
+
+    kept = list(model.parameters())
+    before = [each.detach().clone() for each in kept]
+    with pytest.raises(WindowError, match=r"'0\.weight'.* inside the window.* between windows"):
+        by_hand() if how == "window" else getattr(it, how)(X, loss_fn)
+    assert all(map(torch.equal, before, kept))
+    assert all(each.grad is None for each in kept)
+    change(model)  # between windows all this is allowed
+    model.requires_grad_()
+    assert is_exact(accumulator(model), model)
+
+
+def test_s4_a_tied_weight_that_is_untied_inside_a_window_is_refused() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[1].weight = model[0].weight
+
+    def loss_fn(model: Any, x: Tensor) -> Tensor:
+        model[1].weight = nn.Parameter(model[0].weight.detach().clone())
+        return square(model, x)
+
+    with pytest.raises(WeightsMovedError, match=r"'1\.weight'"):
+        accumulator(model).step(X, loss_fn)
+
+
+def test_s4_weights_that_are_frozen_before_any_gradient_or_swapped_for_a_call_are_fine() -> None:
+    model, twin = network(), network()
+
+    def loss_fn(model: Any, x: Tensor) -> Tensor:
+        model[2].requires_grad_(False)  # for every microbatch, as for a large batch
+        doubled = {name: each * 2 for name, each in model.named_parameters()}
+        return square(model, x) + torch.func.functional_call(model, doubled, (x,)).mean()
+
+    for ours, plain in ((accumulator(model), None), (None, torch.optim.SGD(twin.parameters(), lr=0.1))):
+        if ours is not None:
+            assert ours.step(X, loss_fn).applied
+        if plain is not None:
+            loss_fn(twin, X).backward()
+            plain.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
 def test_s4_a_discriminator_that_is_frozen_for_a_while_is_fine() -> None:
     model, other = network(), network()
     it = accumulator(model)

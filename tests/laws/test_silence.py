@@ -356,9 +356,9 @@ def test_s8_a_contrastive_loss_without_encode_is_said_once() -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """Looks like an optimizer, and holds one, as Accelerate's does."""
+    """Looks like an optimizer, and holds one."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.calls = 0
 
@@ -368,18 +368,91 @@ class Wrapper(torch.optim.Optimizer):
         self.calls += 1
 
 
-def test_a_wrapped_optimizer_is_unwrapped_and_what_is_none_is_refused() -> None:
+class Accelerated(Wrapper):
+    """Is called as the one of Accelerate, which scales and places."""
+
+    step = Wrapper.step
+    __module__, __qualname__ = "accelerate.optimizer", "AcceleratedOptimizer"
+
+
+class Derived(Accelerated):
+    """Inherits `step`, and so adds nothing either."""
+
+
+def test_a_wrapper_that_only_scales_is_unwrapped_and_what_is_none_is_refused() -> None:
     model, twin = network(), network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    wrapper = Wrapper(Wrapper(optimizer))
+    wrapper = Accelerated(Derived(optimizer))
     it = accumulator(model, wrapper)
     assert it.options.optimizers == [optimizer]
     it.step(X, square)
     accumulator(twin).step(X, square)
     assert wrapper.calls == 0
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(ConfigError, match=r"scheduler StepLR; pass its optimizer"):
-        plain_optimizers(scheduler)
     with pytest.raises(ConfigError, match="not an int"):
         plain_optimizers(3)
+
+
+class Noam:
+    """The wrapper of the Annotated Transformer: its step sets the learning rate, which is 0 before."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.inner, self.steps = optimizer, 0
+
+    def step(self) -> None:
+        """Warm up, and step."""
+        self.steps += 1
+        self.inner.param_groups[0]["lr"] = 0.1 * self.steps
+        self.inner.step()
+
+
+class Overridden(Accelerated):
+    """Has a `step` of its own again."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Step what is inside twice."""
+        return [self.optimizer.step(closure) for _ in range(2)]
+
+
+class Lookahead(Wrapper):
+    """Has groups of parameters as well, but is no initialised optimizer."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        self.param_groups, self.state = optimizer.param_groups, optimizer.state
+
+
+@pytest.mark.parametrize("wrap", [Noam, Wrapper, Lookahead, Overridden, lambda inner: Accelerated(Noam(inner))])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_wrapper_that_may_change_the_step_is_refused_with_the_line_to_write(wrap: Any, several: bool) -> None:
+    model, twin = network(), network()
+    given = wrap(SGD(model.parameters(), lr=0.0))
+    with pytest.raises(
+        ConfigError, match=r"around an SGD.*accumulator\.gradient\(batch, loss_fn\), then wrapper\.step"
+    ):
+        plain_optimizers([given] if several else given)
+
+    noam, theirs = Noam(SGD(model.parameters(), lr=0.0)), Noam(SGD(twin.parameters(), lr=0.0))
+    it = mb.Accumulator(model, microbatch_size=5)
+    for _ in range(2):
+        it.gradient(X, square)  # as the text says
+        noam.step()
+        twin.zero_grad()
+        square(twin, X).backward()
+        theirs.step()
+    for ours, plain in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-14)
+
+
+class Schedule:
+    """Looks like the scheduler of Accelerate, which holds no optimizer but a scheduler."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.get_last_lr = scheduler, scheduler.get_last_lr
+
+
+@pytest.mark.parametrize("wrap", [lambda each: each, Schedule, Accelerated])
+def test_a_scheduler_is_refused_as_one_however_it_is_wrapped(wrap: Any) -> None:
+    scheduler = torch.optim.lr_scheduler.StepLR(SGD(network().parameters(), lr=0.1), 1)
+    with pytest.raises(ConfigError, match=r"scheduler (StepLR|Schedule); pass its optimizer.*scheduler\.step"):
+        plain_optimizers(wrap(scheduler))

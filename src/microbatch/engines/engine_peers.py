@@ -25,7 +25,6 @@ from microbatch.step.part import Begin, OpenWindow, Pass, Run
 from microbatch.step.peers.borrow_rows import borrow_rows, few_of
 from microbatch.step.peers.data_parallel import DataParallel
 from microbatch.step.peers.rank_setup import RankSetup, describe_optimizer
-from microbatch.step.saved_state import Snapshot
 
 
 class EnginePeers(DataParallel):
@@ -110,7 +109,7 @@ class EnginePeers(DataParallel):
     @contextmanager
     def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
         """Set whether the engine reduces in this pass, and restore random state and buffers after a filler."""
-        before = Snapshot(window.model, window.device) if p.filler else None
+        before = window.undo.snapshot.again() if p.filler else None
         self._outputs.clear()
         self._zero.set_boundary(last=self.passes_together and self._made + 1 == self._planned)
         yield

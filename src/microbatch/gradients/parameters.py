@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_VALUES = operator.methodcaller("values")
 
 
 @dataclass(slots=True)  # not frozen: one is made for every parameter and window
@@ -25,6 +28,21 @@ class Named:
     name: str
     parameter: nn.Parameter | Tensor
     held: bool = True
+
+
+@dataclass(slots=True)
+class Frozen:
+    """A parameter without ``requires_grad``.
+
+    Attributes:
+        module: The module that holds it.
+        name: Its name there.
+        parameter: The parameter.
+    """
+
+    module: nn.Module
+    name: str
+    parameter: Tensor
 
 
 def first_parameter(model: nn.Module) -> nn.Parameter | None:
@@ -44,11 +62,19 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 class Trainable:
-    """List the trainable parameters of each window, again only where something has changed since the last one."""
+    """List the trainable parameters of each window, again only where something has changed since the last one.
+
+    Attributes:
+        frozen: Each parameter of the modules without ``requires_grad``, once.
+    """
 
     def __init__(self) -> None:
         self._seen: list[object] = []
         self._named: list[Named] = []
+        self._tables: list[Any] = []
+        self._entries: list[object] = []
+        self._by_name: dict[str, nn.Parameter] = {}
+        self.frozen: list[Frozen] = []
 
     def __call__(
         self, model: nn.Module, optimizers: Iterable[Optimizer], modules: Iterable[nn.Module]
@@ -77,7 +103,41 @@ class Trainable:
             seen += module._modules.keys()  # pyright: ignore[reportPrivateUsage]
         if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
             self._seen, self._named = seen, trainable(model, optimizers)
+            self._by_name = dict(model.named_parameters(remove_duplicate=False))
+            self._list(modules)
         return self._named
+
+    def _list(self, modules: Iterable[nn.Module]) -> None:
+        frozen: dict[int, Frozen] = {}
+        self._tables = []
+        for module in modules:
+            own: Any = module._parameters  # pyright: ignore[reportPrivateUsage]
+            self._tables += [each for each in (own, module._modules) if each]  # pyright: ignore[reportPrivateUsage]
+            for name, each in own.items():
+                if each is not None and not each.requires_grad:
+                    frozen.setdefault(id(each), Frozen(module, name, each))
+        self._entries, self.frozen = self._entries_now(), list(frozen.values())
+
+    def _entries_now(self) -> list[object]:
+        return list(chain.from_iterable(map(_VALUES, self._tables)))
+
+    def replaced(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that the model no longer has under their names, since they were last listed.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The parameters from before, by name.
+
+        Cost:
+            A comparison of objects for each parameter and module, if nothing was replaced.
+        """
+        now = self._entries_now()
+        if len(now) == len(self._entries) and all(map(operator.is_, now, self._entries)):
+            return {}
+        found = dict(model.named_parameters(remove_duplicate=False))
+        return {name: each for name, each in self._by_name.items() if found.get(name) is not each}
 
 
 def trainable(model: nn.Module, optimizers: Iterable[Optimizer]) -> list[Named]:

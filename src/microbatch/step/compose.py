@@ -27,6 +27,7 @@ from microbatch.step.parts.captured_gradients import CapturedGradients
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
+from microbatch.step.parts.frozen_weights import FrozenWeights
 from microbatch.step.parts.fused import Fused
 from microbatch.step.parts.loss_warnings import CountWarning, CouplingWarning
 from microbatch.step.parts.memory_budget import MemoryBudget
@@ -185,6 +186,7 @@ class Composition:
             found.append(self.checkpointing)
         if options.batch_norm in _NORMS:
             found.append(_NORMS[options.batch_norm]())
+        found.append(FrozenWeights())
         if options.batch_norm != EXACT:  # lockstep moves buffers once
             found += _BUFFERS[options.buffers]()
         if normalizes_rows(options.bare_model):

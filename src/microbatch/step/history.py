@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from microbatch.errors import WindowOpenError
 
 
@@ -17,12 +19,14 @@ class History:
         skipped: Number of windows dropped because their gradient was not finite.
         count: Count of the last window, the estimate for the next one. It is only a scale and never changes a result.
         seed: Seed of random masks: the process's seed when the first window opens.
+        moving: Parameters without ``requires_grad`` that forward passes were seen to move: module and name.
     """
 
     windows: int = 0
     skipped: int = 0
     count: float = 0.0
     seed: int | None = None
+    moving: set[tuple[nn.Module, str]] = field(default_factory=set[tuple[nn.Module, str]], repr=False)
     # The open window and the name of its thread. A dict, because `setdefault` is indivisible between threads.
     _open: dict[str, tuple[object, str]] = field(default_factory=dict[str, tuple[object, str]], init=False, repr=False)
 

@@ -11,20 +11,28 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from microbatch.errors import ConfigError
-from microbatch.kind_words import kind_of
+from microbatch.kind_words import kind_of, with_article
 
 _DEPTH = 8  # wrappers around wrappers
+_SCALE_OR_PLACE = frozenset(
+    {  # the classes whose step() scales, synchronises or places, and adds nothing to the update
+        "accelerate.optimizer.AcceleratedOptimizer",
+        "lightning.fabric.wrappers._FabricOptimizer",
+        "lightning_fabric.wrappers._FabricOptimizer",
+        "lightning.pytorch.core.optimizer.LightningOptimizer",
+        "pytorch_lightning.core.optimizer.LightningOptimizer",
+    }
+)
 _REFUSED = (
     "optimizer must be a torch.optim.Optimizer, several of them in a list, or None for gradients without a step, not "
-    "{}; if it wraps an optimizer, pass the optimizer inside"
 )
 
 
 def plain_optimizers(given: object) -> list[Optimizer]:
-    """List one optimizer or several, each without the wrappers of other libraries.
+    """List one optimizer or several, each without the wrappers of Accelerate, Fabric and Lightning.
 
-    A wrapper, such as the one of Accelerate, counts microbatches and skips steps by itself. A window does this already,
-    and calls the optimizer once.
+    These wrappers scale, synchronise and skip steps by themselves. A window does this already, and calls the optimizer
+    once. The ``step`` of any other wrapper may change the update, so such a wrapper is refused.
 
     Args:
         given: An optimizer, several of them, or `None` for none.
@@ -33,15 +41,13 @@ def plain_optimizers(given: object) -> list[Optimizer]:
         The optimizers.
 
     Raises:
-        ConfigError: Something else was given.
+        ConfigError: Something else was given, or another wrapper.
     """
     if given is None:
         return []
-    if _is_one(given):
-        return [_plain(given)]
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Tensor):
-        raise ConfigError(_REFUSED.format(kind_of(given)))
-    return [_plain(each) for each in cast("Iterable[object]", given)]
+    one = isinstance(given, Optimizer | str | bytes | Tensor) or _wrapped(given) is not None
+    several = isinstance(given, Iterable) and not one
+    return [_plain(each) for each in (cast("Iterable[object]", given) if several else [given])]
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -89,19 +95,45 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
 
 
 def _plain(given: Any) -> Optimizer:
-    if isinstance(given, LRScheduler):
-        raise ConfigError(
-            f"optimizer is the scheduler {type(given).__name__}; pass its optimizer, and call scheduler.step() "
-            "yourself after each step"
-        )
     inner = given
     for _ in range(_DEPTH):
+        if isinstance(inner, LRScheduler) or hasattr(inner, "get_last_lr"):
+            raise ConfigError(
+                f"optimizer is the scheduler {type(inner).__name__}; pass its optimizer, and call scheduler.step() "
+                "yourself after each step"
+            )
         # A wrapper may only look like an optimizer: one that was never initialised has no hooks.
         if isinstance(inner, Optimizer) and "_optimizer_step_pre_hooks" in vars(inner):
             return inner
-        inner = getattr(inner, "optimizer", None)
-    raise ConfigError(_REFUSED.format(kind_of(given)))
+        if not _only_scales(inner):
+            break
+        inner = _wrapped(inner)
+    raise ConfigError(_words(given if inner is None else inner))
 
 
-def _is_one(given: object) -> bool:
-    return isinstance(given, Optimizer | LRScheduler) or hasattr(given, "optimizer")
+def _words(given: object) -> str:
+    """Return the words about an object that is no optimizer, or a wrapper whose `step` may change the update."""
+    name, inner = type(given).__name__, _wrapped(given)
+    if "deepspeed" in type(given).__module__.split("."):
+        return f"optimizer is {with_article(name)}, which the engine of DeepSpeed steps: use mb.DeepSpeed(engine)"
+    if not isinstance(inner, Optimizer | LRScheduler):
+        return f"{_REFUSED}{kind_of(given)}; if it wraps an optimizer, pass the optimizer inside"
+    return (
+        f"optimizer is {with_article(name)} around {with_article(type(inner).__name__)}. A window calls the step of "
+        f"a torch.optim.Optimizer itself, so that {name}.step() would never run. Keep the wrapper, and take the step "
+        "yourself: accumulator = mb.Accumulator(model), and for each batch accumulator.gradient(batch, loss_fn), then "
+        f"wrapper.step(). If {name} changes nothing about the update, pass the optimizer inside"
+    )
+
+
+def _wrapped(given: object) -> object:
+    """Return the optimizer or scheduler that an object holds as an attribute; `None` for none."""
+    found = getattr(given, "optimizer", None)
+    own = [] if isinstance(given, type | nn.Module) else getattr(given, "__dict__", {}).values()
+    return found or next((each for each in own if isinstance(each, Optimizer | LRScheduler)), None)
+
+
+def _only_scales(given: object) -> bool:
+    """Return whether the class that defines the object's `step` is known to leave the update as it is."""
+    owner = next((kind for kind in type(given).__mro__ if "step" in vars(kind)), object)
+    return f"{owner.__module__}.{owner.__qualname__}" in _SCALE_OR_PLACE

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from microbatch.devices.backend import random_state, set_random_state
+from microbatch.gradients.parameters import Frozen
 
+PLAIN = (Tensor, nn.Parameter)
+"""The types whose values and memory can be compared."""
 _C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """A buffer at the start of a window.
+    """A buffer, or a parameter without ``requires_grad``, at the start of a window.
 
     Attributes:
         module: The module that holds it.
@@ -28,6 +31,7 @@ class Buffer:
         tensor: The tensor.
         copy: Its values at the start.
         version: Its version counter at the start.
+        place: The address of a parameter's memory at the start, which an assignment to ``.data`` changes.
     """
 
     module: nn.Module
@@ -35,6 +39,7 @@ class Buffer:
     tensor: Tensor
     copy: Tensor
     version: int
+    place: int | None = None
 
     def now(self) -> Tensor:
         """Return the module's present tensor of this name."""
@@ -43,19 +48,20 @@ class Buffer:
     @property
     def moved(self) -> bool:
         """Whether it was written to, or replaced by another tensor."""
-        return self.now() is not self.tensor or self.tensor._version != self.version
+        written = self.now() is not self.tensor or self.tensor._version != self.version
+        return written or (self.place is not None and self.tensor.data_ptr() != self.place)
 
     @property
     def same(self) -> bool:
         """Whether its values are those of the start, bit by bit or NaN in both; waits for the device."""
-        if type(self.tensor) is not Tensor or self.tensor.layout is not torch.strided or self.tensor.is_quantized:
+        if type(self.tensor) not in PLAIN or self.tensor.layout is not torch.strided or self.tensor.is_quantized:
             return True  # comparing them might communicate, or is not possible
         if self.tensor.shape != self.copy.shape:
             return False
-        equal = self.tensor == self.copy
-        return bool(
-            (equal | ((self.tensor != self.tensor) & (self.copy != self.copy))).all()
-        )  # NaN differs from itself
+        copy = self.copy.to(self.tensor.device)
+        equal = self.tensor == copy
+        nan = (self.tensor != self.tensor) & (copy != copy)  # noqa: PLR0124 - NaN differs from itself
+        return bool((equal | nan).all())
 
 
 class Unscaled:
@@ -100,7 +106,7 @@ class Snapshot:
 
     Attributes:
         modules: Every module of the model.
-        buffers: Every buffer of the model.
+        buffers: Every buffer of the model, and the parameters of `keep`.
 
     Cost:
         A copy of the buffers and a few kilobytes; no host synchronisation.
@@ -110,7 +116,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._random = RandomState(device)
+        self._random, self._device, self._model = RandomState(device), device, model
         self.modules = list(model.modules())
         self.buffers = [
             Buffer(module, name, tensor, tensor.detach().clone(), tensor._version)
@@ -118,6 +124,30 @@ class Snapshot:
             if module._buffers  # pyright: ignore[reportPrivateUsage] - most have none, and the call takes longer
             for name, tensor in module.named_buffers(recurse=False)
         ]
+
+    def keep(self, frozen: Iterable[Frozen], *, on_host: bool = False) -> None:
+        """Copy parameters that forward passes may move, and restore them together with the buffers.
+
+        Args:
+            frozen: The parameters, which have no gradient.
+            on_host: Whether the copies take memory of the host, instead of the device.
+        """
+        for each in frozen:
+            tensor = each.parameter.detach()
+            copy = tensor.to("cpu", copy=True) if on_host else tensor.clone()
+            version, place = each.parameter._version, each.parameter.data_ptr()
+            self.buffers.append(Buffer(each.module, each.name, each.parameter, copy, version, place))
+
+    def drop_still(self) -> None:
+        """Drop the parameters of `keep` that nothing has moved, so that their copies are freed."""
+        self.buffers = [each for each in self.buffers if each.place is None or each.moved or not each.same]
+
+    def again(self) -> Snapshot:
+        """Return a snapshot of the same things as they are now."""
+        found = Snapshot(self._model, self._device)
+        kept = [each for each in self.buffers if each.place is not None]
+        found.keep(Frozen(each.module, each.name, each.tensor) for each in kept)
+        return found
 
     def restore(self, *, uncounted: bool = False) -> None:
         """Restore the random state and the buffers.
@@ -140,7 +170,10 @@ class Snapshot:
             if buffer.now() is not buffer.tensor:
                 setattr(buffer.module, buffer.name, buffer.tensor)
             with _version_kept(buffer.tensor) if uncounted else nullcontext():
-                buffer.tensor.copy_(buffer.copy)
+                if buffer.tensor.shape == buffer.copy.shape:
+                    buffer.tensor.copy_(buffer.copy)
+                else:  # it was resized in place
+                    buffer.tensor.set_(buffer.copy.clone())  # pyright: ignore[reportArgumentType]
 
 
 def _version_kept(tensor: Tensor) -> AbstractContextManager[object]:

@@ -15,12 +15,13 @@ from microbatch.devices.backend import to_wide
 from microbatch.errors import WeightsMovedError, WindowError
 from microbatch.gradients.parameters import Named
 from microbatch.step.part import OpenWindow, Part, Pass, Run
-from microbatch.step.saved_state import Buffer
+from microbatch.step.saved_state import PLAIN
 
 _NAMED = 4  # buffers that a warning names
-_WINDOWS = 2  # windows in which the values of buffers are compared
+WINDOWS = 2
+"""Windows in which the values of buffers are compared."""
 _PLACES = 8  # weights whose places are compared in one window
-_PLAIN = (nn.Parameter, Tensor)
+_NORM = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
 class WatchedWeights(Part):
@@ -45,7 +46,7 @@ class WatchedWeights(Part):
         named, groups = window.gradients.named, [g for each in window.options.optimizers for g in each.param_groups]
         stride = len(named) // _PLACES + 1
         some = named[window.setup.history.windows % stride :: stride]
-        self._places = [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in _PLAIN]
+        self._places = [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
         self._frozen = [(p, p.grad) for group in groups for p in group["params"] if not p.requires_grad]
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
@@ -53,8 +54,9 @@ class WatchedWeights(Part):
         return partial(self._watched, window, run)
 
     def check(self, window: OpenWindow) -> None:
-        """Compare the versions and the places before the step, and refuse a weight that was thawed in the window."""
+        """Compare the versions and the places before the step; refuse weights replaced, frozen or thawed since."""
         self._compare(window)
+        self._check_same(window)
         replaced = next((each.name for each, place in self._places if each.parameter.data_ptr() != place), None)
         if replaced is not None and not _flattens(window, replaced):
             raise WeightsMovedError(
@@ -73,6 +75,31 @@ class WatchedWeights(Part):
                 "between windows"
             )
 
+    def _check_same(self, window: OpenWindow) -> None:
+        """Refuse a window in whose course the model got other weights, or a weight with a gradient was frozen."""
+        named = window.gradients.named
+        model = window.options.model
+        replaced = window.setup.trainable.replaced(model)
+        if replaced and not window.options.is_sharded:  # sharding replaces parameters by itself
+            trained = {id(each.parameter) for each in named}
+            if names := [name for name, each in replaced.items() if id(each) in trained]:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise WeightsMovedError(
+                    f"the model got another parameter as {names[0]!r}{more} inside the window (an assignment to an "
+                    "attribute, or load_state_dict(assign=True)): its microbatches would have gradients of different "
+                    "weights, and the optimizer holds the parameter from before. Replace parameters between windows, "
+                    "and create the optimizer again"
+                )
+        if all(each.parameter.requires_grad for each in named):
+            return
+        pairs = zip(named, window.gradients.present, strict=True)
+        frozen = next((each.name for each, present in pairs if present and not each.parameter.requires_grad), None)
+        if frozen is not None:
+            raise WindowError(
+                f"the weight {frozen!r} was frozen (requires_grad=False) inside the window, after microbatches had "
+                "added to its gradient, which is therefore not the large batch's; freeze weights between windows"
+            )
+
     def _watched(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
         run(tensors, seeds)
         self._compare(window)
@@ -81,7 +108,7 @@ class WatchedWeights(Part):
         now = window.gradients.versions
         if now == self._versions:
             return
-        renormed = {id(each.weight) for each in window.model.modules() if _renorms(each)}
+        renormed = {id(each.weight) for each in window.model.modules() if renorms(each)}
         pairs = zip(window.gradients.named, now, self._versions, strict=True)
         moved = [e.name for e, version, before in pairs if version != before and id(e.parameter) not in renormed]
         if not moved:
@@ -116,20 +143,20 @@ class WatchedBuffers(Part):
         if len(window.done) < 2 or window.setup.warn.has("buffers"):
             return
         self._windows += 1
-        values = self._windows <= _WINDOWS
-        buffers = [each for each in window.undo.snapshot.buffers if not isinstance(each.module, BatchNorm)]
-        moved = [each for each in buffers if each.moved or (values and not each.same)]
+        values = self._windows <= WINDOWS
+        moved = [
+            each
+            for each in window.undo.snapshot.buffers
+            if each.place is None  # a buffer
+            and not (each.name in _NORM and isinstance(each.module, BatchNorm))
+            and (each.moved or (values and not each.same))
+        ]
         if moved:
-            kinds = sorted({type(each.module).__name__ for each in moved})
-            names = [_name(window.model, each) for each in moved]
-            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
             window.setup.warn(
                 "buffers",
-                f"buffers move with every microbatch: {', '.join(names[:_NAMED])}{more} (of {', '.join(kinds)}). The "
-                f"large batch would move them once, and here they moved {len(window.done)} times, so later "
-                'microbatches see other values. buffers="once" starts every microbatch from the values before the '
-                'window, and keeps the update of the first microbatch; buffers="mean" keeps the mean of all updates; '
-                'buffers="each" keeps this behaviour without the warning',
+                f'{moved_text(window, moved, "buffers move")}. buffers="once" starts every microbatch from the values '
+                'before the window, and keeps the update of the first microbatch; buffers="mean" keeps the mean of all '
+                'updates; buffers="each" keeps this behaviour without the warning',
             )
 
 
@@ -151,21 +178,27 @@ class BuffersOnce(Part):
         self._pooled = pooled
         self._first: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._rows = 0.0
+        self._rows, self._begun = 0.0, False
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Forget the window before."""
-        self._first, self._sums, self._rows = [], [], 0.0
+        self._first, self._sums, self._rows, self._begun = [], [], 0.0, False
 
     @contextmanager
     def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
         """Start the pass from the values before the window, and record its update."""
         snapshot = window.undo.snapshot
-        snapshot.restore_buffers()
+        if self._begun:
+            snapshot.restore_buffers()
         yield
+        if not self._begun:
+            self._begun = True
+            snapshot.drop_still()
         if p.again or p.filler or not p.rows:
             return
         values = [each.now().detach() for each in snapshot.buffers]
+        if self._pooled:
+            self._check_shapes(window, values)
         if not self._first:
             self._first = [value.clone() for value in values]
             self._sums = [to_wide(value) * p.rows if value.is_floating_point() else value for value in self._first]
@@ -183,8 +216,22 @@ class BuffersOnce(Part):
         with torch.no_grad():
             for buffer, first, total in zip(window.undo.snapshot.buffers, self._first, self._sums, strict=True):
                 pooled = self._pooled and first.is_floating_point()
-                buffer.tensor.copy_(total / self._rows if pooled else first)
+                if first.shape == buffer.tensor.shape:
+                    buffer.tensor.copy_(total / self._rows if pooled else first)
+                else:
+                    setattr(buffer.module, buffer.name, first)
         self._first, self._sums = [], []
+
+    @staticmethod
+    def _check_shapes(window: OpenWindow, values: Sequence[Tensor]) -> None:
+        """Refuse the mean of buffers that change their shape, such as a queue that grows."""
+        for buffer, value in zip(window.undo.snapshot.buffers, values, strict=True):
+            if value.is_floating_point() and value.shape != buffer.copy.shape:
+                raise WindowError(
+                    f"the buffer {_name(window.model, buffer)!r} changed its shape from {tuple(buffer.copy.shape)} to "
+                    f'{tuple(value.shape)} in a microbatch, so buffers="mean" has no values to average; '
+                    'buffers="once" keeps the update of the first microbatch, buffers="each" those of all microbatches'
+                )
 
 
 def _flattens(window: OpenWindow, name: str) -> bool:
@@ -192,11 +239,38 @@ def _flattens(window: OpenWindow, name: str) -> bool:
     return isinstance(dict(window.model.named_modules()).get(name.rpartition(".")[0]), nn.RNNBase)
 
 
-def _renorms(module: Any) -> bool:
-    """Return whether forward shortens the rows of the weight that it reads; a row that is short stays as it is."""
+def renorms(module: Any) -> bool:
+    """Return whether forward shortens the rows of the weight that it reads; a row that is short stays as it is.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Whether it is an embedding with ``max_norm``.
+    """
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
-def _name(model: nn.Module, buffer: Buffer) -> str:
-    path = next((path for path, module in model.named_modules() if module is buffer.module), "")
-    return f"{path}.{buffer.name}" if path else buffer.name
+def moved_text(window: OpenWindow, moved: Sequence[Any], what: str) -> str:
+    """Return text that names the buffers or frozen weights that moved, and how often.
+
+    Args:
+        window: The window.
+        moved: Their modules and names.
+        what: The kind of state and the verb.
+
+    Returns:
+        The beginning of a warning.
+    """
+    kinds = sorted({type(each.module).__name__ for each in moved})
+    names = [_name(window.model, each) for each in moved]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"{what} with every microbatch: {', '.join(names[:_NAMED])}{more} (of {', '.join(kinds)}). The large batch "
+        f"would move them once, and here they moved {len(window.done)} times, so later microbatches see other values"
+    )
+
+
+def _name(model: nn.Module, each: Any) -> str:
+    path = next((path for path, module in model.named_modules() if module is each.module), "")
+    return f"{path}.{each.name}" if path else each.name

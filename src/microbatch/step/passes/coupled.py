@@ -124,7 +124,7 @@ class Coupled:
         shares = [own_part(share, own=self.own, whole=self.rows) for share in shares]
         window.run(*(window.seeds(shares, None) if shares else ([], [])))
         # Random state and buffers after the loss are restored at the end.
-        after = Snapshot(window.model, window.device)
+        after = window.undo.snapshot.again()
         for rows, tensors, seeds in self._push(self._gradients(shares), after):
             window.passes.start(window, rows, tensors, seeds)
         window.passes.finish(window)
@@ -161,7 +161,7 @@ class Coupled:
         window, encoded = self._window, list[Representations]()
         self._exchange = window.peers.exchange()  # from now on, the other ranks wait in this exchange
         if not self._keep:
-            self._start = Snapshot(window.model, window.device)
+            self._start = window.undo.snapshot.again()
         for p in window.passes.of(window, begin, graph=self._keep):
             if not self._keep:
                 self._states.append(RandomState(window.device, self._states[-1] if self._states else None))

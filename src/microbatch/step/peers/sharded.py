@@ -28,7 +28,6 @@ from microbatch.step.part import Begin, OpenWindow, Pass, Run
 from microbatch.step.peers.borrow_rows import borrow_rows, few_of
 from microbatch.step.peers.data_parallel import DataParallel
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.room import room_for
 
 _SAFE = 0.9  # share of the memory that unsharded gradients may fill
@@ -124,7 +123,7 @@ class ShardedPeers(DataParallel):
     @contextmanager
     def around(self, window: OpenWindow, p: Pass) -> Generator[None]:
         """Set the flags of a pass, and restore random state and buffers after a filler."""
-        before = Snapshot(window.model, window.device) if p.filler else None
+        before = window.undo.snapshot.again() if p.filler else None
         self._ran, self._fsdp.silent = False, p.filler
         self._fsdp.begin()
         yield
