@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from microbatch.arguments import attribute, listed_of
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 
@@ -39,9 +40,10 @@ def plain_optimizers(given: object) -> list[Optimizer]:
         return []
     if _is_one(given):
         return [_plain(given)]
-    if not isinstance(given, Iterable) or isinstance(given, str | bytes | Tensor):
+    listed = None if isinstance(given, str | bytes | Tensor) else listed_of(given)
+    if listed is None:
         raise ConfigError(_REFUSED.format(kind_of(given)))
-    return [_plain(each) for each in cast("Iterable[object]", given)]
+    return [_plain(each) for each in listed]
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -99,9 +101,9 @@ def _plain(given: Any) -> Optimizer:
         # A wrapper may only look like an optimizer: one that was never initialised has no hooks.
         if isinstance(inner, Optimizer) and "_optimizer_step_pre_hooks" in vars(inner):
             return inner
-        inner = getattr(inner, "optimizer", None)
+        inner = attribute(inner, "optimizer")
     raise ConfigError(_REFUSED.format(kind_of(given)))
 
 
 def _is_one(given: object) -> bool:
-    return isinstance(given, Optimizer | LRScheduler) or hasattr(given, "optimizer")
+    return isinstance(given, Optimizer | LRScheduler) or attribute(given, "optimizer") is not None
