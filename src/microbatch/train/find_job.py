@@ -41,9 +41,9 @@ def find_job(name: str) -> Callable[..., Any]:
         path, function = name, ""
     if not path.endswith(".py"):
         if name.endswith(".toml"):
-                f"{name} is a file of settings, not a job: write --config {name}, and name the job in the file, or "
-                "before the option"
-                f"{name} is a file of settings, not a job: write --config {name}, and name the job in the file or before it"
+            raise ConfigError(
+                f"{name} is a file of settings, not a job: write --config {name}, and name the job in the file or "
+                "before it"
             )
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}? The" if near else "the"
