@@ -45,6 +45,32 @@ class Hostile:
         return "Hostile()"
 
 
+class Refusing:
+    """Raises an error of its own for every attribute that it does not have."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse."""
+        raise RuntimeError(name)
+
+    def __repr__(self) -> str:
+        """Name it."""
+        return "Refusing()"
+
+
+class Entries(dict[str, Any]):
+    """A dict whose entries are attributes; one that is not there raises KeyError, also in `hasattr`."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Unreadable(dict[str, Any]):
+    """A dict that cannot be iterated over."""
+
+    def __iter__(self) -> Any:
+        """Refuse."""
+        raise RuntimeError
+
+
 class Output:
     """What a Transformers model returns, as an object."""
 
@@ -71,6 +97,8 @@ WRONG: dict[str, Any] = {
     "(1, 2)": (1, 2),
     "object()": object(),
     "Hostile()": Hostile(),
+    "Refusing()": Refusing(),
+    "Entries()": Entries(x=1),
     "type": int,
     "lambda": lambda *_: None,
     "tensor(2)": torch.tensor(2),
@@ -78,6 +106,9 @@ WRONG: dict[str, Any] = {
     "meta": torch.ones((), device="meta"),
     "np.int64(4)": np.int64(4),
     "np.ones(2)": np.ones(2),
+    "np.array(2)": np.array(2),
+    "np.bool_": np.True_,
+    "{'x'}": {"x"},
     "generator": (each for each in ()),
     "float32": torch.float32,
 }
@@ -101,6 +132,14 @@ def _accumulator(**given: Any) -> Any:
     model, optimizer = fresh()
     arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "microbatch_size": 2} | given
     return mb.Accumulator(**arguments)
+
+
+def _constructed(**given: Any) -> Any:
+    """Construct an accumulator, and use it: a value that passes the constructor may fail later."""
+    accumulator = _accumulator(**given)
+    if accumulator.options.compile:  # takes seconds
+        return None
+    return (accumulator.step if accumulator.options.optimizers else accumulator.gradient)(X, mean)
 
 
 def _step(**given: Any) -> Any:
@@ -198,7 +237,7 @@ def _noise(**given: Any) -> Any:
 
 
 CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
-    "Accumulator": (_accumulator, list(signature(mb.Accumulator).parameters)),
+    "Accumulator": (_constructed, list(signature(mb.Accumulator).parameters)),
     "step": (_step, ["batch", "loss_fn", "counts", "encode"]),
     "window": (_window, ["counts"]),
     "backward": (_backward, ["loss", "count"]),
@@ -246,6 +285,22 @@ CALLS: dict[str, tuple[Callable[..., Any], list[str]]] = {
 SLOW = ("check(", "plan(", "Lengths(")
 # Functions of the user may raise whatever they like: these get no class, whose own errors would come out.
 FUNCTIONS = {"loss_fn", "encode", "counts", "of", "coefficients", "hindrance", "loop", "listeners"}
+
+# Arguments that are whole numbers, with one that works.
+WHOLE: dict[str, dict[str, int]] = {
+    "Accumulator": {"microbatch_size": 2, "memory_budget": 1 << 30},
+    "windows": {"microbatches": 2},
+    "NoiseScale": {"every": 2, "windows": 2},
+    "Lengths": {"microbatch_tokens": 6, "overhead": 3},
+    "Spill": {"smallest": 4},
+    "Rows": {"dim": 0, "group": 1},
+    "cut": {"microbatch_size": 2},
+    "divide_batch": {"batch_size": 8, "microbatch_size": 2, "microbatches": 4, "ranks": 2},
+    "scale_hyperparameters": {"from_batch_size": 8, "to_batch_size": 16, "warmup_steps": 4, "steps": 8},
+    "check": {"microbatch_size": 2, "memory_budget": 1 << 30},
+    "convert_batch_norm": {"groups": 2},
+    "linear_cross_entropy": {"ignore_index": 2, "tile": 2},
+}
 
 # What a loss function may return by mistake; each gets the model's output and the rows.
 LOSSES: dict[str, Callable[[torch.Tensor, int], Any]] = {
@@ -383,6 +438,14 @@ def _batch_like() -> Iterator[tuple[str, Any]]:
         "iterator": iter([X]),
         "hostile": {"x": X, "h": Hostile()},
         "only hostile": Hostile(),
+        "refusing": {"x": X, "r": Refusing()},
+        "only refusing": Refusing(),
+        "refusing in a list": {"x": X, "r": mb.Rows([Refusing()] * 6)},
+        "entries as attributes": Entries(x=X, y=X[:, 0]),
+        "entries in entries": {"x": X, "e": Entries(y=X)},
+        "unreadable dict": Unreadable(x=X),
+        "unreadable dict as a whole": {"x": X, "u": mb.Whole([Unreadable(x=1)])},
+        "entries as a whole": {"x": X, "e": mb.Whole(Entries(y=X))},
         "ragged list": [[1, 2], [3]],
         "list of tensors": [X, X],
         "disagreeing": {"a": X, "b": X[:3]},
@@ -476,5 +539,27 @@ def run(*parts: str, some: bool = False) -> dict[str, Any]:
     return {"calls": made, "raw": found}
 
 
+def refused(kind: Callable[[int], Any]) -> list[str]:
+    """List the arguments that do not take a whole number of another type.
+
+    Args:
+        kind: Makes a number of that type.
+
+    Returns:
+        Names such as ``"cut(microbatch_size)"``.
+    """
+    found = list[str]()
+    for name, arguments in WHOLE.items():
+        for argument, value in arguments.items():
+            try:
+                CALLS[name][0](**{argument: kind(value)})
+            except mb.MicrobatchError:
+                found.append(f"{name}({argument})")
+    return found
+
+
 if __name__ == "__main__":
+    if "--whole" in sys.argv:
+        json.dump([refused(kind) for kind in (int, np.int64, np.uint32, lambda value: np.True_)], sys.stdout)
+        sys.exit()
     json.dump(run(*[part for part in sys.argv[1:] if part != "--some"], some="--some" in sys.argv), sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from inspect import CO_VARARGS
 from types import FunctionType, MethodType
@@ -46,7 +47,7 @@ def check_callable(name: str, value: object, call: str) -> None:
     if not callable(value) or isinstance(value, type):
         raise ConfigError(f"{name} must be a function that is called as {call}, not {value!r}")
     arguments = call.count(",") + 1
-    if arguments > 1 and getattr(value, "__module__", None) in _LOSSES:
+    if arguments > 1 and attribute(value, "__module__") in _LOSSES:
         raise ConfigError(
             f"{name} is called as {call}, and {_described(value)} takes outputs and targets: pass a function that "
             "calls both the model and the loss, such as lambda model, batch: loss(model(batch[0]), batch[1])"
@@ -56,7 +57,7 @@ def check_callable(name: str, value: object, call: str) -> None:
 
 
 def _described(value: object) -> str:
-    name = getattr(value, "__qualname__", None)
+    name = attribute(value, "__qualname__")
     return kind_of(value) if name is None else f"the function {name!r}"
 
 
@@ -64,15 +65,76 @@ def _takes(value: object, arguments: int) -> bool:
     """Return whether a function takes this many arguments by position; True for what is not written in Python."""
     function: Any = value
     if not isinstance(value, FunctionType | MethodType):  # a module, or another object that is called
-        function = getattr(value, "forward", None) or getattr(value, "__call__", None)  # noqa: B004 - the method itself
+        function = attribute(value, "forward") or attribute(value, "__call__")  # the method itself
     bound = isinstance(function, MethodType)
     plain: Any = function.__func__ if isinstance(function, MethodType) else function
-    if not isinstance(plain, FunctionType) or hasattr(plain, "__wrapped__"):
+    if not isinstance(plain, FunctionType) or attribute(plain, "__wrapped__") is not None:
         return True
     code, given = plain.__code__, arguments + bound
     needed = code.co_kwonlyargcount - len(plain.__kwdefaults__ or ())
     least = code.co_argcount - len(plain.__defaults__ or ())
     return needed == 0 and least <= given and (given <= code.co_argcount or bool(code.co_flags & CO_VARARGS))
+
+
+def whole(value: object, *, least: int | None = None) -> int | None:
+    """Return a whole number of any library, such as one of NumPy, as an int.
+
+    Args:
+        value: The value.
+        least: The smallest number that is allowed; `None` allows all.
+
+    Returns:
+        The number; `None` for a bool, for a smaller number, and for everything that is no whole number.
+
+    Example:
+        >>> whole(4, least=1), whole(0, least=1), whole(4.0), whole(True)
+        (4, None, None, None)
+    """
+    if type(value) is int:
+        number = value
+    elif isinstance(value, bool) or "bool" in str(attribute(value, "dtype", "")):
+        return None
+    else:
+        try:
+            number = operator.index(value)  # pyright: ignore[reportArgumentType] -- asked of any value
+        except Exception:  # noqa: BLE001 - whatever the user's own object raises
+            return None
+    return number if least is None or number >= least else None
+
+
+def listed_of(value: Any) -> list[Any] | None:
+    """Return what an object yields when it is iterated over.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        The list; `None` for an object that cannot be iterated over, such as a 0-d array, which only looks iterable.
+    """
+    try:
+        return list(value)
+    except Exception:  # noqa: BLE001 - whatever the user's own object raises
+        return None
+
+
+def attribute(value: object, name: str, default: Any = None) -> Any:
+    """Return an attribute of a user's object; the default if looking it up raises any error.
+
+    A class such as ``class Batch(dict): __getattr__ = dict.__getitem__`` raises `KeyError` for an attribute that is not
+    there, so that `hasattr` and `getattr` raise, too.
+
+    Args:
+        value: The object.
+        name: Name of the attribute.
+        default: Returned if there is none.
+
+    Returns:
+        The attribute, or the default.
+    """
+    try:
+        return getattr(value, name, default)
+    except Exception:  # noqa: BLE001 - whatever the user's own object raises
+        return default
 
 
 def is_text(value: object, text: str) -> bool:

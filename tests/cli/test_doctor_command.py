@@ -68,7 +68,9 @@ def test_what_could_not_be_read_wins_over_what_was_found(folder: Path) -> None:
     (folder / "a.py").write_text("x.backward()  # MB105!\n")
     (folder / "b.py").write_bytes(b"x = '\xe9'\n")
     assert invoke().exit_code == 2
-    assert invoke("a.py", "gone.py").exit_code == 2
+    gone = invoke("a.py", "gone.py")
+    assert gone.exit_code == 2
+    assert "gone.py:1:1: MB000 [error] cannot be read: there is no such file or folder" in gone.stdout
     assert invoke("a.py").exit_code == 1
     assert invoke("--ignore", "MB0", "b.py").exit_code == 2
 

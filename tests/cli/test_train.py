@@ -142,6 +142,7 @@ def test_the_stored_configuration_gives_the_same_run_again(jobs: Path) -> None:
         (["jobs.py:good", "--data", "nowhere"], "--data nowhere: there is no such file or folder"),
         (["jobs.py:good", "--data", "."], "takes no data"),
         (["jobs.py:goood"], "no function 'goood'"),
+        (["run.toml"], "write --config run.toml"),
         (["langauge"], "did you mean 'language'"),
         (["jobs.py:good", "--resume", "--run", "nowhere"], "there is no run directory nowhere"),
         (["jobs.py:good", "--resume", "--run", "."], "is not a run directory"),

@@ -92,7 +92,7 @@ def test_nothing_found_is_one_line() -> None:
 
 def test_what_could_not_be_judged_is_counted() -> None:
     text = lines(text_form, report("for in:\n", "x.backward()  # MB002.\ny = 1  # microbatch: ignore\n"))
-    assert text[0] == f"train.py:1:5: MB000 [note] cannot be read: it is not Python {PYTHON}: invalid syntax"
+    assert text[0] == f"train.py:1:5: MB000 [error] cannot be read: it is not Python {PYTHON}: invalid syntax"
     assert text[-1] == "0 certain, 0 depends, 0 speed notes, 1 unused comment; could not judge: 2 (2 files read)"
 
 

@@ -231,7 +231,8 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
             dim += len(value.shape)
         if isinstance(value, Tensor) and not isinstance(chosen, slice):
             return value.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=value.device))
-        return value[(*[slice(None)] * dim, chosen)] if dim else value[chosen]
+        at = (*[slice(None)] * dim, chosen) if dim else chosen
+        return value[at] if isinstance(value, Tensor) else _of_array(value, at, path)
     if isinstance(chosen, slice):
         return value[chosen]
     if isinstance(value, LISTS):
@@ -244,6 +245,17 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
         raise BatchError(
             f"{path} is {kind_of(value)}, which does not select rows by a list of their numbers "
             f"({type(error).__name__}: {error!s:.200}); pass its tensors in a dict"
+        ) from error
+
+
+def _of_array(value: Any, at: Any, path: str) -> Any:
+    try:
+        return value[at]
+    except Exception as error:
+        raise BatchError(
+            f"{path} is {kind_of(value)}, whose rows cannot be taken ({type(error).__name__}: {error!s:.200}); pass an "
+            "array that can be indexed (for a sparse matrix of SciPy, value.tocsr()), or mark it with mb.Whole(...) if "
+            "it has no rows"
         ) from error
 
 

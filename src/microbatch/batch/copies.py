@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from microbatch.arguments import attribute
 from microbatch.batch.walk import children, held_in, is_array, map_leaves, slices_itself
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
@@ -65,9 +66,9 @@ class Copies:
         if type(value) in {list, UserList}:
             return type(value)([self(each) for each in cast("Sequence[Any]", value)])
         if is_array(value):
-            return value.copy() if hasattr(value, "copy") else value
+            return value.copy() if callable(attribute(value, "copy")) else value
         if slices_itself(value):
-            make = getattr(value, "clone", None) or getattr(value, "copy", None)
+            make = attribute(value, "clone") or attribute(value, "copy")
             return make() if callable(make) else self._deep(value)
         return copy.copy(value) if type(value) in {set, bytearray} else value
 

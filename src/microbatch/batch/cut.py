@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
+from microbatch.arguments import whole
 from microbatch.batch.batch_tree import rows_of, slice_rows
 from microbatch.errors import ConfigError, EmptyBatchError
 
 
-def cut(batch: object, microbatch_size: int) -> list[Any]:
+def cut(batch: object, microbatch_size: SupportsIndex) -> list[Any]:
     """Cut a batch into microbatches of ``microbatch_size`` rows; the last microbatch may be shorter.
 
     Rows keep their order, and every row is in exactly one microbatch. So a sum over the microbatches is the sum over
@@ -38,7 +39,7 @@ def cut(batch: object, microbatch_size: int) -> list[Any]:
         >>> [len(piece["x"]) for piece in cut({"x": torch.arange(7), "scale": 2.0}, 3)]
         [3, 3, 1]
     """
-    check_microbatch_size(microbatch_size)
+    microbatch_size = check_microbatch_size(microbatch_size)
     rows = rows_of(batch)
     if rows == 0:
         raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
@@ -48,14 +49,19 @@ def cut(batch: object, microbatch_size: int) -> list[Any]:
     ]
 
 
-def check_microbatch_size(size: object) -> None:
+def check_microbatch_size(size: object) -> int:
     """Refuse a microbatch size that is not a whole number of at least 1.
 
     Args:
         size: The value that the user passed.
 
+    Returns:
+        The size as an int.
+
     Raises:
         ConfigError: ``size`` is not an integer, is a bool, or is below 1.
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    number = whole(size, least=1)
+    if number is None:
         raise ConfigError(f"microbatch_size must be a whole number of at least 1, not {size!r}")
+    return number

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch import Size, Tensor, nn
 
+from microbatch.arguments import attribute
 from microbatch.batch.marks import Rows
 from microbatch.batch.recognise import count_rows
 from microbatch.batch.walk import LISTS, children, is_array, is_number, is_size, leaves, slices_itself
@@ -40,7 +41,8 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
         return ""
     shapes = {path: tuple(leaf.shape) for path, leaf in found if isinstance(leaf, Tensor) or is_array(leaf)}
     wide = {path: shape for path, shape in shapes.items() if len(shape) > 1}
-    pair = None if hasattr(batch, "_fields") else next(filter(None, (_two_images(each, shapes) for each in wide)), None)
+    named = isinstance(batch, tuple) and attribute(batch, "_fields") is not None
+    pair = None if named else next(filter(None, (_two_images(each, shapes) for each in wide)), None)
     if pair is not None:
         return pair
     if not wide:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.arguments import check_callable, check_one_of
+from microbatch.arguments import attribute, check_callable, check_one_of, whole
 from microbatch.batch.batch_tree import Rows, Whole, leaves, rows_of, select
 from microbatch.batch.copies import Copies
 from microbatch.batch.recognise import spread
@@ -67,16 +67,15 @@ class Lengths:
             raise ConfigError(f"lengths: keys must be a list of names, not {self.keys!r}")
         if isinstance(self.keys, str):  # a str is a Sequence[str] too, of its letters
             raise ConfigError(f"lengths: keys must be a list of names, for example [{self.keys!r}]")
-        if self.microbatch_tokens is not None and not _is_whole(self.microbatch_tokens, least=1):
+        tokens, overhead = whole(self.microbatch_tokens, least=1), whole(self.overhead, least=0)
+        if self.microbatch_tokens is not None and tokens is None:
             raise ConfigError(
                 f"lengths: microbatch_tokens must be a whole number and at least 1, not {self.microbatch_tokens!r}"
             )
-        if not _is_whole(self.overhead, least=0):
+        if overhead is None:
             raise ConfigError(f"lengths: overhead must be a whole number of at least 0 tokens, not {self.overhead!r}")
-
-
-def _is_whole(number: object, *, least: int) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+        object.__setattr__(self, "microbatch_tokens", tokens)  # as an int
+        object.__setattr__(self, "overhead", overhead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +245,7 @@ def _read_lengths(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:
     """Read the batch's entry with the lengths, or with the mask, as a tensor."""
     if isinstance(lengths.of, str):
         name = lengths.of
-        entry = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        entry = batch.get(name) if isinstance(batch, Mapping) else attribute(batch, name)
         if entry is None:
             raise ConfigError(
                 f"lengths: the batch has no entry {name!r}; pass of= the name of its mask or of its lengths, or a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from microbatch.arguments import whole
 from microbatch.errors import BatchError
 
 
@@ -69,10 +70,11 @@ class Rows:
     def __post_init__(self) -> None:
         """Refuse what could only fail later."""
         for name, number, least in (("dim", self.dim, None), ("group", self.group, 1)):
-            whole = isinstance(number, int) and not isinstance(number, bool)
-            if not whole or (least is not None and number < least):
+            plain = whole(number, least=least)
+            if plain is None:
                 limit = "" if least is None else f" of at least {least}"
                 raise BatchError(f"mb.Rows takes a whole number{limit} as {name}=, not {number!r:.200}")
+            object.__setattr__(self, name, plain)  # as an int
         if isinstance(self.value, Rows | Whole):
             raise BatchError(f"mb.Rows takes a value without a mark, not an mb.{type(self.value).__name__}")
         if self.value is None or isinstance(self.value, bool | int | float | complex):

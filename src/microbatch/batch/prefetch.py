@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microbatch.arguments import attribute
 from microbatch.batch.batch_tree import contents, map_leaves
 from microbatch.batch.walk import holds_tensors
 from microbatch.devices.copy_streams import current_stream, has_streams, new_stream, on_stream, pinned
@@ -66,7 +67,7 @@ def moved(microbatch: object, device: torch.device, move: Callable[[Tensor], Ten
             return value.to(device) if move is None else move(value)
         if value is None or isinstance(value, str | int | float | list | tuple | nn.Module):
             return value
-        return value.to(device) if callable(getattr(value, "to", None)) and holds_tensors(value) else value
+        return value.to(device) if callable(attribute(value, "to")) and holds_tensors(value) else value
 
     return map_leaves(leaf, microbatch)
 

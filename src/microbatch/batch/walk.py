@@ -15,6 +15,7 @@ from typing import Any, cast
 from torch import Size, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from microbatch.arguments import attribute
 from microbatch.batch.marks import Rows, Whole
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
@@ -115,8 +116,7 @@ def children(node: object) -> list[tuple[str, Any]] | None:
         Pairs such as ``("['x']", value)``, in order.
     """
     if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
-        items = cast("Mapping[Any, Any]", node)
-        return [(f"[{key!r}]", items[key]) for key in items]
+        return [(f"[{key!r}]", value) for key, value in _items(node, "the batch").items()]
     if isinstance(node, LISTS) and not _is_leaf(cast("Sequence[Any]", node)):
         return [(f"[{index}]", child) for index, child in enumerate(cast("Sequence[Any]", node))]
     if _is_dataclass(node):
@@ -249,9 +249,9 @@ def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
     if isinstance(node, Tensor):
         return function(node, path)
     if type(node) is dict or (isinstance(node, Mapping) and not _is_sliced_mapping(node)):
-        items = cast("Mapping[Any, Any]", node)
+        items = node if type(node) is dict else _items(node, path)
         found = {key: _mapped(function, items[key], f"{path}[{key!r}]", lists=lists) for key in items}
-        return _rebuilt(_mapping_like, items, found, path=path)
+        return _rebuilt(_mapping_like, node, found, path=path)
     if isinstance(node, LISTS):
         if not lists or _is_leaf(cast("Sequence[Any]", node)):
             return function(node, path)
@@ -269,8 +269,22 @@ def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
     return function(node, path)
 
 
+def _items(node: Mapping[Any, Any], path: str) -> dict[Any, Any]:
+    try:
+        return {key: node[key] for key in node}
+    except Exception as error:
+        raise BatchError(
+            f"{path} has {kind_of(node)}, whose entries cannot be read ({type(error).__name__}: {error!s:.200}); pass "
+            "a dict instead, or mark it with mb.Whole(...) if it has no rows"
+        ) from error
+
+
 def _is_sliced_mapping(node: object) -> bool:
-    return not isinstance(node, dict) and slices_itself(node)
+    # A sparse matrix of SciPy may be a dict of its entries.
+    kind = type(node)
+    return kind is not dict and (
+        (hasattr(kind, "shape") and is_array(node)) or (not isinstance(node, dict) and slices_itself(node))
+    )
 
 
 def _is_dataclass(node: object) -> bool:
@@ -294,8 +308,8 @@ def _holds_array(node: Any) -> bool:
         return False
     if isinstance(node, Tensor | Whole | Rows):
         return True
-    if hasattr(node, "__array__"):
-        return getattr(node, "shape", None) != ()  # a number of NumPy
+    if attribute(node, "__array__") is not None:
+        return attribute(node, "shape") != ()  # a number of NumPy
     inner = children(node)
     if inner is None:
         return not isinstance(node, list | tuple) and holds_tensors(node)
@@ -304,7 +318,10 @@ def _holds_array(node: Any) -> bool:
 
 def _inside(value: object) -> Iterator[Any]:
     if isinstance(value, Mapping):
-        yield from cast("Mapping[Any, Any]", value).values()
+        try:
+            yield from list(cast("Mapping[Any, Any]", value).values())
+        except Exception:  # noqa: BLE001 - whatever the user's own object raises
+            return
         return
     if isinstance(value, list | tuple | set | frozenset | deque | MappingView):
         yield from cast("Sequence[Any]", value)
@@ -319,11 +336,11 @@ def _inside(value: object) -> Iterator[Any]:
         for cell in value.__closure__ or ():
             with suppress(ValueError):  # a variable without a value yet
                 yield cell.cell_contents
-    yield from getattr(value, "__dict__", {}).values()
+    yield from list(attribute(value, "__dict__", {}).values())
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in [slots] if isinstance(slots, str) else slots:
-            yield getattr(value, name, None)
+            yield attribute(value, name)
 
 
 # -- rebuild ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from microbatch.arguments import attribute
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
 from microbatch.checking.check_progress import CheckProgress
 from microbatch.checking.gradient_hooks import carry_hooks
@@ -53,7 +54,7 @@ class Given:
     def bare_model(self) -> nn.Module:
         """The module that knows nothing of ranks or of the compiler."""
         model = self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-        return getattr(model, "_orig_mod", model)
+        return attribute(model, "_orig_mod", model)
 
     @property
     def device(self) -> torch.device:

@@ -107,7 +107,7 @@ def check(  # noqa: PLR0913 - each is one thing that a user may want to say, by 
     given = _given(model, loss_fn, batch, encode=encode, loop=loop, optimizer=optimizer)
     given = replace(given, progress=CheckProgress(progress))
     size = max(1, rows_of(batch) // 4) if microbatch_size is None else microbatch_size
-    check_microbatch_size(size)
+    size = check_microbatch_size(size)
     options = {name: value for name, value in options.items() if name not in _WITHOUT}
     if isinstance(options.get("sums"), Sums):  # a gradient inside the optimizer's state cannot be compared
         options["sums"] = replace(options["sums"], buffer="own")

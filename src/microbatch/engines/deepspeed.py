@@ -63,7 +63,7 @@ class DeepSpeed:
     ) -> None:
         checked = _checked(engine)
         size = checked.train_micro_batch_size_per_gpu() if microbatch_size is None else microbatch_size
-        check_microbatch_size(size)
+        size = check_microbatch_size(size)
         ranks = Ranks(group=checked.data_parallel_group)
         options = EngineOptions(
             model=checked, optimizers=[], microbatch_size=size, ranks=ranks, listeners=listeners_of(listeners)

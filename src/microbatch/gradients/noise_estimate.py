@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from microbatch.arguments import whole
 from microbatch.errors import ConfigError
 
 _FEWEST = 4
@@ -54,8 +55,10 @@ class NoiseScale:
     def __post_init__(self) -> None:
         """Check every value."""
         for name, value, least in [("every", self.every, 1), ("windows", self.windows, 2)]:
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            number = whole(value, least=least)
+            if number is None:
                 raise ConfigError(f"NoiseScale: {name} must be a whole number of at least {least}, not {value!r}")
+            object.__setattr__(self, name, number)  # as an int
         if not isinstance(self.by_group, bool):
             raise ConfigError(f"NoiseScale: by_group must be True or False, not {self.by_group!r}")
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from microbatch.arguments import attribute
 from microbatch.devices.backend import wide_dtype
 from microbatch.errors import CountError, LossError, LossShapeError, MissingCountError, NoGraphError
 from microbatch.kind_words import kind_of
@@ -127,7 +128,7 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
         terms = {str(name): loss for name, loss in cast("Mapping[Any, Any]", returned).items()}
         if len(terms) < len(returned):
             raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
-        if hasattr(returned, "loss") or "logits" in terms:
+        if attribute(returned, "loss") is not None or "logits" in terms:
             _refuse_output(returned, "loss")
         try:
             return [share for name, loss in terms.items() for share in _shares_of_term(name, loss, rows)]
@@ -146,7 +147,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         _check_graph(loss.sum, name)
         return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
-        if hasattr(loss, "loss") or (isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor)):
+        if attribute(loss, "loss") is not None or (isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor)):
             _refuse_output(loss, name)
         raise LossError(
             f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
@@ -167,7 +168,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
 
 
 def _refuse_output(output: object, name: str) -> None:
-    first = "output[0]" if isinstance(output, tuple) and not hasattr(output, "loss") else "output.loss"
+    first = "output[0]" if isinstance(output, tuple) and attribute(output, "loss") is None else "output.loss"
     raise LossError(
         f"the loss {name!r} is the whole output of a model ({kind_of(output)}), and not its loss alone. "
         "Pass loss_fn=mb.losses.from_model(), which takes the loss out of it and finds its count. By hand: "

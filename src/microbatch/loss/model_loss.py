@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from microbatch.arguments import attribute
 from microbatch.devices.backend import is_recording, random_state
 from microbatch.errors import LossError
 from microbatch.kind_words import kind_of
@@ -246,7 +247,7 @@ class ModelLoss:
 def _call(model: Any, batch: Fields, items: Tensor | None) -> tuple[Tensor, Any]:
     """Call a model with a microbatch, and take the loss out of its output."""
     output = model(**batch) if items is None else model(**batch, num_items_in_batch=items)
-    loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+    loss = output.get("loss") if isinstance(output, dict) else attribute(output, "loss")
     if loss is None and isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         loss = output[0]
     if not isinstance(loss, Tensor):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from microbatch.arguments import attribute
 from microbatch.errors import LossError
 from microbatch.loss.batch_reductions import batch_mean
 from microbatch.loss.counted_labels import Fields
@@ -83,10 +84,10 @@ def router_loss_of(output: Any, batch: Fields, model: nn.Module) -> RouterLoss |
     Raises:
         LossError: There is one, and the router's statistics are not reachable.
     """
-    aux, weight = getattr(output, "aux_loss", None), _setting(model, "router_aux_loss_coef")
+    aux, weight = attribute(output, "aux_loss"), _setting(model, "router_aux_loss_coef")
     if not isinstance(aux, Tensor) or not weight:
         return None
-    logits, top = getattr(output, "router_logits", None), _setting(model, "num_experts_per_tok")
+    logits, top = attribute(output, "router_logits"), _setting(model, "num_experts_per_tok")
     if not isinstance(logits, tuple) or not logits or not all(isinstance(each, Tensor) for each in logits) or not top:
         raise LossError(
             f"the loss of {type(model).__name__} contains its router's aux_loss, a product of means over the whole "
@@ -126,4 +127,4 @@ def _setting(model: nn.Module, name: str) -> Any:
     for module in model.modules():
         if name in vars(module):
             return vars(module)[name]
-    return getattr(getattr(model, "config", None), name, None)
+    return attribute(attribute(model, "config"), name)

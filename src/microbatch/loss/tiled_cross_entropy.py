@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from microbatch.arguments import whole
 from microbatch.errors import LossError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Loss
@@ -64,15 +65,16 @@ def linear_cross_entropy(
         >>> round(loss.mean.item(), 4), loss.count.item()  # log 4
         (1.3863, 2)
     """
-    _check(hidden, weight, labels, tile)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int) or abs(ignore_index) >= 1 << 63:
+    tile = _check(hidden, weight, labels, tile)
+    left_out = whole(ignore_index)
+    if left_out is None or abs(left_out) >= 1 << 63:
         raise LossError(f"linear_cross_entropy: ignore_index must be an int64 number, not {str(ignore_index)[:30]}")
+    ignore_index = left_out
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
         raise LossError(f"linear_cross_entropy: bias must be a tensor of shape {tuple(weight.shape[:1])} or None")
     rows = hidden.reshape(-1, hidden.shape[-1])
     targets = labels.reshape(-1)
     count = (targets != ignore_index).sum()
-    tile = weight.shape[1] if tile is None else tile
     if len(rows) <= tile or not torch.is_grad_enabled():
         parts = zip(rows.split(tile), targets.split(tile), strict=True)
         sums = [_loss_sum_in_place(F.linear(part, weight, bias), labels_of, ignore_index) for part, labels_of in parts]
@@ -307,7 +309,7 @@ def _split_to_cache(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, .
     return zip(*(each.split(rows_per_part) for each in (logits, *others)), strict=True)
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> None:
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> int:
     for name, value in [("hidden", hidden), ("weight", weight), ("labels", labels)]:
         if not isinstance(value, Tensor):
             raise LossError(f"linear_cross_entropy: {name} must be a tensor, not {kind_of(value)}")
@@ -320,5 +322,7 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, tile: int | None) -> 
         raise LossError(
             f"linear_cross_entropy: labels must be int64 and hidden floating point, not {labels.dtype}, {hidden.dtype}"
         )
-    if tile is not None and (isinstance(tile, bool) or not isinstance(tile, int) or not 1 <= tile < 1 << 63):
+    tokens = weight.shape[1] if tile is None else whole(tile, least=1)
+    if tokens is None or tokens >= 1 << 63:
         raise LossError(f"linear_cross_entropy: tile must be a whole number and at least 1 token, not {str(tile)[:30]}")
+    return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from microbatch.arguments import whole
 from microbatch.errors import ConfigError
 
 _DECIMAL = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
@@ -28,9 +29,8 @@ def parse_bytes(amount: int | str) -> int:
         >>> parse_bytes("1.5 GiB"), parse_bytes("2 GB"), parse_bytes(4096)
         (1610612736, 2000000000, 4096)
     """
-    if isinstance(amount, int) and not isinstance(amount, bool):
-        size = amount
-    else:
+    size = whole(amount)
+    if size is None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)?\s*", str(amount), re.IGNORECASE)
         unit = (match[2] or "B").upper() if match else ""
         if match is None or unit not in _UNITS:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from microbatch.arguments import attribute
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 
@@ -144,7 +145,7 @@ def _switch_caches_off(model: nn.Module, stack: ExitStack) -> None:
     """Set ``use_cache`` of the model's configurations to `False` until the stack is closed."""
     configs = {id(config): config for module in model.modules() if (config := vars(module).get("config")) is not None}
     for config in configs.values():
-        if getattr(config, "use_cache", None) is True:
+        if attribute(config, "use_cache") is True:
             config.use_cache = False
             stack.callback(setattr, config, "use_cache", True)
 

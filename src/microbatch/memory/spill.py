@@ -13,6 +13,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from microbatch.arguments import whole
 from microbatch.errors import ConfigError
 from microbatch.memory.storage_copy import root_of
 from microbatch.memory.tensor_store import Handle, KeptHandle, Store, can_offload, is_movable
@@ -74,7 +75,8 @@ class Spill:
         smallest: int = 1 << 16,
         device: str | torch.device | None = None,
     ) -> None:
-        if isinstance(smallest, bool) or not isinstance(smallest, int) or smallest < 0:
+        least = whole(smallest, least=0)
+        if least is None:
             raise ConfigError(f"Spill: smallest must be a number of bytes of at least 0, not {smallest!r}")
         if directory is not None and not isinstance(directory, str | Path):
             raise ConfigError(f"Spill: directory must be a path or None, not {directory!r}")
@@ -91,7 +93,7 @@ class Spill:
                 f"tensors on {', '.join(stuck)} stay there, and offloading frees nothing: PyTorch has no streams for "
                 "that device; use a smaller microbatch, or activation checkpointing"
             )
-        self._rule = _Rule(self.store, weakref.WeakSet(), kinds, smallest, _Room())
+        self._rule = _Rule(self.store, weakref.WeakSet(), kinds, least, _Room())
         self.leave(named)
         # The graph holds these two functions, but not this object.
         self._hooks = saved_tensors_hooks(self._rule.pack, _unpack)

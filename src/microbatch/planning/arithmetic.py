@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from microbatch.arguments import whole
 from microbatch.errors import ConfigError
 
 
@@ -146,8 +147,9 @@ def divide_batch(
         "ranks": ranks,
     }
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and whole(value, least=1) is None:
             raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+    batch_size, microbatch_size, microbatches, ranks = (whole(value) for value in given.values())  # as ints
     if batch_size is None:
         if microbatch_size is None or microbatches is None:
             raise ConfigError("give batch_size, or both microbatch_size and microbatches, to find the others")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from microbatch.arguments import attribute
 from microbatch.devices.backend import wide_dtype
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
@@ -235,7 +236,7 @@ def group_of(given: object) -> Any:
     if given is None:
         return None
     mesh: Any = given
-    if hasattr(given, "get_group") and hasattr(given, "mesh_dim_names"):
+    if callable(attribute(given, "get_group")) and attribute(given, "mesh_dim_names", given) is not given:
         if mesh.ndim != 1:
             raise ConfigError(
                 f"Ranks: group takes one dimension of a DeviceMesh, not {mesh.ndim} ({mesh.mesh_dim_names}): pass "

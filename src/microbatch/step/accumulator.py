@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from microbatch.arguments import check_callable
+from microbatch.arguments import check_callable, whole
 from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.batches import Batches
-from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, NonfiniteError
 from microbatch.gradients.noise_estimate import NoiseScale
@@ -27,7 +26,7 @@ from microbatch.step.denominator import Counts
 from microbatch.step.events import Listener
 from microbatch.step.finish import leave_gradient, take_step
 from microbatch.step.loader_windows import Windows
-from microbatch.step.options import Options, Ranks, Sums, bytes_of, listeners_of, names_checked
+from microbatch.step.options import Options, Ranks, Sums, bytes_of, lengths_of, listeners_of, names_checked, size_of
 from microbatch.step.part import Function
 from microbatch.step.plain_optimizers import plain_optimizers
 from microbatch.step.record import Step
@@ -99,7 +98,7 @@ class Accumulator:
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
-        microbatch_size: int | str = "auto",
+        microbatch_size: SupportsIndex | str = "auto",
         memory_budget: int | str | None = None,
         max_grad_norm: float | None = None,
         autocast: torch.dtype | None = None,
@@ -122,13 +121,13 @@ class Accumulator:
             Options(
                 model=model,
                 optimizers=plain_optimizers(optimizer),
-                microbatch_size=microbatch_size,
+                microbatch_size=size_of(microbatch_size),
                 memory_budget=bytes_of(memory_budget),
                 max_grad_norm=max_grad_norm,
                 autocast=autocast,
                 grad_scaler=grad_scaler,
                 nonfinite=nonfinite,
-                lengths=Lengths(of=lengths) if isinstance(lengths, str) else lengths,
+                lengths=lengths_of(lengths),
                 offload=offload,
                 checkpoint=checkpoint,
                 coupled=coupled,
@@ -274,7 +273,7 @@ class Accumulator:
         refuse(self.options, use=[WINDOW])
         return Window(self._it.setup(), attempt=ByHand(self._it.policies), counts=counts)
 
-    def windows(self, loader: Iterable[Any], *, microbatches: int, counts: Counts | None = None) -> Windows:
+    def windows(self, loader: Iterable[Any], *, microbatches: SupportsIndex, counts: Counts | None = None) -> Windows:
         """Group a loader's microbatches into windows; the last window may have fewer.
 
         The step is taken when the loop over a window's microbatches ends. ``window.step`` can be read right after it.
@@ -299,11 +298,10 @@ class Accumulator:
         """
         self._need_optimizer("windows()")
         refuse(self.options, use=[WINDOWS])
-        try:
-            check_microbatch_size(microbatches)
-        except ConfigError:
-            raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}") from None
-        return Windows(loader, microbatches, partial(self._window_of, counts=counts))
+        number = whole(microbatches, least=1)
+        if number is None:
+            raise ConfigError(f"microbatches must be a whole number of at least 1, not {microbatches!r}")
+        return Windows(loader, number, partial(self._window_of, counts=counts))
 
     def fusion(self) -> Mapping[str, str]:
         """Return for each parameter whether the last window added its gradients inside the matrix product.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from microbatch.arguments import attribute
 from microbatch.errors import ConfigError
 from microbatch.gradients.momentum_buffer import check_folds
 from microbatch.loss.batchnorm import layers_of
@@ -44,7 +45,7 @@ FEATURES: Mapping[str, Given] = {
     'dropout="by_row"': lambda o: o.dropout,
     "lengths=": lambda o: o.lengths,
     "compile=": lambda o: o.compile,
-    "a model from torch.compile": lambda o: hasattr(o.bare_model, "_orig_mod"),
+    "a model from torch.compile": lambda o: attribute(o.bare_model, "_orig_mod") is not None,
     "checkpoint=": lambda o: o.checkpoint,
     'checkpoint="auto"': lambda o: o.checkpoint == "auto",
     "offload=": lambda o: o.offload,

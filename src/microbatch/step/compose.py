@@ -163,7 +163,7 @@ class Composition:
             seed = state.get("seed")
         except KeyError as error:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
+        except Exception as error:
             raise ConfigError(f"the accumulator's state was not made by state_dict(): {error}") from error
         self.history = History(windows, skipped, count, seed)
         self._setups.clear()  # they have the history

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.arguments import attribute, whole
 from microbatch.batch.batch_tree import contents, rows_of, slice_rows, unmarked
 from microbatch.batch.batches import parts_of
 from microbatch.batch.lengths import Lengths, Piece, cut_by_length, take_piece
@@ -195,5 +196,5 @@ def _largest(cuts: Sequence[Cut]) -> Cut | None:
 def _bytes_of(batch: object) -> int:
     found = contents(batch)
     strided = [leaf for leaf in found if not isinstance(leaf, Tensor) or leaf.layout is torch.strided]
-    known = [getattr(leaf, "nbytes", 0) for leaf in strided]  # a method of a storage, which is handed on whole
-    return sum(int(each) for each in known if not callable(each))
+    known = [whole(attribute(leaf, "nbytes")) for leaf in strided]  # a storage has a method of this name
+    return sum(each for each in known if each is not None)

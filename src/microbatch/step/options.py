@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, cast
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from microbatch.arguments import check_one_of, is_finite, is_text
+from microbatch.arguments import check_one_of, is_finite, is_text, listed_of
 from microbatch.batch.cut import check_microbatch_size
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError
@@ -360,6 +360,20 @@ def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
     return checked
 
 
+def size_of(microbatch_size: Any) -> int | str:
+    """Return a microbatch size as an int, and ``"auto"`` as it is; `ConfigError` for anything else."""
+    return "auto" if is_text(microbatch_size, "auto") else check_microbatch_size(microbatch_size)
+
+
+def lengths_of(given: Any) -> Lengths | None:
+    """Return how to find the lengths of rows, from a name or a `Lengths`; `ConfigError` for anything else."""
+    if given is None or isinstance(given, Lengths):
+        return given
+    if not isinstance(given, str):
+        raise ConfigError(f"lengths must be the name of an entry of the batch, mb.Lengths(...) or None, not {given!r}")
+    return Lengths(of=given)
+
+
 def bytes_of(budget: int | str | None) -> int | str | None:
     """Return a memory budget in bytes; `None` and ``"none"`` stay as they are."""
     return budget if budget is None or is_text(budget, "none") else parse_bytes(budget)
@@ -379,6 +393,7 @@ def listeners_of(given: Any) -> list[Listener]:
     """
     if callable(given):
         return [given]
-    if not isinstance(given, Iterable) or isinstance(given, Tensor | str):
+    listed = None if isinstance(given, Tensor | str) else listed_of(given)
+    if listed is None:
         raise ConfigError(f"listeners must be one or several of them in a list, not {kind_of(given)}")
-    return list(cast("Iterable[Listener]", given))
+    return listed

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from microbatch.arguments import attribute, listed_of
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of, with_article
 
@@ -45,9 +46,12 @@ def plain_optimizers(given: object) -> list[Optimizer]:
     """
     if given is None:
         return []
-    one = isinstance(given, Optimizer | str | bytes | Tensor) or _wrapped(given) is not None
-    several = isinstance(given, Iterable) and not one
-    return [_plain(each) for each in (cast("Iterable[object]", given) if several else [given])]
+    if isinstance(given, Optimizer) or _wrapped(given) is not None:
+        return [_plain(given)]
+    listed = None if isinstance(given, str | bytes | Tensor) else listed_of(given)
+    if listed is None:
+        raise ConfigError(_words(given))
+    return [_plain(each) for each in listed]
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -128,8 +132,8 @@ def _words(given: object) -> str:
 
 def _wrapped(given: object) -> object:
     """Return the optimizer or scheduler that an object holds as an attribute; `None` for none."""
-    found = getattr(given, "optimizer", None)
-    own = [] if isinstance(given, type | nn.Module) else getattr(given, "__dict__", {}).values()
+    found = attribute(given, "optimizer")
+    own = [] if isinstance(given, type | nn.Module) else list(attribute(given, "__dict__", {}).values())
     return found or next((each for each in own if isinstance(each, Optimizer | LRScheduler)), None)
 
 

@@ -40,6 +40,11 @@ def find_job(name: str) -> Callable[..., Any]:
     if not colon:
         path, function = name, ""
     if not path.endswith(".py"):
+        if name.endswith(".toml"):
+            raise ConfigError(
+                f"{name} is a file of settings, not a job: write --config {name}, and name the job in the file or "
+                "before it"
+            )
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean {near[0]!r}? The" if near else "the"
         raise ConfigError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from microbatch.arguments import whole
 from microbatch.errors import ConfigError
 from microbatch.planning.hyperparameters import is_number
 from microbatch.ranks.process_group import RankGroup
@@ -158,4 +159,4 @@ def _check(
 
 
 def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return whole(value, least=1) is not None

@@ -68,7 +68,8 @@ def _one(report: Report, finding: Finding, said: set[tuple[str, ...]]) -> Iterat
         key = (finding.path, finding.rule, *texts)
         return key not in said and not said.add(key)
 
-    yield f"{place(finding)}: {finding.rule} [{finding.confidence}] {finding.message}"
+    how = "error" if finding.rule == "MB000" else finding.confidence  # the exit status is that of an error, too
+    yield f"{place(finding)}: {finding.rule} [{how}] {finding.message}"
     source = report.sources.get(finding.path)
     if source is not None and finding.rule != "MB001":  # of the whole file
         yield from _excerpt(source, finding)

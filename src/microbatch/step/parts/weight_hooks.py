@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microbatch.arguments import attribute
 from microbatch.gradients.clipping import gradient_norm
 from microbatch.shards import is_shard
 from microbatch.step.met import Met
@@ -95,9 +96,9 @@ def comes_from(hook: Any, *packages: str) -> bool:
     Returns:
         Whether it was.
     """
-    while hasattr(hook, "func"):  # of functools.partial
+    while attribute(hook, "func") is not None:  # of functools.partial
         hook = hook.func
-    return str(getattr(hook, "__module__", "")).startswith(packages)
+    return str(attribute(hook, "__module__", "")).startswith(packages)
 
 
 def _nothing(gradient: Tensor) -> None:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from microbatch.arguments import attribute
 from microbatch.batch.batch_tree import contents, map_tensors, rows_of, take_rows
 from microbatch.batch.batches import parts_of
 from microbatch.devices.backend import foreach_is_default
@@ -134,7 +135,7 @@ def copies_of(scene: Scene, *, how: Faked | None) -> Cast:
     """
     options, memo = scene.options, dict[int, Any]()
     bare = options.bare_model
-    model: nn.Module = getattr(bare, "_orig_mod", bare)  # the module inside torch.compile
+    model: nn.Module = attribute(bare, "_orig_mod", bare)  # the module inside torch.compile
     with how or nullcontext():
         try:
             copied, optimizers = copy.deepcopy((model, list(options.optimizers)), memo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from microbatch.arguments import attribute
 from microbatch.batch.batch_tree import Rows, Whole, map_leaves
 from microbatch.memory.length_curves import Lengthwise
 from microbatch.step.options import Options
@@ -70,6 +71,6 @@ def some_columns(batch: object, length: int, *, columns: int) -> Any:
         del path
         if isinstance(value, Whole | Rows):
             return value
-        return value[:, index] if tuple(getattr(value, "shape", ()))[1:2] == (columns,) else value
+        return value[:, index] if tuple(attribute(value, "shape", ()))[1:2] == (columns,) else value
 
     return map_leaves(leaf, batch)
