@@ -127,7 +127,7 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
         assert "One step" in str(code.locator("[data-say]").text_content())
         code.locator("input[type=range]").fill("0")
         page.locator("#code .listing").nth(1).focus()
-        for words in ("Microbatch 1 of 8 goes", "Forward", "Backward", "One step", "One step"):
+        for words in ("Microbatch 1 of 4 goes", "Forward", "Backward", "One step", "One step"):
             page.keyboard.press("ArrowDown")
             assert str(code.locator("[data-say]").text_content()).startswith(words)
         page.keyboard.press("ArrowUp")
@@ -141,19 +141,19 @@ def test_the_code_has_the_figures_size_and_the_whole_batch_is_shown_whole(browse
         def said() -> str:
             return str(code.locator("[data-say]").text_content())
 
-        assert said() == "Microbatch 1 of 8 goes into the model: 8 rows."
-        assert "len(x), 8)" in str(listings.nth(1).text_content())
-        code.locator('.cuts button[value="4"]').click()
+        assert said() == "Microbatch 1 of 4 goes into the model: 16 rows."
         assert "len(x), 16)" in str(listings.nth(1).text_content())
-        assert "rows + 16]" in str(listings.nth(1).text_content())
-        assert "microbatch_size=16" in str(listings.nth(2).text_content())
+        code.locator('.cuts button[value="8"]').click()
+        assert "len(x), 8)" in str(listings.nth(1).text_content())
+        assert "rows + 8]" in str(listings.nth(1).text_content())
+        assert "microbatch_size=8" in str(listings.nth(2).text_content())
         listings.nth(0).locator(".line[data-phase~=take]").click()
         assert said() == "The batch goes into the model: 64 rows."
         assert listings.nth(0).locator(".now").count() == page.locator("#code .line.now").count() == 1
         listings.nth(0).locator(".line[data-phase~=step]").click()
         assert said().startswith("Out of memory: all 64 rows at once")
         listings.nth(1).locator(".line[data-phase~=take]").click()
-        assert said() == "Microbatch 1 of 8 goes into the model: 8 rows."
+        assert said() == "Microbatch 1 of 4 goes into the model: 16 rows."
 
 
 def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle: Any) -> None:

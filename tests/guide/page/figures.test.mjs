@@ -49,7 +49,7 @@ test("at every stop of its sliders the tank’s picture, words and table are of 
 
 test("the tank says both sizes of a batch at once: beside a gradient, and the one that the stage and the memory show", () => {
   for (const batch of [1, 32, 64])
-    assert.ok(FIGURES.tank({ batch, tank: 96 }, measured).say.includes(`${bytes(measured.memory.window[batch].total)} (${bytes(measured.memory.alone[batch].total)} while`));
+    assert.ok(FIGURES.tank({ batch, tank: 96 }, measured).say.includes(`${bytes(measured.memory.window[batch].total)} (${bytes(measured.memory.alone[batch].total)} without`));
 });
 
 test("a level that is drawn goes to the next size after a quarter of the way, and stays where it is not moved", () => {

@@ -27,8 +27,8 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
   const scale = tankScale(measured);
   const rows = count(size, "row"), whole = cut === 1 ? `${rows} at once` : `${cut} × ${rows}`;
   const [needs, takes] = size === 1 && cut === 1 ? ["needs", "takes"] : ["need", "take"];
-  // A first pass has no gradient beside it yet: that is the number of the stage and of the section on memory.
-  const first = cut === 1 ? ` (${bytes(measured.memory.alone[size].total)} while there is no gradient yet)` : "";
+  // The second number is the stage’s.
+  const first = cut === 1 ? ` (${bytes(measured.memory.alone[size].total)} without a gradient yet)` : "";
   const said = over
     ? `Out of memory: ${whole} ${needs} ${bytes(sum)}${first}, and the tank holds ${capacity} MiB.`
     : `${whole} ${takes} ${bytes(sum)}${first} of the tank’s ${capacity} MiB.${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
@@ -54,7 +54,7 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
 
 export const TANK = { left: 30, width: 112, bottom: 274 };
 
-// The batch to which a level was drawn from another one: a quarter of the way to the next is enough, so that none snaps back.
+// The size to which a level was drawn: a quarter of the way is enough.
 export function drawnTo(from, level, sizes, measured) {
   const at = (index) => measured.memory.window[sizes[index]].total, near = (low, share) => at(low) + (at(low + 1) - at(low)) * share;
   let to = from;
@@ -330,7 +330,7 @@ export const START = {
   split: { batch: 50, microbatch: 8 },
   loop: { cut: 4, t: 258 },
   mathematics: { lengths: [4, 4, 4, 4], rule: "right" },
-  code: { cut: 8, t: 48 },
+  code: { cut: 4, t: 60 },
   memory: { batch: 64, microbatch: 8 },
   differences: { view: "norm" },
   decision: { path: [] },

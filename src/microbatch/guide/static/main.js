@@ -109,7 +109,6 @@ function wireTank() {
     if (!what) return;
     event.preventDefault();
     from = sizes.indexOf(state.batch);
-    // Wherever it is taken, it does not jump.
     off = levelOf(event) - (what === "tank" ? state.tank * MIB : measured.memory.window[state.batch / state.cut].total);
     drawing.setPointerCapture(event.pointerId);
   });
@@ -222,8 +221,7 @@ function wireCode() {
   const stage = wireStage("code", {
     onMove({ phase, cut, rows }) {
       for (const [number, line] of lines.entries()) {
-        // The size in the code is the one of the figure.
-        if (cut > 1) line.textContent = written[number].replace(/\b8\b/g, rows / cut);
+        if (cut > 1) line.textContent = written[number].replace(/\b16\b/g, rows / cut);
         const now = (cutOf(line) === 1) === (cut === 1) && line.dataset.phase.split(" ").includes(LINES[phase] ?? phase);
         line.classList.toggle("now", now);
         if (now) line.setAttribute("aria-current", "step");

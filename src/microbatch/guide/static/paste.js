@@ -9,7 +9,7 @@ export function span(text, line) {
   return [start, start + lines[at].length];
 }
 
-// Whether there was no loop to judge; what the doctor says of a file then does not fit a text.
+// Whether there was no loop to judge.
 const none = (findings) => findings.length > 0 && findings.every(({ rule }) => rule === "MB001");
 
 // What was found, in one sentence.
@@ -18,8 +18,8 @@ export function verdict({ findings, summary }, source = "") {
   if (!rules.length) return "Nothing found. To compare the loop with the full batch, on your own model: microbatch check --loop";
   if (rules.includes("MB000")) return "This text cannot be read.";
   if (none(findings)) return /\.backward\(/.test(source) && /step\(/.test(source)
-    ? "This loop takes a step for every batch. That is no fault, but it does not accumulate. To accumulate, write it as above, “By hand” or “With microbatch”."
-    : "There is no training loop here: paste the lines from for to the optimizer’s step.";
+    ? "This loop takes a step for every batch. That is no fault. To accumulate, write it as above: “By hand” or “With microbatch”."
+    : "There is no training loop here.";
   const parts = [
     [summary.certain, "certain"], [summary.depends, summary.depends === 1 ? "that depends" : "that depend"],
     [summary.speed, summary.speed === 1 ? "note on speed" : "notes on speed"],

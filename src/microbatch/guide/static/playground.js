@@ -31,7 +31,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
 
   function draw() {
     dirty = false;
-    const stands = !view.steps.length && !ended(view) && recording?.steps.length; // the recording, until the run has a step of its own
+    const stands = !view.steps.length && !ended(view) && recording?.steps.length;
     const told = stands ? recording : view;
     for (const [pane, drawn] of Object.entries(PANES)) show(place.querySelector(`[data-pane="${pane}"]`), drawn(told), { late: true });
     find("results").hidden = view.kind === "idle"; // nothing to show yet
@@ -210,7 +210,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     for (const event of events) {
       if (name !== own || view.steps.length) return;
       recording = apply(recording ?? begin(settings), event);
-      if (!recording.steps.length) continue; // there is nothing to see before
+      if (!recording.steps.length) continue;
       redraw();
       await new Promise((done) => setTimeout(done, 100));
     }

@@ -166,7 +166,7 @@ export function startStage(figure, measured, { cut, t, playsItself = false, onMo
   new ResizeObserver(() => (drawing.clientWidth < NARROW) !== (shape === SHAPES.narrow) && show()).observe(drawing);
   return {
     go: (to) => (pause(), go(to)),
-    // The next move of that kind, from here on, or from the beginning; of the whole batch if `of` is 1, else of a cut one.
+    // The next move of that kind; of the whole batch where `of` is 1.
     phase(phase, of) {
       pause();
       if ((of === 1) !== (cut === 1)) (choose(of), (t = 0));
