@@ -119,11 +119,11 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
         seen: list[str] = []
         for _ in range(6):
             now = page.locator("#code .line.now").evaluate_all("lines => lines.map(line => line.dataset.phase)")
-            assert len(now) == 3
-            seen.append(now[1].split()[0])
+            assert len(now) == 2  # by hand and with the library; the whole batch is not cut
+            seen.append(now[0].split()[0])
             code.locator(".player button").nth(2).click()
         assert seen == ["begin", "take", "forward", "backward", "backward", "take"]
-        page.locator("#code .line[data-phase~=step]").first.click()
+        page.locator("#code .listing").nth(1).locator(".line[data-phase~=step]").click()
         assert "One step" in str(code.locator("[data-say]").text_content())
         code.locator("input[type=range]").fill("0")
         page.locator("#code .listing").nth(1).focus()
@@ -132,6 +132,28 @@ def test_the_code_and_the_stage_follow_each_other(browser: Any, idle: Any) -> No
             assert str(code.locator("[data-say]").text_content()).startswith(words)
         page.keyboard.press("ArrowUp")
         assert str(code.locator("[data-say]").text_content()).startswith("Backward")
+
+
+def test_the_code_has_the_figures_size_and_the_whole_batch_is_shown_whole(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        code, listings = page.locator('[data-figure="code"]'), page.locator("#code .listing")
+
+        def said() -> str:
+            return str(code.locator("[data-say]").text_content())
+
+        assert said() == "Microbatch 1 of 4 goes into the model: 16 rows."
+        assert "len(x), 16)" in str(listings.nth(1).text_content())
+        code.locator('.cuts button[value="8"]').click()
+        assert "len(x), 8)" in str(listings.nth(1).text_content())
+        assert "rows + 8]" in str(listings.nth(1).text_content())
+        assert "microbatch_size=8" in str(listings.nth(2).text_content())
+        listings.nth(0).locator(".line[data-phase~=take]").click()
+        assert said() == "The batch goes into the model: 64 rows."
+        assert listings.nth(0).locator(".now").count() == page.locator("#code .line.now").count() == 1
+        listings.nth(0).locator(".line[data-phase~=step]").click()
+        assert said().startswith("Out of memory: all 64 rows at once")
+        listings.nth(1).locator(".line[data-phase~=take]").click()
+        assert said() == "Microbatch 1 of 4 goes into the model: 16 rows."
 
 
 def test_the_hero_plays_by_itself_once_and_ends_with_one_step(browser: Any, idle: Any) -> None:
@@ -257,6 +279,32 @@ def test_the_tank_is_filled_and_its_rim_is_moved_by_hand(browser: Any, idle: Any
             page.mouse.move(box["x"] + box["width"] / 2, box["y"] + by, steps=4)
             page.mouse.up()
             assert words in str(tank.locator("[data-say]").text_content())
+
+
+def test_the_fill_is_drawn_from_its_middle_and_the_rim_from_where_it_crosses_it(browser: Any, idle: Any) -> None:
+    with opened(browser, idle.url) as page:
+        tank = page.locator('[data-figure="tank"]')
+        tank.locator("svg").scroll_into_view_if_needed()
+
+        def draw(x: float, y: float, by: float) -> str:
+            page.mouse.move(x, y)
+            page.mouse.down()
+            page.mouse.move(x, y + by, steps=6)
+            page.mouse.up()
+            return str(tank.locator("[data-say]").text_content())
+
+        fill = tank.locator("[data-drag=batch]").bounding_box()
+        assert fill is not None
+        x, middle = fill["x"] + fill["width"] / 2, fill["y"] + fill["height"] * 0.6
+        assert "32 rows at once" in draw(x, middle, 2)  # it does not jump to where it is taken
+        assert "64 rows at once" in draw(x, middle, -60)
+        assert page.evaluate("getSelection().toString()") == ""
+        assert "32 rows at once" in draw(x, middle, 60)
+        rim = tank.locator(".rim").bounding_box()
+        assert rim is not None
+        told = draw(x, rim["y"], -40)
+        assert "32 rows at once" in told
+        assert "96 MiB" not in told
 
 
 CHOSEN = {
@@ -460,7 +508,9 @@ def test_the_playground_starts_by_itself_when_it_is_first_reached(browser: Any) 
             assert client.get("/api/run")[1]["run"] is None
         with opened(browser, reached, reduced_motion="no-preference") as page:
             shown = "document.querySelector('[data-shown]').textContent"
-            until(page, f"{shown}.startsWith('Recorded, until your own run begins. ')")
+            until(page, f"{shown}.startsWith('A recorded run, until yours has taken its first step. ')")
+            assert page.locator('[data-pane="loss"] .series').count()  # it has something to show
+            assert "Started by itself" in str(page.locator("[data-status]").text_content())
             assert page.evaluate("document.activeElement === document.body")
             until(page, f"{shown}.startsWith('32 = 4 × 8 rows')")
             wait_for_end(page)

@@ -159,6 +159,12 @@ def test_the_program_reproduces_the_run(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_a_program_that_is_wrong_on_purpose_says_so(name: str) -> None:
+    text = program(read_settings(PRESETS[name].settings))
+    assert text.startswith("# Wrong on purpose") == (PRESETS[name].exact is False)
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_run_and_shows_what_it_says(name: str) -> None:
     settings = {**PRESETS[name].settings, "steps": 1, "compare": "no"}
     events = run(**settings)

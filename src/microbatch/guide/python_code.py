@@ -30,6 +30,7 @@ def program(settings: Settings) -> str:
     twice = ', coupled="twice"' if coupled else ""
     loss = "made.loss_fn, encode=made.encode" if coupled else "made.loss" if right else "wrong"
     lines = [
+        *_faults(settings),
         "import torch",
         "import microbatch as mb",
         "from microbatch.guide.lessons import lesson",
@@ -50,3 +51,18 @@ def program(settings: Settings) -> str:
         "    print(index + 1, float(step.loss), step.microbatches)",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _faults(settings: Settings) -> list[str]:
+    """Say in a comment why a run's gradient is not the whole batch's, where it is so on purpose."""
+    reasons = {
+        "the loss is not divided": settings.divide == "none",
+        "it takes a mean of means": settings.divide == "means",
+        "BatchNorm sees one microbatch at a time": settings.norm == "batch",
+        "gradients are added in bfloat16": settings.precision == "bfloat16-sums",
+        "rows are compared within one microbatch only": settings.model == "pairs" and settings.coupling != "coupled",
+    }
+    said = [reason for reason, given in reasons.items() if given]
+    if not said or settings.microbatch == settings.batch:
+        return []
+    return [f"# Wrong on purpose, not the whole batch's gradient: {', and '.join(said)}."]

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
-import { decision, FIGURES, loop, START, weights } from "../../../src/microbatch/guide/static/figures.js";
+import { decision, drawnTo, FIGURES, loop, START, weights } from "../../../src/microbatch/guide/static/figures.js";
 import { plot } from "../../../src/microbatch/guide/static/plot.js";
 import { bytes, power, percent } from "../../../src/microbatch/guide/static/svg.js";
 import { parts, TANKS } from "../../../src/microbatch/guide/static/tank.js";
@@ -47,6 +47,22 @@ test("at every stop of its sliders the tank’s picture, words and table are of 
     }
 });
 
+test("the tank says both sizes of a batch at once: beside a gradient, and the one that the stage and the memory show", () => {
+  for (const batch of [1, 32, 64])
+    assert.ok(FIGURES.tank({ batch, tank: 96 }, measured).say.includes(`${bytes(measured.memory.window[batch].total)} (${bytes(measured.memory.alone[batch].total)} without`));
+});
+
+test("a level that is drawn goes to the next size after a quarter of the way, and stays where it is not moved", () => {
+  const sizes = [1, 2, 4, 8, 16, 32, 64], total = (size) => measured.memory.window[size].total;
+  const between = (low, share) => total(low) + (total(2 * low) - total(low)) * share;
+  sizes.forEach((size, index) => assert.equal(drawnTo(index, total(size), sizes, measured), index));
+  assert.equal(drawnTo(5, between(32, 0.3), sizes, measured), 6);
+  assert.equal(drawnTo(5, between(32, 0.2), sizes, measured), 5);
+  assert.equal(drawnTo(6, between(32, 0.7), sizes, measured), 5);
+  assert.equal(drawnTo(6, between(32, 0.8), sizes, measured), 6);
+  assert.deepEqual([drawnTo(3, 1e12, sizes, measured), drawnTo(3, 0, sizes, measured)], [6, 0]);
+});
+
 test("the parts of a tank are all that was measured", () => {
   for (const each of Object.values(measured.memory.window))
     assert.equal(parts(each).reduce((sum, [, size]) => sum + size, 0), each.total);
@@ -77,7 +93,7 @@ test("the stack is the whole batch’s under one denominator, four times it with
 
 test("every path of answers ends in one advice", () => {
   assert.equal(decision({ path: [false] }).end, "Accumulate: this is what it is for.");
-  assert.equal(decision({ path: [true, true] }).end, "Accumulate: one reduction a step.");
+  assert.equal(decision({ path: [true, true] }).end, "Accumulate: one exchange a step.");
   assert.equal(decision({ path: [true, false, true] }).end, "Accumulate to a larger batch.");
   assert.equal(decision({ path: [true, false, false] }).end, "Do not: it would only take time.");
   assert.equal(decision({ path: [true] }).end, undefined);

@@ -16,7 +16,8 @@ test("a line is where it stands in the text", () => {
 test("what was found is one sentence", () => {
   assert.match(verdict(found([])), /^Nothing found\./);
   assert.match(verdict(found(["MB000"], { not_judged: 1 })), /cannot be read/);
-  assert.match(verdict(found(["MB001"])), /no loop/);
+  assert.match(verdict(found(["MB001"])), /no training loop/);
+  assert.match(verdict(found(["MB001"]), "loss.backward()\noptimizer.step()"), /a step for every batch.*To accumulate, write it as above:/);
   assert.equal(verdict(found(["MB105", "MB110"], { certain: 1, depends: 1 })), "Found: 1 certain, 1 that depends.");
   assert.equal(verdict(found(["MB601", "MB002"], { speed: 2, not_judged: 1 })), "Found: 2 notes on speed, 1 not judged.");
 });

@@ -7,8 +7,8 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 x, y = torch.randn(50, 20), torch.randint(0, 3, (50,))
 
 optimizer.zero_grad()  #: begin
-for rows in range(0, len(x), 8):
-    x_m, y_m = x[rows : rows + 8], y[rows : rows + 8]  #: take
+for rows in range(0, len(x), 16):
+    x_m, y_m = x[rows : rows + 16], y[rows : rows + 16]  #: take
     loss = F.cross_entropy(model(x_m), y_m, reduction="sum")  #: forward
     (loss / len(x)).backward()  #: backward
 optimizer.step()  #: step

@@ -8,7 +8,7 @@ model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.L
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 x, y = torch.randn(50, 20), torch.randint(0, 3, (50,))
 
-accumulator = mb.Accumulator(model, optimizer, microbatch_size=8)  #: begin
+accumulator = mb.Accumulator(model, optimizer, microbatch_size=16)  #: begin
 
 
 def loss_fn(model, microbatch):  #: take

@@ -27,16 +27,18 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
   const scale = tankScale(measured);
   const rows = count(size, "row"), whole = cut === 1 ? `${rows} at once` : `${cut} × ${rows}`;
   const [needs, takes] = size === 1 && cut === 1 ? ["needs", "takes"] : ["need", "take"];
+  // The second number is the stage’s.
+  const first = cut === 1 ? ` (${bytes(measured.memory.alone[size].total)} without a gradient yet)` : "";
   const said = over
-    ? `Out of memory: ${whole} ${needs} ${bytes(sum)}, and the tank holds ${capacity} MiB.`
-    : `${whole} ${takes} ${bytes(sum)} of the tank’s ${capacity} MiB.${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
+    ? `Out of memory: ${whole} ${needs} ${bytes(sum)}${first}, and the tank holds ${capacity} MiB.`
+    : `${whole} ${takes} ${bytes(sum)}${first} of the tank’s ${capacity} MiB.${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
   const rim = TANK.bottom - room * scale, level = TANK.bottom - sum * scale;
   const svg = figure(
     310,
     said,
     tank(TANK.left, TANK.bottom - 236, TANK.width, 236, list, { scale, capacity: room, label: whole }),
-    el("rect", { class: "grip", "data-drag": "batch", x: TANK.left - 6, y: level - 14, width: TANK.width + 12, height: 28 }),
-    el("g", { class: "handle", "data-drag": "tank" }, el("circle", { cx: TANK.left + TANK.width + 18, cy: rim, r: 9 }),
+    el("rect", { class: "grip", "data-drag": "batch", x: TANK.left - 6, y: level - 14, width: TANK.width + 12, height: TANK.bottom - level + 14 }),
+    el("g", { class: "handle", "data-drag": "tank" }, el("rect", { class: "grip", x: TANK.left - 12, y: rim - 8, width: TANK.width + 24, height: 16 }), el("circle", { cx: TANK.left + TANK.width + 18, cy: rim, r: 9 }),
       el("path", { d: `M${TANK.left + TANK.width + 14} ${round(rim - 1.5)}l4 -4l4 4M${TANK.left + TANK.width + 14} ${round(rim + 1.5)}l4 4l4 -4` }),
       el("rect", { class: "grip", x: TANK.left + TANK.width - 2, y: rim - 20, width: 40, height: 40 })),
     text(190, 34, bytes(sum), { class: "number big" }),
@@ -51,6 +53,15 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
 }
 
 export const TANK = { left: 30, width: 112, bottom: 274 };
+
+// The size to which a level was drawn: a quarter of the way is enough.
+export function drawnTo(from, level, sizes, measured) {
+  const at = (index) => measured.memory.window[sizes[index]].total, near = (low, share) => at(low) + (at(low + 1) - at(low)) * share;
+  let to = from;
+  while (to < sizes.length - 1 && level > near(to, 0.25)) to += 1;
+  while (to <= from && to > 0 && level < near(to - 1, 0.75)) to -= 1;
+  return to;
+}
 
 export const tankScale = ({ memory }) => 236 / Math.max(total(parts(memory.window[64])), TANKS.high * MIB);
 
@@ -195,18 +206,18 @@ export function mathematics({ lengths, rule }, measured) {
   const stack = parts.reduce((sum, part) => sum + part, 0), ratio = stack / whole, off = Math.abs(ratio - 1);
   const even = lengths.every((length) => length === lengths[0]);
   const said = {
-    right: "Divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
+    right: "The sum, divided by all tokens: the shares stack up to the whole batch’s number, whatever the lengths.",
     none: `Not divided: the stack is ${ratio.toFixed(2)} times as tall as the whole batch’s.`,
-    means: even ? "Divided by the number of microbatches: right only while all of them have equally many tokens."
+    means: even ? "Means, divided by the number of microbatches: the same only while all of them have equally many tokens."
       : off < 5e-4 ? "Divided by the number of microbatches: right here by chance."
-      : `A mean of means: ${percent(off)} off, because a token of a short microbatch has more weight.`,
+      : `A mean of means: ${percent(off)} off. It counts a token of a short microbatch for more than one of a long one.`,
   }[rule];
   const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
   let left = 14, level = bottom;
   const bars = means.map((mean, index) => {
     const width = 10 + lengths[index] * unit, high = mean * scale, x = left;
     left += width + 6;
-    return [el("rect", { class: "goal", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
+    return [el("rect", { class: "mean", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
       text(x + width / 2, bottom + 18, index + 1, { "text-anchor": "middle", class: "number" })];
   });
   const stacked = parts.map((part, index) => {
@@ -215,7 +226,7 @@ export function mathematics({ lengths, rule }, measured) {
     return [bar(290, level, 70, high, "gradients"), high > 18 ? [el("circle", { class: "disc", cx: 325, cy: level + high / 2, r: 9 }), text(325, level + high / 2 + 5, index + 1, { "text-anchor": "middle", class: "number small" })] : null];
   });
   const svg = figure(322, said,
-    text(14, 20, "each microbatch’s mean", { class: "quiet" }), text(325, 20, "their shares, stacked", { "text-anchor": "middle", class: "quiet" }),
+    text(8, 20, "outline: mean; width: tokens", { class: "quiet" }), text(325, 20, "their shares, stacked", { "text-anchor": "middle", class: "quiet" }),
     el("path", { class: "axis", d: `M8 ${bottom}H236M282 ${bottom}H410` }), bars, stacked,
     el("rect", { class: off < 1e-9 ? "goal met" : "goal", x: 286, y: bottom - whole * scale, width: 78, height: whole * scale }),
     el("path", { class: "arrow", d: "M240 150H274", "marker-end": "url(#head)" }),
@@ -268,7 +279,7 @@ function pace({ speed }) {
 
 export const QUESTIONS = [
   { ask: "Does the batch fit in memory?", no: "Accumulate: this is what it is for." },
-  { ask: "Do ranks wait for reductions?", yes: "Accumulate: one reduction a step." },
+  { ask: "Several GPUs: do they wait?", yes: "Accumulate: one exchange a step." },
   { ask: "Would less noise help?", yes: "Accumulate to a larger batch.", no: "Do not: it would only take time." },
 ];
 

@@ -1,6 +1,6 @@
 // Make the page's figures, quiz and playground interactive. What is here already can be read without.
 
-import { FIGURES, RULES, START, TANK, tankScale, VIEWS } from "./figures.js";
+import { drawnTo, FIGURES, RULES, START, TANK, tankScale, VIEWS } from "./figures.js";
 import { startPaste } from "./paste.js";
 import { startPlayground } from "./playground.js";
 import { show } from "./readout.js";
@@ -92,19 +92,24 @@ function wireTank() {
   });
   // What is in the tank, and its rim, can be drawn up and down.
   const drawing = figure.querySelector("[data-drawing]");
-  let what = null;
-  const drag = ({ clientY }) => {
+  let what = null, off = 0, from = 0;
+  const levelOf = ({ clientY }) => {
     const { top, height } = drawing.firstElementChild.getBoundingClientRect();
-    const level = (TANK.bottom - ((clientY - top) / height) * drawing.firstElementChild.viewBox.baseVal.height) / tankScale(measured);
-    const near = (size) => Math.abs(measured.memory.window[size].total - level);
-    const { range } = what === "tank" ? tank : batch;
-    range.value = what === "tank" ? level / MIB : sizes.reduce((best, size, index) => (near(size) < near(sizes[best]) ? index : best), 0);
+    return (TANK.bottom - ((clientY - top) / height) * drawing.firstElementChild.viewBox.baseVal.height) / tankScale(measured);
+  };
+  const drag = (event) => {
+    const level = levelOf(event) - off, { range } = what === "tank" ? tank : batch;
+    const value = what === "tank" ? level / MIB : drawnTo(from, level, sizes, measured);
+    if (Number(range.value) === value) return;
+    range.value = value;
     range.dispatchEvent(new Event("input"));
   };
   drawing.addEventListener("pointerdown", (event) => {
     what = event.target.closest("[data-drag]")?.dataset.drag ?? null;
     if (!what) return;
     event.preventDefault();
+    from = sizes.indexOf(state.batch);
+    off = levelOf(event) - (what === "tank" ? state.tank * MIB : measured.memory.window[state.batch / state.cut].total);
     drawing.setPointerCapture(event.pointerId);
   });
   drawing.addEventListener("pointermove", (event) => what && drawing.hasPointerCapture(event.pointerId) && drag(event));
@@ -211,18 +216,20 @@ function remember(name, moment) {
 const LINES = { overflow: "forward", add: "backward", agree: "step" };
 
 function wireCode() {
-  const lines = [...document.querySelectorAll("#code [data-phase]")];
+  const lines = [...document.querySelectorAll("#code [data-phase]")], whole = document.querySelector("#code .listing"); // comes first
+  const written = lines.map((line) => line.textContent), cutOf = (line) => (whole.contains(line) ? 1 : null);
   const stage = wireStage("code", {
-    onMove({ phase }) {
-      for (const line of lines) {
-        const now = line.dataset.phase.split(" ").includes(LINES[phase] ?? phase);
+    onMove({ phase, cut, rows }) {
+      for (const [number, line] of lines.entries()) {
+        if (cut > 1) line.textContent = written[number].replace(/\b16\b/g, rows / cut);
+        const now = (cutOf(line) === 1) === (cut === 1) && line.dataset.phase.split(" ").includes(LINES[phase] ?? phase);
         line.classList.toggle("now", now);
         if (now) line.setAttribute("aria-current", "step");
         else line.removeAttribute("aria-current");
       }
     },
   });
-  const happening = lines.filter((line) => line.dataset.phase), see = (line) => stage.phase(line.dataset.phase.split(" ")[0]);
+  const happening = lines.filter((line) => line.dataset.phase), see = (line) => stage.phase(line.dataset.phase.split(" ")[0], cutOf(line) ?? START.code.cut);
   for (const line of happening) line.addEventListener("click", () => see(line));
   for (const listing of document.querySelectorAll("#code .listing"))
     listing.addEventListener("keydown", (event) => {
@@ -253,7 +260,7 @@ function wireQuestions() {
     });
   }
   const tallied = () => `${[...answers.values()].filter(Boolean).length} of ${questions.length} right${answers.size < questions.length ? `, ${questions.length - answers.size} to go` : ""}.`;
-  score.textContent = `${count(questions.length, "question")} stand above, each before the figure that answers it.`;
+  score.textContent = `${count(questions.length, "question")} stand above, each beside or above the figure that answers it.`;
   share.querySelector("button").addEventListener("click", async () => {
     const words = `Gradient accumulation, ${tallied()} ${location.origin}${location.pathname}`;
     try {

@@ -9,12 +9,17 @@ export function span(text, line) {
   return [start, start + lines[at].length];
 }
 
+// Whether there was no loop to judge.
+const none = (findings) => findings.length > 0 && findings.every(({ rule }) => rule === "MB001");
+
 // What was found, in one sentence.
-export function verdict({ findings, summary }) {
+export function verdict({ findings, summary }, source = "") {
   const rules = findings.map(({ rule }) => rule);
   if (!rules.length) return "Nothing found. To compare the loop with the full batch, on your own model: microbatch check --loop";
   if (rules.includes("MB000")) return "This text cannot be read.";
-  if (rules.every((rule) => rule === "MB001")) return "There is no loop here that accumulates gradients.";
+  if (none(findings)) return /\.backward\(/.test(source) && /step\(/.test(source)
+    ? "This loop takes a step for every batch. That is no fault. To accumulate, write it as above: “By hand” or “With microbatch”."
+    : "There is no training loop here.";
   const parts = [
     [summary.certain, "certain"], [summary.depends, summary.depends === 1 ? "that depends" : "that depend"],
     [summary.speed, summary.speed === 1 ? "note on speed" : "notes on speed"],
@@ -103,10 +108,10 @@ export function startPaste() {
   async function check() {
     const turn = ++asked;
     told.textContent = "Reading …";
-    const answer = await ask(area.value);
+    const source = area.value, answer = await ask(source);
     if (turn !== asked) return; // another one was asked for since
     if (answer.error) show(`Not checked: ${answer.error}.`);
-    else show(verdict(answer), answer.findings);
+    else show(verdict(answer, source), none(answer.findings) ? [] : answer.findings);
   }
 
   // A text of the reader's own is kept while another one is tried.
@@ -115,7 +120,8 @@ export function startPaste() {
     area.value = text;
     area.scrollTo(0, 0);
     changed();
-    show("Not checked yet.");
+    list.replaceChildren();
+    check();
   }
 
   function changed() {

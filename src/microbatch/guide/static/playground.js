@@ -25,19 +25,20 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   const find = (name) => place.querySelector(`[data-${name}]`);
   find("play").hidden = false;
   const form = find("form"), run = find("run"), stop = find("stop"), recover = find("recover"), notice = find("notice");
-  let view = null, recording = null, source = null, name = null, dirty = false, replaying = 0;
+  let view = null, recording = null, byItself = false, source = null, name = null, dirty = false, replaying = 0;
 
   // -- what is shown ------------------------------------------------------------------------------------------------
 
   function draw() {
     dirty = false;
-    const told = (!view.last && recording) || view; // until a run has told anything, the recording stands for it
+    const stands = !view.steps.length && !ended(view) && recording?.steps.length;
+    const told = stands ? recording : view;
     for (const [pane, drawn] of Object.entries(PANES)) show(place.querySelector(`[data-pane="${pane}"]`), drawn(told), { late: true });
     find("results").hidden = view.kind === "idle"; // nothing to show yet
     const title = view.kind === "idle" ? "" : nameOf(fields, presets, told.settings);
-    find("shown").textContent = told === view ? title : `Recorded, until your own run begins. ${title}`;
+    find("shown").textContent = stands ? `A recorded run, until yours has taken its first step. ${title}` : title;
     age();
-    const words = status(view);
+    const words = `${byItself && !ended(view) ? "Started by itself, as an example. " : ""}${status(view)}`;
     if (find("status").textContent !== words) find("status").textContent = words;
     const seen = badge(told);
     find("badge").hidden = !seen;
@@ -160,6 +161,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
   function listen(started) {
     source?.close();
     name = started.name;
+    recording = null;
     view = begin(started.settings);
     source = new EventSource(`api/runs/${name}/events`);
     source.onmessage = ({ data }) => {
@@ -193,6 +195,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     run.disabled = Boolean(answer.run);
     if (answer.problem) say(answer.problem);
     else {
+      byItself = itself;
       listen(answer.run);
       stop.disabled = false;
       if (itself) return standIn();
@@ -203,14 +206,14 @@ export function startPlayground({ fields, presets, notices, recorded }) {
 
   // The process of the first run may still be loading: a recorded run is shown as long.
   async function standIn() {
-    const { settings, events = [] } = await ask("static/recorded.json");
+    const own = name, { settings, events = [] } = await ask("static/recorded.json");
     for (const event of events) {
-      if (view.last) break;
+      if (name !== own || view.steps.length) return;
       recording = apply(recording ?? begin(settings), event);
+      if (!recording.steps.length) continue;
       redraw();
       await new Promise((done) => setTimeout(done, 100));
     }
-    recording = null;
   }
 
   // A preset runs at once: what is under way makes room for it.

@@ -3,7 +3,7 @@
 import { el, extent, figure, power, round, table, text } from "./svg.js";
 
 const SMALLEST = 1e-300; // of what a logarithm is drawn of: below, powers of ten are zero
-const LEFT = 12, RIGHT = 408, TOP = 44, BOTTOM = 214;
+const LEFT = 12, RIGHT = 408, TOP = 52, BOTTOM = 214;
 
 const MARKS = [
   (x, y) => el("circle", { cx: x, cy: y, r: 4.5 }),
@@ -33,6 +33,7 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
     text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
   ]);
+  const upright = text(LEFT + 34, TOP - 11, `↑ ${y}`, { class: "quiet small" });
   const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
   const drawn = series.map(({ ys, look }, number) => {
     const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
@@ -53,7 +54,7 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
   const bound = limit === undefined ? null : [
     el("line", { class: "rim", x1: LEFT + 34, x2: RIGHT, y1: up(limit), y2: up(limit) }),
     text(RIGHT, up(limit) - 5, limitName, { "text-anchor": "end", class: "quiet small" })];
-  const picture = [grid, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
+  const picture = [grid, upright, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
   const svg = figure(height + further, label, names, further ? el("g", { transform: `translate(0 ${further})` }, picture) : picture);
   const rows = xs.map((value, index) => [value, ...series.map(({ ys }) => (ys[index] === undefined || ys[index] === null ? "–" : format(ys[index])))])
     .filter(([, ...cells]) => cells.some((cell) => cell !== "–"));

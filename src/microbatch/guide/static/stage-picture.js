@@ -120,8 +120,8 @@ function model(state, shape) {
   const moved = state.stepped > 0;
   return node("g", { class: "network" }, layers,
     label(center, top - 17, doing, { class: { forward: "label activations", backward: "label gradients" }[state.phase] ?? "quiet" }),
-    label(center + (shape.name === "wide" ? 10 : 6), top + height + 38, moved ? "weights move" : "weights frozen", { class: "label parameters" }),
-    node("path", { class: "padlock", d: padlock(center - (shape.name === "wide" ? 54 : 58), top + height + 33, moved) }));
+    label(center + 10, top + height + 38, moved ? "weights move" : "weights frozen", { class: "label parameters" }),
+    node("path", { class: "padlock", d: padlock(center - (shape.name === "wide" ? 60 : 64), top + height + 33, moved) }));
 }
 
 const padlock = (x, y, open) => `M${x - 6} ${y - 4}h12v9h-12zM${x - 3.5} ${y - 4}v-3a3.5 3.5 0 0 1 7 0${open ? "" : "v3"}`;

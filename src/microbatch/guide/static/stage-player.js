@@ -166,11 +166,13 @@ export function startStage(figure, measured, { cut, t, playsItself = false, onMo
   new ResizeObserver(() => (drawing.clientWidth < NARROW) !== (shape === SHAPES.narrow) && show()).observe(drawing);
   return {
     go: (to) => (pause(), go(to)),
-    phase(phase) { // the next move of that kind, from here on, or from the beginning
-      const { moves } = plan(cut, measured), { at } = stateAt(cut, t, measured);
-      const next = moves.findIndex((move, number) => number > at && move.phase === phase);
+    // The next move of that kind; of the whole batch where `of` is 1.
+    phase(phase, of) {
       pause();
-      go(momentOf(cut, next >= 0 ? next : Math.max(0, moves.findIndex((move) => move.phase === phase)), measured));
+      if ((of === 1) !== (cut === 1)) (choose(of), (t = 0));
+      const { moves } = plan(cut, measured), { at } = stateAt(cut, t, measured), found = (from) => moves.findIndex((move, number) => number >= from && move.phase === phase);
+      const next = [found(at + 1), found(0)].find((number) => number >= 0) ?? moves.length - 1; // memory ended before it
+      go(momentOf(cut, next, measured));
     },
     get name() { return name; },
   };

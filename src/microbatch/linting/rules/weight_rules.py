@@ -19,7 +19,8 @@ LOSS_NOT_DIVIDED = Rule(
         "seen (3e-7). "
         "The gradient is 4 times too large."
     ),
-    fix="Divide the loss by N before `backward`. With SGD, the learning rate was tuned for the sum: multiply it by N.",
+    fix="Divide the loss by N before `backward`. SGD then takes steps N times smaller. If your learning rate was "
+    "chosen with the undivided loss, multiply it by N.",
     wrong="""\
 import torch.nn.functional as F
 
