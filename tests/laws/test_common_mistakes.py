@@ -426,3 +426,24 @@ def test_e8_an_object_of_views_that_cannot_be_copied_is_refused_by_name() -> Non
     rows = Rows(X.clone(), {"y": X, "lock": threading.Lock()})
     with pytest.raises(BatchError, match=r"a Rows in the batch cannot be copied.*clone\(\)"):
         it.step(rows, lambda model, piece: square(model, piece.x))
+
+
+class WithClosure(torch.optim.SGD):
+    def step(self, closure: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        closure()
+
+
+class WithOptions(torch.optim.SGD):
+    def step(self, closure: Any = None, *, times: int = 1) -> None:
+        for _ in range(times):
+            super().step(closure)
+
+
+def test_an_optimizer_that_needs_a_closure_or_records_its_step_is_refused_at_once() -> None:
+    model = network()
+    with pytest.raises(ConfigError, match=r"WithClosure.step\(\) needs a closure.*accumulator.gradient"):
+        mb.Accumulator(model, WithClosure(model.parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="SGD was made with differentiable=True"):
+        mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True))
+    optimizer = WithOptions(model.parameters(), lr=0.1)
+    assert mb.Accumulator(model, optimizer, microbatch_size=2).step(X, square).applied

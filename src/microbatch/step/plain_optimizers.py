@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,18 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             "mb.Accumulator(model) without an optimizer, and call accumulator.gradient(batch, loss_fn) in the closure "
             "of LBFGS.step"
         )
+    for each in optimizers:
+        name = type(each).__name__
+        if _needs_closure(each):
+            raise ConfigError(
+                f"{name}.step() needs a closure, which computes gradients in the step: create mb.Accumulator(model) "
+                "without an optimizer, and call accumulator.gradient(batch, loss_fn) in the closure"
+            )
+        if any(group.get("differentiable") for group in each.param_groups):
+            raise ConfigError(
+                f"{name} was made with differentiable=True, so its step is part of a graph, and weights that require "
+                "a gradient cannot be written to: leave differentiable= out"
+            )
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ConfigError(
@@ -96,6 +109,15 @@ def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
             f"{next(iter(own.values()))!r}), so a step would change nothing. Create it from model.parameters(), "
             "after the last change to the model's layers (such as LoRA or a move to another device)"
         )
+
+
+def _needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer's step has an argument that must be given."""
+    try:
+        asked = inspect.signature(optimizer.step).parameters.values()
+    except (TypeError, ValueError):  # not written in Python
+        return False
+    return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked)
 
 
 def _plain(given: Any) -> Optimizer:
