@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from inspect import CO_VARARGS
+from numbers import Integral
 from types import FunctionType, MethodType
 from typing import Any, TypeGuard
 
@@ -92,11 +93,11 @@ def whole(value: object, *, least: int | None = None) -> int | None:
     """
     if type(value) is int:
         number = value
-    elif isinstance(value, bool) or "bool" in str(attribute(value, "dtype", "")):
+    elif isinstance(value, bool) or not isinstance(value, Integral):  # a tensor is read from its device
         return None
     else:
         try:
-            number = operator.index(value)  # pyright: ignore[reportArgumentType] -- asked of any value
+            number = operator.index(value)
         except Exception:  # noqa: BLE001 - whatever the user's own object raises
             return None
     return number if least is None or number >= least else None

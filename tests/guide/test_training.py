@@ -145,7 +145,7 @@ def test_a_rule_scales_the_learning_rate() -> None:
 )
 def test_the_program_reproduces_the_run(values: dict[str, Any]) -> None:
     text = program(read_settings(values))
-    assert len(text.splitlines()) <= 17
+    assert len(text.splitlines()) <= 17 + text.startswith("# Wrong on purpose")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         exec(compile(text, "program", "exec"), {})  # noqa: S102

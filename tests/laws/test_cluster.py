@@ -62,6 +62,12 @@ ROOM = Device(name="room", memory_bytes=1 << 50, reserved_bytes=0, source="for t
 A100 = find_device("a100-40gb")
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a terminal that shows lines whole."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 def same(some: Mapping[Place, Tensor], of: Mapping[Place, Tensor]) -> bool:
     return all(torch.equal(of[place], held) for place, held in some.items())
 

@@ -446,4 +446,5 @@ def test_an_optimizer_that_needs_a_closure_or_records_its_step_is_refused_at_onc
     with pytest.raises(ConfigError, match="SGD was made with differentiable=True"):
         mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1, differentiable=True))
     optimizer = WithOptions(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)  # wraps the step
     assert mb.Accumulator(model, optimizer, microbatch_size=2).step(X, square).applied

@@ -27,6 +27,12 @@ ROOM = Device(name="room", memory_bytes=1 << 50, reserved_bytes=0, source="for t
 SECONDS = st.floats(0.001, 10)
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a terminal that shows lines whole."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @cache
 def gpt2() -> Simulation:
     return Simulation(case_from_config(GPT2))

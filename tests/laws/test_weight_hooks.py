@@ -282,12 +282,15 @@ def test_an_activations_hook_sees_the_finished_slope_once_the_count_is_known() -
                 h.register_hook(lambda gradient: gradient.clamp(-0.02, 0.02))
             return self.layers[2](h)
 
+    def weighted(model: nn.Module, rows: dict[str, Tensor]) -> mb.Loss:
+        return mb.Loss(sum=masked(model, rows).sum * 3, count=rows["kept"].sum() * 3)
+
     model, reference = Cell(), Cell()
     accumulator = mb.Accumulator(model, microbatch_size=4)
-    accumulator.gradient(batch(), masked)
-    wanted = plain(reference, lambda m: masked(m, batch()).mean)
+    accumulator.gradient(batch(), weighted)
+    wanted = plain(reference, lambda m: weighted(m, batch()).mean)
     assert not near(grads(model), wanted)  # the first window does not know the count
-    accumulator.gradient(batch(), masked)
+    accumulator.gradient(batch(), weighted)
     assert near(grads(model), wanted)
 
 

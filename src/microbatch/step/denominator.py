@@ -310,9 +310,9 @@ class Denominator:
         self.means = not own
         # One number for all terms, as one factor corrects all. If it is the final count, activations' hooks are exact.
         expected = float(self.rows) if self.means and self.rows else self._expected
-        # A rank that has no microbatch, and so no terms, expects the same.
+        guessed = self.shared or not (self._estimate or (self.means and self.rows))  # shared also without terms
         narrow = any(share.value.dtype not in {torch.float32, torch.float64} for share in shares)
-        expected = _power_of_two(expected) if narrow or self.shared else expected
+        expected = _power_of_two(expected) if narrow or guessed else expected
         self._terms = {share.name: _Term(expected=expected) for share in shares}
 
     def _seed(self, share: Share) -> Tensor:

@@ -117,7 +117,9 @@ def _needs_closure(optimizer: Optimizer) -> bool:
         asked = inspect.signature(optimizer.step).parameters.values()
     except (TypeError, ValueError):  # not written in Python
         return False
-    return any(each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD for each in asked)
+    # A scheduler wraps the method, and the signature is then that of the function, with self.
+    needed = [each for each in asked if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD]
+    return any(each.name != "self" for each in needed)
 
 
 def _plain(given: Any) -> Optimizer:

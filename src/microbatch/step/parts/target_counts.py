@@ -95,7 +95,7 @@ def mean_behind(loss: Tensor, rows: float) -> Mean | None:
     Cost:
         A few microseconds; no host synchronisation.
     """
-    nodes: list[Any] = [loss.grad_fn]
+    nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
     for node in nodes:  # grows in the loop
         if node is None:
             continue
@@ -122,7 +122,8 @@ def unequal_means(means: Sequence[Mean]) -> Unequal | None:
     """
     if len(means) < 2:
         return None
-    totals = torch.stack([each.total.double() / each.rows for each in means]).cpu()
+    rows = torch.tensor([each.rows for each in means], dtype=torch.float64)
+    totals = torch.stack([each.total.float() for each in means]).cpu().double() / rows  # a device may lack float64
     least, most = float(totals.min()), float(totals.max())
     if not most > _SLACK * least:
         return None
