@@ -107,7 +107,7 @@ class Here:
 
     @contextmanager
     def at_most(self, more: int, *, beside: int) -> Generator[dict[str, Any]]:
-        """Let memory end after so many more bytes: the allocator's own limit on CUDA, a budget on the CPU.
+        """Limit memory to so many more bytes: the allocator's own limit on CUDA, a budget on the CPU.
 
         Args:
             more: Bytes beyond those in use.

@@ -68,7 +68,7 @@ class Eater(nn.Module):
 
 
 def recovery(here: Here, _say: Say, *, where: str) -> Numbers:
-    """Let memory end at one place, and compare the step that was taken all the same with the full batch's."""
+    """Run out of memory at one place, and compare the step that was taken all the same with the full batch's."""
     width, rows, times = here.size(1024, 64), 64, 1000
     model = Eater(width, where).double().to(here.device)
     batch = {"x": torch.randn(rows, width).double(), "y": torch.randn(rows, width).double()}
@@ -117,7 +117,7 @@ class Starved(torch.optim.AdamW):
 
 
 def optimizer(here: Here, _say: Say) -> Numbers:
-    """Let memory end where the optimizer makes its state: nothing is changed, and the step can be taken later."""
+    """Run out of memory where the optimizer makes its state: nothing changes, and the step can be taken later."""
     width = here.size(8192, 64)
     model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).to(here.device)
     batch = {"x": torch.randn(8, width), "y": torch.randn(8, 1)}

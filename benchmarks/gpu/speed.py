@@ -188,7 +188,7 @@ def report(here: Here, say: Say, it: Subject, *, size: int, found: dict[str, Tim
 
 
 def goal(size: int, ratios: dict[str, float], *, noisy: bool) -> str:
-    """Say whether the goals of a size are met.
+    """Return in words whether the goals of a size are met.
 
     Args:
         size: Rows of a microbatch.

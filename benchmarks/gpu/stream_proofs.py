@@ -19,7 +19,7 @@ from benchmarks.models import GPT
 
 @contextmanager
 def refused(here: Here) -> Generator[None]:
-    """Let CUDA refuse to wait for the host; nothing else refuses."""
+    """Make CUDA raise an error where the host would wait for it; other devices raise none."""
     if not here.cuda:
         yield
         return

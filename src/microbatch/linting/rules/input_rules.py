@@ -1,18 +1,8 @@
 """MB000 to MB003: what the doctor could not read or judge, and suppressions that are not used."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import PLAIN_LOOP, Rule
 
 __all__ = ["INPUT_RULES"]
-
-PLAIN = """\
-for step in range(steps):
-    for k in range(N):
-        x, y = next(batches)
-        loss = criterion(model(x), y) / N
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-"""
 
 UNREADABLE = Rule(
     code="MB000",
@@ -24,8 +14,8 @@ UNREADABLE = Rule(
     ),
     how_much="",
     fix="Mend the line that the message names, or leave the file out with `exclude`.",
-    wrong=PLAIN.replace("range(steps):", "range(steps)"),
-    right=PLAIN,
+    wrong=PLAIN_LOOP.replace("range(steps):", "range(steps)"),
+    right=PLAIN_LOOP,
     certain="The file itself.",
 )
 
@@ -47,7 +37,7 @@ for x, y in loader:
     optimizer.step()
     optimizer.zero_grad()
 """,
-    right=PLAIN,
+    right=PLAIN_LOOP,
     certain="The file itself.",
 )
 
@@ -73,7 +63,7 @@ for step in range(steps):
     optimizer.step()
     optimizer.zero_grad()
 """,
-    right=PLAIN,
+    right=PLAIN_LOOP,
     certain="The file itself.",
 )
 
@@ -89,8 +79,8 @@ UNUSED_SUPPRESSION = Rule(
     ),
     how_much="",
     fix="Remove the comment.",
-    wrong=PLAIN.replace("optimizer.step()", "optimizer.step()  # microbatch: ignore[MB105] windows are whole"),
-    right=PLAIN,
+    wrong=PLAIN_LOOP.replace("optimizer.step()", "optimizer.step()  # microbatch: ignore[MB105] windows are whole"),
+    right=PLAIN_LOOP,
     certain="The file itself.",
 )
 

@@ -1,6 +1,6 @@
 """MB501 to MB503 and MB601 to MB603: reductions over ranks, and what costs time or memory alone."""
 
-from microbatch.linting.rules.rule import Rule
+from microbatch.linting.rules.rule import PLAIN_LOOP, Rule
 
 __all__ = ["SPEED_RULES"]
 
@@ -16,16 +16,6 @@ for step in range(steps):
         with model.no_sync() if k < N - 1 else nullcontext():
             loss = criterion(model(x), y) / N
             loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-"""
-
-PLAIN_LOOP = """\
-for step in range(steps):
-    for k in range(N):
-        x, y = next(batches)
-        loss = criterion(model(x), y) / N
-        loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 """

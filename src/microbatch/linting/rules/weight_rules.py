@@ -1,6 +1,6 @@
 """MB101 to MB107: the microbatches of a window do not have the weights that the full batch gives them."""
 
-from microbatch.linting.rules.rule import OFF, Rule
+from microbatch.linting.rules.rule import OFF, PLAIN_LOOP, Rule
 
 __all__ = ["WEIGHT_RULES"]
 
@@ -143,15 +143,7 @@ for step in range(steps):
         optimizer.step()
         optimizer.zero_grad()
 """,
-    right="""\
-for step in range(steps):
-    for k in range(N):
-        x, y = next(batches)
-        loss = criterion(model(x), y) / N
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-""",
+    right=PLAIN_LOOP,
     certain="A division by N, and a step without a condition, on the same path through the file.",
 )
 
@@ -249,15 +241,7 @@ for step in range(steps):
         loss.backward()
     optimizer.step()
 """,
-    right="""\
-for step in range(steps):
-    for k in range(N):
-        x, y = next(batches)
-        loss = criterion(model(x), y) / N
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-""",
+    right=PLAIN_LOOP,
     certain="Every step and every clearing of gradients in the file; nothing that it does not show gets the optimizer.",
 )
 

@@ -33,7 +33,6 @@ class CapturedGradients(Part):
         """Copy gradients that are new after a backward, if anything is compiled."""
         if not window.options.compile and "torch._dynamo" not in sys.modules:
             return run
-
         return partial(self._copied, window, run)
 
     def _copied(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:

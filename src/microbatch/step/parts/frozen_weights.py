@@ -12,11 +12,10 @@ from torch import nn
 from microbatch.gradients.parameters import Frozen
 from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
-from microbatch.step.parts.watching import WINDOWS, moved_text, renorms
+from microbatch.step.parts.watching import WINDOWS, moved_text, renorms, some_places
 from microbatch.step.saved_state import PLAIN, Buffer
 
 _KIND = "frozen weights"
-_PLACES = 8  # parameters whose places are compared in one window
 
 
 class FrozenWeights(Part):
@@ -60,9 +59,7 @@ class FrozenWeights(Part):
         ours = {id(each) for each in kept}
         self._others = [each for each in frozen if id(each) not in ours] if kept else frozen
         self._versions = [each.parameter._version for each in self._others]
-        stride = len(self._others) // _PLACES + 1
-        some = self._others[window.setup.history.windows % stride :: stride]
-        self._places = [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
+        self._places = some_places(window, self._others)
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the parameters that the passes have moved, if there was more than one pass."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 
 from microbatch.devices.backend import to_wide
 from microbatch.errors import WeightsMovedError, WindowError
-from microbatch.gradients.parameters import Named
+from microbatch.gradients.parameters import Frozen, Named
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.saved_state import PLAIN
 
@@ -21,6 +21,7 @@ _NAMED = 4  # buffers that a warning names
 WINDOWS = 2
 """Windows in which the values of buffers are compared."""
 _PLACES = 8  # weights whose places are compared in one window
+_Held = TypeVar("_Held", Named, Frozen)
 _NORM = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -44,9 +45,7 @@ class WatchedWeights(Part):
         """Read the versions, and the places of a few weights."""
         self._versions = window.gradients.versions
         named, groups = window.gradients.named, [g for each in window.options.optimizers for g in each.param_groups]
-        stride = len(named) // _PLACES + 1
-        some = named[window.setup.history.windows % stride :: stride]
-        self._places = [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
+        self._places = some_places(window, named)
         self._frozen = [(p, p.grad) for group in groups for p in group["params"] if not p.requires_grad]
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
@@ -249,6 +248,21 @@ def renorms(module: Any) -> bool:
         Whether it is an embedding with ``max_norm``.
     """
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+
+
+def some_places(window: OpenWindow, found: Sequence[_Held]) -> list[tuple[_Held, int]]:
+    """Return the addresses of a few parameters' memory; other ones in each window.
+
+    Args:
+        window: The window.
+        found: All of the parameters, each as an attribute ``parameter``.
+
+    Returns:
+        Pairs of an entry and an address.
+    """
+    stride = len(found) // _PLACES + 1
+    some = found[window.setup.history.windows % stride :: stride]
+    return [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
 
 
 def moved_text(window: OpenWindow, moved: Sequence[Any], what: str) -> str:
