@@ -6,16 +6,35 @@ import random
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
+from beartype.claw._ast import _clawaststar as added_to_code
 from hypothesis import register_random, settings
 
 if "microbatch" in sys.modules:
     message = "microbatch was imported before its types could be watched"
     raise RuntimeError(message)
+CHECKED: Any = added_to_code.__beartype__
+DEFINED: set[CodeType] = set()
+
+
+def once_for_a_definition(found: Any = None, **options: Any) -> Any:
+    """Check the types of a function inside of a function when it is first defined; each check is compiled anew."""
+    if found is None:
+        return partial(once_for_a_definition, **options)
+    if isinstance(found, FunctionType) and "<locals>" in found.__qualname__:
+        if found.__code__ in DEFINED:
+            return found
+        DEFINED.add(found.__code__)
+    return CHECKED(found, **options)
+
+
+added_to_code.__beartype__ = once_for_a_definition
 # An int is a float where a float is asked for (as for the type checker). The command line is left out: it imports torch
 # only when a command needs it, so its annotations may name what has not been imported.
 beartype_package(
@@ -42,11 +61,13 @@ PROTOCOLS.__instancecheck__ = once_for_a_type(PROTOCOLS.__instancecheck__)
 
 # cuBLAS reads this once, when CUDA starts: without it, deterministic matrix products are refused.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# This process only: the tests that start others let them choose.
-import torch  # noqa: E402 - after the line above, or it is too late
+# As many threads as the cores leave to each of the processes that the tests are spread over, and to what these start:
+# threads that wait for one another spin, and take several times the work's own time where cores are too few.
+THREADS = max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+import torch  # noqa: E402 - after the lines above, or it is too late
 
-# As many as the cores leave to each of the processes that the tests are spread over.
-torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))))
+torch.set_num_threads(THREADS)
 torch.set_num_interop_threads(1)
 # Also fills fresh memory with NaN, so that a sum begun on uninitialised memory shows.
 torch.use_deterministic_algorithms(mode=True)
