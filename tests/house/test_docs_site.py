@@ -76,7 +76,8 @@ def dead_links(page: str, text: str) -> list[str]:
             continue
         target = normpath(join(dirname(page), path)) if path else page
         is_page = target.endswith(".md") and (ROOT / target).is_file()
-        if not (ROOT / target).is_file() or (anchor and is_page and anchor not in anchors(read(target))):
+        exists = Path.exists if page == "README.md" else Path.is_file  # the README is read where folders have pages
+        if not exists(ROOT / target) or (anchor and is_page and anchor not in anchors(read(target))):
             dead.append(match["to"])
     return dead
 
