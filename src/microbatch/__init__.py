@@ -1,6 +1,8 @@
 """Exact gradient accumulation for PyTorch.
 
 Ask for the batch you want: it runs in the memory you have, and the gradient is the large batch's gradient.
+
+Docstrings name pages as ``docs/NAME.md``. They are on the documentation's site: ``pip show --verbose microbatch``.
 """
 
 from importlib import import_module

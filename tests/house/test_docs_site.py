@@ -4,6 +4,7 @@
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 from tests.house.test_readme import FENCE, FRAMEWORK_PAGES
+from tests.house.test_readme import blocks as fenced
 from typer.main import get_command
 
 import microbatch as mb
@@ -149,6 +151,28 @@ def test_every_public_name_is_in_the_reference() -> None:
         if file.is_file():
             names |= {f"microbatch.integrations.{file.stem}.{name}" for name in public_classes(file)}
     assert names - described() == set()
+
+
+def shown(name: str, value: object) -> bool:
+    """Return whether a public name has an example: in its docstring, or in the blocks of a page, all of which run."""
+    if ">>>" in (inspect.getdoc(value) or ""):
+        return True
+    texts = [code for page in pages() for language, code, _ in fenced(read(page)) if language == "python"]
+    return any(re.search(rf"\bmb\.{re.escape(name)}\b", code) for code in texts)
+
+
+def test_every_public_name_has_an_example() -> None:
+    names = {name: getattr(mb, name) for name in mb.__all__ if name != "losses"}
+    names |= {f"losses.{name}": getattr(mb.losses, name) for name in mb.losses.__all__}
+    signatures = [str(inspect.signature(each)) for each in names.values() if inspect.isfunction(each)]
+    returned = {word for each in signatures for word in re.findall(r"\w+", each.rpartition("->")[-1])}
+    returned |= {"Step", "Hyperparameters"}  # of Accumulator.step, and the fields of a Scaling
+    bare = {name for name, value in names.items() if name not in returned and not shown(name, value)}
+    assert bare - {"MicrobatchError", "MicrobatchWarning"} == set()
+
+
+def test_a_name_without_an_example_is_seen() -> None:
+    assert not shown("no_such_name", object.__init__)
 
 
 def test_the_reference_describes_nothing_else() -> None:
