@@ -2,7 +2,7 @@
 
 Ask for the batch you want: it runs in the memory you have, and the gradient is the large batch's gradient.
 
-Docstrings name pages as ``docs/NAME.md``. They are on the documentation's site: ``pip show --verbose microbatch``.
+The pages ``docs/*.md`` that docstrings name are on the documentation's site: ``pip show --verbose microbatch``.
 """
 
 from importlib import import_module
