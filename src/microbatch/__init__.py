@@ -1,6 +1,8 @@
 """Exact gradient accumulation for PyTorch.
 
 Ask for the batch you want: it runs in the memory you have, and the gradient is the large batch's gradient.
+
+The pages ``docs/*.md`` that docstrings name are on the documentation's site: ``pip show --verbose microbatch``.
 """
 
 from importlib import import_module

@@ -176,7 +176,7 @@ def test_several_devices_and_ranks_in_one_table(config: str) -> None:
         (("--price", "2,50/h"), "--price: '2,50/h' is not a price"),
         (("--price", "h100=2/h"), "--price has no price for t4-16gb"),
         (("--price", "2/h"), '--price has one price for 2 devices: write --price "h100-80gb=2.50/h,t4-16gb=2.50/h"'),
-        (("--price", "h100=2/h,t4=1/h,l4=1/h"), "--price names l4, which --device does not"),
+        (("--price", "h100=2/h,t4=1/h,l4=1/h"), "--price has a price for l4, and no --device has this name"),
         (("--price", "h100=2/h,t5=1/h"), "--price: 't5' is not one device"),
         (("--price", "h100=2/h,h100-80gb=3/h,t4=1/h"), "--price has two prices for h100-80gb"),
         (("--deadline", "6 h"), "--deadline finds the cheapest plan, so it needs the price"),

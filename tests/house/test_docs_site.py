@@ -4,6 +4,7 @@
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import pytest
 from tests.house.test_readme import FENCE, FRAMEWORK_PAGES
+from tests.house.test_readme import blocks as fenced
 from typer.main import get_command
 
 import microbatch as mb
@@ -67,7 +69,7 @@ def anchors(text: str) -> set[str]:
 
 
 def dead_links(page: str, text: str) -> list[str]:
-    """Return the relative links and pictures of a page that lead nowhere."""
+    """Return the relative links and pictures of a page that lead to no file; the site has no page for a folder."""
     prose = FENCE.sub("", text)
     dead: list[str] = []
     for match in (*LINK.finditer(prose), *PICTURE.finditer(prose)):
@@ -76,7 +78,8 @@ def dead_links(page: str, text: str) -> list[str]:
             continue
         target = normpath(join(dirname(page), path)) if path else page
         is_page = target.endswith(".md") and (ROOT / target).is_file()
-        if not (ROOT / target).exists() or (anchor and is_page and anchor not in anchors(read(target))):
+        exists = Path.exists if page == "README.md" else Path.is_file  # the README is read where folders have pages
+        if not exists(ROOT / target) or (anchor and is_page and anchor not in anchors(read(target))):
             dead.append(match["to"])
     return dead
 
@@ -130,6 +133,7 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
         ("[a](https://example.org/nothing)", False),
         ("![a](guide.png)", False),
         ("![a](guides.png)", True),
+        ("[a](../benchmarks/results/)", True),
         ("```python\nx = y[0](missing)\n```\n", False),
     ],
 )
@@ -147,6 +151,28 @@ def test_every_public_name_is_in_the_reference() -> None:
         if file.is_file():
             names |= {f"microbatch.integrations.{file.stem}.{name}" for name in public_classes(file)}
     assert names - described() == set()
+
+
+def shown(name: str, value: object) -> bool:
+    """Return whether a public name has an example: in its docstring, or in the blocks of a page, all of which run."""
+    if ">>>" in (inspect.getdoc(value) or ""):
+        return True
+    texts = [code for page in pages() for language, code, _ in fenced(read(page)) if language == "python"]
+    return any(re.search(rf"\bmb\.{re.escape(name)}\b", code) for code in texts)
+
+
+def test_every_public_name_has_an_example() -> None:
+    names = {name: getattr(mb, name) for name in mb.__all__ if name != "losses"}
+    names |= {f"losses.{name}": getattr(mb.losses, name) for name in mb.losses.__all__}
+    signatures = [str(inspect.signature(each)) for each in names.values() if inspect.isfunction(each)]
+    returned = {word for each in signatures for word in re.findall(r"\w+", each.rpartition("->")[-1])}
+    returned |= {"Step", "Hyperparameters"}  # of Accumulator.step, and the fields of a Scaling
+    bare = {name for name, value in names.items() if name not in returned and not shown(name, value)}
+    assert bare - {"MicrobatchError", "MicrobatchWarning"} == set()
+
+
+def test_a_name_without_an_example_is_seen() -> None:
+    assert not shown("no_such_name", object.__init__)
 
 
 def test_the_reference_describes_nothing_else() -> None:

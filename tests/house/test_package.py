@@ -122,3 +122,22 @@ def test_the_source_distribution_has_what_builds_it() -> None:
     for path in ("hatch_build.py", "README.md", "CHANGELOG.md", "CITATION.cff", "SECURITY.md", "src", "tests"):
         assert any(fnmatchcase(path, each) for each in kept), path
         assert (ROOT / path).exists()
+
+
+def addresses_to_fill(text: str) -> bool:
+    return re.search(r"github\.com/OWNER|OWNER\.github\.io|OWNER@", text) is not None
+
+
+def test_every_address_that_names_the_owner_is_filled_in() -> None:
+    filled = set(re.findall(r"[\w./-]+\.(?:toml|cff|yaml|md)", read(".ci/owner")))
+    places = [*ROOT.glob("*.*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("conda/*"), *ROOT.glob("examples/*.py")]
+    files = {path.relative_to(ROOT).as_posix(): path for path in places if path.is_file()}
+    named = {name for name, path in files.items() if addresses_to_fill(path.read_text("utf-8", errors="ignore"))}
+    assert named == filled
+
+
+@pytest.mark.parametrize("workflow", ["docs", "release"])
+def test_what_is_published_has_its_addresses(workflow: str) -> None:
+    text = read(f".github/workflows/{workflow}.yml")
+    build = "make package" if workflow == "release" else "make docs"
+    assert 0 < text.index('.ci/owner "$OWNER"') < text.index(build)

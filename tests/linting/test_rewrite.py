@@ -359,7 +359,7 @@ def training_step(self, batch, batch_idx):
     ("source", "reason"),
     [
         (RULES["MB302"].wrong, "line 9: Accelerate's `accumulate()` owns its windows"),
-        (RULES["MB106"].wrong, "backward and step stand under one condition"),
+        (RULES["MB106"].wrong, "backward and step are under one condition"),
         (GUARD.replace("optimizer.step()", "optimizer.step()\n            other_optimizer.step()"), "2 optimizers"),
         (
             GUARD.replace("loss.backward()", "loss.backward()\n        if x.isnan().any():\n            break"),

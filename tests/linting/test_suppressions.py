@@ -8,7 +8,7 @@ from microbatch.linting.finding import Finding
 from microbatch.linting.sources import Source
 from microbatch.linting.suppressions import suppress
 
-ALONE = "; it stands on a line of its own: write it at the end of the statement's line"
+ALONE = "; it is alone on its line: write it at the end of the statement's line"
 
 
 def finding(line: int, rule: str = "MB105") -> Finding:
@@ -95,7 +95,7 @@ def test_text_in_strings_is_no_comment() -> None:
     [
         ("x = 1  # microbatch: ignore[MB110]\n", "1:8 this comment ignores MB110, which is not found here"),
         ("x = 1  # microbatch: ignore[MB105,MB110]\n", "1:8 this comment ignores MB110, which is not found here"),
-        ("x = 1\ny = 2  # microbatch: ignore\n", "2:8 this comment ignores everything, and nothing is found here"),
+        ("x = 1\ny = 2  # microbatch: ignore\n", "2:8 this comment ignores all rules, and no rule finds anything here"),
         ("x = 1  # microbatch: ignore[MB999]\n", "1:8 this comment names MB999, which is no rule"),
         ("x = 1\n# microbatch: ignore-file[MB201]\n", "2:1 this comment ignores MB201, which is not found here"),
         (

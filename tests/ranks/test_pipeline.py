@@ -704,5 +704,5 @@ def test_a_command_of_one_process_is_refused_a_pipeline(alone: Any) -> None:
     model = Pipeline(alone())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     job = Job(model=model, optimizer=optimizer, loss_fn=row_mean, data=[torch.zeros(3)], batch_size=1)
-    with pytest.raises(ConfigError, match="only a run has all of its stages"):
+    with pytest.raises(ConfigError, match="whose stages are on several ranks"):
         resolve(Settings(job="mine"), job, device=CPU)

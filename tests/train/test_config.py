@@ -229,7 +229,7 @@ def test_a_job_with_a_scheduler_keeps_its_learning_rate() -> None:
     job = a_job()
     assert isinstance(job.optimizer, torch.optim.Optimizer)
     step_lr = torch.optim.lr_scheduler.StepLR(job.optimizer, 5)
-    with pytest.raises(ConfigError, match="--lr: the job brings its own scheduler"):
+    with pytest.raises(ConfigError, match="--lr: the job has its own scheduler"):
         resolved(a_job(optimizer=job.optimizer, scheduler=step_lr), learning_rate=0.2)
 
 

@@ -49,11 +49,12 @@ def cut(batch: object, microbatch_size: SupportsIndex) -> list[Any]:
     ]
 
 
-def check_microbatch_size(size: object) -> int:
+def check_microbatch_size(size: object, alternative: str = "") -> int:
     """Refuse a microbatch size that is not a whole number of at least 1.
 
     Args:
         size: The value that the user passed.
+        alternative: What the caller takes besides, as the error names it.
 
     Returns:
         The size as an int.
@@ -63,5 +64,5 @@ def check_microbatch_size(size: object) -> int:
     """
     number = whole(size, least=1)
     if number is None:
-        raise ConfigError(f"microbatch_size must be a whole number of at least 1, not {size!r}")
+        raise ConfigError(f"microbatch_size must be a whole number of at least 1{alternative}, not {size!r}")
     return number

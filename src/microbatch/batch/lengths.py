@@ -46,6 +46,10 @@ class Lengths:
     Raises:
         ConfigError: A field has a value that cannot work.
 
+    Example:
+        >>> Lengths(of="attention_mask", microbatch_tokens=4096).side  # for Accumulator(lengths=...)
+        'right'
+
     Source:
         Every cut has the same gradient. The cost was measured, see ``benchmarks/``.
     """

@@ -27,7 +27,7 @@ REMEDIES = {
     COUNTS: "return mb.Loss(sum=..., count=...): the sum over what is counted, and how many that are",
     COUPLING: "accumulator.step(batch, loss_fn, encode=encode) computes the loss on the whole batch's representations; "
     "mb.losses.info_nce, mb.losses.clip and mb.losses.siglip do so without a whole similarity matrix",
-    ROW_ORDER: "make what depends on the place a value of the batch, so that each row brings its own",
+    ROW_ORDER: "store the value that depends on the row's place in the batch itself, so that each row has its own",
     LENGTHS: "mask what is padded, so that trimming it changes nothing; or leave out lengths=",
     PRECISION: "sums=mb.Sums(dtype=torch.float32), the default, adds narrow gradients up without losing them; where "
     'that does not fit, mb.Sums(dtype=torch.bfloat16, how="compensated") takes a byte a parameter less',
@@ -186,7 +186,7 @@ def _suspects(stage: Stage, subject: Subject) -> list[Suspect]:
         words = "a forward pass changes what the next one computes with"
         found.append(Suspect(kind=STATE, words=words, where=tuple(changed)))
     if hooks := stage.hooks():
-        words = "a hook is given each microbatch's part of a gradient, and what it returns is not linear in it"
+        words = "a hook gets each microbatch's part of a gradient, and its result is not linear in that part"
         found.append(Suspect(kind=HOOKS, words=words, where=tuple(name or _MODEL for name in hooks)))
     return found
 

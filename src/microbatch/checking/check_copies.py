@@ -124,8 +124,8 @@ def replicate(given: Given, *, dtype: torch.dtype | None = None, jitter: Jitter 
         if is_out_of_memory(error) or is_from_signal(error):
             raise
         raise ConfigError(
-            f"the model, or what the loss function or the loop use, cannot be copied, so that nothing can be tried "
-            f"without touching it ({type(error).__name__}: {error}). Make it work with copy.deepcopy"
+            "the check works on copies, and the model, or an object that the loss function or the loop uses, cannot be "
+            f"copied ({type(error).__name__}: {error}). Make it work with copy.deepcopy"
         ) from error
     copies = list({id(value): value for value in memo.values()}.values())
     tensors = [value for value in copies if isinstance(value, Tensor) and _has_precision(value)]

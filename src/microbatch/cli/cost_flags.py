@@ -85,7 +85,9 @@ class CostFlags:
         for name, price in self.price.items():
             device = _read("--price", name, find)
             if device not in devices:
-                raise ConfigError(f"--price names {name}, which --device does not")
+                raise ConfigError(
+                    f"--price has a price for {name}, and no --device has this name; leave that price out"
+                )
             if device in found:
                 raise ConfigError(f"--price has two prices for {device}; keep one")
             found[device] = price

@@ -102,8 +102,8 @@ class EnginePeers(DataParallel):
                 yield Pass(0, microbatch, filler=True)
             if self._made == made:
                 raise LossError(
-                    "the other ranks wait for a backward through the engine, and the loss function returned a loss "
-                    "without a graph, and did not call the model: call it all the same where nothing counts"
+                    "the other ranks wait for this rank's backward, and its loss has no graph, because the loss "
+                    "function did not call the model. Call the model for every microbatch, also where no row counts"
                 )
 
     @contextmanager

@@ -316,7 +316,7 @@ def _check(trainer: Any, module: Any) -> None:
             "DeepSpeedStrategy": "use DDPStrategy, or mb.DeepSpeed with a loop of your own",
         }
         raise ConfigError(
-            f"Microbatch() cannot run a window under {kinds[0]}, which runs or reduces backward by itself: "
+            f"Microbatch() cannot run a window under {kinds[0]}, which runs backward or reduces gradients by itself: "
             f"{next((instead[kind] for kind in kinds if kind in instead), 'use one device or DDPStrategy')}"
         )
     if getattr(strategy, "_ddp_comm_hook", None) or getattr(strategy, "_model_averaging_period", None):

@@ -56,7 +56,10 @@ class MicrobatchSentenceTransformerMixin(MicrobatchMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if kwargs.get("count", "auto") != "auto":
-            raise ConfigError("count= is for losses of Transformers: a loss of embeddings is one of the whole batch")
+            raise ConfigError(
+                "count= is for losses of Transformers only: a loss of embeddings is computed from the whole batch. "
+                "Leave it out"
+            )
         check_loss(self.loss)
         if isinstance(self.train_dataset, Mapping) and self.args.world_size > 1:
             raise ConfigError(

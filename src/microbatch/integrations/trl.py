@@ -118,8 +118,9 @@ class MicrobatchMixin(TrainerMixin):
         theirs = not has_own_loss(self)
         if count == "auto" and pairs and not theirs:
             raise ConfigError(
-                f"{type(self).__name__} has a compute_loss of its own, and pairs cannot be asked what it is a mean "
-                'over. If it is a mean over pairs, pass count=lambda batch: len(batch["input_ids"]) // 2'
+                f"{type(self).__name__} has a compute_loss of its own, and for pairs it cannot be found out "
+                "what that loss is a mean over. If it is a mean over pairs, pass "
+                'count=lambda batch: len(batch["input_ids"]) // 2'
             )
         if count == "auto" and not pairs and theirs and self.label_smoother is None:
             self._loss.found = Found(NEXT_LABELS, takes_items=True)

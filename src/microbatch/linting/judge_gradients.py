@@ -199,7 +199,8 @@ def _skipped_units(view: View) -> Iterator[Fault]:
             yield Fault(
                 "MB304",
                 node,
-                f"`{name}` counts optimizer steps, and {how}: a resumed run skips 1/N of what it should",
+                f"`{name}` counts optimizer steps, and {how}: "
+                "a resumed run skips 1/N of the microbatches that it should skip",
             )
             return
 
@@ -249,7 +250,7 @@ def _replayed(view: View) -> Iterator[Fault]:
                 "MB304",
                 node,
                 f"`{name}` counts optimizer steps, and one microbatch is drawn for each: a resumed run skips 1/N of "
-                "what it should",
+                "the microbatches that it should skip",
             )
             return
 

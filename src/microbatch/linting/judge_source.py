@@ -85,7 +85,7 @@ def _not_judged(file: _File, found: list[Finding]) -> list[Finding]:
         hint = file.module.hints_at_accumulation
         if hint is None:
             return [_note(file, "MB001", None, message="no loop that accumulates gradients")]
-        what = f"`{text_of(hint)}` speaks of accumulation, and no backward of its loop stands in this file"
+        what = f"`{text_of(hint)}` is about accumulation, and the backward of its loop is not in this file"
         return [_note(file, "MB002", hint, message=what)]
     opaque = {what: node for o in outcomes for what, node in o.trace.opaque.items()}
     unseen = "and the doctor cannot see what it does to the gradients"

@@ -9,8 +9,11 @@ from microbatch.linting.loop_work import LoopWork
 from microbatch.linting.mends import loss_of
 from microbatch.linting.render import Cannot
 from microbatch.linting.syntax import dotted, is_backward_call, text_of
+from microbatch.pages import page
 
 __all__ = ["LoopLoss"]
+
+_GIVE = "give `window.backward` an `mb.Loss(sum, count)`"
 
 
 class LoopLoss(LoopWork):
@@ -52,13 +55,10 @@ class LoopLoss(LoopWork):
         if lines - seen:
             raise Cannot("its loss is divided by N in another function", self.loop)
         if any(b.loss.reduction == "sum" for trace in self.scene.traces for b in trace.backwards):
-            raise Cannot("its loss is a sum: give `window.backward` an `mb.Loss(sum, count)`, see docs/losses.md")
+            raise Cannot(f"its loss is a sum: {_GIVE}, see {page('losses')}")
         losses = [b.loss for trace in self.scene.traces for b in trace.backwards]
         if any(loss.tokens or any(o.startswith(("divided", "multiplied")) for o in loss.opaque) for loss in losses):
-            raise Cannot(
-                "its loss is weighted by counts of its own: give `window.backward` an `mb.Loss(sum, count)`, see "
-                "docs/losses.md"
-            )
+            raise Cannot(f"its loss is weighted by counts of its own: {_GIVE}, see {page('losses')}")
         self._reports(names)
 
     @property

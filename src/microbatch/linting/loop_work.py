@@ -12,6 +12,7 @@ from microbatch.linting.loop_names import Names, names_of
 from microbatch.linting.render import Cannot, Renderer
 from microbatch.linting.scene import Scene
 from microbatch.linting.syntax import FunctionNode, dotted, last_name, text_of
+from microbatch.pages import page
 
 __all__ = ["LoopWork", "is_plain", "statements_of"]
 
@@ -56,7 +57,8 @@ class LoopWork:
         if CLIP_CALLS.search(name):
             if "value" in name:
                 raise Cannot(
-                    "it clips by value: use `accumulator.gradient`, clip, and step yourself (docs/gradient.md)", call
+                    f"it clips by value: use `accumulator.gradient`, clip, and step yourself ({page('gradient')})",
+                    call,
                 )
             return True
         if name in ("zero_grad", "unscale_") or call in self.scene.steps:

@@ -111,7 +111,7 @@ class _Turn(LoopLoss):
 
     def _no_backward(self, statements: list[ast.stmt]) -> None:
         if any(is_backward_call(call) for each in statements for call in self.scene.calls(each)):
-            raise Cannot("backward and step stand under one condition", statements[0])
+            raise Cannot("backward and step are under one condition", statements[0])
 
     def _breaks(self) -> None:
         """Refuse to leave a window in its middle; a loop that stops before its last, short window need not."""

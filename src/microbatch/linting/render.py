@@ -122,7 +122,7 @@ class Renderer:
             return self._moved((first, last), self.draft.indent(statement), indent)
         sections = self._sections(statement)
         if sections[0][2][0].lineno <= sections[0][1]:
-            raise Cannot("a block stands on the line of its condition", statement)
+            raise Cannot("a block is on the line of its condition", statement)
         unit = self.draft.indent(sections[0][2][0])[len(self.draft.indent(statement)) :]
         if statement in self.opened:
             return self.block(sections[0][2], indent, sections[0][1])

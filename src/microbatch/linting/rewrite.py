@@ -14,14 +14,15 @@ from microbatch.linting.scene import Scene
 from microbatch.linting.sources import Source
 from microbatch.linting.syntax import Loop, is_backward_call
 from microbatch.linting.verdicts import Reading, read
+from microbatch.pages import page
 
 __all__ = ["Sketch", "rewrite", "sketch"]
 
-_OWNERS = {
-    "accumulate": "Accelerate's `accumulate()` owns its windows: use `accumulator_for`, see docs/accelerate.md",
-    "deepspeed": "DeepSpeed's engine owns its windows: see docs/deepspeed.md",
-    "lightning": "Lightning owns the loop: `Trainer(callbacks=[Microbatch()])`, see docs/lightning.md",
-    "fabric": "Fabric owns backward and the precision of this loop",
+_OWNERS = {  # framework: why its loop is not turned, and the page that shows what to write
+    "accumulate": ("Accelerate's `accumulate()` owns its windows: use `accumulator_for`", "accelerate"),
+    "deepspeed": ("DeepSpeed's engine owns its windows", "deepspeed"),
+    "lightning": ("Lightning owns the loop: `Trainer(callbacks=[Microbatch()])`", "lightning"),
+    "fabric": ("Fabric owns backward and the precision of this loop", "lightning"),
 }
 
 
@@ -107,9 +108,9 @@ def _loop_of(scene: Scene) -> ast.For:
     if scene.module.path_of(scene.node) is not None:
         raise Cannot("its backward is in another file", scene.module.tree)
     frameworks = {each for trace in scene.traces for each in trace.frameworks}
-    for name, reason in _OWNERS.items():
+    for name, (reason, found_in) in _OWNERS.items():
         if name in frameworks:
-            raise Cannot(reason)
+            raise Cannot(f"{reason}: see {page(found_in)}")
     loops = [each for each in scene.above(scene.node) if isinstance(each, Loop)]
     owner = scene.module.owner_of(scene.node)
     loop = next((each for each in loops if scene.module.is_microbatch_loop(each, owner)), None)

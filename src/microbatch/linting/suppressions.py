@@ -84,13 +84,13 @@ def suppress(source: Source, findings: Sequence[Finding]) -> list[Finding]:
 def _unused(one: _Suppression, found: Collection[str]) -> str:
     unknown = [code for code in one.codes if code not in RULES]
     unused = [code for code in one.codes if code not in found and code not in unknown]
-    where = "; it stands on a line of its own: write it at the end of the statement's line" if one.alone else ""
+    where = "; it is alone on its line: write it at the end of the statement's line" if one.alone else ""
     if unknown:
         return f"this comment names {', '.join(unknown)}, which is no rule"
     if unused:
         return f"this comment ignores {', '.join(unused)}, which is not found here{where}"
     if not one.codes and not found:
-        return f"this comment ignores everything, and nothing is found here{where}"
+        return f"this comment ignores all rules, and no rule finds anything here{where}"
     return ""
 
 

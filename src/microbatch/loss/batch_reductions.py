@@ -64,6 +64,11 @@ def batch_sum(x: Tensor) -> Tensor:
 
     Cost:
         One sync point of all microbatches under ``batch_norm="exact"``; nothing otherwise.
+
+    Example:
+        >>> x = torch.tensor([3.0])
+        >>> batch_sum(x) is x  # outside of a window, the microbatch is the whole batch
+        True
     """
     if has_torch_function_unary(x):
         return handle_torch_function(batch_sum, (x,), x)
@@ -86,6 +91,11 @@ def batch_gather(x: Tensor) -> Tensor:
     Cost:
         One sync point of all microbatches and the memory of all rows, once, under ``batch_norm="exact"``; nothing
         otherwise.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> batch_gather(x) is x  # outside of a window, the microbatch is the whole batch
+        True
     """
     if has_torch_function_unary(x):
         return handle_torch_function(batch_gather, (x,), x)

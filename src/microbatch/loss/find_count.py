@@ -27,6 +27,7 @@ from microbatch.loss.counted_labels import (
     rows_in,
     take,
 )
+from microbatch.pages import page
 
 _CLEAR = 10.0  # how many times further off every other count must be
 _FINE = 1e-6  # relative error of a float32 mean
@@ -42,7 +43,7 @@ _TERMS = "A loss of several terms needs a loss function that returns a dict with
 _COMPARES = (
     "nor over weights of the rows: it compares rows with one another (such as CLIP and other contrastive losses, hard "
     "mining, or a term of the batch's mean), or adds several means. For a loss that compares rows, pass encode= to "
-    "accumulator.step in a loop of your own, and compute the loss from the whole batch (docs/coupled.md)"
+    "accumulator.step in a loop of your own, and compute the loss from the whole batch ({page})"
 )
 
 # What a model raises that is given a label or a keyword that it does not know.
@@ -259,7 +260,7 @@ def _refuse(
     """Raise the error for a loss that fits no count: does it weigh its rows, or compare them?"""
     told = ", ".join(f"{name}: {error:.1e} off" for name, error in fit.errors.items())
     if any(_compares(loss_of, each.whole, fit) for each in trials if not each.changed):
-        raise LossError(f"the model's loss {why} ({told}), {_COMPARES}. {_TERMS}")
+        raise LossError(f"the model's loss {why} ({told}), {_COMPARES.format(page=page('coupled'))}. {_TERMS}")
     clearly = min(fit.errors.values()) > _LATER * fit.slack
     raise LossError(f"the model's loss {why} ({told}); {_OTHER_COUNT if clearly else CHOICES}. {_TERMS}")
 

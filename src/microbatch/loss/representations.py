@@ -115,7 +115,7 @@ def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence
         if piece.form != first.form:
             raise LossError(
                 f"encode returned different structures for microbatches of one batch: {first.form} and {piece.form}, "
-                "where numbers stand for tensors; return the same structure for every microbatch"
+                "where each number is a tensor; return the same structure for every microbatch"
             )
     columns = zip(*(piece.tensors for piece in pieces), strict=True)
     return replace(first, tensors=[in_order(column) for column in columns])

@@ -33,6 +33,11 @@ def keep_heap() -> bool:
     Cost:
         The process keeps the largest amount of memory that it ever used, and some more, because kept blocks do not
         always fit. Memory budgets count the free part as available.
+
+    Example:
+        >>> kept = keep_heap()  # once, before the first step
+        >>> keep_heap() == kept
+        True
     """
     if not _done:
         library = _glibc()

@@ -204,8 +204,7 @@ class Options:
         if not isinstance(self.model, nn.Module):
             raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(self.model)}")
         check_optimizers(self.model, self.optimizers)
-        if not is_text(self.microbatch_size, "auto"):
-            check_microbatch_size(self.microbatch_size)
+        size_of(self.microbatch_size)
         norm = self.max_grad_norm
         if norm is not None and not (is_finite(norm) and norm > 0):
             raise ConfigError(f"max_grad_norm must be a positive number or None, not {norm!r}")
@@ -362,7 +361,7 @@ def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
 
 def size_of(microbatch_size: Any) -> int | str:
     """Return a microbatch size as an int, and ``"auto"`` as it is; `ConfigError` for anything else."""
-    return "auto" if is_text(microbatch_size, "auto") else check_microbatch_size(microbatch_size)
+    return "auto" if is_text(microbatch_size, "auto") else check_microbatch_size(microbatch_size, ', or "auto"')
 
 
 def lengths_of(given: Any) -> Lengths | None:

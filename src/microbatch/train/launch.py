@@ -73,8 +73,8 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
     if missing:
         there = ", ".join(name for name in _NEEDED if name not in missing)
         raise ConfigError(
-            f"the environment has {there}, and not {', '.join(missing)}: half of what makes a process one of several "
-            "ranks. Start them with torchrun, which sets all of it, or unset what is left of another launch"
+            f"the environment has {there}, and not {', '.join(missing)}: a rank needs all of these variables. Start "
+            "the ranks with torchrun, which sets all of them, or unset those that another launch left behind"
         )
     rank, ranks, local = (_number(environment, name) for name in _TELLING)
     if not 0 <= rank < ranks:

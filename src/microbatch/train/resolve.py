@@ -101,8 +101,8 @@ def resolve(settings: Settings, job: Job, *, device: torch.device, place: Place 
     piped, place = isinstance(job.model, Pipeline), place or Place()
     if piped and not place.stages:
         raise ConfigError(
-            "the job's model is a Pipeline, and only a run has all of its stages: give this command the model whole, "
-            "on one device"
+            "the job's model is a Pipeline, whose stages are on several ranks. This command runs on one device: let "
+            "the job return the whole model here"
         )
     if piped:
         check_piped_job(settings, job)
@@ -232,8 +232,8 @@ def _check_stream(settings: Settings, job: Job) -> None:
         )
     if settings.deterministic:
         raise ConfigError(
-            "--deterministic: the job's data is read in its own order, and not by the numbers of its samples. Use a "
-            "map-style data set, or leave it out"
+            "--deterministic: the job's data is read in its own order, and not by index. Use a map-style data set, or "
+            "leave out --deterministic"
         )
     if isinstance(job.data, DataLoader) and job.data.batch_size is None:
         raise ConfigError("the job's DataLoader has no batch_size, so it hands out single samples; give it one")
@@ -255,7 +255,7 @@ def _microbatch_size(settings: Settings, job: Job, *, batch: int, notices: list[
 
 def _check_deterministic(settings: Settings, job: Job, *, notices: list[str]) -> None:
     for given, why in [
-        (job.encode is not None, "its loss is of the whole batch, and not a sum over microbatches"),
+        (job.encode is not None, "its loss is computed from the whole batch, and is no sum over microbatches"),
         (job.lengths is not None, "which of its rows go together depends on the share that a rank has"),
         (job.batch_norm not in {None, "frozen"}, "its running statistics move with each rank's microbatches"),
     ]:
@@ -263,7 +263,7 @@ def _check_deterministic(settings: Settings, job: Job, *, notices: list[str]) ->
             raise ConfigError(f"--deterministic cannot hold for this job: {why}; leave it out")
     if _is_auto(settings, job):
         notices.append(
-            "every microbatch size rounds in its own way, so a deterministic run looks for none; pass one with "
+            "each microbatch size has its own rounding, so a deterministic run cannot search for one; pass it with "
             "--microbatch-size"
         )
 
@@ -312,7 +312,7 @@ def _learning_rate(settings: Settings, job: Job) -> float:
     if settings.learning_rate is None:
         return learning_rate_of(optimizers[0], optimizers[0].param_groups[0])
     if job.scheduler is not None:
-        raise ConfigError("--lr: the job brings its own scheduler, which fixed its learning rates when it was made")
+        raise ConfigError("--lr: the job has its own scheduler, which read the learning rates when it was created")
     return settings.learning_rate
 
 

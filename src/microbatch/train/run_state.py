@@ -173,9 +173,7 @@ class RunState:
                 )
         own, weights = own_state(state, self.place), checkpoint.weights
         if len(own["optimizers"]) != len(self.optimizers) or len(own["schedulers"]) != len(self.schedulers):
-            raise CheckpointError(
-                "the checkpoint has another number of optimizers or schedulers than the job now makes"
-            )
+            raise CheckpointError("the checkpoint and the job have different numbers of optimizers or schedulers")
         if isinstance(model, Pipeline):
             weights = named_by_rank(model, weights)
         load_model(model, weights, own["extra"])

@@ -130,7 +130,7 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor], extra: Mapping[s
     if missing or unknown or shapes:
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
         found = "; ".join(f"{what}: {', '.join(names[:3])}" for what, names in parts if names)
-        raise CheckpointError(f"the checkpoint is of another model than the job now makes ({found})")
+        raise CheckpointError(f"the checkpoint belongs to another model than the one that the job creates ({found})")
     state_names = set(model.state_dict()) - set(extra_now)
     model.load_state_dict({name: dealt(weights[name], like=now[name]) for name in state_names} | dict(extra))
     for name, tensor in now.items():

@@ -90,7 +90,7 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
     _check(batch_sizes, lr=lr, grid=grid, samples=samples, target=target_loss, seeds=seeds, points=points)
     if accumulation == "plain" and microbatch_size == "auto":
         raise ConfigError(
-            'with accumulation="plain" the microbatch size decides what is learned, so it cannot be "auto"'
+            'with accumulation="plain" the result depends on the microbatch size, so pass a number instead of "auto"'
         )
     if RankGroup.find(torch.device("cpu")) is not None:
         raise ConfigError("a sweep runs in one process: start it without torchrun")

@@ -114,7 +114,7 @@ class Jobs:
     def _check(job: Job) -> None:
         if job.scheduler is not None:
             raise ConfigError(
-                "the job brings its own scheduler, which counts the steps of one batch size; a sweep keeps the rate "
+                "the job has its own scheduler, which counts the steps of one batch size; a sweep keeps the rate "
                 "constant after the warm-up, so pass a job with scheduler=None"
             )
         if job.encode is not None and job.validation is None:

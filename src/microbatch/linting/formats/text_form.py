@@ -9,12 +9,13 @@ from microbatch.linting.edits import fragment
 from microbatch.linting.finding import Finding
 from microbatch.linting.report import Report
 from microbatch.linting.sources import Source
+from microbatch.pages import page
 
 __all__ = ["clean", "place", "text_form"]
 
 _WIDTH = 100
 _SETTLE = (
-    "put the loop into loop(model, optimizer, batch) beside a job (docs/check.md); then `microbatch check {0}:job "
+    "put the loop into loop(model, optimizer, batch) beside a job ({1}); then `microbatch check {0}:job "
     "--loop {0}:loop` runs it on your own model"
 )
 
@@ -82,7 +83,7 @@ def _one(report: Report, finding: Finding, said: set[tuple[str, ...]]) -> Iterat
         yield from _titled("depends on", "; ".join(finding.needs))
     if finding.confidence == "depends" and is_new("settle it"):
         file = finding.path if finding.path.endswith(".py") else "job.py"
-        yield from _titled("settle it", _SETTLE.format(file))
+        yield from _titled("settle it", _SETTLE.format(file, page("check")))
     if report.show_window and finding.window and is_new("window", finding.window):
         yield "  the window:"
         yield from (f"    {line}" for line in finding.window.split("\n"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from microbatch.errors import BatchError
 from microbatch.loss.coupling import listen, stop
+from microbatch.pages import page
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import OpenWindow, Part, Run
 from microbatch.step.parts.target_counts import Mean, Unequal, mean_behind, unequal_in, unequal_means
@@ -93,6 +94,6 @@ class CouplingWarning(Part):
                 f"mb.losses.{name} compared the samples of one microbatch only, and not those of the whole batch. "
                 "Encode first, and compute the loss of all representations:\n"
                 f"    accumulator.step(batch, lambda model, encoded: mb.losses.{name}(*encoded, ...), encode=encode)\n"
-                "where encode(model, microbatch) returns the representations (docs/coupled.md). If it is meant, "
+                f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
                 'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
             )

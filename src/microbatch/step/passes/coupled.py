@@ -112,11 +112,13 @@ class Coupled:
             count: As for `Window.backward`.
 
         Raises:
-            WindowError: The batch has had its loss already.
+            WindowError: This window has already computed its loss.
         """
         window = self._window
         if not self.waiting:
-            raise WindowError("the batch that this window encoded has had its loss; open another window")
+            raise WindowError(
+                "this window has already computed the loss of its encoded batch; open another window for the next one"
+            )
         shares = shares_of(loss, rows=self.rows if count is None else check_number(count, "count"))
         # With a sharded model, a rank without rows takes part in the backward, too.
         taking_part = self.own or window.peers.passes_together

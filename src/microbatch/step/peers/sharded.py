@@ -140,7 +140,7 @@ class ShardedPeers(DataParallel):
             if not self._agreed:
                 raise WindowError(
                     "a fully sharded model needs the same number of passes on every rank: take the microbatches from "
-                    "window.split(batch) or accumulator.windows(loader), which see to it"
+                    "window.split(batch) or accumulator.windows(loader), which make the number equal"
                 )
             self._fsdp.went_forward()
             run(tensors, seeds)
