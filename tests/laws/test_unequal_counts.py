@@ -201,6 +201,22 @@ def test_s1_the_label_that_cross_entropy_left_out_is_read_from_its_graph(ignored
     assert run(lambda model, batch: loss_fn(model, batch, reduction="sum") / len(batch["t"])) == []
 
 
+def test_s1_each_term_of_a_loss_of_several_is_looked_at() -> None:
+    labels = torch.where(PARTLY < 0, 255, PARTLY)
+
+    def two(model: nn.Module, batch: dict[str, Tensor], *, ignored: int) -> dict[str, Tensor]:
+        out = model(batch["x"])
+        return {"size": out.square().mean(), "class": F.cross_entropy(out, batch["t"], ignore_index=ignored)}
+
+    def run(labels: Tensor, *, ignored: int) -> list[str]:
+        batch = {"x": X, "t": labels, "z": X}
+        return said(lambda: accumulator(network()).step(batch, lambda m, b: two(m, b, ignored=ignored)))
+
+    (text,) = run(labels, ignored=255)
+    assert "n = (labels != 255).sum()" in text
+    assert run(PARTLY.clamp(min=0), ignored=255) == []
+
+
 def test_s1_class_weights_are_read_from_the_graph_of_cross_entropy() -> None:
     weight = torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)
     labels = torch.tensor([0] * 5 + [1] * 5 + [2] * 2)

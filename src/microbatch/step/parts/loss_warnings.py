@@ -28,11 +28,11 @@ class CountWarning(Part):
     def __init__(self) -> None:
         self._windows = 0
         self._found: Unequal | None = None
-        self._means: list[Mean] = []
+        self._means: dict[tuple[int, int], list[Mean]] = {}  # by term
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read from each loss what torch's cross entropy divided by."""
-        self._found, self._means = None, []
+        self._found, self._means = None, {}
         return run if self._windows >= _WINDOWS else partial(self._run, window, run)
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
@@ -46,8 +46,8 @@ class CountWarning(Part):
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if the loss was a plain mean over the rows of each microbatch."""
-        found, self._found = self._found or unequal_means(self._means), None
-        self._windows, self._means = self._windows + 1, []
+        found, self._found = self._found or next(filter(None, map(unequal_means, self._means.values())), None), None
+        self._windows, self._means = self._windows + 1, {}
         if found is None or not window.denominator.means or window.coupled is not None:
             return
         use = "window.backward(mb.Loss({}))" if window.function is None else "return mb.Loss({})"
@@ -64,8 +64,10 @@ class CountWarning(Part):
         self._windows = _WINDOWS
 
     def _run(self, window: OpenWindow, run: Run, tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> object:
-        mean = mean_behind(tensors[0], window.rows) if len(tensors) == 1 and window.rows else None
-        self._means += [] if mean is None else [mean]
+        for term, loss in enumerate(tensors if window.rows else ()):
+            mean = mean_behind(loss, window.rows or 0)
+            if mean is not None:
+                self._means.setdefault((len(tensors), term), []).append(mean)
         return run(tensors, seeds)
 
 
