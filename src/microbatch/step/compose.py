@@ -201,7 +201,7 @@ class Composition:
             found.append(self.compilation)
         if options.autocast is not None and options.pipeline is None:  # a pipeline enters autocast in each forward
             found.append(Autocast(options.autocast))
-        if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
+        if options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
         found += [WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), CapturedGradients()]

@@ -139,7 +139,7 @@ def unequal_means(means: Sequence[Mean]) -> Unequal | None:
     """
     if len(means) < 2:
         return None
-    rows = torch.tensor([each.rows for each in means], dtype=torch.float64)
+    rows = torch.tensor([each.rows for each in means], dtype=torch.float64, device="cpu")
     totals = torch.stack([each.total.float() for each in means]).cpu().double() / rows  # a device may lack float64
     least, most = float(totals.min()), float(totals.max())
     if not most > _SLACK * least:
