@@ -70,9 +70,9 @@ class WeightHooks(Part):
 
     def _watch(self, window: OpenWindow, stack: ExitStack) -> None:
         """Watch whether the hooks that run after a gradient was added change the sum."""
-        self._changes = Counter()
         if self._windows >= _WINDOWS:
             return
+        self._changes.clear()
         for each in window.gradients.named:
             found: Any = each.parameter._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
             hooks = {key: hook for key, hook in (found or {}).items() if not comes_from(hook, *_WITHIN)}
@@ -90,6 +90,8 @@ class WeightHooks(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Warn if hooks have changed the sum of the gradients more than once."""
+        if self._windows >= _WINDOWS:
+            return
         self._windows += 1
         name = next((name for name, changes in self._changes.items() if changes > 1), None)
         if name is not None:
