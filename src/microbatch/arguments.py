@@ -103,6 +103,28 @@ def whole(value: object, *, least: int | None = None) -> int | None:
     return number if least is None or number >= least else None
 
 
+def check_whole(name: str, value: object, *, least: int) -> int:
+    """Return a whole number of any library as an int, or refuse it.
+
+    Args:
+        name: Name of the argument.
+        value: The value.
+        least: The smallest number that is allowed.
+
+    Returns:
+        The number.
+
+    Raises:
+        ConfigError: It is no whole number, is smaller, or does not fit into 64 bits.
+    """
+    number = whole(value, least=least)
+    if number is None:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if number >= 1 << 63:
+        raise ConfigError(f"{name} must be below 2 to the power of 63")
+    return number
+
+
 def listed_of(value: Any) -> list[Any] | None:
     """Return what an object yields when it is iterated over.
 

@@ -129,6 +129,13 @@ GRU = ("rnn (GRU)",)
         pytest.param((drawn(7, 1, 3), drawn(7, 1)), GRU, False, id="one entry in the second dimension"),
         pytest.param([drawn(3, 8, 8), drawn(3, 8, 8)], (), True, id="a list of two images"),
         pytest.param({"a": [drawn(3, 8, 8), drawn(3, 8, 8)]}, (), True, id="a list of two images in a dict"),
+        pytest.param([drawn(3, 8, 8)], (), True, id="a list of one image"),
+        pytest.param({"a": [drawn(3, 8, 8)]}, (), True, id="a list of one image in a dict"),
+        pytest.param([drawn(3, 8, 8), 1], (), True, id="a list of one image and its label"),
+        pytest.param([drawn(3, 96, 7)], (), False, id="a list of the last three rows"),
+        pytest.param([drawn(8, 8, 8)], (), False, id="a list of one value"),
+        pytest.param([mb.Rows(drawn(3, 8, 8))], (), False, id="a list of one value that is marked"),
+        pytest.param([drawn(3, 8, 8), drawn(3)], (), False, id="a list of one value and the numbers of its rows"),
         pytest.param([drawn(8, 4, 4), drawn(8, 2)], (), False, id="images without channels and what is said of them"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import microbatch as mb
-from microbatch.errors import WindowError
+from microbatch.errors import ConfigError, WeightsMovedError, WindowError
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -256,10 +256,38 @@ def test_s5_a_window_that_fails_before_it_is_known_says_what_it_cannot_put_back(
     assert all(map(torch.equal, weights, model.parameters()))
 
 
-def test_s5_exact_batch_normalisation_does_not_move_frozen_weights_once_and_says_so() -> None:
-    model = nn.Sequential(Momentum(in_place), nn.BatchNorm1d(3)).double()
-    (text,) = said(lambda: accumulator(model, batch_norm="exact").step(X, square))
-    assert "0.teacher.weight" in text
+@pytest.mark.parametrize("move", WAYS)
+def test_s5_exact_batch_normalisation_refuses_frozen_weights_that_move(move: Any) -> None:
+    model = nn.Sequential(Momentum(move), nn.BatchNorm1d(3)).double()
+    before = copy.deepcopy(model.state_dict())
+    it = accumulator(model, batch_norm="exact")
+    for _ in range(2):  # also when it is known which of them move
+        with pytest.raises(
+            WeightsMovedError, match=r"0\.teacher\.weight.*in lockstep.* outside of the model's forward"
+        ):
+            it.step(X, square)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    each = copy.deepcopy(model)
+    assert said(lambda: accumulator(each, batch_norm="exact", buffers="each").step(X, square)) == []
+    assert not alike(each, plain(model))  # the negative control: what is refused is wrong
+
+
+def test_s5_exact_batch_normalisation_is_exact_where_the_momentum_is_moved_after_the_step() -> None:
+    model = nn.Sequential(Momentum(lambda *_: None), nn.BatchNorm1d(3)).double()
+    twin = plain(model)
+    assert said(lambda: accumulator(model, batch_norm="exact").step(X, square)) == []
+    assert alike(model, twin)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupled": "keep"}])
+def test_s5_an_advice_names_only_options_that_the_others_allow(options: Any) -> None:
+    (text,) = said(lambda: accumulator(Momentum(in_place), **options).step(X, square))
+    assert ('buffers="once"' in text) == (not options)
+    (text,) = said(lambda: accumulator(Queue(), **options).step(X, square))
+    assert ('buffers="once"' in text) == (not options)
+    if options:
+        with pytest.raises(ConfigError, match='buffers="once" or "mean" does not go with'):
+            accumulator(Momentum(in_place), buffers="once", **options)
 
 
 def test_s5_frozen_weights_that_begin_to_move_late_are_said_and_then_move_once() -> None:

@@ -3,10 +3,12 @@
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import SGD
@@ -374,3 +376,34 @@ def test_a_scheduler_is_refused_as_one_however_it_is_wrapped(wrap: Any) -> None:
     scheduler = torch.optim.lr_scheduler.StepLR(SGD(network().parameters(), lr=0.1), 1)
     with pytest.raises(ConfigError, match=r"scheduler (StepLR|Schedule); pass its optimizer.*scheduler\.step"):
         plain_optimizers(wrap(scheduler))
+
+
+def test_s3_a_gradient_without_an_optimizer_that_reaches_no_weight_is_refused() -> None:
+    it = mb.Accumulator(network(), microbatch_size=5)
+
+    def spread(_: nn.Module, encoded: Tensor) -> Tensor:
+        return encoded.var()
+
+    def detached(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).detach()
+
+    with pytest.raises(NoGraphError, match="depends on no parameter of the model"):
+        it.gradient(X, spread, encode=detached)
+    with pytest.raises(NoGraphError, match="depends on no parameter of the model"):
+        it.gradient(X, lambda _, x: x.clone().requires_grad_().mean())
+    assert it.gradient(X, spread, encode=lambda model, x: model(x)).grad_norm > 0  # the negative control
+
+
+@pytest.mark.parametrize("where", ["buffer", "default device"])
+def test_s5_tensors_without_values_and_another_default_device_change_nothing(where: str) -> None:
+    model, twin = network(), network()
+    batch = {"x": X, "labels": torch.arange(12) % 3}
+    loss: Any = lambda model, batch: F.cross_entropy(model(batch["x"]), batch["labels"])  # noqa: E731
+    loss(twin, batch).backward()
+    if where == "buffer":
+        model.register_buffer("far", torch.zeros(2, device="meta"))
+    it = mb.Accumulator(model, microbatch_size=5)
+    with torch.device("meta") if where == "default device" else nullcontext():
+        it.gradient(batch, loss)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from array import array
-from collections import OrderedDict, UserDict, UserList
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -276,7 +276,7 @@ def test_e6_a_dataclass_with_a_name_beside_its_fields_is_cut() -> None:
 
 
 @pytest.mark.parametrize("number", [2, 3, ROWS])
-@pytest.mark.parametrize("make", [list, tuple, UserList, lambda values: array("d", values)])
+@pytest.mark.parametrize("make", [list, tuple, UserList, deque, lambda values: array("d", values)])
 def test_e9_numbers_are_refused_whatever_holds_them(make: Callable[[list[float]], Any], number: int) -> None:
     values = make([0.5] * number)
     kind = BatchError if number == ROWS else RowsDisagreeError
@@ -287,6 +287,31 @@ def test_e9_numbers_are_refused_whatever_holds_them(make: Callable[[list[float]]
     assert all(each["w"] == values for each in mb.cut({"x": drawn(number, 2), "w": mb.Whole(values)}, 1))
     assert [list(each["w"]) for each in mb.cut({"x": drawn(number, 2), "w": mb.Rows(values)}, 1)] == [[0.5]] * number
     assert [len(each) for each in mb.cut(values, number - 1)] == [number - 1, 1]  # alone they are the rows
+
+
+def test_e9_numbers_in_a_range_or_of_a_dict_are_refused_too() -> None:
+    with pytest.raises(BatchError, match=r"batch\['w'\] is a list of 6 numbers"):
+        rows_of({"x": drawn(ROWS, 2), "w": range(ROWS)})
+    with pytest.raises(RowsDisagreeError):
+        rows_of({"x": drawn(ROWS, 2), "w": range(10**12)})
+    with pytest.raises(BatchError, match=r"batch\['w'\] is a list of 2 numbers"):
+        rows_of({"x": drawn(2, 2), "w": {"a": 0.5, "b": 1.5}.values()})
+    pieces = mb.cut({"x": drawn(ROWS, 2), "w": mb.Rows(range(ROWS), group=1), "n": mb.Whole(range(ROWS))}, 4)
+    assert [each["w"] for each in pieces] == [range(4), range(4, 6)]
+    assert [each["n"] for each in pieces] == [range(ROWS)] * 2
+    assert [list(each) for each in mb.cut(range(ROWS), 4)] == [[0, 1, 2, 3], [4, 5]]
+
+
+def test_e3_a_deque_is_cut_as_a_list() -> None:
+    batch = deque([drawn(6, 4), drawn(6)])
+    pieces = mb.cut(batch, 4)
+    assert [type(each) for each in pieces] == [deque, deque]
+    assert torch.equal(torch.cat([each[0] for each in pieces]), batch[0])
+    assert [list(each["t"]) for each in mb.cut({"x": drawn(6), "t": deque("abcdef")}, 4)] == [[*"abcd"], [*"ef"]]
+    with pytest.raises(BatchError, match="they could be 3 samples"):
+        rows_of(deque([drawn(6, 4)] * 3))
+    marked = mb.cut({"x": drawn(3), "images": mb.Rows(deque([drawn(3, 8, 8)] * 3))}, 2)
+    assert [len(each["images"]) for each in marked] == [2, 1]
 
 
 @pytest.mark.parametrize("values", [(True, False, True), (0.1, 2, 3), (torch.tensor(1.0), 2, 3)])

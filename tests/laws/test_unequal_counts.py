@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import microbatch as mb
+from microbatch.errors import BatchError
 from microbatch.step.parts.target_counts import mean_behind
 
 
@@ -199,6 +200,71 @@ def test_s1_the_label_that_cross_entropy_left_out_is_read_from_its_graph(ignored
     assert run(counted) == []
     # A sum over the rows of a microbatch is a mean over rows, and nobody counts the labels.
     assert run(lambda model, batch: loss_fn(model, batch, reduction="sum") / len(batch["t"])) == []
+
+
+def test_s1_each_term_of_a_loss_of_several_is_looked_at() -> None:
+    labels = torch.where(PARTLY < 0, 255, PARTLY)
+
+    def two(model: nn.Module, batch: dict[str, Tensor], *, ignored: int) -> dict[str, Tensor]:
+        out = model(batch["x"])
+        return {"size": out.square().mean(), "class": F.cross_entropy(out, batch["t"], ignore_index=ignored)}
+
+    def run(labels: Tensor, *, ignored: int) -> list[str]:
+        batch = {"x": X, "t": labels, "z": X}
+        return said(lambda: accumulator(network()).step(batch, lambda m, b: two(m, b, ignored=ignored)))
+
+    (text,) = run(labels, ignored=255)
+    assert "n = (labels != 255).sum()" in text
+    assert run(PARTLY.clamp(min=0), ignored=255) == []
+
+
+SUMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross entropy": lambda out, t: F.cross_entropy(out, t, reduction="sum"),
+    "two terms in one": lambda out, t: F.cross_entropy(out, t, reduction="sum") + out.square().sum(),
+    "squares": lambda out, t: F.mse_loss(out[:, 0], t.double(), reduction="sum"),
+    "binary": lambda out, t: F.binary_cross_entropy_with_logits(out[:, 0], (t > 0).double(), reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_s1_a_plain_sum_is_said_once_with_what_mends_it(name: str) -> None:
+    labels = torch.arange(12) % 3
+
+    def summed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return SUMS[name](model(batch["x"]), batch["t"])
+
+    def run(function: Any, **options: Any) -> list[str]:
+        it = accumulator(network(), **options)
+        return said(lambda: [it.step({"x": X, "t": labels}, function) for _ in range(2)])
+
+    (text,) = run(summed)
+    assert "mb.Loss(sum=loss, count=len(labels))" in text
+    assert run(lambda m, b: mb.Loss(sum=summed(m, b), count=len(b["t"]))) == []
+    assert run(lambda m, b: summed(m, b) / len(b["t"])) == []
+    whole = mb.Accumulator(network(), microbatch_size=12)
+    assert said(lambda: whole.gradient({"x": X, "t": labels}, summed)) == []
+
+    model, cut, mended = network(), network(), network()
+    (summed(model, {"x": X, "t": labels}) / 12).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        accumulator(cut).gradient({"x": X, "t": labels}, summed)
+    accumulator(mended).gradient({"x": X, "t": labels}, lambda m, b: mb.Loss(sum=summed(m, b), count=len(b["t"])))
+    for p, q in zip(model.parameters(), mended.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14)
+    shares = [off(model, cut, factor) for factor in (1, 12)]  # neither the mean's gradient nor the sum's
+    assert min(shares) > 1e-2
+
+
+def off(model: nn.Module, cut: nn.Module, factor: float) -> float:
+    pairs = list(zip(model.parameters(), cut.parameters(), strict=True))
+    wrong = [q.grad - factor * p.grad for p, q in pairs if p.grad is not None and q.grad is not None]
+    return float(torch.cat([each.flatten() for each in wrong]).norm())
+
+
+def test_s1_tensors_without_values_are_refused_by_name() -> None:
+    with pytest.raises(BatchError, match="meta tensor"):
+        accumulator(network()).step({"x": X.to("meta"), "labels": torch.zeros(12).long().to("meta")}, square)
 
 
 def test_s1_class_weights_are_read_from_the_graph_of_cross_entropy() -> None:

@@ -294,6 +294,43 @@ def test_an_activations_hook_sees_the_finished_slope_once_the_count_is_known() -
     assert near(grads(model), wanted)
 
 
+def clamps(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.clamp_(-1e-3, 1e-3)
+
+
+def clamps_data(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.data.clamp_(-1e-3, 1e-3)
+
+
+def reads(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.norm()
+
+
+@pytest.mark.parametrize("hook", [clamps, clamps_data])
+def test_a_hook_that_changes_the_sum_after_each_microbatch_is_named_once(hook: Any) -> None:
+    model = net()
+    weight: Any = model.get_parameter("0.weight")
+    handle = weight.register_post_accumulate_grad_hook(hook)
+    it = mb.Accumulator(model, microbatch_size=3)
+    with pytest.warns(mb.MicrobatchWarning, match=r"'0\.weight' after every microbatch.*or use register_hook"):
+        it.gradient(batch(), mean)
+    it.gradient(batch(), mean)
+    assert list(weight._post_accumulate_grad_hooks.values()) == [hook]
+    handle.remove()
+    it.gradient(batch(), mean)
+
+
+@pytest.mark.parametrize("hook", [clamps, reads])
+def test_a_hook_that_runs_once_or_only_reads_is_not_named(hook: Any) -> None:
+    model = net()
+    model.get_parameter("0.weight").register_post_accumulate_grad_hook(hook)
+    rows = len(batch()["x"])
+    mb.Accumulator(model, microbatch_size=rows if hook is clamps else 3).gradient(batch(), mean)
+
+
 def test_a_step_without_hooks_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -211,8 +211,10 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         ({"steps": 5}, "steps is 5"),
         ({"seeds": 0}, "seeds must be 1 to 100"),
         ({"seeds": []}, "seeds must be 1 to 100"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"microbatch_size": -2}, "microbatch_size must be at least 1"),
+        ({"seeds": 10**30}, "seeds must be 1 to 100"),
+        ({"seeds": [0, -1]}, "seeds must be 1 to 100 runs, or as many seeds of at least 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
+        ({"microbatch_size": -2}, "microbatch_size must be a whole number of at least 1"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(given: dict[str, Any], words: str) -> None:

@@ -11,6 +11,28 @@ SCRIPT = Path(__file__).with_name("unwatched.py")
 
 # Expression, error, and what its message has to name: what was wrong, its value, what to do.
 CASES: list[tuple[str, str, tuple[str, ...]]] = [
+    *(
+        (f"mb.find_learning_rate(w.job(), {name}={value})", "ConfigError", (f"{name} must be", says))
+        for name in ("batch_size", "microbatch_size", "steps", "seeds")
+        for value, says in [
+            ("True", "True"),
+            ("2.5", "2.5"),
+            ("'2'", "'2'"),
+            ("[0.5]", "[0.5]"),
+            ("object()", "object"),
+        ]
+    ),
+    *(
+        (
+            f"mb.sweep(w.job(), **({{'batch_sizes': [2, 4]}} | {{'{name}': {value}}}))",
+            "ConfigError",
+            (f"{name} must be",),
+        )
+        for name in ("batch_sizes", "microbatch_size", "samples", "seeds", "points", "grid")
+        for value in ("True", "2.5", "'x'", "[0.5, '1']", "object()")
+    ),
+    ("mb.find_learning_rate(w.model)", "ConfigError", ("job must be an mb.Job", "Linear")),
+    ("mb.sweep(3, batch_sizes=[2])", "ConfigError", ("job must be an mb.Job", "int")),
     ("mb.cut(w.x, '8')", "ConfigError", ("microbatch_size", "whole number of at least 1", "'8'")),
     ("mb.cut(w.x, 2.5)", "ConfigError", ("microbatch_size", "2.5")),
     ("mb.cut(w.x, None)", "ConfigError", ("microbatch_size", "None")),
@@ -44,7 +66,9 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("w.accumulator(listeners=[3])", "ConfigError", ("listeners", "int")),
     ("w.accumulator(listeners=3)", "ConfigError", ("listeners", "int")),
     ("w.accumulator().windows([w.x], microbatches=2.5)", "ConfigError", ("microbatches", "2.5")),
-    ("w.step(lambda y: 3.0)", "LossError", ("'loss'", "float", "0-d tensor", "mb.Loss")),
+    ("w.step(lambda y: 3.0)", "LossError", ("'loss'", "float", "0-d tensor", "mb.Loss", ".item()")),
+    ("w.step(lambda y: {'loss': y.mean(), 'rate': 0.1})", "LossError", ("'rate'", "float", "metrics={")),
+    ("w.step(lambda y: np.float32(3))", "LossError", ("'loss'", "float32", ".item()")),
     ("w.step(lambda y: [y.mean()])", "LossError", ("'loss'", "list", "mb.Loss")),
     ("w.step(lambda y: (y.mean(), y))", "LossError", ("'loss'", "tuple")),
     ("w.step(lambda y: {'a': 3})", "LossError", ("'a'", "int")),
@@ -68,6 +92,8 @@ CASES: list[tuple[str, str, tuple[str, ...]]] = [
     ("w.random_is_put_back(KeyboardInterrupt)", "KeyboardInterrupt", ()),
 ]
 FINE = [
+    "w.whole_numbers_of_any_library_find_the_rate_of_those_of_python()",
+    "mb.sweep(w.job(), batch_sizes=np.array([1, 2]), seeds=np.int64(1), samples=np.int64(24), points=np.int32(2))",
     "mb.cut(w.x, 2)",
     "mb.divide_batch(64)",
     "w.accumulator()",

@@ -7,8 +7,9 @@ message], or null.
 import json
 import random
 import sys
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +28,24 @@ class World:
     def accumulator(self, *, model: Any = None, optimizer: Any = None, **settings: Any) -> mb.Accumulator:
         settings.setdefault("microbatch_size", 2)
         return mb.Accumulator(model or self.model, optimizer or self.sgd, **settings)
+
+    def job(self) -> mb.Job:
+        return mb.Job(
+            model=self.model,
+            optimizer=self.sgd,
+            loss_fn=lambda model, x: model(x).square().mean(),
+            data=list(self.x),
+            batch_size=2,
+        )
+
+    def whole_numbers_of_any_library_find_the_rate_of_those_of_python(self) -> None:
+        find, losses = cast("Any", mb.find_learning_rate), list[Any]()
+        for as_int, seeds in ((int, [1, 2]), (np.int32, np.array([1, 2]))):
+            torch.manual_seed(1)
+            given = {"batch_size": as_int(4), "microbatch_size": as_int(2), "steps": as_int(20), "seeds": seeds}
+            losses.append(find(self.job(), **given).curve.losses)
+        assert losses[0] == losses[1]
+        assert len(find(self.job(), steps=20, seeds=np.int64(1)).curve.losses) == 1
 
     def step(self, make: Any, **settings: Any) -> mb.Step:
         return self.accumulator().step(self.x, lambda model, x: make(model(x)), **settings)
@@ -53,7 +72,7 @@ class World:
 
 def outcome(expression: str) -> tuple[list[str], str] | None:
     world = World()
-    names = {"torch": torch, "nn": nn, "mb": mb, "w": world}
+    names = {"torch": torch, "nn": nn, "np": np, "mb": mb, "w": world}
     try:
         eval(expression, names)  # noqa: S307 - the tests' own expressions
     except BaseException as error:  # noqa: BLE001 - the interrupt among them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -233,10 +234,10 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
             return value.index_select(dim, torch.tensor(chosen, dtype=torch.long, device=value.device))
         at = (*[slice(None)] * dim, chosen) if dim else chosen
         return value[at] if isinstance(value, Tensor) else _of_array(value, at, path)
+    if isinstance(value, LISTS):
+        return _of_list(value, chosen)
     if isinstance(chosen, slice):
         return value[chosen]
-    if isinstance(value, LISTS):
-        return type(value)([value[each] for each in chosen])
     if isinstance(value, str | bytes):
         return [value[each] for each in chosen]
     try:
@@ -246,6 +247,13 @@ def taken_from(value: Any, pick: Pick, path: str, *, dim: int = 0, group: int = 
             f"{path} is {kind_of(value)}, which does not select rows by a list of their numbers "
             f"({type(error).__name__}: {error!s:.200}); pass its tensors in a dict"
         ) from error
+
+
+def _of_list(value: Any, chosen: Any) -> Any:
+    if isinstance(chosen, slice) and not isinstance(value, deque):
+        return value[chosen]
+    some = list(value)[chosen] if isinstance(chosen, slice) else [value[each] for each in chosen]
+    return some if isinstance(value, range) else type(value)(some)
 
 
 def _of_array(value: Any, at: Any, path: str) -> Any:

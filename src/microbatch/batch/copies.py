@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import UserList
+from collections import UserList, deque
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -63,7 +63,7 @@ class Copies:
             return self.tensor(value)
         if children(value) is not None:
             return map_leaves(self._leaf, value)
-        if type(value) in {list, UserList}:
+        if type(value) in {list, UserList, deque}:
             return type(value)([self(each) for each in cast("Sequence[Any]", value)])
         if is_array(value):
             return value.copy() if callable(attribute(value, "copy")) else value

@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 from microbatch.arguments import attribute
 from microbatch.batch.marks import Rows
 from microbatch.batch.recognise import count_rows
+from microbatch.batch.uncollated import looks_coloured
 from microbatch.batch.walk import LISTS, children, is_array, is_number, is_size, leaves, slices_itself
 
 _BATCH_FIRST = {"input_ids", "attention_mask", "token_type_ids"}  # names of a library whose rows always come first
@@ -42,9 +43,9 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
     shapes = {path: tuple(leaf.shape) for path, leaf in found if isinstance(leaf, Tensor) or is_array(leaf)}
     wide = {path: shape for path, shape in shapes.items() if len(shape) > 1}
     named = isinstance(batch, tuple) and attribute(batch, "_fields") is not None
-    pair = None if named else next(filter(None, (_two_images(each, shapes) for each in wide)), None)
-    if pair is not None:
-        return pair
+    images = None if named else next(filter(None, (_images(each, shapes) for each in wide)), None)
+    if images is not None:
+        return images
     if not wide:
         return ""
     first = next(iter(wide.values()))
@@ -53,7 +54,7 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
         return ""
     # A tensor with one dimension and a list show the rows, unless both dimensions have the same size.
     shown = any(len(shape) == 1 for shape in shapes.values()) or any(
-        isinstance(leaf, list | tuple) or slices_itself(leaf) for _, leaf in found
+        isinstance(leaf, LISTS) or slices_itself(leaf) for _, leaf in found
     )
     if shown and (rows != others or not time_first):
         return ""
@@ -81,7 +82,7 @@ def modules_with_time_first(model: nn.Module) -> list[str]:
     return [
         f"{name or 'the root module'} ({type(each).__name__})"
         for name, each in model.named_modules()
-        if isinstance(each, kinds) and not getattr(each, "batch_first", False)
+        if isinstance(each, kinds) and not attribute(each, "batch_first", False)
     ]
 
 
@@ -128,7 +129,7 @@ def _in_lists(node: object, path: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         shape = _shape(node) if inner is None else None
         if shape is not None and len(shape) > 1:
             yield path, shape
-        if is_size(node) and not isinstance(node, Size) and not hasattr(node, "_fields"):
+        if is_size(node) and not isinstance(node, Size) and attribute(node, "_fields") is None:
             yield path, (len(node),)
     for end, child in inner or ():
         if not isinstance(child, Tensor):
@@ -147,12 +148,25 @@ def _shape(node: object) -> tuple[int, ...] | None:
     return None if shapes or inner is None else (len(values), *inner)
 
 
-def _two_images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return a warning for a list of two tensors that look like two images, with their channels first."""
+def _images(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return a warning for a list of one or two tensors that look like images, with their channels first.
+
+    A warning, and no error: one tensor of this shape, or two equal ones, can also be the last three rows of a loader.
+    """
     shape, start = shapes[path], path.removesuffix("[0]")
-    if start == path or shapes.get(f"{start}[1]") != shape or f"{start}[2]" in shapes:
+    if start == path or len(shape) != _IMAGES - 1:
         return None
-    if len(shape) != _IMAGES - 1 or not 1 < shape[0] <= _CHANNELS < min(shape[1:]):
+    if sum(bool(each) for other, each in shapes.items() if other.startswith(f"{start}[")) == 1:
+        if not looks_coloured(shape):
+            return None
+        return (
+            f"{path} of shape {shape} is read as a value with {shape[0]} rows. If it is one image, collate it "
+            "(torch.stack, or collate_fn of the DataLoader), or mark the list of images as mb.Rows([...]). If it has "
+            f"{shape[0]} rows, mark it with mb.Rows(value), and this warning ends"
+        )
+    if shapes.get(f"{start}[1]") != shape or f"{start}[2]" in shapes:
+        return None
+    if not 1 < shape[0] <= _CHANNELS < min(shape[1:]):
         return None
     return (
         f"{start} is a list of 2 tensors of shape {shape}, which is read as two values with {shape[0]} rows each. "

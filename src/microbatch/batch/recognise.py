@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence, ValuesView
 from dataclasses import dataclass, field
 from io import IOBase
 from typing import Any, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from microbatch.arguments import attribute
 from microbatch.batch.marks import Rows, Whole
 from microbatch.batch.row_errors import (
     Entry,
@@ -242,7 +243,7 @@ def _survey(node: Any, path: str, found: Found) -> None:
     images = images_with_targets(inner)
     if images is not None:
         raise samples_in_a_list(path + images, len(dict(inner)[images]), "images, beside a list of as many dicts")
-    if isinstance(node, LISTS) and not hasattr(node, "_fields"):
+    if isinstance(node, LISTS) and attribute(node, "_fields") is None:
         values = [child for _, child in inner]
         if _are_numbers(values):
             if not is_size(node):
@@ -261,9 +262,11 @@ def _survey(node: Any, path: str, found: Found) -> None:
 
 
 def _survey_leaf(leaf: Any, path: str, found: Found) -> None:
-    numbers = isinstance(leaf, Sequence) and slices_itself(leaf) and _are_numbers(cast("Sequence[Any]", leaf))
-    if numbers or (isinstance(leaf, LISTS) and not isinstance(leaf, PackedSequence)):
-        _note_values(cast("Sequence[Any]", leaf), path, found)
+    numbers = isinstance(leaf, ValuesView) or (isinstance(leaf, Sequence) and slices_itself(leaf))
+    if (numbers and _are_numbers(cast("Collection[Any]", leaf))) or (
+        isinstance(leaf, LISTS) and not isinstance(leaf, PackedSequence)
+    ):
+        _note_values(cast("Collection[Any]", leaf), path, found)
     elif not _note(leaf, path, found) and not isinstance(leaf, Rows):
         if isinstance(leaf, Iterator) and not isinstance(leaf, IOBase):
             raise read_once(leaf, path)
@@ -276,18 +279,20 @@ def _note(value: Any, path: str, found: Found) -> bool:
         for where, mark in spread(value, path):
             rows = _marked(mark, where)
             if rows is not None:
-                shape = tuple(getattr(mark.value, "shape", ()))
-                found.sure.append(Entry(where, rows, shape, marked=True))
+                found.sure.append(Entry(where, rows, _shape(mark.value), marked=True))
         return True
     rows = entries_of(value, path)
     if rows is None:
         return isinstance(value, Tensor) or is_array(value)
-    shape = tuple(value.shape) if isinstance(value, Tensor) or is_array(value) else ()
-    found.sure.append(Entry(path, rows, shape))
+    found.sure.append(Entry(path, rows, _shape(value)))
     return True
 
 
-def _note_values(values: Sequence[Any], path: str, found: Found) -> None:
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) or is_array(value) else ()
+
+
+def _note_values(values: Collection[Any], path: str, found: Found) -> None:
     if not values:
         found.numbers.append(Entry(path, 0, (0,), what="list"))
         return
@@ -333,8 +338,8 @@ def _settle(found: Found, batch: object) -> int:
     return rows
 
 
-def _are_numbers(values: Sequence[Any]) -> bool:
-    return bool(values) and all(map(is_number, values))
+def _are_numbers(values: Collection[Any]) -> bool:
+    return bool(values) and (isinstance(values, range) or all(map(is_number, values)))
 
 
 def _listed(sizes: set[int | None]) -> str:

@@ -29,7 +29,7 @@ from microbatch.batch.marks import Rows
 from microbatch.batch.walk import LISTS, children, is_array, leaves, slices_itself
 
 _CHANNELS = 4  # most channels of an image: a first dimension of up to 4 may be colours
-_COLOURS, _SIDE = 3, 8  # two tensors of different sizes are images if they have three colours, and sides this long
+_COLOURS, _SIDE = 3, 8  # a tensor can be an image if it has three colours, and sides this long
 _IMAGE = 3  # dimensions of one image
 
 
@@ -74,13 +74,19 @@ def two_images(first: Any, second: Any) -> bool:
         True if they are; not for two of one size, which could be ``(x, y)``.
     """
     one, other = first.shape, second.shape
-    return (
-        len(one) == len(other) == _IMAGE
-        and one != other
-        and one[0] == other[0] == _COLOURS
-        and min(*one[1:], *other[1:]) >= _SIDE
-        and first.dtype == second.dtype
-    )
+    return one != other and looks_coloured(one) and looks_coloured(other) and first.dtype == second.dtype
+
+
+def looks_coloured(shape: Sequence[int]) -> bool:
+    """Return whether a shape is that of a colour image, with its channels first.
+
+    Args:
+        shape: Shape of a tensor or an array.
+
+    Returns:
+        True for three channels and sides of a few pixels.
+    """
+    return len(shape) == _IMAGE and shape[0] == _COLOURS and min(shape[1:]) >= _SIDE
 
 
 def images_with_targets(inner: Sequence[tuple[str, Any]]) -> str | None:

@@ -25,8 +25,8 @@ Leaf = Callable[[Any, str], Any]
 
 ENDLESS = "the batch is nested too deeply, or contains itself; pass a batch whose dicts and lists end somewhere"
 _PLAIN = (str, bytes, bytearray, memoryview, int, float, complex, range, type(None), Rows, Whole)
-LISTS = (list, tuple, UserList)
-"""What holds one value after the other; a `UserList` is a list."""
+LISTS = (list, tuple, UserList, deque, range)
+"""What holds one value after the other, in order, and is read as a list."""
 _LONGEST_SIZE = 4  # a longer tuple of whole numbers is not a size
 _PLAIN_SETTERS = (dict.__setitem__, OrderedDict.__setitem__)
 _DEPTH, _MOST = 5, 500  # how deep, and at how many objects, `holds_tensors` looks
@@ -120,7 +120,7 @@ def children(node: object) -> list[tuple[str, Any]] | None:
     if isinstance(node, LISTS) and not _is_leaf(cast("Sequence[Any]", node)):
         return [(f"[{index}]", child) for index, child in enumerate(cast("Sequence[Any]", node))]
     if _is_dataclass(node):
-        return [(f".{field.name}", getattr(node, field.name)) for field in dataclasses.fields(cast("Any", node))]
+        return [(f".{name}", value) for name, value in _fields(node, "the batch").items()]
     return None
 
 
@@ -220,7 +220,7 @@ def beside(node: object) -> Iterator[tuple[str, Any]]:
     # A class whose own `__setitem__` writes its attributes too, such as a model's output, has the cut rows in both.
     kept_in_step = isinstance(node, dict) and type(node).__setitem__ not in _PLAIN_SETTERS
     items = {id(child) for _, child in children(node) or ()} if kept_in_step else set[int]()
-    held = getattr(node, "__dict__", {})
+    held = attribute(node, "__dict__", {})
     for name, value in held.items() if held is not node else ():
         if name not in known and id(value) not in items:
             yield f".{name}", value
@@ -260,11 +260,8 @@ def _mapped(function: Leaf, node: object, path: str, *, lists: bool) -> Any:
         ]
         return _rebuilt(_sequence_like, node, made, path=path)
     if _is_dataclass(node):
-        fields = dataclasses.fields(cast("Any", node))
-        values = {
-            each.name: _mapped(function, getattr(node, each.name), f"{path}.{each.name}", lists=lists)
-            for each in fields
-        }
+        fields = _fields(node, path)
+        values = {name: _mapped(function, value, f"{path}.{name}", lists=lists) for name, value in fields.items()}
         return _rebuilt(_dataclass_like, node, values, path=path)
     return function(node, path)
 
@@ -273,10 +270,21 @@ def _items(node: Mapping[Any, Any], path: str) -> dict[Any, Any]:
     try:
         return {key: node[key] for key in node}
     except Exception as error:
-        raise BatchError(
-            f"{path} has {kind_of(node)}, whose entries cannot be read ({type(error).__name__}: {error!s:.200}); pass "
-            "a dict instead, or mark it with mb.Whole(...) if it has no rows"
-        ) from error
+        raise _unreadable(node, path, error) from error
+
+
+def _fields(node: object, path: str) -> dict[str, Any]:
+    try:
+        return {each.name: getattr(node, each.name) for each in dataclasses.fields(cast("Any", node))}
+    except Exception as error:
+        raise _unreadable(node, path, error) from error
+
+
+def _unreadable(node: object, path: str, error: Exception) -> BatchError:
+    return BatchError(
+        f"{path} has {kind_of(node)}, whose entries cannot be read ({type(error).__name__}: {error!s:.200}); pass "
+        "a dict instead, or mark it with mb.Whole(...) if it has no rows"
+    )
 
 
 def _is_sliced_mapping(node: object) -> bool:
@@ -293,9 +301,11 @@ def _is_dataclass(node: object) -> bool:
 
 def _is_leaf(node: Sequence[Any]) -> bool:
     """Return whether a list or a tuple holds plain values, such as one string per row, and no tensor."""
+    if isinstance(node, range):  # it may be endlessly long
+        return True
     # `default_collate` returns strings as a list or a tuple.
     if isinstance(node, tuple):
-        if hasattr(node, "_fields"):
+        if attribute(node, "_fields") is not None:
             return isinstance(node, PackedSequence)
         if all(is_number(item) and not isinstance(item, Tensor) for item in node):
             return not is_size(node)
@@ -312,7 +322,7 @@ def _holds_array(node: Any) -> bool:
         return attribute(node, "shape") != ()  # a number of NumPy
     inner = children(node)
     if inner is None:
-        return not isinstance(node, list | tuple) and holds_tensors(node)
+        return not isinstance(node, LISTS) and holds_tensors(node)
     return any(_holds_array(child) for _, child in inner)
 
 
@@ -376,7 +386,7 @@ def _mapping_like(old: Mapping[Any, Any], new: dict[Any, Any]) -> Mapping[Any, A
 def _sequence_like(old: Sequence[Any], new: list[Any]) -> Sequence[Any]:
     if type(old) is list:
         return new
-    if hasattr(old, "_fields"):
+    if attribute(old, "_fields") is not None:
         return type(old)(*new)
     return type(old)(new)  # pyright: ignore[reportCallIssue] -- nor is a Sequence's
 

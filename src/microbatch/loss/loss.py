@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Number, Real
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -138,6 +138,12 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
     return _shares_of_term("loss", returned, rows)
 
 
+_ITEM = (
+    ". A number, as from .item(), has no gradient; to report one, return mb.Loss(sum=..., count=..., "
+    "metrics={name: ...})"
+)
+
+
 def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     if loss is None:
         return []
@@ -151,7 +157,7 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
             _refuse_output(loss, name)
         raise LossError(
             f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
-            "samples), mb.Loss(sum=..., count=...), or a dict of these"
+            f"samples), mb.Loss(sum=..., count=...), or a dict of these{_ITEM if isinstance(loss, Number) else ''}"
         )
     if loss.ndim or loss.dtype not in _USUAL or loss.layout is not torch.strided or loss.is_meta:
         _check_scalar(loss, f"the loss {name!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from microbatch.arguments import whole
+from microbatch.arguments import check_whole
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.planning.hyperparameters import Hyperparameters, is_number, read_optimizer, write_optimizer
@@ -180,10 +180,10 @@ def scale_hyperparameters(
         (arXiv:2507.07101); critical batch: McCandlish et al. 2018 (arXiv:1812.06162); weight decay: Wang and Aitchison
         2024 (arXiv:2405.13698).
     """
-    from_batch_size = _whole("from_batch_size", from_batch_size, least=1)
-    to_batch_size = _whole("to_batch_size", to_batch_size, least=1)
-    warmup_steps = None if warmup_steps is None else _whole("warmup_steps", warmup_steps, least=0)
-    steps = None if steps is None else _whole("steps", steps, least=0)
+    from_batch_size = check_whole("from_batch_size", from_batch_size, least=1)
+    to_batch_size = check_whole("to_batch_size", to_batch_size, least=1)
+    warmup_steps = None if warmup_steps is None else check_whole("warmup_steps", warmup_steps, least=0)
+    steps = None if steps is None else check_whole("steps", steps, least=0)
     if critical_batch_size is not None and not (is_number(critical_batch_size) and critical_batch_size > 0):
         raise ConfigError(f"critical_batch_size must be a positive number of samples, not {critical_batch_size!r}")
     groups = _groups(given)
@@ -237,15 +237,6 @@ def _groups(given: object) -> tuple[Hyperparameters, ...]:
     if isinstance(given, Optimizer):
         return read_optimizer(given)
     raise ConfigError(f"give a torch.optim.Optimizer or mb.Hyperparameters, not {kind_of(given)}")
-
-
-def _whole(name: str, value: object, *, least: int) -> int:
-    number = whole(value, least=least)
-    if number is None:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    if number >= 1 << 63:
-        raise ConfigError(f"{name} must be below 2 to the power of 63")
-    return number
 
 
 def _warn(rule: Rule, pair: Sequence[Hyperparameters], change: Change) -> Iterator[str]:

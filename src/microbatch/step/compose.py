@@ -15,7 +15,7 @@ from microbatch.memory.recompute import named_blocks
 from microbatch.memory.saved_values import Aside
 from microbatch.memory.spill import Spill
 from microbatch.step.attempts import Policies
-from microbatch.step.combinations import COUNTS, ENCODE, check_together, refuse
+from microbatch.step.combinations import BUFFERS, COUNTS, ENCODE, check_together, goes_with, refuse
 from microbatch.step.finish import take_step
 from microbatch.step.history import History
 from microbatch.step.options import EACH, EXACT, FROZEN, MEAN, MICROBATCH, ONCE, POOLED, Options
@@ -186,9 +186,9 @@ class Composition:
             found.append(self.checkpointing)
         if options.batch_norm in _NORMS:
             found.append(_NORMS[options.batch_norm]())
-        found.append(FrozenWeights())
+        found.append(FrozenWeights(once=goes_with(BUFFERS, options), lockstep=options.batch_norm == EXACT))
         if options.batch_norm != EXACT:  # lockstep moves buffers once
-            found += _BUFFERS[options.buffers]()
+            found += _BUFFERS[options.buffers](goes_with(BUFFERS, options))
         if normalizes_rows(options.bare_model):
             found.append(OneRowNorms())
         if options.dropout:
@@ -201,7 +201,7 @@ class Composition:
             found.append(self.compilation)
         if options.autocast is not None and options.pipeline is None:  # a pipeline enters autocast in each forward
             found.append(Autocast(options.autocast))
-        if options.optimizers and options.pipeline is None:  # a stage alone does not know what the loss depends on
+        if options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
         found += [WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), CapturedGradients()]
@@ -251,10 +251,10 @@ def _couple(window: OpenWindow, encode: Function, *, keep: bool) -> Coupled:
     return Coupled(window, encode, keep=keep)
 
 
-_BUFFERS: Mapping[str | None, Callable[[], list[Part]]] = {
-    None: lambda: [WatchedBuffers()],
-    EACH: list,
-    ONCE: lambda: [BuffersOnce(pooled=False)],
-    MEAN: lambda: [BuffersOnce(pooled=True)],
+_BUFFERS: Mapping[str | None, Callable[[bool], list[Part]]] = {
+    None: lambda once: [WatchedBuffers(once=once)],
+    EACH: lambda _: [],
+    ONCE: lambda _: [BuffersOnce(pooled=False)],
+    MEAN: lambda _: [BuffersOnce(pooled=True)],
 }
 _NORMS: Mapping[str | None, Callable[[], Part]] = {FROZEN: FrozenNorms, POOLED: PooledNorms, None: NormWarning}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from microbatch.arguments import check_whole
 from microbatch.errors import ConfigError
 from microbatch.gradients.parameters import device_of
+from microbatch.kind_words import kind_of
 from microbatch.train.job import Job
 from microbatch.tuning.learning_rate import LearningRate, RangeStep
 
@@ -58,10 +60,14 @@ def find_learning_rate(
     from microbatch.train.resolve import resolve  # noqa: PLC0415
     from microbatch.tuning.rate_search import rate_for, seeds_of  # noqa: PLC0415
 
-    for name, value in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
-        if isinstance(value, int) and value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value!r}")
+    if not isinstance(job, Job):
+        raise ConfigError(f"job must be an mb.Job, not {kind_of(job)}")
+    batch_size = None if batch_size is None else check_whole("batch_size", batch_size, least=1)
+    if microbatch_size is not None and microbatch_size != "auto":
+        microbatch_size = check_whole("microbatch_size", microbatch_size, least=1)
+    steps = check_whole("steps", steps, least=1)
+    chosen = seeds_of(seeds)
     # The test has no warm-up: the rate grows by itself.
     flags = {"batch_size": batch_size, "microbatch_size": microbatch_size, "steps": steps, "warmup_steps": 0}
     config = resolve(load_settings(flags), job, device=device_of(job.model))
-    return rate_for(job, config, low=low, high=high, seeds=seeds_of(seeds), progress=progress)
+    return rate_for(job, config, low=low, high=high, seeds=chosen, progress=progress)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from microbatch.arguments import is_finite
+from microbatch.arguments import is_finite, listed_of, whole
 from microbatch.errors import ConfigError, LossError
 from microbatch.train.job import Job
 from microbatch.train.run_config import RunConfig
@@ -64,13 +64,12 @@ def seeds_of(seeds: int | Sequence[int], *, first: int = 0) -> list[int]:
         >>> seeds_of(3), seeds_of([7])
         ([0, 1, 2], [7])
     """
-    if isinstance(seeds, int):
-        if not 1 <= seeds <= MOST_SEEDS:
-            raise ConfigError(f"seeds must be 1 to {MOST_SEEDS} runs, not {seeds!r}")
-        return [first + index for index in range(seeds)]
-    if not 1 <= len(seeds) <= MOST_SEEDS or not all(0 <= each < 2**63 for each in seeds):
+    runs = whole(seeds)
+    chosen = (listed_of(seeds) or []) if runs is None else [first + index for index in range(min(runs, MOST_SEEDS + 1))]
+    found = [number for each in chosen if (number := whole(each, least=0)) is not None and number < 1 << 63]
+    if not 1 <= len(chosen) <= MOST_SEEDS or len(found) < len(chosen):
         raise ConfigError(f"seeds must be 1 to {MOST_SEEDS} runs, or as many seeds of at least 0, not {seeds!r}")
-    return list(seeds)
+    return found
 
 
 def rate_for(

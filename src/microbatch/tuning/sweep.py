@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from microbatch.arguments import whole
+from microbatch.arguments import check_whole, listed_of, whole
 from microbatch.errors import ConfigError
+from microbatch.kind_words import kind_of
 from microbatch.planning.hyperparameters import is_number
 from microbatch.ranks.process_group import RankGroup
 from microbatch.train.atomic_files import write_text
@@ -85,9 +86,15 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
     Source:
         McCandlish et al. 2018 (arXiv:1812.06162); successive halving: Jamieson and Talwalkar 2016 (arXiv:1502.07943).
     """
-    if microbatch_size != "auto" and not _whole(microbatch_size):
+    if not isinstance(job, Job) and not callable(job):
+        raise ConfigError(f"job must be an mb.Job, or a function that returns one, not {kind_of(job)}")
+    if microbatch_size != "auto" and whole(microbatch_size, least=1) is None:
         raise ConfigError(f'microbatch_size must be "auto" or a whole number of at least 1, not {microbatch_size!r}')
-    _check(batch_sizes, lr=lr, grid=grid, samples=samples, target=target_loss, seeds=seeds, points=points)
+    microbatch_size = whole(microbatch_size) or "auto"
+    batch_sizes, grid = _sizes(batch_sizes), listed_of(grid) or []
+    samples = None if samples is None else check_whole("samples", samples, least=1)
+    seeds, points = check_whole("seeds", seeds, least=1), check_whole("points", points, least=2)
+    _check(lr=lr, grid=grid, target=target_loss)
     if accumulation == "plain" and microbatch_size == "auto":
         raise ConfigError(
             'with accumulation="plain" the result depends on the microbatch size, so pass a number instead of "auto"'
@@ -100,9 +107,9 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
 
     jobs, where = Jobs(job), None if folder is None else Path(folder)
     asked = {
-        "batch_sizes": list(batch_sizes),
+        "batch_sizes": batch_sizes,
         "lr": lr,
-        "grid": list(grid) if lr == "grid" else None,
+        "grid": grid if lr == "grid" else None,
         "samples": samples,
         "target_loss": target_loss,
         "seeds": seeds,
@@ -133,30 +140,20 @@ def _opened(folder: Path | None) -> Generator[Path]:
         claim.release()
 
 
-def _check(
-    batch_sizes: Sequence[int],
-    *,
-    lr: str,
-    grid: Sequence[float],
-    samples: int | None,
-    target: float | None,
-    seeds: int,
-    points: int,
-) -> None:
-    if not batch_sizes or not all(_whole(size) for size in batch_sizes):
-        raise ConfigError(f"batch_sizes must be whole numbers of at least 1, not {batch_sizes!r}")
-    if any(later <= size for size, later in pairwise(batch_sizes)):
-        raise ConfigError(f"batch_sizes must rise, each one once; {list(batch_sizes)!r} do not")
+def _sizes(given: object) -> list[int]:
+    listed = listed_of(given) or []
+    sizes = [number for each in listed if (number := whole(each, least=1)) is not None]
+    if not sizes or len(sizes) < len(listed):
+        raise ConfigError(f"batch_sizes must be whole numbers of at least 1, not {given!r}")
+    if any(later <= size for size, later in pairwise(sizes)):
+        raise ConfigError(f"batch_sizes must rise, each one once; {sizes!r} do not")
+    return sizes
+
+
+def _check(*, lr: str, grid: Sequence[float], target: float | None) -> None:
     if lr not in {"rule", "auto", "grid"}:
         raise ConfigError(f'lr must be "rule", "auto" or "grid", not {lr!r}')
     if not grid or not all(is_number(factor) and factor > 0 for factor in grid) or len(set(grid)) < len(grid):
         raise ConfigError(f"grid must be positive factors, each one once, not {grid!r}")
-    for name, value, least in (("samples", samples, 1), ("seeds", seeds, 1), ("points", points, 2)):
-        if value is not None and not (_whole(value) and value >= least):
-            raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if target is not None and not is_number(target):
         raise ConfigError(f"target_loss must be a finite number, not {target!r}")
-
-
-def _whole(value: object) -> bool:
-    return whole(value, least=1) is not None

@@ -19,8 +19,16 @@ class Coverage(Part):
         """Compare the gradients of a window with what the optimizers hold."""
         if window.peers.size > 1:
             return  # a rank may have no row that reaches a parameter
-        pairs = zip(window.gradients.named, window.peers.present(window), strict=True)
+        pairs = list(zip(window.gradients.named, window.peers.present(window), strict=True))
         reached = [each for each, got in pairs if got]
+        if not window.options.optimizers:
+            if pairs and not reached and window.denominator.contributed:
+                raise NoGraphError(
+                    "the loss depends on no parameter of the model that requires a gradient, so there is no gradient. "
+                    "Compute the loss, and what encode= returns, with the model that the function is given, and "
+                    "without detach() or torch.no_grad()"
+                )
+            return
         if not any(each.held for each in reached) and window.denominator.contributed:
             raise NoGraphError(
                 "the loss depends on no parameter that an optimizer of this accumulator holds, so the step would "

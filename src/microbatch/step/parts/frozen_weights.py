@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from microbatch.errors import WeightsMovedError
 from microbatch.gradients.parameters import Frozen
 from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
-from microbatch.step.parts.watching import WINDOWS, moved_text, renorms, some_places
+from microbatch.step.parts.watching import EACH_ADVICE, ONCE_ADVICE, WINDOWS, moved_text, renorms, some_places
 from microbatch.step.saved_state import PLAIN, Buffer
 
 _KIND = "frozen weights"
@@ -24,6 +25,10 @@ class FrozenWeights(Part):
     Which parameters move is not known at first. So the first windows copy all that could be a moving average of trained
     weights: those of their shapes. With ``buffers="once"`` or ``"mean"`` they copy all.
 
+    Args:
+        once: Whether ``buffers="once"`` could be given.
+        lockstep: Whether all passes run in lockstep: none of them can start from the values before the window.
+
     Cost:
         Two reads of a version counter for each such parameter and window. In the first windows also the copies, which
         take no more memory than the trained weights, or memory of the host; after that copies of those that move.
@@ -32,8 +37,8 @@ class FrozenWeights(Part):
         Law S5.
     """
 
-    def __init__(self) -> None:
-        self._windows = 0
+    def __init__(self, *, once: bool, lockstep: bool) -> None:
+        self._once, self._lockstep, self._windows = once, lockstep, 0
         self._others: list[Frozen] = []
         self._versions: list[int] = []
         self._places: list[tuple[Frozen, int]] = []
@@ -62,7 +67,7 @@ class FrozenWeights(Part):
         self._places = some_places(window, self._others)
 
     def check(self, window: OpenWindow) -> None:
-        """Warn about the parameters that the passes have moved, if there was more than one pass."""
+        """Warn about the parameters that the passes have moved, if there was more than one pass; refuse in lockstep."""
         young, new = self._windows < WINDOWS, self._new(window)
         kept = [each for each in window.undo.snapshot.buffers if each.place is not None]
         moved = [each for each in kept if each.moved or (young and not each.same)]
@@ -72,11 +77,14 @@ class FrozenWeights(Part):
         said: Sequence[Frozen | Buffer] = new if once else [*new, *moved]
         if said and len(window.done) > 1 and window.options.buffers != EACH:
             text = moved_text(window, said, "weights with requires_grad=False move")
+            if self._lockstep:
+                raise WeightsMovedError(f"{text}. {_LOCKSTEP}")
             late = (
                 f". They began to move in this window, which has no copy of them: buffers={window.options.buffers!r} "
                 "moves them once from the next window on"
             )
-            window.setup.warn(_KIND, text + (late if once else _ADVICE))
+            advice = f"{f'{ONCE_ADVICE}; ' if self._once else ''}{EACH_ADVICE}. Or move these weights after {_AFTER}"
+            window.setup.warn(_KIND, text + (late if once else f". {advice}"))
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Warn about parameters that a window has moved which failed, and which had no copy of them."""
@@ -107,10 +115,10 @@ class FrozenWeights(Part):
         return list({id(each): each for each in found}.values())
 
 
-_ADVICE = (
-    '. buffers="once" starts every microbatch from the values before the window, and keeps the update of the first '
-    'microbatch; buffers="each" keeps this behaviour without the warning. Or move these weights after '
-    "accumulator.step(batch, loss_fn), outside of the model's forward"
+_AFTER = "accumulator.step(batch, loss_fn), outside of the model's forward"
+_LOCKSTEP = (
+    'batch_norm="exact" runs all microbatches in lockstep, and they share these weights. Move these weights after '
+    f'{_AFTER}; buffers="each" keeps this behaviour without the error'
 )
 
 

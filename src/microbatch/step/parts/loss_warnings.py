@@ -13,14 +13,14 @@ from microbatch.loss.coupling import listen, stop
 from microbatch.pages import page
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import OpenWindow, Part, Run
-from microbatch.step.parts.target_counts import Mean, Unequal, mean_behind, unequal_in, unequal_means
+from microbatch.step.parts.target_counts import Mean, Unequal, is_sum, mean_behind, unequal_in, unequal_means
 from microbatch.step.record import Step
 
 _WINDOWS = 4  # windows that are looked at
 
 
 class CountWarning(Part):
-    """Warn about a plain mean whose microbatches have different numbers of targets.
+    """Warn about a plain mean whose microbatches have different numbers of targets, and about a plain sum.
 
     Source:
         Law S1.
@@ -29,11 +29,12 @@ class CountWarning(Part):
     def __init__(self) -> None:
         self._windows = 0
         self._found: Unequal | None = None
-        self._means: list[Mean] = []
+        self._means: dict[tuple[int, int], list[Mean]] = {}  # by term
+        self._sums = False
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read from each loss what torch's cross entropy divided by."""
-        self._found, self._means = None, []
+        self._found, self._means, self._sums = None, {}, False
         return run if self._windows >= _WINDOWS else partial(self._run, window, run)
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
@@ -47,9 +48,14 @@ class CountWarning(Part):
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if the loss was a plain mean over the rows of each microbatch."""
-        found, self._found = self._found or unequal_means(self._means), None
-        self._windows, self._means = self._windows + 1, []
-        if found is None or not window.denominator.means or window.coupled is not None:
+        found, self._found = self._found or next(filter(None, map(unequal_means, self._means.values())), None), None
+        self._windows, self._means = self._windows + 1, {}
+        if not window.denominator.means or window.coupled is not None:
+            return
+        if self._sums and step.microbatches > 1:
+            self._warn_of_sum(window)
+            return
+        if found is None:
             return
         use = "window.backward(mb.Loss({}))" if window.function is None else "return mb.Loss({})"
         window.setup.warn(
@@ -64,9 +70,20 @@ class CountWarning(Part):
         )
         self._windows = _WINDOWS
 
+    def _warn_of_sum(self, window: OpenWindow) -> None:
+        window.setup.warn(
+            "sums",
+            'the loss is a sum (reduction="sum"), and a plain loss stands for the mean over the rows of a microbatch, '
+            "so the gradient depends on the microbatch size. Give the sum with its count: "
+            'mb.Loss(sum=loss, count=len(labels)), or use reduction="mean" where every row has one target',
+        )
+
     def _run(self, window: OpenWindow, run: Run, tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> object:
-        mean = mean_behind(tensors[0], window.rows) if len(tensors) == 1 and window.rows else None
-        self._means += [] if mean is None else [mean]
+        for term, loss in enumerate(tensors if window.rows else ()):
+            mean = mean_behind(loss, window.rows or 0)
+            self._sums = self._sums or is_sum(loss)
+            if mean is not None:
+                self._means.setdefault((len(tensors), term), []).append(mean)
         return run(tensors, seeds)
 
 

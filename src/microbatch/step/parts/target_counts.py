@@ -22,7 +22,7 @@ _MASKS = ("mask", "valid", "keep")
 _SLACK = 1.01  # counts that differ by less have next to no effect
 _THROUGH = ("AddBackward0", "MulBackward1", "ToCopyBackward0", "ViewBackward0")  # torch's own steps after a mean
 _NODES = 8  # nodes of a graph that are looked at
-_MEAN = 1  # torch's number of reduction="mean"
+_MEAN, _SUM = 1, 2  # torch's numbers of reduction="mean" and "sum"
 
 
 @dataclass(slots=True)
@@ -95,20 +95,37 @@ def mean_behind(loss: Tensor, rows: float) -> Mean | None:
     Cost:
         A few microseconds; no host synchronisation.
     """
-    nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
-    for node in nodes:  # grows in the loop
-        if node is None:
-            continue
-        name = node.name()
-        if name.startswith("NllLoss"):
+    for node in _nodes(loss):
+        if node.name().startswith("NllLoss"):
             total, weight = _saved(node, "total_weight"), _saved(node, "weight")
             if node._saved_reduction != _MEAN or not isinstance(total, Tensor):
                 return None
             ignored = int(node._saved_ignore_index)
             return Mean(total, rows, ignored - (1 << 64) if ignored >> 63 else ignored, weight is not None)
-        if name in _THROUGH and len(nodes) < _NODES:
-            nodes += [each for each, _ in node.next_functions]
     return None
+
+
+def is_sum(loss: Tensor) -> bool:
+    """Return whether a loss is the sum that one of torch's loss functions returns with ``reduction="sum"``.
+
+    Args:
+        loss: The loss of a microbatch, before its backward.
+
+    Returns:
+        True if it is, or if it is added to such a sum; False for a sum that was divided or multiplied.
+    """
+    return any(getattr(node, "_saved_reduction", None) == _SUM for node in _nodes(loss))
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """Yield the nodes of a loss's graph up to the loss function."""
+    nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
+    for node in nodes:  # grows in the loop
+        if node is None:
+            continue
+        yield node
+        if node.name() in _THROUGH and len(nodes) < _NODES:
+            nodes += [each for each, _ in node.next_functions]
 
 
 def unequal_means(means: Sequence[Mean]) -> Unequal | None:
@@ -122,7 +139,7 @@ def unequal_means(means: Sequence[Mean]) -> Unequal | None:
     """
     if len(means) < 2:
         return None
-    rows = torch.tensor([each.rows for each in means], dtype=torch.float64)
+    rows = torch.tensor([each.rows for each in means], dtype=torch.float64, device="cpu")
     totals = torch.stack([each.total.float() for each in means]).cpu().double() / rows  # a device may lack float64
     least, most = float(totals.min()), float(totals.max())
     if not most > _SLACK * least:
@@ -169,7 +186,7 @@ def _has_rows(leaf: object) -> bool:
 def _tensor_of(value: Any) -> Tensor | None:
     """Return labels or a mask as a tensor; `None` for a value that is neither."""
     if isinstance(value, Tensor):
-        return value
+        return None if value.is_meta else value
     if (is_array(value) and getattr(value.dtype, "kind", "") in {"i", "u", "b"}) or isinstance(value, list | tuple):
         try:
             return torch.tensor(value)

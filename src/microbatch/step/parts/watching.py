@@ -18,6 +18,12 @@ from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.saved_state import PLAIN
 
 _NAMED = 4  # buffers that a warning names
+ONCE_ADVICE = (
+    'buffers="once" starts every microbatch from the values before the window, and keeps the update of the first '
+    "microbatch"
+)
+EACH_ADVICE = 'buffers="each" keeps this behaviour without the warning'
+_MEAN_ADVICE = 'buffers="mean" keeps the mean of all updates'
 WINDOWS = 2
 """Windows in which the values of buffers are compared."""
 _PLACES = 8  # weights whose places are compared in one window
@@ -126,6 +132,9 @@ class WatchedBuffers(Part):
 
     Batch normalisation is left out: it has options and a warning of its own.
 
+    Args:
+        once: Whether ``buffers="once"`` could be given.
+
     Cost:
         In the first windows a comparison of the buffers with their copies, because a write through ``.data`` does not
         raise the version counter.
@@ -134,8 +143,8 @@ class WatchedBuffers(Part):
         Law S5.
     """
 
-    def __init__(self) -> None:
-        self._windows = 0
+    def __init__(self, *, once: bool) -> None:
+        self._once, self._windows = once, 0
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the buffers that the passes have written to, if there was more than one pass."""
@@ -151,11 +160,9 @@ class WatchedBuffers(Part):
             and (each.moved or (values and not each.same))
         ]
         if moved:
+            text = moved_text(window, moved, "buffers move")
             window.setup.warn(
-                "buffers",
-                f'{moved_text(window, moved, "buffers move")}. buffers="once" starts every microbatch from the values '
-                'before the window, and keeps the update of the first microbatch; buffers="mean" keeps the mean of all '
-                'updates; buffers="each" keeps this behaviour without the warning',
+                "buffers", f"{text}. {f'{ONCE_ADVICE}; {_MEAN_ADVICE}; ' if self._once else ''}{EACH_ADVICE}"
             )
 
 
