@@ -285,6 +285,9 @@ def test_the_fill_is_drawn_from_its_middle_and_the_rim_from_where_it_crosses_it(
     with opened(browser, idle.url) as page:
         tank = page.locator('[data-figure="tank"]')
         tank.locator("svg").scroll_into_view_if_needed()
+        rim, top = (tank.locator(part).bounding_box()["y"] for part in (".rim", "[data-drag=batch]"))
+        assert top > rim + 20  # at first the rim covers nothing of what is in the tank
+        tank.locator("input").first.fill("5")
 
         def draw(x: float, y: float, by: float) -> str:
             page.mouse.move(x, y)

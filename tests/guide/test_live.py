@@ -146,6 +146,8 @@ TIMELINE = {"wait": 0.1, "forward": [0.1], "backward": [0.2], "finish": 0, "opti
         ({"timeline": {**TIMELINE, "backward": [None]}, "memory": {"gradients": "all"}}, {"odd": 2}),
         ({"timeline": {**TIMELINE, "wait": -1}, "memory": {str(name): 1 for name in range(99)}}, {"odd": 2}),
         ({"timeline": [1], "memory": [1], "validation": 3, "applied": 0}, {"odd": 3}),
+        ({"unit": "tokens\n"}, {"unit": "tokens\\n"}),
+        ({"unit": ["tokens"]}, {}),
         (
             {"validation": {"loss": 0.0, "accuracy": 1}, "applied": False},
             {"validation": {"loss": 0.0}, "applied": False},
@@ -187,9 +189,17 @@ def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
                 assert page.locator("[data-pane=Loss] svg").is_visible()
                 assert "Step 6: 3 microbatches" in str(page.locator("[data-pane^='A step'] [data-say]").text_content())
                 assert "at the peak of step 2" in str(page.locator("[data-pane=Memory] [data-say]").text_content())
+                # What one looks at first is largest.
+                wide = {
+                    pane.get_attribute("data-pane"): pane.locator("svg").bounding_box()["width"]
+                    for pane in page.locator("[data-pane]").all()
+                }
+                assert list(wide)[:2] == ["Loss", "Memory"]
+                assert min(list(wide.values())[:2]) > 1.3 * max(list(wide.values())[2:])
                 # Two runs: each chart shows both. One row tells the chosen one.
                 assert page.locator("[data-headline] dd").nth(0).text_content() == "6 of 6"
                 assert page.locator("[data-headline] dd").nth(1).text_content() == "finished"
+                assert str(page.locator("[data-headline] dd").nth(4).text_content()).endswith(" samples a second")
                 chart = page.locator("[data-pane=Loss] [data-drawing]")
                 chart.focus()
                 page.keyboard.press("Home")

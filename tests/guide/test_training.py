@@ -119,6 +119,7 @@ def test_the_memory_is_the_meters_and_beside_it_the_full_batchs() -> None:
     for step in steps(model="conv", batch=32, microbatch=4, compare="yes", steps=2):
         assert sum(step["memory"].values()) == step["peak_bytes"]
         assert sum(step["whole"]["memory"].values()) == step["whole"]["peak_bytes"]
+        assert step["per_second"] * step["seconds"] == pytest.approx(32)  # rows, whatever the loss counts
         assert step["whole"]["memory"]["activations"] > 3 * step["memory"]["activations"]
         assert step["whole"]["loss"] == pytest.approx(step["loss"], rel=1e-3)
 
