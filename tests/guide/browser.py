@@ -40,7 +40,7 @@ def until(page: Any, true: str) -> None:
     while not page.evaluate(true):
         if time.monotonic() > ends:
             pytest.fail(f"it never became true: {true}")
-        page.wait_for_timeout(20)
+        page.wait_for_timeout(40)
 
 
 @contextmanager

@@ -230,7 +230,7 @@ export function mathematics({ lengths, rule }, measured) {
     el("path", { class: "axis", d: `M8 ${bottom}H236M282 ${bottom}H410` }), bars, stacked,
     el("rect", { class: off < 1e-9 ? "goal met" : "goal", x: 286, y: bottom - whole * scale, width: 78, height: whole * scale }),
     el("path", { class: "arrow", d: "M240 240H274", "marker-end": "url(#head)" }),
-    rule === "none" ? null : [el("path", { class: "rim", d: `M286 ${round(high)}H364` }), text(325, high - 8, `not divided: × ${(undivided / whole).toFixed(2)}`, { "text-anchor": "middle", class: "quiet" })],
+    rule === "none" ? null : [el("path", { class: "rim", d: `M286 ${round(high)}H364` }), text(325, high + 18, `not divided: × ${(undivided / whole).toFixed(2)}`, { "text-anchor": "middle", class: "quiet" })],
     text(325, bottom - Math.max(stack, whole) * scale - 8, `× ${ratio.toFixed(2)}`, { "text-anchor": "middle", class: off < 1e-9 ? "number strong" : "number strong bad" }),
     text(14, bottom + 44, `${lengths.join(" + ")} = ${tokens} tokens`, { class: "quiet" }),
     text(325, bottom + 18, "dashed: whole batch", { "text-anchor": "middle", class: "quiet" }));
