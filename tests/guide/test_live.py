@@ -190,12 +190,12 @@ def test_a_real_run_is_seen_in_a_browser(tmp_path: Path) -> None:
                 assert "Step 6: 3 microbatches" in str(page.locator("[data-pane^='A step'] [data-say]").text_content())
                 assert "at the peak of step 2" in str(page.locator("[data-pane=Memory] [data-say]").text_content())
                 # What one looks at first is largest.
-                wide = {
-                    pane.get_attribute("data-pane"): pane.locator("svg").bounding_box()["width"]
-                    for pane in page.locator("[data-pane]").all()
-                }
-                assert list(wide)[:2] == ["Loss", "Memory"]
-                assert min(list(wide.values())[:2]) > 1.3 * max(list(wide.values())[2:])
+                for width in (1280, 800):
+                    page.set_viewport_size({"width": width, "height": 860})
+                    panes = page.locator("[data-pane]")
+                    assert [panes.nth(at).get_attribute("data-pane") for at in (0, 1)] == ["Loss", "Memory"]
+                    large, *others = [each.bounding_box()["width"] for each in panes.locator("svg").all()[1:]]
+                    assert large > 1.3 * max(others), width
                 # Two runs: each chart shows both. One row tells the chosen one.
                 assert page.locator("[data-headline] dd").nth(0).text_content() == "6 of 6"
                 assert page.locator("[data-headline] dd").nth(1).text_content() == "finished"
