@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ def until(page: Any, true: str) -> None:
     while not page.evaluate(true):
         if time.monotonic() > ends:
             pytest.fail(f"it never became true: {true}")
-        page.wait_for_timeout(20)
+        page.wait_for_timeout(40)
 
 
 @contextmanager
@@ -77,13 +77,40 @@ def opened(browser: Any, url: str, **options: Any) -> Generator[Any, None, None]
         context.close()
 
 
-def violations(page: Any, part: str) -> list[Any]:
-    """Return what axe finds wrong with a part of a page."""
+COLOURS = ("color-contrast", "link-in-text-block")
+"""The rules of axe whose answer depends on the theme."""
+
+
+def violations(page: Any, part: str, *, widths: Iterable[Any] = (), dark: bool = True) -> list[Any]:
+    """Return what axe finds wrong with a part of a page, in both themes, at each width.
+
+    Args:
+        page: Open.
+        part: A selector.
+        widths: Viewports; the page's own where none is named.
+        dark: Whether the dark theme is looked at as well; what is not a colour is the same there.
+
+    Returns:
+        Theme, viewport, rule and the first elements of each violation; and the words that are `crowded`.
+    """
     from axe_playwright_python.sync_playwright import Axe
 
-    # What it passes need not be described, which takes most of its time.
-    found = Axe().run(page, context=part, options={"resultTypes": ["violations"]}).response["violations"]
-    return [(each["id"], [node["html"][:160] for node in each["nodes"][:3]]) for each in found]
+    wrong: list[Any] = []
+    for viewport in list(widths) or [None]:
+        if viewport is not None:
+            page.set_viewport_size(viewport)
+        for scheme in ("light", "dark")[: 1 + dark]:
+            page.emulate_media(color_scheme=scheme)
+            # What axe passes need not be described, which takes most of its time.
+            options: dict[str, Any] = {"resultTypes": ["violations"]}
+            if scheme == "dark":
+                options["runOnly"] = {"type": "rule", "values": COLOURS}
+            found = Axe().run(page, context=part, options=options).response["violations"]
+            wrong += [
+                (scheme, viewport, each["id"], [node["html"][:160] for node in each["nodes"][:3]]) for each in found
+            ]
+        wrong += crowded(page)
+    return wrong
 
 
 def crowded(page: Any) -> list[Any]:

@@ -290,14 +290,54 @@ def test_the_hero_and_the_sentence_beside_it_are_of_one_step(text: str) -> None:
     assert load_drawn()["loop"]["svg"].count("data-microbatch=") == found["cut"]
 
 
+BESIDE = {"split": r";.*", "memory": r"\d+\.\d", "differences": r"\d+ %|\d\.\d × 10\S+(?= *\.)"}
+"""What a section's sentence says of what its figure shows."""
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_figure_and_the_sentence_beside_it_say_the_same_numbers(text: str, name: str) -> None:
+    assert differing(text, name) == []
+    # Of another measurement, they would not.
+    measured = load_measured()
+    measured["cuts"]["tail"]["microbatches"] += 3
+    measured["memory"]["window"]["8"]["activations"] *= 2
+    measured["batch_norm"]["errors"] = [each / 3 for each in measured["batch_norm"]["errors"]]
+    assert differing(page(measured, load_drawn()), name)
+
+
+def differing(written: str, name: str) -> list[str]:
+    said = load_drawn()[name]["say"].replace("\N{NO-BREAK SPACE}", " ")
+    sentence = written.split(f'<section id="{name}"')[1].split('class="remember">')[1].split("</p>", maxsplit=1)[0]
+    parts = re.findall(BESIDE[name], sentence.replace("\N{NO-BREAK SPACE}", " "))
+    numbers = re.findall(r"\d+", parts[0]) if name == "split" else parts
+    assert len(numbers) >= 2
+    return [number for number in numbers if not re.search(rf"(?<!\d){re.escape(number)}(?!\d)", said)]
+
+
+def test_eight_cards_have_a_small_figure_and_a_measured_number_and_nothing_is_stale(text: str) -> None:
+    cards = text.split('<div class="cards">')[1].split("</section>", maxsplit=1)[0].split("<details ")[1:]
+    assert [("gain" in card[:30], card.count("<svg")) for card in cards] == [(True, 1)] * 4 + [(False, 1)] * 4
+    assert [card for card in cards if not re.search(r"<p>[^<]*\d", card)] == []
+    assert [re.findall("<s>(.*?)</s>", card) for card in cards].count(["Stale gradients?"]) == 1
+
+
 def test_the_shares_of_the_gradient_add_up_as_they_did() -> None:
-    known, now = load_measured()["shares"], stage_numbers.shares()
+    known, now = load_measured()["shares"], stage_numbers.shares([8])
     assert now["entries"] == known["entries"]
-    for cut, found in now["cuts"].items():
-        assert len(found["shares"]) == int(cut) == len(known["cuts"][cut]["shares"])
-        for numbers in (found["shares"], known["cuts"][cut]["shares"]):
-            assert [sum(each) for each in zip(*numbers, strict=True)] == pytest.approx(known["whole"], rel=2e-3)
-        assert found["apart"] < 1e-6 > known["cuts"][cut]["apart"]
+    assert now["whole"] == pytest.approx(known["whole"], rel=2e-3)
+    for cut, found in [*known["cuts"].items(), *now["cuts"].items()]:
+        assert len(found["shares"]) == int(cut)
+        assert [sum(each) for each in zip(*found["shares"], strict=True)] == pytest.approx(known["whole"], rel=2e-3)
+        assert found["apart"] < 1e-6
+    for before, after in zip(known["cuts"]["8"]["shares"], now["cuts"]["8"]["shares"], strict=True):
+        assert after == pytest.approx(before, rel=2e-3, abs=1e-7)
+    # A share of fewer rows is the sum of the shares that it is cut into.
+    for larger, smaller in ((1, 2), (2, 4), (4, 8)):
+        whole, parts = (known["cuts"][str(cut)]["shares"] for cut in (larger, smaller))
+        pairs = [
+            [one + other for one, other in zip(*two, strict=True)] for two in zip(parts[::2], parts[1::2], strict=True)
+        ]
+        assert pairs == [pytest.approx(each, rel=2e-3, abs=1e-7) for each in whole]
 
 
 def highest(turns: list[dict[str, dict[str, list[int]]]]) -> int:

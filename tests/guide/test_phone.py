@@ -38,7 +38,9 @@ def test_nothing_is_swept_sideways_and_words_of_figures_are_large_enough(browser
             page.locator(".tabs label").nth(shown).click()
             assert page.locator(".listings pre:visible").count() == 1
             assert page.evaluate(sideways) == []
-        assert page.evaluate(small) == []
+        for viewport in (LYING, PHONE):
+            page.set_viewport_size(viewport)
+            assert page.evaluate(small) == []
         page.evaluate(
             "document.querySelectorAll('.listing code').forEach((code) => { code.style.whiteSpace = 'pre'; })"
         )

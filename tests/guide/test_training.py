@@ -72,6 +72,7 @@ def test_the_badge_is_an_independent_computation() -> None:
 def test_the_right_denominator_is_within_the_tolerance_of_its_precision(model: str, precision: str) -> None:
     for step in steps(model=model, precision=precision, batch=24, microbatch=7, steps=2):
         assert step["error"] <= step["tolerance"]
+        assert step["per_second"] * step["seconds"] == pytest.approx(24)  # rows, whatever the loss counts
 
 
 def test_without_dividing_the_gradient_is_n_times_too_large() -> None:

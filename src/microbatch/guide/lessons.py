@@ -45,7 +45,6 @@ class Lesson:
         samples: How many samples there are.
         batch_size: Effective batch, in samples.
         seed: Draws weights and batches.
-        unit: What the loss counts, in the plural.
     """
 
     name: str
@@ -56,7 +55,6 @@ class Lesson:
     samples: int
     batch_size: int
     seed: int
-    unit: str
 
     def batch(self, index: int) -> dict[str, Tensor]:
         """Draw the effective batch of a step.
@@ -135,7 +133,6 @@ def _transformer(_: str) -> Lesson:
         samples=len(texts),
         batch_size=32,
         seed=0,
-        unit="tokens",
     )
 
 
@@ -227,7 +224,6 @@ def _on_digits(name: str, model: nn.Module) -> Lesson:
         samples=len(_digits()),
         batch_size=32,
         seed=0,
-        unit="images",
     )
 
 
@@ -306,7 +302,7 @@ def contrastive_loss(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Loss:
 
 def _pairs(_: str) -> Lesson:
     made = _on_digits("pairs", PairEncoder())
-    return dataclasses.replace(made, loss_fn=contrastive_loss, encode=encode_pairs, unit="pairs")
+    return dataclasses.replace(made, loss_fn=contrastive_loss, encode=encode_pairs)
 
 
 LESSONS: dict[str, Callable[[str], Lesson]] = {

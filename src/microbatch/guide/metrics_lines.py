@@ -112,6 +112,8 @@ def read_values(values: Mapping[str, Any]) -> dict[str, Any] | None:
     odd = _take_numbers(values, line)
     if "loss" in values and "loss" not in line:
         line["loss"] = None
+    if isinstance(values.get("unit"), str):
+        line["unit"] = printable(values["unit"])
     if values.get("applied") is False:
         line["applied"] = False
     for name, read in _PARTS.items():

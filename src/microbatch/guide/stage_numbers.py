@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,8 +32,11 @@ POINTS = 10
 """Points of a microbatch's forward, and of its backward, that the memory's curve has."""
 
 
-def shares() -> dict[str, Any]:
+def shares(wanted: Sequence[int] = CUTS) -> dict[str, Any]:
     """Measure a few numbers of the gradient: each microbatch's share of them, and the whole batch's.
+
+    Args:
+        wanted: How many microbatches the batch is cut into, one after the other.
 
     Returns:
         ``"name"`` of the parameter; ``"entries"``, those with the largest magnitude in the whole batch's gradient, in
@@ -41,14 +45,14 @@ def shares() -> dict[str, Any]:
         gradient of all parameters and the whole batch's.
 
     Cost:
-        Eight forwards and backwards of the whole batch.
+        One forward and backward of the whole batch, and two for each cut.
     """
     whole = Reference()
     whole.loss(whole.model, whole.batch).backward()
     truth = gradient_of(whole.model.parameters())
     shown = _shown(whole.model)
     entries = shown.abs().topk(NUMBERS).indices.sort().values
-    cuts = {str(cut): _cut(cut, entries, truth) for cut in CUTS}
+    cuts = {str(cut): _cut(cut, entries, truth) for cut in wanted}
     return {"name": SHOWN, "entries": entries.tolist(), "whole": shown[entries].tolist(), "cuts": cuts}
 
 

@@ -109,7 +109,6 @@ class Training:
             {
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
                 "samples": self._lesson.samples,
-                "unit": self._lesson.unit,
                 "lr": float(self._optimizer.param_groups[0]["lr"]),
                 "budget": self._settings.budget,
             },

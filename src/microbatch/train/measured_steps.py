@@ -39,6 +39,7 @@ class MeasuredStep:
         memory: Bytes at the peak by category; empty where the meter was off.
         timeline: Seconds of each part of the step; `None` for a step of too many microbatches.
         noise_scale: The gradient noise scale, in samples; `None` where it was not measured, or is not known yet.
+        unit: What the job's loss counts, in the plural, such as ``"tokens"``.
     """
 
     step: Step
@@ -48,6 +49,7 @@ class MeasuredStep:
     memory: Mapping[str, int]
     timeline: Mapping[str, Any] | None
     noise_scale: float | None
+    unit: str
 
     def metrics(self, *, index: int, epoch: int, rate: float, validation: Mapping[str, float]) -> dict[str, Any]:
         """Convert the measurements to a line of metrics.
@@ -77,6 +79,7 @@ class MeasuredStep:
             "applied": step.applied,
             "seconds": self.seconds,
             "per_second": float(step.count) / self.seconds,
+            "unit": self.unit,
             "peak_bytes": self.peak_bytes,
             **({"comm_bytes": step.comm_bytes, "comm_calls": step.comm_calls} if step.comm_calls else {}),
             **({"sync": step.sync} if step.sync else {}),
@@ -146,6 +149,7 @@ class MeasuredSteps:
             memory=memory,
             timeline=self._timeline.record(),
             noise_scale=step.noise_scale if measured else None,
+            unit=self._config.unit,
         )
 
     def _metered_step(

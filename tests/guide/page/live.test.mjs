@@ -57,7 +57,7 @@ test("one row says how far a run is, how long it takes, how well it does, how fu
   const lines = [line(1, { timeline }), line(2, { timeline, per_second: 30, validation: { loss: 0.25 }, peak_bytes: 750 })];
   assert.deepEqual(told(run(lines, { settings: { steps: 12, memory: 1000 } })), {
     Step: ["2", "of 12", 1 / 6], "Time left": ["12 s", "", 0], Loss: ["0.5", "validation 0.25", 0],
-    "Memory, peak": ["750 B", "of 1000 B", 0.75], Speed: ["30", "samples or tokens a second", 0],
+    "Memory, peak": ["750 B", "of 1000 B", 0.75], Speed: ["30", "items a second", 0],
   });
   assert.equal(told(run(lines, { summary: { finished: true, step: 2 } }))["Time left"][0], "finished");
   assert.equal(told(run(lines, { silent: 1e9 }))["Time left"][0], "–");
@@ -65,6 +65,15 @@ test("one row says how far a run is, how long it takes, how well it does, how fu
   assert.deepEqual(panes.headline(run([])), []);
   assert.deepEqual([0, 45, 720, 12_000, 1e6].map(panes.duration), ["0 s", "45 s", "12 min", "3 h 20 min", "12 days"]);
   assert.ok(!/NaN|undefined|Infinity|<b>/.test(panes.headlineOf(run([line(1, { loss: null, per_second: undefined })], { settings: { steps: "<b>", memory: 0 } }))));
+});
+
+test("speed is of what the run counts; of several that count different things, no more is said", () => {
+  const of = (unit) => run([line(1, { unit }), line(2)]);
+  assert.equal(told(of("tokens")).Speed[1], "tokens a second");
+  assert.match(panes.speedOf([of("tokens")]).say, /^Tokens a second by step; now 10\./);
+  assert.match(panes.speedOf([of("tokens"), of("tokens")]).svg, /↑ tokens a second/);
+  for (const runs of [[of("tokens"), of("images")], [of("tokens"), of(undefined)], [of(undefined)]]) assert.match(panes.speedOf(runs).say, /^Items a second/);
+  assert.ok(!panes.speedOf([of("<b>")]).svg.includes("<b>"));
 });
 
 test("of one run the validation is in the chart of its loss; of several, each has a chart", () => {

@@ -44,6 +44,8 @@ test("a result is named by its preset, its cut, its rate, and whatever is not as
   const presets = { wide: { title: "Wide", settings: { model: "conv", batch: 64 } } };
   assert.equal(nameOf(fields, presets, filled(fields, presets.wide.settings)), "Wide: 64 = 8 × 8 rows, learning rate 0.05, model: conv");
   assert.equal(nameOf(fields, presets, filled(fields, { batch: 50, lr: 1 })), "50 rows in microbatches of 8, learning rate 1");
+  const said = (name, value) => `${name} as ${value} is called`;
+  assert.equal(nameOf(fields, presets, filled(fields, { model: "conv" }), said), "32 = 4 × 8 rows, learning rate 0.05, model: model as conv is called");
 });
 
 const settings = { batch: 32, microbatch: 8, steps: 2 };
@@ -57,6 +59,10 @@ const run = [
   ]),
   step(10, 0),
 ];
+
+test("speed is of rows, whatever a run's loss counts", () => {
+  assert.match(status(run.reduce(apply, begin(settings))), /^Running: step 1 of 2, loss 2\.000, 100 rows a second\.$/);
+});
 
 test("events that are told again change nothing", () => {
   const once = run.reduce(apply, begin(settings));

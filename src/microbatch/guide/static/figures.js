@@ -28,10 +28,10 @@ export function tankFigure({ batch, tank: capacity, cut = 1 }, measured) {
   const rows = count(size, "row"), whole = cut === 1 ? `${rows} at once` : `${cut} × ${rows}`;
   const [needs, takes] = size === 1 && cut === 1 ? ["needs", "takes"] : ["need", "take"];
   // The second number is the stage’s.
-  const first = cut === 1 ? ` (${bytes(measured.memory.alone[size].total)} without a gradient yet)` : "";
+  const first = cut === 1 ? ` Before there is a gradient: ${bytes(measured.memory.alone[size].total)}.` : "";
   const said = over
-    ? `Out of memory: ${whole} ${needs} ${bytes(sum)}${first}, and the tank holds ${capacity} MiB.`
-    : `${whole} ${takes} ${bytes(sum)}${first} of the tank’s ${capacity} MiB.${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
+    ? `Out of memory: ${whole} ${needs} ${bytes(sum)}, and the tank holds ${capacity} MiB.${first}`
+    : `${whole} ${takes} ${bytes(sum)} of the tank’s ${capacity} MiB.${first}${cut > 1 ? ` The batch is still ${batch} rows.` : ""}`;
   const rim = TANK.bottom - room * scale, level = TANK.bottom - sum * scale;
   const svg = figure(
     310,
@@ -212,24 +212,25 @@ export function mathematics({ lengths, rule }, measured) {
       : off < 5e-4 ? "Divided by the number of microbatches: right here by chance."
       : `A mean of means: ${percent(off)} off. It counts a token of a short microbatch for more than one of a long one.`,
   }[rule];
-  const bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens);
+  const undivided = means.reduce((sum, mean) => sum + mean, 0), bottom = 268, scale = 56 / (extent(means)[1] * 0.61), unit = 150 / Math.max(20, tokens), high = bottom - undivided * scale;
   let left = 14, level = bottom;
   const bars = means.map((mean, index) => {
-    const width = 10 + lengths[index] * unit, high = mean * scale, x = left;
+    const width = 10 + lengths[index] * unit, tall = mean * scale, x = left;
     left += width + 6;
-    return [el("rect", { class: "mean", x, y: bottom - high, width, height: high }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
+    return [el("rect", { class: "mean", x, y: bottom - tall, width, height: tall }), bar(x, bottom - parts[index] * scale, width, parts[index] * scale, "gradients"),
       text(x + width / 2, bottom + 18, index + 1, { "text-anchor": "middle", class: "number" })];
   });
   const stacked = parts.map((part, index) => {
     level -= part * scale;
-    const high = part * scale;
-    return [bar(290, level, 70, high, "gradients"), high > 18 ? [el("circle", { class: "disc", cx: 325, cy: level + high / 2, r: 9 }), text(325, level + high / 2 + 5, index + 1, { "text-anchor": "middle", class: "number small" })] : null];
+    const tall = part * scale;
+    return [bar(290, level, 70, tall, "gradients"), tall > 18 ? [el("circle", { class: "disc", cx: 325, cy: level + tall / 2, r: 9 }), text(325, level + tall / 2 + 5, index + 1, { "text-anchor": "middle", class: "number small" })] : null];
   });
   const svg = figure(322, said,
     text(8, 20, "outline: mean; width: tokens", { class: "quiet" }), text(325, 20, "their shares, stacked", { "text-anchor": "middle", class: "quiet" }),
     el("path", { class: "axis", d: `M8 ${bottom}H236M282 ${bottom}H410` }), bars, stacked,
     el("rect", { class: off < 1e-9 ? "goal met" : "goal", x: 286, y: bottom - whole * scale, width: 78, height: whole * scale }),
-    el("path", { class: "arrow", d: "M240 150H274", "marker-end": "url(#head)" }),
+    el("path", { class: "arrow", d: "M240 240H274", "marker-end": "url(#head)" }),
+    rule === "none" ? null : [el("path", { class: "rim", d: `M286 ${round(high)}H364` }), text(325, high + 18, `not divided: × ${(undivided / whole).toFixed(2)}`, { "text-anchor": "middle", class: "quiet" })],
     text(325, bottom - Math.max(stack, whole) * scale - 8, `× ${ratio.toFixed(2)}`, { "text-anchor": "middle", class: off < 1e-9 ? "number strong" : "number strong bad" }),
     text(14, bottom + 44, `${lengths.join(" + ")} = ${tokens} tokens`, { class: "quiet" }),
     text(325, bottom + 18, "dashed: whole batch", { "text-anchor": "middle", class: "quiet" }));
@@ -326,7 +327,7 @@ function lines(x, y, words) {
 
 export const START = {
   hero: { cut: 4, t: LAST, shapes: ["wide", "narrow"] },
-  tank: { batch: 32, tank: 96 },
+  tank: { batch: 16, tank: 96 },
   split: { batch: 50, microbatch: 8 },
   loop: { cut: 4, t: 258 },
   mathematics: { lengths: [4, 4, 4, 4], rule: "right" },

@@ -9,6 +9,12 @@ const MOST = 400; // points of a curve; of a longer run, equally many steps shar
 // A loss of null was not finite: JSON has no other word for it.
 const digits = (value) => (value === undefined ? "–" : value === null ? "not finite" : plain(Number(value.toPrecision(4))));
 
+// What the runs count, as their lines say; several runs may count different things.
+function unitOf(runs) {
+  const units = new Set(runs.map(({ lines }) => lines.findLast(({ unit }) => unit)?.unit));
+  return (units.size === 1 && [...units][0]) || "items";
+}
+
 const plain = (value) => (value >= 10_000 && value < 1e15 ? grouped(value) : String(value));
 
 const nothing = (words) => ({ svg: figure(200, words, text(210, 100, words, { "text-anchor": "middle", class: "quiet" })), say: "", table: "" });
@@ -81,7 +87,10 @@ export function validationOf(runs) {
 }
 
 export const rateOf = (runs) => curve(runs, (line) => line.lr, { label: "Learning rate by step", y: "learning rate", none: "no step yet", log: true, format: power });
-export const speedOf = (runs) => curve(runs, (line) => line.per_second, { label: "Samples or tokens a second by step", y: "a second", zero: true, none: "no step yet" });
+export const speedOf = (runs) => {
+  const unit = unitOf(runs);
+  return curve(runs, (line) => line.per_second, { label: `${unit[0].toUpperCase()}${unit.slice(1)} a second by step`, y: `${unit} a second`, zero: true, none: "no step yet" });
+};
 export const normOf = (runs) => curve(runs, (line) => line.grad_norm, { label: "Gradient norm by step, before clipping", y: "norm", none: "no step yet", log: true, format: power });
 export const noiseOf = (runs) => curve(runs, (line) => line.noise_scale, { label: "Gradient noise scale by step, in samples", y: "samples", none: "measured every 20th step, from two microbatches on", log: true, format: power });
 
@@ -167,7 +176,7 @@ export function headline(run) {
     { name: "Time left", value: timeLeft(run, last) },
     { name: "Loss", value: digits(last.loss), of: validated !== undefined && `validation ${digits(validated)}` },
     { name: "Memory, peak", value: peak ? bytes(peak) : "–", of: peak && (limit > 0 ? `of ${bytes(limit)}` : "no limit"), share: peak && limit > 0 && peak / limit },
-    { name: "Speed", value: speeds.length ? digits(median(speeds)) : "–", of: speeds.length && "samples or tokens a second" },
+    { name: "Speed", value: speeds.length ? digits(median(speeds)) : "–", of: speeds.length && `${unitOf([run])} a second` },
   ];
 }
 

@@ -12,8 +12,8 @@ const state = { runs: [], chosen: 0, step: undefined };
 let dirty = false;
 
 const PANES = [
-  ["Loss", (s) => panes.lossOf(s.runs)], ["Validation", (s) => panes.validationOf(s.runs)],
-  ["A step’s time", (s) => panes.timelineOf(s.runs[s.chosen], s.step)], ["Memory", (s) => panes.memoryOf(s.runs[s.chosen], s.step)],
+  ["Loss", (s) => panes.lossOf(s.runs)], ["Memory", (s) => panes.memoryOf(s.runs[s.chosen], s.step)],
+  ["A step’s time", (s) => panes.timelineOf(s.runs[s.chosen], s.step)], ["Validation", (s) => panes.validationOf(s.runs)],
   ["Throughput", (s) => panes.speedOf(s.runs)], ["Learning rate", (s) => panes.rateOf(s.runs)],
   ["Gradient norm", (s) => panes.normOf(s.runs)], ["Noise scale", (s) => panes.noiseOf(s.runs)],
 ].map(([title, draw]) => ({ draw, figure: make(title) }));
@@ -34,7 +34,7 @@ function make(title) {
 function draw() {
   dirty = false;
   for (const { draw: picture, figure } of PANES) show(figure, picture(state), { late: true });
-  PANES[1].figure.hidden = state.runs.length === 1; // its validation is in the chart of its loss
+  PANES[3].figure.hidden = state.runs.length === 1; // its validation is in the chart of its loss
   find("headline").innerHTML = panes.headlineOf(state.runs[state.chosen]);
   for (const run of state.runs) {
     run.status.textContent = panes.standing(run);

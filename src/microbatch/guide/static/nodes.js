@@ -15,7 +15,7 @@ export const node = (name, attributes = {}, ...children) => ({
 export function written(tree) {
   if (typeof tree === "string") return escaped(tree);
   const { name, attributes, children } = tree;
-  if (name === "rect" && attributes.some(([key, value]) => value === "0" && (key === "width" || key === "height"))) return ""; // nothing is seen of it
+  if (attributes.some(([key, value]) => value === "0" && (key === "opacity" || (name === "rect" && ["width", "height"].includes(key))))) return ""; // nothing is seen of it
   const inside = children.map(written).join("");
   const begun = `<${name}${attributes.map(([key, value]) => ` ${key}="${escaped(value)}"`).join("")}`;
   return inside ? `${begun}>${inside}</${name}>` : name === "g" ? "" : `${begun}/>`;

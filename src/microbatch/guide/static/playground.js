@@ -35,7 +35,7 @@ export function startPlayground({ fields, presets, notices, recorded }) {
     const told = stands ? recording : view;
     for (const [pane, drawn] of Object.entries(PANES)) show(place.querySelector(`[data-pane="${pane}"]`), drawn(told), { late: true });
     find("results").hidden = view.kind === "idle"; // nothing to show yet
-    const title = view.kind === "idle" ? "" : nameOf(fields, presets, told.settings);
+    const title = view.kind === "idle" ? "" : nameOf(fields, presets, told.settings, (name, value) => place.querySelector(`#f-${name} [value="${value}"]`)?.textContent ?? value);
     find("shown").textContent = stands ? `A recorded run, until yours has taken its first step. ${title}` : title;
     age();
     const words = `${byItself && !ended(view) ? "Started by itself, as an example. " : ""}${status(view)}`;

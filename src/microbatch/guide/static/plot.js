@@ -24,16 +24,19 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
     ? logarithmic(values)
     : linear(values, zero);
   const span = high - low || 1;
+  const heights = log ? decades(low, high) : multiples(low, high, 4);
+  const levels = heights.map((value) => (log ? exponent(value) : tick(value, span / 4)));
+  const axis = LEFT + 34 + Math.max(0, extent(levels.map(({ length }) => length))[1] * 9.7 - 42); // long numbers take room
   const across = (index) => {
     const share = evenly ? index / Math.max(1, xs.length - 1) : (xs[index] - xs[0]) / Math.max(1e-9, xs.at(-1) - xs[0]);
-    return LEFT + 44 + share * (RIGHT - LEFT - 58);
+    return axis + 10 + share * (RIGHT - axis - 24);
   };
   const up = (value) => BOTTOM - (((log ? Math.log10(Math.max(value, 10 ** low)) : value) - low) / span) * (BOTTOM - TOP);
-  const grid = (log ? decades(low, high) : multiples(low, high, 4)).map((value) => [
-    el("line", { class: "grid", x1: LEFT + 34, x2: RIGHT, y1: up(value), y2: up(value) }),
-    text(LEFT + 30, up(value) + 4, log ? exponent(value) : tick(value), { "text-anchor": "end", class: "quiet small" }),
+  const grid = heights.map((value, index) => [
+    el("line", { class: "grid", x1: axis, x2: RIGHT, y1: up(value), y2: up(value) }),
+    text(axis - 4, up(value) + 4, levels[index], { "text-anchor": "end", class: "quiet small" }),
   ]);
-  const upright = text(LEFT + 34, TOP - 11, `↑ ${y}`, { class: "quiet small" });
+  const upright = text(axis, TOP - 11, `↑ ${y}`, { class: "quiet small" });
   const ticks = below(xs).map(([index, value]) => text(across(index), BOTTOM + 18, value < 10_000 ? value : tick(value), { "text-anchor": "middle", class: "quiet small" }));
   const drawn = series.map(({ ys, look }, number) => {
     const points = ys.map((value, index) => [across(index), value]).filter(([, value]) => drawable(value))
@@ -52,7 +55,7 @@ export function plot({ label, xs, x, y, series, log = false, format = String, ev
   });
   const further = named.at(-1).top - named[0].top; // what further lines of names take
   const bound = limit === undefined ? null : [
-    el("line", { class: "rim", x1: LEFT + 34, x2: RIGHT, y1: up(limit), y2: up(limit) }),
+    el("line", { class: "rim", x1: axis, x2: RIGHT, y1: up(limit), y2: up(limit) }),
     text(RIGHT, up(limit) - 5, limitName, { "text-anchor": "end", class: "quiet small" })];
   const picture = [grid, upright, bound, drawn.reverse(), ticks, text((LEFT + RIGHT) / 2, BOTTOM + 40, x, { "text-anchor": "middle", class: "quiet" })];
   const svg = figure(height + further, label, names, further ? el("g", { transform: `translate(0 ${further})` }, picture) : picture);
@@ -123,8 +126,10 @@ function multiples(low, high, many) {
 
 const exponent = (value) => `10${String(Math.round(Math.log10(value))).replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
 
-const tick = (value) => {
+// With as many digits as tell it from its neighbours.
+const tick = (value, step = 1) => {
   const size = Math.abs(value);
   if (size >= 1e9) return power(value);
-  return size >= 1e6 ? `${round(value / 1e6)}M` : size >= 1000 ? `${round(value / 1000)}k` : String(round(value));
+  const [unit, sign] = size >= 1e6 ? [1e6, "M"] : size >= 1000 ? [1000, "k"] : [1, ""];
+  return `${Number((value / unit).toFixed(Math.min(12, Math.max(2, Math.ceil(1 - Math.log10(step / unit))))))}${sign}`;
 };

@@ -98,7 +98,7 @@ export const progress = ({ settings, done, kind }) => (kind === "done" ? 1 : Mat
 export function status(view) {
   const { settings, steps } = view;
   const step = steps.at(-1);
-  const so = step ? `step ${step.step + 1} of ${settings.steps}, loss ${digits(step.loss)}, ${step.per_second.toFixed(0)} ${view.ready?.unit ?? "samples"} a second` : "";
+  const so = step ? `step ${step.step + 1} of ${settings.steps}, loss ${digits(step.loss)}, ${step.per_second.toFixed(0)} rows a second` : "";
   return {
     idle: "Nothing runs yet.",
     started: "Starting: a process of its own loads the library and the data.",

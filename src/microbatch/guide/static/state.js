@@ -21,7 +21,8 @@ export const presetOf = (fields, presets, values) => Object.keys(presets).find((
 export const sameSettings = (fields, one, other) => Object.keys(fields).every((name) => String(one[name]) === String(other[name]));
 
 // What a result is of, in one line: the preset's name, the cut and the rate, and whatever else is not as usual.
-export function nameOf(fields, presets, values) {
+// `said` is how a reader was asked for a value.
+export function nameOf(fields, presets, values, said = (_, value) => value) {
   // However many steps of it were run: a recording has fewer.
   const named = Object.keys(presets).find((preset) => {
     const whole = filled(fields, presets[preset].settings);
@@ -32,7 +33,7 @@ export function nameOf(fields, presets, values) {
   const cut = typeof microbatch !== "number" ? `${batch} rows, microbatches of a size that is found`
     : batch % microbatch ? `${batch} rows in microbatches of ${microbatch}` : `${batch} = ${batch / microbatch} × ${microbatch} rows`;
   const others = Object.entries(fields).filter(([name, field]) => !["batch", "microbatch", "lr", "compare", "pace", "steps"].includes(name)
-    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label[0].toLowerCase()}${field.label.slice(1)}: ${values[name]}`);
+    && String(values[name]) !== String(field.default)).map(([name, field]) => `${field.label[0].toLowerCase()}${field.label.slice(1)}: ${said(name, values[name])}`);
   return [preset ? `${preset}: ${cut}` : cut, `learning rate ${lr}`, ...others].join(", ");
 }
 
