@@ -4,7 +4,7 @@ import ast
 import re
 from dataclasses import dataclass
 
-from microbatch.linting.clearing import clears_by_name
+from microbatch.linting.clearing import averages_weights, clears_all, clears_by_name
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.module import Module
 from microbatch.linting.own_models import losses_of_models
@@ -126,7 +126,7 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
         if not isinstance(statement, ast.stmt) or isinstance(statement, _NOTHING):
             continue
         if isinstance(statement, _COMPOUND):
-            if module.touches_gradients_here(statement):
+            if module.touches_gradients_here(statement) or _is_own_work(statement):
                 kept.add(statement)
             continue
         owner = module.owner_of(statement)
@@ -213,6 +213,11 @@ def _called(module: Module, statement: ast.stmt) -> set[ast.AST]:
     return {function.node for function in found if function is not None}
 
 
+def _is_own_work(statement: ast.stmt) -> bool:
+    """Whether a loop clears all gradients or averages weights, which is read as a whole."""
+    return isinstance(statement, ast.For) and (clears_all(statement) or averages_weights(statement))
+
+
 def _frame(module: Module, node: ast.AST) -> ast.AST | None:
     """The loop, or else the function, that a jump leaves."""
     while node in module.parents:
@@ -253,7 +258,8 @@ def _made(node: ast.stmt) -> set[str]:
     found: set[str] = set()
     for child in ast.walk(node):
         if isinstance(child, (ast.Name, ast.Attribute, ast.Subscript)) and isinstance(child.ctx, ast.Store):
-            found.add(last_name(child) or dotted(child))
+            held = last_name(child.value) if isinstance(child, ast.Subscript) else ""
+            found.add(last_name(child) or held or dotted(child))
         elif isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in _MUTATES:
             found.add(last_name(child.func.value))
     found.discard("")
