@@ -10,7 +10,7 @@ from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number, tags
 
 __all__ = ["Conditions"]
 
@@ -158,8 +158,11 @@ class Conditions(Simulated):
             return True
         if isinstance(test, ast.BoolOp):
             return self._settle_parts(test, node)
-        if isinstance(value, Data) and value.kind == "batch" and self._only_steps(body, orelse):
-            self.trace.opaque.setdefault(f"`{text}` comes with the batch and decides about the step", node)
+        flag = isinstance(value, Data) and value.kind == "batch"
+        if (flag or "n" in tags(value)) and self.trace.tick and self._only_steps(body, orelse):
+            # It comes with the batch, or from a call that is given N: as if it were true at the end of each window.
+            self.trace.settings["assumed"] = text
+            return (self.trace.tick % self.run.microbatches == 0) == self._holds(body)
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:

@@ -34,11 +34,14 @@ def _token_means(view: View) -> Iterator[Fault]:
     said: set[ast.AST] = set()
     counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
+        opaque = view.opaque_losses()
         yield Fault(
             "MB401",
             view.trace.backwards[0].node,
             f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
             "averaged over its own, and all microbatches weigh the same",
+            certain=not opaque,
+            needs=(f"whether the loss is a mean over labels (it comes out of {opaque[0]})",) if opaque else (),
         )
         return
     for b in view.trace.backwards:
@@ -76,6 +79,10 @@ def _token_means(view: View) -> Iterator[Fault]:
                 view.trace.settings.get("labels", b.node),
                 f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
                 "microbatches weigh the same: a token of a short microbatch weighs more",
+                certain=not loss.opaque,
+                needs=(f"whether the loss is a mean over labels (it comes out of {loss.opaque[0]})",)
+                if loss.opaque
+                else (),
             )
 
 
