@@ -159,6 +159,7 @@ class Conditions(Simulated):
         if isinstance(test, ast.BoolOp):
             return self._settle_parts(test, node)
         flag = isinstance(value, Data) and value.kind == "batch"
+        flag |= data and any(self.is_window(part) for part in ast.walk(test))
         if (flag or "n" in tags(value)) and self.trace.tick and self._only_steps(body, orelse):
             # It comes with the batch, or from a call that is given N: as if it were true at the end of each window.
             self.trace.settings["assumed"] = text
