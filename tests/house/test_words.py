@@ -38,6 +38,7 @@ ALLOWED: dict[tuple[str, str], str] = (
             "guesses": ("chunk", "micro_batch"),
             "judge_loss": ("chunk",),
             "judge_weights": ("accumulation_steps",),
+            "module": ("accumulation_steps",),
             "training_objects": ("accumulation_steps",),
         }.items()
         for word in words

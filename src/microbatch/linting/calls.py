@@ -15,7 +15,7 @@ from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, 
 from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
-from microbatch.linting.syntax import dotted, is_backward_call, last_name, text_of
+from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, tags
@@ -36,8 +36,13 @@ _NO_AVERAGES = re.compile(
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
 _STEPS = re.compile(r"step|update|optimi[sz]e")
 _NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
+_SCALINGS = {
+    **dict.fromkeys(("mul", "multiply"), ast.Mult),
+    **dict.fromkeys(("div", "divide", "true_divide"), ast.Div),
+}
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
+_ADDS = re.compile(r"accum|sum|total|add", re.IGNORECASE)  # into a number that is shown later
 _LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
@@ -191,7 +196,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
                 owner, holder = base.info.get("class"), base.info.get("id", "")
                 return self.call_function(target, args, keywords, owner=owner, holder=holder)
             return self.call_function(target, args, keywords, owner=target.owner)
-        if CLIP_CALLS.match(attr):
+        if CLIP_CALLS.match(attr) or (attr in ("clamp_", "clip_") and is_gradient(func.value)):
             return self.clip_call(node, text or attr)
         if isinstance(base, Data):
             return self.data_method(node, base, func)
@@ -233,16 +238,15 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
 
     def _library(self, node: ast.Call, text: str) -> Any:
         last = text.rsplit(".", 1)[-1]
-        if last == "partial":
+        if last in ("partial", "count"):
             return PYTHON_FUNCTIONS[last](self, node)
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)
         if last in ("empty_cache", "synchronize"):
             self.trace.mark("sync" if last == "synchronize" else last, node, last)
             return None
-        if last in ("enable_grad", "no_grad", "autocast", "set_grad_enabled", "nullcontext", "inference_mode"):
-            return Obj("context", last)
-        made = self.made_by(node, text)
+        context = last in ("enable_grad", "no_grad", "autocast", "set_grad_enabled", "nullcontext", "inference_mode")
+        made = Obj("context", last) if context else self.made_by(node, text)
         if made is not None:
             return made
         if MEAN_LOSSES.search(text):
@@ -258,12 +262,16 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])
         data = [v for v in values if isinstance(v, Data)]
+        if len(args) == 2 and last in _SCALINGS:
+            return self.operate(args[0], _SCALINGS[last](), args[1], node=node)
         if last in ("isnan", "isinf", "isfinite", "allclose", "is_tensor"):
             if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
         if data and not _is_zeros(node):
-            return self._out_of_data(node, last, data, several=isinstance(args[0], (list, tuple)) if args else False)
+            made = self._out_of_data(node, last, data, several=isinstance(args[0], (list, tuple)) if args else False)
+            by_n = made.kind == "loss" and any("n" in tags(v) for v in values)
+            return replace(made, opaque=(*made.opaque, f"divided inside of `{last}`")) if by_n else made
         rows = {"rows"} if last == "arange" or _is_zeros(node) else set[str]()
         if data or any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
@@ -287,7 +295,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         self.launch(values)
         data = [v for v in values if isinstance(v, Data)]
         objects = {v.kind for v in values if isinstance(v, Obj)}
-        if _LOGS.match(text) or re.search(r"(^|_)log(_|$|ging)", last):
+        if _LOGS.match(text) or (re.search(r"(^|_)log(_|$|ging)", last) and not _ADDS.search(last)):
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
         if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
@@ -360,8 +368,11 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             evaluated = self.flat([*args, *keywords.values()])
             if name.endswith(("tqdm", "trange")) and args:
                 return args[0]
+        sums = bool(self.trace.occasional) and any(
+            isinstance(part, ast.Name | ast.Attribute) and dotted(part) in self.summed for part in ast.walk(node)
+        )  # added up over more than the doctor sees
         for value in evaluated:
-            if isinstance(value, Data) and value.kind == "loss" and value.weights:
+            if isinstance(value, Data) and value.kind == "loss" and value.weights and not sums:
                 self.trace.mark("log", node, name, value=value)
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])

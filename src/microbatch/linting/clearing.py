@@ -7,7 +7,7 @@ from microbatch.linting.definitions import Definitions
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.syntax import dotted, is_gradient, last_name, text_of
 
-__all__ = ["calls_that_may_clear", "clears", "clears_by_name", "places_of_clearing"]
+__all__ = ["averages_weights", "calls_that_may_clear", "clears", "clears_all", "clears_by_name", "places_of_clearing"]
 
 _NAMES = re.compile(
     r"(zero|clear|reset|clean|wipe|drop|free|delete|remove|flush|empty|null\w*|init)_?(all_?|out_?|the_?|param\w*_?|model_?)*grad|"
@@ -21,6 +21,7 @@ _HARMLESS = re.compile(
     r"forward|loss|manual_backward|clip|device|prepare|amp|master_params|scale|setup|init",
     re.IGNORECASE,
 )
+_AVERAGED = re.compile(r"(\b|_)(ema|shadow|teacher|averaged?)(\b|_)", re.IGNORECASE)
 _FILLS = frozenset({"zero_", "fill_", "copy_", "_foreach_zero_", "zero_all"})
 
 
@@ -39,6 +40,36 @@ def clears(node: ast.AST) -> bool:
     if isinstance(node, ast.Attribute) and clears_by_name(node.attr):
         return True  # handed on, to be called later
     return isinstance(node, ast.Attribute) and is_gradient(node) and isinstance(node.ctx, (ast.Store, ast.Del))
+
+
+def clears_all(node: ast.For | ast.AsyncFor) -> bool:
+    """Whether a loop clears the gradient of every parameter: `for p in model.parameters(): p.grad = None`."""
+    if last_name(node.iter.func if isinstance(node.iter, ast.Call) else node.iter) != "parameters":
+        return False
+    body = node.body
+    if len(body) == 1 and isinstance(body[0], ast.If) and is_gradient_there(body[0].test) and not body[0].orelse:
+        body = body[0].body
+    if len(body) != 1:
+        return False
+    only = body[0]
+    if isinstance(only, ast.Assign):
+        return is_gradient(only.targets[0]) and isinstance(only.value, ast.Constant) and only.value.value is None
+    return isinstance(only, ast.Expr) and isinstance(only.value, ast.Call) and clears(only.value)
+
+
+def is_gradient_there(test: ast.expr) -> bool:
+    """Whether a condition asks if there is a gradient: `p.grad is not None`."""
+    return isinstance(test, ast.Compare) and is_gradient(test.left) and isinstance(test.ops[0], ast.IsNot)
+
+
+def averages_weights(node: ast.For | ast.AsyncFor) -> bool:
+    """Whether a loop updates a moving average of the weights: `for e, p in zip(ema.parameters(), ...): e.mul_(d)`."""
+    text = text_of(node.iter)
+    if "zip(" not in text or not _AVERAGED.search(text):
+        return False
+    return any(
+        isinstance(each, ast.Call) and last_name(each.func) in ("mul_", "lerp_", "copy_") for each in ast.walk(node)
+    )
 
 
 def places_of_clearing(module: Definitions) -> set[ast.AST]:

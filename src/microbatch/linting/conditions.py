@@ -10,7 +10,7 @@ from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number, tags
 
 __all__ = ["Conditions"]
 
@@ -70,6 +70,8 @@ class Conditions(Simulated):
 
     def _compare_two(self, left: Any, op: ast.cmpop, right: Any, *, node: ast.AST) -> bool | None:
         if isinstance(op, (ast.Is, ast.IsNot)):
+            if right is None and isinstance(left, Data) and left.kind == "batch":
+                return None
             if right is None and not isinstance(left, Unknown):
                 missing = left is None
                 if isinstance(left, Obj) and left.info.get("maybe"):
@@ -78,6 +80,10 @@ class Conditions(Simulated):
             if isinstance(left, bool) and isinstance(right, bool):
                 return (left is right) if isinstance(op, ast.Is) else left is not right
             return None
+        if isinstance(op, (ast.In, ast.NotIn)) and is_number(left):
+            if not isinstance(right, (range, list, tuple, frozenset)) or not all(is_number(each) for each in right):
+                return None
+            return (number(left) in [number(each) for each in right]) == isinstance(op, ast.In)
         if is_number(left) and is_number(right) and type(op) in _COMPARE:
             return _COMPARE[type(op)](number(left), number(right))
         if isinstance(left, str) and isinstance(right, str) and type(op) in _COMPARE:
@@ -134,7 +140,7 @@ class Conditions(Simulated):
         data = hangs_on_data(value)
         body, orelse, node = branches.taken, branches.other, branches.node
         if data and self._may_skip(body, orelse):
-            skips = self.run.skip == self.trace.tick
+            skips = 0 < self.run.skip == self.trace.tick
             if skips:
                 self.trace.mark("skip", node, text)
             jumps = _jumps(body) or not self._holds(body)
@@ -152,6 +158,12 @@ class Conditions(Simulated):
             return True
         if isinstance(test, ast.BoolOp):
             return self._settle_parts(test, node)
+        flag = isinstance(value, Data) and value.kind == "batch"
+        flag |= data and any(self.is_window(part) for part in ast.walk(test))
+        if (flag or "n" in tags(value)) and self.trace.tick and self._only_steps(body, orelse):
+            # It comes with the batch, or from a call that is given N: as if it were true at the end of each window.
+            self.trace.settings["assumed"] = text
+            return (self.trace.tick % self.run.microbatches == 0) == self._holds(body)
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:
@@ -194,6 +206,24 @@ class Conditions(Simulated):
             return runs
         other_runs = self._runs_backward(orelse)
         return runs != other_runs and not self._holds(body if other_runs else orelse)
+
+    def _only_steps(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
+        """Whether one of the branches takes a step, and none runs a backward."""
+        return (self._holds(body) or self._holds(orelse)) and not self._runs_backward([*body, *orelse])
+
+    def matches(self, subject: Any, case: ast.match_case) -> bool | None:
+        """Whether a value goes into a case of a `match`; `None` where the file does not show it."""
+        said: bool | None = None
+        if isinstance(case.pattern, ast.MatchAs) and case.pattern.pattern is None:
+            said = True
+            if case.pattern.name is not None:
+                self.store(ast.Name(case.pattern.name, ast.Store()), subject)
+        elif isinstance(case.pattern, ast.MatchValue):
+            said = self._compare_two(subject, ast.Eq(), self.evaluate(case.pattern.value), node=case.pattern.value)
+        if case.guard is None or said is False:
+            return said
+        guard = self.known_truth(self.evaluate(case.guard))
+        return guard if said else (False if guard is False else None)
 
     def _runs_backward(self, body: list[ast.stmt]) -> bool:
         return any(self.module.contains_backward(statement, self.frame.owner) for statement in body)

@@ -27,6 +27,8 @@ _RESUMED = re.compile(
     r"(step|iter|iteration|epoch|batch|idx|index)s?$",
     re.IGNORECASE,
 )
+# An index that picks the rows or tokens that count.
+_CHOSEN = re.compile(r"mask|valid|active|!= |>= 0|nonzero", re.IGNORECASE)
 # The length of an epoch in microbatches.
 _LENGTH = re.compile(
     r"(^|_)(epoch_len|len_epoch|(?<!training_)(?<!train_)(num|n|nb)_(train(ing)?_)?batch(es)?|"
@@ -193,6 +195,8 @@ class Expressions(Conditions, Calls, Operations):
         if isinstance(base, dict):
             return base.get(index, Unknown(text_of(node))) if isinstance(index, str) else _any_of(base, node)
         if isinstance(base, Data):
+            if hangs_on_data(index) and base.weights and _CHOSEN.search(text_of(node.slice)):
+                return replace(base, tokens=node.lineno)
             return as_loss(base) if isinstance(index, str) and "loss" in index else base
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
             return base

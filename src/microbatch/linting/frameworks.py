@@ -94,6 +94,9 @@ class Frameworks(Simulated):
         """Enter one context; the result is called to leave it."""
         value = self._context_value(item.context_expr)
         target = item.optional_vars
+        if isinstance(value, Obj) and value.kind == "context" and value.name in ("no_grad", "inference_mode"):
+            self.without_graph += 1
+            return self._with_graph
         if isinstance(value, Obj) and value.kind == "context":
             if value.name == "no_sync":
                 self.trace.frameworks.add("no_sync")
@@ -131,6 +134,9 @@ class Frameworks(Simulated):
             ):
                 self.trace.frameworks.add("no_sync")  # a switch of its own, by its name
         return self.evaluate(node)
+
+    def _with_graph(self) -> None:
+        self.without_graph -= 1
 
     def _sync_on(self) -> None:
         self.sync_off -= 1

@@ -160,6 +160,7 @@ class FunctionCalls(Simulated):
         if SHARED.search(text_of(target)):
             self.trace.settings["shared"] = node  # a scale that is in every loss, divided by itself
             return
+        self.module.understood.add(node)
         if is_number(value) and number(value):
             factor = Fraction(number(value))
             self.trace.multiply(1 / factor if isinstance(op, ast.Div) else factor)

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import SHARED
@@ -33,11 +34,14 @@ def _token_means(view: View) -> Iterator[Fault]:
     said: set[ast.AST] = set()
     counted = view.module.once("counted", lambda: _counted_apart(view))
     if counted is not None:
+        opaque = view.opaque_losses()
         yield Fault(
             "MB401",
             view.trace.backwards[0].node,
             f"valid labels are counted (line {counted.lineno}) and not used as the divisor: each microbatch is "
             "averaged over its own, and all microbatches weigh the same",
+            certain=not opaque,
+            needs=(f"whether the loss is a mean over labels (it comes out of {opaque[0]})",) if opaque else (),
         )
         return
     for b in view.trace.backwards:
@@ -60,11 +64,14 @@ def _token_means(view: View) -> Iterator[Fault]:
             continue
         said.add(b.node)
         if loss.tokens:
+            unsure = _ignores_by_number(view, loss.tokens) and not _masked_labels(view)
             yield Fault(
                 "MB401",
                 _at_line(view, loss.tokens) or b.node,
                 "each microbatch is averaged over its own counted tokens, and then all "
                 "microbatches weigh the same: a token of a short microbatch weighs more",
+                certain=not unsure,
+                needs=("whether any label is ignored",) if unsure else (),
             )
         else:
             yield Fault(
@@ -72,7 +79,19 @@ def _token_means(view: View) -> Iterator[Fault]:
                 view.trace.settings.get("labels", b.node),
                 f"the model's loss is a mean over the labels that are not masked (line {masked} masks them), and all "
                 "microbatches weigh the same: a token of a short microbatch weighs more",
+                certain=not loss.opaque,
+                needs=(f"whether the loss is a mean over labels (it comes out of {loss.opaque[0]})",)
+                if loss.opaque
+                else (),
             )
+
+
+def _ignores_by_number(view: View, line: int) -> bool:
+    """Whether a loss only names a number as the label to ignore, which no label may have."""
+    for node in view.module.nodes:
+        if isinstance(node, ast.keyword) and node.arg == "ignore_index" and node.value.lineno == line:
+            return not re.search(r"pad", text_of(node.value), re.IGNORECASE)
+    return False
 
 
 def _counted_apart(view: View) -> ast.AST | None:
@@ -137,19 +156,34 @@ def _masked_labels(view: View) -> int:
 
 def _find_masked(view: View) -> int:
     for node in view.module.nodes:
-        if (isinstance(node, ast.keyword) and node.arg == "ignore_index") or (
-            isinstance(node, ast.Attribute) and node.attr == "ignore_index"
-        ):
-            return node.lineno
+        if isinstance(node, ast.Attribute) and node.attr == "ignore_index" and isinstance(node.value, ast.Call):
+            return node.lineno  # `CrossEntropyLoss().ignore_index`, to write into labels
     for node in view.module.nodes:
-        if (
-            isinstance(node, ast.UnaryOp)
-            and isinstance(node.op, ast.USub)
-            and isinstance(node.operand, ast.Constant)
-            and node.operand.value == 100
-        ):
+        if _is_minus_100(node) and not _only_names_it(view, node):
             return node.lineno
     return 0
+
+
+def _is_minus_100(node: ast.AST) -> TypeGuard[ast.UnaryOp]:
+    return (
+        isinstance(node, ast.UnaryOp)
+        and isinstance(node.op, ast.USub)
+        and isinstance(node.operand, ast.Constant)
+        and node.operand.value == 100
+    )
+
+
+def _only_names_it(view: View, node: ast.UnaryOp) -> bool:
+    """Whether -100 is not written into labels here: it is compared with, a default, an option, or part of a slice."""
+    parent = view.module.parents.get(node)
+    if isinstance(parent, (ast.Compare, ast.BinOp, ast.Slice, ast.arguments)):
+        return True
+    if isinstance(parent, ast.keyword):
+        return parent.arg in ("ignore_index", "default")
+    if isinstance(parent, (ast.Assign, ast.AnnAssign)):
+        target = parent.targets[0] if isinstance(parent, ast.Assign) else parent.target
+        return isinstance(target, (ast.Name, ast.Attribute))
+    return isinstance(parent, ast.Call) and last_name(parent.func) in ("eq", "ne", "equal", "not_equal")
 
 
 def _coupled(view: View) -> Iterator[Fault]:

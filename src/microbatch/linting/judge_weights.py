@@ -125,7 +125,8 @@ def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterat
     epochs = view.trace.epoch_of
     for step in steps:
         lost = [m for m in step.lost if epochs.get(m) == step.epoch and m != step.tick]
-        if lost and (step.weights or not view.module.handles_gradients) and not view.managed:
+        sleeps = "accumulate" in view.trace.frameworks and "prepare" in view.trace.settings
+        if lost and (step.weights or not view.module.handles_gradients) and (sleeps or not view.managed):
             zeros = [m for m in view.marks("zero") if m.name in ("", step.optimizer)]
             zero = next((m for m in zeros if m.tick > min(lost) and m.tick <= step.tick), None)
             if zero is None:
@@ -145,7 +146,7 @@ def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterat
 
 def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
     """MB105: a window that is no tail has another length than N."""
-    if not view.clean or view.n == 1 or len(steps) < 2:
+    if not view.clean or view.n == 1 or len(steps) < 2 or "assumed" in view.trace.settings:
         return
     sizes = [len(s.since) for s in steps]
     if view.n not in sizes and (len(set(sizes)) != 1 or abs(sizes[0] - view.n) != 1):
@@ -161,12 +162,14 @@ def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:
     weight = fraction(next(iter(step.weights.values()), Fraction(0)))
     if wrong != 0 and step.since and view.trace.epoch_of[step.since[0]] != view.trace.epoch_of[step.since[-1]]:
         return
+    origin = view.trace.settings.get("origin")
     yield Fault(
         "MB105",
         step.node,
         f"{first} has {len(step.since)} microbatch{'es' if len(step.since) > 1 else ''} instead of {view.n} "
         f"(each with weight {weight})",
-        certain=not view.many_optimizers,
+        certain=not view.many_optimizers and origin is None,
+        needs=() if origin is None else (f"where the counter begins: `{origin}`",),
         data={"size": len(step.since), "first": wrong == 0},
     )
 
@@ -296,10 +299,17 @@ def _every_microbatch(view: View) -> Iterator[Fault]:
             steps[0].node,
             f"the loss is divided by N, and the optimizer steps after every microbatch: each step takes one "
             f"microbatch with weight {weight}",
-            certain=not view.many_optimizers,
+            certain=not view.many_optimizers and not _counts_to_step(view, steps[0].node),
+            needs=("whether the condition of the step holds in every microbatch",),
         )
     elif _only_last_runs(view):
         yield _only_last(view)
+
+
+def _counts_to_step(view: View, node: ast.AST) -> bool:
+    """Whether a condition around a step counts, although no run saw it be false."""
+    tests = (parent.test for parent in view.module.above(node) if isinstance(parent, ast.If))
+    return any(isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mod) for t in tests for part in ast.walk(t))
 
 
 def _thrown_away(view: View) -> Iterator[Fault]:

@@ -3,6 +3,7 @@
 import ast
 from typing import Any
 
+from microbatch.linting.clearing import averages_weights, clears_all
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, last_name, text_of
@@ -18,6 +19,13 @@ class Loops(Simulated):
 
     def loop_for(self, node: ast.For) -> Any:
         """Run a `for` loop."""
+        if clears_all(node) and len(self.trace.groups) < 2:
+            self.trace.zero(node, None)
+            self.trace.cleared.update(each for each in ast.walk(node) if isinstance(each, ast.stmt))
+            return None
+        if averages_weights(node) and self.trace.tick:
+            self.trace.mark("ema", node, text_of(node.iter))
+            return None
         micro = self.module.is_microbatch_loop(node, self.frame.owner)
         items, counted = self.items(node)
         if micro:
@@ -142,19 +150,31 @@ class Loops(Simulated):
             return list(value)[:limit], False
         if isinstance(value, Obj) and value.kind == "enumerate":
             start = number(value.info["start"])
-            return [(start + i, self.item_of(value.info["over"])) for i in range(count)], False
+            return [(start + i, self._item_at(value.info["over"], i)) for i in range(count)], False
         if isinstance(value, Unknown) and value.key.startswith(("range(", "trange(")):
+            if isinstance(node.iter, ast.Call) and len(node.iter.args) == 3 and self._cuts_window(node):
+                self.used_window = True
+                return list(range(self.run.microbatches)), True
             whole = "n" in value.tags and not outer  # a number of whole windows: nothing is left over
             turns = count // self.run.microbatches * self.run.microbatches if whole else count
-            begin = (
-                self.evaluate(node.iter.args[0]) if isinstance(node.iter, ast.Call) and len(node.iter.args) == 2 else 0
-            )
+            begin = self.range_begins.get(value.key, 0)
             first = int(number(begin)) if is_number(begin) else 0
+            if not is_number(begin) and not outer:
+                self.trace.settings["origin"] = begin.key if isinstance(begin, Unknown) else text_of(node.iter)
             return list(range(first, first + turns)), whole
         if PIECE_WORDS.search(text_of(node.iter)) and self.module.is_inside_loop(node):
             self.used_window = True
             return [self.item_of(value) for _ in range(self.run.microbatches)], True
+        if isinstance(value, Obj) and value.kind == "zip":
+            over = value.info["over"]
+            short = min((len(each) for each in over if isinstance(each, range)), default=count)
+            return [self._item_at(value, index) for index in range(min(count, short) or count)], False
         return [self.item_of(value) for _ in range(count)], False
+
+    def _cuts_window(self, node: ast.For) -> bool:
+        """Whether a loop goes through a batch piece by piece, with the step after it."""
+        micro = self.module.is_microbatch_loop(node, self.frame.owner)
+        return micro and self.module.step_follows(node) and self.module.is_inside_loop(node)
 
     def _window_items(self, value: Any) -> list[Any]:
         """The N microbatches of a list that the file fills in a way that is not followed."""
@@ -166,6 +186,18 @@ class Loops(Simulated):
             numbered = isinstance(value[0], tuple) and is_number(value[0][0]) if value[0] else False
             return [(k, value[0][1]) if numbered else value[0] for k in range(self.run.microbatches)]
         return [self.item_of(value) for _ in range(self.run.microbatches)]
+
+    def _item_at(self, value: Any, index: int) -> Any:
+        """The item of an iterable at a place; places are told apart where numbers are counted."""
+        if isinstance(value, Obj) and value.kind == "zip":
+            return tuple(self._item_at(part, index) for part in value.info["over"])
+        if isinstance(value, Obj) and value.kind == "enumerate":
+            return number(value.info["start"]) + index, self._item_at(value.info["over"], index)
+        if isinstance(value, (range, list, tuple)) and index < len(value):
+            return value[index]
+        if isinstance(value, Unknown) and value.key.startswith("range("):
+            return index
+        return self.item_of(value)
 
     def item_of(self, value: Any) -> Any:
         """One item of an iterable."""

@@ -131,10 +131,11 @@ class Machine(Loops, FunctionCalls, Expressions):
         method = self._STATEMENT_KINDS.get(type(node))
         if node not in self.clearing:
             return method(self, node) if method else None
-        self.trace.cleared.add(node)
         marks = len(self.trace.marks)
         signal = method(self, node) if method else None
-        if not any(mark.kind == "zero" for mark in self.trace.marks[marks:]):
+        if any(mark.kind == "zero" for mark in self.trace.marks[marks:]):
+            self.trace.cleared.add(node)
+        else:
             self.trace.may_clear()
         return signal
 
@@ -177,6 +178,7 @@ class Machine(Loops, FunctionCalls, Expressions):
             right = Unknown(text_of(node.value), tags=tags(right))  # a count over several microbatches
         if isinstance(right, Data) and right.number and right.kind == "loss" and isinstance(node.op, ast.Add):
             self.trace.mark("sum", node, dotted(node.target), value=right)
+            self.summed.add(dotted(node.target))
         self.store(node.target, self.operate(left, node.op, right, node=node))
 
     def store(self, target: ast.AST, value: Any) -> None:
@@ -230,7 +232,7 @@ class Machine(Loops, FunctionCalls, Expressions):
         if isinstance(value, Data) and value.kind == "tensor" and not value.number:
             return as_loss(value)
         if isinstance(value, Unknown) and name not in self.module.counters and not kind_of_name(name):
-            made = self.opaque_loss(value.key or name)
+            made = replace(self.opaque_loss(value.key or name), blurred=not value.data)
             return replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made
         return value
 
@@ -331,8 +333,16 @@ class Machine(Loops, FunctionCalls, Expressions):
         self.frame.locals[node.name] = Obj("class", node.name)
 
     def _match(self, node: ast.Match) -> Any:
-        self.evaluate(node.subject)
-        return self.block(node.cases[0].body)  # any of them will do for the weights of a loss
+        subject = self.evaluate(node.subject)
+        unsettled: list[ast.match_case] = []
+        for case in node.cases:
+            known = self.matches(subject, case)
+            if known is False:
+                continue
+            if known or self.decide(f"{text_of(node.subject)} is {ast.unparse(case.pattern)}", node):
+                return self.block(case.body if not known or not unsettled else unsettled[0].body)
+            unsettled.append(case)
+        return self.block(unsettled[0].body) if unsettled else None  # one of them, where a run chooses none
 
     def _delete(self, node: ast.Delete) -> None:
         for target in node.targets:

@@ -6,13 +6,14 @@ import ast
 from collections.abc import Iterator
 
 from microbatch.linting.draft import Draft, indented
-from microbatch.linting.guesses import CLIP_CALLS
+from microbatch.linting.guesses import CLIP_CALLS, kind_of_name
 from microbatch.linting.scene import Scene
 from microbatch.linting.syntax import Loop, dotted, last_name
 from microbatch.linting.verdicts import Verdict
 
 __all__ = [
     "backward_always",
+    "clear_after",
     "clear_once",
     "clip_once",
     "movable",
@@ -35,6 +36,23 @@ def clear_once(scene: Scene, verdict: Verdict) -> Iterator[str]:
     beside = [each for node in steps if (step := scene.module.statement_of(node)) for each in scene.block(step)]
     if any(_is_call(each, "zero_grad") and each is not statement for each in beside):
         yield from without(scene, statement)  # the step clears already
+
+
+def clear_after(scene: Scene, verdict: Verdict) -> Iterator[str]:
+    """MB107: clear the gradients right after the step, and after the scaler's `update`."""
+    statement, call = movable(scene), scene.node
+    if statement is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+        return
+    optimizer = call.args[0] if kind_of_name(dotted(call.func.value)) == "scaler" and call.args else call.func.value
+    if not verdict.certain or not dotted(optimizer):
+        return
+    block = scene.block(statement)
+    following = block[block.index(statement) + 1 :][:1]
+    after = following[0] if following and _is_call(following[0], "update") else statement
+    draft = Draft(scene.source)
+    row = draft.rows(after)[1] + 1
+    draft.replace_rows(row, row - 1, [f"{draft.indent(after)}{draft.text(optimizer)}.zero_grad()"])
+    yield draft.result()
 
 
 def once_a_window(scene: Scene, verdict: Verdict) -> Iterator[str]:

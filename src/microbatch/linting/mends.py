@@ -9,6 +9,7 @@ from microbatch.linting.draft import Draft
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.mend_moves import (
     backward_always,
+    clear_after,
     clear_once,
     clip_once,
     movable,
@@ -222,6 +223,7 @@ MENDS: Mapping[str, Mend] = {
     "MB104": step_once,
     "MB105": _phase,
     "MB106": backward_always,
+    "MB107": clear_after,
     "MB201": clip_once,
     "MB202": unscale_first,
     "MB203": clip_once,

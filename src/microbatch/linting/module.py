@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
-from microbatch.linting.syntax import dotted, is_gradient, last_name, steps_inside, text_of
+from microbatch.linting.syntax import dotted, is_gradient, last_name, pairs, steps_inside, text_of
 
 __all__ = ["Module"]
 
@@ -21,6 +21,17 @@ class Module(Reach):
     Args:
         tree: Its syntax tree.
     """
+
+    def is_window(self, node: ast.AST) -> bool:
+        """Whether a name is one of N."""
+        text = dotted(node)
+        found = text in self.windows[0] or (bool(text) and names_window(last_name(node)))
+        return found and text not in self.counters
+
+    @cached_property
+    def understood(self) -> set[ast.AST]:
+        """The divisions by N that a run saw divide a loss, a logged number or gradients."""
+        return set()
 
     @cached_property
     def hints_at_accumulation(self) -> ast.AST | None:
@@ -43,15 +54,16 @@ class Module(Reach):
         for node in self.nodes:
             if isinstance(node, ast.AugAssign) and isinstance(node.op, (ast.Add, ast.Sub)):
                 found.add(dotted(node.target))
-            elif isinstance(node, ast.Assign) and len(node.targets) == 1:
-                target = dotted(node.targets[0])
-                value = node.value
-                is_count = (
-                    isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add) and dotted(value.left) == target
-                )
-                is_reset = isinstance(value, ast.Constant) and value.value == 0 and not isinstance(value.value, bool)
-                if target and (is_count or is_reset):
-                    found.add(target)
+            elif isinstance(node, ast.Assign):
+                for target, value in pairs(node):
+                    is_count = (
+                        isinstance(value, ast.BinOp)
+                        and isinstance(value.op, ast.Add)
+                        and dotted(value.left) == dotted(target)
+                    )
+                    is_reset = isinstance(value, ast.Constant) and type(value.value) is int and value.value == 0
+                    if is_count or is_reset:
+                        found.add(dotted(target))
             elif isinstance(node, ast.For):
                 found.update(dotted(name) for name in ast.walk(node.target) if isinstance(name, ast.Name))
         found.discard("")
@@ -61,6 +73,26 @@ class Module(Reach):
     def handles_gradients(self) -> bool:
         """Whether the file reads or writes `.grad` itself, so that a gradient may be put back after it was cleared."""
         return any(isinstance(node, ast.Attribute) and is_gradient(node) for node in self.nodes)
+
+    def has_other_window(self, value: int) -> bool:
+        """Whether the file gives N a number, and never this one."""
+        return bool(self._window_values) and value not in self._window_values
+
+    @cached_property
+    def _window_values(self) -> set[int]:
+        """The numbers that stand for N, and those that the file gives to the names of N."""
+        names, literals = self.windows
+        last = {name.rpartition(".")[2] for name in names}
+        found = set(literals)
+        for node in self.nodes:
+            for name, value in _values_of_names(node):
+                if (
+                    isinstance(value, ast.Constant)
+                    and type(value.value) is int
+                    and (name in last or names_window(name))
+                ):
+                    found.add(value.value)
+        return found
 
     @cached_property
     def batch_sizes(self) -> set[str]:
@@ -150,9 +182,7 @@ class Module(Reach):
             if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
                 self._moduli_of_guard(node, add)
             elif isinstance(node, ast.Call):
-                for keyword in node.keywords:
-                    if keyword.arg in ("update_grad", "need_update", "enabled"):
-                        _moduli(keyword.value, add, self.counters)
+                self._counts_of_call(node, add)
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
                 turns = isinstance(node.value.op, ast.Mod) and dotted(node.targets[0])  # `k = (k + 1) % n`
                 if turns and any(dotted(n) == turns for n in ast.walk(node.value.left)) and self.is_inside_loop(node):
@@ -174,6 +204,15 @@ class Module(Reach):
                     if not (isinstance(end, ast.Call) or "len(" in text_of(end)):
                         add(end)
         return names, literals
+
+    def _counts_of_call(self, node: ast.Call, add: Callable[[ast.AST], None]) -> None:
+        """Find N in what a call is given: a condition of the step, or the steps of Accelerate."""
+        accelerates = last_name(node.func) == "Accelerator"
+        for keyword in node.keywords:
+            if accelerates and keyword.arg == "gradient_accumulation_steps":
+                add(keyword.value)
+            elif keyword.arg in ("update_grad", "need_update", "enabled"):
+                _moduli(keyword.value, add, self.counters)
 
     def step_follows(self, loop: ast.For) -> bool:
         """Whether a step comes after a loop, in the same block of a function, and none is in it."""
@@ -237,8 +276,8 @@ class Module(Reach):
         if init is None or not isinstance(node, ast.Attribute) or dotted(node.value) != "self":
             return None
         names = [arg.arg for arg in init.node.args.args[1:]]
-        kept = (s for s in ast.walk(init.node) if isinstance(s, ast.Assign) and dotted(s.targets[0]) == dotted(node))
-        name = next((dotted(s.value) for s in kept), "")
+        kept = (each for s in ast.walk(init.node) if isinstance(s, ast.Assign) for each in pairs(s))
+        name = next((dotted(value) for target, value in kept if dotted(target) == dotted(node)), "")
         found: set[Any] = set()
         for call in (call for _, made, call in self._made_objects if made == cls and name in names):
             place = names.index(name)
@@ -262,6 +301,22 @@ class Module(Reach):
         )
 
 
+def _values_of_names(node: ast.AST) -> list[tuple[str, ast.AST | None]]:
+    """What a node gives to names: an assignment, a field, an argument, a default, or an option of a parser."""
+    if isinstance(node, ast.Assign):
+        return [(last_name(target), value) for target, value in pairs(node)]
+    if isinstance(node, ast.AnnAssign):
+        return [(last_name(node.target), node.value)]
+    if isinstance(node, ast.keyword):
+        return [(node.arg or "", node.value)]
+    if isinstance(node, ast.arguments):
+        return [(arg.arg, value) for arg, value in zip(reversed(node.args), reversed(node.defaults), strict=False)]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        option = str(node.args[0].value).lstrip("-").replace("-", "_")
+        return [(option, each.value) for each in node.keywords if each.arg == "default"]
+    return []
+
+
 def _iterated(node: ast.expr) -> str:
     """The name that a loop runs over, under `enumerate` and the like."""
     while isinstance(node, ast.Call) and last_name(node.func) in ("enumerate", "tqdm", "iter", "list") and node.args:
@@ -271,10 +326,12 @@ def _iterated(node: ast.expr) -> str:
 
 def _moduli(test: ast.AST, add: Callable[[ast.AST], None], counters: set[str]) -> None:
     """Find the numbers that a condition counts up to: `n` of `(i + 1) % n == 0`, and of `count == n`."""
-    for node in ast.walk(test):
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
-            add(node.right)
-        elif isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.GtE)):
+    parts = list(ast.walk(test))
+    moduli = [node.right for node in parts if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod)]
+    for end in moduli:
+        add(end)
+    for node in () if moduli else parts:  # beside a modulus, `step == last_step` asks for the end of the run
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], (ast.Eq, ast.GtE)):
             end = node.comparators[0]
             # A list that fills up counts too: `len(waiting) == n`.
             counts = dotted(node.left) in counters or (

@@ -20,8 +20,11 @@ _ARITHMETIC: dict[type, Any] = {
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
+    ast.BitAnd: operator.and_,
+    ast.BitOr: operator.or_,
 }
 _COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
+_COEFFICIENTS = re.compile(r"(\b|_)(w|weights?|lambda\w*|coeff?|alpha|beta|gamma)(\b|_|\d)", re.IGNORECASE)  # of a term
 _SIZES = re.compile(r"batch|bs\b", re.IGNORECASE)
 _ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
 
@@ -35,6 +38,8 @@ class Operations(Simulated):
             return self._operate_data(left, op, right, node=node)
         if is_number(left) and is_number(right):
             return self._operate_numbers(left, op, right, node=node)
+        if isinstance(left, frozenset) and isinstance(right, frozenset) and isinstance(op, (ast.BitOr, ast.Sub)):
+            return _ARITHMETIC[type(op)](left, right)
         if isinstance(left, str) and isinstance(op, ast.Mod):
             return right if isinstance(right, tuple) else (right,)
         if (
@@ -47,7 +52,22 @@ class Operations(Simulated):
         if isinstance(left, (tuple, str)) and isinstance(right, (tuple, str)) and isinstance(op, ast.Add):
             return (*(left if isinstance(left, tuple) else ()), *(right if isinstance(right, tuple) else ()))
         data = any(isinstance(v, Unknown) and v.data for v in (left, right))
+        if (
+            isinstance(op, ast.Mod)
+            and isinstance(left, Unknown)
+            and not data
+            and "n" in tags(right)
+            and is_number(right)
+        ):
+            return self._counts_by_itself(left, right)
         return Unknown(text_of(node), data=data, tags=self._origin(left, op, right, node=node))
+
+    def _counts_by_itself(self, left: Unknown, right: Any) -> Any:
+        """A count modulo N that the file does not follow: as if it counted microbatches, and N were full."""
+        if not self.trace.tick:
+            return Unknown(f"{left.key} modulo N", tags=tags(right))
+        self.trace.settings["assumed"] = left.key
+        return self.trace.tick % number(right)
 
     def _origin(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> frozenset[str]:
         """The origins of two numbers together; "by n" where N divides.
@@ -92,6 +112,8 @@ class Operations(Simulated):
         data, other = (left, right) if isinstance(left, Data) else (right, left)
         if data.kind == "batch" and not data.weights:
             return data
+        if isinstance(op, ast.Div) and "n" in tags(other):
+            self.module.understood.add(node)
         if isinstance(op, ast.Div) and data is right:
             return replace(data, blurred=True)
         if isinstance(op, (ast.Mult, ast.Div)):
@@ -105,31 +127,58 @@ class Operations(Simulated):
     def _scaled(self, data: Data, op: ast.operator, other: Any, *, node: ast.AST) -> Data:
         """Data times or divided by something else."""
         if is_number(other):
-            return self._scaled_by_number(data, op, other, line=getattr(node, "lineno", 0))
+            return self._scaled_by_number(data, op, other, node=node)
         if data.number:
             return replace(data, blurred=True)
         if isinstance(op, ast.Div):
             return self._divided(data, other, node)
         weighs_rows = data.kind == "tensor" and not data.reduction and isinstance(other, Unknown) and other.data
         if isinstance(other, Unknown) and not weighs_rows:
-            return replace(data, opaque=(*data.opaque, "multiplied by a value that the file does not show"))
+            coefficient = _COEFFICIENTS.search(other.key)
+            doubt = f"`{other.key}`" if coefficient else "multiplied by a value that the file does not show"
+            return replace(data, opaque=(*data.opaque, doubt))
         return data
 
-    @staticmethod
-    def _scaled_by_number(data: Data, op: ast.operator, other: Any, *, line: int) -> Data:
-        is_n = "n" in tags(other)
-        plain = number(other)
+    def _scaled_by_number(self, data: Data, op: ast.operator, other: Any, *, node: ast.AST) -> Data:
+        is_n, line = "n" in tags(other), getattr(node, "lineno", 0)
+        plain, doubt = number(other), self._may_be_window(data, op, other, node=node)
         value = Fraction(plain) if not isinstance(plain, float) or math.isfinite(plain) else Fraction(1)
         if value == 0:
             return data
+        factor = 1 / value if isinstance(op, ast.Div) else value
         if is_n or data.number:
-            return data.times(1 / value if isinstance(op, ast.Div) else value, line if is_n else 0)
+            return data.times(factor, line if is_n and factor < 1 else 0)
         if isinstance(op, ast.Div) and data.reduction == "sum":
             return replace(data, reduction="mean")
-        return data
+        return data if doubt is None else replace(data, opaque=(*data.opaque, doubt))
+
+    def _may_be_window(self, data: Data, op: ast.operator, other: Any, *, node: ast.AST) -> str | None:
+        """What is unsure of a loss that is divided by a number: N may be written as a number, or be a length.
+
+        Returns:
+            The doubt; `None` where the number is no N, as the 2 in the mean of two terms.
+        """
+        value = Fraction(number(other)) if math.isfinite(number(other)) else Fraction(1)
+        times = 1 / value if isinstance(op, ast.Mult) and value else value
+        if data.number or data.kind == "batch" or times.denominator != 1 or times < 2:
+            return None
+        said = text_of(node.right) if isinstance(node, ast.BinOp) else str(times)
+        if "len" in tags(other):
+            return f"divided by {said}" if isinstance(op, ast.Div) else None
+        left = node.left if isinstance(node, ast.BinOp) else node
+        terms = 1 + sum(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add) for n in ast.walk(left))
+        if times in (2, terms) or self.module.has_other_window(int(times)):
+            return None
+        return f"`{said}`, which may be N"
 
     def _divided(self, data: Data, other: Any, node: ast.AST) -> Data:
         """A tensor divided by what is no known number."""
+        if "n" in tags(other) and isinstance(node, ast.BinOp) and isinstance(other, Unknown):
+            by_n = isinstance(node.right, ast.BinOp) and isinstance(node.right.op, ast.Mult)
+            if not by_n or data.reduction != "sum" or not _ROWS.search(other.key):
+                return replace(data, opaque=(*data.opaque, f"divided by {text_of(node.right)}"))
+            mean = data.times(Fraction(1, self.run.microbatches), node.lineno)
+            return replace(mean, reduction="mean", tokens=0)
         rows = isinstance(other, Unknown) and bool(_ROWS.search(other.key))
         if rows and not other.data and other.key.startswith("sum("):
             rows = False  # of all microbatches of a window
@@ -170,7 +219,10 @@ class Operations(Simulated):
         if isinstance(op, ast.MatMult):
             return replace(self.combine([left, right]), coupled=line)
         if isinstance(op, ast.Mult):
-            return left if left.weights else right
+            loss, by = (left, right) if left.kind == "loss" or not right.weights else (right, left)
+            if loss.kind == "loss" and loss.reduction and by.kind != "loss":
+                return replace(loss, opaque=(*loss.opaque, "multiplied by a weight of its microbatch"))
+            return loss
         if isinstance(op, ast.Sub) and left.number and right.number:
             weights = {
                 m: left.weights.get(m, Fraction(0)) - right.weights.get(m, Fraction(0))

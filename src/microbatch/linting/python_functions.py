@@ -4,6 +4,7 @@ import ast
 from dataclasses import replace
 from typing import Any
 
+from microbatch.linting.guesses import PIECE_WORDS
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_number, number, tags
 
@@ -18,6 +19,14 @@ def _len(machine: Any, node: ast.Call) -> Any:
         and not (isinstance(value, (list, tuple)) and len(value) > 1)
     ):
         return machine.window()
+    loop = machine.trace.loop
+    if (
+        node.args
+        and isinstance(loop, ast.For)
+        and _runs_over_pieces(loop, node.args[0])
+        and machine.module.is_inside_loop(loop)
+    ):
+        return machine.window()
     if (isinstance(value, Obj) and value.kind in ("loader", "enumerate", "zip", "model")) or (
         isinstance(value, Unknown) and not value.data and value.key
     ):
@@ -26,6 +35,18 @@ def _len(machine: Any, node: ast.Call) -> Any:
         waiting = [v for v in machine.flat(value) if isinstance(v, Data)]  # microbatches, or their losses
         return Num(len(value), frozenset({"n"})) if waiting and len(value) > 1 else len(value)
     return Unknown(text_of(node), data=True)
+
+
+def _runs_over_pieces(loop: ast.For, node: ast.expr) -> bool:
+    """Whether a loop runs over these pieces of a batch, under `enumerate`, `zip` and the like."""
+    over = [loop.iter]
+    while over:
+        part = over.pop()
+        if text_of(part) == text_of(node):
+            return PIECE_WORDS.search(text_of(part)) is not None
+        if isinstance(part, ast.Call) and isinstance(part.func, ast.Name):
+            over += part.args
+    return False
 
 
 def _range(machine: Any, node: ast.Call) -> Any:
@@ -39,8 +60,12 @@ def _range(machine: Any, node: ast.Call) -> Any:
         return range(numbers[0], numbers[1], step) if len(numbers) > 1 else range(numbers[0])
     if len(args) == 2 and is_number(args[1]) and "n" in tags(args[1]):
         machine.range_end = args[1]
+        machine.trace.settings["origin"] = text_of(node.args[0])
         return range(int(number(args[1])))
-    return Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args) | {"rows"})
+    made = Unknown(f"range({', '.join(text_of(a) for a in node.args)})", tags=tags(*args) | {"rows"})
+    if len(args) > 1:
+        machine.range_begins[made.key] = args[0]
+    return made
 
 
 def _enumerate(machine: Any, node: ast.Call) -> Any:
@@ -57,6 +82,23 @@ def _enumerate(machine: Any, node: ast.Call) -> Any:
 def _zip(machine: Any, node: ast.Call) -> Any:
     args, _ = machine.arguments(node)
     return Obj("zip", "zip", {"over": args})
+
+
+def _count(machine: Any, node: ast.Call) -> Any:
+    args, keywords = machine.arguments(node)
+    start = args[0] if args else keywords.get("start", 0)
+    step = args[1] if len(args) > 1 else keywords.get("step", 1)
+    if not is_number(start) or not is_number(step) or not number(step):
+        return Unknown(text_of(node))
+    return range(int(number(start)), int(number(start)) + 10_000 * int(number(step)), int(number(step)))
+
+
+def _set(machine: Any, node: ast.Call) -> Any:
+    args, _ = machine.arguments(node)
+    value = args[0] if args else ()
+    if not isinstance(value, (range, list, tuple, frozenset)) or not all(is_number(each) for each in value):
+        return Unknown(text_of(node))
+    return frozenset(number(each) for each in value)
 
 
 def _first(machine: Any, node: ast.Call) -> Any:
@@ -150,6 +192,8 @@ PYTHON_FUNCTIONS: dict[str, Any] = {
     "getattr": _getattr,
     "enumerate": _enumerate,
     "zip": _zip,
+    "count": _count,
+    **dict.fromkeys(("set", "frozenset"), _set),
     **dict.fromkeys(("range", "trange"), _range),
     **dict.fromkeys(("tqdm", "iter", "list", "tuple", "reversed", "islice", "cycle"), _first),
     **dict.fromkeys(("int", "float", "round"), _number_of),

@@ -104,7 +104,7 @@ class Simulated:
         self.depth = 0
         self.active: list[str] = []
         self.spent = 0
-        self.sync_off = 0
+        self.sync_off = self.without_graph = 0
         self.loop_depth = 0
         self.used_window = False
         self.at_last = False
@@ -113,7 +113,9 @@ class Simulated:
         self.settled: dict[tuple[ast.If, str], list[ast.stmt]] = {}  # branches of long chains, by what they compare
         self.made = 0
         self.begun: set[str] = set()  # classes of which an object was made
+        self.summed: set[str] = set()  # names to which losses are added
         self.range_end: Any = None
+        self.range_begins: dict[str, Any] = {}  # the first number of ranges whose end is not known
         self.moved: set[tuple[int, str]] = set()  # names for N that the loop itself sets, or that are a length
         self.objects: dict[str, int] = {}  # how many objects were made of each class
         self.window_names, self.window_literals = module.windows

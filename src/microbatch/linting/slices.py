@@ -2,9 +2,10 @@
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from microbatch.linting.clearing import clears_by_name
+from microbatch.linting.clearing import averages_weights, clears_all, clears_by_name
 from microbatch.linting.guesses import kind_of_name
 from microbatch.linting.module import Module
 from microbatch.linting.own_models import losses_of_models
@@ -89,7 +90,7 @@ def cut(module: Module) -> Slice:
     names: set[str] = set()
     around = _around(module, core)
     for statement in core:
-        names |= _names(statement)
+        names |= _names(ast.walk(statement))
     for node in around:
         names |= _head(node)
     # Which object a name holds hardly ever decides anything; whether there is a scaler does.
@@ -98,7 +99,7 @@ def cut(module: Module) -> Slice:
     }
     deciding = set(core)
     for statement in kept - core:
-        if not isinstance(statement, _COMPOUND) and _made(statement) & names:
+        if not isinstance(statement, _COMPOUND) and _made(ast.walk(statement)) & names:
             deciding.add(statement)
     deciding |= _around(module, deciding)
     return Slice(kept, deciding)
@@ -122,30 +123,30 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
     kept = _Kept(module)
     core: set[ast.stmt] = set()
     others: list[_Simple] = []
-    for statement in ast.walk(module.tree):
+    for statement in module.nodes:
         if not isinstance(statement, ast.stmt) or isinstance(statement, _NOTHING):
             continue
         if isinstance(statement, _COMPOUND):
-            if module.touches_gradients_here(statement):
+            if module.touches_gradients_here(statement) or _is_own_work(statement):
                 kept.add(statement)
             continue
-        owner = module.owner_of(statement)
+        owner, parts = module.owner_of(statement), list(ast.walk(statement))
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield):
             kept.add(statement)
-        if module.touches_gradients(statement, owner) or _switches(statement):
+        if module.touches_gradients(statement, owner) or _switches(parts):
             kept.add(statement)
             core.add(statement)
-            kept.wanted.update(_names(statement))
+            kept.wanted.update(_names(parts))
         else:
-            made = _made(statement)
+            made = _made(parts)
             if isinstance(statement, ast.Return):
                 # What a function returns is wanted where the function is called, or an object of its class is.
                 made = {module.function_of(statement), owner or ""} - {"", "__init__"}
             if isinstance(statement, ast.Return) and _computes_loss(module, statement):
                 kept.add(statement)
-                kept.wanted.update(_names(statement))
+                kept.wanted.update(_names(parts))
                 continue
-            others.append(_Simple(statement, made, _names(statement), _called(module, statement)))
+            others.append(_Simple(statement, made, _names(parts), _called(module, owner, parts)))
     kept.add_what_leads_there(others)
     return kept.statements, core
 
@@ -206,11 +207,15 @@ class _Kept:
         return isinstance(simple.statement, _JUMPS) and _frame(self.module, simple.statement) in self.statements
 
 
-def _called(module: Module, statement: ast.stmt) -> set[ast.AST]:
-    """The functions of the file that a statement calls."""
-    owner = module.owner_of(statement)
-    found = {module.resolve(node.func, owner) for node in ast.walk(statement) if isinstance(node, ast.Call)}
+def _called(module: Module, owner: str | None, parts: list[ast.AST]) -> set[ast.AST]:
+    """The functions of the file that the parts of a statement call."""
+    found = {module.resolve(node.func, owner) for node in parts if isinstance(node, ast.Call)}
     return {function.node for function in found if function is not None}
+
+
+def _is_own_work(statement: ast.stmt) -> bool:
+    """Whether a loop clears all gradients or averages weights, which is read as a whole."""
+    return isinstance(statement, ast.For) and (clears_all(statement) or averages_weights(statement))
 
 
 def _frame(module: Module, node: ast.AST) -> ast.AST | None:
@@ -233,12 +238,12 @@ def _head(node: ast.stmt) -> set[str]:
         parts = [node.iter]
     elif isinstance(node, (ast.With, ast.AsyncWith)):
         parts = [item.context_expr for item in node.items]
-    return {name for part in parts for name in _names(part)}
+    return {name for part in parts for name in _names(ast.walk(part))}
 
 
-def _names(node: ast.AST) -> set[str]:
+def _names(parts: Iterable[ast.AST]) -> set[str]:
     found: set[str] = set()
-    for child in ast.walk(node):
+    for child in parts:
         if isinstance(child, ast.Name):
             found.add(child.id)
         elif isinstance(child, ast.Attribute):
@@ -249,20 +254,21 @@ def _names(node: ast.AST) -> set[str]:
     return found
 
 
-def _made(node: ast.stmt) -> set[str]:
+def _made(parts: Iterable[ast.AST]) -> set[str]:
     found: set[str] = set()
-    for child in ast.walk(node):
+    for child in parts:
         if isinstance(child, (ast.Name, ast.Attribute, ast.Subscript)) and isinstance(child.ctx, ast.Store):
-            found.add(last_name(child) or dotted(child))
+            held = last_name(child.value) if isinstance(child, ast.Subscript) else ""
+            found.add(last_name(child) or held or dotted(child))
         elif isinstance(child, ast.Call) and isinstance(child.func, ast.Attribute) and child.func.attr in _MUTATES:
             found.add(last_name(child.func.value))
     found.discard("")
     return found
 
 
-def _switches(node: ast.stmt) -> bool:
+def _switches(parts: Iterable[ast.AST]) -> bool:
     """Whether a statement changes how gradients are handled without touching them: clipping, scaling, EMA."""
-    for child in ast.walk(node):
+    for child in parts:
         name = last_name(child) if isinstance(child, (ast.Attribute, ast.Name)) else ""
         if name in _SWITCHES:
             return True

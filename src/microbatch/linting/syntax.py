@@ -19,6 +19,7 @@ __all__ = [
     "is_gradient",
     "is_step_call",
     "last_name",
+    "pairs",
     "parts_of",
     "steps_inside",
     "subject_of_chain",
@@ -48,6 +49,18 @@ def dotted(node: ast.AST) -> str:
             base = dotted(node.value)
             found = f"{base}[{node.slice.value!r}]" if base else ""
         node._dotted = found  # type: ignore[attr-defined]
+    return found
+
+
+def pairs(node: ast.Assign) -> list[tuple[ast.expr, ast.expr]]:
+    """The targets of an assignment, each with its value: both pairs of `a, b = 1, 2`."""
+    found: list[tuple[ast.expr, ast.expr]] = []
+    for target in node.targets:
+        both = target, node.value
+        if all(isinstance(each, ast.Tuple) for each in both) and len(target.elts) == len(node.value.elts):  # type: ignore[attr-defined]
+            found += zip(target.elts, node.value.elts, strict=True)  # type: ignore[attr-defined]
+        else:
+            found.append(both)
     return found
 
 

@@ -97,6 +97,7 @@ class TensorCalls(Simulated):
             self.this_microbatch(),
             reduction="mean" if labelled else "",
             forward_synced=self.sync_off == 0,
+            blurred=self.without_graph > 0 or self.trace.evaluating > 0,  # no loss that is trained on
         )
 
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
@@ -124,7 +125,7 @@ class TensorCalls(Simulated):
             number=False,
             opaque=tuple(o for v in data if v.kind == "loss" for o in v.opaque) if reduction else base.opaque,
             coupled=coupled,
-            tokens=ignore if reduction == "mean" else 0,
+            tokens=(ignore or base.tokens) if reduction == "mean" else 0,
         )
 
     def reduce(self, data: Data, how: str, count: int = 0) -> Data:

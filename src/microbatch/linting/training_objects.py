@@ -83,7 +83,9 @@ class TrainingObjects(Simulated):
             plugin = keywords.get("gradient_accumulation_plugin")
             steps = keywords.get("gradient_accumulation_steps")
             if steps is None:
-                steps = self.window() if plugin is not None or "**" in keywords else 1
+                steps = self.window() if plugin is not None else 1
+                if "**" in keywords:  # a guess: a loop under `accumulate()` gives it steps, another one does not
+                    steps = self.window() if "accumulate" in self.module.names_text.split() else 1
             made.info["steps"] = self.window() if is_number(steps) and number(steps) > 1 else steps
             self.heap["accelerator"] = made
         elif kind == "scaler" and keywords.get("enabled") is False:

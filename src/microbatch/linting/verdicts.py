@@ -2,9 +2,11 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from microbatch.linting.doubts import doubt_of_gradients, doubt_of_weights
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.judge_costs import judge_costs, judge_survey
 from microbatch.linting.judge_gradients import judge_gradients
@@ -18,6 +20,7 @@ __all__ = ["Reading", "Verdict", "read"]
 
 # A setting that is about the machine, not about the method: what is wrong under it is wrong.
 _PRECISION = re.compile(r"amp|fp16|half|autocast|scaler|mixed|bf16|precision", re.IGNORECASE)
+_OF_SETTINGS = frozenset({"MB202", "MB502", "MB503"})
 _JUDGES: tuple[Callable[[View], Iterator[Fault]], ...] = (
     judge_weights,
     judge_stale,
@@ -84,7 +87,11 @@ def _of_root(module: Module, root: Root) -> Iterator[Verdict]:
             for fault in judge(view):
                 shown.setdefault((fault.rule, fault.node), []).append((fault, outcome))
     for (_, node), faults in shown.items():
-        yield _together(root, node, faults)
+        verdict = _together(root, node, faults)
+        doubt = _doubt(module, verdict.fault.rule) if verdict.certain else None
+        if doubt is not None:
+            verdict = replace(verdict, certain=False, needs=(doubt,))
+        yield verdict
     yield from _steps_too_often(root)
     yield from _skips(root)
     if root.survey is not None:
@@ -94,7 +101,7 @@ def _of_root(module: Module, root: Root) -> Iterator[Verdict]:
 
 def _steps_too_often(root: Root) -> Iterator[Verdict]:
     """MB104 by comparison: with one setting windows are accumulated, and with another every microbatch steps."""
-    clean = [o for o in root.outcomes if o.clean and not o.trace.opaque]
+    clean = [o for o in root.outcomes if o.clean and not o.trace.opaque and "assumed" not in o.trace.settings]
     windows = [o for o in clean if o.used_window and any(len(s.since) > 1 for s in o.trace.steps)]
     for outcome in clean:
         steps = [s for s in outcome.trace.steps if s.since]
@@ -150,11 +157,23 @@ def _together(root: Root, node: ast.AST, faults: list[tuple[Fault, Outcome]]) ->
     holds = {(o.fork, o.run.microbatches) for _, o in faults if o.clean}
     needs = list(dict.fromkeys(need for fault, _ in faults for need in fault.needs))
     certain = all(f.certain for f, _ in faults) and bool(holds) and holds >= active
+    if not root.complete and first.rule in _OF_SETTINGS:
+        certain = False  # a setting that was not tried may be the one that the loop is meant for
+    assumed = outcome.trace.settings.get("assumed")
+    if assumed and certain:
+        certain, needs = False, [f"whether `{assumed}` counts microbatches"]
     if first.rule == "MB104" and any(o.clean and not o.trace.steps for o in root.outcomes):
         certain = False  # what decides about the step is not in the file
     if not certain and not needs:
         needs = _settings(root, holds, active)
     return Verdict(first, certain, tuple(needs), outcome)
+
+
+def _doubt(root_module: Module, rule: str) -> str | None:
+    """What else in the file decides about a fault of the weights."""
+    if rule == "MB101":
+        return doubt_of_weights(root_module)
+    return doubt_of_gradients(root_module) if rule in ("MB103", "MB104", "MB107") else None
 
 
 def _matters(rule: str, outcome: Outcome) -> bool:
@@ -163,6 +182,9 @@ def _matters(rule: str, outcome: Outcome) -> bool:
         return any(b.loss.scaled for b in outcome.trace.backwards)
     if rule in ("MB502", "MB503"):
         return any(not b.synced for b in outcome.trace.backwards)
+    steps = Counter(s.optimizer for s in outcome.trace.steps if s.since)
+    if rule == "MB105" and (max(steps.values(), default=0) < 2 or "assumed" in outcome.trace.settings):
+        return False  # one window shows no other length, and neither do those of a count that is not followed
     return rule in ("MB104", "MB106", "MB107") or any(len(s.since) > 1 for s in outcome.trace.steps)
 
 

@@ -43,7 +43,7 @@ for step in range(steps):
     optimizer.step()
     optimizer.zero_grad()
 """,
-    certain="In this file: labels that are left out (`ignore_index`, -100 or a mask), and a mean over the rest.",
+    certain="In this file: labels that are left out (padding, a mask, -100 in labels), and a mean over the rest.",
 )
 
 BATCH_COUPLED_LOSS = Rule(
