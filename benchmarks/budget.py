@@ -31,7 +31,7 @@ from typing import Any
 
 import microbatch as mb
 from benchmarks.cases import BUDGET_CASES
-from benchmarks.machine import busy_seconds, hardware, versions
+from benchmarks.machine import KEPT_HEAP, busy_seconds, hardware, heap, versions
 from benchmarks.report import write
 from benchmarks.summary import NOISY, Summary, order_of_round, summarize, summarize_ratio
 from benchmarks.under_budget import Chosen, Handle
@@ -42,8 +42,6 @@ SHARES = (2, 4, 8)
 GOAL, RAGGED_GOAL = 0.9, 0.7
 """The most time of a step, as a part of the best loop's."""
 FINALISTS = 2
-KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Makes glibc keep freed memory for the next allocation, as a caching allocator does. Read when a process starts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "threads": flags.threads,
         "repeats": repeats,
-        "heap": "kept (glibc returns no memory to the system)" if flags.kept_heap else "the C library's default",
+        "heap": heap(kept=flags.kept_heap),
         "shares": list(SHARES),
     }
     results: dict[str, tuple[int, list[Loop], list[Row]]] = {}

@@ -14,6 +14,14 @@ import torch
 
 VERSIONED = ("torch", "microbatch", "accelerate", "lightning-fabric", "transformers")
 
+KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+"""Makes glibc keep freed memory for the next allocation, as a caching allocator does. Read when a process starts."""
+
+
+def heap(*, kept: bool) -> str:
+    """Return what the C library does with freed memory, in words."""
+    return "kept (glibc returns no memory to the system)" if kept else "the C library's default"
+
 
 def hardware(device: str) -> dict[str, str | int]:
     """Describe the processor, its memory and the device.

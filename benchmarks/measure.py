@@ -26,6 +26,7 @@ class Plan:
         memory: Whether to measure memory, in processes of its own.
         device: ``"cpu"`` or ``"cuda"``.
         threads: Threads of torch's operators.
+        kept_heap: Whether the C library keeps freed memory, in every process.
     """
 
     contenders: tuple[str, ...]
@@ -35,6 +36,7 @@ class Plan:
     memory: bool
     device: str
     threads: int
+    kept_heap: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.goals import agrees, verdicts
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, heap, versions
 from benchmarks.measure import Entry, Plan
 
 SCHEMA = 2
@@ -66,6 +66,7 @@ def as_markdown(entries: Sequence[Entry], record: dict[str, Any]) -> str:
         "# Measured",
         "",
         f"{record['date']}; {machine}; {plan['threads']} threads on {plan['device']}.",
+        f"The heap is {heap(kept=plan['kept_heap'])}.",
         "; ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
         "",
         "A `~` marks times during which another job was running, as their interquartile range or the machine says:",

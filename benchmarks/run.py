@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.cases import CASES
 from benchmarks.goals import agrees
+from benchmarks.machine import KEPT_HEAP
 from benchmarks.measure import Bench, Entry, Plan
 from benchmarks.report import as_markdown, as_record, line, write
 from benchmarks.worker import NATIVE, PACKAGES, PEERS
@@ -51,8 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory=flags.memory,
         device=flags.device,
         threads=flags.threads,
+        kept_heap=flags.kept_heap,
     )
-    out = flags.out or RESULTS / (f"{flags.device}-quick" if flags.quick else flags.device)
+    if flags.kept_heap:
+        os.environ.update(KEPT_HEAP)  # which the C library of each contender's process reads when it starts
+    out = flags.out or RESULTS / (flags.device + "-kept-heap" * flags.kept_heap + "-quick" * flags.quick)
     entries: list[Entry] = []
     markdown = ""
     for row in _rows(flags, plan):
@@ -103,6 +107,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch's operators")
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory too")
+    add("--kept-heap", action="store_true", help="let glibc keep freed memory, in every process")
     add("--out", type=Path, help="where to write, without suffix (default benchmarks/results/DEVICE)")
     add("--strict", action="store_true", help="fail if a row is noisy or a contender did other arithmetic")
     length = parser.add_mutually_exclusive_group()
