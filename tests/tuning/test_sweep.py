@@ -291,7 +291,7 @@ def rmsprop() -> mb.Job:
         ({"points": 1}, "points must be a whole number of at least 2"),
         ({"samples": 0}, "samples must be a whole number of at least 1"),
         ({"target_loss": float("nan")}, "target_loss must be a finite number"),
-        ({"accumulation": "plain", "microbatch_size": "auto"}, 'cannot be "auto"'),
+        ({"accumulation": "plain", "microbatch_size": "auto"}, 'instead of "auto"'),
         ({"job": coupled()}, "give the job a validation set"),
         ({"job": scheduled()}, "scheduler=None"),
         ({"job": rmsprop()}, "no rule was made for RMSprop"),
