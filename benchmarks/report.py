@@ -66,7 +66,7 @@ def as_markdown(entries: Sequence[Entry], record: dict[str, Any]) -> str:
         "# Measured",
         "",
         f"{record['date']}; {machine}; {plan['threads']} threads on {plan['device']}.",
-        f"The heap is {heap(kept=plan['kept_heap'])}.",
+        f"Heap: {heap(kept=plan['kept_heap'])}. Processes of each contender: {plan['processes']}.",
         "; ".join(f"{name} {version}" for name, version in record["versions"].items()) + ".",
         "",
         "A `~` marks times during which another job was running, as their interquartile range or the machine says:",

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=flags.device,
         threads=flags.threads,
         kept_heap=flags.kept_heap,
+        processes=flags.processes,
     )
     if flags.kept_heap:
         os.environ.update(KEPT_HEAP)  # which the C library of each contender's process reads when it starts
@@ -103,6 +104,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--contenders", nargs="+", choices=[*NATIVE, *PEERS], default=[*NATIVE, *PEERS], help="the loop always is one")
     add("--repeats", type=int, help="rounds of a row, at least (default 3; quick 2; thorough 9)")
     add("--row-seconds", type=float, help="go on with a row for so long (default 10; quick 0; thorough 30)")
+    add("--processes", type=int, default=1, help="processes that each contender has, one after the other (default 1)")
     add("--retries", type=int, default=0, help="measure a noisy row again so many times, and keep the quietest")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=os.cpu_count() or 1, help="threads of torch's operators")
@@ -120,8 +122,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         flags.repeats = 2 if flags.quick else 9 if flags.thorough else 3
     if flags.row_seconds is None:
         flags.row_seconds = 0.0 if flags.quick else 30.0 if flags.thorough else 10.0
-    if flags.repeats < 1:
-        parser.error(f"--repeats must be at least 1, not {flags.repeats}")
+    for name in ("repeats", "processes"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name} must be at least 1, not {getattr(flags, name)}")
     for case in flags.case:
         for size in flags.microbatch_size or ():
             if size < 1 or CASES[case].batch_size % size:
