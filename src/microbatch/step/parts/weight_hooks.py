@@ -103,11 +103,13 @@ class WeightHooks(Part):
                 "run once a window",
             )
 
-    @torch.no_grad()
     def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
         """Finish the gradient of all ranks, run the hooks on it, and measure its norm again."""
-        if not self._aside:
-            return
+        if self._aside:
+            self._run(window, met, factor)
+
+    @torch.no_grad()
+    def _run(self, window: OpenWindow, met: Met, factor: float) -> None:
         gradients, met.normalized = window.gradients, True
         gradients.scale_(factor)
         places = {id(each.parameter): place for place, each in enumerate(gradients.named)}
