@@ -1,11 +1,13 @@
 """What every test runs under: types checked while the code runs, one seed, few threads, deterministic kernels."""
 
 import gc
+import importlib
 import os
 import random
 import sys
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import CodeType, FunctionType
 from typing import Any
@@ -13,28 +15,29 @@ from typing import Any
 import pytest
 from beartype import BeartypeConf
 from beartype.claw import beartype_package
-from beartype.claw._ast import _clawaststar as added_to_code
 from hypothesis import register_random, settings
 
 if "microbatch" in sys.modules:
     message = "microbatch was imported before its types could be watched"
     raise RuntimeError(message)
-CHECKED: Any = added_to_code.__beartype__
 DEFINED: set[CodeType] = set()
 
 
-def once_for_a_definition(found: Any = None, **options: Any) -> Any:
+def once_for_a_definition(check: Any, found: Any = None, **options: Any) -> Any:
     """Check the types of a function inside of a function when it is first defined; each check is compiled anew."""
     if found is None:
-        return partial(once_for_a_definition, **options)
+        return partial(once_for_a_definition, check, **options)
     if isinstance(found, FunctionType) and "<locals>" in found.__qualname__:
         if found.__code__ in DEFINED:
             return found
         DEFINED.add(found.__code__)
-    return CHECKED(found, **options)
+    return check(found, **options)
 
 
-added_to_code.__beartype__ = once_for_a_definition
+# Private: another release may lack it, and is slower. What stands in for beartype on a GPU's machine has none to check.
+with suppress(ImportError):
+    ADDED: Any = importlib.import_module("beartype.claw._ast._clawaststar")
+    ADDED.__beartype__ = partial(once_for_a_definition, ADDED.__beartype__)
 # An int is a float where a float is asked for (as for the type checker). The command line is left out: it imports torch
 # only when a command needs it, so its annotations may name what has not been imported.
 beartype_package(

@@ -112,6 +112,14 @@ def test_the_dry_run_says_that_it_is_one(tmp_path: Path, capsys: pytest.CaptureF
     assert "passed, 3: machine, GPT 124M, losses that couple samples" in capsys.readouterr().out
 
 
+def test_the_suite_needs_neither_hypothesis_nor_beartype(tmp_path: Path) -> None:
+    # Its conftest and the marked tests, with the small modules that stand in for them.
+    run.main(["--device", "cpu", "--only", "tests", "--out", str(tmp_path)])
+    page = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "all else of it passed" in page
+    assert re.search(r"\| Tests marked `cuda` \| [1-9]\d* \| 0 \|", page)  # passed, failed
+
+
 def test_without_a_gpu_the_dry_run_is_offered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
