@@ -46,7 +46,7 @@ def asked_for(source: str) -> set[str]:
 
 
 def release(monkeypatch: pytest.MonkeyPatch, *links: str) -> None:
-    """Let the package's metadata have these links."""
+    """Replace the links in the package's metadata."""
     found = Message()
     for link in links:
         found["Project-URL"] = link

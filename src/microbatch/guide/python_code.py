@@ -54,7 +54,7 @@ def program(settings: Settings) -> str:
 
 
 def _faults(settings: Settings) -> list[str]:
-    """Say in a comment why a run's gradient is not the whole batch's, where it is so on purpose."""
+    """Return a comment that says why the gradient of a run differs from the whole batch's on purpose."""
     reasons = {
         "the loss is not divided": settings.divide == "none",
         "it takes a mean of means": settings.divide == "means",

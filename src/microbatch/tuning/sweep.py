@@ -16,6 +16,7 @@ from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 from microbatch.planning.hyperparameters import is_number
 from microbatch.ranks.process_group import RankGroup
+from microbatch.step.options import size_of
 from microbatch.train.atomic_files import write_text
 from microbatch.train.job import Job
 from microbatch.train.run_lock import Claim
@@ -88,9 +89,7 @@ def sweep(  # noqa: PLR0913 - each of them is one choice of the user's
     """
     if not isinstance(job, Job) and not callable(job):
         raise ConfigError(f"job must be an mb.Job, or a function that returns one, not {kind_of(job)}")
-    if microbatch_size != "auto" and whole(microbatch_size, least=1) is None:
-        raise ConfigError(f'microbatch_size must be "auto" or a whole number of at least 1, not {microbatch_size!r}')
-    microbatch_size = whole(microbatch_size) or "auto"
+    microbatch_size = size_of(microbatch_size)
     batch_sizes, grid = _sizes(batch_sizes), listed_of(grid) or []
     samples = None if samples is None else check_whole("samples", samples, least=1)
     seeds, points = check_whole("seeds", seeds, least=1), check_whole("points", points, least=2)

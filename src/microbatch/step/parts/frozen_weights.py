@@ -13,7 +13,7 @@ from microbatch.errors import WeightsMovedError
 from microbatch.gradients.parameters import Frozen
 from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
-from microbatch.step.parts.watching import EACH_ADVICE, ONCE_ADVICE, WINDOWS, moved_text, renorms, some_places
+from microbatch.step.parts.watching import WINDOWS, buffers_advice, moved_text, renorms, some_places
 from microbatch.step.saved_state import PLAIN, Buffer
 
 _KIND = "frozen weights"
@@ -83,7 +83,7 @@ class FrozenWeights(Part):
                 f". They began to move in this window, which has no copy of them: buffers={window.options.buffers!r} "
                 "moves them once from the next window on"
             )
-            advice = f"{f'{ONCE_ADVICE}; ' if self._once else ''}{EACH_ADVICE}. Or move these weights after {_AFTER}"
+            advice = f"{buffers_advice(once=self._once)}. Or move these weights after {_AFTER}"
             window.setup.warn(_KIND, text + (late if once else f". {advice}"))
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:

@@ -18,12 +18,12 @@ from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.saved_state import PLAIN
 
 _NAMED = 4  # buffers that a warning names
-ONCE_ADVICE = (
+_ONCE = (
     'buffers="once" starts every microbatch from the values before the window, and keeps the update of the first '
     "microbatch"
 )
-EACH_ADVICE = 'buffers="each" keeps this behaviour without the warning'
-_MEAN_ADVICE = 'buffers="mean" keeps the mean of all updates'
+_MEAN = 'buffers="mean" keeps the mean of all updates'
+_EACH = 'buffers="each" keeps this behaviour without the warning'
 WINDOWS = 2
 """Windows in which the values of buffers are compared."""
 _PLACES = 8  # weights whose places are compared in one window
@@ -161,9 +161,7 @@ class WatchedBuffers(Part):
         ]
         if moved:
             text = moved_text(window, moved, "buffers move")
-            window.setup.warn(
-                "buffers", f"{text}. {f'{ONCE_ADVICE}; {_MEAN_ADVICE}; ' if self._once else ''}{EACH_ADVICE}"
-            )
+            window.setup.warn("buffers", f"{text}. {buffers_advice(once=self._once, mean=self._once)}")
 
 
 class BuffersOnce(Part):
@@ -270,6 +268,11 @@ def some_places(window: OpenWindow, found: Sequence[_Held]) -> list[tuple[_Held,
     stride = len(found) // _PLACES + 1
     some = found[window.setup.history.windows % stride :: stride]
     return [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
+
+
+def buffers_advice(*, once: bool, mean: bool = False) -> str:
+    """Return text on the values of ``buffers=`` to choose from: ``"once"`` and ``"mean"`` if asked for, ``"each"``."""
+    return "; ".join([*([_ONCE] if once else []), *([_MEAN] if mean else []), _EACH])
 
 
 def moved_text(window: OpenWindow, moved: Sequence[Any], what: str) -> str:
