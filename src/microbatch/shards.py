@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,13 @@ def is_shard(tensor: object) -> bool:
     # The import is slow, and there is no DTensor before other code has imported the module.
     found: Any = sys.modules.get("torch.distributed.tensor")
     return found is not None and isinstance(tensor, found.DTensor)
+
+
+def shards_among(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors that are sharded over ranks; without a look at each, if nothing has imported `DTensor`."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return []
+    return [tensor for tensor in tensors if is_shard(tensor)]
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microbatch.gradients.parameters import Named
-from microbatch.shards import is_shard, local_of, norm_of
+from microbatch.shards import is_shard, local_of, norm_of, shards_among
 
 _NARROW = {torch.bfloat16, torch.float16}
 
@@ -29,7 +29,7 @@ def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
         Reads every gradient once; no host synchronisation. For sharded gradients, one all-reduce of 8 bytes for each
         dimension of their mesh.
     """
-    shards = [gradient for gradient in gradients if is_shard(gradient)]
+    shards = shards_among(gradients)
     if shards:
         norms = [norm_of(shards, norm=partial(_norm, device=device))]
         norms += [_norm([gradient for gradient in gradients if not is_shard(gradient)], device=device)]
@@ -48,7 +48,8 @@ def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
     # than the norms of a small model.
     norms = torch._foreach_norm(dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     here = [norm if norm.device == device else norm.to(device) for norm in norms]
-    return torch.linalg.vector_norm(torch.stack(here)).detach()
+    norm = torch.linalg.vector_norm(torch.stack(here))
+    return norm.detach() if norm.requires_grad else norm
 
 
 def _wide_norm(gradient: Tensor) -> Tensor:

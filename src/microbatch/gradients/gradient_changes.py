@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
@@ -27,7 +26,7 @@ class GradientChanges:
         self._watched: Sequence[int] = ()
         self._turn = 0
         self._mark: list[Tensor | None] = []
-        self._versions: list[int | None] = []
+        self._versions: list[int] = []
 
     def open(self, named: Sequence[Named]) -> None:
         """Start a window in which no parameter has a gradient.
@@ -38,7 +37,7 @@ class GradientChanges:
         self._named = named
         self._watched = range(len(named))
         self._mark = [None] * len(named)
-        self._versions = [None] * len(named)
+        self._versions = []
 
     def mark(self, sums: Sums, *, some: bool = False) -> None:
         """Record the gradients as they are now.
@@ -53,7 +52,7 @@ class GradientChanges:
         # Held until the next check and no longer: a fused backward returns the sum to autograd, which copies a tensor
         # that something else holds.
         self._mark = sums(self._watched)
-        self._versions = _versions(self._mark)
+        self._versions = [gradient._version for gradient in self._mark if gradient is not None]
 
     def check(self, sums: Sums) -> None:
         """Refuse gradients that changed since `mark`, or since `open`.
@@ -64,24 +63,16 @@ class GradientChanges:
         Raises:
             GradientsTouchedError: A gradient is another tensor, or was written to in place.
         """
-        now = sums(self._watched)
-        versions = _versions(now)
-        if all(map(operator.is_, now, self._mark)) and versions == self._versions:
-            self.close()
-            return
-        found, marked = zip(now, versions, strict=True), zip(self._mark, self._versions, strict=True)
-        for index, (total, version), (total_then, version_then) in zip(self._watched, found, marked, strict=True):
-            if total is not total_then or version != version_then:
+        now, versions = sums(self._watched), iter(self._versions)
+        for index, total, marked in zip(self._watched, now, self._mark, strict=True):
+            if total is not marked or (total is not None and total._version != next(versions)):
                 raise GradientsTouchedError(
                     f"the gradient of {self._named[index].name!r} was changed inside the window by something other "
                     "than window.backward. Do not call zero_grad(), clip_grad_norm_() or loss.backward() inside a "
                     "window, which zeroes, clips (max_grad_norm=) and adds up the gradients itself"
                 )
+        self.close()
 
     def close(self) -> None:
         """Release the recorded gradients."""
         self._watched, self._mark, self._versions = (), [], []
-
-
-def _versions(gradients: Sequence[Tensor | None]) -> list[int | None]:
-    return [None if gradient is None else gradient._version for gradient in gradients]

@@ -170,7 +170,7 @@ class Denominator:
             term = self._terms[share.name]
             # A copy, because some losses of torch (such as mse_loss) return a number in the storage of a tensor as
             # large as their input, and would keep this storage alive until the window ends.
-            term.values.append(share.value.detach().clone())
+            term.values.append(share.value.data.clone())
             term.weights.append(share.weight)
             term.counts.append(share.count)
             term.microbatches.append(microbatch)
@@ -379,21 +379,20 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     """Add up the sums and the counts of a term."""
     if not term.values:
         return torch.zeros((), dtype=dtype, device=device), 0.0
-    sums = torch.stack([value if value.device == device else value.to(device) for value in term.values]).to(dtype)
-    equal = len(set(term.weights)) == 1  # then a number does, which costs less than a tensor
-    sums = sums * (term.weights[0] if equal else torch.tensor(term.weights, dtype=dtype, device=device))
-    if not any(isinstance(count, Tensor) for count in term.counts):  # numbers have been checked, and none is 0
+    values = torch.stack([value if value.device == device else value.to(device) for value in term.values])
+    on_host = not any(isinstance(count, Tensor) for count in term.counts)  # checked, and none is 0
+    if on_host and len(set(term.weights)) == 1:
+        return values.sum(dtype=dtype) * term.weights[0], float(sum(term.counts))
+    sums = values.to(dtype) * torch.tensor(term.weights, dtype=dtype, device=device)
+    if on_host:
         return sums.sum(), float(sum(term.counts))
     whole = dtype is torch.float32 and all(map(is_whole, term.counts))  # without float64, they would be rounded
-    counts = _stack(term.counts, torch.int64 if whole else dtype, device)
+    kind = torch.int64 if whole else dtype
+    counts = torch.stack([torch.as_tensor(count, device=device).detach().to(kind) for count in term.counts])
     # A sum could hide a negative count; it cannot hide NaN, or so low a number.
     counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
-
-
-def _stack(counts: Sequence[Count], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.stack([torch.as_tensor(count, device=device).detach().to(dtype) for count in counts])
 
 
 def _power_of_two(number: float) -> float:
