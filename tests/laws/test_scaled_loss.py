@@ -97,6 +97,20 @@ def test_a_gradient_that_the_caller_unscales_is_the_full_batchs() -> None:
     torch.testing.assert_close(model.weight.grad, full_batch())
 
 
+class Named(torch.autograd.Function):
+    """A loss of the user's own, which keeps a value called `name`, as torch's nodes call their method."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        ctx.name = "mine"
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        assert ctx.name == "mine"
+        return grads[0]
+
+
 SILENT: dict[str, Callable[[Tensor], Tensor]] = {
     "a half": lambda loss: loss * 0.5,
     "two": lambda loss: 2 * loss,
@@ -105,6 +119,8 @@ SILENT: dict[str, Callable[[Tensor], Tensor]] = {
     "a weight of one element": lambda loss: (loss * torch.tensor([8192.0])).sum(),
     "a learnt temperature": lambda loss: loss * nn.Parameter(torch.tensor(math.log(100.0))).exp(),
     "a share": lambda loss: loss / 4,
+    "a function of the user's": lambda loss: Named.apply(loss) * 2,
+    "a bare function of the user's": Named.apply,
     "a scaler that is off": torch.amp.GradScaler("cpu", enabled=False).scale,
 }
 

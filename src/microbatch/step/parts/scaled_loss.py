@@ -81,7 +81,7 @@ def _factors(loss: Tensor) -> Iterator[Tensor]:
     """Yield the float32 tensors of one element that a loss was multiplied by."""
     nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
     for node in nodes:  # grows in the loop
-        if node is None or node.name() not in _THROUGH:
+        if node is None or type(node).__name__ not in _THROUGH:
             continue
         # The raw value, because unpacking could recompute a layer. A number of Python's is saved in 64 bits.
         factor = getattr(getattr(node, "_raw_saved_other", None), "data", None)
