@@ -173,6 +173,54 @@ def test_gradients_of_a_model_that_the_user_compiled_are_copied() -> None:
     assert relative_error(it.updates[0], full_batch(model, squared, batch)) <= EXACT
 
 
+NARROW = torch.bfloat16
+SUMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    ".grad": (torch.float64, {}),
+    ".grad, narrow": (NARROW, {"sums": mb.Sums(dtype=NARROW)}),
+    "wide": (NARROW, {}),
+    "compensated": (NARROW, {"sums": mb.Sums(dtype=NARROW, how="compensated")}),
+    "deterministic": (torch.float64, {"ranks": mb.Ranks(deterministic=True)}),
+    "momentum": (torch.float64, {"sums": mb.Sums(buffer="none")}),
+}
+
+
+@pytest.mark.usefixtures("capturing")
+@pytest.mark.parametrize("kind", SUMS)
+def test_no_kind_of_sum_keeps_the_memory_of_a_captured_graph(kind: str) -> None:
+    dtype, options = SUMS[kind]
+    weights = []
+    for function in (captured(counted), counted):
+
+        def loss(model: nn.Module, piece: Batch, function: Any = function) -> mb.Loss:
+            return mb.Loss(sum=function(model, piece).sum * 1, count=len(piece["x"]))
+
+        model = network().to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        it = mb.Accumulator(model, optimizer, microbatch_size=2, **options)
+        for seed in (1, 2):  # the first step has no momentum to add to
+            it.step(points(seed, 7, dtype), loss)
+        weights.append(torch.cat([each.detach().flatten() for each in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.usefixtures("capturing")
+def test_gradients_of_representations_outlive_the_graph_of_their_loss() -> None:
+    model, batch, store = network(), points(1, 6), {}
+    it = subject(model, size=2)
+
+    def encode(model: nn.Module, piece: Batch) -> Tensor:
+        for each in store.values():  # the memory of the loss is used again
+            each.fill_(torch.nan)
+        return model(piece["x"])
+
+    def coupled(_: nn.Module, encoded: Tensor) -> Tensor:
+        return InPlace.apply(encoded, store, "encoded").square().mean()
+
+    it.accumulator.step(batch, coupled, encode=encode)
+    expected = full_batch(model, lambda model, batch: model(batch["x"]).square().mean(), batch)
+    assert relative_error(it.updates[0], expected) <= EXACT
+
+
 @pytest.mark.usefixtures("capturing")
 def test_by_hand_the_first_gradient_is_overwritten() -> None:
     model, batch, function = network(), points(1, 6), captured(counted)

@@ -2,7 +2,9 @@
 
 import copy
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -185,9 +187,25 @@ def several_steps(rank: int) -> dict[str, Any]:
     return {"before": world.step(fine), "fault": world.step(fine, fault), "after": world.step(rarely)}
 
 
+def one_captured(rank: int) -> dict[str, Any]:
+    """Take over the gradients of one microbatch as if they lay in the memory of a captured graph."""
+    name = "torch._inductor.cudagraph_trees"
+    sys.modules[name] = ModuleType(name)
+    try:
+        return World(rank, [2, 2], compile=True).step(eager)
+    finally:
+        del sys.modules[name]
+
+
+@torch.compiler.disable
+def eager(model: nn.Module, x: Tensor, rank: int, index: int) -> Loss:
+    return fine(model, x, rank, index)
+
+
 def cases(rank: int, ranks: int) -> dict[str, Any]:
     reduce.BUCKET_BYTES = 9 * 8 + 1  # two weights
     return {
+        "captured": one_captured(rank),
         "uneven": World(rank, [9, 1]).step(fine),
         "off": World(rank, [9, 1], ranks=Ranks()).step(fine),
         "no rows": World(rank, [5, 0]).step(fine),
@@ -217,7 +235,17 @@ def told(run_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathF
     return run_ranks(cases, 2, tmp_path_factory.mktemp("overlap"))
 
 
-ROWS = {"uneven": 10, "off": 10, "no rows": 5, "wrapped": 8, "rare": 10, "rare, last": 10, "nothing last": 10} | {
+ROWS = {
+    "captured": 4,
+    "uneven": 10,
+    "off": 10,
+    "no rows": 5,
+    "wrapped": 8,
+    "rare": 10,
+    "rare, last": 10,
+    "nothing last": 10,
+} | {
+    "captured": 4,
     "full, last backward": 10,
     "full, before": 10,
     "full, both": 8,

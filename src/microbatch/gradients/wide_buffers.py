@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from microbatch.devices.captured_graphs import kept
 from microbatch.gradients.bfloat16_sums import Compensated
 from microbatch.gradients.parameters import Named
 
@@ -170,7 +171,8 @@ class WideBuffers:
         if self._is_narrow(parameter):
             self._add_narrow(index, grad)
         elif index not in self.totals:
-            self.totals[index] = grad.to(self.dtype_of(parameter))
+            wide = grad.to(self.dtype_of(parameter))
+            self.totals[index] = kept(wide) if wide is grad else wide
         elif grad.is_sparse:
             self.totals[index].add_(grad.to(self.totals[index].dtype))
         elif self.totals[index].is_sparse:
@@ -183,7 +185,7 @@ class WideBuffers:
         if index in self.narrow_sums:
             self.narrow_sums[index].add_(grad)
         elif self._narrow is not None:
-            self.narrow_sums[index] = self._narrow(grad)
+            self.narrow_sums[index] = self._narrow(kept(grad))
             self.totals[index] = self.narrow_sums[index].total
 
 

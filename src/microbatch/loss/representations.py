@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from microbatch.devices.backend import to_wide
+from microbatch.devices.captured_graphs import kept
 from microbatch.errors import LossError, NoGraphError
 from microbatch.kind_words import kind_of
 from microbatch.loss.loss import Share
@@ -53,8 +54,8 @@ class Representations:
         return replace(self, tensors=leaves)
 
     def gradients(self) -> list[Tensor | None]:
-        """Return the leaves' gradients, and remove the gradients from the leaves."""
-        gradients: list[Tensor | None] = [tensor.grad for tensor in self.tensors]
+        """Return the leaves' gradients, which stay while the encoder runs again, and remove them from the leaves."""
+        gradients = [None if tensor.grad is None else kept(tensor.grad) for tensor in self.tensors]
         for tensor in self.tensors:
             tensor.grad = None
         return gradients

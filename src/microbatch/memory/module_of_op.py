@@ -136,7 +136,7 @@ def is_accumulating(node: Any) -> bool:
     Returns:
         False also outside of backward.
     """
-    return node is not None and "AccumulateGrad" in node.name()
+    return node is not None and type(node).__name__ == "AccumulateGrad"
 
 
 def running_module(models: Iterable[nn.Module]) -> str | None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from microbatch.devices.captured_graphs import graphs_are_captured
 from microbatch.errors import RankAgainError, RankError, WindowError
 from microbatch.ranks.process_group import RankGroup, failure_words
 from microbatch.ranks.reduce import buckets_of
@@ -104,7 +105,9 @@ class Overlap:
         """
         self._remove_hooks()
         for place, (total, version) in self._versions.items():
-            if sums[place] is not total or total._version != version:
+            # The first gradient in the memory of a captured CUDA graph has been replaced by its copy.
+            replaced = sums[place] is not total and not graphs_are_captured()
+            if replaced or total._version != version:
                 raise WindowError(
                     f"the gradient of parameter {place} changed after Ranks(overlap=True) had started its all-reduce, "
                     "as happens under activation checkpointing with use_reentrant=True. Pass use_reentrant=False to "

@@ -50,7 +50,8 @@ class Accumulator:
             device has; ``"none"`` sets no limit. See ``docs/out-of-memory.md``.
         max_grad_norm: Clip the finished gradient once to this Euclidean norm, above 0. `None` does not clip.
         autocast: ``torch.bfloat16`` or ``torch.float16`` to run forward passes under autocast; `None` for no autocast.
-        grad_scaler: Loss scaling for float16 autocast; the parameters must be float32.
+        grad_scaler: Loss scaling for float16 autocast; the parameters must be float32. The accumulator scales: a loss
+            that went through ``scaler.scale`` is refused.
         nonfinite: What happens if the loss or the gradient is infinite or NaN. ``"raise"`` restores the state from
             before the window and raises. ``"skip"`` drops the window, keeps the weights and counts it in `skipped`.
         lengths: For rows of different lengths: group rows of similar length, and trim them to the longest in the

@@ -34,6 +34,7 @@ from microbatch.step.parts.memory_budget import MemoryBudget
 from microbatch.step.parts.noise_scale import NoiseMeter
 from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
+from microbatch.step.parts.scaled_loss import ScaledLoss
 from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
 from microbatch.step.parts.weight_hooks import WeightHooks
 from microbatch.step.passes.coupled import Coupled
@@ -204,7 +205,7 @@ class Composition:
         if options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
-        found += [WeightHooks(), CountWarning(), CouplingWarning(), WatchedWeights(), CapturedGradients()]
+        found += [WeightHooks(), CountWarning(), CouplingWarning(), ScaledLoss(), WatchedWeights(), CapturedGradients()]
         return [*found, self.fused]
 
     def _passes(self) -> Passes:

@@ -9,10 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from microbatch.devices.captured_graphs import graphs_are_captured, kept
 from microbatch.step.part import OpenWindow, Part, Run
-
-# Imported by torch when it captures its first graph, and not before.
-_CAPTURE = "torch._inductor.cudagraph_trees"
 
 
 class CapturedGradients(Part):
@@ -20,7 +18,8 @@ class CapturedGradients(Part):
 
     A captured graph writes its results to the same memory in every run. Autograd takes over a parameter's first
     gradient without a copy. So the next microbatch would overwrite the gradient that it should add to: torch raises an
-    error, or the sum is wrong. Both ``compile=`` and a model that the user compiled can capture graphs.
+    error, or the sum is wrong. Both ``compile=`` and a model that the user compiled can capture graphs. A sum outside
+    of `.grad` copies its first gradient by itself.
 
     Cost:
         With CUDA graphs, one copy of the gradients in each window; otherwise none.
@@ -36,11 +35,11 @@ class CapturedGradients(Part):
         return partial(self._copied, window, run)
 
     def _copied(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
-        if _CAPTURE not in sys.modules:
+        if not graphs_are_captured():
             run(tensors, seeds)
             return
         new = [each.parameter for each in window.gradients.named if each.parameter.grad is None]
         run(tensors, seeds)
         for parameter in new:
             if parameter.grad is not None:
-                parameter.grad = parameter.grad.clone()
+                parameter.grad = kept(parameter.grad)
