@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor
 
 # Imported by torch when it captures its first graph, and not before.
@@ -13,6 +14,11 @@ _CAPTURE = "torch._inductor.cudagraph_trees"
 def graphs_are_captured() -> bool:
     """Return whether `torch.compile` may have captured a CUDA graph in this process."""
     return _CAPTURE in sys.modules
+
+
+def graphs_can_be_captured() -> bool:
+    """Return whether a CUDA graph is captured, or the next forward could capture the first one."""
+    return graphs_are_captured() or torch.cuda.is_initialized()
 
 
 def kept(tensor: Tensor) -> Tensor:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from microbatch.devices.captured_graphs import graphs_are_captured, kept
+from microbatch.devices.captured_graphs import graphs_are_captured, graphs_can_be_captured, kept
 from microbatch.step.part import OpenWindow, Part, Run
 
 
@@ -29,10 +28,8 @@ class CapturedGradients(Part):
     """
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
-        """Copy gradients that are new after a backward, if anything is compiled."""
-        if not window.options.compile and "torch._dynamo" not in sys.modules:
-            return run
-        return partial(self._copied, window, run)
+        """Copy gradients that are new after a backward, where a forward of this window could capture a graph."""
+        return partial(self._copied, window, run) if graphs_can_be_captured() else run
 
     def _copied(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
         if not graphs_are_captured():
