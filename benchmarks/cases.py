@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import third_party
 from benchmarks.models import GPT, Autocast, ResidualNetwork, VisionTransformer
 
 LEARNING_RATE = 1e-4
@@ -142,6 +143,14 @@ CASES = {
         sizes=(1, 8),
         all_sizes=_POWERS_OF_TWO,
     ),
+    "perceptron": Case(
+        describe="a perceptron of 709 weights: only what a step costs in Python",
+        batch_size=32,
+        model=lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)),
+        batch=lambda: {"inputs": torch.randn(32, 16), "labels": torch.randint(5, (32,))},
+        sizes=(8,),
+        all_sizes=(1, 8),
+    ),
     # For the harness's own test, and to see that a machine can run all contenders.
     "tiny": Case(
         describe="a transformer that takes no time, so that only overhead is left",
@@ -152,6 +161,45 @@ CASES = {
         all_sizes=(1, 2, 4),
     ),
 }
+
+
+def _third_party(make: Callable[[], nn.Module], describe: str, batch: Callable[[], dict[str, Tensor]]) -> Case:
+    has_norm = make in {third_party.resnet, third_party.segformer}  # batch normalisation
+    return Case(describe=describe, batch_size=16, model=make, batch=batch, sizes=(4,), couples_rows=has_norm)
+
+
+def _small_text() -> dict[str, Tensor]:
+    return _text(16, third_party.LENGTH, third_party.VOCABULARY)
+
+
+def _small_images() -> dict[str, Tensor]:
+    return _images(16, third_party.PIXELS, third_party.CLASSES)
+
+
+def _small_maps() -> dict[str, Tensor]:
+    labels = torch.randint(third_party.CLASSES, (16, third_party.PIXELS // 4, third_party.PIXELS // 4))
+    return _small_images() | {"labels": labels}
+
+
+def _small_sounds() -> dict[str, Tensor]:
+    return _small_text() | {"inputs": torch.randn(16, 80, third_party.FRAMES)}
+
+
+THIRD_PARTY = {
+    "bert": _third_party(third_party.bert, "BERT, 3.1M parameters", _small_text),
+    "gemma": _third_party(third_party.gemma, "Gemma, 3.2M parameters", _small_text),
+    "mixtral": _third_party(third_party.mixtral, "Mixtral, 8.3M parameters", _small_text),
+    "t5": _third_party(third_party.t5, "T5, 4.1M parameters", _small_text),
+    "whisper": _third_party(third_party.whisper, "Whisper, 4.3M parameters", _small_sounds),
+    "swin": _third_party(third_party.swin, "Swin transformer, 2.2M parameters", _small_images),
+    "hf-vit": _third_party(third_party.vit, "vision transformer, 1.5M parameters", _small_images),
+    "convnext": _third_party(third_party.convnext, "ConvNeXt, 1.5M parameters", _small_images),
+    "segformer": _third_party(third_party.segformer, "SegFormer, 3.7M parameters", _small_maps),
+    "resnet18": _third_party(third_party.resnet, "residual network of 18 layers, 11M parameters", _small_images),
+}
+"""Models of the Transformers package: ``--case third-party`` of `benchmarks.run` measures all of them."""
+
+CASES.update(THIRD_PARTY)
 
 # For runs under a memory budget: weights small enough that an eighth of the full batch's peak still holds them, and
 # windows of about a second. Microbatch sizes are not listed, because every one of them is tried.

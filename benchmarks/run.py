@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, THIRD_PARTY
 from benchmarks.goals import agrees
 from benchmarks.machine import KEPT_HEAP
 from benchmarks.measure import Bench, Entry, Plan
@@ -99,7 +99,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--case", nargs="+", choices=list(CASES), help="what is trained")
+    add("--case", nargs="+", choices=[*CASES, "third-party"], help="what is trained")
     add("--microbatch-size", nargs="+", type=int, help="rows that go through at once; must divide the case's batch")
     add("--contenders", nargs="+", choices=[*NATIVE, *PEERS], default=[*NATIVE, *PEERS], help="the loop always is one")
     add("--repeats", type=int, help="rounds of a row, at least (default 3; quick 2; thorough 9)")
@@ -118,6 +118,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags = parser.parse_args(arguments)
     if flags.case is None:
         flags.case = ["tiny"] if flags.quick else list(THOROUGH_CASES if flags.thorough else DEFAULT_CASES)
+    flags.case = [each for case in flags.case for each in (THIRD_PARTY if case == "third-party" else [case])]
     if flags.repeats is None:
         flags.repeats = 2 if flags.quick else 9 if flags.thorough else 3
     if flags.row_seconds is None:
