@@ -105,14 +105,7 @@ def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = 
 
 
 def unmarked(batch: object) -> Any:
-    """Return a batch without the marks `Whole` and `Rows`.
-
-    Args:
-        batch: Any structure.
-
-    Returns:
-        The same structure with the marked values; nothing is copied.
-    """
+    """Return a batch without the marks `Whole` and `Rows`; nothing is copied."""
     return map_leaves(lambda leaf, _: leaf.value if isinstance(leaf, Rows | Whole) else leaf, batch)
 
 

@@ -70,14 +70,7 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
 
 
 def modules_with_time_first(model: nn.Module) -> list[str]:
-    """List the modules of a model that expect the layout (time, rows, features), by name and type.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Texts such as ``"rnn (LSTM)"``.
-    """
+    """List the modules of a model that expect the layout (time, rows, features), by name and type."""
     kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.RNNCellBase)
     return [
         f"{name or 'the root module'} ({type(each).__name__})"

@@ -123,15 +123,7 @@ def entries_of(value: Any, path: str) -> int | None:
 
 
 def spread(mark: Rows, path: str) -> list[tuple[str, Rows]]:
-    """List the values of a marked dict or dataclass, each with the same mark.
-
-    Args:
-        mark: The mark.
-        path: Where it is.
-
-    Returns:
-        Pairs of path and mark; one pair for a mark of a single value.
-    """
+    """List the values of a marked dict or dataclass with their paths, each with the same mark."""
     inner = None if isinstance(mark.value, LISTS) else children(mark.value)
     if inner is None:
         return [(path, mark)]

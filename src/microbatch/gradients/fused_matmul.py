@@ -92,11 +92,7 @@ class Fuse(TorchFunctionMode):
         return self._running
 
     def report(self) -> Mapping[str, str]:
-        """Report for each parameter whether its gradient was fused.
-
-        Returns:
-            By parameter name: ``"fused"``, or the reason why not.
-        """
+        """Report for each parameter, by name, ``"fused"`` or the reason why its gradient was not."""
         fused = {name for key, name in self._names.items() if key in self._fused}
         unused = "not used by a plain linear or embedding call"
         return {each.name: "fused" if each.name in fused else _unfit(each.parameter) or unused for each in self._named}
@@ -189,12 +185,7 @@ class Fuse(TorchFunctionMode):
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def run_backward(self, losses: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
-        """Run the window's own backward, the only one that adds to gradients in place.
-
-        Args:
-            losses: The roots of the graph.
-            seeds: The gradient of each root.
-        """
+        """Run the window's own backward, the only one that adds to gradients in place."""
         self._running = True
         try:
             torch.autograd.backward(losses, seeds)

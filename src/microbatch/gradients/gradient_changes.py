@@ -30,11 +30,7 @@ class GradientChanges:
         self._versions: list[int | None] = []
 
     def open(self, named: Sequence[Named]) -> None:
-        """Start a window in which no parameter has a gradient.
-
-        Args:
-            named: The window's parameters.
-        """
+        """Start a window in which no parameter has a gradient."""
         self._named = named
         self._watched = range(len(named))
         self._mark = [None] * len(named)

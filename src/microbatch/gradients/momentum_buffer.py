@@ -175,36 +175,18 @@ class Fold:
             entry.parameter.grad, entry.version = held, held._version
 
     def holds(self, parameter: Tensor) -> bool:
-        """Return whether a parameter's gradients add up in an optimizer's state from before the window.
-
-        Args:
-            parameter: Any parameter.
-
-        Returns:
-            False if the parameter has no state yet, or its optimizer is not described.
-        """
+        """Return whether a parameter's gradients add up in a state that its optimizer had before the window."""
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.held is not None
 
     def is_untouched(self, parameter: Tensor) -> bool:
-        """Return whether no gradient has been added to a parameter's state.
-
-        Args:
-            parameter: Any parameter.
-
-        Returns:
-            False also if the parameter's gradients do not add up in a state.
-        """
+        """Return whether a parameter's gradients add up in a state, to which none has been added."""
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.sum is not None and entry.sum._version == entry.version
 
     @torch.no_grad()
     def drop(self, parameter: Tensor) -> None:
-        """Restore a parameter's state and set its `.grad` to `None`, so that the optimizer skips the parameter.
-
-        Args:
-            parameter: A parameter that got no gradient.
-        """
+        """Restore a parameter's state and set its `.grad` to `None`, so that the optimizer skips the parameter."""
         self._restore(id(parameter))
         parameter.grad = None
 
@@ -259,11 +241,7 @@ class Fold:
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Generator[None]:
-        """Change an optimizer's settings for one step, so that it uses the new state unchanged.
-
-        Args:
-            optimizer: Any optimizer; nothing changes for an optimizer without a description.
-        """
+        """Change an optimizer's settings for one step, so that it uses the new state unchanged."""
         rule = next((rule for each, rule in self._rules if each is optimizer), None)
         before = [{name: group[name] for name in rule.stepping} if rule else {} for group in optimizer.param_groups]
         try:

@@ -79,16 +79,7 @@ class Trainable:
     def __call__(
         self, model: nn.Module, optimizers: Iterable[Optimizer], modules: Iterable[nn.Module]
     ) -> Sequence[Named]:
-        """Return what `trainable` returns.
-
-        Args:
-            model: As for `trainable`.
-            optimizers: As for `trainable`.
-            modules: The modules of the model, of which a window has a list already.
-
-        Returns:
-            The parameters.
-        """
+        """Return what `trainable` returns; ``modules`` are the model's, of which a window has a list already."""
         # All that the list depends on, as objects to compare by identity: names, modules, parameters, and whether each
         # is trained.
         found: list[Any] = [

@@ -27,14 +27,7 @@ _ARGUMENTS_OF_TORCH = (
 
 
 def layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Find the layers that currently normalise by the statistics of their input.
-
-    Args:
-        model: The model.
-
-    Returns:
-        By name, the batch normalisation layers that are in training mode or that have no running statistics.
-    """
+    """Find, by name, the batch normalisation layers that currently normalise by the statistics of their input."""
     return {
         name or "the model itself": module
         for name, module in model.named_modules()
@@ -182,14 +175,7 @@ class ExactBatchNorm:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """Return the arguments of a call of batch normalisation by name.
-
-    Args:
-        call: A call of `torch.nn.functional.batch_norm`, or of `torch.batch_norm`, whose arguments have another order.
-
-    Returns:
-        All arguments of the call, by name.
-    """
+    """Return by name the arguments of a call of `batch_norm`, of which torch has two with other orders."""
     names = _ARGUMENTS if call.func is F.batch_norm else _ARGUMENTS_OF_TORCH
     return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
 

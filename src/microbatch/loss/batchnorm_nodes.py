@@ -40,20 +40,12 @@ class LayerCall:
         self.scale: Tensor | None = None
 
     def offload_input(self, x: Tensor) -> None:
-        """Offload the input, unless it is offloaded already.
-
-        Args:
-            x: The input.
-        """
+        """Offload the input, unless it is offloaded already."""
         if self.x is None:
             self.x = self._puts.away(x)
 
     def load_input_for_sums(self) -> Tensor:
-        """Load the input for the first of its two uses in backward.
-
-        Returns:
-            The input.
-        """
+        """Load the input for the first of its two uses in backward."""
         assert self.x is not None  # noqa: S101 - as forward left it
         x = self.x()
         if self.needs_input and self._puts.spares(x):
@@ -97,15 +89,7 @@ class MeasureMoments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the complete gradient of the input: through the statistics, and at fixed statistics.
-
-        Args:
-            ctx: Autograd's context.
-            grads: Gradients of the mean and of the sum of squares.
-
-        Returns:
-            The gradient of each argument of `forward`.
-        """
+        """Return the complete gradient of the input: through the statistics, and at fixed statistics."""
         layer_call: LayerCall = ctx.layer_call
         d_mean, d_squares = grads
         assert layer_call.x is not None  # noqa: S101 - as forward left it
@@ -177,15 +161,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of mean, variance, weight and bias, and offload the gradient of the output.
-
-        Args:
-            ctx: Autograd's context.
-            grads: Gradient of the output.
-
-        Returns:
-            The gradient of each argument of `forward`; `None` for the input.
-        """
+        """Return the gradients of mean, variance, weight and bias, and offload the gradient of the output."""
         layer_call: LayerCall = ctx.layer_call
         (dy,) = grads
         (weight,) = ctx.saved_tensors

@@ -89,16 +89,7 @@ def count_in(batch: Fields, count: CountOf) -> Any:
 
 
 def take(batch: Fields, index: Sequence[int], **replaced: Tensor) -> dict[str, Any]:
-    """Copy rows of a microbatch, in any order and with repetition.
-
-    Args:
-        batch: The microbatch.
-        index: Numbers of the rows.
-        replaced: Tensors that take the place of some of its values after the rows are chosen.
-
-    Returns:
-        The rows, as a dict.
-    """
+    """Copy rows of a microbatch, in any order and with repetition; ``replaced`` take the place of some values."""
     rows = rows_in(batch)
     return {name: replaced.get(name, _taken(value, index, rows)) for name, value in batch.items()}
 

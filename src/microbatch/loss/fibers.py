@@ -21,11 +21,7 @@ class Fiber(ABC):
 
     @abstractmethod
     def assign(self, task: Callable[[], object]) -> None:
-        """Assign the next task; the fiber must have no unfinished task.
-
-        Args:
-            task: Called without arguments inside the first `resume`; must not raise.
-        """
+        """Assign the next task, which must not raise; the fiber must have no unfinished task."""
 
     @abstractmethod
     def resume(self) -> None:

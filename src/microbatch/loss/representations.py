@@ -122,15 +122,7 @@ def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence
 
 
 def seeds_for(piece: Representations, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors from which a microbatch's backward starts, and their gradients.
-
-    Args:
-        piece: The microbatch's representations, with their graph.
-        gradients: The loss's gradient with respect to each tensor, or `None`.
-
-    Returns:
-        The tensors that require a gradient and have one in ``gradients``; and these gradients, in the tensors' dtypes.
-    """
+    """Return the tensors from which a microbatch's backward starts, and their gradients."""
     pairs = zip(piece.tensors, gradients, strict=True)
     with_gradient = [
         (tensor, grad.to(tensor.dtype)) for tensor, grad in pairs if grad is not None and tensor.requires_grad

@@ -46,11 +46,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
     def run(self) -> Any:
-        """Call the function with these arguments.
-
-        Returns:
-            The function's result.
-        """
+        """Call the function with these arguments."""
         return self.func(*self.args, **self.kwargs)
 
 

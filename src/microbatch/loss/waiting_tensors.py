@@ -32,11 +32,7 @@ class WaitingTensors:
         self._offloaded: list[tuple[weakref.ref[UntypedStorage], int, Callable[[], Tensor]]] = []
 
     def track(self, out: object) -> None:
-        """Record a result of this microbatch, if it may be offloaded later.
-
-        Args:
-            out: The result of a function.
-        """
+        """Record a result of this microbatch, if it may be offloaded later."""
         if self._try_offload is not None and type(out) is Tensor and out.grad_fn is not None and _owns_storage(out):
             self._tracked.append(TensorWeakRef(out))
 

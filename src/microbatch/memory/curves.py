@@ -30,28 +30,15 @@ class Curves(Protocol):
         ...
 
     def at(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator, float64.
-
-        Args:
-            size: Rows; at least 1.
-        """
+        """Return the bytes alive after each operator, float64."""
         ...
 
     def least(self, size: int) -> Tensor:
-        """Return a lower bound of the bytes alive after each operator, float64.
-
-        Args:
-            size: Rows; at least 1.
-        """
+        """Return a lower bound of the bytes alive after each operator, float64."""
         ...
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bytes alive after one operator by category.
-
-        Args:
-            size: Rows; at least 1.
-            index: Index of the operator.
-        """
+        """Split the bytes alive after one operator by category."""
         ...
 
 
@@ -121,14 +108,7 @@ class Fitted:
         return [self.runs[0].operators[moment] for moment in self.moments[0]]
 
     def at(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            Float64, one for each operator that all runs have.
-        """
+        """Return the bytes alive after each operator."""
         rows = list(self.live)
         line = _polynomial(self.sizes, rows, size, points=2)
         found = torch.where(self.bent, _polynomial(self.sizes, rows, size, points=3), line)
@@ -160,15 +140,7 @@ class Fitted:
         return torch.minimum(found, torch.stack(lines).amax(dim=0)) if lines else found
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bytes alive after one operator by category.
-
-        Args:
-            size: Rows; at least 1.
-            index: Index of a fitted operator.
-
-        Returns:
-            Bytes by category.
-        """
+        """Split the bytes alive after one operator by category."""
         found = [run.parts(each[index]) for run, each in zip(self.runs, self.moments, strict=True)]
         names = {name: None for each in found for name in each}
         tables = [torch.tensor([each.get(name, 0) for name in names], dtype=torch.float64) for each in found]
@@ -197,14 +169,7 @@ class Bounded:
         return ["any"]
 
     def at(self, size: int) -> Tensor:
-        """Return the upper bound of the peak.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            One number, float64.
-        """
+        """Return the upper bound of the peak."""
         peaks = [float(run.peak_bytes) for run in self.runs]
         bound = peaks[0]
         for (low, below), (high, above) in pairwise(zip(self.sizes, peaks, strict=True)):
@@ -215,27 +180,12 @@ class Bounded:
         return torch.tensor([bound], dtype=torch.float64, device="cpu")
 
     def least(self, size: int) -> Tensor:
-        """Return the largest peak among the runs with at most as many rows, which is a lower bound.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            One number, float64.
-        """
+        """Return the largest peak among the runs with at most as many rows, which is a lower bound."""
         peaks = [float(run.peak_bytes) for at, run in zip(self.sizes, self.runs, strict=True) if at <= size]
         return torch.tensor([max(peaks, default=0.0)], dtype=torch.float64, device="cpu")
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bound by category, in the proportions of the next larger run's peak, or of the largest run's.
-
-        Args:
-            size: Rows; at least 1.
-            index: Ignored.
-
-        Returns:
-            Bytes by category.
-        """
+        """Split the bound by category, in the proportions of the next larger run's peak, or of the largest run's."""
         del index
         run = next((run for at, run in zip(self.sizes, self.runs, strict=True) if at >= size), self.runs[-1])
         found = run.parts(max(range(len(run.live)), key=run.live.__getitem__))

@@ -34,14 +34,7 @@ class LeastMemory:
         return self.weights + self.gradients + self.state
 
     def refusal(self, budget: int) -> str | None:
-        """Describe why a budget cannot work.
-
-        Args:
-            budget: Bytes that a step may use.
-
-        Returns:
-            What is needed, and the least that could do; `None` if the budget is not below it.
-        """
+        """Describe why a budget is too small, and the least that could do; `None` if it is not."""
         if budget >= self.total:
             return None
         parts = [("weights and buffers", self.weights), ("gradients", self.gradients), ("optimizer state", self.state)]

@@ -44,15 +44,7 @@ class Scratch:
         self._keeping, self._kept = False, None
 
     def empty(self, shape: Sequence[int], *, like: Tensor) -> Tensor:
-        """Make an uninitialised, contiguous tensor.
-
-        Args:
-            shape: Shape of the tensor.
-            like: A tensor with the same dtype and device.
-
-        Returns:
-            The tensor; it shares memory with no other tensor in use.
-        """
+        """Make an uninitialised, contiguous tensor."""
         size = torch.Size(shape).numel() * like.itemsize
         if not self._keeping or size < SMALLEST or like.device.type != "cpu":
             return torch.empty(shape, dtype=like.dtype, device=like.device)

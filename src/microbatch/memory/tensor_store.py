@@ -173,26 +173,12 @@ class Store:
 
 
 def can_offload(device: torch.device) -> bool:
-    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Whether they can; False for an accelerator without streams.
-    """
+    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere."""
     return device.type == "cpu" or has_streams(device)
 
 
 def is_movable(tensor: Tensor) -> bool:
-    """Return whether a tensor is plain dense data that can be copied out and restored byte by byte.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        Whether `Store.put` moves it.
-    """
+    """Return whether a tensor is plain dense data that can be copied out and restored byte by byte."""
     return (
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.layout is torch.strided

@@ -52,15 +52,7 @@ def between(runs: Sequence[tuple[int, Timeline]]) -> list[int]:
 
 
 def enough_of(fake: Callable[[int], Timeline], sizes: Sequence[int]) -> list[int]:
-    """Add sizes where the predicted peak of fake windows is uncertain, because loops have more iterations.
-
-    Args:
-        fake: Returns the timeline of a window with fake tensors, which takes no memory; results are cached.
-        sizes: Two or more microbatch sizes, ascending.
-
-    Returns:
-        The given and the added sizes, ascending.
-    """
+    """Add sizes where the predicted peak of fake windows is uncertain, because loops have more iterations."""
     enough = sorted([*sizes, *between([(size, fake(size)) for size in sizes])])
     for _ in range(_LOOKS):
         more = doubtful(enough, partial(predict(fake, sizes=enough).doubt, hidden=False))

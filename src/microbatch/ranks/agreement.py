@@ -133,15 +133,7 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
 
 
 def message_bytes(parameters: int, *, ranks: int) -> int:
-    """Return the length of the all-reduce in `agree` and `attend`.
-
-    Args:
-        parameters: Number of parameters, frozen ones too.
-        ranks: World size.
-
-    Returns:
-        Bytes.
-    """
+    """Return the length of the all-reduce in `agree` and `attend`."""
     return 8 * (failure_words(ranks) + len(_encode(None, parameters, again=False)))
 
 

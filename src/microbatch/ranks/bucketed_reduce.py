@@ -76,12 +76,7 @@ class Overlap:
         self.early = 0
 
     def begin(self, ranks: RankGroup, factor: float) -> None:
-        """Start a window's reduction, after the ranks have agreed on its denominator.
-
-        Args:
-            ranks: The window's data-parallel ranks.
-            factor: What this rank's gradients are multiplied by before the all-reduce.
-        """
+        """Start a window's reduction, after the ranks have agreed on its denominator."""
         self._ranks, self._factor, self._next, self.early = ranks, factor, 0, 0
         self._versions.clear()
         for bucket in self._buckets:
@@ -154,14 +149,7 @@ class Overlap:
                 yield place, piece.view(self._parameters[place].shape)
 
     def fail(self, *, again: bool) -> bool:
-        """Send zeros in the remaining buckets, and report that this rank failed.
-
-        Args:
-            again: Whether this rank will run the same batch again.
-
-        Returns:
-            Whether every rank that failed will run the batch again.
-        """
+        """Send zeros in the remaining buckets, and return whether every rank that failed will run the batch again."""
         self._remove_hooks()
         nothing: list[Tensor | None] = [None] * len(self._parameters)
         for bucket in self._buckets[self._next :]:

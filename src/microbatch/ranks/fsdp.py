@@ -14,27 +14,13 @@ from microbatch.errors import ConfigError
 
 
 def fully_sharded(model: nn.Module) -> list[Any]:
-    """List the modules that `torch.distributed.fsdp.fully_shard` was applied to.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The sharded modules in the model's order; none if `torch.distributed.fsdp` was never imported.
-    """
+    """List the modules that `torch.distributed.fsdp.fully_shard` was applied to, in the model's order."""
     found: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if found is None else [module for module in model.modules() if isinstance(module, found.FSDPModule)]
 
 
 def wrapped_by_the_older(model: nn.Module) -> str | None:
-    """Find a module that is wrapped in `FullyShardedDataParallel` (FSDP1), which `fully_shard` has replaced.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The path of the first such module; `None` if there is none.
-    """
+    """Find a module that is wrapped in `FullyShardedDataParallel` (FSDP1), which `fully_shard` has replaced."""
     found: Any = sys.modules.get("torch.distributed.fsdp")
     wrapper = () if found is None else found.FullyShardedDataParallel
     return next((name for name, module in model.named_modules() if isinstance(module, wrapper)), None)
@@ -94,11 +80,7 @@ def narrowest(model: nn.Module, *, alone: bool = False) -> torch.dtype | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the all-gathered weights, so that the model's parameters are the shards that its optimizer has.
-
-    Args:
-        model: The model; nothing happens if it is not sharded.
-    """
+    """Free the all-gathered weights, so that the model's parameters are the shards that its optimizer has."""
     for module in fully_sharded(model) if dist.is_available() and dist.is_initialized() else ():
         module.reshard()
 
@@ -118,15 +100,7 @@ def gather_roots(model: nn.Module) -> None:
 
 
 def units_of(state: Any) -> Sequence[Any]:
-    """List the FSDP units that one call of `fully_shard` has made.
-
-    Args:
-        state: The FSDP state of a module.
-
-    Returns:
-        The units: groups of parameters that are all-gathered together, and whose gradients are reduce-scattered
-        together.
-    """
+    """List the FSDP units of a module: parameters that are all-gathered and reduce-scattered together."""
     # Private to torch, as are the values of the units' flags, which torch can set but not return. Until torch 2.11, a
     # state had one unit.
     units = getattr(state, "_fsdp_param_groups", None)
@@ -137,14 +111,7 @@ def units_of(state: Any) -> Sequence[Any]:
 
 
 def fsdp_units(model: nn.Module) -> Iterator[Any]:
-    """Go through all FSDP units of a model.
-
-    Args:
-        model: The model.
-
-    Yields:
-        The units in the model's order.
-    """
+    """Go through all FSDP units of a model."""
     for module in fully_sharded(model):
         yield from units_of(module._get_fsdp_state())
 

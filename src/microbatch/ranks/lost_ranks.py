@@ -94,14 +94,7 @@ def process_space() -> str:
 
 
 def is_of_the_group(error: BaseException | None) -> bool:
-    """Return whether an error comes from a collective, and not from the model.
-
-    Args:
-        error: Any error.
-
-    Returns:
-        Whether the error is of the kind that a lost or late rank causes.
-    """
+    """Return whether an error comes from a collective, and not from the model."""
     if isinstance(error, MicrobatchError) or not isinstance(error, RuntimeError):
         return False
     # Errors of gloo are plain RuntimeErrors, so only the words of the message can be compared.
@@ -115,14 +108,7 @@ def is_of_a_lost_rank(error: BaseException) -> bool:
 
 @contextmanager
 def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
-    """Replace an error of a collective by an error that names the missing ranks, which a function raises.
-
-    Args:
-        name: Takes an error. Raises a `RankError` if the error comes from a collective.
-
-    Yields:
-        Nothing.
-    """
+    """Replace an error of a collective by an error that names the missing ranks, which a function raises."""
     try:
         yield
     except Exception as error:

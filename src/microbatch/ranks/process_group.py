@@ -35,12 +35,7 @@ class RankGroup:
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        """Wrap a process group.
-
-        Args:
-            group: The process group, or `None` for the default one.
-            device: The model's device.
-        """
+        """Wrap a process group."""
         self._group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
@@ -55,14 +50,7 @@ class RankGroup:
         return dist.get_process_group_ranks(self._group)
 
     def failure_flags(self, *, failed: bool) -> list[float]:
-        """Return numbers whose sums over the ranks tell which ranks have failed.
-
-        Args:
-            failed: Whether this rank has failed.
-
-        Returns:
-            A number for every 32 ranks: float64 adds up their powers of two exactly.
-        """
+        """Return a number for every 32 ranks, whose sums in float64 tell exactly which ranks have failed."""
         flags = [0.0] * failure_words(self.size)
         flags[self.index // _FLAGS] = float(failed) * 2.0 ** (self.index % _FLAGS)
         return flags
@@ -72,28 +60,13 @@ class RankGroup:
         return [index for index in range(self.size) if int(flags[index // _FLAGS]) >> index % _FLAGS & 1]
 
     def failures(self, indices: Sequence[int]) -> str:
-        """Describe ranks that have reported a failure, for an error on the other ranks.
-
-        Args:
-            indices: The ranks that failed, by their indices in the group.
-
-        Returns:
-            Their numbers in the default process group, with the step and the error if these are known.
-        """
+        """Describe ranks that have reported a failure: their numbers, and the step and the error if known."""
         failed = [self.members[index] for index in indices]
         return " and ".join(f"rank {each}" for each in failed) if self.beats is None else self.beats.failures(failed)
 
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:
-        """Wrap a process group if it has several ranks.
-
-        Args:
-            device: The model's device.
-            group: The process group; `None` for the default one.
-
-        Returns:
-            The ranks, or `None` if `torch.distributed` is not initialised or the world size is 1.
-        """
+        """Wrap a process group if it has several ranks; `None` for a single process."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
         return cls(group, device)

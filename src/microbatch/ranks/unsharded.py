@@ -69,11 +69,7 @@ def scatter_whole(model: nn.Module) -> None:
 
 
 def let_go(model: nn.Module) -> None:
-    """Return a model's units to FSDP's normal state, after `hold_whole`.
-
-    Args:
-        model: A fully sharded model; nothing changes if `hold_whole` was not called.
-    """
+    """Return a model's units to FSDP's normal state, after `hold_whole`."""
     for state in _states(model):
         state._training_state = type(state._training_state).IDLE
 

@@ -148,15 +148,7 @@ class Attempts:
         return None
 
     def failed(self, window: OpenWindow, error: BaseException) -> bool:
-        """Decide whether the batch runs again, and change the size or the way of encoding for the next attempt.
-
-        Args:
-            window: The window; it has restored everything.
-            error: The failure.
-
-        Returns:
-            Whether the batch runs again.
-        """
+        """Decide whether the batch runs again, and change the size or the way of encoding for that."""
         policies, coupled = self._policies, window.coupled
         cut = policies.size.cut_of
         before = after = 0 if cut is None else cut.rows
@@ -206,19 +198,7 @@ class Attempts:
 def locate(
     window: Window, setup: Setup, *, batch: object, function: Function, counts: Counts | None, error: NonfiniteError
 ) -> NonfiniteError:
-    """Find the microbatch whose gradient is not finite, by running the window again.
-
-    Args:
-        window: The window that failed.
-        setup: Setup of the window to run, without listeners.
-        batch: The batch of the window.
-        function: The loss function, or the encoder with a stand-in loss.
-        counts: As for `Accumulator.step`.
-        error: The error of the window.
-
-    Returns:
-        The error to raise. It names the microbatch if one was found.
-    """
+    """Find the microbatch whose gradient is not finite, by running the window again."""
     together = window.options.pipeline is not None or (window.passes.keeps and window.coupled is None)
     if error.microbatch is not None or window.peers.size > 1 or together:
         return error

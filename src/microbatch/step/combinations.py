@@ -250,15 +250,7 @@ def refuse(options: Options, *, use: Collection[str] = ()) -> None:
 
 
 def goes_with(feature: str, options: Options) -> bool:
-    """Return whether a feature could be added to the options.
-
-    Args:
-        feature: Name of the feature.
-        options: The options of the accumulator.
-
-    Returns:
-        False if one of the options excludes it.
-    """
+    """Return whether a feature could be added to the options."""
     known: dict[str, bool] = dict.fromkeys(USES, False)
     pairs = [(each.first, each.second) for each in CLASHES if feature in {each.first, each.second}]
     return not any(_given(name, options, known) for pair in pairs for name in pair if name != feature)

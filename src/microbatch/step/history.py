@@ -46,11 +46,7 @@ class History:
         self._refuse(self._open.get("window"))
 
     def release(self, window: object) -> None:
-        """Close a window, if it is the open one.
-
-        Args:
-            window: The window.
-        """
+        """Close a window, if it is the open one."""
         if self._open.get("window", (None, ""))[0] is window:
             self._open.clear()
 

@@ -54,11 +54,7 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """Call an optimizer's `zero_grad`, unless it is torch's own and every gradient is `None` already.
-
-    Args:
-        optimizer: The optimizer.
-    """
+    """Call an optimizer's `zero_grad`, unless it is torch's own and every gradient is `None` already."""
     own = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
     if not own or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
         optimizer.zero_grad()
@@ -132,11 +128,7 @@ class Versions:
         return all(each._version == version for each, version in self._parameters)
 
     def put_back(self) -> bool:
-        """Remove state that the optimizer has created since.
-
-        Returns:
-            Whether parameters and earlier state are unchanged.
-        """
+        """Remove state that the optimizer has created since, and return whether all else is unchanged."""
         if not self.untouched:
             return False
         state = self.optimizer.state

@@ -59,14 +59,7 @@ class OwnLoop(OpenWindow):
         raise NotImplementedError
 
     def enclose(self, work: Callable[[Self], object]) -> Self:
-        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
-
-        Args:
-            work: Runs the microbatches.
-
-        Returns:
-            The window, closed.
-        """
+        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it."""
         try:
             self.__enter__()
             work(self)

@@ -95,14 +95,7 @@ class Setup:
     hooked: dict[str, list[Part]] = field(default_factory=dict[str, list[Part]])
 
     def having(self, hook: str) -> list[Part]:
-        """Return the parts that override a hook.
-
-        Args:
-            hook: Name of the method.
-
-        Returns:
-            The parts, the outermost first.
-        """
+        """Return the parts that override a hook, the outermost first."""
         if hook not in self.hooked:
             plain = [getattr(kind, hook) for kind in (Part, Passes, Peers)]
             self.hooked[hook] = [part for part in self.parts if getattr(type(part), hook) not in plain]

@@ -137,24 +137,13 @@ class MemoryBudget(Part):
         self._windows = max(1, self._windows)
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """Return the peak memory so far, from the allocator or the meter.
-
-        Args:
-            device: The device where the model computes.
-
-        Returns:
-            Bytes; `None` if neither measures.
-        """
+        """Return the peak memory so far, from the allocator or the meter; `None` if neither measures."""
         if self._allocator is not None:
             return self._allocator.peak()
         return None if self._meter is None else self._meter.peak_bytes
 
     def live_bytes(self) -> int | None:
-        """Return the bytes in use now.
-
-        Returns:
-            Bytes; `None` if they are not measured.
-        """
+        """Return the bytes in use now; `None` if they are not measured."""
         if self._allocator is not None:
             return self._allocator.in_use()
         return None if self._meter is None else self._meter.live_bytes
@@ -231,13 +220,6 @@ def _check_least(options: Options, device: torch.device) -> None:
 
 
 def is_fake(options: Options) -> bool:
-    """Return whether any of the model's parameters is a fake tensor, which takes no memory.
-
-    Args:
-        options: The options of the accumulator.
-
-    Returns:
-        Whether there is one.
-    """
+    """Return whether any of the model's parameters is a fake tensor, which takes no memory."""
     fake: Any = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and any(isinstance(each, fake.FakeTensor) for each in options.model.parameters())

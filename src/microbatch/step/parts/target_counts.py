@@ -60,15 +60,7 @@ class Mean:
 
 
 def unequal_in(batch: object, cutting: Cutting) -> Unequal | None:
-    """Find a tensor of a batch that counts differently in the microbatches.
-
-    Args:
-        batch: The batch, or `Batches`.
-        cutting: Its microbatches.
-
-    Returns:
-        The first one; `None` if all count alike.
-    """
+    """Find a tensor of a batch that counts differently in the microbatches; `None` if all count alike."""
     for path, count, counts in _counted(_columns(parts_of(batch))):
         per_row = [each.cpu().double() for each in counts]
         if cutting.order is None:

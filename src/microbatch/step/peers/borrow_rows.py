@@ -16,14 +16,7 @@ _FEW = 2  # one row has no variance for batch normalisation
 
 
 def few_of(batch: Any) -> Any:
-    """Return the first two rows of a batch.
-
-    Args:
-        batch: A batch with at least one row; or microbatches from a loader, whose rows may not be known.
-
-    Returns:
-        Copies of the first two rows, or of the only one; the first microbatch if its rows are not known.
-    """
+    """Copy the first two rows of a batch, or its only one; of a loader's microbatches, return the first."""
     parts = parts_of(batch)
     try:
         part = next(part for part in parts if rows_of(part))

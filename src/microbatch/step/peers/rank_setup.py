@@ -49,12 +49,7 @@ class RankSetup:
         self._hash = 0
 
     def begin(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> None:
-        """Record the start of a window.
-
-        Args:
-            window: The window.
-            groups: The process groups of this rank, and whether all ranks of each have the same parameters.
-        """
+        """Record the start of a window."""
         if self.beats is None and groups:
             self.beats = StoreBeats(rank for ranks, _ in groups for rank in ranks.members)
         for ranks, _ in groups:
@@ -202,15 +197,7 @@ def _describe_trained(named: Sequence[Named]) -> dict[str, str]:
 
 
 def describe_optimizer(name: str, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
-    """Describe an optimizer, which must be the same on data-parallel ranks.
-
-    Args:
-        name: Name of the optimizer in the texts.
-        optimizer: The optimizer.
-
-    Yields:
-        Pairs of a name and a text.
-    """
+    """Describe an optimizer, which must be the same on data-parallel ranks."""
     yield name, type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         yield f"{name}, group {index}", f"{len(group['params'])} parameters"

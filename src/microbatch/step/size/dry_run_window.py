@@ -27,14 +27,7 @@ from microbatch.step.window import Window
 
 
 def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any], meter: MemoryMeter) -> None:
-    """Run the parts of a window that take memory, and the optimizers' steps.
-
-    Args:
-        options: Options with copies of the model and the optimizers.
-        loss_fn: As for `Accumulator.step`.
-        microbatches: The microbatches. As in a real window, one is held until the next one is there.
-        meter: Measures the memory, with gradients as a category.
-    """
+    """Run the parts of a window that take memory, and the optimizers' steps."""
     parts: list[Part] = [_Gradients(meter)]
     if options.checkpoint is not None and options.checkpoint != "auto":
         parts.append(Checkpointing(named_blocks(options.bare_model, options.checkpoint)))

@@ -18,11 +18,7 @@ _SMALLEST = 1 << 16
 
 
 def absent() -> saved_tensors_hooks:
-    """Free the tensors that autograd saves, and create new ones of the same shapes when backward needs them.
-
-    Returns:
-        A reusable context manager for forward passes.
-    """
+    """Free the tensors that autograd saves, and create new ones of the same shapes when backward needs them."""
     return saved_tensors_hooks(_pack, _unpack)
 
 
@@ -39,15 +35,7 @@ class Inside:
     around: AbstractContextManager[object]
 
     def __call__(self, model: nn.Module, microbatch: Any) -> LossLike:
-        """Compute a microbatch's loss.
-
-        Args:
-            model: As for the loss function.
-            microbatch: As for the loss function.
-
-        Returns:
-            The result of the loss function.
-        """
+        """Compute a microbatch's loss."""
         with self.around:
             return self.loss_fn(model, microbatch)
 

@@ -120,14 +120,7 @@ class MicrobatchSize(Part):
         return self.tuning is None and not self.sizing.open
 
     def for_rows(self, rows: int) -> Sizing:
-        """Return the size to cut a batch by, and start the search if there is none.
-
-        Args:
-            rows: Rows of the batch.
-
-        Returns:
-            The size.
-        """
+        """Return the size to cut a batch by, and start the search if there is none."""
         if rows and self.sizing.open:
             self._begin(rows)
         self._stopwatch.on = self.tuning is not None
@@ -173,14 +166,7 @@ class MicrobatchSize(Part):
             self._meter.watch_next()
 
     def shrink(self, cut: Cut | None) -> tuple[int, int] | None:
-        """Halve the microbatch size, if it is above one row.
-
-        Args:
-            cut: How the batch that did not fit was cut; `None` if a smaller microbatch cannot help.
-
-        Returns:
-            Rows before and after; `None` if a microbatch cannot be smaller.
-        """
+        """Halve the microbatch size, if it is above one row."""
         return halve(self.sizing, cut)
 
     def saved(self) -> tuple[Sizing, Tuning | None]:
@@ -188,11 +174,7 @@ class MicrobatchSize(Part):
         return self.sizing.copy(), self.tuning
 
     def restore(self, saved: tuple[Sizing, Tuning | None]) -> None:
-        """Restore a size after an error, which tells nothing about the size for the next batch.
-
-        Args:
-            saved: The result of `saved`.
-        """
+        """Restore a size that `saved` returned, after an error that tells nothing about the next batch."""
         self.sizing, self.tuning = saved
         if self.tuning is not None:
             self.tuning.sizing = self.sizing
@@ -256,15 +238,7 @@ def adapt(sizing: Sizing, cut: Cut | None, *, step: int, retries: int) -> list[E
 
 
 def halve(sizing: Sizing, cut: Cut | None) -> tuple[int, int] | None:
-    """Halve the microbatch size, if it is above one row.
-
-    Args:
-        sizing: The size.
-        cut: How the batch that did not fit was cut; `None` if a smaller microbatch cannot help.
-
-    Returns:
-        Rows before and after; `None` if a microbatch cannot be smaller.
-    """
+    """Halve the microbatch size, and return the rows before and after; `None` if no smaller one can help."""
     if cut is None or cut.rows <= 1 or sizing.halved(cut.allowed) <= 1:
         return None
     before = sizing.rows

@@ -12,15 +12,7 @@ from microbatch.step.options import Options
 
 
 def room_for(options: Options, batch: object) -> int | None:
-    """Return the bytes that a window may use, weights included.
-
-    Args:
-        options: The options of the accumulator.
-        batch: The batch, whose memory counts if it is on the CPU with the model.
-
-    Returns:
-        Bytes; `None` if there is no known limit.
-    """
+    """Return the bytes that a window may use, weights included; `None` if there is no known limit."""
     budget, device = options.memory_budget, options.device
     if budget is not None:
         return budget if isinstance(budget, int) else None

@@ -164,15 +164,7 @@ def middle_size(sizes: Sequence[int]) -> int:
 
 
 def fastest(sizes: Sequence[int], seconds: Mapping[int, float]) -> Found:
-    """Choose the fastest measured size.
-
-    Args:
-        sizes: Sizes to choose from, ascending.
-        seconds: Measured seconds per row, by size, for at least one of ``sizes``.
-
-    Returns:
-        The fastest size.
-    """
+    """Choose the fastest measured size."""
     measured = {size: seconds[size] for size in sizes if size in seconds}
     best = min(measured, key=measured.__getitem__)
     others = [size for size in measured if size != best]
@@ -225,15 +217,7 @@ def settled(samples: Sequence[float]) -> float | None:
 
 
 def too_noisy(size: int, samples: Sequence[float]) -> str:
-    """Return the reason why noisy samples were not compared, in words.
-
-    Args:
-        size: The microbatch size of the samples.
-        samples: Seconds per row; at least one.
-
-    Returns:
-        The reason.
-    """
+    """Return the reason why noisy samples were not compared, in words."""
     return (
         f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
         "as when another job is running, so speeds were not compared"

@@ -75,11 +75,7 @@ class Sizing:
         return self.halved(self.most)
 
     def choose(self, rows: int) -> None:
-        """Set a size to try or to keep.
-
-        Args:
-            rows: Rows of a microbatch; at least 1.
-        """
+        """Set a size to try or to keep."""
         self.chosen, self.halvings, self.calm, self.on_trial = rows, 0, 0, False
 
     @property
@@ -88,14 +84,7 @@ class Sizing:
         return None if self.width is None else self.most * self.width
 
     def halved(self, asked: int) -> int:
-        """Halve a size ``halvings`` times.
-
-        Args:
-            asked: Rows or tokens.
-
-        Returns:
-            The halved size; at least 1.
-        """
+        """Halve a size ``halvings`` times."""
         return max(1, asked >> self.halvings)
 
     def shrink(self, asked: int, *, used: int) -> None:
@@ -143,12 +132,5 @@ class Sizing:
         }
 
     def restored(self, state: Mapping[str, Any]) -> Sizing:
-        """Return the size of a saved state, or this one if the user's size has changed since.
-
-        Args:
-            state: The result of `state`.
-
-        Returns:
-            The size to continue with.
-        """
+        """Return the size of a saved state, or this one if the user's size has changed since."""
         return Sizing(**state) if state["asked"] == self.asked else self
