@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from microbatch.gradients.autograd_engine import is_plain_autograd, run_engine
-from microbatch.gradients.fused_functions import fused_embedding, fused_linear
+from microbatch.gradients.fused_functions import FusedEmbedding, FusedLinear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
 from microbatch.kind_words import kind_of
@@ -148,7 +148,7 @@ class Fuse(TorchFunctionMode):
             bias = None if bias is None else bias.to(dtype)
         if x.dtype != ready.dtype or (bias is not None and bias.dtype != ready.dtype):
             return None
-        return fused_linear(x, weight, bias, ready=ready, add=self.add, empty=self._empty, transposed=transposed)
+        return cast("Tensor", FusedLinear.apply(x, weight, bias, ready, self.add, self._empty, transposed))
 
     def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
         """Index an embedding, with a backward that touches only the indexed rows of the gradient.
@@ -163,7 +163,7 @@ class Fuse(TorchFunctionMode):
         """
         if not self._covers(weight, ids):
             return None
-        return fused_embedding(ids, weight, padding, add=self.add)
+        return cast("Tensor", FusedEmbedding.apply(ids, weight, padding, self.add))
 
     def _covers(self, weight: object, x: object) -> bool:
         return id(weight) in self._names and torch.is_grad_enabled() and type(x) in _PLAIN

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,28 +18,6 @@ _ROUNDING = 256  # bytes by which the allocator's rounding may move an allocatio
 _BENT = 0.1  # a parabola is accepted if its error is at most this part of the line's error
 # Categories that grow with the microbatch; parameters, buffers, gradients and optimizer state do not.
 _GROWS = (ACTIVATIONS, INPUTS, TEMPORARIES)
-
-
-@runtime_checkable
-class Curves(Protocol):
-    """Live bytes by microbatch size."""
-
-    @property
-    def operators(self) -> Sequence[str]:
-        """Names of the operators."""
-        ...
-
-    def at(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator, float64."""
-        ...
-
-    def least(self, size: int) -> Tensor:
-        """Return a lower bound of the bytes alive after each operator, float64."""
-        ...
-
-    def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bytes alive after one operator by category."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +175,10 @@ class Bounded:
     def _stretched(self, size: int, index: int) -> dict[str, float]:
         found = self.runs[-1].parts(index)
         return {name: each * (size / self.sizes[-1] if name in _GROWS else 1) for name, each in found.items()}
+
+
+Curves: TypeAlias = Fitted | Bounded
+"""Live bytes by microbatch size."""
 
 
 def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, points: int) -> Tensor:

@@ -117,16 +117,13 @@ def _forget_frames(error: BaseException | None, seen: set[int]) -> None:
     _forget_frames(error.__context__, seen)
 
 
-def explained(
-    error: BaseException, *, model: nn.Module, device: torch.device, budget: int | None, limit: str
-) -> OutOfMemoryError:
+def explained(error: BaseException, *, model: nn.Module, device: torch.device, limit: str) -> OutOfMemoryError:
     """Make the final error of a window that ran out of memory and cannot retry.
 
     Args:
         error: The original exception, with its traceback.
         model: The model, in which the failed module is searched for.
         device: The device whose memory ran out.
-        budget: The user's memory budget in bytes; `None` for the device's memory.
         limit: Why no smaller microbatch can be tried.
 
     Returns:
@@ -137,7 +134,7 @@ def explained(
     """
     asked, in_use = _asked(error), _in_use(error, device)
     operator = getattr(error, "operator", None)
-    allowed = getattr(error, "budget", None) or budget
+    allowed = getattr(error, "budget", None)
     module = getattr(error, "module", None)
     module = failed_layer(error, model) if module is None else module
     facts = [f"{operator or 'an operator'} asked for {_amount(asked)}"]

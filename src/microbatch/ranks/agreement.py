@@ -36,12 +36,12 @@ class Message:
         describe: Returns texts by name that describe the window's parameters, for an error message.
     """
 
-    names: Sequence[str]
-    sums: Sequence[float]
-    counts: Sequence[float]
-    samples: float
-    double: bool
-    present: Sequence[bool]
+    names: Sequence[str] = ()
+    sums: Sequence[float] = ()
+    counts: Sequence[float] = ()
+    samples: float = 0.0
+    double: bool = False
+    present: Sequence[bool] = ()
     sparse: Sequence[bool] = ()
     steps: int = 0
     metrics: int = 0
@@ -156,23 +156,11 @@ def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
     Cost:
         As for `agree`.
     """
-    message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * parameters)
-    return agree(ranks, message, parameters=parameters).samples
+    return agree(ranks, Message(samples=rows), parameters=parameters).samples
 
 
 def tell(ranks: RankGroup, told: Sequence[bool]) -> list[list[bool]]:
-    """Share a few booleans of every rank with every rank.
-
-    Args:
-        ranks: The data-parallel ranks.
-        told: This rank's booleans; the same number on every rank.
-
-    Returns:
-        For each rank, in the order of the ranks, its booleans.
-
-    Cost:
-        One all-reduce of 8 bytes a boolean and rank, and one host synchronisation.
-    """
+    """Share a few booleans of every rank with every rank, in one all-reduce; return them by rank."""
     table = torch.zeros(ranks.size, len(told), dtype=torch.float64)
     table[ranks.index] = torch.tensor(told, dtype=torch.float64)
     table = table.to(ranks.device)

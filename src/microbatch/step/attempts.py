@@ -22,27 +22,14 @@ from microbatch.step.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """The choices that change between windows.
-
-    Attributes:
-        size: The microbatch size.
-        way: How coupled batches are encoded.
-    """
+    """The choices that change between windows: the microbatch size, and how coupled batches are encoded."""
 
     size: MicrobatchSize
     way: CoupledWay
 
 
-class ByHand:
-    """The policy for a hand-written loop, which must run its batch again itself: only the next window is cut smaller.
-
-    Args:
-        policies: The choices that change between windows.
-    """
-
-    started: float | None = None
-    retries = 0
-    twice = False
+class ByHand(Never):
+    """The policy for a hand-written loop, which runs its batch again itself: the next window is cut smaller."""
 
     def __init__(self, policies: Policies) -> None:
         self._policies = policies
@@ -68,9 +55,6 @@ class ByHand:
             step = window.setup.history.windows
             window.options.emit(SizeChanged(step=step, before=before, after=after, reason=reason))
         return False
-
-    def give_up(self) -> None:
-        """Do nothing."""
 
 
 class Attempts:
@@ -108,14 +92,7 @@ class Attempts:
         self.window: Window | None = None
 
     def step(self) -> Window:
-        """Run windows until one succeeds.
-
-        Returns:
-            The window that succeeded, closed.
-
-        Raises:
-            OutOfMemoryError: Memory ran out, and nothing is left that takes less memory.
-        """
+        """Run windows until one succeeds, and return it closed; or raise `OutOfMemoryError`."""
         while True:
             self.window = window = Window(self._setup(), attempt=self, counts=self._counts)
             failure = self._attempt(window)
@@ -192,7 +169,7 @@ class Attempts:
                 "in the loss over the whole batch's representations, where a smaller microbatch cannot help (the "
                 "losses of mb.losses never hold a whole similarity matrix)"
             )
-        return explained(error, model=window.options.model, device=window.device, budget=None, limit=limit)
+        return explained(error, model=window.options.model, device=window.device, limit=limit)
 
 
 def locate(

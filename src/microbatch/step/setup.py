@@ -39,13 +39,7 @@ class Attempt(Protocol):
 
 
 class Never:
-    """The policy that never runs the batch of a window again.
-
-    Attributes:
-        started: `None`: there is no earlier attempt.
-        retries: 0.
-        twice: False.
-    """
+    """The policy that never runs the batch of a window again."""
 
     started: float | None = None
     retries = 0

@@ -289,47 +289,14 @@ class DataParallel(Peers):
 def total_over(
     ranks: RankGroup, rows: float, counts: Mapping[str, float], *, parameters: int
 ) -> tuple[float, Mapping[str, float]]:
-    """Add up rows and declared counts over the ranks.
-
-    Args:
-        ranks: The process group.
-        rows: Rows of this rank.
-        counts: Declared counts of this rank, by term.
-        parameters: Number of trainable parameters, the same on every rank.
-
-    Returns:
-        Rows and counts of all ranks.
-
-    Cost:
-        One small all-reduce and a host synchronisation.
-    """
-    own = Message(
-        names=list(counts),
-        sums=[0.0] * len(counts),
-        counts=list(counts.values()),
-        samples=rows,
-        double=False,
-        present=[False] * parameters,
-    )
+    """Add up rows and declared counts over the ranks, in one small all-reduce."""
+    own = Message(names=list(counts), sums=[0.0] * len(counts), counts=list(counts.values()), samples=rows)
     agreed = agree(ranks, own, parameters=parameters)
     return agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
 
 
 def message_of(denominator: Denominator, device: torch.device, *, samples: float, present: Sequence[bool]) -> Message:
-    """Create a rank's message about the loss of its window.
-
-    Args:
-        denominator: Sums and counts of the loss.
-        device: The device where the model computes.
-        samples: Rows that this rank reports.
-        present: For each parameter, whether it has a gradient.
-
-    Returns:
-        The message.
-
-    Cost:
-        A host synchronisation.
-    """
+    """Create a rank's message about the loss of its window, with a host synchronisation."""
     totals, spoke = denominator.totals(device), denominator.contributed
     flat = numbers_of([number for pair in totals for number in pair], device)
     return Message(
@@ -346,19 +313,7 @@ def message_of(denominator: Denominator, device: torch.device, *, samples: float
 def total_metrics(
     denominator: Denominator, tell: Callable[[dict[str, float]], Sequence[Mapping[str, float]]], device: torch.device
 ) -> dict[str, Tensor]:
-    """Add up the metrics of all ranks by name.
-
-    Args:
-        denominator: Has the metrics of this rank.
-        tell: Takes this rank's metrics, and returns those of each rank.
-        device: The device of the result.
-
-    Returns:
-        Tensors of shape ``()``.
-
-    Cost:
-        One host synchronisation for all metrics, and what ``tell`` takes.
-    """
+    """Add up the metrics of all ranks by name; ``tell`` returns those of each rank."""
     dtype, metrics = wide_dtype(device), denominator.metrics
     values = torch.stack([value.to(device, dtype) for value in metrics.values()]).tolist() if metrics else []
     total: dict[str, float] = {}

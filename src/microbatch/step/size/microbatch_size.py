@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
@@ -171,7 +172,7 @@ class MicrobatchSize(Part):
 
     def saved(self) -> tuple[Sizing, Tuning | None]:
         """Return a copy of the current size, for `restore`."""
-        return self.sizing.copy(), self.tuning
+        return replace(self.sizing), self.tuning
 
     def restore(self, saved: tuple[Sizing, Tuning | None]) -> None:
         """Restore a size that `saved` returned, after an error that tells nothing about the next batch."""
@@ -215,17 +216,7 @@ class MicrobatchSize(Part):
 
 
 def adapt(sizing: Sizing, cut: Cut | None, *, step: int, retries: int) -> list[Event]:
-    """Adapt the size after a window without an error.
-
-    Args:
-        sizing: The size.
-        cut: How the window's batch was cut.
-        step: Index of the window.
-        retries: How often the device's allocator emptied its cache in the window, which then waits for the device.
-
-    Returns:
-        Events for the listeners.
-    """
+    """Adapt the size after a window without an error; ``retries`` counts how often the allocator was full."""
     if retries:
         changed = halve(sizing, cut)
         reason = f"the allocator had to empty its cache {retries} times inside the window: too tight"

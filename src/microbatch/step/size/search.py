@@ -41,13 +41,11 @@ class Found:
     seconds: Mapping[int, float]
 
 
-def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
+def sizes_for(rows: int) -> list[int]:
     """List the sizes to try: those that cut a batch into 1, 2, 4, 8, ... microbatches as evenly as possible.
 
     Args:
         rows: Rows of the batch; at least 1.
-        largest: Rows of the largest microbatch that fits; `None` if it is not known. If not even one row fits, one row
-            is tried.
 
     Returns:
         Sizes in rows, ascending; the 12 largest if there are more.
@@ -56,14 +54,12 @@ def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
         ConfigError: The batch has no rows.
 
     Example:
-        >>> sizes_for(48), sizes_for(33, largest=20), sizes_for(5, largest=0)
-        ([1, 2, 3, 6, 12, 24, 48], [1, 2, 3, 5, 9, 17], [1])
+        >>> sizes_for(48)
+        [1, 2, 3, 6, 12, 24, 48]
     """
     if rows < 1:
         raise ConfigError(f"a batch to plan for needs at least 1 row, not {rows!r}")
-    most = rows if largest is None else max(1, min(rows, largest))
-    cuts = (1 << power for power in range(rows.bit_length() + 1))
-    return sorted({size for cut in cuts if (size := -(-rows // cut)) <= most})[-MOST_SIZES:]
+    return sorted({-(-rows // (1 << power)) for power in range(rows.bit_length() + 1)})[-MOST_SIZES:]
 
 
 def largest_between(rows: int, fits: Callable[[int], bool], *, low: int, high: int) -> int | None:
@@ -222,38 +218,6 @@ def too_noisy(size: int, samples: Sequence[float]) -> str:
         f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
         "as when another job is running, so speeds were not compared"
     )
-
-
-def search(measure: Callable[[int], Sequence[float]], sizes: Sequence[int]) -> Found:
-    """Find the fastest microbatch size by timing at most five of them.
-
-    Args:
-        measure: Runs real microbatches of a size, and returns samples of their time in seconds per row.
-        sizes: Sizes that fit, ascending; at most 12, as from `sizes_for`.
-
-    Returns:
-        The size, and the reason. If samples are too noisy, the default size.
-
-    Raises:
-        ConfigError: There is no size to choose from.
-
-    Cost:
-        At most five calls of ``measure``.
-
-    Example:
-        >>> speed = {1: 0.78, 2: 0.88, 4: 1.0, 8: 0.84, 16: 0.71, 32: 0.56}
-        >>> search(lambda size: [1 / speed[size]] * 3, list(speed)).microbatch_size
-        4
-    """
-    if not sizes:
-        raise ConfigError("there is no microbatch size to choose from")
-    seconds: dict[int, float] = {}
-    while (size := next_size(sizes, seconds)) is not None:
-        samples = measure(size)
-        if (taken := settled(samples)) is None:
-            return undecided(sizes, seconds, why=too_noisy(size, samples))
-        seconds[size] = taken
-    return fastest(sizes, seconds)
 
 
 def _fibonacci_above(number: int) -> int:

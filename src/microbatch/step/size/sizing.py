@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from microbatch.errors import ConfigError
@@ -55,11 +55,7 @@ class Sizing:
 
     @property
     def most(self) -> int:
-        """Rows that go through the model at once, before any halving.
-
-        Raises:
-            ConfigError: There is no size yet.
-        """
+        """Rows that go through the model at once, before any halving."""
         most = self.chosen if self.asked == "auto" else self.asked
         if not isinstance(most, int):
             raise ConfigError('microbatch_size="auto" has no size before the first batch has been cut')
@@ -67,11 +63,7 @@ class Sizing:
 
     @property
     def rows(self) -> int:
-        """Rows that go through the model at once now.
-
-        Raises:
-            ConfigError: There is no size yet.
-        """
+        """Rows that go through the model at once now."""
         return self.halved(self.most)
 
     def choose(self, rows: int) -> None:
@@ -113,23 +105,9 @@ class Sizing:
         self.calm, self.on_trial = 0, self.halvings > 0
         self.halvings = max(0, self.halvings - 1)
 
-    def copy(self) -> Sizing:
-        """Return a copy."""
-        return Sizing(
-            self.asked, self.halvings, self.calm, self.patience, self.on_trial, chosen=self.chosen, width=self.width
-        )
-
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain numbers."""
-        return {
-            "asked": self.asked,
-            "halvings": self.halvings,
-            "calm": self.calm,
-            "patience": self.patience,
-            "on_trial": self.on_trial,
-            "chosen": self.chosen,
-            "width": self.width,
-        }
+        return asdict(self)
 
     def restored(self, state: Mapping[str, Any]) -> Sizing:
         """Return the size of a saved state, or this one if the user's size has changed since."""
