@@ -199,20 +199,7 @@ def best_cuts(
 
 
 def take_piece(batch: object, piece: Piece, *, lengths: Lengths, copy_on: torch.device | None = None) -> Any:
-    """Copy one microbatch out of a padded batch, and trim its columns.
-
-    Args:
-        batch: The whole batch.
-        piece: Rows and columns of the microbatch.
-        lengths: The same `Lengths` that `cut_by_length` got.
-        copy_on: As for `slice_rows`: values without rows are copied too, if they are on this device.
-
-    Returns:
-        The same structure with contiguous copies of the rows, and without the marks `Whole` and `Rows`.
-
-    Cost:
-        Copies the microbatch's tokens.
-    """
+    """Copy one microbatch out of a padded batch, without marks, and trim its columns to those of the piece."""
     trim = partial(_trimmed, piece=piece, keys=lengths.keys)
     copied = None if copy_on is None else Copies(copy_on)
     return select(batch, piece.rows.tolist(), rows=rows_of(batch), copied=copied, trim=trim)

@@ -92,17 +92,7 @@ def scale_(gradients: Sequence[Tensor], factor: float) -> None:
 
 
 def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
-    """Find the first parameter whose gradient is infinite or NaN.
-
-    Args:
-        gradients: Parameters with their gradients.
-
-    Returns:
-        The parameter's name; `None` if every gradient is finite.
-
-    Cost:
-        One host synchronisation a gradient: for error messages only.
-    """
+    """Return the name of the first infinite or NaN gradient, or `None`; reads each gradient on the host."""
     for named, gradient in gradients:
         if not bool(torch.isfinite(_dense(gradient)).all()):
             return named.name

@@ -52,14 +52,7 @@ class GradientChanges:
         self._versions = _versions(self._mark)
 
     def check(self, sums: Sums) -> None:
-        """Refuse gradients that changed since `mark`, or since `open`.
-
-        Args:
-            sums: As for `mark`.
-
-        Raises:
-            GradientsTouchedError: A gradient is another tensor, or was written to in place.
-        """
+        """Refuse gradients that changed since `mark`, or since `open`."""
         now = sums(self._watched)
         versions = _versions(now)
         if all(map(operator.is_, now, self._mark)) and versions == self._versions:

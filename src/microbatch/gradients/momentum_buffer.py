@@ -82,15 +82,7 @@ def linear_state(optimizer: Optimizer) -> LinearState:
 
 
 def check_folds(optimizer: Optimizer, rule: LinearState) -> None:
-    """Refuse an optimizer whose settings use the gradient other than through one linear state.
-
-    Args:
-        optimizer: The optimizer.
-        rule: Its description.
-
-    Raises:
-        ConfigError: A parameter group has such a setting; the message names it and what to change.
-    """
+    """Refuse an optimizer whose settings use the gradient other than through one linear state."""
     for index, group in enumerate(optimizer.param_groups):
         if why := rule.hindrance(group):
             raise ConfigError(
@@ -192,14 +184,7 @@ class Fold:
 
     @torch.no_grad()
     def settle(self, factor: float) -> None:
-        """Correct the sums if the factor differs from the one given to `begin`.
-
-        Args:
-            factor: What the finished gradient will be multiplied with.
-
-        Cost:
-            Nothing if the factor is the same; otherwise one copy of the saved states to the device.
-        """
+        """Correct the sums if the factor differs from the one given to `begin`; the saved states are copied back."""
         for entry in self._entries.values():
             share = entry.of.decay / (entry.of.take * factor)
             if entry.kept is not None and entry.sum is not None and self._lead and share != entry.share:

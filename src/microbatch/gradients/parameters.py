@@ -32,13 +32,7 @@ class Named:
 
 @dataclass(slots=True)
 class Frozen:
-    """A parameter without ``requires_grad``.
-
-    Attributes:
-        module: The module that holds it.
-        name: Its name there.
-        parameter: The parameter.
-    """
+    """A parameter without ``requires_grad``, and the module that holds it under a name."""
 
     module: nn.Module
     name: str
@@ -113,17 +107,7 @@ class Trainable:
         return list(chain.from_iterable(map(_VALUES, self._tables)))
 
     def replaced(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that the model no longer has under their names, since they were last listed.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The parameters from before, by name.
-
-        Cost:
-            A comparison of objects for each parameter and module, if nothing was replaced.
-        """
+        """Return, by name, the parameters that the model no longer has under their names, since they were listed."""
         now = self._entries_now()
         if len(now) == len(self._entries) and all(map(operator.is_, now, self._entries)):
             return {}

@@ -77,12 +77,7 @@ class ExactBatchNorm:
         return {**others, F.batch_norm: self._batch_norm, torch.batch_norm: self._batch_norm, Tensor.add_: self._add}
 
     def check(self) -> None:
-        """Compare each layer's number of runs with the number of sync points at which the layer was seen.
-
-        Raises:
-            BatchStatisticsError: A layer ran where it could not be replaced, so it normalised by one microbatch's
-                statistics.
-        """
+        """Compare each layer's number of runs with the number of sync points at which the layer was seen."""
         for counter in self._counters.values():
             runs, synced = counter.tensor._version - counter.version, self._syncs.get(counter.running, 0)
             if runs != synced:

@@ -34,12 +34,7 @@ class KernelStats:
 
 
 class BatchStats:
-    """Statistics in the widest dtype, converted once for all microbatches that need the same dtype.
-
-    Args:
-        mean: Mean of each channel; shape ``(channels,)``.
-        variance: Biased variance of each channel; shape ``(channels,)``.
-    """
+    """Statistics in the widest dtype, converted once for all microbatches that need the same dtype."""
 
     def __init__(self, mean: Tensor, variance: Tensor) -> None:
         self._mean, self._variance = mean.detach(), variance.detach()

@@ -78,11 +78,7 @@ class Replicas:
         return twins.get(self._model, self._model)
 
     def put_back(self) -> None:
-        """Copy to the model what the last replica's forward pass has set and registered.
-
-        Raises:
-            BatchStatisticsError: A forward pass has set a tensor on the model itself, where no replica can read it.
-        """
+        """Copy to the model what the last replica's forward pass has set and registered."""
         self._refuse_tensors_on_model()
         home: dict[nn.Module, nn.Module] = {twin.replica: twin.module for twin in self._last}
         for twin in self._last:

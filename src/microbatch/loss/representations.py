@@ -98,18 +98,7 @@ def taken_apart(encoded: object, *, rows: int) -> Representations:
 
 
 def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence[Tensor]], Tensor]) -> Representations:
-    """Join the representations of all microbatches.
-
-    Args:
-        pieces: The representations of each microbatch; at least one.
-        in_order: Joins one tensor per microbatch into one tensor of the whole batch.
-
-    Returns:
-        The representations of the whole batch.
-
-    Raises:
-        LossError: The microbatches' representations have different structures.
-    """
+    """Join the representations of all microbatches, which must have one structure; ``in_order`` joins tensors."""
     first = pieces[0]
     for piece in pieces[1:]:
         if piece.form != first.form:
@@ -131,14 +120,7 @@ def seeds_for(piece: Representations, gradients: Sequence[Tensor | None]) -> tup
 
 
 def check_reached(leaves: Representations) -> None:
-    """Refuse a loss that depends on no representation, because the encoder would get no gradient.
-
-    Args:
-        leaves: The representations that the loss function got, after backward.
-
-    Raises:
-        NoGraphError: No tensor in ``leaves`` has a gradient.
-    """
+    """Refuse a loss that depends on no representation, because the encoder would get no gradient."""
     if all(tensor.grad is None for tensor in leaves.tensors):
         raise NoGraphError(
             "the loss has no gradient with respect to any representation: loss_fn(model, representations) detached "

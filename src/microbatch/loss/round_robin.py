@@ -33,13 +33,7 @@ Offload: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a torch function.
-
-    Attributes:
-        func: The function.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-    """
+    """A call of a torch function."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]

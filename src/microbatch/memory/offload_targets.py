@@ -116,33 +116,14 @@ class File(Place):
 
     @unbroken
     def put(self, data: Tensor) -> Piece:
-        """Write bytes to the file.
-
-        Args:
-            data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
-
-        Returns:
-            The offloaded bytes.
-
-        Raises:
-            SpillError: The disk is full, or the file cannot be written.
-        """
+        """Write bytes to the file."""
         piece = _OnDisk(self, self._take(data.numel()), data.numel())
         self.transfer(piece.at, data, write=True)
         return piece
 
     @unbroken
     def transfer(self, at: int, data: Tensor, *, write: bool) -> None:
-        """Write bytes to the file, or read them from it.
-
-        Args:
-            at: Offset in the file.
-            data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
-            write: Whether to write; otherwise ``data`` is overwritten with the file's bytes.
-
-        Raises:
-            SpillError: The file cannot be written or read.
-        """
+        """Write bytes to the file, or overwrite ``data`` with the file's bytes."""
         buffer = memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
         move = self._file.write if write else self._file.readinto
         error: OSError | None = None

@@ -131,33 +131,13 @@ class Prediction:
         return largest_that_fits(lambda size: self.peak_bytes(size) <= budget)
 
     def parts(self, microbatch_size: int) -> dict[str, int]:
-        """Split the predicted peak by category.
-
-        Args:
-            microbatch_size: Rows; at least 1.
-
-        Returns:
-            Bytes by category, which add up to ``peak_bytes``; ``"workspaces"`` are the operators' internal allocations.
-
-        Raises:
-            ConfigError: The size is below 1.
-        """
+        """Split the predicted peak by category; ``"workspaces"`` are the operators' internal allocations."""
         found = self._split(microbatch_size, int(self._total(microbatch_size).argmax()))
         found[WORKSPACES] = self.peak_bytes(microbatch_size) - sum(found.values())
         return {name: size for name, size in found.items() if size}
 
     def predicted_run(self, microbatch_size: int) -> Witnessed:
-        """Return the predicted memory of a run, operator by operator, in the form of a measured run.
-
-        Args:
-            microbatch_size: Rows; at least 1.
-
-        Returns:
-            The predicted run; its levels are empty if no real run was measured.
-
-        Raises:
-            ConfigError: The size is below 1.
-        """
+        """Return the predicted memory of a run, operator by operator, in the form of a measured run."""
         beside = self.beside(microbatch_size)
         live = self._visible(microbatch_size)
         inside = self.hidden.levels(microbatch_size)

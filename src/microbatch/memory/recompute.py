@@ -93,18 +93,7 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
 
 
 def named_blocks(model: nn.Module, blocks: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names of the submodules that ``blocks`` stands for.
-
-    Args:
-        model: Any module.
-        blocks: As for `checkpointed`.
-
-    Returns:
-        Names of submodules.
-
-    Raises:
-        ConfigError: As for `checkpointed`.
-    """
+    """Return the names of the submodules that ``blocks`` stands for."""
     if blocks == "all":
         found = blocks_of(model)
         if not found:

@@ -190,11 +190,7 @@ def is_movable(tensor: Tensor) -> bool:
 
 
 class KeptHandle(Handle):
-    """A handle to a tensor that stays on its device.
-
-    Args:
-        tensor: The tensor, which the handle holds without its graph.
-    """
+    """A handle to a tensor that stays on its device, and that it holds without its graph."""
 
     moved = False
 

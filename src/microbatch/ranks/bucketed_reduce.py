@@ -89,14 +89,7 @@ class Overlap:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(reached))
 
     def rest(self, sums: Sequence[Tensor | None]) -> None:
-        """Start the all-reduce of the remaining buckets, after backward has ended.
-
-        Args:
-            sums: The gradient of each parameter; `None` if this rank has none.
-
-        Raises:
-            WindowError: A gradient changed after its all-reduce had started.
-        """
+        """Start the all-reduce of the remaining buckets, after backward has ended."""
         self._remove_hooks()
         for place, (total, version) in self._versions.items():
             if sums[place] is not total or total._version != version:

@@ -86,14 +86,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def gather_roots(model: nn.Module) -> None:
-    """All-gather the weights of the root unit, such as a temperature, for computation outside of forward.
-
-    Args:
-        model: The model, after a forward pass; nothing happens if it is not sharded.
-
-    Cost:
-        One all-gather if the weights are not gathered already; all ranks call this.
-    """
+    """All-gather the weights of the root unit, such as a temperature, for computation outside of forward."""
     for module in fully_sharded(model):
         if module._get_fsdp_state()._is_root:
             module.unshard()

@@ -129,15 +129,7 @@ class Exchange:
         ]
 
     def agree(self) -> None:
-        """Wait until every rank has run backward from its representations.
-
-        Raises:
-            RankError: A rank failed.
-            RankAgainError: A rank will run its batch again.
-
-        Cost:
-            One all-reduce of two numbers, and one host synchronisation.
-        """
+        """Wait until every rank has run backward from its representations."""
         self._sum(self._zeros(0))
 
     def fail(self, *, again: bool) -> None:

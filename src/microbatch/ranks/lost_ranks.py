@@ -117,18 +117,7 @@ def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
 
 
 def describe_missing(read: Callable[[], Mapping[int, Beat | None]], *, rank: int) -> str:
-    """Describe which ranks did not arrive at the collective in which this rank failed.
-
-    Args:
-        read: Returns the last heartbeat of every rank; `None` for a rank without one.
-        rank: This rank.
-
-    Returns:
-        One sentence, without a full stop.
-
-    Cost:
-        Up to a second, while no rank is certainly at fault.
-    """
+    """Describe in a sentence which ranks did not arrive at the collective in which this rank failed."""
     # A killed process closes its connections a moment before it ends. Until one of the ranks is certainly at fault,
     # the check is repeated for a second: a rank that has just died would else be described as late.
     beats, until = read(), time.monotonic() + _PATIENCE

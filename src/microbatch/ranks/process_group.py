@@ -90,29 +90,12 @@ class RankGroup:
         return self._group
 
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all ranks.
-
-        Args:
-            tensor: The same shape and dtype on every rank.
-
-        Cost:
-            One all-reduce.
-        """
+        """Replace a tensor by its sum over all ranks, in one all-reduce."""
         self.count("sum", tensor)
         dist.all_reduce(tensor, group=self._group)
 
     def tell(self, what: Any) -> list[Any]:
-        """All-gather a small Python object.
-
-        Args:
-            what: Any object that can be pickled.
-
-        Returns:
-            Each rank's object, in the order of the ranks.
-
-        Cost:
-            Two small all-gathers and one host synchronisation.
-        """
+        """All-gather a small Python object, with a host synchronisation; return each rank's, in their order."""
         # `dist.all_gather_object` takes the current CUDA device, which may be another rank's.
         device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self._group)) else self.device
         own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8).to(device)
@@ -125,44 +108,19 @@ class RankGroup:
         return [pickle.loads(bytes(each[:n].tolist())) for each, n in zip(told, lengths, strict=True)]  # noqa: S301
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """All-gather a tensor.
-
-        Args:
-            tensor: The same shape and dtype on every rank.
-
-        Returns:
-            Each rank's tensor, in the order of the ranks.
-
-        Cost:
-            One all-gather.
-        """
+        """All-gather a tensor of one shape and dtype; return each rank's, in the order of the ranks."""
         found = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self.count("gather", found)
         dist.all_gather(list(found), tensor, group=self._group)
         return list(found)
 
     def broadcast_(self, model: nn.Module) -> None:
-        """Broadcast the first rank's parameters and buffers, except those sharded over the ranks.
-
-        Args:
-            model: The same module on every rank.
-
-        Cost:
-            One broadcast a tensor.
-        """
+        """Broadcast the first rank's parameters and buffers, except those sharded over the ranks."""
         self.copy_([each for each in (*model.parameters(), *model.buffers()) if not is_shard(each)], source=0)
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Broadcast one rank's tensors.
-
-        Args:
-            tensors: The same shapes, dtypes and order on every rank; overwritten on all ranks but the source.
-            source: Rank, in the group, of the source.
-
-        Cost:
-            One broadcast a tensor.
-        """
+        """Broadcast the tensors of rank ``source`` of the group, each in a collective of its own."""
         for tensor in tensors:
             self.count("copy", tensor)
             dist.broadcast(tensor.detach(), group=self._group, group_src=source)

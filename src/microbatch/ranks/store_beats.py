@@ -95,14 +95,7 @@ class StoreBeats:
         self._voice.told = True
 
     def name(self, error: BaseException) -> None:
-        """Raise an error that names the missing ranks, if a collective has failed because of them.
-
-        Args:
-            error: Any error.
-
-        Raises:
-            RankError: The error comes from a collective.
-        """
+        """Raise an error that names the missing ranks, if a collective has failed because of them."""
         if not is_of_a_lost_rank(error):
             return
         if self._voice.untold:

@@ -231,15 +231,7 @@ CLASHES: Sequence[Clash] = (
 
 
 def refuse(options: Options, *, use: Collection[str] = ()) -> None:
-    """Raise an error for two options that exclude each other, or for a use that the options do not allow.
-
-    Args:
-        options: The options of the accumulator.
-        use: Names of the uses of this call; empty to check the options alone.
-
-    Raises:
-        ConfigError: Two of them exclude each other; the message tells why, and what to do.
-    """
+    """Raise an error for two options that exclude each other, or for a use that the options do not allow."""
     known = {name: name in use for name in USES}
     for clash in CLASHES:
         uses = clash.first in USES or clash.second in USES
@@ -257,14 +249,7 @@ def goes_with(feature: str, options: Options) -> bool:
 
 
 def check_together(options: Options) -> None:
-    """Check that the options go together, and that they fit the model and the optimizers.
-
-    Args:
-        options: The options of the accumulator.
-
-    Raises:
-        ConfigError: They do not; the message tells why, and what to do.
-    """
+    """Check that the options go together, and that they fit the model and the optimizers."""
     if (path := wrapped_by_the_older(options.model)) is not None:
         raise ConfigError(
             f"{path or 'the model'!r} is wrapped in FullyShardedDataParallel, which flattens parameters and averages "

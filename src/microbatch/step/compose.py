@@ -140,14 +140,7 @@ class Composition:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
-
-        Args:
-            state: The result of `state`.
-
-        Raises:
-            ConfigError: A key is missing.
-        """
+        """Continue from a result of `state`."""
         try:
             state = {"noise": {"windows": []}, **state}  # a state from before noise_scale= was given
             windows, skipped, count = int(state["windows"]), int(state["skipped"]), float(state["count"])

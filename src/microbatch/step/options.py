@@ -360,17 +360,7 @@ def bytes_of(budget: int | str | None) -> int | str | None:
 
 
 def listeners_of(given: Any) -> list[Listener]:
-    """Return a list of one listener, or of several.
-
-    Args:
-        given: The value of ``listeners=``.
-
-    Returns:
-        The list.
-
-    Raises:
-        ConfigError: The value is neither a function nor iterable.
-    """
+    """Return a list of one listener, or of several."""
     if callable(given):
         return [given]
     listed = None if isinstance(given, Tensor | str) else listed_of(given)

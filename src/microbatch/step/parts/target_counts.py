@@ -121,14 +121,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def unequal_means(means: Sequence[Mean]) -> Unequal | None:
-    """Return how far apart the microbatches' cross entropies are in what they divided by; `None` if they agree.
-
-    Args:
-        means: One for each microbatch.
-
-    Cost:
-        One host synchronisation.
-    """
+    """Return how far apart the microbatches' cross entropies are in what they divided by; `None` if they agree."""
     if len(means) < 2:
         return None
     rows = torch.tensor([each.rows for each in means], dtype=torch.float64, device="cpu")

@@ -81,17 +81,7 @@ class Coupled:
         return self.keeps and (overwritten or isinstance(error, SpillError))
 
     def representations_of(self, batch: object) -> Any:
-        """Encode every microbatch of a batch.
-
-        Args:
-            batch: This rank's share of the effective batch.
-
-        Returns:
-            The representations of the whole batch over all ranks, in the encoder's structure, as leaf tensors.
-
-        Raises:
-            EmptyBatchError: No rank has a row.
-        """
+        """Encode every microbatch; return the representations of all ranks in the encoder's structure, as leaves."""
         window = self._window
         encode = self._encode = window.called(self._encode)
         # The loss function for dummy passes: the encoder with a stand-in loss.
@@ -105,15 +95,7 @@ class Coupled:
         return representations
 
     def take(self, loss: LossLike, count: float | None) -> None:
-        """Run the backward of the whole batch's loss, then the backward of every microbatch.
-
-        Args:
-            loss: As for `Window.backward`.
-            count: As for `Window.backward`.
-
-        Raises:
-            WindowError: This window has already computed its loss.
-        """
+        """Run the backward of the whole batch's loss, then the backward of every microbatch."""
         window = self._window
         if not self.waiting:
             raise WindowError(
@@ -135,23 +117,12 @@ class Coupled:
             self._exchange.agree()
 
     def check(self) -> None:
-        """Raise an error if the window was left without the loss of its batch.
-
-        Raises:
-            WindowError: The loss is missing.
-        """
+        """Raise an error if the window was left without the loss of its batch."""
         if self.waiting:
             raise WindowError("the window encoded a batch, and was left without window.backward(loss) of it")
 
     def first_nonfinite(self) -> int | None:
-        """Find the first microbatch of this rank with an infinite or NaN representation.
-
-        Returns:
-            Its index, or `None`.
-
-        Cost:
-            Reads the representations; used only after an error.
-        """
+        """Return the index of this rank's first microbatch with an infinite or NaN representation, or `None`."""
         for index, place in enumerate(self._places()):
             if not all(bool(torch.isfinite(_take(each, place)).all()) for each in self._encoded):
                 return index

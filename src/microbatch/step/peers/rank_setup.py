@@ -59,18 +59,7 @@ class RankSetup:
 
     @contextmanager
     def first(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> Generator[None]:
-        """Check that the ranks are set up alike, before the first window.
-
-        Args:
-            window: The window.
-            groups: As for `begin`.
-
-        Yields:
-            Once; for further collectives of the first window.
-
-        Raises:
-            RankError: The ranks are set up differently, or a rank did not arrive.
-        """
+        """Check, before the first window, that the ranks are set up alike; the block runs further collectives."""
         if self.beats is None:
             yield
             return
@@ -113,30 +102,13 @@ class RankSetup:
             self.beats.told()
 
     def name_lost(self, error: BaseException) -> None:
-        """Raise an error that names the missing ranks, if a collective has failed because of them.
-
-        Args:
-            error: Any error of a window.
-
-        Raises:
-            RankError: The error comes from a collective.
-        """
+        """Raise an error that names the missing ranks, if a collective has failed because of them."""
         if self.beats is not None:
             self.beats.name(error)
 
 
 def describe_options(options: Options, *, windows: int) -> dict[str, str]:
-    """Describe the options that must be the same on all ranks, also on different stages of a pipeline.
-
-    Options for memory, such as ``microbatch_size`` and ``checkpoint``, may differ from rank to rank.
-
-    Args:
-        options: The options of the accumulator.
-        windows: Number of windows that the accumulator has ended.
-
-    Returns:
-        Texts by name.
-    """
+    """Describe the options that all ranks must share, also stages of a pipeline; those for memory may differ."""
     sums, ranks, scaler, noise = options.sums, options.ranks, options.grad_scaler, options.noise_scale
     found = {
         "max_grad_norm": options.max_grad_norm,

@@ -75,11 +75,7 @@ class Fakes(FakeTensorMode):
 
 
 class Faked(TorchFunctionMode):
-    """Make `copy.deepcopy` return fake CPU tensors; without an accelerator, its fake tensors cannot train.
-
-    Args:
-        mode: The fake tensor mode.
-    """
+    """Make `copy.deepcopy` return fake CPU tensors; without an accelerator, its fake tensors cannot train."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -107,18 +103,7 @@ class Faked(TorchFunctionMode):
 
 
 def copies_of(scene: Scene, *, how: Faked | None) -> Cast:
-    """Copy model, optimizers, loss function and batch.
-
-    Args:
-        scene: The user's objects.
-        how: The mode that makes copies fake; `None` for real copies.
-
-    Returns:
-        The copies; their options have no listeners, budget, scaler or compilation.
-
-    Raises:
-        ConfigError: The model, the optimizer or the loss function cannot be copied.
-    """
+    """Copy model, optimizers, loss function and batch, as fake tensors under ``how``; without listeners and limits."""
     options, memo = scene.options, dict[int, Any]()
     bare = options.bare_model
     model: nn.Module = attribute(bare, "_orig_mod", bare)  # the module inside torch.compile

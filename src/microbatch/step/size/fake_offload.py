@@ -24,12 +24,7 @@ def absent() -> saved_tensors_hooks:
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """A loss function that runs inside a context.
-
-    Attributes:
-        loss_fn: The loss function.
-        around: The context manager, entered for each microbatch.
-    """
+    """A loss function that runs inside a context, which is entered for each microbatch."""
 
     loss_fn: LossFunction
     around: AbstractContextManager[object]
