@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from microbatch.errors import RankAgainError, RankError
 from microbatch.loss.channel_stats import Moments, merged
-from microbatch.loss.loss import wide_dtype
 
 # The state of a rank in an agreement.
 _FAILED, _READY, _RETRY = 0.0, 1.0, 2.0
@@ -33,6 +32,7 @@ class Across:
         index: This rank, from 0.
         device: Device on which tensors are communicated.
         add_: Replaces a tensor by its sum over the ranks, in place (an all-reduce).
+        share: Returns some numbers of every rank, by rank (an all-reduce).
         failures: Describes ranks that have reported a failure.
 
     Attributes:
@@ -48,9 +48,10 @@ class Across:
         index: int,
         device: torch.device,
         add_: Callable[[Tensor], None],
-        failures: Callable[[Sequence[int]], str] = lambda ranks: f"rank {', '.join(map(str, ranks))} failed",
+        share: Callable[[Sequence[float]], list[list[float]]],
+        failures: Callable[[Sequence[int]], str],
     ) -> None:
-        self._size, self._index, self._device, self._add_, self._failures = size, index, device, add_, failures
+        self._size, self._index, self.add_, self._share, self._failures = size, index, add_, share, failures
         self.over = False
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -72,7 +73,7 @@ class Across:
             One all-reduce of 24 bytes per rank, and a host synchronisation.
         """
         code = float(zlib.crc32(f"{what}, {torch.is_grad_enabled()}".encode()))
-        states = self._all_reduce_states([_READY, code, number])
+        states = self._share([_READY, code, number])
         not_ready = [(rank, state) for rank, (state, _, _) in enumerate(states) if state != _READY]
         mismatched = [rank for rank, (_, other, _) in enumerate(states) if other != code]
         self.over = bool(not_ready or mismatched)
@@ -98,7 +99,7 @@ class Across:
     def fail(self, *, again: bool) -> None:
         """Report to the other ranks, which wait in `agree`, that this rank has failed."""
         self.over = True
-        self._all_reduce_states([_RETRY if again else _FAILED, 0.0, 0.0])
+        self._share([_RETRY if again else _FAILED, 0.0, 0.0])
 
     def end(self, what: str) -> None:
         """Wait until every rank has finished, so that no rank can fail after another one has continued.
@@ -117,7 +118,7 @@ class Across:
         """Sum a tensor over the ranks; in backward, sum its gradient over the ranks."""
         if not (torch.is_grad_enabled() and x.is_floating_point()):
             total = x.detach().clone(memory_format=torch.contiguous_format)
-            self._add_(total)
+            self.add_(total)
             return total
         total, self.anchor = cast("tuple[Tensor, Tensor]", _SumOverRanks.apply(x, self.anchor, self, what))
         return total
@@ -147,17 +148,6 @@ class Across:
         rows = [int(each) for each in self.agree(f"{what}, {tuple(x.shape[1:])}", number=len(x))]
         before, after = sum(rows[: self._index]), sum(rows[self._index + 1 :])
         return self.sum(pad(x, [0] * (2 * (x.dim() - 1)) + [before, after]), what)
-
-    def add_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks, without a gradient."""
-        self._add_(tensor)
-
-    def _all_reduce_states(self, own: Sequence[float]) -> list[list[float]]:
-        states = torch.zeros(self._size, len(own), dtype=wide_dtype(self._device))
-        states[self._index] = torch.tensor(own, dtype=states.dtype)
-        on_device = states.to(self._device)
-        self._add_(on_device)
-        return on_device.tolist()
 
 
 class _SumOverRanks(torch.autograd.Function):

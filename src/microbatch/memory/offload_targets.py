@@ -58,23 +58,7 @@ class Piece(ABC):
         """
 
 
-class Place(ABC):
-    """A storage for the offloaded bytes of one device."""
-
-    @abstractmethod
-    def put(self, data: Tensor) -> Piece:
-        """Offload bytes.
-
-        Args:
-            data: uint8, shape ``(bytes,)``, contiguous, at least one byte. Do not write to it before the current stream
-                has passed this call.
-
-        Returns:
-            The offloaded bytes.
-        """
-
-
-class File(Place):
+class File:
     """Offloaded bytes in an unnamed temporary file, which the system deletes however the process ends.
 
     The file is read and written, not memory-mapped. So its pages belong to the system's page cache instead of this
@@ -216,7 +200,7 @@ class _OnDisk(Piece):
         pass
 
 
-class Pinned(Place):
+class Pinned:
     """Offloaded bytes of an accelerator in pinned host memory, copied on two extra streams, one for each direction.
 
     torch's caching host allocator pools the pinned memory in power-of-two sizes, and tracks which of it is still being

@@ -14,7 +14,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils.weak import TensorWeakRef
 
 from microbatch.devices.copy_streams import has_streams
-from microbatch.memory.offload_targets import File, Piece, Pinned, Place
+from microbatch.memory.offload_targets import File, Piece, Pinned
 from microbatch.memory.storage_copy import StorageCopy, StorageWatch, byte_range, bytes_of, root_of
 
 # Copies that stay on the device for a moment after they were fetched: the next node may need another view of them.
@@ -85,7 +85,7 @@ class Store:
 
     def __init__(self, *, directory: str | Path | None = None) -> None:
         self._directory = directory
-        self._places: dict[torch.device, Place] = {}
+        self._places: dict[torch.device, File | Pinned] = {}
         self._copies: weakref.WeakKeyDictionary[UntypedStorage, list[weakref.ref[StorageCopy]]] = (
             weakref.WeakKeyDictionary()
         )
@@ -164,7 +164,7 @@ class Store:
         self._recent = [weakref.ref(each) for each in recent[-most:]]
         return found
 
-    def _place(self, device: torch.device) -> Place:
+    def _place(self, device: torch.device) -> File | Pinned:
         with self._lock:
             if device not in self._places:
                 on_host = device.type == "cpu"

@@ -159,15 +159,6 @@ def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
     return agree(ranks, Message(samples=rows), parameters=parameters).samples
 
 
-def tell(ranks: RankGroup, told: Sequence[bool]) -> list[list[bool]]:
-    """Share a few booleans of every rank with every rank, in one all-reduce; return them by rank."""
-    table = torch.zeros(ranks.size, len(told), dtype=torch.float64)
-    table[ranks.index] = torch.tensor(told, dtype=torch.float64)
-    table = table.to(ranks.device)
-    ranks.sum_(table)
-    return [[each > 0 for each in row] for row in table.tolist()]
-
-
 def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:
     """Encode a message as numbers whose sums over the ranks can be decoded."""
     if message is None:

@@ -25,6 +25,7 @@ class RankGroup:
     """A process group, with the collectives that a step needs, and a count of their calls and bytes.
 
     Attributes:
+        group: The process group itself, for collectives without a method here; `None` for the default one.
         size: World size of the group; at least 2.
         index: This process's rank in the group, from 0.
         device: Device of the numbers that the group communicates: the model's, or the CPU if that has no float64.
@@ -36,7 +37,7 @@ class RankGroup:
 
     def __init__(self, group: Any, device: torch.device) -> None:
         """Wrap a process group."""
-        self._group = group
+        self.group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
         self.device = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
@@ -47,7 +48,7 @@ class RankGroup:
     @property
     def members(self) -> list[int]:
         """The ranks of the group, by their numbers in the default process group."""
-        return dist.get_process_group_ranks(self._group)
+        return dist.get_process_group_ranks(self.group)
 
     def failure_flags(self, *, failed: bool) -> list[float]:
         """Return a number for every 32 ranks, whose sums in float64 tell exactly which ranks have failed."""
@@ -84,34 +85,37 @@ class RankGroup:
         self.calls += 1
         self.sent_bytes += ring_bytes(kind, tensor.numel() * tensor.element_size(), ranks=size or self.size)
 
-    @property
-    def group(self) -> Any:
-        """The process group itself, for collectives without a method here; `None` for the default one."""
-        return self._group
-
     def sum_(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all ranks, in one all-reduce."""
         self.count("sum", tensor)
-        dist.all_reduce(tensor, group=self._group)
+        dist.all_reduce(tensor, group=self.group)
+
+    def share(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every rank, in the order of the ranks, in one all-reduce of 8 bytes a number."""
+        table = torch.zeros(self.size, len(numbers), dtype=torch.float64)
+        table[self.index] = torch.tensor(numbers, dtype=torch.float64)
+        on_device = table.to(self.device)
+        self.sum_(on_device)
+        return on_device.tolist()
 
     def tell(self, what: Any) -> list[Any]:
         """All-gather a small Python object, with a host synchronisation; return each rank's, in their order."""
         # `dist.all_gather_object` takes the current CUDA device, which may be another rank's.
-        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self._group)) else self.device
+        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self.group)) else self.device
         own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8).to(device)
         self.calls += 1
         sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self._group)
+        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self.group)
         lengths = [int(size) for size in sizes]
         told = [torch.empty(max(lengths), dtype=torch.uint8, device=device) for _ in lengths]
-        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self._group)
+        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self.group)
         return [pickle.loads(bytes(each[:n].tolist())) for each, n in zip(told, lengths, strict=True)]  # noqa: S301
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """All-gather a tensor of one shape and dtype; return each rank's, in the order of the ranks."""
         found = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self.count("gather", found)
-        dist.all_gather(list(found), tensor, group=self._group)
+        dist.all_gather(list(found), tensor, group=self.group)
         return list(found)
 
     def broadcast_(self, model: nn.Module) -> None:
@@ -123,7 +127,7 @@ class RankGroup:
         """Broadcast the tensors of rank ``source`` of the group, each in a collective of its own."""
         for tensor in tensors:
             self.count("copy", tensor)
-            dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+            dist.broadcast(tensor.detach(), group=self.group, group_src=source)
 
 
 def failure_words(ranks: int) -> int:

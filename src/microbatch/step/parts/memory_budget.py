@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -13,7 +12,7 @@ import torch
 from microbatch.batch.batch_tree import contents
 from microbatch.devices.device_memory import Allocator, allocator_of
 from microbatch.errors import ConfigError
-from microbatch.memory.budget import available_bytes, format_bytes
+from microbatch.memory.budget import available_bytes, format_bytes, share_of
 from microbatch.memory.least_memory import least_memory
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory
@@ -187,10 +186,8 @@ class MemoryBudget(Part):
             return
         available = available_bytes(window.device)
         if available is not None:
-            # The processes of this machine share the memory equally.
-            share = available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             self.passing = self._of_free = True
-            self._meter_on(window, share)
+            self._meter_on(window, share_of(available))
 
     def _meter_on(self, window: OpenWindow, budget: int) -> None:
         meter = self._meter = MemoryMeter()

@@ -156,16 +156,13 @@ def _columns(parts: Sequence[object]) -> dict[str, list[Tensor]]:
 
 def _tensors(batch: object) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in leaves(batch):
-        marks = spread(leaf, path) if isinstance(leaf, Rows) else [(path, Rows(leaf))] if _has_rows(leaf) else []
+        has_rows = isinstance(leaf, Tensor) or is_array(leaf)
+        marks = spread(leaf, path) if isinstance(leaf, Rows) else [(path, Rows(leaf))] if has_rows else []
         for at, mark in marks:
             value = _tensor_of(mark.value)
             if value is not None and value.ndim and -value.ndim <= mark.dim < value.ndim:
                 value = value.movedim(mark.dim, 0)
                 yield at, value.unflatten(0, (-1, mark.group)) if mark.group > 1 else value
-
-
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) or is_array(leaf)
 
 
 def _tensor_of(value: Any) -> Tensor | None:

@@ -122,7 +122,12 @@ class DataParallel(Peers):
         if ranks is None:
             return None
         self.talk = Across(
-            size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_, failures=ranks.failures
+            size=ranks.size,
+            index=ranks.index,
+            device=ranks.device,
+            add_=ranks.sum_,
+            share=ranks.share,
+            failures=ranks.failures,
         )
         return self.talk
 

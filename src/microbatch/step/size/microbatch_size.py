@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
 
@@ -16,6 +16,7 @@ from microbatch.step.cutting import Cut, Cutting
 from microbatch.step.events import Event, SizeChanged
 from microbatch.step.options import EXACT, Options
 from microbatch.step.part import Function, OpenWindow, Part
+from microbatch.step.parts.memory_budget import MemoryBudget
 from microbatch.step.record import Step
 from microbatch.step.size.room import room_for
 from microbatch.step.size.sizing import Sizing
@@ -24,29 +25,6 @@ from microbatch.step.size.timing_search import Played, Tuning
 
 _COPIES, _SMALL = 4, 0.1
 """Copies of a weight: itself, its gradient, two of the optimizer; and the share of memory that a small model takes."""
-
-
-@runtime_checkable
-class Meter(Protocol):
-    """The interface of `MemoryBudget` for the search.
-
-    Attributes:
-        budget: Bytes that the window may use; `None` if they are not measured.
-        passing: Whether the meter is on in this window, although most windows run without it.
-        allocation_retries: How often the device's allocator emptied its cache in the last window.
-    """
-
-    budget: int | None
-    passing: bool
-    allocation_retries: int
-
-    def watch_next(self) -> None:
-        """Measure the next window."""
-        ...
-
-    def skip_first(self) -> None:
-        """Count a first window as measured."""
-        ...
 
 
 class MicrobatchSize(Part):
@@ -66,7 +44,7 @@ class MicrobatchSize(Part):
         Laws M1, M6.
     """
 
-    def __init__(self, options: Options, meter: Meter, stopwatch: Stopwatch) -> None:
+    def __init__(self, options: Options, meter: MemoryBudget, stopwatch: Stopwatch) -> None:
         self._options, self._meter, self._stopwatch = options, meter, stopwatch
         self.sizing = Sizing(asked=options.microbatch_size)
         self.tuning: Tuning | None = None

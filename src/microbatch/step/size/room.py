@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from microbatch.batch.batch_tree import contents
 from microbatch.devices.device_memory import bytes_in_use
-from microbatch.memory.budget import available_bytes
+from microbatch.memory.budget import available_bytes, share_of
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.options import Options
 
@@ -23,4 +21,4 @@ def room_for(options: Options, batch: object) -> int | None:
         return available + (bytes_in_use(device) or 0)
     meter = MemoryMeter()
     meter.track(options.model, *options.optimizers, contents(batch))
-    return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) + meter.live_bytes
+    return share_of(available) + meter.live_bytes
