@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.arguments import attribute, check_callable, check_one_of, whole
+from microbatch.arguments import attribute, check_callable, check_one_of, check_whole
 from microbatch.batch.batch_tree import Rows, Whole, leaves, rows_of, select
 from microbatch.batch.copies import Copies
 from microbatch.batch.recognise import spread
@@ -71,15 +71,9 @@ class Lengths:
             raise ConfigError(f"lengths: keys must be a list of names, not {self.keys!r}")
         if isinstance(self.keys, str):  # a str is a Sequence[str] too, of its letters
             raise ConfigError(f"lengths: keys must be a list of names, for example [{self.keys!r}]")
-        tokens, overhead = whole(self.microbatch_tokens, least=1), whole(self.overhead, least=0)
-        if self.microbatch_tokens is not None and tokens is None:
-            raise ConfigError(
-                f"lengths: microbatch_tokens must be a whole number and at least 1, not {self.microbatch_tokens!r}"
-            )
-        if overhead is None:
-            raise ConfigError(f"lengths: overhead must be a whole number of at least 0 tokens, not {self.overhead!r}")
-        object.__setattr__(self, "microbatch_tokens", tokens)  # as an int
-        object.__setattr__(self, "overhead", overhead)
+        for name, number, least in (("microbatch_tokens", self.microbatch_tokens, 1), ("overhead", self.overhead, 0)):
+            if number is not None or name == "overhead":
+                object.__setattr__(self, name, check_whole(f"lengths: {name}", number, least=least))  # as an int
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
+from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
-from microbatch.gradients.autograd_engine import is_plain_autograd, run_engine
+from microbatch.gradients.autograd_engine import is_plain_autograd
 from microbatch.gradients.fused_functions import FusedEmbedding, FusedLinear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
@@ -215,15 +217,12 @@ class Fuse(TorchFunctionMode):
         # Only the window's backward, and a plain backward that runs inside it, such as a checkpoint's, adds in place.
         running, self._running = self._running, self._running and accumulate and not keep
         try:
+            # Both functions would be intercepted, and a mode is off while its handler runs. So the engine's entry point
+            # is called, and forward passes that checkpoints recompute run under this mode, too.
             with self:
-                found = run_engine(
-                    tuple(tensors),
-                    tuple(given),
-                    keep=keep,
-                    create=create,
-                    inputs=wanted,
-                    unused=unused,
-                    accumulate=accumulate,
+                roots, grads = tuple(tensors), _make_grads(tuple(tensors), tuple(given), is_grads_batched=False)
+                found: Any = _engine_run_backward(
+                    roots, grads, keep, create, wanted, allow_unreachable=unused, accumulate_grad=accumulate
                 )
         finally:
             self._running = running

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from microbatch.errors import LossError, RankAgainError, RankError
-from microbatch.ranks.process_group import RankGroup, failure_words
+from microbatch.ranks.process_group import RUN_AGAIN, RankGroup, failure_words
 from microbatch.ranks.same_setup import differences
 
 _SPARSE = 2.0**20  # of a sparse gradient; more than there are ranks, so that sums of both kinds can be told apart
@@ -92,14 +92,10 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
             )
     elif failed and failed == retrying:
         raise RankAgainError(
-            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, so every "
-            "rank has to run the batch again. Gradients, random state and buffers are as before the window"
+            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, {RUN_AGAIN}"
         )
     elif failed:
-        raise RankError(
-            f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too: "
-            f"{ranks.failures(ranks.failed(flags))}; read the failing rank's own error"
-        )
+        raise ranks.failed_error(ranks.failed(flags))
     # n * sum(x^2) == sum(x)^2 only if all n numbers are equal. Every rank gets the same answer, even one without terms.
     if (ranks.size - failed) * steps_squared != steps**2:
         raise RankError(

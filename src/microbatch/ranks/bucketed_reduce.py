@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from microbatch.errors import RankAgainError, RankError, WindowError
-from microbatch.ranks.process_group import RankGroup, failure_words
+from microbatch.errors import RankAgainError, WindowError
+from microbatch.ranks.process_group import RUN_AGAIN, RankGroup, failure_words
 from microbatch.ranks.reduce import buckets_of
 
 
@@ -125,13 +125,10 @@ class Overlap:
         if failed and failed == again:
             raise RankAgainError(
                 f"{int(failed)} ranks ran out of memory in the last backward, during the all-reduce of the gradients, "
-                "so every rank has to run the batch again. Gradients, random state and buffers are as before the window"
+                f"{RUN_AGAIN}"
             )
         if failed and self._ranks is not None:
-            raise RankError(
-                f"{int(failed)} ranks failed inside this window, so this rank drops its gradients too: "
-                f"{self._ranks.failures(where)}; read the failing rank's own error"
-            )
+            raise self._ranks.failed_error(where)
         return [each > 0 for each in found]
 
     def results(self) -> Iterator[tuple[int, Tensor]]:

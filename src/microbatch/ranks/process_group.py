@@ -13,12 +13,13 @@ from torch.nn.functional import pad
 
 from microbatch.arguments import attribute
 from microbatch.devices.backend import wide_dtype
-from microbatch.errors import ConfigError
+from microbatch.errors import ConfigError, RankError
 from microbatch.kind_words import kind_of
 from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
 
 _FLAGS = 32
+RUN_AGAIN = "so every rank has to run the batch again. Gradients, random state and buffers are as before the window"
 
 
 class RankGroup:
@@ -64,6 +65,13 @@ class RankGroup:
         """Describe ranks that have reported a failure: their numbers, and the step and the error if known."""
         failed = [self.members[index] for index in indices]
         return " and ".join(f"rank {each}" for each in failed) if self.beats is None else self.beats.failures(failed)
+
+    def failed_error(self, indices: Sequence[int]) -> RankError:
+        """Return this rank's error for others that have failed in the window, by their indices in the group."""
+        return RankError(
+            f"{len(indices)} of {self.size} ranks failed inside this window, so this rank drops its gradients too: "
+            f"{self.failures(indices)}; read the failing rank's own error"
+        )
 
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:

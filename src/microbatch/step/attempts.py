@@ -14,7 +14,7 @@ from microbatch.step.cutting import Cut
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Retry, SizeChanged
 from microbatch.step.part import Function, OpenWindow
-from microbatch.step.setup import Never, Setup
+from microbatch.step.setup import Attempt, Setup
 from microbatch.step.size.coupled_way import CoupledWay
 from microbatch.step.size.microbatch_size import MicrobatchSize
 from microbatch.step.window import Window
@@ -28,7 +28,7 @@ class Policies:
     way: CoupledWay
 
 
-class ByHand(Never):
+class ByHand(Attempt):
     """The policy for a hand-written loop, which runs its batch again itself: the next window is cut smaller."""
 
     def __init__(self, policies: Policies) -> None:
@@ -57,7 +57,7 @@ class ByHand(Never):
         return False
 
 
-class Attempts:
+class Attempts(Attempt):
     """Run the window of a batch until it succeeds, or until nothing is left that takes less memory.
 
     After memory runs out, the first of these that applies is changed for the next attempt:
@@ -86,8 +86,6 @@ class Attempts:
         self, setup: Callable[[], Setup], policies: Policies, run: Callable[[Window], object], counts: Counts | None
     ) -> None:
         self._setup, self._policies, self._run, self._counts = setup, policies, run, counts
-        self.started: float | None = None
-        self.retries, self.twice = 0, False
         self._relief: Retry | None = None
         self.window: Window | None = None
 
@@ -183,7 +181,7 @@ def locate(
         return NonfiniteError(microbatch=window.coupled.first_nonfinite(), parameter=error.parameter)
     found: int | None = None
     # All losses were finite, or the window would have named a microbatch; so the gradients are checked.
-    again = Window(setup, attempt=Never(), counts=counts)
+    again = Window(setup, attempt=Attempt(), counts=counts)
     with suppress(_LeaveWithoutStep), again:
         for index, microbatch in enumerate(again.split(batch)):
             again.backward(function(again.model, microbatch))

@@ -21,7 +21,7 @@ from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers, Run
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.fused import Fused
-from microbatch.step.setup import Never, Setup
+from microbatch.step.setup import Attempt, Setup
 from microbatch.step.sums import sums_for
 from microbatch.step.window import Window
 
@@ -48,7 +48,7 @@ def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any],
         finish=_finish,
         live_bytes=_none,
     )
-    window = Window(setup, attempt=Never())
+    window = Window(setup, attempt=Attempt())
     window.denominator = _AnyTerms()
     with window:
         for microbatch in microbatches:
