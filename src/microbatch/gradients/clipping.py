@@ -76,10 +76,6 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
 def scale_(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply every gradient by one number, in place.
 
-    Args:
-        gradients: Tensors of any shapes, dtypes and devices.
-        factor: The product of normalisation, rank average and clipping.
-
     Cost:
         One pass over the gradients; none for a factor of 1.
     """

@@ -63,14 +63,7 @@ class Tree:
 
 
 def shape_of(first: int, parts: int) -> list[tuple[int, int]]:
-    """Return the nodes that a tree has after a number of consecutive parts.
-
-    Args:
-        first: Number of the first part.
-        parts: Number of parts.
-
-    Returns:
-        Level and index of each node, in order.
+    """Return level and index of the nodes that a tree has after consecutive ``parts`` from number ``first`` on.
 
     Example:
         >>> shape_of(0, 6), shape_of(3, 5)

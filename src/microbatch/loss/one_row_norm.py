@@ -71,14 +71,7 @@ def is_of_one_value(error: BaseException) -> bool:
 
 
 def size_without_one_row(rows: int, size: int) -> int | None:
-    """Return the next larger microbatch size that leaves no microbatch of one row.
-
-    Args:
-        rows: Rows of the batch.
-        size: Rows of a microbatch.
-
-    Returns:
-        The size, below that of the batch; `None` if there is none.
+    """Return the next larger microbatch size that leaves no microbatch of one row; `None` if there is none.
 
     Example:
         >>> size_without_one_row(7, 3), size_without_one_row(7, 1), size_without_one_row(3, 2)

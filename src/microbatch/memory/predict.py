@@ -113,13 +113,7 @@ class Prediction:
         return 1 - float(least.max()) / max(1.0, float(most.max()))
 
     def largest(self, budget: int) -> int:
-        """Return the largest microbatch size that fits into a budget.
-
-        Args:
-            budget: Bytes that may be in use.
-
-        Returns:
-            Rows; 0 if not even one row fits, and at most 2^24.
+        """Return the largest microbatch size that fits into a budget in bytes; 0 if not even one row does.
 
         Example:
             >>> def run(m):
@@ -184,13 +178,7 @@ class _PredictedTimeline(Timeline):
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, by bisection; every smaller number must fit too.
-
-    Args:
-        fits: Returns whether a number fits.
-
-    Returns:
-        The number; 0 if not even 1 fits, and at most 2^24.
+    """Return the largest number up to 2^24 that fits, by bisection: every smaller one must fit; 0 if none does.
 
     Example:
         >>> largest_that_fits(lambda rows: 100 * rows <= 1600)

@@ -131,13 +131,7 @@ def fewest(
 
 
 def by_worth(weights: Sequence[Weight]) -> list[Weight]:
-    """Sort blocks by freed bytes for each second, the best first; by bytes alone if a block was not timed.
-
-    Args:
-        weights: The blocks, in the model's order.
-
-    Returns:
-        The blocks; equal ones stay in the model's order, because earlier activations wait longer.
+    """Return blocks by freed bytes for each second, the best first; by bytes alone if a block was not timed.
 
     Example:
         >>> a, b, c = (Weight(name=n, bytes=s, seconds=t) for n, s, t in [("a", 4, 2), ("b", 9, 3), ("c", 8, 4)])
@@ -145,6 +139,7 @@ def by_worth(weights: Sequence[Weight]) -> list[Weight]:
         ['b', 'a', 'c']
     """
     timed = all(each.seconds > 0 for each in weights)
+    # Equal blocks stay in the model's order, because earlier activations wait longer.
     return sorted(weights, key=lambda each: each.bytes / each.seconds if timed else each.bytes, reverse=True)
 
 

@@ -125,13 +125,7 @@ def next_size(sizes: Sequence[int], seconds: Mapping[int, float]) -> int | None:
 
 
 def noise(samples: Sequence[float]) -> float:
-    """Return the relative spread of samples: their interquartile range over their median.
-
-    Args:
-        samples: Samples of the same quantity; at least one.
-
-    Returns:
-        The relative spread; 0 for a single sample.
+    """Return the relative spread of samples: their interquartile range over their median; 0 for one sample.
 
     Example:
         >>> noise([1.0, 1.0, 1.0, 9.0]), noise([1.0, 2.0, 3.0])
@@ -145,12 +139,6 @@ def noise(samples: Sequence[float]) -> float:
 
 def middle_size(sizes: Sequence[int]) -> int:
     """Return the default size without a measurement: the largest of at most 16 rows, or the smallest of all.
-
-    Args:
-        sizes: Sizes to choose from, ascending; at least one.
-
-    Returns:
-        The default size.
 
     Example:
         >>> middle_size([1, 2, 4, 8, 16, 32]), middle_size([20, 40])
@@ -188,16 +176,10 @@ def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -
 
 
 def settled(samples: Sequence[float]) -> float | None:
-    """Return the time per row that samples agree on.
+    """Return the time per row that samples agree on: their median, or the mean of the two fastest; or `None`.
 
     Another job can only make a sample slower. So if the samples are noisy but the two fastest agree, their mean is the
     time without the other job.
-
-    Args:
-        samples: Seconds per row; at least one.
-
-    Returns:
-        The median, or the mean of the two fastest; `None` if the samples do not agree.
 
     Example:
         >>> settled([1.0, 1.1, 1.2]), settled([2.5, 1.0, 1.0, 2.6]), settled([1.0, 1.4, 2.5, 2.6])
