@@ -86,15 +86,7 @@ class ByRow(TorchFunctionMode):
             self._sizes.add(len(shown.rows))
 
     def has_one_element_per_row(self, x: Tensor) -> bool:
-        """Return whether a tensor has exactly one element for each row of the microbatch.
-
-        Args:
-            x: Any tensor.
-
-        Returns:
-            True if it has. In backward, where a checkpoint runs a pass again, the number of rows of any microbatch
-            counts.
-        """
+        """Return whether a tensor has one element for each row of this microbatch; in backward, of any microbatch."""
         if x.ndim == 0 or x.numel() != x.shape[0]:
             return False
         return (

@@ -50,18 +50,7 @@ def disagreement(entries: Sequence[Entry]) -> RowsDisagreeError:
 def samples_in_a_list(
     path: str, entries: int, what: str, *, inner: Sequence[Entry] = (), rows: int | None = None
 ) -> BatchError:
-    """Return the error for a list that could be the samples of the batch.
-
-    Args:
-        path: Where the list is.
-        entries: Number of its entries.
-        what: The entries in words.
-        inner: The tensors in it.
-        rows: Rows of the rest of the batch; `None` if nothing else has rows.
-
-    Returns:
-        The error.
-    """
+    """Return the error for a list that could be the samples; ``rows`` are those of the rest of the batch."""
     kind, about = BatchError, f"{path} is a list of {what}"
     first = f" with {inner[0].rows} rows each" if len({each.rows for each in inner}) == 1 else ""
     if rows is not None and rows != entries:

@@ -125,14 +125,7 @@ def is_size(value: object) -> bool:
 
 
 def slices_itself(value: Any) -> bool:
-    """Return whether an object has a length and slices of its own type, as a TensorDict has.
-
-    Args:
-        value: Any object.
-
-    Returns:
-        True if it has. Tensors, lists, tuples, texts, dicts and modules are handled otherwise.
-    """
+    """Return whether an object, but no tensor or list, has a length and slices of its own type, as a TensorDict."""
     kind = type(value)
     if isinstance(value, (*_PLAIN, Tensor, *LISTS, dict, nn.Module)):
         return False

@@ -55,17 +55,7 @@ class LinearState:
 
 
 def linear_state(optimizer: Optimizer) -> LinearState:
-    """Return the description of one of torch's optimizers.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Its description.
-
-    Raises:
-        ConfigError: The optimizer uses the gradient in other ways too, or is not known.
-    """
+    """Return the description of one of torch's optimizers; refuse those that use the gradient in other ways."""
     kind = type(optimizer)
     if kind in _KNOWN:
         return _KNOWN[kind]
@@ -137,11 +127,7 @@ class Fold:
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[Tensor], factor: float) -> None:
-        """Save the states, and start every sum from its multiple of the state.
-
-        Args:
-            parameters: The window's parameters.
-            factor: What the finished gradient will be multiplied with, or an estimate of it.
+        """Save the states, and start every sum from its multiple of the state; ``factor`` may be an estimate.
 
         Raises:
             ConfigError: A state has another dtype or shape than its parameter, so gradients cannot be added to it.
@@ -192,15 +178,7 @@ class Fold:
 
     @torch.no_grad()
     def without_state(self, parameter: Tensor, total: Tensor, factor: float) -> Tensor:
-        """Subtract the state from a sum that began with it, and return the sum of the gradients alone.
-
-        Args:
-            parameter: Any parameter.
-            total: Its sum over all ranks, after `settle`.
-            factor: What the finished gradient will be multiplied with.
-
-        Returns:
-            A new tensor; ``total`` itself if it did not begin with a state.
+        """Return a sum that began with the state, without it: a new tensor, or ``total`` if it began with none.
 
         Cost:
             A copy of the saved state to the device, and one tensor like it.

@@ -79,14 +79,7 @@ class WideBuffers:
         return self.totals[index]
 
     def stand_in(self, parameter: Tensor) -> Tensor | None:
-        """Make a view of a parameter whose gradient goes straight to the buffer.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            The view; `None` if the gradients add up in `.grad`, or someone else's hook must see them.
-        """
+        """Return a view of a parameter whose gradient goes to the buffer; `None` if a hook or `.grad` must get it."""
         index = self._indices.get(id(parameter))
         if index is None or self.is_watched(parameter):
             return None

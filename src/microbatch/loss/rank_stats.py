@@ -102,15 +102,7 @@ class Across:
         self._share([_RETRY if again else _FAILED, 0.0, 0.0])
 
     def end(self, what: str) -> None:
-        """Wait until every rank has finished, so that no rank can fail after another one has continued.
-
-        Args:
-            what: Name of the part that ends.
-
-        Raises:
-            RankError: A rank has failed, or called this method for another purpose.
-            RankAgainError: A rank will run its batch again.
-        """
+        """Wait until every rank has finished, so that no rank can fail after another one has continued."""
         self.agree(what)
         self.over = True
 

@@ -129,17 +129,9 @@ def check_reached(leaves: Representations) -> None:
 
 
 def own_part(share: Share, *, own: int, whole: int) -> Share:
-    """Scale a loss that every rank has computed over the rows of all ranks to this rank's part.
+    """Return a loss that every rank computed over all rows, scaled to this rank's part of ``own / whole``.
 
     The parts add up to the loss. So sums, counts and gradients are summed over the ranks as for any other loss.
-
-    Args:
-        share: The loss of the whole batch.
-        own: Number of rows of this rank.
-        whole: Number of rows of all ranks.
-
-    Returns:
-        The share with its weight and its count multiplied by ``own / whole``.
     """
     if own == whole:
         return share
@@ -149,13 +141,6 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
 
 
 def stand_in(encoded: object) -> Tensor:
-    """Return a placeholder loss of representations, for passes that only measure the encoder's memory or time.
-
-    Args:
-        encoded: The result of an encoder.
-
-    Returns:
-        The sum of all floating-point tensors in ``encoded``; shape ``()``, float32.
-    """
+    """Return a placeholder loss of representations: their sum, for passes that only measure memory or time."""
     tensors = [leaf for leaf in tree_flatten(encoded)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).sum()

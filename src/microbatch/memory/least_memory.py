@@ -48,17 +48,7 @@ class LeastMemory:
 def least_memory(
     model: nn.Module, optimizers: Sequence[Optimizer], *, device: torch.device, gradients: bool = True
 ) -> LeastMemory:
-    """Add up what a step needs in any case, on one device.
-
-    Args:
-        model: The model.
-        optimizers: Its optimizers.
-        device: The device whose memory is meant.
-        gradients: Whether every gradient is held until the optimizer's step.
-
-    Returns:
-        The bytes; of a model that is sharded over ranks, this rank's.
-    """
+    """Add up what a step needs in any case, on one device; of a model that is sharded over ranks, on this rank."""
     here = [each for each in (*model.parameters(), *model.buffers()) if _is_on(each, device)]
     trained = {id(each): each for optimizer in optimizers for each in _parameters(optimizer) if _is_on(each, device)}
     with_gradient = [each for each in trained.values() if each.requires_grad] if gradients else []

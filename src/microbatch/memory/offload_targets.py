@@ -43,19 +43,11 @@ class Piece(ABC):
 
     @abstractmethod
     def fetch(self) -> Tensor:
-        """Start to copy the bytes back to their device.
-
-        Returns:
-            The copy, uint8, shape ``(nbytes,)``; call `wait` before you use it.
-        """
+        """Start to copy the bytes back to their device, as uint8; call `wait` before you use the copy."""
 
     @abstractmethod
     def wait(self, data: Tensor) -> None:
-        """Make the current stream wait until the copy is complete.
-
-        Args:
-            data: The result of the last `fetch`.
-        """
+        """Make the current stream wait until the copy, the result of the last `fetch`, is complete."""
 
 
 class File:

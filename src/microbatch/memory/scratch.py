@@ -130,14 +130,7 @@ def _held_by(tensor: Tensor, *, ours: bool) -> tuple[int, ...]:
 
 @cache
 def learn_to_count(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
-    """Measure the reference counts of saved tensors that only a graph refers to: of a plain tensor, and of a view.
-
-    Args:
-        kind: Type of the tensors.
-
-    Returns:
-        Both counts. They are cached, so call this function before you start a meter that must not count its tensors.
-    """
+    """Return the reference counts, measured once, of a plain tensor and of a view that only a graph refers to."""
     observer = _Observer()
     place = observer.places(final=lambda: True)
     with torch.enable_grad():

@@ -141,14 +141,7 @@ class Store:
         return _MovedHandle(tensor, self, copy=copy, live=live)
 
     def fetch(self, copy: StorageCopy) -> tuple[StorageWatch, Tensor]:
-        """Bring a copy back, and prefetch the copies that were stored just before it: backward needs those next.
-
-        Args:
-            copy: The copy that is needed now.
-
-        Returns:
-            A watch of the fetched storage, and its bytes: uint8, shape ``(bytes,)``.
-        """
+        """Bring a copy back, and prefetch the copies that were stored just before it: backward needs those next."""
         found = copy.fetch()
         copy.piece.wait(found[1])
         wanted = [copy]

@@ -55,14 +55,7 @@ def group_and_device(model: nn.Module) -> tuple[Any, torch.device] | None:
 
 
 def unshared_bytes(model: nn.Module) -> int:
-    """Return the size of a fully sharded model's gradients before the reduce-scatter.
-
-    Args:
-        model: A fully sharded model.
-
-    Returns:
-        Bytes of all unsharded gradients on one rank, in the dtype in which they add up between microbatches.
-    """
+    """Return the bytes of all unsharded gradients on one rank, in the dtype in which they add up between passes."""
     return sum(each.numel() * dtype.itemsize for each, dtype in _trained(model))
 
 

@@ -84,9 +84,6 @@ class StoreBeats:
 
         The record stays, also if this rank opens another window, until the others know of it (`told`), or until all
         ranks have ended the step.
-
-        Args:
-            error: The error.
         """
         self._voice.say_failed(_named(error))
 

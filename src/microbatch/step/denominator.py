@@ -167,14 +167,7 @@ class Denominator:
                 self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def estimated_factor(self, *, ranks: int) -> float:
-        """Estimate the final `factor`; only a scale, never part of the result.
-
-        Args:
-            ranks: Number of data-parallel ranks, each with about the same number of rows.
-
-        Returns:
-            The estimate; exact if the count is known beforehand.
-        """
+        """Estimate the final `factor`, exactly if the count is known; only a scale, never part of the result."""
         if self.declared is not None or not self._terms:
             return 1.0
         count = float(self.rows * ranks) if self.means and self.rows else self._expected
@@ -216,12 +209,6 @@ class Denominator:
 
     def factor(self, counts: Mapping[str, float]) -> float:
         """Return the factor that turns the accumulated gradient into the mean's gradient: ``expected / count``.
-
-        Args:
-            counts: Counted numbers by term, over all ranks.
-
-        Returns:
-            The factor.
 
         Raises:
             CountError: A count is negative, not finite, or not equal to the declared one; or terms have different

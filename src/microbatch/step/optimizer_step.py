@@ -21,14 +21,8 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
     optimizer has written to a weight or to existing state, the step is tried once more with an empty allocator cache.
     If the optimizer has begun to write, its partial step cannot be undone.
 
-    Args:
-        before: The versions of the optimizer's parameters and state before the step.
-        step: Takes the optimizer's step.
-        device: The device of the model.
-
     Raises:
         OutOfMemoryError: Memory ran out again, or the weights may be partly updated; the message tells which.
-
     """
     optimizer = before.optimizer
     failure = _attempt(partial(_reserved, optimizer, step))

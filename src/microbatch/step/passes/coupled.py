@@ -69,14 +69,7 @@ class Coupled:
         return self._keep and not self._window.passes.keeps
 
     def kept_in_vain(self, error: BaseException) -> bool:
-        """Return whether a failure goes away if everything is encoded twice.
-
-        Args:
-            error: The failure. A microbatch may have overwritten a tensor of an earlier graph, or the disk is full.
-
-        Returns:
-            Whether it does.
-        """
+        """Return whether a failure goes away if everything is encoded twice: an overwritten tensor, a full disk."""
         overwritten = isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error)
         return self.keeps and (overwritten or isinstance(error, SpillError))
 

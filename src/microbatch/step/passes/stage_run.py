@@ -98,14 +98,7 @@ class StageRun:
         self._run_passes(self._loss, backward=True)
 
     def count(self, denominator: Denominator) -> None:
-        """Add the losses to the denominator, after all passes.
-
-        Args:
-            denominator: Collects the losses.
-
-        Raises:
-            Exception: The error of the loss function. The passes continued without a loss, for the other stages.
-        """
+        """Add the losses to the denominator, after all passes; raise the loss function's error, if there was one."""
         if self._failure is not None:
             raise self._failure
         for index, shares in sorted(self._found.items()):

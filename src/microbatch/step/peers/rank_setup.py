@@ -133,17 +133,7 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
 
 
 def describe_model(options: Options) -> dict[str, str]:
-    """Describe a model and its optimizers, which must be the same on data-parallel ranks.
-
-    Args:
-        options: The options of the accumulator.
-
-    Returns:
-        Texts by name.
-
-    Cost:
-        Reads the weights once if the model is a `DistributedDataParallel`, whose weights are not broadcast again.
-    """
+    """Describe by name a model and its optimizers, which must be the same on data-parallel ranks."""
     model, wrapped = options.bare_model, isinstance(options.model, DistributedDataParallel)
     found = {"the model": f"{type(model).__name__}{' in DistributedDataParallel' if wrapped else ''}"}
     groups = {

@@ -58,11 +58,6 @@ class MicrobatchSize(Part):
         A small model has a first window of a few rows, whose peak shows which sizes fit. Usually all of them do, so no
         prediction is needed. For a large model, dry runs predict the peak before the first window.
 
-        Args:
-            batch: The batch.
-            loss_fn: The loss function, or the encoder with a stand-in loss.
-            settled: The options, with the chosen blocks for checkpointing.
-
         Cost:
             For dry runs, about 0.1 milliseconds for each operator at each of four sizes or more.
         """
