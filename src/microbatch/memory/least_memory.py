@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,17 @@ def least_memory(
     )
 
 
+def state_copies(kind: type, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size an optimizer of torch keeps for it; 0 for any other class."""
+    if kind is SGD:
+        return int(group["momentum"] != 0)
+    if kind in {Adam, AdamW, NAdam, RAdam}:
+        return 2 + int(group.get("amsgrad", False))
+    if kind is RMSprop:
+        return 1 + int(group["centered"]) + int(group["momentum"] > 0)
+    return int(kind is Adagrad)
+
+
 def _state_bytes(optimizer: Optimizer, device: torch.device) -> int:
     """Return the bytes of the state that an optimizer holds, or that one of torch's own will create."""
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -66,18 +78,8 @@ def _state_bytes(optimizer: Optimizer, device: torch.device) -> int:
         return _numbers([each for each in held if _is_on(each, device)])
     total = 0
     for group in optimizer.param_groups:
-        kind = type(optimizer)
-        copies = 0
-        if kind is SGD:
-            copies = int(group["momentum"] != 0)
-        elif kind in {Adam, AdamW, NAdam, RAdam}:
-            copies = 2 + int(group.get("amsgrad", False))
-        elif kind is RMSprop:
-            copies = 1 + int(group["centered"]) + int(group["momentum"] > 0)
-        elif kind is Adagrad:
-            copies = 1
         trained = [each for each in group["params"] if each.requires_grad and _is_on(each, device)]
-        total += copies * _numbers(trained)
+        total += state_copies(type(optimizer), group) * _numbers(trained)
     return total
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from microbatch.errors import OutOfMemoryError
+from microbatch.memory.least_memory import state_copies
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 
 
@@ -57,22 +58,17 @@ def zero_grad(optimizer: Optimizer) -> None:
 def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
     """Take a step; if it is the first, make sure of the memory for the state that it creates, before it writes."""
     if not optimizer.state:
+        # A class that inherits from one of torch's has at least the state of that one.
+        kind = next(each for each in type(optimizer).__mro__ if each.__module__.startswith("torch.optim"))
         held = [
             torch.empty_like(each)
             for group in optimizer.param_groups
             for each in group["params"]
             if each.grad is not None
-            for _ in range(_copies(optimizer, group))
+            for _ in range(state_copies(kind, group))
         ]
         del held
     step()
-
-
-def _copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
-    """Return how many tensors of a parameter's size its optimizer will keep; 0 if that is not known."""
-    if isinstance(optimizer, SGD):
-        return int(bool(group["momentum"]))
-    return 2 + int(group.get("amsgrad", False)) if isinstance(optimizer, Adam | NAdam | RAdam) else 0
 
 
 def _attempt(step: Callable[[], object]) -> Exception | None:

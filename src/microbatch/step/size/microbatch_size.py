@@ -16,7 +16,7 @@ from microbatch.step.cutting import Cut, Cutting
 from microbatch.step.events import Event, SizeChanged
 from microbatch.step.options import EXACT, Options
 from microbatch.step.part import Function, OpenWindow, Part
-from microbatch.step.parts.memory_budget import MemoryBudget
+from microbatch.step.parts.memory_budget import MemoryBudget, is_fake
 from microbatch.step.record import Step
 from microbatch.step.size.room import room_for
 from microbatch.step.size.sizing import Sizing
@@ -172,7 +172,7 @@ class MicrobatchSize(Part):
             hindrance = "each size would have to be compiled before it could be timed"
         elif options.batch_norm == EXACT:
             hindrance = "microbatches run in lockstep, so the time of a single microbatch is not known"
-        elif any(type(parameter).__name__ == "FakeTensor" for parameter in options.model.parameters()):
+        elif is_fake(options):
             hindrance = "fake tensors take no time"
         elif options.lengths is not None and options.lengths.microbatch_tokens is not None:
             hindrance = "microbatch_tokens sets the size of microbatches"
