@@ -59,9 +59,6 @@ class ByRow(TorchFunctionMode):
     Args:
         seed: Seed of the step; the same on every rank.
 
-    Attributes:
-        seed: Seed of the step.
-
     Source:
         Laws N2, M1, R1, with dropout.
     """

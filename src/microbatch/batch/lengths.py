@@ -207,12 +207,12 @@ def _trimmed(value: Any, path: str, dim: int, *, piece: Piece, keys: Sequence[st
     return value[columns] if dim % len(value.shape) else value[:, columns]
 
 
-def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+def in_order(results: Sequence[Tensor], rows: Sequence[Tensor] | None) -> Tensor:
     """Concatenate results per row of all microbatches, and sort them into the batch's order.
 
     Args:
         results: One tensor for each microbatch, of shape ``(rows, ...)``.
-        rows: Numbers of each microbatch's rows in the batch.
+        rows: Numbers of each microbatch's rows in the batch; `None` if they are in order already.
 
     Returns:
         Shape ``(rows of the batch, ...)``.
@@ -221,9 +221,8 @@ def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
         >>> in_order([torch.tensor([20, 0]), torch.tensor([10])], [torch.tensor([2, 0]), torch.tensor([1])]).tolist()
         [0, 10, 20]
     """
-    numbers = torch.cat(list(rows))
     joined = torch.cat(list(results))
-    return joined[torch.argsort(numbers).to(joined.device)]
+    return joined if rows is None else joined[torch.argsort(torch.cat(list(rows))).to(joined.device)]
 
 
 def _read_lengths(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:

@@ -239,7 +239,7 @@ def _kept(shape: torch.Size, index: int, random: torch.Generator) -> Tensor:
 
 
 def widened(shown: Ranges, ranges: Ranges) -> Ranges:
-    """Return ranges that hold both."""
+    """Return ranges that hold the ranges of before and those of a microbatch."""
     both: Mapping[str, tuple[float, float]] = {**ranges, **shown}
     return {
         name: (min(low, ranges.get(name, (low, high))[0]), max(high, ranges.get(name, (low, high))[1]))

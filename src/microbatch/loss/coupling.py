@@ -8,7 +8,7 @@ _noticed: ContextVar[set[str] | None] = ContextVar("noticed", default=None)
 
 
 def listen() -> set[str]:
-    """Return a list that will hold the names of the coupled losses called in this context from now on."""
+    """Return a set that will hold the names of the coupled losses called in this context from now on."""
     found = set[str]()
     _noticed.set(found)
     return found

@@ -28,10 +28,6 @@ class Stages:
         pipeline: This rank's stages.
         ranks: The data-parallel ranks, which have the same stages; `None` if there is one pipeline only.
 
-    Attributes:
-        group: The ranks of the pipeline.
-        ranks: The data-parallel ranks, as given.
-
     Source:
         Laws N3, N9, R2.
     """

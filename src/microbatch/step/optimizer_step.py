@@ -84,12 +84,6 @@ def _attempt(step: Callable[[], object]) -> Exception | None:
 class Versions:
     """Record the version counters of an optimizer's parameters and state, to find later writes.
 
-    Args:
-        optimizer: The optimizer.
-
-    Attributes:
-        optimizer: The optimizer.
-
     Cost:
         Reads the version of every parameter and state tensor: about a microsecond a parameter.
     """

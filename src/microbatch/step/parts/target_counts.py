@@ -13,9 +13,9 @@ from microbatch.batch.batch_tree import Rows, leaves
 from microbatch.batch.batches import parts_of
 from microbatch.batch.recognise import spread
 from microbatch.batch.walk import is_array
+from microbatch.loss.counted_labels import IGNORED
 from microbatch.step.cutting import Cutting
 
-_IGNORED = -100  # torch's and everyone's label for "no target here"
 _VOID = 255  # of segmentation
 _TARGETS = ("label", "target", "'y'", ".y")
 _MASKS = ("mask", "valid", "keep")
@@ -192,8 +192,8 @@ def _is_mask(path: str, values: Sequence[Tensor]) -> bool:
 def _ignored_in(labels: Sequence[Tensor], *, is_target: bool) -> int | None:
     """Return the label that stands for "no target here"; `None` if there is none."""
     labels = [each for each in labels if each.numel()]
-    if any(bool((each == _IGNORED).any()) for each in labels):
-        return _IGNORED
+    if any(bool((each == IGNORED).any()) for each in labels):
+        return IGNORED
     if not is_target or not labels:
         return None
     least, most = min(int(each.min()) for each in labels), max(int(each.max()) for each in labels)

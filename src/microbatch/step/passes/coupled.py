@@ -10,6 +10,7 @@ Gao, Zhang, Han, Callan 2021, "Scaling deep contrastive learning batch size unde
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,9 @@ class Coupled:
     def _gathered(self, encoded: Sequence[Representations]) -> Any:
         """Concatenate the representations of all microbatches and ranks, as leaf tensors."""
         self.own = self.rows = sum(self._sizes)
-        found = put_together(encoded, self._join) if encoded else Representations([], None)
+        found = (
+            put_together(encoded, partial(in_order, rows=self._window.order)) if encoded else Representations([], None)
+        )
         self._encoded = found.tensors
         if self._exchange is not None:
             found = Representations(*self._exchange.gather(found.tensors, found.form))
@@ -212,10 +215,6 @@ class Coupled:
     def _encode_piece(self, microbatch: Any, rows: int, *, graph: bool) -> Representations:
         with torch.set_grad_enabled(graph):
             return taken_apart(self._encode(self._window.model, microbatch), rows=rows)
-
-    def _join(self, results: Sequence[Tensor]) -> Tensor:
-        order = self._window.order
-        return torch.cat(list(results)) if order is None else in_order(results, order)
 
     def _places(self) -> Iterator[slice | Tensor]:
         """Yield the row numbers of each microbatch."""
