@@ -188,16 +188,12 @@ def locate(
             if first_nonfinite(again.gradients.held()) is not None:
                 found = index
                 break
-        _leave_without_step()
+        raise _LeaveWithoutStep
     return NonfiniteError(microbatch=found, parameter=error.parameter)
 
 
 class _LeaveWithoutStep(Exception):  # noqa: N818 - not an error: the only way to leave a window without a step
     pass
-
-
-def _leave_without_step() -> None:
-    raise _LeaveWithoutStep
 
 
 def _is_late(window: OpenWindow) -> bool:
