@@ -62,7 +62,12 @@ class ExactBatchNorm:
 
     def __init__(self, model: nn.Module, across: Across | None) -> None:
         self._across = across
-        self._names = {id(each): name for name, layer in layers_of(model).items() for each in _own_tensors(layer)}
+        self._names = {
+            id(each): name
+            for name, layer in layers_of(model).items()
+            for each in (layer.running_mean, layer.weight)
+            if each is not None
+        }
         # Layers are found by their buffer and not by their class, because scripted layers have another class.
         self._counters: dict[int, _Counter] = {}
         for name, module in model.named_modules():
@@ -184,10 +189,6 @@ class _Counter:
     running: int
     version: int
     counted: int = 0
-
-
-def _own_tensors(layer: _BatchNorm) -> list[Tensor]:
-    return [each for each in (layer.running_mean, layer.weight) if each is not None]
 
 
 class OneOfMany(nn.SyncBatchNorm):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ class LayerCall:
         assert self.x is not None  # noqa: S101 - as forward left it
         x = self.x()
         if self.needs_input and self._puts.spares(x):
-            self.x = partial(_identity, x)
+            self.x = lambda: x
         return x
 
     def offload_output_gradient(self, dy: Tensor, scale: Tensor) -> None:
@@ -101,7 +100,7 @@ class MeasureMoments(torch.autograd.Function):
         dx = torch.batch_norm(wide, slope, shift, ctx.mean, ones, False, 0.0, 0.0, False)
         if layer_call.dy is not None and layer_call.scale is not None:
             dy, layer_call.dy = layer_call.dy(), None
-            dx.addcmul_(dy.to(layer_call.dtype), _over_channels(layer_call.scale, dx))
+            dx.addcmul_(dy.to(layer_call.dtype), layer_call.scale.view(-1, *[1] * (dx.dim() - 2)))
         return dx.to(x.dtype), None
 
 
@@ -190,11 +189,3 @@ def _channel_sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple
         dy, x, None, None, None, mean, inverse, True, 0.0, [False, True, True]
     )
     return weight_gradient, bias_gradient
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _over_channels(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (like.dim() - 2))

@@ -91,7 +91,7 @@ class Store:
         )
         self._lock = threading.RLock()  # guards the byte counts and the creation of places
         self._pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
-        self._last: Callable[[], StorageCopy | None] = _nothing
+        self._last: Callable[[], StorageCopy | None] = lambda: None
         self._recent: list[weakref.ref[StorageCopy]] = []
         self.bytes_spilled = 0
 
@@ -227,7 +227,3 @@ def _modified(writes: int, dtype: torch.dtype, shape: Sequence[int]) -> RuntimeE
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"[{dtype} {list(shape)}] was written to {writes} times after it was saved or offloaded"
     )
-
-
-def _nothing() -> None:
-    return None

@@ -289,7 +289,7 @@ def _check_width(optimizer: Optimizer, options: Options) -> None:
     wide = options.sums.dtype
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            if torch.promote_types(parameter.dtype, wide) != parameter.dtype:
+            if _widens(parameter, options):
                 raise ConfigError(
                     f'Sums(buffer="none"): gradients would add up in the {parameter.dtype} state of group {index}, and '
                     f"dtype is {wide}. Pass dtype={parameter.dtype} if that precision is enough, or keep a gradient "
