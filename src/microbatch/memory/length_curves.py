@@ -46,19 +46,62 @@ class Lengthwise:
             raise ConfigError(f"lengths must be three or more, ascending, for example (64, 128, 256), not {lengths!r}")
 
     def peak_bytes(self, microbatch_size: int, *, length: int) -> int:
-        """Predict the peak memory of a window."""
+        """Predict the peak memory of a window.
+
+        Args:
+            microbatch_size: Rows; at least 1.
+            length: Columns of each row; at least 1.
+
+        Returns:
+            Bytes.
+
+        Raises:
+            ConfigError: The size or the length is below 1.
+        """
         return self.by_length(microbatch_size).peak_bytes(length)
 
     def largest(self, budget: int, *, length: int) -> int:
-        """Return the largest microbatch size that fits into a budget."""
+        """Return the largest microbatch size that fits into a budget.
+
+        Args:
+            budget: Bytes that may be in use.
+            length: Columns of each row; at least 1.
+
+        Returns:
+            Rows; 0 if not even one row fits, and at most 2^24.
+
+        Raises:
+            ConfigError: The length is below 1.
+        """
         return largest_that_fits(lambda rows: self.peak_bytes(rows, length=length) <= budget)
 
     def longest(self, budget: int, *, microbatch_size: int) -> int:
-        """Return the greatest sequence length that fits into a budget."""
+        """Return the greatest sequence length that fits into a budget.
+
+        Args:
+            budget: Bytes that may be in use.
+            microbatch_size: Rows; at least 1.
+
+        Returns:
+            Columns; 0 if not even one column fits, and at most 2^24.
+
+        Raises:
+            ConfigError: The size is below 1.
+        """
         return self.by_length(microbatch_size).largest(budget)
 
     def by_length(self, microbatch_size: int) -> Prediction:
-        """Return a prediction by sequence length, for one microbatch size."""
+        """Return a prediction by sequence length, for one microbatch size.
+
+        Args:
+            microbatch_size: Rows; at least 1.
+
+        Returns:
+            A prediction whose sizes are lengths in columns.
+
+        Raises:
+            ConfigError: The size is below 1.
+        """
         runs = {length: each.predicted_run(microbatch_size) for length, each in self.predictions.items()}
         witnessed = [(length, each) for length, each in runs.items() if each.levels]
         return predict(lambda length: runs[length].timeline, sizes=list(runs), witnessed=witnessed)
