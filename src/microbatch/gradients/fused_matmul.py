@@ -128,17 +128,7 @@ class Fuse(TorchFunctionMode):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor | None:
-        """Run ``x W^T + b`` (or ``x W + b``, transposed) with a fused weight gradient.
-
-        Args:
-            x: Shape ``(..., in)``.
-            weight: Shape ``(out, in)``, or ``(in, out)`` if transposed.
-            bias: Shape ``(out,)``, or `None`.
-            transposed: Whether the weight is stored as ``(in, out)``.
-
-        Returns:
-            Shape ``(..., out)``; `None` if the call cannot be fused.
-        """
+        """Run a `FusedLinear`; return `None` if the call cannot be fused."""
         if not self._covers(weight, x) or (bias is not None and bias.ndim != 1):
             return None
         ready, kind = weight.detach(), x.device.type
@@ -153,16 +143,7 @@ class Fuse(TorchFunctionMode):
         return cast("Tensor", FusedLinear.apply(x, weight, bias, ready, self.add, self._empty, transposed))
 
     def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
-        """Index an embedding, with a backward that touches only the indexed rows of the gradient.
-
-        Args:
-            ids: Row numbers, of any shape.
-            weight: Shape ``(rows, width)``.
-            padding: A row that gets no gradient, or `None`.
-
-        Returns:
-            Shape ``(*ids.shape, width)``; `None` if the call cannot be fused.
-        """
+        """Run a `FusedEmbedding`; return `None` if the call cannot be fused."""
         if not self._covers(weight, ids):
             return None
         return cast("Tensor", FusedEmbedding.apply(ids, weight, padding, self.add))

@@ -81,18 +81,7 @@ def size_without_one_row(rows: int, size: int) -> int | None:
 
 
 def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | None, batch: int, size: int) -> str:
-    """Describe which layer got a single value for each channel, and what to do.
-
-    Args:
-        error: The error that `is_of_one_value`, with its traceback.
-        model: The model.
-        rows: Rows of the microbatch; `None` if they are not known.
-        batch: Rows of the batch; 0 if they are not known.
-        size: Rows of a full microbatch; 0 if they are not known.
-
-    Returns:
-        The words.
-    """
+    """Describe which layer got a single value for each channel, and what to do; 0 rows are not known."""
     path = failed_layer(error, model)
     layer = "a batch normalisation" if path is None else f"the batch normalisation {named_layer(path, model)}"
     of_rows = "" if rows is None else f" of {rows:g} row{'s' if rows != 1 else ''}"
