@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
 
 from microbatch.memory.budget import format_bytes
 from microbatch.shards import local_of
@@ -60,15 +60,15 @@ def least_memory(
     )
 
 
-def state_copies(kind: type, group: Mapping[str, Any]) -> int:
-    """Return how many tensors of a parameter's size an optimizer of torch keeps for it; 0 for any other class."""
-    if kind is SGD:
+def state_copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size one of torch's optimizers keeps for it; 0 for all others."""
+    if isinstance(optimizer, SGD):
         return int(group["momentum"] != 0)
-    if kind in {Adam, AdamW, NAdam, RAdam}:
+    if isinstance(optimizer, Adam | NAdam | RAdam):
         return 2 + int(group.get("amsgrad", False))
-    if kind is RMSprop:
+    if isinstance(optimizer, RMSprop):
         return 1 + int(group["centered"]) + int(group["momentum"] > 0)
-    return int(kind is Adagrad)
+    return int(isinstance(optimizer, Adagrad))
 
 
 def _state_bytes(optimizer: Optimizer, device: torch.device) -> int:
@@ -77,9 +77,11 @@ def _state_bytes(optimizer: Optimizer, device: torch.device) -> int:
     if held:
         return _numbers([each for each in held if _is_on(each, device)])
     total = 0
-    for group in optimizer.param_groups:
+    # A class that inherits from one of torch's may create another state.
+    known = type(optimizer).__module__.startswith("torch.optim")
+    for group in optimizer.param_groups if known else ():
         trained = [each for each in group["params"] if each.requires_grad and _is_on(each, device)]
-        total += state_copies(type(optimizer), group) * _numbers(trained)
+        total += state_copies(optimizer, group) * _numbers(trained)
     return total
 
 

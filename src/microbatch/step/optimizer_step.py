@@ -58,14 +58,12 @@ def zero_grad(optimizer: Optimizer) -> None:
 def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
     """Take a step; if it is the first, make sure of the memory for the state that it creates, before it writes."""
     if not optimizer.state:
-        # A class that inherits from one of torch's has at least the state of that one.
-        kind = next(each for each in type(optimizer).__mro__ if each.__module__.startswith("torch.optim"))
         held = [
             torch.empty_like(each)
             for group in optimizer.param_groups
             for each in group["params"]
             if each.grad is not None
-            for _ in range(state_copies(kind, group))
+            for _ in range(state_copies(optimizer, group))
         ]
         del held
     step()

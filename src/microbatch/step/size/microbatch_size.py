@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
@@ -145,7 +144,7 @@ class MicrobatchSize(Part):
 
     def saved(self) -> tuple[Sizing, Tuning | None]:
         """Return a copy of the current size, for `restore`."""
-        return replace(self.sizing), self.tuning
+        return self.sizing.copy(), self.tuning
 
     def restore(self, saved: tuple[Sizing, Tuning | None]) -> None:
         """Restore a size that `saved` returned, after an error that tells nothing about the next batch."""

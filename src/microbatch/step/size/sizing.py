@@ -105,6 +105,12 @@ class Sizing:
         self.calm, self.on_trial = 0, self.halvings > 0
         self.halvings = max(0, self.halvings - 1)
 
+    def copy(self) -> Sizing:
+        """Return a copy; made in every step, so without the detours of `dataclasses.replace`."""
+        return Sizing(
+            self.asked, self.halvings, self.calm, self.patience, self.on_trial, chosen=self.chosen, width=self.width
+        )
+
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain numbers."""
         return asdict(self)
