@@ -87,32 +87,12 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int, copy_on: torc
 
 
 def take_rows(batch: object, index: Sequence[int], *, rows: int, marked: bool = False) -> Any:
-    """Copy selected rows of a batch, in any order and with repetition.
-
-    Args:
-        batch: A batch as `rows_of` accepts it.
-        index: Numbers of the rows to copy, from 0.
-        rows: ``rows_of(batch)``, counted once by the caller.
-        marked: Whether the marks `Whole` and `Rows` are kept, so that the result can be cut again.
-
-    Returns:
-        The same structure with ``len(index)`` rows.
-
-    Cost:
-        Copies the selected rows.
-    """
+    """Copy selected rows, in any order and with repetition; ``marked`` keeps `Whole` and `Rows`, to cut again."""
     return select(batch, list(index), rows=rows, marked=marked)
 
 
 def unmarked(batch: object) -> Any:
-    """Return a batch without the marks `Whole` and `Rows`.
-
-    Args:
-        batch: Any structure.
-
-    Returns:
-        The same structure with the marked values; nothing is copied.
-    """
+    """Return a batch without the marks `Whole` and `Rows`; nothing is copied."""
     return map_leaves(lambda leaf, _: leaf.value if isinstance(leaf, Rows | Whole) else leaf, batch)
 
 

@@ -41,12 +41,5 @@ class Batches:
 
 
 def parts_of(batch: object) -> Sequence[Any]:
-    """Return the batches that a batch is made of.
-
-    Args:
-        batch: `Batches`, or one batch.
-
-    Returns:
-        The batches of `Batches`; else the batch alone.
-    """
+    """Return the batches of `Batches`, or another batch alone."""
     return batch.batches if isinstance(batch, Batches) else [batch]

@@ -36,14 +36,7 @@ class Copies:
         self._made: dict[int, tuple[Any, Any]] = {}  # with the value itself, so that no other value gets its id
 
     def __call__(self, value: Any) -> Any:
-        """Copy a value.
-
-        Args:
-            value: A tensor, an array, an object that slices itself, or a structure of these.
-
-        Returns:
-            The copy. A tensor that was copied before has one copy. Other objects are not copied.
-        """
+        """Copy a value and what it holds; a tensor that was copied before has one copy."""
         if isinstance(value, _IMMUTABLE):
             return value
         made = self._made.get(id(value))

@@ -50,18 +50,7 @@ def cut(batch: object, microbatch_size: SupportsIndex) -> list[Any]:
 
 
 def check_microbatch_size(size: object, alternative: str = "") -> int:
-    """Refuse a microbatch size that is not a whole number of at least 1.
-
-    Args:
-        size: The value that the user passed.
-        alternative: What the caller takes besides, as the error names it.
-
-    Returns:
-        The size as an int.
-
-    Raises:
-        ConfigError: ``size`` is not an integer, is a bool, or is below 1.
-    """
+    """Return a microbatch size as an int; refuse what is no whole number of at least 1."""
     number = whole(size, least=1)
     if number is None:
         raise ConfigError(f"microbatch_size must be a whole number of at least 1{alternative}, not {size!r}")

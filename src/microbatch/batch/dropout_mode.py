@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -58,9 +59,6 @@ class ByRow(TorchFunctionMode):
     Args:
         seed: Seed of the step; the same on every rank.
 
-    Attributes:
-        seed: Seed of the step.
-
     Source:
         Laws N2, M1, R1, with dropout.
     """
@@ -85,15 +83,7 @@ class ByRow(TorchFunctionMode):
             self._sizes.add(len(shown.rows))
 
     def has_one_element_per_row(self, x: Tensor) -> bool:
-        """Return whether a tensor has exactly one element for each row of the microbatch.
-
-        Args:
-            x: Any tensor.
-
-        Returns:
-            True if it has. In backward, where a checkpoint runs a pass again, the number of rows of any microbatch
-            counts.
-        """
+        """Return whether a tensor has one element for each row of this microbatch; in backward, of any microbatch."""
         if x.ndim == 0 or x.numel() != x.shape[0]:
             return False
         return (
@@ -170,54 +160,6 @@ def _in_backward() -> bool:
     return bool(torch._C._current_autograd_node())  # pyright: ignore[reportPrivateUsage]
 
 
-def _dropout(
-    mode: ByRow,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> Tensor | None:
-    return _apply_dropout(mode, input, p, inplace=inplace) if training and p else None
-
-
-def _torch_dropout(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
-    return _apply_dropout(mode, input, p) if train and p else None
-
-
-def _torch_dropout_(mode: ByRow, input: Tensor, p: float, train: bool) -> Tensor | None:
-    return _apply_dropout(mode, input, p, inplace=True) if train and p else None
-
-
-def _channel_dropout(
-    mode: ByRow,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> Tensor | None:
-    return _apply_dropout(mode, input, p, inplace=inplace, channels=True) if training and p else None
-
-
-def _alpha_dropout(
-    mode: ByRow,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = False,
-    inplace: bool = False,
-) -> Tensor | None:
-    return _apply_alpha_dropout(mode, input, p, inplace=inplace) if training and p else None
-
-
-def _alpha_channel_dropout(
-    mode: ByRow,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = False,
-    inplace: bool = False,
-) -> Tensor | None:
-    return _apply_alpha_dropout(mode, input, p, inplace=inplace, channels=True) if training and p else None
-
-
 def _apply_dropout(mode: ByRow, x: Tensor, p: float, *, inplace: bool = False, channels: bool = False) -> Tensor:
     if not 0 <= p <= 1:
         raise ConfigError(f"the probability of dropout must be between 0 and 1, not {p}")
@@ -235,6 +177,23 @@ def _apply_alpha_dropout(mode: ByRow, x: Tensor, p: float, *, inplace: bool = Fa
     shift = (kept - 1).mul_(-_SELU_LIMIT).add_(-_SELU_LIMIT * p).mul_(scale)
     kept.mul_(scale)
     return x.mul_(kept).add_(shift) if inplace else x * kept + shift
+
+
+def _dropout(
+    mode: ByRow,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    channels: bool = False,
+    drop: Callable[..., Tensor] = _apply_dropout,
+) -> Tensor | None:
+    return drop(mode, input, p, inplace=inplace, channels=channels) if training and p else None
+
+
+def _torch_dropout(mode: ByRow, input: Tensor, p: float, train: bool, *, inplace: bool = False) -> Tensor | None:
+    return _dropout(mode, input, p, train, inplace)
 
 
 def _attention(  # noqa: PLR0913 - torch's own signature
@@ -317,12 +276,10 @@ def _refuse_recurrent(mode: ByRow, *args: Any, **kwargs: Any) -> None:
 _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.dropout: _dropout,
     torch.dropout: _torch_dropout,
-    torch.dropout_: _torch_dropout_,
-    F.dropout1d: _channel_dropout,
-    F.dropout2d: _channel_dropout,
-    F.dropout3d: _channel_dropout,
-    F.alpha_dropout: _alpha_dropout,
-    F.feature_alpha_dropout: _alpha_channel_dropout,
+    torch.dropout_: partial(_torch_dropout, inplace=True),
+    **dict.fromkeys((F.dropout1d, F.dropout2d, F.dropout3d), partial(_dropout, channels=True)),
+    F.alpha_dropout: partial(_dropout, drop=_apply_alpha_dropout),
+    F.feature_alpha_dropout: partial(_dropout, drop=_apply_alpha_dropout, channels=True),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     Tensor.bernoulli_: _bernoulli_,

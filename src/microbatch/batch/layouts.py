@@ -70,14 +70,7 @@ def other_layout(batch: object, *, time_first: Sequence[str], thorough: bool = F
 
 
 def modules_with_time_first(model: nn.Module) -> list[str]:
-    """List the modules of a model that expect the layout (time, rows, features), by name and type.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Texts such as ``"rnn (LSTM)"``.
-    """
+    """List the modules of a model that expect the layout (time, rows, features), by name and type."""
     kinds = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.RNNCellBase)
     return [
         f"{name or 'the root module'} ({type(each).__name__})"
@@ -87,15 +80,9 @@ def modules_with_time_first(model: nn.Module) -> list[str]:
 
 
 def doubtful_numbers(batch: object) -> str:
-    """Return a warning if numbers in lists could be those of the rows as well as a value of the whole batch.
+    """Return a warning if numbers in lists could be those of the rows as well as a value of the batch; or "".
 
     These are lists of equally long lists, which are cut, and short tuples of whole numbers, which are not cut.
-
-    Args:
-        batch: One batch that has rows.
-
-    Returns:
-        A text with the remedy; empty if there are none, or if their length is not the number of rows.
     """
     if isinstance(batch, Tensor):
         return ""

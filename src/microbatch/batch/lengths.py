@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microbatch.arguments import attribute, check_callable, check_one_of, whole
+from microbatch.arguments import attribute, check_callable, check_one_of, check_whole
 from microbatch.batch.batch_tree import Rows, Whole, leaves, rows_of, select
 from microbatch.batch.copies import Copies
 from microbatch.batch.recognise import spread
@@ -71,15 +71,9 @@ class Lengths:
             raise ConfigError(f"lengths: keys must be a list of names, not {self.keys!r}")
         if isinstance(self.keys, str):  # a str is a Sequence[str] too, of its letters
             raise ConfigError(f"lengths: keys must be a list of names, for example [{self.keys!r}]")
-        tokens, overhead = whole(self.microbatch_tokens, least=1), whole(self.overhead, least=0)
-        if self.microbatch_tokens is not None and tokens is None:
-            raise ConfigError(
-                f"lengths: microbatch_tokens must be a whole number and at least 1, not {self.microbatch_tokens!r}"
-            )
-        if overhead is None:
-            raise ConfigError(f"lengths: overhead must be a whole number of at least 0 tokens, not {self.overhead!r}")
-        object.__setattr__(self, "microbatch_tokens", tokens)  # as an int
-        object.__setattr__(self, "overhead", overhead)
+        for name, number, least in (("microbatch_tokens", self.microbatch_tokens, 1), ("overhead", self.overhead, 0)):
+            if number is not None or name == "overhead":
+                object.__setattr__(self, name, check_whole(f"lengths: {name}", number, least=least))  # as an int
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,20 +193,7 @@ def best_cuts(
 
 
 def take_piece(batch: object, piece: Piece, *, lengths: Lengths, copy_on: torch.device | None = None) -> Any:
-    """Copy one microbatch out of a padded batch, and trim its columns.
-
-    Args:
-        batch: The whole batch.
-        piece: Rows and columns of the microbatch.
-        lengths: The same `Lengths` that `cut_by_length` got.
-        copy_on: As for `slice_rows`: values without rows are copied too, if they are on this device.
-
-    Returns:
-        The same structure with contiguous copies of the rows, and without the marks `Whole` and `Rows`.
-
-    Cost:
-        Copies the microbatch's tokens.
-    """
+    """Copy one microbatch out of a padded batch, without marks, and trim its columns to those of the piece."""
     trim = partial(_trimmed, piece=piece, keys=lengths.keys)
     copied = None if copy_on is None else Copies(copy_on)
     return select(batch, piece.rows.tolist(), rows=rows_of(batch), copied=copied, trim=trim)
@@ -226,12 +207,12 @@ def _trimmed(value: Any, path: str, dim: int, *, piece: Piece, keys: Sequence[st
     return value[columns] if dim % len(value.shape) else value[:, columns]
 
 
-def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
+def in_order(results: Sequence[Tensor], rows: Sequence[Tensor] | None) -> Tensor:
     """Concatenate results per row of all microbatches, and sort them into the batch's order.
 
     Args:
         results: One tensor for each microbatch, of shape ``(rows, ...)``.
-        rows: Numbers of each microbatch's rows in the batch.
+        rows: Numbers of each microbatch's rows in the batch; `None` if they are in order already.
 
     Returns:
         Shape ``(rows of the batch, ...)``.
@@ -240,9 +221,8 @@ def in_order(results: Sequence[Tensor], rows: Sequence[Tensor]) -> Tensor:
         >>> in_order([torch.tensor([20, 0]), torch.tensor([10])], [torch.tensor([2, 0]), torch.tensor([1])]).tolist()
         [0, 10, 20]
     """
-    numbers = torch.cat(list(rows))
     joined = torch.cat(list(results))
-    return joined[torch.argsort(numbers).to(joined.device)]
+    return joined if rows is None else joined[torch.argsort(torch.cat(list(rows))).to(joined.device)]
 
 
 def _read_lengths(batch: Any, lengths: Lengths, *, rows: int) -> Tensor:

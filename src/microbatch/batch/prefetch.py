@@ -73,15 +73,7 @@ def moved(microbatch: object, device: torch.device, move: Callable[[Tensor], Ten
 
 
 def is_there(batch: object, device: torch.device) -> bool:
-    """Return whether a batch is already on ``device``, so that its microbatches need no copy.
-
-    Args:
-        batch: A batch as `cut` accepts it.
-        device: The model's device.
-
-    Returns:
-        True if every leaf is a tensor on ``device``, a number, a string or `None`. `feed` then has nothing to copy.
-    """
+    """Return whether every leaf of a batch is a tensor on ``device``, a number, a string or `None`."""
     return all(
         leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str | None)
         for leaf in contents(batch)

@@ -16,13 +16,7 @@ _MIX32 = (0x85EBCA6B, 0xC2B2AE35)
 
 
 def derive(*numbers: int) -> int:
-    """Derive one seed from several numbers.
-
-    Args:
-        numbers: Any integers; their order matters.
-
-    Returns:
-        A 63-bit integer that depends on all of the numbers.
+    """Return a 63-bit seed that depends on several integers and on their order.
 
     Example:
         >>> derive(1, 2) == derive(1, 2), derive(1, 2) == derive(2, 1)

@@ -70,18 +70,7 @@ class Found:
 
 
 def count_rows(batch: object) -> int:
-    """Count the rows of one batch.
-
-    Args:
-        batch: The batch; not `Batches`.
-
-    Returns:
-        The number of rows; 0 or more.
-
-    Raises:
-        BatchError: Nothing has rows, or a value or a list can be read in two ways.
-        RowsDisagreeError: Two values have different numbers of rows.
-    """
+    """Count the rows of one batch."""
     rows = _rows_of_tensors(batch)
     if rows is not None:
         return rows
@@ -94,18 +83,7 @@ def count_rows(batch: object) -> int:
 
 
 def entries_of(value: Any, path: str) -> int | None:
-    """Count the rows of a leaf; `None` for a leaf without rows.
-
-    Args:
-        value: A tensor, an array, an object that slices itself, or `Rows` of one of these or of a list.
-        path: Where the leaf is.
-
-    Returns:
-        Its rows.
-
-    Raises:
-        BatchError: The leaf cannot be sliced by rows.
-    """
+    """Count the rows of a leaf; `None` for a leaf without rows. Refuse one that cannot be sliced by rows."""
     if isinstance(value, Tensor):
         if value.is_nested or value.layout is not torch.strided:
             raise BatchError(_cannot_slice(value, path))
@@ -123,15 +101,7 @@ def entries_of(value: Any, path: str) -> int | None:
 
 
 def spread(mark: Rows, path: str) -> list[tuple[str, Rows]]:
-    """List the values of a marked dict or dataclass, each with the same mark.
-
-    Args:
-        mark: The mark.
-        path: Where it is.
-
-    Returns:
-        Pairs of path and mark; one pair for a mark of a single value.
-    """
+    """List the values of a marked dict or dataclass with their paths, each with the same mark."""
     inner = None if isinstance(mark.value, LISTS) else children(mark.value)
     if inner is None:
         return [(path, mark)]

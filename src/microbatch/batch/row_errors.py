@@ -37,14 +37,7 @@ class Entry:
 
 
 def disagreement(entries: Sequence[Entry]) -> RowsDisagreeError:
-    """Return the error for values with different numbers of rows.
-
-    Args:
-        entries: All of them; two or more differ.
-
-    Returns:
-        The error; its text shows three values, and advises by their layout.
-    """
+    """Return the error for values with different numbers of rows; it shows three, and advises by their layout."""
     different = {each.rows: each for each in reversed(entries)}  # the first of each size
     chosen = sorted(different.values(), key=entries.index)[:_SHOWN]
     shown = [*chosen, *(each for each in entries if each not in chosen)][:_SHOWN]
@@ -57,18 +50,7 @@ def disagreement(entries: Sequence[Entry]) -> RowsDisagreeError:
 def samples_in_a_list(
     path: str, entries: int, what: str, *, inner: Sequence[Entry] = (), rows: int | None = None
 ) -> BatchError:
-    """Return the error for a list that could be the samples of the batch.
-
-    Args:
-        path: Where the list is.
-        entries: Number of its entries.
-        what: The entries in words.
-        inner: The tensors in it.
-        rows: Rows of the rest of the batch; `None` if nothing else has rows.
-
-    Returns:
-        The error.
-    """
+    """Return the error for a list that could be the samples; ``rows`` are those of the rest of the batch."""
     kind, about = BatchError, f"{path} is a list of {what}"
     first = f" with {inner[0].rows} rows each" if len({each.rows for each in inner}) == 1 else ""
     if rows is not None and rows != entries:
@@ -85,16 +67,7 @@ def samples_in_a_list(
 
 
 def out_of_reach(value: object, path: str, end: str) -> BatchError:
-    """Return the error for tensors that a container holds beside its items.
-
-    Args:
-        value: The container.
-        path: Where it is.
-        end: Name of the attribute, with a dot.
-
-    Returns:
-        The error.
-    """
+    """Return the error for tensors that a container holds in an attribute ``end``, beside its items."""
     return BatchError(
         f"{path}{end} holds tensors or arrays, and is no field or item of {kind_of(value)}, so it would not be cut. "
         f"Make it a field or an item, or pass a dict. Or wrap {path} in mb.Whole(...) if it has no rows"
@@ -102,15 +75,7 @@ def out_of_reach(value: object, path: str, end: str) -> BatchError:
 
 
 def unknown_object(value: object, path: str) -> BatchError:
-    """Return the error for an object that holds tensors in a way that is not known.
-
-    Args:
-        value: The object.
-        path: Where it is.
-
-    Returns:
-        The error.
-    """
+    """Return the error for an object that holds tensors in a way that is not known."""
     return BatchError(
         f"{path} is {kind_of(value)}, which holds tensors or arrays, and it is not known which of them have rows. Wrap "
         "it in mb.Whole(...) if every microbatch needs all of it, or pass its tensors in a dict. Or let the loader "
@@ -119,15 +84,7 @@ def unknown_object(value: object, path: str) -> BatchError:
 
 
 def read_once(value: object, path: str) -> BatchError:
-    """Return the error for a generator or another iterator, which the first microbatch would use up.
-
-    Args:
-        value: The iterator.
-        path: Where it is.
-
-    Returns:
-        The error.
-    """
+    """Return the error for a generator or another iterator, which the first microbatch would use up."""
     return BatchError(
         f"{path} is {kind_of(value)}, which can be read only once, so the first microbatch would use it up: pass "
         "mb.Rows(list(...)) of it if it has one item per row, or a list in mb.Whole(...)"

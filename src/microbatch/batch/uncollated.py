@@ -34,15 +34,7 @@ _IMAGE = 3  # dimensions of one image
 
 
 def could_be_samples(node: object, values: Sequence[Any]) -> str:
-    """Return in words what the entries of a list are if they could be samples.
-
-    Args:
-        node: The list or tuple.
-        values: Its entries; at least one.
-
-    Returns:
-        Words such as ``"3 tensors of shape (3, 8, 8)"``; empty if the entries are values of a batch.
-    """
+    """Return in words what the entries of a list are if they could be samples; empty if they could not."""
     if not values:
         return ""
     first = values[0]
@@ -64,40 +56,18 @@ def could_be_samples(node: object, values: Sequence[Any]) -> str:
 
 
 def two_images(first: Any, second: Any) -> bool:
-    """Return whether two tensors are colour images of different sizes.
-
-    Args:
-        first: A tensor or an array.
-        second: Another one.
-
-    Returns:
-        True if they are; not for two of one size, which could be ``(x, y)``.
-    """
+    """Return whether two tensors are colour images of different sizes; two of one size could be ``(x, y)``."""
     one, other = first.shape, second.shape
     return one != other and looks_coloured(one) and looks_coloured(other) and first.dtype == second.dtype
 
 
 def looks_coloured(shape: Sequence[int]) -> bool:
-    """Return whether a shape is that of a colour image, with its channels first.
-
-    Args:
-        shape: Shape of a tensor or an array.
-
-    Returns:
-        True for three channels and sides of a few pixels.
-    """
+    """Return whether a shape is that of a colour image, with its channels first."""
     return len(shape) == _IMAGE and shape[0] == _COLOURS and min(shape[1:]) >= _SIDE
 
 
 def images_with_targets(inner: Sequence[tuple[str, Any]]) -> str | None:
-    """Find a list of images beside a list of as many dicts, as the loader of a detector gives them.
-
-    Args:
-        inner: The values of one container, each with the end of its path.
-
-    Returns:
-        The end of the path of the images; `None` if there is no such pair.
-    """
+    """Find a list of images beside a list of as many dicts, as detectors take them; return the end of its path."""
     lists = [(end, cast("Sequence[Any]", each)) for end, each in inner if isinstance(each, LISTS) and len(each)]
     if len(lists) < 2:
         return None

@@ -58,27 +58,12 @@ def map_leaves(function: Leaf, node: object, path: str = "batch", *, lists: bool
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], node: object) -> Any:
-    """Rebuild a nested structure with ``function(tensor)`` in place of every tensor.
-
-    Args:
-        function: Called with each tensor, for example to copy the tensor to a device.
-        node: The structure.
-
-    Returns:
-        A structure of the same types as ``node``.
-    """
+    """Rebuild a nested structure with ``function(tensor)`` in place of every tensor."""
     return map_leaves(lambda value, _path: function(value) if isinstance(value, Tensor) else value, node)
 
 
 def leaves(node: object) -> list[tuple[str, Any]]:
-    """List every leaf of a nested structure with its path, in order; a marked value is one leaf.
-
-    Args:
-        node: The structure.
-
-    Returns:
-        Pairs of path and leaf.
-    """
+    """List every leaf of a nested structure with its path, in order; a marked value is one leaf."""
     found: list[tuple[str, Any]] = []
 
     def visit(value: Any, path: str) -> Any:
@@ -90,14 +75,7 @@ def leaves(node: object) -> list[tuple[str, Any]]:
 
 
 def contents(node: object) -> list[Any]:
-    """List every leaf of a nested structure, those inside marks included.
-
-    Args:
-        node: The structure.
-
-    Returns:
-        The leaves, in order, without marks.
-    """
+    """List every leaf of a nested structure, those inside marks included."""
     if isinstance(node, Tensor):
         return [node]
     found: list[Any] = []
@@ -107,14 +85,7 @@ def contents(node: object) -> list[Any]:
 
 
 def children(node: object) -> list[tuple[str, Any]] | None:
-    """List what a container of a batch holds, each with the end of its path; `None` for a leaf.
-
-    Args:
-        node: Part of a batch.
-
-    Returns:
-        Pairs such as ``("['x']", value)``, in order.
-    """
+    """List what a container of a batch holds, each with the end of its path; `None` for a leaf."""
     if isinstance(node, dict | Mapping) and not _is_sliced_mapping(node):
         return [(f"[{key!r}]", value) for key, value in _items(node, "the batch").items()]
     if isinstance(node, LISTS) and not _is_leaf(cast("Sequence[Any]", node)):
@@ -154,14 +125,7 @@ def is_size(value: object) -> bool:
 
 
 def slices_itself(value: Any) -> bool:
-    """Return whether an object has a length and slices of its own type, as a TensorDict has.
-
-    Args:
-        value: Any object.
-
-    Returns:
-        True if it has. Tensors, lists, tuples, texts, dicts and modules are handled otherwise.
-    """
+    """Return whether an object, but no tensor or list, has a length and slices of its own type, as a TensorDict."""
     kind = type(value)
     if isinstance(value, (*_PLAIN, Tensor, *LISTS, dict, nn.Module)):
         return False
@@ -175,26 +139,12 @@ def slices_itself(value: Any) -> bool:
 
 
 def holds_tensors(value: object) -> bool:
-    """Return whether an object holds a tensor, in its attributes or in containers in them.
-
-    Args:
-        value: Any object.
-
-    Returns:
-        True if one is found within a few levels.
-    """
+    """Return whether an object holds a tensor, in its attributes or in containers in them, a few levels deep."""
     return any(isinstance(each, Tensor) for each in held_in(value))
 
 
 def holds_arrays(value: object) -> bool:
-    """Return whether an object holds a tensor, or an array with a dimension, as `holds_tensors` looks for them.
-
-    Args:
-        value: Any object.
-
-    Returns:
-        True if one is found within a few levels.
-    """
+    """Return whether an object holds a tensor, or an array with a dimension, as `holds_tensors` looks for them."""
     return any(
         isinstance(each, Tensor) or (not isinstance(each, _PLAIN) and is_array(each) and each.shape)
         for each in held_in(value)
@@ -202,14 +152,7 @@ def holds_arrays(value: object) -> bool:
 
 
 def beside(node: object) -> Iterator[tuple[str, Any]]:
-    """Yield what a container holds beside its items: attributes that are no fields, which no cut reaches.
-
-    Args:
-        node: A dataclass, or a dict, a list or a tuple.
-
-    Yields:
-        Pairs of name and value. An item that the class also keeps as an attribute is left out.
-    """
+    """Yield what a container holds beside its items: attributes that are no fields, which no cut reaches."""
     if type(node) in {dict, list, tuple} or not (
         isinstance(node, dict | UserDict | list | tuple | UserList) or _is_dataclass(node)
     ):
@@ -227,14 +170,7 @@ def beside(node: object) -> Iterator[tuple[str, Any]]:
 
 
 def held_in(value: object) -> Iterator[Any]:
-    """Yield an object, and what it holds in its attributes and in containers in them, within a few levels.
-
-    Args:
-        value: Any object.
-
-    Yields:
-        Objects; nothing inside of tensors and of plain values.
-    """
+    """Yield an object, and what it holds in its attributes and in containers in them, a few levels deep."""
     waiting, seen = [(value, 0)], set[int]()
     while waiting and len(seen) < _MOST:
         each, depth = waiting.pop()

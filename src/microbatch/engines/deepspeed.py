@@ -27,7 +27,7 @@ from microbatch.step.parts.batch_warnings import BatchWarnings
 from microbatch.step.parts.loss_warnings import CountWarning
 from microbatch.step.parts.watching import WatchedWeights
 from microbatch.step.record import Step
-from microbatch.step.setup import Never, Setup
+from microbatch.step.setup import Attempt, Setup
 from microbatch.step.size.sizing import Sizing
 from microbatch.step.window import Window
 
@@ -125,7 +125,7 @@ class DeepSpeed:
                 "an earlier window failed inside the engine, which holds part of that gradient and has no way to drop "
                 "it: make the engine anew, and load its last checkpoint"
             )
-        window = Window(self._setup, attempt=Never())
+        window = Window(self._setup, attempt=Attempt())
         window.denominator = EngineDenominator(counts)
         return window.enclose(partial(_run, batch, loss_fn)).step
 

@@ -57,11 +57,7 @@ class Compensated:
             _split_(_joined(high, low).add_(piece), high, low)
 
     def scale_(self, factor: float) -> None:
-        """Multiply the 24-bit sum by a number, once, after the last addition.
-
-        Args:
-            factor: The product of normalisation and clipping.
-        """
+        """Multiply the 24-bit sum by a number, once, after the last addition."""
         for high, low in _pieces(self.total, self._low):
             _split_(_joined(high, low).mul_(factor), high, low)
 

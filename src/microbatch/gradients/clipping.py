@@ -77,10 +77,6 @@ def clip_factor(norm: float, max_norm: float | None) -> float:
 def scale_(gradients: Sequence[Tensor], factor: float) -> None:
     """Multiply every gradient by one number, in place.
 
-    Args:
-        gradients: Tensors of any shapes, dtypes and devices.
-        factor: The product of normalisation, rank average and clipping.
-
     Cost:
         One pass over the gradients; none for a factor of 1.
     """
@@ -93,17 +89,7 @@ def scale_(gradients: Sequence[Tensor], factor: float) -> None:
 
 
 def first_nonfinite(gradients: Sequence[tuple[Named, Tensor]]) -> str | None:
-    """Find the first parameter whose gradient is infinite or NaN.
-
-    Args:
-        gradients: Parameters with their gradients.
-
-    Returns:
-        The parameter's name; `None` if every gradient is finite.
-
-    Cost:
-        One host synchronisation a gradient: for error messages only.
-    """
+    """Return the name of the first infinite or NaN gradient, or `None`; reads each gradient on the host."""
     for named, gradient in gradients:
         if not bool(torch.isfinite(_dense(gradient)).all()):
             return named.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,8 @@ from microbatch.products import add_product_, product_pieces
 _MANY_OUTPUTS, _OUTPUTS_AT_ONCE = 8192, 1024
 
 
-def fused_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    ready: Tensor,
-    add: Callable[..., Tensor | None],
-    empty: Callable[..., Tensor],
-    transposed: bool,
-) -> Tensor:
-    """Return ``x W^T + b``, or ``x W + b`` if the weight is stored transposed.
+class FusedLinear(torch.autograd.Function):
+    """``x W^T + b``, or ``x W + b`` if the weight is stored transposed.
 
     Args:
         x: Shape ``(..., in)``.
@@ -36,30 +27,7 @@ def fused_linear(
         add: Adds to the weight's gradient in backward, as `Fuse.add` does.
         empty: Makes uninitialised tensors: ``empty(shape, like=tensor)``.
         transposed: Whether the weight is stored as ``(in, out)``.
-
-    Returns:
-        Shape ``(..., out)``.
     """
-    return cast("Tensor", _Linear.apply(x, weight, bias, ready, add, empty, transposed))
-
-
-def fused_embedding(ids: Tensor, weight: Tensor, padding: int | None, *, add: Callable[..., Tensor | None]) -> Tensor:
-    """Index an embedding; backward touches only the indexed rows of the gradient.
-
-    Args:
-        ids: Row numbers, of any shape.
-        weight: The parameter; shape ``(rows, width)``.
-        padding: A row that gets no gradient, or `None`.
-        add: Adds to the weight's gradient in backward, as `Fuse.add` does.
-
-    Returns:
-        Shape ``(*ids.shape, width)``.
-    """
-    return cast("Tensor", _Embedding.apply(ids, weight, padding, add))
-
-
-class _Linear(torch.autograd.Function):
-    """The autograd function of `fused_linear`."""
 
     @staticmethod
     def forward(
@@ -72,12 +40,14 @@ class _Linear(torch.autograd.Function):
         empty: Callable[..., Tensor],
         transposed: bool,
     ) -> Tensor:
+        """Compute the product; shape ``(..., out)``."""
         ctx.save_for_backward(x, ready if ready.dtype != weight.dtype else weight)
         ctx.weight, ctx.add, ctx.transposed = weight, add, transposed
         return _affine(x, ready.T if transposed else ready, bias, empty=empty)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Add to the weight's gradient, and return the gradients of input and bias."""
         x, ready = ctx.saved_tensors
         weight: Tensor = ctx.weight
         if torch.is_grad_enabled() and ready.dtype != weight.dtype:
@@ -94,19 +64,28 @@ class _Linear(torch.autograd.Function):
         return dx, ctx.add(weight, make, add_, pieces=pieces), db, None, None, None, None
 
 
-class _Embedding(torch.autograd.Function):
-    """The autograd function of `fused_embedding`."""
+class FusedEmbedding(torch.autograd.Function):
+    """Rows of an embedding; backward touches only these rows of the gradient.
+
+    Args:
+        ids: Row numbers, of any shape.
+        weight: The parameter; shape ``(rows, width)``.
+        padding: A row that gets no gradient, or `None`.
+        add: Adds to the weight's gradient in backward, as `Fuse.add` does.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, add: Callable[..., Tensor | None]
     ) -> Tensor:
+        """Take the rows; shape ``(*ids.shape, width)``."""
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding, ctx.add = weight, padding, add
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Add to the weight's gradient."""
         (ids,), (dy,) = ctx.saved_tensors, grads
         weight: Tensor = ctx.weight
         flat_ids, flat_dy = ids.reshape(-1), dy.reshape(-1, weight.shape[1])

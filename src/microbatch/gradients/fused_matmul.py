@@ -6,16 +6,18 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import _make_grads  # pyright: ignore[reportPrivateUsage]
+from torch.autograd.graph import _engine_run_backward  # pyright: ignore[reportPrivateUsage]
 from torch.overrides import TorchFunctionMode
 
-from microbatch.gradients.autograd_engine import is_plain_autograd, run_engine
-from microbatch.gradients.fused_functions import fused_embedding, fused_linear
+from microbatch.gradients.autograd_engine import is_plain_autograd
+from microbatch.gradients.fused_functions import FusedEmbedding, FusedLinear
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Named
 from microbatch.kind_words import kind_of
@@ -92,11 +94,7 @@ class Fuse(TorchFunctionMode):
         return self._running
 
     def report(self) -> Mapping[str, str]:
-        """Report for each parameter whether its gradient was fused.
-
-        Returns:
-            By parameter name: ``"fused"``, or the reason why not.
-        """
+        """Report for each parameter, by name, ``"fused"`` or the reason why its gradient was not."""
         fused = {name for key, name in self._names.items() if key in self._fused}
         unused = "not used by a plain linear or embedding call"
         return {each.name: "fused" if each.name in fused else _unfit(each.parameter) or unused for each in self._named}
@@ -130,17 +128,7 @@ class Fuse(TorchFunctionMode):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool) -> Tensor | None:
-        """Run ``x W^T + b`` (or ``x W + b``, transposed) with a fused weight gradient.
-
-        Args:
-            x: Shape ``(..., in)``.
-            weight: Shape ``(out, in)``, or ``(in, out)`` if transposed.
-            bias: Shape ``(out,)``, or `None`.
-            transposed: Whether the weight is stored as ``(in, out)``.
-
-        Returns:
-            Shape ``(..., out)``; `None` if the call cannot be fused.
-        """
+        """Run a `FusedLinear`; return `None` if the call cannot be fused."""
         if not self._covers(weight, x) or (bias is not None and bias.ndim != 1):
             return None
         ready, kind = weight.detach(), x.device.type
@@ -152,22 +140,13 @@ class Fuse(TorchFunctionMode):
             bias = None if bias is None else bias.to(dtype)
         if x.dtype != ready.dtype or (bias is not None and bias.dtype != ready.dtype):
             return None
-        return fused_linear(x, weight, bias, ready=ready, add=self.add, empty=self._empty, transposed=transposed)
+        return cast("Tensor", FusedLinear.apply(x, weight, bias, ready, self.add, self._empty, transposed))
 
     def rows(self, ids: Tensor, weight: Tensor, padding: int | None) -> Tensor | None:
-        """Index an embedding, with a backward that touches only the indexed rows of the gradient.
-
-        Args:
-            ids: Row numbers, of any shape.
-            weight: Shape ``(rows, width)``.
-            padding: A row that gets no gradient, or `None`.
-
-        Returns:
-            Shape ``(*ids.shape, width)``; `None` if the call cannot be fused.
-        """
+        """Run a `FusedEmbedding`; return `None` if the call cannot be fused."""
         if not self._covers(weight, ids):
             return None
-        return fused_embedding(ids, weight, padding, add=self.add)
+        return cast("Tensor", FusedEmbedding.apply(ids, weight, padding, self.add))
 
     def _covers(self, weight: object, x: object) -> bool:
         return id(weight) in self._names and torch.is_grad_enabled() and type(x) in _PLAIN
@@ -189,12 +168,7 @@ class Fuse(TorchFunctionMode):
     # -- backward -----------------------------------------------------------------------------------------------------
 
     def run_backward(self, losses: Sequence[Tensor], seeds: Sequence[Tensor]) -> None:
-        """Run the window's own backward, the only one that adds to gradients in place.
-
-        Args:
-            losses: The roots of the graph.
-            seeds: The gradient of each root.
-        """
+        """Run the window's own backward, the only one that adds to gradients in place."""
         self._running = True
         try:
             torch.autograd.backward(losses, seeds)
@@ -224,15 +198,12 @@ class Fuse(TorchFunctionMode):
         # Only the window's backward, and a plain backward that runs inside it, such as a checkpoint's, adds in place.
         running, self._running = self._running, self._running and accumulate and not keep
         try:
+            # Both functions would be intercepted, and a mode is off while its handler runs. So the engine's entry point
+            # is called, and forward passes that checkpoints recompute run under this mode, too.
             with self:
-                found = run_engine(
-                    tuple(tensors),
-                    tuple(given),
-                    keep=keep,
-                    create=create,
-                    inputs=wanted,
-                    unused=unused,
-                    accumulate=accumulate,
+                roots, grads = tuple(tensors), _make_grads(tuple(tensors), tuple(given), is_grads_batched=False)
+                found: Any = _engine_run_backward(
+                    roots, grads, keep, create, wanted, allow_unreachable=unused, accumulate_grad=accumulate
                 )
         finally:
             self._running = running

@@ -29,11 +29,7 @@ class GradientChanges:
         self._versions: list[int] = []
 
     def open(self, named: Sequence[Named]) -> None:
-        """Start a window in which no parameter has a gradient.
-
-        Args:
-            named: The window's parameters.
-        """
+        """Start a window in which no parameter has a gradient."""
         self._named = named
         self._watched = range(len(named))
         self._mark = [None] * len(named)
@@ -55,14 +51,7 @@ class GradientChanges:
         self._versions = [gradient._version for gradient in self._mark if gradient is not None]
 
     def check(self, sums: Sums) -> None:
-        """Refuse gradients that changed since `mark`, or since `open`.
-
-        Args:
-            sums: As for `mark`.
-
-        Raises:
-            GradientsTouchedError: A gradient is another tensor, or was written to in place.
-        """
+        """Refuse gradients that changed since `mark`, or since `open`."""
         now, versions = sums(self._watched), iter(self._versions)
         for index, total, marked in zip(self._watched, now, self._mark, strict=True):
             if total is not marked or (total is not None and total._version != next(versions)):

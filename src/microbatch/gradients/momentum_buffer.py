@@ -55,17 +55,7 @@ class LinearState:
 
 
 def linear_state(optimizer: Optimizer) -> LinearState:
-    """Return the description of one of torch's optimizers.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Its description.
-
-    Raises:
-        ConfigError: The optimizer uses the gradient in other ways too, or is not known.
-    """
+    """Return the description of one of torch's optimizers; refuse those that use the gradient in other ways."""
     kind = type(optimizer)
     if kind in _KNOWN:
         return _KNOWN[kind]
@@ -82,15 +72,7 @@ def linear_state(optimizer: Optimizer) -> LinearState:
 
 
 def check_folds(optimizer: Optimizer, rule: LinearState) -> None:
-    """Refuse an optimizer whose settings use the gradient other than through one linear state.
-
-    Args:
-        optimizer: The optimizer.
-        rule: Its description.
-
-    Raises:
-        ConfigError: A parameter group has such a setting; the message names it and what to change.
-    """
+    """Refuse an optimizer whose settings use the gradient other than through one linear state."""
     for index, group in enumerate(optimizer.param_groups):
         if why := rule.hindrance(group):
             raise ConfigError(
@@ -145,11 +127,7 @@ class Fold:
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[Tensor], factor: float) -> None:
-        """Save the states, and start every sum from its multiple of the state.
-
-        Args:
-            parameters: The window's parameters.
-            factor: What the finished gradient will be multiplied with, or an estimate of it.
+        """Save the states, and start every sum from its multiple of the state; ``factor`` may be an estimate.
 
         Raises:
             ConfigError: A state has another dtype or shape than its parameter, so gradients cannot be added to it.
@@ -175,49 +153,24 @@ class Fold:
             entry.parameter.grad, entry.version = held, held._version
 
     def holds(self, parameter: Tensor) -> bool:
-        """Return whether a parameter's gradients add up in an optimizer's state from before the window.
-
-        Args:
-            parameter: Any parameter.
-
-        Returns:
-            False if the parameter has no state yet, or its optimizer is not described.
-        """
+        """Return whether a parameter's gradients add up in a state that its optimizer had before the window."""
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.held is not None
 
     def is_untouched(self, parameter: Tensor) -> bool:
-        """Return whether no gradient has been added to a parameter's state.
-
-        Args:
-            parameter: Any parameter.
-
-        Returns:
-            False also if the parameter's gradients do not add up in a state.
-        """
+        """Return whether a parameter's gradients add up in a state, to which none has been added."""
         entry = self._entries.get(id(parameter))
         return entry is not None and entry.sum is not None and entry.sum._version == entry.version
 
     @torch.no_grad()
     def drop(self, parameter: Tensor) -> None:
-        """Restore a parameter's state and set its `.grad` to `None`, so that the optimizer skips the parameter.
-
-        Args:
-            parameter: A parameter that got no gradient.
-        """
+        """Restore a parameter's state and set its `.grad` to `None`, so that the optimizer skips the parameter."""
         self._restore(id(parameter))
         parameter.grad = None
 
     @torch.no_grad()
     def settle(self, factor: float) -> None:
-        """Correct the sums if the factor differs from the one given to `begin`.
-
-        Args:
-            factor: What the finished gradient will be multiplied with.
-
-        Cost:
-            Nothing if the factor is the same; otherwise one copy of the saved states to the device.
-        """
+        """Correct the sums if the factor differs from the one given to `begin`; the saved states are copied back."""
         for entry in self._entries.values():
             share = entry.of.decay / (entry.of.take * factor)
             if entry.kept is not None and entry.sum is not None and self._lead and share != entry.share:
@@ -225,15 +178,7 @@ class Fold:
 
     @torch.no_grad()
     def without_state(self, parameter: Tensor, total: Tensor, factor: float) -> Tensor:
-        """Subtract the state from a sum that began with it, and return the sum of the gradients alone.
-
-        Args:
-            parameter: Any parameter.
-            total: Its sum over all ranks, after `settle`.
-            factor: What the finished gradient will be multiplied with.
-
-        Returns:
-            A new tensor; ``total`` itself if it did not begin with a state.
+        """Return a sum that began with the state, without it: a new tensor, or ``total`` if it began with none.
 
         Cost:
             A copy of the saved state to the device, and one tensor like it.
@@ -259,11 +204,7 @@ class Fold:
 
     @contextmanager
     def stepping(self, optimizer: Optimizer) -> Generator[None]:
-        """Change an optimizer's settings for one step, so that it uses the new state unchanged.
-
-        Args:
-            optimizer: Any optimizer; nothing changes for an optimizer without a description.
-        """
+        """Change an optimizer's settings for one step, so that it uses the new state unchanged."""
         rule = next((rule for each, rule in self._rules if each is optimizer), None)
         before = [{name: group[name] for name in rule.stepping} if rule else {} for group in optimizer.param_groups]
         try:

@@ -32,13 +32,7 @@ class Named:
 
 @dataclass(slots=True)
 class Frozen:
-    """A parameter without ``requires_grad``.
-
-    Attributes:
-        module: The module that holds it.
-        name: Its name there.
-        parameter: The parameter.
-    """
+    """A parameter without ``requires_grad``, and the module that holds it under a name."""
 
     module: nn.Module
     name: str
@@ -79,16 +73,7 @@ class Trainable:
     def __call__(
         self, model: nn.Module, optimizers: Iterable[Optimizer], modules: Iterable[nn.Module]
     ) -> Sequence[Named]:
-        """Return what `trainable` returns.
-
-        Args:
-            model: As for `trainable`.
-            optimizers: As for `trainable`.
-            modules: The modules of the model, of which a window has a list already.
-
-        Returns:
-            The parameters.
-        """
+        """Return what `trainable` returns; ``modules`` are the model's, of which a window has a list already."""
         # All that the list depends on, as objects to compare by identity: names, modules, parameters, and whether each
         # is trained.
         found: list[Any] = [
@@ -122,17 +107,7 @@ class Trainable:
         return list(chain.from_iterable(map(_VALUES, self._tables)))
 
     def replaced(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that the model no longer has under their names, since they were last listed.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The parameters from before, by name.
-
-        Cost:
-            A comparison of objects for each parameter and module, if nothing was replaced.
-        """
+        """Return, by name, the parameters that the model no longer has under their names, since they were listed."""
         now = self._entries_now()
         if len(now) == len(self._entries) and all(map(operator.is_, now, self._entries)):
             return {}

@@ -57,24 +57,13 @@ class Tree:
         self.nodes: list[Node] = []
 
     def add(self, tensors: Tensors) -> None:
-        """Add the next part.
-
-        Args:
-            tensors: The part's tensors; the tree adds to them in place.
-        """
+        """Add the next part's tensors, to which the tree adds in place."""
         self.nodes = _merged([*self.nodes, Node(0, self._next, tensors)])
         self._next += 1
 
 
 def shape_of(first: int, parts: int) -> list[tuple[int, int]]:
-    """Return the nodes that a tree has after a number of consecutive parts.
-
-    Args:
-        first: Number of the first part.
-        parts: Number of parts.
-
-    Returns:
-        Level and index of each node, in order.
+    """Return level and index of the nodes that a tree has after consecutive ``parts`` from number ``first`` on.
 
     Example:
         >>> shape_of(0, 6), shape_of(3, 5)
@@ -87,14 +76,7 @@ def shape_of(first: int, parts: int) -> list[tuple[int, int]]:
 
 
 def total(nodes: Iterable[Node]) -> Tensors:
-    """Add up the nodes of all parts.
-
-    Args:
-        nodes: Nodes that together cover all parts, in order; their tensors are overwritten.
-
-    Returns:
-        The sum.
-    """
+    """Add up nodes that together cover all parts, in order; their tensors are overwritten."""
     left: list[Node] = []
     for node in nodes:
         left = _merged([*left, node])

@@ -39,11 +39,7 @@ class WideBuffers:
         self._hooks: list[RemovableHandle] = []
 
     def open(self, named: Sequence[Named]) -> None:
-        """Start a window without sums, and install the hooks.
-
-        Args:
-            named: The window's parameters.
-        """
+        """Start a window without sums, and install the hooks."""
         self.totals, self.narrow_sums, self._indices = {}, {}, {}
         for index, each in enumerate(named):
             dtype = each.parameter.dtype
@@ -51,48 +47,20 @@ class WideBuffers:
                 self._install(index, each.parameter)
 
     def dtype_of(self, parameter: Tensor) -> torch.dtype:
-        """Return the dtype in which a parameter's gradients add up.
-
-        Args:
-            parameter: Any.
-
-        Returns:
-            The wider of the parameter's dtype and the window's.
-        """
+        """Return the dtype in which a parameter's gradients add up: the wider of its own and the window's."""
         return torch.promote_types(parameter.dtype, self._dtype)
 
     def holds(self, parameter: Tensor) -> bool:
-        """Return whether a parameter's gradients add up in a buffer.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            False if they add up in its own `.grad`.
-        """
+        """Return whether a parameter's gradients add up in a buffer, and not in its own `.grad`."""
         return id(parameter) in self._indices
 
     def is_watched(self, parameter: Tensor) -> bool:
-        """Return whether a parameter has post-accumulate hooks besides the one installed here.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            Whether someone else must see each gradient that autograd accumulates.
-        """
+        """Return whether a parameter has post-accumulate hooks besides the one installed here."""
         own = int(self.holds(parameter))
         return len(parameter._post_accumulate_grad_hooks or ()) > own  # pyright: ignore[reportPrivateUsage]
 
     def narrow_sum(self, parameter: Tensor) -> Compensated | None:
-        """Return a parameter's bfloat16 sum with extra precision, made of zeros if there is none yet.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            The sum; `None` if the parameter's gradients add up elsewhere.
-        """
+        """Return a parameter's bfloat16 sum with extra precision, made if there is none; `None` if it has another."""
         index = self._indices.get(id(parameter))
         if index is None or self._narrow is None or not self._is_narrow(parameter):
             return None
@@ -101,14 +69,7 @@ class WideBuffers:
         return self.narrow_sums[index]
 
     def wide_sum(self, parameter: Tensor) -> Tensor | None:
-        """Return a parameter's buffer, made of zeros if there is none yet.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            The buffer, to be added to in place; `None` if the parameter's gradients add up in `.grad`.
-        """
+        """Return a parameter's buffer, made of zeros if there is none yet; `None` if it adds up in `.grad`."""
         index = self._indices.get(id(parameter))
         if index is None:
             return None
@@ -119,14 +80,7 @@ class WideBuffers:
         return self.totals[index]
 
     def stand_in(self, parameter: Tensor) -> Tensor | None:
-        """Make a view of a parameter whose gradient goes straight to the buffer.
-
-        Args:
-            parameter: One of the window's.
-
-        Returns:
-            The view; `None` if the gradients add up in `.grad`, or someone else's hook must see them.
-        """
+        """Return a view of a parameter whose gradient goes to the buffer; `None` if a hook or `.grad` must get it."""
         index = self._indices.get(id(parameter))
         if index is None or self.is_watched(parameter):
             return None

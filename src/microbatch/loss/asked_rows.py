@@ -42,42 +42,19 @@ class Trial:
 
 
 def trial_of(rows: Fields, *, changed: bool = False) -> Trial:
-    """Return the trial of some rows: the first one against the others.
-
-    Args:
-        rows: Two rows at least.
-        changed: Whether they are a changed copy.
-
-    Returns:
-        The trial.
-    """
+    """Return the trial of some rows: the first one against the others."""
     return Trial(rows, [take(rows, [0]), take(rows, range(1, rows_in(rows)))], take(rows, [0, 0]), changed)
 
 
 def different_rows(batch: Fields, most: int) -> list[int]:
-    """Return rows that differ: by their labels, classes, masks and numbers.
-
-    Args:
-        batch: A batch.
-        most: Most rows.
-
-    Returns:
-        Numbers of rows, without repetition.
-    """
+    """Return numbers of at most ``most`` rows that differ: by their labels, classes, masks and numbers."""
     features, rows = _features(batch), rows_in(batch)
     ends = [each for feature in features for each in (int(feature.argmax()), int(feature.argmin()))]
     return list(dict.fromkeys([*ends, *range(rows)]))[:most]
 
 
 def natural_trials(batch: Fields) -> list[Trial]:
-    """Return trials of rows of a batch, as they are: the first row and the others differ where the batch's rows do.
-
-    Args:
-        batch: A batch.
-
-    Returns:
-        Trials; none for a batch of one row.
-    """
+    """Return trials of rows of a batch, as they are: the first row and the others differ where the batch's rows do."""
     rows = rows_in(batch)
     if rows < 2:
         return []
@@ -121,17 +98,7 @@ def changed_trials(batch: Fields, name: str, labels: Tensor | None, *, ignores: 
 
 
 def relabelled_trials(batch: Fields, labels: Tensor, name: str, *, classes: int) -> list[Trial]:
-    """Return trials with labels that are left out at random, and with others of the batch's labels in their place.
-
-    Args:
-        batch: A batch.
-        labels: Its classes.
-        name: Their name.
-        classes: As for `changed_trials`.
-
-    Returns:
-        Trials.
-    """
+    """Return trials with labels that are left out at random, and with others of the batch's labels in their place."""
     random = torch.Generator().manual_seed(0)
     order = [each % rows_in(batch) for each in range(ROWS_ASKED)]
     pool = labels[labels != IGNORED].flatten()
@@ -150,14 +117,7 @@ def relabelled_trials(batch: Fields, labels: Tensor, name: str, *, classes: int)
 
 
 def ranges_of(batch: Fields) -> Ranges:
-    """Return the ranges of what a loss could leave out or weigh by: labels, masks, positions, weights.
-
-    Args:
-        batch: A microbatch.
-
-    Returns:
-        The smallest and, for one number a row, the largest value of each tensor.
-    """
+    """Return the ranges of what a loss could leave out or weigh by: labels, masks, positions, weights."""
     found = {each: value for each, value in batch.items() if _is_telling(each, value)}
     if not found:
         return {}
@@ -169,15 +129,7 @@ def ranges_of(batch: Fields) -> Ranges:
 
 
 def is_wider(ranges: Ranges, shown: Ranges) -> bool:
-    """Return whether a microbatch shows a value outside of the ranges that were shown before.
-
-    Args:
-        ranges: Those of the microbatch.
-        shown: Those of all rows that were asked about.
-
-    Returns:
-        Whether it does.
-    """
+    """Return whether a microbatch shows a value outside of the ranges that were shown before."""
     none = float("inf"), -float("inf")
     return any(
         low < shown.get(name, none)[0] or high > shown.get(name, none)[1] for name, (low, high) in ranges.items()
@@ -185,14 +137,7 @@ def is_wider(ranges: Ranges, shown: Ranges) -> bool:
 
 
 def joined(batches: Sequence[Fields]) -> dict[str, object] | None:
-    """Join rows of several batches to one; shorter rows are filled up where a mask or a label says so.
-
-    Args:
-        batches: Batches with the same names.
-
-    Returns:
-        The rows; `None` where they do not fit together.
-    """
+    """Join rows of several batches to one, shorter rows filled up; `None` where they do not fit together."""
     if any(each.keys() != batches[0].keys() for each in batches):
         return None
     found: dict[str, object] = {}
@@ -294,15 +239,7 @@ def _kept(shape: torch.Size, index: int, random: torch.Generator) -> Tensor:
 
 
 def widened(shown: Ranges, ranges: Ranges) -> Ranges:
-    """Return ranges that hold both.
-
-    Args:
-        shown: The ranges before.
-        ranges: Those of a microbatch.
-
-    Returns:
-        The ranges.
-    """
+    """Return ranges that hold the ranges of before and those of a microbatch."""
     both: Mapping[str, tuple[float, float]] = {**ranges, **shown}
     return {
         name: (min(low, ranges.get(name, (low, high))[0]), max(high, ranges.get(name, (low, high))[1]))

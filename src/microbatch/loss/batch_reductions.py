@@ -103,16 +103,7 @@ def batch_gather(x: Tensor) -> Tensor:
 
 
 def sharing_rules(rows: Sequence[float], across: Across | None) -> dict[Any, Rule]:
-    """Return the rules that replace `batch_mean`, `batch_sum` and `batch_gather` in a lockstep.
-
-    Args:
-        rows: Number of rows of each microbatch.
-        across: Shares statistics with the other ranks, whose microbatches belong to the batch; `None` for a single
-            rank.
-
-    Returns:
-        One rule for each of the three functions.
-    """
+    """Return the rules that replace `batch_mean`, `batch_sum` and `batch_gather` in a lockstep, over all ranks."""
     merges = {batch_mean: _mean, batch_sum: _sum, batch_gather: _gather}
     return {func: partial(_reduce, merge=merge, rows=rows, across=across) for func, merge in merges.items()}
 

@@ -27,14 +27,7 @@ _ARGUMENTS_OF_TORCH = (
 
 
 def layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Find the layers that currently normalise by the statistics of their input.
-
-    Args:
-        model: The model.
-
-    Returns:
-        By name, the batch normalisation layers that are in training mode or that have no running statistics.
-    """
+    """Find, by name, the batch normalisation layers that currently normalise by the statistics of their input."""
     return {
         name or "the model itself": module
         for name, module in model.named_modules()
@@ -69,7 +62,12 @@ class ExactBatchNorm:
 
     def __init__(self, model: nn.Module, across: Across | None) -> None:
         self._across = across
-        self._names = {id(each): name for name, layer in layers_of(model).items() for each in _own_tensors(layer)}
+        self._names = {
+            id(each): name
+            for name, layer in layers_of(model).items()
+            for each in (layer.running_mean, layer.weight)
+            if each is not None
+        }
         # Layers are found by their buffer and not by their class, because scripted layers have another class.
         self._counters: dict[int, _Counter] = {}
         for name, module in model.named_modules():
@@ -84,12 +82,7 @@ class ExactBatchNorm:
         return {**others, F.batch_norm: self._batch_norm, torch.batch_norm: self._batch_norm, Tensor.add_: self._add}
 
     def check(self) -> None:
-        """Compare each layer's number of runs with the number of sync points at which the layer was seen.
-
-        Raises:
-            BatchStatisticsError: A layer ran where it could not be replaced, so it normalised by one microbatch's
-                statistics.
-        """
+        """Compare each layer's number of runs with the number of sync points at which the layer was seen."""
         for counter in self._counters.values():
             runs, synced = counter.tensor._version - counter.version, self._syncs.get(counter.running, 0)
             if runs != synced:
@@ -182,14 +175,7 @@ class ExactBatchNorm:
 
 
 def arguments_of(call: Call) -> dict[str, Any]:
-    """Return the arguments of a call of batch normalisation by name.
-
-    Args:
-        call: A call of `torch.nn.functional.batch_norm`, or of `torch.batch_norm`, whose arguments have another order.
-
-    Returns:
-        All arguments of the call, by name.
-    """
+    """Return by name the arguments of a call of `batch_norm`, of which torch has two with other orders."""
     names = _ARGUMENTS if call.func is F.batch_norm else _ARGUMENTS_OF_TORCH
     return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
 
@@ -203,10 +189,6 @@ class _Counter:
     running: int
     version: int
     counted: int = 0
-
-
-def _own_tensors(layer: _BatchNorm) -> list[Tensor]:
-    return [each for each in (layer.running_mean, layer.weight) if each is not None]
 
 
 class OneOfMany(nn.SyncBatchNorm):

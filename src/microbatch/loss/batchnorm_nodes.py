@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,24 +39,16 @@ class LayerCall:
         self.scale: Tensor | None = None
 
     def offload_input(self, x: Tensor) -> None:
-        """Offload the input, unless it is offloaded already.
-
-        Args:
-            x: The input.
-        """
+        """Offload the input, unless it is offloaded already."""
         if self.x is None:
             self.x = self._puts.away(x)
 
     def load_input_for_sums(self) -> Tensor:
-        """Load the input for the first of its two uses in backward.
-
-        Returns:
-            The input.
-        """
+        """Load the input for the first of its two uses in backward."""
         assert self.x is not None  # noqa: S101 - as forward left it
         x = self.x()
         if self.needs_input and self._puts.spares(x):
-            self.x = partial(_identity, x)
+            self.x = lambda: x
         return x
 
     def offload_output_gradient(self, dy: Tensor, scale: Tensor) -> None:
@@ -97,15 +88,7 @@ class MeasureMoments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the complete gradient of the input: through the statistics, and at fixed statistics.
-
-        Args:
-            ctx: Autograd's context.
-            grads: Gradients of the mean and of the sum of squares.
-
-        Returns:
-            The gradient of each argument of `forward`.
-        """
+        """Return the complete gradient of the input: through the statistics, and at fixed statistics."""
         layer_call: LayerCall = ctx.layer_call
         d_mean, d_squares = grads
         assert layer_call.x is not None  # noqa: S101 - as forward left it
@@ -117,7 +100,7 @@ class MeasureMoments(torch.autograd.Function):
         dx = torch.batch_norm(wide, slope, shift, ctx.mean, ones, False, 0.0, 0.0, False)
         if layer_call.dy is not None and layer_call.scale is not None:
             dy, layer_call.dy = layer_call.dy(), None
-            dx.addcmul_(dy.to(layer_call.dtype), _over_channels(layer_call.scale, dx))
+            dx.addcmul_(dy.to(layer_call.dtype), layer_call.scale.view(-1, *[1] * (dx.dim() - 2)))
         return dx.to(x.dtype), None
 
 
@@ -177,15 +160,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of mean, variance, weight and bias, and offload the gradient of the output.
-
-        Args:
-            ctx: Autograd's context.
-            grads: Gradient of the output.
-
-        Returns:
-            The gradient of each argument of `forward`; `None` for the input.
-        """
+        """Return the gradients of mean, variance, weight and bias, and offload the gradient of the output."""
         layer_call: LayerCall = ctx.layer_call
         (dy,) = grads
         (weight,) = ctx.saved_tensors
@@ -214,11 +189,3 @@ def _channel_sums(dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple
         dy, x, None, None, None, mean, inverse, True, 0.0, [False, True, True]
     )
     return weight_gradient, bias_gradient
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _over_channels(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (like.dim() - 2))

@@ -34,12 +34,7 @@ class KernelStats:
 
 
 class BatchStats:
-    """Statistics in the widest dtype, converted once for all microbatches that need the same dtype.
-
-    Args:
-        mean: Mean of each channel; shape ``(channels,)``.
-        variance: Biased variance of each channel; shape ``(channels,)``.
-    """
+    """Statistics in the widest dtype, converted once for all microbatches that need the same dtype."""
 
     def __init__(self, mean: Tensor, variance: Tensor) -> None:
         self._mean, self._variance = mean.detach(), variance.detach()
@@ -143,12 +138,7 @@ class RunningStats:
 
     @torch.no_grad()
     def update(self, mean: Tensor, variance: Tensor) -> None:
-        """Update the running statistics with a batch's statistics, in place.
-
-        Args:
-            mean: Mean over the batch.
-            variance: Unbiased variance over the batch.
-        """
+        """Update the running statistics, in place, with a batch's mean and unbiased variance."""
         for running, of_batch in ((self.mean, mean), (self.variance, variance)):
             if running is not None:
                 running.mul_(1 - self.momentum).add_(of_batch.to(running.dtype), alpha=self.momentum)

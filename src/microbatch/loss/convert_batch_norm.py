@@ -7,7 +7,7 @@ from math import gcd
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from microbatch.arguments import whole
+from microbatch.arguments import check_one_of, check_whole
 from microbatch.errors import ConfigError
 from microbatch.kind_words import kind_of
 
@@ -45,11 +45,8 @@ def convert_batch_norm(model: nn.Module, *, to: str, groups: int = 32) -> nn.Mod
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {kind_of(model)}")
-    if not isinstance(to, str) or to not in _KINDS:
-        raise ConfigError(f"to must be one of {', '.join(map(repr, _KINDS))}, not {to!r}")
-    most = whole(groups, least=1)
-    if most is None:
-        raise ConfigError(f"groups must be a whole number and at least 1, not {groups!r}")
+    check_one_of("to", to, _KINDS)
+    most = check_whole("groups", groups, least=1)
     if to == "sync":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return _convert(model, 1 if to == "layer" else most, {})

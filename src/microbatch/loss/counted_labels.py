@@ -24,17 +24,7 @@ CountOf: TypeAlias = str | Callable[[Any], Any]
 
 
 def fields_of(batch: object) -> Fields:
-    """Return a batch as a mapping from names to values.
-
-    Args:
-        batch: A dict or another mapping.
-
-    Returns:
-        The batch.
-
-    Raises:
-        LossError: It is not a mapping.
-    """
+    """Return a batch as a mapping from names to values, or refuse it."""
     if not isinstance(batch, Mapping):
         raise LossError(
             f"mb.losses.from_model calls model(**microbatch), so a microbatch must be a dict, not {kind_of(batch)}; "
@@ -44,17 +34,7 @@ def fields_of(batch: object) -> Fields:
 
 
 def rows_in(batch: Fields) -> int:
-    """Count the rows of a microbatch: the first dimension of its tensors.
-
-    Args:
-        batch: The microbatch.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        LossError: It has no tensor, or its tensors disagree.
-    """
+    """Count the rows of a microbatch: the first dimension of its tensors, which must agree."""
     sizes = {len(each) for each in batch.values() if isinstance(each, Tensor) and each.ndim}
     if len(sizes) != 1:
         found = " and ".join(map(str, sorted(sizes))) or "no"
@@ -63,18 +43,7 @@ def rows_in(batch: Fields) -> int:
 
 
 def count_in(batch: Fields, count: CountOf) -> Any:
-    """Count the targets of a microbatch.
-
-    Args:
-        batch: The microbatch.
-        count: One of `NAMES`, or a function of the microbatch.
-
-    Returns:
-        The count; a number or a 0-d tensor.
-
-    Raises:
-        LossError: The microbatch has no labels to count.
-    """
+    """Count the targets of a microbatch: by one of `NAMES`, or by a function of the microbatch."""
     if not isinstance(count, str):
         return count(batch)
     if count == ROWS:
@@ -89,16 +58,7 @@ def count_in(batch: Fields, count: CountOf) -> Any:
 
 
 def take(batch: Fields, index: Sequence[int], **replaced: Tensor) -> dict[str, Any]:
-    """Copy rows of a microbatch, in any order and with repetition.
-
-    Args:
-        batch: The microbatch.
-        index: Numbers of the rows.
-        replaced: Tensors that take the place of some of its values after the rows are chosen.
-
-    Returns:
-        The rows, as a dict.
-    """
+    """Copy rows of a microbatch, in any order and with repetition; ``replaced`` take the place of some values."""
     rows = rows_in(batch)
     return {name: replaced.get(name, _taken(value, index, rows)) for name, value in batch.items()}
 

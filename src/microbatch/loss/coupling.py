@@ -8,11 +8,7 @@ _noticed: ContextVar[set[str] | None] = ContextVar("noticed", default=None)
 
 
 def listen() -> set[str]:
-    """Start to notice coupled losses in this context.
-
-    Returns:
-        The names of the losses that are called from now on.
-    """
+    """Return a set that will hold the names of the coupled losses called in this context from now on."""
     found = set[str]()
     _noticed.set(found)
     return found
@@ -24,11 +20,7 @@ def stop() -> None:
 
 
 def notice(name: str) -> None:
-    """Record the call of a loss that couples samples.
-
-    Args:
-        name: Name of the loss, for messages.
-    """
+    """Record the call of a loss that couples samples."""
     found = _noticed.get()
     if found is not None:
         found.add(name)

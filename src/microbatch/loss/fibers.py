@@ -21,11 +21,7 @@ class Fiber(ABC):
 
     @abstractmethod
     def assign(self, task: Callable[[], object]) -> None:
-        """Assign the next task; the fiber must have no unfinished task.
-
-        Args:
-            task: Called without arguments inside the first `resume`; must not raise.
-        """
+        """Assign the next task, which must not raise; the fiber must have no unfinished task."""
 
     @abstractmethod
     def resume(self) -> None:
@@ -41,17 +37,11 @@ class Fiber(ABC):
 
 
 def make_fiber(device: torch.device) -> Fiber:
-    """Create a fiber: a greenlet where the greenlet library is installed, else a thread.
+    """Return a new fiber: a greenlet where the greenlet library is installed, else a thread.
 
     Greenlets take turns on one thread. With one thread per fiber, each thread that has run an operator keeps its own
     OpenMP threads. When there are more OpenMP threads than cores, they sleep instead of spinning at the end of each
     parallel operator. Small operators then take twice as long.
-
-    Args:
-        device: The model's device.
-
-    Returns:
-        A fiber without a task.
 
     Cost:
         About 20 microseconds per `resume` of a greenlet. About 50 per `resume` of a thread, and the slower operators.

@@ -348,11 +348,7 @@ class _IgnoredLabels(TorchFunctionMode):
 
 
 def _cross_entropies(loss_of: LossOf, batch: Fields) -> _IgnoredLabels:
-    """Return the cross-entropies of a model that are seen; they ignore labels of -100.
-
-    Raises:
-        LossError: It ignores another label.
-    """
+    """Return the cross-entropies of a model that are seen; refuse those that ignore another label than -100."""
     with _IgnoredLabels() as seen:
         loss_of(batch, False)
     others = seen.found - {IGNORED}

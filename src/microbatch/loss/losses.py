@@ -62,7 +62,7 @@ def info_nce(queries: Tensor, keys: Tensor, *, temperature: float | Tensor = 0.0
         van den Oord, Li, Vinyals 2018, "Representation learning with contrastive predictive coding".
     """
     _check("info_nce", queries, keys, tile)
-    scale = 1 / temperature if isinstance(temperature, Tensor) else torch.tensor(1 / temperature, dtype=torch.float64)
+    scale = _as_tensor(1 / temperature)
     return _tiled_loss(_SoftmaxLoss(columns=0.0), queries, keys, scale=scale, bias=None, tile=tile)
 
 

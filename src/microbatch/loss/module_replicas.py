@@ -51,15 +51,7 @@ class Replicas:
         self._registered = [(registry, _copy(registry)) for module in self._copied for registry in _shared(module)]
 
     def make(self, count: int, own: Callable[[nn.Parameter], Tensor | None]) -> Sequence[nn.Module]:
-        """Create the replicas of a window's microbatches.
-
-        Args:
-            count: Number of microbatches; at least 1.
-            own: Returns the tensor that replaces a parameter in a replica; `None` keeps the parameter itself.
-
-        Returns:
-            One replica for each microbatch, in order.
-        """
+        """Create the replicas of ``count`` microbatches; where ``own`` returns `None`, they share the parameter."""
         return [self._make(own, last=index == count - 1) for index in range(count)]
 
     def _make(self, own: Callable[[nn.Parameter], Tensor | None], *, last: bool) -> nn.Module:
@@ -86,11 +78,7 @@ class Replicas:
         return twins.get(self._model, self._model)
 
     def put_back(self) -> None:
-        """Copy to the model what the last replica's forward pass has set and registered.
-
-        Raises:
-            BatchStatisticsError: A forward pass has set a tensor on the model itself, where no replica can read it.
-        """
+        """Copy to the model what the last replica's forward pass has set and registered."""
         self._refuse_tensors_on_model()
         home: dict[nn.Module, nn.Module] = {twin.replica: twin.module for twin in self._last}
         for twin in self._last:

@@ -37,16 +37,7 @@ class ContiguousNorms(TorchFunctionMode):
 
 
 def normalize_contiguous(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a normalisation; for one row on the CPU, with contiguous input and gradient.
-
-    Args:
-        func: One of `NORMS`.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-
-    Returns:
-        The function's result.
-    """
+    """Call a normalisation; for one row on the CPU, with contiguous input and gradient."""
     x = args[0] if args else kwargs.get("input")
     if not isinstance(x, Tensor) or not needs_contiguous(x):
         return func(*args, **kwargs)
@@ -65,50 +56,22 @@ def _contiguous(gradient: Tensor) -> Tensor:
 
 
 def needs_contiguous(x: Tensor) -> bool:
-    """Return whether torch's kernel needs contiguous tensors for an input.
-
-    Args:
-        x: Shape ``(rows, channels, ...)``.
-
-    Returns:
-        True for one row on the CPU with dimensions beside rows and channels.
-    """
+    """Return whether torch's kernel needs contiguous tensors for an input: for one row on the CPU."""
     return x.dim() > 2 and x.shape[0] == 1 and x.device.type == "cpu"
 
 
 def normalizes_rows(model: nn.Module) -> bool:
-    """Return whether a model has layers whose function is one of `NORMS`.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Whether a module is one of torch's batch or instance normalisations.
-    """
+    """Return whether a model has layers whose function is one of `NORMS`."""
     return any(isinstance(module, _NormBase) for module in model.modules())
 
 
 def is_of_one_value(error: BaseException) -> bool:
-    """Return whether torch has refused to normalise a channel of a single value.
-
-    Args:
-        error: What a forward pass raised.
-
-    Returns:
-        Whether it is torch's own error.
-    """
+    """Return whether an error of a forward is torch's refusal to normalise a channel of a single value."""
     return type(error) is ValueError and str(error).startswith(_ONE_VALUE)
 
 
 def size_without_one_row(rows: int, size: int) -> int | None:
-    """Return the next larger microbatch size that leaves no microbatch of one row.
-
-    Args:
-        rows: Rows of the batch.
-        size: Rows of a microbatch.
-
-    Returns:
-        The size, below that of the batch; `None` if there is none.
+    """Return the next larger microbatch size that leaves no microbatch of one row; `None` if there is none.
 
     Example:
         >>> size_without_one_row(7, 3), size_without_one_row(7, 1), size_without_one_row(3, 2)
@@ -118,18 +81,7 @@ def size_without_one_row(rows: int, size: int) -> int | None:
 
 
 def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | None, batch: int, size: int) -> str:
-    """Describe which layer got a single value for each channel, and what to do.
-
-    Args:
-        error: The error that `is_of_one_value`, with its traceback.
-        model: The model.
-        rows: Rows of the microbatch; `None` if they are not known.
-        batch: Rows of the batch; 0 if they are not known.
-        size: Rows of a full microbatch; 0 if they are not known.
-
-    Returns:
-        The words.
-    """
+    """Describe which layer got a single value for each channel, and what to do; 0 rows are not known."""
     path = failed_layer(error, model)
     layer = "a batch normalisation" if path is None else f"the batch normalisation {named_layer(path, model)}"
     of_rows = "" if rows is None else f" of {rows:g} row{'s' if rows != 1 else ''}"
@@ -149,15 +101,7 @@ def explain_one_value(error: BaseException, model: nn.Module, *, rows: float | N
 
 
 def one_value_error(place: str, shape: torch.Size) -> BatchStatisticsError:
-    """Make the error for a whole batch that has a single value for each channel.
-
-    Args:
-        place: The layer.
-        shape: Shape of the layer's input in the last microbatch.
-
-    Returns:
-        The error.
-    """
+    """Make the error for a whole batch that has a single value for each channel."""
     return BatchStatisticsError(
         f"the batch normalisation {place} got one value for each channel from the whole batch (its input has the shape "
         f'{tuple(shape)}), which has no variance. Use a batch of more rows, or batch_norm="frozen", which uses the '

@@ -77,11 +77,7 @@ class Pooled(TorchFunctionMode):
             layer.next_use = layer.counter_calls = 0
 
     def check(self) -> None:
-        """Refuse a window in which a layer updated its running statistics without being measured.
-
-        Raises:
-            BatchStatisticsError: A layer ran where this mode does not see it.
-        """
+        """Refuse a window in which a layer updated its running statistics without being measured."""
         for layer in self._layers.values():
             if not layer.uses and layer.saved[0][0]._version != layer.start_version:
                 raise BatchStatisticsError(

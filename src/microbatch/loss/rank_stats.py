@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from microbatch.errors import RankAgainError, RankError
 from microbatch.loss.channel_stats import Moments, merged
-from microbatch.loss.loss import wide_dtype
 
 # The state of a rank in an agreement.
 _FAILED, _READY, _RETRY = 0.0, 1.0, 2.0
@@ -33,6 +32,7 @@ class Across:
         index: This rank, from 0.
         device: Device on which tensors are communicated.
         add_: Replaces a tensor by its sum over the ranks, in place (an all-reduce).
+        share: Returns some numbers of every rank, by rank (an all-reduce).
         failures: Describes ranks that have reported a failure.
 
     Attributes:
@@ -48,9 +48,10 @@ class Across:
         index: int,
         device: torch.device,
         add_: Callable[[Tensor], None],
-        failures: Callable[[Sequence[int]], str] = lambda ranks: f"rank {', '.join(map(str, ranks))} failed",
+        share: Callable[[Sequence[float]], list[list[float]]],
+        failures: Callable[[Sequence[int]], str],
     ) -> None:
-        self._size, self._index, self._device, self._add_, self._failures = size, index, device, add_, failures
+        self._size, self._index, self.add_, self._share, self._failures = size, index, add_, share, failures
         self.over = False
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
@@ -72,7 +73,7 @@ class Across:
             One all-reduce of 24 bytes per rank, and a host synchronisation.
         """
         code = float(zlib.crc32(f"{what}, {torch.is_grad_enabled()}".encode()))
-        states = self._all_reduce_states([_READY, code, number])
+        states = self._share([_READY, code, number])
         not_ready = [(rank, state) for rank, (state, _, _) in enumerate(states) if state != _READY]
         mismatched = [rank for rank, (_, other, _) in enumerate(states) if other != code]
         self.over = bool(not_ready or mismatched)
@@ -96,54 +97,26 @@ class Across:
         return [each for _, _, each in states]
 
     def fail(self, *, again: bool) -> None:
-        """Report to the other ranks, which wait in `agree`, that this rank has failed.
-
-        Args:
-            again: Whether this rank will run the same batch again.
-        """
+        """Report to the other ranks, which wait in `agree`, that this rank has failed."""
         self.over = True
-        self._all_reduce_states([_RETRY if again else _FAILED, 0.0, 0.0])
+        self._share([_RETRY if again else _FAILED, 0.0, 0.0])
 
     def end(self, what: str) -> None:
-        """Wait until every rank has finished, so that no rank can fail after another one has continued.
-
-        Args:
-            what: Name of the part that ends.
-
-        Raises:
-            RankError: A rank has failed, or called this method for another purpose.
-            RankAgainError: A rank will run its batch again.
-        """
+        """Wait until every rank has finished, so that no rank can fail after another one has continued."""
         self.agree(what)
         self.over = True
 
     def sum(self, x: Tensor, what: str) -> Tensor:
-        """Sum a tensor over the ranks; in backward, sum its gradient over the ranks.
-
-        Args:
-            x: A tensor of the same shape and dtype on every rank.
-            what: Name of the statistic, for the agreement in backward.
-
-        Returns:
-            The sum; shape and dtype of ``x``.
-        """
+        """Sum a tensor over the ranks; in backward, sum its gradient over the ranks."""
         if not (torch.is_grad_enabled() and x.is_floating_point()):
             total = x.detach().clone(memory_format=torch.contiguous_format)
-            self._add_(total)
+            self.add_(total)
             return total
         total, self.anchor = cast("tuple[Tensor, Tensor]", _SumOverRanks.apply(x, self.anchor, self, what))
         return total
 
     def merge(self, moments: Moments, what: str) -> Moments:
-        """Merge the moments of every rank by Chan's formula.
-
-        Args:
-            moments: Count, mean and sum of squares of this rank.
-            what: Name of the statistic.
-
-        Returns:
-            Count, mean and sum of squares over all ranks.
-        """
+        """Merge the moments of every rank by Chan's formula."""
         count, mean, squares = moments
         counts = self.agree(f"{what}, {tuple(mean.shape)}", number=count)
         own = torch.stack([mean, squares]).unsqueeze(0)
@@ -151,62 +124,22 @@ class Across:
         return merged([(each, part[0], part[1]) for each, part in zip(counts, parts.unbind(), strict=True)])
 
     def mean(self, x: Tensor, count: Tensor, *, what: str) -> Tensor:
-        """Compute the mean over the ranks, weighted by their counts.
-
-        Args:
-            x: This rank's mean.
-            count: Number of items that ``x`` is a mean over; shape ``()``.
-            what: Name of the statistic.
-
-        Returns:
-            The mean; shape of ``x``.
-        """
+        """Compute the mean over the ranks, weighted by the number of items in each rank's mean."""
         self.agree(f"{what}, {tuple(x.shape)}")
         count = count.to(x.dtype)
         total = self.sum(torch.cat([(x * count).reshape(-1), count.reshape(1)]), what)
         return (total[:-1] / total[-1].detach()).view(x.shape)
 
     def total(self, x: Tensor, what: str) -> Tensor:
-        """Agree on the shape of a tensor, and sum the tensor over the ranks.
-
-        Args:
-            x: This rank's sum; the same shape on every rank.
-            what: Name of the statistic.
-
-        Returns:
-            The sum over the ranks; shape of ``x``.
-        """
+        """Agree on the shape of a tensor, and sum the tensor over the ranks."""
         self.agree(f"{what}, {tuple(x.shape)}")
         return self.sum(x, what)
 
     def gather(self, x: Tensor, what: str) -> Tensor:
-        """Concatenate the rows of all ranks, in the order of the ranks (an all-gather with a gradient).
-
-        Args:
-            x: Shape ``(rows, ...)``; the number of rows may differ between ranks.
-            what: Name of the statistic.
-
-        Returns:
-            Shape ``(all rows, ...)``.
-        """
+        """Concatenate the rows of all ranks, in the order of the ranks (an all-gather with a gradient)."""
         rows = [int(each) for each in self.agree(f"{what}, {tuple(x.shape[1:])}", number=len(x))]
         before, after = sum(rows[: self._index]), sum(rows[self._index + 1 :])
         return self.sum(pad(x, [0] * (2 * (x.dim() - 1)) + [before, after]), what)
-
-    def add_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over the ranks, without a gradient.
-
-        Args:
-            tensor: A tensor of the same shape and dtype on every rank.
-        """
-        self._add_(tensor)
-
-    def _all_reduce_states(self, own: Sequence[float]) -> list[list[float]]:
-        states = torch.zeros(self._size, len(own), dtype=wide_dtype(self._device))
-        states[self._index] = torch.tensor(own, dtype=states.dtype)
-        on_device = states.to(self._device)
-        self._add_(on_device)
-        return on_device.tolist()
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -99,18 +99,7 @@ def taken_apart(encoded: object, *, rows: int) -> Representations:
 
 
 def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence[Tensor]], Tensor]) -> Representations:
-    """Join the representations of all microbatches.
-
-    Args:
-        pieces: The representations of each microbatch; at least one.
-        in_order: Joins one tensor per microbatch into one tensor of the whole batch.
-
-    Returns:
-        The representations of the whole batch.
-
-    Raises:
-        LossError: The microbatches' representations have different structures.
-    """
+    """Join the representations of all microbatches, which must have one structure; ``in_order`` joins tensors."""
     first = pieces[0]
     for piece in pieces[1:]:
         if piece.form != first.form:
@@ -123,15 +112,7 @@ def put_together(pieces: Sequence[Representations], in_order: Callable[[Sequence
 
 
 def seeds_for(piece: Representations, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the tensors from which a microbatch's backward starts, and their gradients.
-
-    Args:
-        piece: The microbatch's representations, with their graph.
-        gradients: The loss's gradient with respect to each tensor, or `None`.
-
-    Returns:
-        The tensors that require a gradient and have one in ``gradients``; and these gradients, in the tensors' dtypes.
-    """
+    """Return the tensors from which a microbatch's backward starts, and their gradients."""
     pairs = zip(piece.tensors, gradients, strict=True)
     with_gradient = [
         (tensor, grad.to(tensor.dtype)) for tensor, grad in pairs if grad is not None and tensor.requires_grad
@@ -140,14 +121,7 @@ def seeds_for(piece: Representations, gradients: Sequence[Tensor | None]) -> tup
 
 
 def check_reached(leaves: Representations) -> None:
-    """Refuse a loss that depends on no representation, because the encoder would get no gradient.
-
-    Args:
-        leaves: The representations that the loss function got, after backward.
-
-    Raises:
-        NoGraphError: No tensor in ``leaves`` has a gradient.
-    """
+    """Refuse a loss that depends on no representation, because the encoder would get no gradient."""
     if all(tensor.grad is None for tensor in leaves.tensors):
         raise NoGraphError(
             "the loss has no gradient with respect to any representation: loss_fn(model, representations) detached "
@@ -156,17 +130,9 @@ def check_reached(leaves: Representations) -> None:
 
 
 def own_part(share: Share, *, own: int, whole: int) -> Share:
-    """Scale a loss that every rank has computed over the rows of all ranks to this rank's part.
+    """Return a loss that every rank computed over all rows, scaled to this rank's part of ``own / whole``.
 
     The parts add up to the loss. So sums, counts and gradients are summed over the ranks as for any other loss.
-
-    Args:
-        share: The loss of the whole batch.
-        own: Number of rows of this rank.
-        whole: Number of rows of all ranks.
-
-    Returns:
-        The share with its weight and its count multiplied by ``own / whole``.
     """
     if own == whole:
         return share
@@ -176,13 +142,6 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
 
 
 def stand_in(encoded: object) -> Tensor:
-    """Return a placeholder loss of representations, for passes that only measure the encoder's memory or time.
-
-    Args:
-        encoded: The result of an encoder.
-
-    Returns:
-        The sum of all floating-point tensors in ``encoded``; shape ``()``, float32.
-    """
+    """Return a placeholder loss of representations: their sum, for passes that only measure memory or time."""
     tensors = [leaf for leaf in tree_flatten(encoded)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors]).sum()

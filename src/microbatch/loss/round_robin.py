@@ -33,24 +33,14 @@ Offload: TypeAlias = Callable[[Tensor], Callable[[], Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a torch function.
-
-    Attributes:
-        func: The function.
-        args: Positional arguments of the call.
-        kwargs: Keyword arguments of the call.
-    """
+    """A call of a torch function."""
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def run(self) -> Any:
-        """Call the function with these arguments.
-
-        Returns:
-            The function's result.
-        """
+        """Call the function with these arguments."""
         return self.func(*self.args, **self.kwargs)
 
 
@@ -68,15 +58,14 @@ class Puts:
         away: Offloads a tensor until backward.
         aside: Offloads a tensor only until the other microbatches have run.
         spares: Returns whether a loaded tensor may stay in memory until it is used once more.
-        park: Offloads a tensor that a waiting microbatch holds, or returns `None` and leaves it; `None` leaves every
-            tensor.
+        park: Offloads a tensor that a waiting microbatch holds, or returns `None` and leaves it.
         resized: Called with every storage whose memory was freed or allocated again.
     """
 
     away: Offload
     aside: Offload
     spares: Callable[[Tensor], bool]
-    park: TryOffload | None
+    park: TryOffload
     resized: Callable[[UntypedStorage], None]
 
 

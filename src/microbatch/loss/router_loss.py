@@ -46,17 +46,7 @@ class RouterLoss:
         return self._of(self.chosen, self.probability)
 
     def of_the_batch(self, model: nn.Module) -> Tensor:
-        """Compute the loss from the whole batch's statistics.
-
-        Args:
-            model: The model, for the message.
-
-        Returns:
-            The weighted loss; shape ``()``; the same in every microbatch.
-
-        Raises:
-            LossError: The microbatches do not share statistics.
-        """
+        """Compute the weighted loss from the whole batch's statistics, which the microbatches must share."""
         chosen = batch_mean(self.chosen, count=self.tokens)
         if chosen is self.chosen and type(chosen).__name__ != "FakeTensor":
             raise LossError(
@@ -71,19 +61,7 @@ class RouterLoss:
 
 
 def router_loss_of(output: Any, batch: Fields, model: nn.Module) -> RouterLoss | None:
-    """Find the load-balancing loss inside a model's loss.
-
-    Args:
-        output: The model's output.
-        batch: The microbatch, for its attention mask.
-        model: The model; it or a submodule has the loss's weight.
-
-    Returns:
-        The loss; `None` if the model's loss contains none.
-
-    Raises:
-        LossError: There is one, and the router's statistics are not reachable.
-    """
+    """Find the load-balancing loss inside a model's loss; `None` if there is none."""
     aux, weight = attribute(output, "aux_loss"), _setting(model, "router_aux_loss_coef")
     if not isinstance(aux, Tensor) or not weight:
         return None
@@ -105,15 +83,7 @@ def router_loss_of(output: Any, batch: Fields, model: nn.Module) -> RouterLoss |
 
 
 def check_router_loss(found: RouterLoss, model: nn.Module) -> None:
-    """Refuse a load-balancing loss of another formula.
-
-    Args:
-        found: The loss.
-        model: The model, for the message.
-
-    Raises:
-        LossError: The loss is not the one that is computed here.
-    """
+    """Refuse a load-balancing loss of another formula."""
     ours, own = float(found.of_this_microbatch()), float(found.own)
     if abs(ours - own) > 1e-4 * abs(own):
         raise LossError(

@@ -55,11 +55,7 @@ class ThreadState:
 
     @contextmanager
     def applied(self) -> Generator[None]:
-        """Apply the state on the current thread, inside the context.
-
-        Yields:
-            Nothing.
-        """
+        """Apply the state on the current thread, inside the context."""
         with ExitStack() as stack:
             if self._stream is not None:
                 enter_stream(stack, self._stream)

@@ -22,29 +22,23 @@ class WaitingTensors:
     for its own graph are offloaded. A use by another microbatch is refused, see `has_offloaded`.
 
     Args:
-        try_offload: Offloads a tensor; `None` offloads nothing.
+        try_offload: Offloads a tensor, or returns `None` and leaves it.
         on_resize: Called with every storage whose memory was freed or allocated again.
     """
 
-    def __init__(self, try_offload: TryOffload | None, on_resize: Callable[[UntypedStorage], None]) -> None:
+    def __init__(self, try_offload: TryOffload, on_resize: Callable[[UntypedStorage], None]) -> None:
         self._try_offload, self._on_resize = try_offload, on_resize
         self._tracked: list[TensorWeakRef] = []
         self._offloaded: list[tuple[weakref.ref[UntypedStorage], int, Callable[[], Tensor]]] = []
 
     def track(self, out: object) -> None:
-        """Record a result of this microbatch, if it may be offloaded later.
-
-        Args:
-            out: The result of a function.
-        """
-        if self._try_offload is not None and type(out) is Tensor and out.grad_fn is not None and _owns_storage(out):
+        """Record a result of this microbatch, if it may be offloaded later."""
+        if type(out) is Tensor and out.grad_fn is not None and _owns_storage(out):
             self._tracked.append(TensorWeakRef(out))
 
     @torch.no_grad()
     def offload(self) -> None:
         """Offload the recorded tensors that are still alive, and free their memory."""
-        if self._try_offload is None:
-            return
         alive = [(ref, tensor) for ref in self._tracked if (tensor := ref()) is not None]
         self._tracked = [ref for ref, _ in alive]
         for _, tensor in alive:

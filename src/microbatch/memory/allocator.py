@@ -76,14 +76,7 @@ class AllocatorMeter(MemoryMeter):
         self._base = 0
 
     def __enter__(self) -> Self:
-        """Start to count and to profile.
-
-        Returns:
-            The meter itself.
-
-        Raises:
-            RuntimeError: The profiler is already running.
-        """
+        """Start to count and to profile."""
         # Garbage from before would otherwise be freed in the middle of the run, and change its levels.
         gc.collect()
         self._base = self.live_bytes

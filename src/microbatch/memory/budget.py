@@ -47,6 +47,11 @@ def available_bytes(device: torch.device, *, root: Path = Path("/")) -> int | No
     return least - min(least // 2, max(_MARGIN_BYTES, int(least * _MARGIN_SHARE)))
 
 
+def share_of(available: int) -> int:
+    """Return this process's share of a host's free memory, which its processes of the job share equally."""
+    return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _machine_bytes(root: Path) -> int | None:
     """Return the available memory of the machine."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)

@@ -47,13 +47,7 @@ def parse_bytes(amount: int | str) -> int:
 
 
 def format_bytes(size: float) -> str:
-    """Format an amount of memory as text.
-
-    Args:
-        size: Bytes.
-
-    Returns:
-        The amount in the largest binary unit in which it is at least 1.
+    """Return bytes as text, in the largest binary unit in which they are at least 1.
 
     Example:
         >>> format_bytes(1610612736), format_bytes(900)

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,41 +18,6 @@ _ROUNDING = 256  # bytes by which the allocator's rounding may move an allocatio
 _BENT = 0.1  # a parabola is accepted if its error is at most this part of the line's error
 # Categories that grow with the microbatch; parameters, buffers, gradients and optimizer state do not.
 _GROWS = (ACTIVATIONS, INPUTS, TEMPORARIES)
-
-
-@runtime_checkable
-class Curves(Protocol):
-    """Live bytes by microbatch size."""
-
-    @property
-    def operators(self) -> Sequence[str]:
-        """Names of the operators."""
-        ...
-
-    def at(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator, float64.
-
-        Args:
-            size: Rows; at least 1.
-        """
-        ...
-
-    def least(self, size: int) -> Tensor:
-        """Return a lower bound of the bytes alive after each operator, float64.
-
-        Args:
-            size: Rows; at least 1.
-        """
-        ...
-
-    def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bytes alive after one operator by category.
-
-        Args:
-            size: Rows; at least 1.
-            index: Index of the operator.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +86,7 @@ class Fitted:
         return [self.runs[0].operators[moment] for moment in self.moments[0]]
 
     def at(self, size: int) -> Tensor:
-        """Return the bytes alive after each operator.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            Float64, one for each operator that all runs have.
-        """
+        """Return the bytes alive after each operator."""
         rows = list(self.live)
         line = _polynomial(self.sizes, rows, size, points=2)
         found = torch.where(self.bent, _polynomial(self.sizes, rows, size, points=3), line)
@@ -160,15 +118,7 @@ class Fitted:
         return torch.minimum(found, torch.stack(lines).amax(dim=0)) if lines else found
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bytes alive after one operator by category.
-
-        Args:
-            size: Rows; at least 1.
-            index: Index of a fitted operator.
-
-        Returns:
-            Bytes by category.
-        """
+        """Split the bytes alive after one operator by category."""
         found = [run.parts(each[index]) for run, each in zip(self.runs, self.moments, strict=True)]
         names = {name: None for each in found for name in each}
         tables = [torch.tensor([each.get(name, 0) for name in names], dtype=torch.float64) for each in found]
@@ -197,14 +147,7 @@ class Bounded:
         return ["any"]
 
     def at(self, size: int) -> Tensor:
-        """Return the upper bound of the peak.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            One number, float64.
-        """
+        """Return the upper bound of the peak."""
         peaks = [float(run.peak_bytes) for run in self.runs]
         bound = peaks[0]
         for (low, below), (high, above) in pairwise(zip(self.sizes, peaks, strict=True)):
@@ -215,27 +158,12 @@ class Bounded:
         return torch.tensor([bound], dtype=torch.float64, device="cpu")
 
     def least(self, size: int) -> Tensor:
-        """Return the largest peak among the runs with at most as many rows, which is a lower bound.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            One number, float64.
-        """
+        """Return the largest peak among the runs with at most as many rows, which is a lower bound."""
         peaks = [float(run.peak_bytes) for at, run in zip(self.sizes, self.runs, strict=True) if at <= size]
         return torch.tensor([max(peaks, default=0.0)], dtype=torch.float64, device="cpu")
 
     def parts(self, size: int, index: int) -> dict[str, float]:
-        """Split the bound by category, in the proportions of the next larger run's peak, or of the largest run's.
-
-        Args:
-            size: Rows; at least 1.
-            index: Ignored.
-
-        Returns:
-            Bytes by category.
-        """
+        """Split the bound by category, in the proportions of the next larger run's peak, or of the largest run's."""
         del index
         run = next((run for at, run in zip(self.sizes, self.runs, strict=True) if at >= size), self.runs[-1])
         found = run.parts(max(range(len(run.live)), key=run.live.__getitem__))
@@ -247,6 +175,10 @@ class Bounded:
     def _stretched(self, size: int, index: int) -> dict[str, float]:
         found = self.runs[-1].parts(index)
         return {name: each * (size / self.sizes[-1] if name in _GROWS else 1) for name, each in found.items()}
+
+
+Curves: TypeAlias = Fitted | Bounded
+"""Live bytes by microbatch size."""
 
 
 def _polynomial(sizes: Sequence[int], values: Sequence[Tensor], size: int, *, points: int) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import SGD, Adagrad, Adam, NAdam, Optimizer, RAdam, RMSprop
 
 from microbatch.memory.budget import format_bytes
 from microbatch.shards import local_of
@@ -34,14 +35,7 @@ class LeastMemory:
         return self.weights + self.gradients + self.state
 
     def refusal(self, budget: int) -> str | None:
-        """Describe why a budget cannot work.
-
-        Args:
-            budget: Bytes that a step may use.
-
-        Returns:
-            What is needed, and the least that could do; `None` if the budget is not below it.
-        """
+        """Describe why a budget is too small, and the least that could do; `None` if it is not."""
         if budget >= self.total:
             return None
         parts = [("weights and buffers", self.weights), ("gradients", self.gradients), ("optimizer state", self.state)]
@@ -55,17 +49,7 @@ class LeastMemory:
 def least_memory(
     model: nn.Module, optimizers: Sequence[Optimizer], *, device: torch.device, gradients: bool = True
 ) -> LeastMemory:
-    """Add up what a step needs in any case, on one device.
-
-    Args:
-        model: The model.
-        optimizers: Its optimizers.
-        device: The device whose memory is meant.
-        gradients: Whether every gradient is held until the optimizer's step.
-
-    Returns:
-        The bytes; of a model that is sharded over ranks, this rank's.
-    """
+    """Add up what a step needs in any case, on one device; of a model that is sharded over ranks, on this rank."""
     here = [each for each in (*model.parameters(), *model.buffers()) if _is_on(each, device)]
     trained = {id(each): each for optimizer in optimizers for each in _parameters(optimizer) if _is_on(each, device)}
     with_gradient = [each for each in trained.values() if each.requires_grad] if gradients else []
@@ -76,25 +60,28 @@ def least_memory(
     )
 
 
+def state_copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Return how many tensors of a parameter's size one of torch's optimizers keeps for it; 0 for all others."""
+    if isinstance(optimizer, SGD):
+        return int(group["momentum"] != 0)
+    if isinstance(optimizer, Adam | NAdam | RAdam):
+        return 2 + int(group.get("amsgrad", False))
+    if isinstance(optimizer, RMSprop):
+        return 1 + int(group["centered"]) + int(group["momentum"] > 0)
+    return int(isinstance(optimizer, Adagrad))
+
+
 def _state_bytes(optimizer: Optimizer, device: torch.device) -> int:
     """Return the bytes of the state that an optimizer holds, or that one of torch's own will create."""
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     if held:
         return _numbers([each for each in held if _is_on(each, device)])
     total = 0
-    for group in optimizer.param_groups:
-        kind = type(optimizer)
-        copies = 0
-        if kind is SGD:
-            copies = int(group["momentum"] != 0)
-        elif kind in {Adam, AdamW, NAdam, RAdam}:
-            copies = 2 + int(group.get("amsgrad", False))
-        elif kind is RMSprop:
-            copies = 1 + int(group["centered"]) + int(group["momentum"] > 0)
-        elif kind is Adagrad:
-            copies = 1
+    # A class that inherits from one of torch's may create another state.
+    known = type(optimizer).__module__.startswith("torch.optim")
+    for group in optimizer.param_groups if known else ():
         trained = [each for each in group["params"] if each.requires_grad and _is_on(each, device)]
-        total += copies * _numbers(trained)
+        total += state_copies(optimizer, group) * _numbers(trained)
     return total
 
 

@@ -65,14 +65,7 @@ class Timeline:
         return max(self.live, default=0)
 
     def parts(self, index: int) -> dict[str, int]:
-        """Split the bytes alive after one operator by category.
-
-        Args:
-            index: Index of the operator, from 0.
-
-        Returns:
-            Bytes by category, which add up to ``live[index]``.
-        """
+        """Split the bytes alive after one operator by category."""
         found = Counter[str]()
         for size, category, born, died in self.storages:
             if born <= index + 1 and (died is None or died > index):
@@ -104,14 +97,7 @@ class Ledger:
     # -- called by the meter ------------------------------------------------------------------------------------------
 
     def ran(self, operator: Any) -> bool:
-        """Record that an operator has run.
-
-        Args:
-            operator: The dispatcher's operator.
-
-        Returns:
-            Whether a backward has ended since the previous operator, so that the meter must search for new gradients.
-        """
+        """Record that an operator has run, and return whether a backward has ended since the operator before."""
         self._clock += 1
         module, phase = self.tracker.here()
         self._here = module, phase, operator
@@ -119,21 +105,13 @@ class Ledger:
         return was and not self._in_backward
 
     def recorded(self, live_bytes: int) -> None:
-        """Record the live bytes after the operator.
-
-        Args:
-            live_bytes: Bytes alive.
-        """
+        """Record the live bytes after the operator."""
         if self._all is not None:
             self._operators.append(self._here[2])
             self._live.append(live_bytes)
 
     def born(self, storage: Storage) -> None:
-        """Record a storage that an operator made.
-
-        Args:
-            storage: A new record.
-        """
+        """Record a storage that an operator made."""
         storage.module, phase, storage.operator = self._here
         if phase == FORWARD:
             storage.category = ACTIVATIONS
@@ -144,33 +122,17 @@ class Ledger:
         self._keep(storage)
 
     def found(self, storage: Storage, category: str, name: str) -> None:
-        """Record a storage that is older than the meter.
-
-        Args:
-            storage: A new record.
-            category: The storage's category.
-            name: Name of the parameter or buffer.
-        """
+        """Record a storage that is older than the meter."""
         storage.category, storage.module, storage.operator = category, name, ""
         self._keep(storage)
 
     def named(self, storage: Storage, category: str, name: str) -> None:
-        """Change the category of a recorded storage.
-
-        Args:
-            storage: Its record.
-            category: The new category.
-            name: The new name; empty to keep the old one.
-        """
+        """Change the category of a recorded storage, and its name unless the new one is empty."""
         storage.category = category
         storage.module = name or storage.module
 
     def died(self, storage: Storage) -> None:
-        """Record that a storage was freed.
-
-        Args:
-            storage: Its record.
-        """
+        """Record that a storage was freed."""
         storage.died = self._clock
         if storage.born <= self._peak_clock:
             self._dead.append(storage)
@@ -191,16 +153,7 @@ class Ledger:
         )
 
     def report(self, alive: Iterable[Storage], *, peak_bytes: int, live_bytes: int) -> MemoryReport:
-        """Summarise the storages that are alive now, and those that were alive at the peak.
-
-        Args:
-            alive: Records of the storages that are alive.
-            peak_bytes: Peak of the live bytes.
-            live_bytes: Bytes alive now.
-
-        Returns:
-            The report.
-        """
+        """Summarise the storages that are alive now, and those that were alive at the peak."""
         now = list(alive)
         then = [*(each for each in now if each.born <= self._peak_clock), *self._dead]
         sizes, counts = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
@@ -226,14 +179,7 @@ class Ledger:
 
 
 def described(thing: object) -> list[tuple[Tensor, str, str]]:
-    """List the tensors of a structure, with their categories.
-
-    Args:
-        thing: Modules, optimizers and tensors, nested in any way.
-
-    Returns:
-        Tuples of tensor, category and name.
-    """
+    """List the tensors of nested modules, optimizers and tensors, with their categories and names."""
     if isinstance(thing, nn.Module):
         named = [(tensor, PARAMETERS, name) for name, tensor in thing.named_parameters()]
         grads = [(each.grad, GRADIENTS, name) for each, _, name in named if each.grad is not None]

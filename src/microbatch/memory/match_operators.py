@@ -95,14 +95,7 @@ def _behind(run: Sequence[str], at: int) -> Iterator[int]:
 
 
 def spans(places: Sequence[int], length: int) -> list[range]:
-    """Return the range of operators that each matched operator stands for.
-
-    Args:
-        places: Indices of the matched operators, ascending.
-        length: Number of operators in the run.
-
-    Returns:
-        A range for each matched operator; together the ranges cover the run.
+    """Return the range of operators that each matched operator stands for, in a run of ``length`` operators.
 
     Example:
         >>> spans([0, 1, 4], 5)

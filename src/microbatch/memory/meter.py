@@ -242,14 +242,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def is_question(operator: Any) -> bool:
-    """Return whether an operator only reads a property of a tensor: the device of a fake tensor, or `item()`.
-
-    Args:
-        operator: The dispatcher's operator.
-
-    Returns:
-        Whether a timeline leaves the operator out.
-    """
+    """Return whether an operator only reads a property of a tensor: the device of a fake tensor, or `item()`."""
     return operator is READ or getattr(operator, "namespace", "") == "prim"
 
 

@@ -46,19 +46,11 @@ class Where:
         self._on_step: Callable[[Optimizer], None] | None = None
 
     def name(self, model: nn.Module) -> None:
-        """Register the names of a model's modules.
-
-        Args:
-            model: The model; its own path is the empty string.
-        """
+        """Register the names of a model's modules."""
         self._names.update({id(module): path for path, module in model.named_modules()})
 
     def start(self, on_step: Callable[[Optimizer], None]) -> None:
-        """Install the global hooks.
-
-        Args:
-            on_step: Called before and after each optimizer step.
-        """
+        """Install the global hooks; ``on_step`` is called before and after each optimizer step."""
         self._on_step = on_step
         self._handles = [
             register_module_forward_pre_hook(self._enter),
@@ -128,26 +120,12 @@ def current_node() -> Any:
 
 
 def is_accumulating(node: Any) -> bool:
-    """Return whether a node is autograd's `AccumulateGrad`, which adds a gradient to `.grad`.
-
-    Args:
-        node: The result of `current_node`.
-
-    Returns:
-        False also outside of backward.
-    """
+    """Return whether a node is autograd's `AccumulateGrad`, which adds a gradient to `.grad`."""
     return node is not None and type(node).__name__ == "AccumulateGrad"
 
 
 def running_module(models: Iterable[nn.Module]) -> str | None:
-    """Find the innermost running module through the call stack; slow, for error messages only.
-
-    Args:
-        models: Models whose modules are searched for.
-
-    Returns:
-        The module's path in its model; `None` if no module is running, as in backward.
-    """
+    """Find the innermost running module through the call stack; slow, for error messages only."""
     names = {id(module): path for model in models for path, module in model.named_modules()}
     frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage] -- the public inspect.stack reads source files
     while frame is not None:

@@ -43,38 +43,14 @@ class Piece(ABC):
 
     @abstractmethod
     def fetch(self) -> Tensor:
-        """Start to copy the bytes back to their device.
-
-        Returns:
-            The copy, uint8, shape ``(nbytes,)``; call `wait` before you use it.
-        """
+        """Start to copy the bytes back to their device, as uint8; call `wait` before you use the copy."""
 
     @abstractmethod
     def wait(self, data: Tensor) -> None:
-        """Make the current stream wait until the copy is complete.
-
-        Args:
-            data: The result of the last `fetch`.
-        """
+        """Make the current stream wait until the copy, the result of the last `fetch`, is complete."""
 
 
-class Place(ABC):
-    """A storage for the offloaded bytes of one device."""
-
-    @abstractmethod
-    def put(self, data: Tensor) -> Piece:
-        """Offload bytes.
-
-        Args:
-            data: uint8, shape ``(bytes,)``, contiguous, at least one byte. Do not write to it before the current stream
-                has passed this call.
-
-        Returns:
-            The offloaded bytes.
-        """
-
-
-class File(Place):
+class File:
     """Offloaded bytes in an unnamed temporary file, which the system deletes however the process ends.
 
     The file is read and written, not memory-mapped. So its pages belong to the system's page cache instead of this
@@ -116,33 +92,14 @@ class File(Place):
 
     @unbroken
     def put(self, data: Tensor) -> Piece:
-        """Write bytes to the file.
-
-        Args:
-            data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
-
-        Returns:
-            The offloaded bytes.
-
-        Raises:
-            SpillError: The disk is full, or the file cannot be written.
-        """
+        """Write bytes to the file."""
         piece = _OnDisk(self, self._take(data.numel()), data.numel())
         self.transfer(piece.at, data, write=True)
         return piece
 
     @unbroken
     def transfer(self, at: int, data: Tensor, *, write: bool) -> None:
-        """Write bytes to the file, or read them from it.
-
-        Args:
-            at: Offset in the file.
-            data: uint8, shape ``(bytes,)``, contiguous, on the CPU.
-            write: Whether to write; otherwise ``data`` is overwritten with the file's bytes.
-
-        Raises:
-            SpillError: The file cannot be written or read.
-        """
+        """Write bytes to the file, or overwrite ``data`` with the file's bytes."""
         buffer = memoryview((ctypes.c_char * data.numel()).from_address(data.data_ptr())).cast("B")
         move = self._file.write if write else self._file.readinto
         error: OSError | None = None
@@ -235,7 +192,7 @@ class _OnDisk(Piece):
         pass
 
 
-class Pinned(Place):
+class Pinned:
     """Offloaded bytes of an accelerator in pinned host memory, copied on two extra streams, one for each direction.
 
     torch's caching host allocator pools the pinned memory in power-of-two sizes, and tracks which of it is still being

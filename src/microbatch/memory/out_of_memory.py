@@ -39,16 +39,10 @@ _ASKED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?(bytes|[KMGT]iB)\b")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory ran out, on any device.
+    """Return whether an error means that memory ran out, on any device, and not only mentions memory.
 
     Python's own `MemoryError` counts too. NumPy, which a loss function may call, raises it when host memory runs out,
     and a smaller microbatch needs less of that.
-
-    Args:
-        error: The exception.
-
-    Returns:
-        False for any other error, also for a RuntimeError that merely mentions memory.
 
     Example:
         >>> is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
@@ -67,15 +61,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def let_go(error: BaseException, device: torch.device) -> None:
-    """Free the tensors that an exception keeps alive, so that the next attempt has more memory.
+    """Free the tensors that an exception and its causes keep alive, so that the next attempt has more memory.
 
     The frames of a traceback hold the tensors of the failed forward or backward. The autograd engine also holds
     gradients until it runs again. Call this function outside of the ``except`` block, where nothing else refers to the
     exception.
-
-    Args:
-        error: The exception. Its traceback is removed, and those of its causes and contexts too.
-        device: The device whose memory ran out.
 
     Cost:
         One garbage collection; on an accelerator, the allocator's cache is emptied.
@@ -117,27 +107,11 @@ def _forget_frames(error: BaseException | None, seen: set[int]) -> None:
     _forget_frames(error.__context__, seen)
 
 
-def explained(
-    error: BaseException, *, model: nn.Module, device: torch.device, budget: int | None, limit: str
-) -> OutOfMemoryError:
-    """Make the final error of a window that ran out of memory and cannot retry.
-
-    Args:
-        error: The original exception, with its traceback.
-        model: The model, in which the failed module is searched for.
-        device: The device whose memory ran out.
-        budget: The user's memory budget in bytes; `None` for the device's memory.
-        limit: Why no smaller microbatch can be tried.
-
-    Returns:
-        An error with the known bytes and module, and what to try.
-
-    Source:
-        Law M4.
-    """
+def explained(error: BaseException, *, model: nn.Module, device: torch.device, limit: str) -> OutOfMemoryError:
+    """Make the final error of a window that ran out of memory: with the known bytes and module, and what to try."""
     asked, in_use = _asked(error), _in_use(error, device)
     operator = getattr(error, "operator", None)
-    allowed = getattr(error, "budget", None) or budget
+    allowed = getattr(error, "budget", None)
     module = getattr(error, "module", None)
     module = failed_layer(error, model) if module is None else module
     facts = [f"{operator or 'an operator'} asked for {_amount(asked)}"]

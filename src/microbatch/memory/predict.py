@@ -113,13 +113,7 @@ class Prediction:
         return 1 - float(least.max()) / max(1.0, float(most.max()))
 
     def largest(self, budget: int) -> int:
-        """Return the largest microbatch size that fits into a budget.
-
-        Args:
-            budget: Bytes that may be in use.
-
-        Returns:
-            Rows; 0 if not even one row fits, and at most 2^24.
+        """Return the largest microbatch size that fits into a budget in bytes; 0 if not even one row does.
 
         Example:
             >>> def run(m):
@@ -131,33 +125,13 @@ class Prediction:
         return largest_that_fits(lambda size: self.peak_bytes(size) <= budget)
 
     def parts(self, microbatch_size: int) -> dict[str, int]:
-        """Split the predicted peak by category.
-
-        Args:
-            microbatch_size: Rows; at least 1.
-
-        Returns:
-            Bytes by category, which add up to ``peak_bytes``; ``"workspaces"`` are the operators' internal allocations.
-
-        Raises:
-            ConfigError: The size is below 1.
-        """
+        """Split the predicted peak by category; ``"workspaces"`` are the operators' internal allocations."""
         found = self._split(microbatch_size, int(self._total(microbatch_size).argmax()))
         found[WORKSPACES] = self.peak_bytes(microbatch_size) - sum(found.values())
         return {name: size for name, size in found.items() if size}
 
     def predicted_run(self, microbatch_size: int) -> Witnessed:
-        """Return the predicted memory of a run, operator by operator, in the form of a measured run.
-
-        Args:
-            microbatch_size: Rows; at least 1.
-
-        Returns:
-            The predicted run; its levels are empty if no real run was measured.
-
-        Raises:
-            ConfigError: The size is below 1.
-        """
+        """Return the predicted memory of a run, operator by operator, in the form of a measured run."""
         beside = self.beside(microbatch_size)
         live = self._visible(microbatch_size)
         inside = self.hidden.levels(microbatch_size)
@@ -204,13 +178,7 @@ class _PredictedTimeline(Timeline):
 
 
 def largest_that_fits(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that fits, by bisection; every smaller number must fit too.
-
-    Args:
-        fits: Returns whether a number fits.
-
-    Returns:
-        The number; 0 if not even 1 fits, and at most 2^24.
+    """Return the largest number up to 2^24 that fits, by bisection: every smaller one must fit; 0 if none does.
 
     Example:
         >>> largest_that_fits(lambda rows: 100 * rows <= 1600)

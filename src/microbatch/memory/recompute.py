@@ -28,16 +28,10 @@ _CACHES = frozenset({"past_key_values", "past_key_value", "layer_past", "cache_p
 
 
 def blocks_of(model: nn.Module) -> list[str]:
-    """List the repeated blocks of a model.
+    """Return the names of a model's repeated blocks, in the model's order; no block lies inside another.
 
     A block is a child of an `nn.ModuleList` or `nn.Sequential` that has submodules of its own, and of whose type the
     container has several children.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        The blocks' names, in the model's order; no block lies inside another.
 
     Example:
         >>> layers = [nn.Sequential(nn.Linear(2, 2), nn.Tanh()) for _ in range(3)]
@@ -93,18 +87,7 @@ def checkpointed(model: nn.Module, blocks: Sequence[str] | str = "all") -> Gener
 
 
 def named_blocks(model: nn.Module, blocks: Sequence[str] | str) -> tuple[str, ...]:
-    """Return the names of the submodules that ``blocks`` stands for.
-
-    Args:
-        model: Any module.
-        blocks: As for `checkpointed`.
-
-    Returns:
-        Names of submodules.
-
-    Raises:
-        ConfigError: As for `checkpointed`.
-    """
+    """Return the names of the submodules that ``blocks`` stands for."""
     if blocks == "all":
         found = blocks_of(model)
         if not found:

@@ -44,15 +44,7 @@ class Scratch:
         self._keeping, self._kept = False, None
 
     def empty(self, shape: Sequence[int], *, like: Tensor) -> Tensor:
-        """Make an uninitialised, contiguous tensor.
-
-        Args:
-            shape: Shape of the tensor.
-            like: A tensor with the same dtype and device.
-
-        Returns:
-            The tensor; it shares memory with no other tensor in use.
-        """
+        """Make an uninitialised, contiguous tensor."""
         size = torch.Size(shape).numel() * like.itemsize
         if not self._keeping or size < SMALLEST or like.device.type != "cpu":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
@@ -138,14 +130,7 @@ def _held_by(tensor: Tensor, *, ours: bool) -> tuple[int, ...]:
 
 @cache
 def learn_to_count(kind: type[Tensor]) -> frozenset[tuple[int, ...]]:
-    """Measure the reference counts of saved tensors that only a graph refers to: of a plain tensor, and of a view.
-
-    Args:
-        kind: Type of the tensors.
-
-    Returns:
-        Both counts. They are cached, so call this function before you start a meter that must not count its tensors.
-    """
+    """Return the reference counts, measured once, of a plain tensor and of a view that only a graph refers to."""
     observer = _Observer()
     place = observer.places(final=lambda: True)
     with torch.enable_grad():

@@ -13,12 +13,6 @@ def is_from_signal(error: BaseException) -> bool:
     """Return whether an error, or one that it was raised from, was raised in a signal handler.
 
     A handler may raise anywhere, also in a dry run, whose own errors are not passed on.
-
-    Args:
-        error: The error, with its traceback.
-
-    Returns:
-        Whether a function that is registered as a handler is in the traceback.
     """
     codes: frozenset[CodeType] | None = None
     seen: set[int] = set()

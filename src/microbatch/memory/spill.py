@@ -13,7 +13,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from microbatch.arguments import whole
+from microbatch.arguments import check_whole
 from microbatch.errors import ConfigError
 from microbatch.memory.storage_copy import root_of
 from microbatch.memory.tensor_store import Handle, KeptHandle, Store, can_offload, is_movable
@@ -75,9 +75,7 @@ class Spill:
         smallest: int = 1 << 16,
         device: str | torch.device | None = None,
     ) -> None:
-        least = whole(smallest, least=0)
-        if least is None:
-            raise ConfigError(f"Spill: smallest must be a number of bytes of at least 0, not {smallest!r}")
+        least = check_whole("Spill: smallest", smallest, least=0)
         if directory is not None and not isinstance(directory, str | Path):
             raise ConfigError(f"Spill: directory must be a path or None, not {directory!r}")
         self.store = Store(directory=directory)

@@ -45,14 +45,7 @@ class StorageWatch:
         return None if storage is None or storage.nbytes() != self._bytes else storage
 
     def attach(self, data: Tensor) -> Tensor:
-        """Make a tensor that shares the watch's version counter.
-
-        Args:
-            data: The values; any shape and dtype.
-
-        Returns:
-            A tensor in the memory of ``data``, without a graph.
-        """
+        """Make a tensor that shares the watch's version counter."""
         tensor = self._counter.detach()
         tensor.data = data
         return tensor
@@ -124,14 +117,7 @@ class StorageCopy:
 
 
 def root_of(tensor: Tensor) -> Tensor:
-    """Return the tensor that a view was made from, or the tensor itself if it is no view.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        The base.
-    """
+    """Return the tensor that a view was made from, or the tensor itself if it is no view."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -153,14 +139,5 @@ def byte_range(tensor: Tensor, nbytes: int) -> tuple[int, int]:
 
 
 def bytes_of(storage: UntypedStorage, low: int, high: int) -> Tensor:
-    """View a range of a storage as bytes.
-
-    Args:
-        storage: The storage.
-        low: First byte.
-        high: The byte after the last.
-
-    Returns:
-        A uint8 tensor of shape ``(high - low,)`` in the same memory.
-    """
+    """View a range of a storage as bytes."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (high - low,), (1,))

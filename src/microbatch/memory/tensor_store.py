@@ -14,7 +14,7 @@ from torch import Tensor, UntypedStorage, nn
 from torch.utils.weak import TensorWeakRef
 
 from microbatch.devices.copy_streams import has_streams
-from microbatch.memory.offload_targets import File, Piece, Pinned, Place
+from microbatch.memory.offload_targets import File, Piece, Pinned
 from microbatch.memory.storage_copy import StorageCopy, StorageWatch, byte_range, bytes_of, root_of
 
 # Copies that stay on the device for a moment after they were fetched: the next node may need another view of them.
@@ -85,13 +85,13 @@ class Store:
 
     def __init__(self, *, directory: str | Path | None = None) -> None:
         self._directory = directory
-        self._places: dict[torch.device, Place] = {}
+        self._places: dict[torch.device, File | Pinned] = {}
         self._copies: weakref.WeakKeyDictionary[UntypedStorage, list[weakref.ref[StorageCopy]]] = (
             weakref.WeakKeyDictionary()
         )
         self._lock = threading.RLock()  # guards the byte counts and the creation of places
         self._pieces: weakref.WeakSet[Piece] = weakref.WeakSet()
-        self._last: Callable[[], StorageCopy | None] = _nothing
+        self._last: Callable[[], StorageCopy | None] = lambda: None
         self._recent: list[weakref.ref[StorageCopy]] = []
         self.bytes_spilled = 0
 
@@ -141,14 +141,7 @@ class Store:
         return _MovedHandle(tensor, self, copy=copy, live=live)
 
     def fetch(self, copy: StorageCopy) -> tuple[StorageWatch, Tensor]:
-        """Bring a copy back, and prefetch the copies that were stored just before it: backward needs those next.
-
-        Args:
-            copy: The copy that is needed now.
-
-        Returns:
-            A watch of the fetched storage, and its bytes: uint8, shape ``(bytes,)``.
-        """
+        """Bring a copy back, and prefetch the copies that were stored just before it: backward needs those next."""
         found = copy.fetch()
         copy.piece.wait(found[1])
         wanted = [copy]
@@ -164,7 +157,7 @@ class Store:
         self._recent = [weakref.ref(each) for each in recent[-most:]]
         return found
 
-    def _place(self, device: torch.device) -> Place:
+    def _place(self, device: torch.device) -> File | Pinned:
         with self._lock:
             if device not in self._places:
                 on_host = device.type == "cpu"
@@ -173,26 +166,12 @@ class Store:
 
 
 def can_offload(device: torch.device) -> bool:
-    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Whether they can; False for an accelerator without streams.
-    """
+    """Return whether tensors of a device can be offloaded: to a file from the CPU, beside the computation elsewhere."""
     return device.type == "cpu" or has_streams(device)
 
 
 def is_movable(tensor: Tensor) -> bool:
-    """Return whether a tensor is plain dense data that can be copied out and restored byte by byte.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        Whether `Store.put` moves it.
-    """
+    """Return whether a tensor is plain dense data that can be copied out and restored byte by byte."""
     return (
         type(tensor) in {Tensor, nn.Parameter}
         and tensor.layout is torch.strided
@@ -204,11 +183,7 @@ def is_movable(tensor: Tensor) -> bool:
 
 
 class KeptHandle(Handle):
-    """A handle to a tensor that stays on its device.
-
-    Args:
-        tensor: The tensor, which the handle holds without its graph.
-    """
+    """A handle to a tensor that stays on its device, and that it holds without its graph."""
 
     moved = False
 
@@ -252,7 +227,3 @@ def _modified(writes: int, dtype: torch.dtype, shape: Sequence[int]) -> RuntimeE
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"[{dtype} {list(shape)}] was written to {writes} times after it was saved or offloaded"
     )
-
-
-def _nothing() -> None:
-    return None

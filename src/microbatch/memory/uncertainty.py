@@ -15,14 +15,7 @@ _NEAR = 4  # for sizes at most this many rows apart, a loop's tiles are a large 
 
 
 def doubtful(sizes: Sequence[int], doubt: Callable[[int], float]) -> list[int]:
-    """Choose the size of the next window: the middle of the most uncertain gap between two sizes.
-
-    Args:
-        sizes: Microbatch sizes that were run, ascending.
-        doubt: Returns the relative uncertainty of the predicted peak at a size.
-
-    Returns:
-        One size, or none if the uncertainty is small everywhere.
+    """Return the middle of the most uncertain gap between two sizes, or nothing if ``doubt`` is small everywhere.
 
     Example:
         >>> doubtful([2, 4, 8, 16], lambda size: 0.01 if size > 8 else 0.02 if size == 6 else 0.0)
@@ -52,15 +45,7 @@ def between(runs: Sequence[tuple[int, Timeline]]) -> list[int]:
 
 
 def enough_of(fake: Callable[[int], Timeline], sizes: Sequence[int]) -> list[int]:
-    """Add sizes where the predicted peak of fake windows is uncertain, because loops have more iterations.
-
-    Args:
-        fake: Returns the timeline of a window with fake tensors, which takes no memory; results are cached.
-        sizes: Two or more microbatch sizes, ascending.
-
-    Returns:
-        The given and the added sizes, ascending.
-    """
+    """Add sizes where the predicted peak of fake windows is uncertain, because loops have more iterations."""
     enough = sorted([*sizes, *between([(size, fake(size)) for size in sizes])])
     for _ in range(_LOOKS):
         more = doubtful(enough, partial(predict(fake, sizes=enough).doubt, hidden=False))

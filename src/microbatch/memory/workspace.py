@@ -48,15 +48,7 @@ class Hidden:
 
     @classmethod
     def through(cls, sizes: Sequence[int], runs: Sequence[Levels]) -> Hidden:
-        """Fit measured levels.
-
-        Args:
-            sizes: Microbatch sizes, ascending.
-            runs: For each size, the allocated bytes above the curves of live tensors.
-
-        Returns:
-            The fit.
-        """
+        """Fit measured levels."""
         held = list(zip(sizes, runs, strict=True))
         gaps = [
             _Gap.between(low, high, near=[held[i] for i in (at - 1, at + 2) if 0 <= i < len(held)])
@@ -74,36 +66,15 @@ class Hidden:
         return [(gap.low, gap.high) for gap in self.gaps[:-1] if not bool(gap.kept.all())]
 
     def at(self, size: int) -> Tensor:
-        """Return an upper bound of each operator's peak above the curves of live tensors.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            Bytes, float64, one for each operator; can be added to `Curves.at`.
-        """
+        """Return an upper bound of each operator's peak above the curves of live tensors, as `Curves.at` has them."""
         return self._highest(size, bound=True)
 
     def least(self, size: int) -> Tensor:
-        """Return a lower bound of `at`: without padding, and with the smaller of two possible kernels.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            Bytes, float64, of the shape of `at`.
-        """
+        """Return a lower bound of `at`: without padding, and with the smaller of two possible kernels."""
         return self._highest(size, bound=False)
 
     def levels(self, size: int) -> list[list[float]]:
-        """Return upper bounds of every operator's levels above the curves of live tensors.
-
-        Args:
-            size: Rows; at least 1.
-
-        Returns:
-            For each operator, the bytes after each of its allocations; empty if nothing was measured.
-        """
+        """Return upper bounds of the levels after each allocation of every operator, above the curves."""
         if not self.gaps:
             return []
         gap = self._gap(size)

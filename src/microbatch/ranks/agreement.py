@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from microbatch.errors import LossError, RankAgainError, RankError
-from microbatch.ranks.process_group import RankGroup, failure_words
+from microbatch.ranks.process_group import RUN_AGAIN, RankGroup, failure_words
 from microbatch.ranks.same_setup import differences
 
 _SPARSE = 2.0**20  # of a sparse gradient; more than there are ranks, so that sums of both kinds can be told apart
@@ -36,12 +36,12 @@ class Message:
         describe: Returns texts by name that describe the window's parameters, for an error message.
     """
 
-    names: Sequence[str]
-    sums: Sequence[float]
-    counts: Sequence[float]
-    samples: float
-    double: bool
-    present: Sequence[bool]
+    names: Sequence[str] = ()
+    sums: Sequence[float] = ()
+    counts: Sequence[float] = ()
+    samples: float = 0.0
+    double: bool = False
+    present: Sequence[bool] = ()
     sparse: Sequence[bool] = ()
     steps: int = 0
     metrics: int = 0
@@ -92,14 +92,10 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
             )
     elif failed and failed == retrying:
         raise RankAgainError(
-            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, so every "
-            "rank has to run the batch again. Gradients, random state and buffers are as before the window"
+            f"{int(failed)} of {ranks.size} ranks ran out of memory in passes that all ranks run together, {RUN_AGAIN}"
         )
     elif failed:
-        raise RankError(
-            f"{int(failed)} of {ranks.size} ranks failed inside this window, so this rank drops its gradients too: "
-            f"{ranks.failures(ranks.failed(flags))}; read the failing rank's own error"
-        )
+        raise ranks.failed_error(ranks.failed(flags))
     # n * sum(x^2) == sum(x)^2 only if all n numbers are equal. Every rank gets the same answer, even one without terms.
     if (ranks.size - failed) * steps_squared != steps**2:
         raise RankError(
@@ -133,15 +129,7 @@ def agree(ranks: RankGroup, message: Message | None, *, parameters: int, again: 
 
 
 def message_bytes(parameters: int, *, ranks: int) -> int:
-    """Return the length of the all-reduce in `agree` and `attend`.
-
-    Args:
-        parameters: Number of parameters, frozen ones too.
-        ranks: World size.
-
-    Returns:
-        Bytes.
-    """
+    """Return the length of the all-reduce in `agree` and `attend`."""
     return 8 * (failure_words(ranks) + len(_encode(None, parameters, again=False)))
 
 
@@ -164,28 +152,7 @@ def attend(ranks: RankGroup, rows: float, *, parameters: int) -> float:
     Cost:
         As for `agree`.
     """
-    message = Message(names=[], sums=[], counts=[], samples=rows, double=False, present=[False] * parameters)
-    return agree(ranks, message, parameters=parameters).samples
-
-
-def tell(ranks: RankGroup, told: Sequence[bool]) -> list[list[bool]]:
-    """Share a few booleans of every rank with every rank.
-
-    Args:
-        ranks: The data-parallel ranks.
-        told: This rank's booleans; the same number on every rank.
-
-    Returns:
-        For each rank, in the order of the ranks, its booleans.
-
-    Cost:
-        One all-reduce of 8 bytes a boolean and rank, and one host synchronisation.
-    """
-    table = torch.zeros(ranks.size, len(told), dtype=torch.float64)
-    table[ranks.index] = torch.tensor(told, dtype=torch.float64)
-    table = table.to(ranks.device)
-    ranks.sum_(table)
-    return [[each > 0 for each in row] for row in table.tolist()]
+    return agree(ranks, Message(samples=rows), parameters=parameters).samples
 
 
 def _encode(message: Message | None, parameters: int, *, again: bool) -> list[float]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from microbatch.devices.captured_graphs import graphs_are_captured
-from microbatch.errors import RankAgainError, RankError, WindowError
-from microbatch.ranks.process_group import RankGroup, failure_words
+from microbatch.errors import RankAgainError, WindowError
+from microbatch.ranks.process_group import RUN_AGAIN, RankGroup, failure_words
 from microbatch.ranks.reduce import buckets_of
 
 
@@ -77,12 +77,7 @@ class Overlap:
         self.early = 0
 
     def begin(self, ranks: RankGroup, factor: float) -> None:
-        """Start a window's reduction, after the ranks have agreed on its denominator.
-
-        Args:
-            ranks: The window's data-parallel ranks.
-            factor: What this rank's gradients are multiplied by before the all-reduce.
-        """
+        """Start a window's reduction, after the ranks have agreed on its denominator."""
         self._ranks, self._factor, self._next, self.early = ranks, factor, 0, 0
         self._versions.clear()
         for bucket in self._buckets:
@@ -95,14 +90,7 @@ class Overlap:
             self._hooks.append(parameter.register_post_accumulate_grad_hook(reached))
 
     def rest(self, sums: Sequence[Tensor | None]) -> None:
-        """Start the all-reduce of the remaining buckets, after backward has ended.
-
-        Args:
-            sums: The gradient of each parameter; `None` if this rank has none.
-
-        Raises:
-            WindowError: A gradient changed after its all-reduce had started.
-        """
+        """Start the all-reduce of the remaining buckets, after backward has ended."""
         self._remove_hooks()
         for place, (total, version) in self._versions.items():
             # The first gradient in the memory of a captured CUDA graph has been replaced by its copy.
@@ -140,13 +128,10 @@ class Overlap:
         if failed and failed == again:
             raise RankAgainError(
                 f"{int(failed)} ranks ran out of memory in the last backward, during the all-reduce of the gradients, "
-                "so every rank has to run the batch again. Gradients, random state and buffers are as before the window"
+                f"{RUN_AGAIN}"
             )
         if failed and self._ranks is not None:
-            raise RankError(
-                f"{int(failed)} ranks failed inside this window, so this rank drops its gradients too: "
-                f"{self._ranks.failures(where)}; read the failing rank's own error"
-            )
+            raise self._ranks.failed_error(where)
         return [each > 0 for each in found]
 
     def results(self) -> Iterator[tuple[int, Tensor]]:
@@ -157,14 +142,7 @@ class Overlap:
                 yield place, piece.view(self._parameters[place].shape)
 
     def fail(self, *, again: bool) -> bool:
-        """Send zeros in the remaining buckets, and report that this rank failed.
-
-        Args:
-            again: Whether this rank will run the same batch again.
-
-        Returns:
-            Whether every rank that failed will run the batch again.
-        """
+        """Send zeros in the remaining buckets, and return whether every rank that failed will run the batch again."""
         self._remove_hooks()
         nothing: list[Tensor | None] = [None] * len(self._parameters)
         for bucket in self._buckets[self._next :]:

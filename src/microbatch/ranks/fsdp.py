@@ -14,27 +14,13 @@ from microbatch.errors import ConfigError
 
 
 def fully_sharded(model: nn.Module) -> list[Any]:
-    """List the modules that `torch.distributed.fsdp.fully_shard` was applied to.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The sharded modules in the model's order; none if `torch.distributed.fsdp` was never imported.
-    """
+    """List the modules that `torch.distributed.fsdp.fully_shard` was applied to, in the model's order."""
     found: Any = sys.modules.get("torch.distributed.fsdp")
     return [] if found is None else [module for module in model.modules() if isinstance(module, found.FSDPModule)]
 
 
 def wrapped_by_the_older(model: nn.Module) -> str | None:
-    """Find a module that is wrapped in `FullyShardedDataParallel` (FSDP1), which `fully_shard` has replaced.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The path of the first such module; `None` if there is none.
-    """
+    """Find a module that is wrapped in `FullyShardedDataParallel` (FSDP1), which `fully_shard` has replaced."""
     found: Any = sys.modules.get("torch.distributed.fsdp")
     wrapper = () if found is None else found.FullyShardedDataParallel
     return next((name for name, module in model.named_modules() if isinstance(module, wrapper)), None)
@@ -69,14 +55,7 @@ def group_and_device(model: nn.Module) -> tuple[Any, torch.device] | None:
 
 
 def unshared_bytes(model: nn.Module) -> int:
-    """Return the size of a fully sharded model's gradients before the reduce-scatter.
-
-    Args:
-        model: A fully sharded model.
-
-    Returns:
-        Bytes of all unsharded gradients on one rank, in the dtype in which they add up between microbatches.
-    """
+    """Return the bytes of all unsharded gradients on one rank, in the dtype in which they add up between passes."""
     return sum(each.numel() * dtype.itemsize for each, dtype in _trained(model))
 
 
@@ -94,39 +73,20 @@ def narrowest(model: nn.Module, *, alone: bool = False) -> torch.dtype | None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the all-gathered weights, so that the model's parameters are the shards that its optimizer has.
-
-    Args:
-        model: The model; nothing happens if it is not sharded.
-    """
+    """Free the all-gathered weights, so that the model's parameters are the shards that its optimizer has."""
     for module in fully_sharded(model) if dist.is_available() and dist.is_initialized() else ():
         module.reshard()
 
 
 def gather_roots(model: nn.Module) -> None:
-    """All-gather the weights of the root unit, such as a temperature, for computation outside of forward.
-
-    Args:
-        model: The model, after a forward pass; nothing happens if it is not sharded.
-
-    Cost:
-        One all-gather if the weights are not gathered already; all ranks call this.
-    """
+    """All-gather the weights of the root unit, such as a temperature, for computation outside of forward."""
     for module in fully_sharded(model):
         if module._get_fsdp_state()._is_root:
             module.unshard()
 
 
 def units_of(state: Any) -> Sequence[Any]:
-    """List the FSDP units that one call of `fully_shard` has made.
-
-    Args:
-        state: The FSDP state of a module.
-
-    Returns:
-        The units: groups of parameters that are all-gathered together, and whose gradients are reduce-scattered
-        together.
-    """
+    """List the FSDP units of a module: parameters that are all-gathered and reduce-scattered together."""
     # Private to torch, as are the values of the units' flags, which torch can set but not return. Until torch 2.11, a
     # state had one unit.
     units = getattr(state, "_fsdp_param_groups", None)
@@ -137,14 +97,7 @@ def units_of(state: Any) -> Sequence[Any]:
 
 
 def fsdp_units(model: nn.Module) -> Iterator[Any]:
-    """Go through all FSDP units of a model.
-
-    Args:
-        model: The model.
-
-    Yields:
-        The units in the model's order.
-    """
+    """Go through all FSDP units of a model."""
     for module in fully_sharded(model):
         yield from units_of(module._get_fsdp_state())
 

@@ -189,14 +189,7 @@ class Sharded:
         return {id(each.sharded_param) for unit in self._units for each in unit.fsdp_params}
 
     def used(self, parameter: Tensor) -> bool:
-        """Return whether a backward on this rank has reached a parameter.
-
-        Args:
-            parameter: One of the parameters that `held` names.
-
-        Returns:
-            Whether any backward of the window made a gradient for it.
-        """
+        """Return whether a backward on this rank has reached a parameter."""
         return id(parameter) in self._used
 
     def rejoin(self) -> None:

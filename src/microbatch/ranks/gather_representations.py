@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from microbatch.errors import RankAgainError, RankError
-from microbatch.ranks.process_group import RankGroup
+from microbatch.ranks.process_group import RUN_AGAIN, RankGroup
 
 _FAILED, _RETRY = 1.0, 2.0  # the state of a rank beside gradients
 _AGAIN = "again"  # sent by a rank that ran out of memory and will run its batch again
@@ -129,15 +129,7 @@ class Exchange:
         ]
 
     def agree(self) -> None:
-        """Wait until every rank has run backward from its representations.
-
-        Raises:
-            RankError: A rank failed.
-            RankAgainError: A rank will run its batch again.
-
-        Cost:
-            One all-reduce of two numbers, and one host synchronisation.
-        """
+        """Wait until every rank has run backward from its representations."""
         self._sum(self._zeros(0))
 
     def fail(self, *, again: bool) -> None:
@@ -172,14 +164,10 @@ class Exchange:
         if failed:
             return
         if failed_there:
-            raise RankError(
-                f"{len(failed_there)} of {self._ranks.size} ranks failed inside this window, so this rank drops its "
-                f"gradients too: {self._ranks.failures(failed_there)}; read the failing rank's own error"
-            )
+            raise self._ranks.failed_error(failed_there)
         if again_there and not again:
             raise RankAgainError(
-                "another rank ran out of memory in a computation that all ranks depend on, so every rank has to run "
-                "the batch again. Gradients, random state and buffers are as before the window"
+                f"another rank ran out of memory in a computation that all ranks depend on, {RUN_AGAIN}"
             )
 
     def _sum(self, numbers: Tensor, *, failed: bool = False, again: bool = False) -> Tensor:

@@ -94,14 +94,7 @@ def process_space() -> str:
 
 
 def is_of_the_group(error: BaseException | None) -> bool:
-    """Return whether an error comes from a collective, and not from the model.
-
-    Args:
-        error: Any error.
-
-    Returns:
-        Whether the error is of the kind that a lost or late rank causes.
-    """
+    """Return whether an error comes from a collective, and not from the model."""
     if isinstance(error, MicrobatchError) or not isinstance(error, RuntimeError):
         return False
     # Errors of gloo are plain RuntimeErrors, so only the words of the message can be compared.
@@ -115,14 +108,7 @@ def is_of_a_lost_rank(error: BaseException) -> bool:
 
 @contextmanager
 def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
-    """Replace an error of a collective by an error that names the missing ranks, which a function raises.
-
-    Args:
-        name: Takes an error. Raises a `RankError` if the error comes from a collective.
-
-    Yields:
-        Nothing.
-    """
+    """Replace an error of a collective by an error that names the missing ranks, which a function raises."""
     try:
         yield
     except Exception as error:
@@ -131,18 +117,7 @@ def missing_ranks_named(name: Callable[[Exception], None]) -> Generator[None]:
 
 
 def describe_missing(read: Callable[[], Mapping[int, Beat | None]], *, rank: int) -> str:
-    """Describe which ranks did not arrive at the collective in which this rank failed.
-
-    Args:
-        read: Returns the last heartbeat of every rank; `None` for a rank without one.
-        rank: This rank.
-
-    Returns:
-        One sentence, without a full stop.
-
-    Cost:
-        Up to a second, while no rank is certainly at fault.
-    """
+    """Describe in a sentence which ranks did not arrive at the collective in which this rank failed."""
     # A killed process closes its connections a moment before it ends. Until one of the ranks is certainly at fault,
     # the check is repeated for a second: a rank that has just died would else be described as late.
     beats, until = read(), time.monotonic() + _PATIENCE

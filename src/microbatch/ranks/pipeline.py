@@ -128,12 +128,7 @@ class Pipeline(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The model's inputs in one pass through its stages.
-
-    Attributes:
-        args: Positional arguments of the first stage.
-        settings: Keyword arguments of every stage.
-    """
+    """The model's inputs in one pass: positional arguments of the first stage, keyword arguments of every stage."""
 
     args: tuple[Any, ...]
     settings: dict[str, Any]

@@ -13,18 +13,20 @@ from torch.nn.functional import pad
 
 from microbatch.arguments import attribute
 from microbatch.devices.backend import wide_dtype
-from microbatch.errors import ConfigError
+from microbatch.errors import ConfigError, RankError
 from microbatch.kind_words import kind_of
 from microbatch.ranks.store_beats import StoreBeats
 from microbatch.shards import is_shard
 
 _FLAGS = 32
+RUN_AGAIN = "so every rank has to run the batch again. Gradients, random state and buffers are as before the window"
 
 
 class RankGroup:
     """A process group, with the collectives that a step needs, and a count of their calls and bytes.
 
     Attributes:
+        group: The process group itself, for collectives without a method here; `None` for the default one.
         size: World size of the group; at least 2.
         index: This process's rank in the group, from 0.
         device: Device of the numbers that the group communicates: the model's, or the CPU if that has no float64.
@@ -35,13 +37,8 @@ class RankGroup:
     """
 
     def __init__(self, group: Any, device: torch.device) -> None:
-        """Wrap a process group.
-
-        Args:
-            group: The process group, or `None` for the default one.
-            device: The model's device.
-        """
-        self._group = group
+        """Wrap a process group."""
+        self.group = group
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
         self.device = device if wide_dtype(device) is torch.float64 else torch.device("cpu")
@@ -52,17 +49,10 @@ class RankGroup:
     @property
     def members(self) -> list[int]:
         """The ranks of the group, by their numbers in the default process group."""
-        return dist.get_process_group_ranks(self._group)
+        return dist.get_process_group_ranks(self.group)
 
     def failure_flags(self, *, failed: bool) -> list[float]:
-        """Return numbers whose sums over the ranks tell which ranks have failed.
-
-        Args:
-            failed: Whether this rank has failed.
-
-        Returns:
-            A number for every 32 ranks: float64 adds up their powers of two exactly.
-        """
+        """Return a number for every 32 ranks, whose sums in float64 tell exactly which ranks have failed."""
         flags = [0.0] * failure_words(self.size)
         flags[self.index // _FLAGS] = float(failed) * 2.0 ** (self.index % _FLAGS)
         return flags
@@ -72,28 +62,20 @@ class RankGroup:
         return [index for index in range(self.size) if int(flags[index // _FLAGS]) >> index % _FLAGS & 1]
 
     def failures(self, indices: Sequence[int]) -> str:
-        """Describe ranks that have reported a failure, for an error on the other ranks.
-
-        Args:
-            indices: The ranks that failed, by their indices in the group.
-
-        Returns:
-            Their numbers in the default process group, with the step and the error if these are known.
-        """
+        """Describe ranks that have reported a failure: their numbers, and the step and the error if known."""
         failed = [self.members[index] for index in indices]
         return " and ".join(f"rank {each}" for each in failed) if self.beats is None else self.beats.failures(failed)
 
+    def failed_error(self, indices: Sequence[int]) -> RankError:
+        """Return this rank's error for others that have failed in the window, by their indices in the group."""
+        return RankError(
+            f"{len(indices)} of {self.size} ranks failed inside this window, so this rank drops its gradients too: "
+            f"{self.failures(indices)}; read the failing rank's own error"
+        )
+
     @classmethod
     def find(cls, device: torch.device, group: Any = None) -> RankGroup | None:
-        """Wrap a process group if it has several ranks.
-
-        Args:
-            device: The model's device.
-            group: The process group; `None` for the default one.
-
-        Returns:
-            The ranks, or `None` if `torch.distributed` is not initialised or the world size is 1.
-        """
+        """Wrap a process group if it has several ranks; `None` for a single process."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
             return None
         return cls(group, device)
@@ -111,88 +93,49 @@ class RankGroup:
         self.calls += 1
         self.sent_bytes += ring_bytes(kind, tensor.numel() * tensor.element_size(), ranks=size or self.size)
 
-    @property
-    def group(self) -> Any:
-        """The process group itself, for collectives without a method here; `None` for the default one."""
-        return self._group
-
     def sum_(self, tensor: Tensor) -> None:
-        """Replace a tensor by its sum over all ranks.
-
-        Args:
-            tensor: The same shape and dtype on every rank.
-
-        Cost:
-            One all-reduce.
-        """
+        """Replace a tensor by its sum over all ranks, in one all-reduce."""
         self.count("sum", tensor)
-        dist.all_reduce(tensor, group=self._group)
+        dist.all_reduce(tensor, group=self.group)
+
+    def share(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every rank, in the order of the ranks, in one all-reduce of 8 bytes a number."""
+        table = torch.zeros(self.size, len(numbers), dtype=torch.float64)
+        table[self.index] = torch.tensor(numbers, dtype=torch.float64)
+        on_device = table.to(self.device)
+        self.sum_(on_device)
+        return on_device.tolist()
 
     def tell(self, what: Any) -> list[Any]:
-        """All-gather a small Python object.
-
-        Args:
-            what: Any object that can be pickled.
-
-        Returns:
-            Each rank's object, in the order of the ranks.
-
-        Cost:
-            Two small all-gathers and one host synchronisation.
-        """
+        """All-gather a small Python object, with a host synchronisation; return each rank's, in their order."""
         # `dist.all_gather_object` takes the current CUDA device, which may be another rank's.
-        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self._group)) else self.device
+        device = torch.device("cpu") if "cpu:" in str(dist.get_backend_config(self.group)) else self.device
         own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8).to(device)
         self.calls += 1
         sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self._group)
+        dist.all_gather(sizes, torch.tensor([len(own)], device=device), group=self.group)
         lengths = [int(size) for size in sizes]
         told = [torch.empty(max(lengths), dtype=torch.uint8, device=device) for _ in lengths]
-        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self._group)
+        dist.all_gather(told, pad(own, (0, max(lengths) - len(own))), group=self.group)
         return [pickle.loads(bytes(each[:n].tolist())) for each, n in zip(told, lengths, strict=True)]  # noqa: S301
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """All-gather a tensor.
-
-        Args:
-            tensor: The same shape and dtype on every rank.
-
-        Returns:
-            Each rank's tensor, in the order of the ranks.
-
-        Cost:
-            One all-gather.
-        """
+        """All-gather a tensor of one shape and dtype; return each rank's, in the order of the ranks."""
         found = torch.empty((self.size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
         self.count("gather", found)
-        dist.all_gather(list(found), tensor, group=self._group)
+        dist.all_gather(list(found), tensor, group=self.group)
         return list(found)
 
     def broadcast_(self, model: nn.Module) -> None:
-        """Broadcast the first rank's parameters and buffers, except those sharded over the ranks.
-
-        Args:
-            model: The same module on every rank.
-
-        Cost:
-            One broadcast a tensor.
-        """
+        """Broadcast the first rank's parameters and buffers, except those sharded over the ranks."""
         self.copy_([each for each in (*model.parameters(), *model.buffers()) if not is_shard(each)], source=0)
 
     @torch.no_grad()
     def copy_(self, tensors: Sequence[Tensor], *, source: int) -> None:
-        """Broadcast one rank's tensors.
-
-        Args:
-            tensors: The same shapes, dtypes and order on every rank; overwritten on all ranks but the source.
-            source: Rank, in the group, of the source.
-
-        Cost:
-            One broadcast a tensor.
-        """
+        """Broadcast the tensors of rank ``source`` of the group, each in a collective of its own."""
         for tensor in tensors:
             self.count("copy", tensor)
-            dist.broadcast(tensor.detach(), group=self._group, group_src=source)
+            dist.broadcast(tensor.detach(), group=self.group, group_src=source)
 
 
 def failure_words(ranks: int) -> int:

@@ -19,16 +19,7 @@ class Flat:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the buffer, enlarged if necessary.
-
-        Args:
-            numel: Number of elements.
-            dtype: Their dtype.
-            device: The device of the buffer.
-
-        Returns:
-            Uninitialised memory; shape ``(numel,)``.
-        """
+        """Return the buffer, enlarged if necessary."""
         held = self._held.pop((dtype, device), None)
         if held is None or held.numel() < numel:
             del held  # before the next allocation, so that only one buffer is alive
@@ -76,13 +67,7 @@ def reduce_(
 
 
 def reserve(gradients: Sequence[Tensor], *, dtypes: Sequence[torch.dtype], flat: Flat) -> None:
-    """Allocate the largest bucket now, so that running out of memory can still be reported to the other ranks.
-
-    Args:
-        gradients: As for `reduce_`.
-        dtypes: As for `reduce_`.
-        flat: As for `reduce_`.
-    """
+    """Allocate the largest bucket now, so that running out of memory can still be reported to the other ranks."""
     for bucket, dtype in buckets_of(gradients, dtypes):
         if _alone(bucket, dtype) is None:
             flat.take(sum(gradient.numel() for gradient in bucket), dtype, bucket[0].device)

@@ -49,13 +49,7 @@ def check_same(groups: Sequence[tuple[RankGroup, Mapping[str, str]]], own: Beat)
 
 
 def differences(described: Mapping[int, Mapping[str, str]]) -> str:
-    """Name what differs between ranks.
-
-    Args:
-        described: For each rank, texts by name.
-
-    Returns:
-        An error message.
+    """Return an error message that names what differs between ranks, from texts by name for each rank.
 
     Example:
         >>> differences({0: {"max_grad_norm": "1.0"}, 1: {"max_grad_norm": "2.0"}})[:70]

@@ -28,10 +28,6 @@ class Stages:
         pipeline: This rank's stages.
         ranks: The data-parallel ranks, which have the same stages; `None` if there is one pipeline only.
 
-    Attributes:
-        group: The ranks of the pipeline.
-        ranks: The data-parallel ranks, as given.
-
     Source:
         Laws N3, N9, R2.
     """
@@ -40,43 +36,8 @@ class Stages:
         self.group = RankGroup(pipeline.group, pipeline.device)
         self.ranks = ranks
 
-    def first_of(self, number: int) -> int:
-        """Return the number of the pipeline's first rank, on every rank.
-
-        Args:
-            number: This rank's number.
-
-        Returns:
-            The first rank's number.
-
-        Cost:
-            Two small all-gathers.
-        """
-        return self.group.tell(number)[0]
-
-    def tell(self, told: Any) -> list[Any]:
-        """Send something small to every stage.
-
-        Args:
-            told: Anything that can be pickled.
-
-        Returns:
-            What each stage sent, in their order.
-
-        Cost:
-            Two small all-gathers and a host synchronisation.
-        """
-        return self.group.tell(told)
-
     def warn_of_twins(self, model: nn.Module) -> None:
-        """Warn about equal weights on different ranks, which may be one tied weight, such as embedding and head.
-
-        Args:
-            model: This rank's stages.
-
-        Cost:
-            Two small all-gathers, and one host synchronisation for every weight.
-        """
+        """Warn about equal weights on different ranks, which may be one tied weight, such as embedding and head."""
         found, first = self.group.tell(_fingerprints(model)), dict[Any, tuple[int, str]]()
         for rank, fingerprints in enumerate(found):
             for fingerprint, name in fingerprints.items():
@@ -106,7 +67,7 @@ class Stages:
         """
         own = {"first": float(first), "passes": float(passes), "rows": float(rows)}
         squares = [number**2 for number in own.values()]
-        found = self._agree(_message(list(own), list(own.values()), squares), parameters)
+        found = self._agree(Message(names=list(own), sums=list(own.values()), counts=squares), parameters)
         # n * sum(x^2) == sum(x)^2 only if all n numbers are equal, and every rank gets the same answer.
         if any(self.group.size * square != total**2 for total, square in zip(found.sums, found.counts, strict=True)):
             raise BatchError(
@@ -141,17 +102,7 @@ class Stages:
         return agree(self.ranks, None if message is None else whole, parameters=parameters)
 
     def norm(self, own: Tensor) -> Tensor:
-        """Return the gradient norm of the whole model.
-
-        Args:
-            own: The norm of this rank's gradients; shape ``()``.
-
-        Returns:
-            The norm over all stages, float64, shape ``()``; infinite or NaN if any stage's norm is.
-
-        Cost:
-            One all-reduce of 8 bytes.
-        """
+        """Return the gradient norm of the whole model from that of this stage, in one all-reduce of 8 bytes."""
         square = to_wide(own).square()
         self.group.sum_(square)
         return square.sqrt()
@@ -167,16 +118,7 @@ class Stages:
 
 
 def check_beside(pipeline: Pipeline, group: Any, *, given: bool) -> None:
-    """Refuse a data-parallel process group that contains other stages of the same pipeline.
-
-    Args:
-        pipeline: This rank's stages.
-        group: The data-parallel process group; `None` for the default group.
-        given: Whether the user passed the group.
-
-    Raises:
-        ConfigError: The group contains another stage; or no group was passed, and the pipeline does not span all ranks.
-    """
+    """Refuse a data-parallel process group that contains other stages of the same pipeline."""
     stages, me = set(dist.get_process_group_ranks(pipeline.group)), dist.get_rank()
     if not given:
         if len(stages) == dist.get_world_size():
@@ -203,7 +145,3 @@ def _fingerprints(model: nn.Module) -> dict[Any, str]:
             if len(set(some)) > 1:  # several weights may be initialised to one constant without being tied
                 fingerprints[tuple(parameter.shape), *some] = name
     return fingerprints
-
-
-def _message(names: list[str], sums: list[float], counts: list[float]) -> Message:
-    return Message(names=names, sums=sums, counts=counts, samples=0.0, double=False, present=[])

@@ -72,20 +72,11 @@ class StoreBeats:
         return self._voice.last
 
     def know(self, others: Mapping[int, Beat]) -> None:
-        """Keep the other ranks' hosts and processes, in case the store is lost.
-
-        Args:
-            others: A heartbeat of each rank.
-        """
+        """Keep the other ranks' hosts and processes, in case the store is lost."""
         self._known.update(others)
 
     def at(self, step: int, stage: int) -> None:
-        """Record the current stage of this rank.
-
-        Args:
-            step: Index of the current window.
-            stage: `COMPUTING` or `WAITING`.
-        """
+        """Record the current stage of this rank."""
         self._voice.say(step, stage)
 
     def failed(self, error: BaseException) -> None:
@@ -93,9 +84,6 @@ class StoreBeats:
 
         The record stays, also if this rank opens another window, until the others know of it (`told`), or until all
         ranks have ended the step.
-
-        Args:
-            error: The error.
         """
         self._voice.say_failed(_named(error))
 
@@ -104,14 +92,7 @@ class StoreBeats:
         self._voice.told = True
 
     def name(self, error: BaseException) -> None:
-        """Raise an error that names the missing ranks, if a collective has failed because of them.
-
-        Args:
-            error: Any error.
-
-        Raises:
-            RankError: The error comes from a collective.
-        """
+        """Raise an error that names the missing ranks, if a collective has failed because of them."""
         if not is_of_a_lost_rank(error):
             return
         if self._voice.untold:
@@ -129,14 +110,7 @@ class StoreBeats:
         raise told from error
 
     def failures(self, ranks: Sequence[int]) -> str:
-        """Describe the failures of ranks that have reported them.
-
-        Args:
-            ranks: The ranks that failed.
-
-        Returns:
-            For example ``"rank 1 failed in step 3 (ValueError: no such file)"``.
-        """
+        """Describe the failures of ranks that have reported them."""
         beats: dict[int, Beat] = {}
         for _ in range(10):  # the report may overtake the store's message
             told = {rank: _decoded(text) for rank, text in self._ask(ranks).items()}

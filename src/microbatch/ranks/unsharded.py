@@ -54,14 +54,7 @@ def hold_whole(model: nn.Module) -> list[Any]:
 
 
 def scatter_whole(model: nn.Module) -> None:
-    """Reduce-scatter the gradients of one backward, and free the gathered weights.
-
-    Args:
-        model: The model that `hold_whole` was called with.
-
-    Cost:
-        One reduce-scatter a unit.
-    """
+    """Reduce-scatter the gradients of one backward, and free the gathered weights."""
     let_go(model)
     for root in _roots(model):
         # FSDP's own callback at the end of backward; it reduces every unit that has not been reduced yet.
@@ -69,11 +62,7 @@ def scatter_whole(model: nn.Module) -> None:
 
 
 def let_go(model: nn.Module) -> None:
-    """Return a model's units to FSDP's normal state, after `hold_whole`.
-
-    Args:
-        model: A fully sharded model; nothing changes if `hold_whole` was not called.
-    """
+    """Return a model's units to FSDP's normal state, after `hold_whole`."""
     for state in _states(model):
         state._training_state = type(state._training_state).IDLE
 

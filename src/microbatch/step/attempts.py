@@ -14,7 +14,7 @@ from microbatch.step.cutting import Cut
 from microbatch.step.denominator import Counts
 from microbatch.step.events import Retry, SizeChanged
 from microbatch.step.part import Function, OpenWindow
-from microbatch.step.setup import Never, Setup
+from microbatch.step.setup import Attempt, Setup
 from microbatch.step.size.coupled_way import CoupledWay
 from microbatch.step.size.microbatch_size import MicrobatchSize
 from microbatch.step.window import Window
@@ -22,27 +22,14 @@ from microbatch.step.window import Window
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """The choices that change between windows.
-
-    Attributes:
-        size: The microbatch size.
-        way: How coupled batches are encoded.
-    """
+    """The choices that change between windows: the microbatch size, and how coupled batches are encoded."""
 
     size: MicrobatchSize
     way: CoupledWay
 
 
-class ByHand:
-    """The policy for a hand-written loop, which must run its batch again itself: only the next window is cut smaller.
-
-    Args:
-        policies: The choices that change between windows.
-    """
-
-    started: float | None = None
-    retries = 0
-    twice = False
+class ByHand(Attempt):
+    """The policy for a hand-written loop, which runs its batch again itself: the next window is cut smaller."""
 
     def __init__(self, policies: Policies) -> None:
         self._policies = policies
@@ -69,11 +56,8 @@ class ByHand:
             window.options.emit(SizeChanged(step=step, before=before, after=after, reason=reason))
         return False
 
-    def give_up(self) -> None:
-        """Do nothing."""
 
-
-class Attempts:
+class Attempts(Attempt):
     """Run the window of a batch until it succeeds, or until nothing is left that takes less memory.
 
     After memory runs out, the first of these that applies is changed for the next attempt:
@@ -102,20 +86,11 @@ class Attempts:
         self, setup: Callable[[], Setup], policies: Policies, run: Callable[[Window], object], counts: Counts | None
     ) -> None:
         self._setup, self._policies, self._run, self._counts = setup, policies, run, counts
-        self.started: float | None = None
-        self.retries, self.twice = 0, False
         self._relief: Retry | None = None
         self.window: Window | None = None
 
     def step(self) -> Window:
-        """Run windows until one succeeds.
-
-        Returns:
-            The window that succeeded, closed.
-
-        Raises:
-            OutOfMemoryError: Memory ran out, and nothing is left that takes less memory.
-        """
+        """Run windows until one succeeds, and return it closed; or raise `OutOfMemoryError`."""
         while True:
             self.window = window = Window(self._setup(), attempt=self, counts=self._counts)
             failure = self._attempt(window)
@@ -148,15 +123,7 @@ class Attempts:
         return None
 
     def failed(self, window: OpenWindow, error: BaseException) -> bool:
-        """Decide whether the batch runs again, and change the size or the way of encoding for the next attempt.
-
-        Args:
-            window: The window; it has restored everything.
-            error: The failure.
-
-        Returns:
-            Whether the batch runs again.
-        """
+        """Decide whether the batch runs again, and change the size or the way of encoding for that."""
         policies, coupled = self._policies, window.coupled
         cut = policies.size.cut_of
         before = after = 0 if cut is None else cut.rows
@@ -200,25 +167,13 @@ class Attempts:
                 "in the loss over the whole batch's representations, where a smaller microbatch cannot help (the "
                 "losses of mb.losses never hold a whole similarity matrix)"
             )
-        return explained(error, model=window.options.model, device=window.device, budget=None, limit=limit)
+        return explained(error, model=window.options.model, device=window.device, limit=limit)
 
 
 def locate(
     window: Window, setup: Setup, *, batch: object, function: Function, counts: Counts | None, error: NonfiniteError
 ) -> NonfiniteError:
-    """Find the microbatch whose gradient is not finite, by running the window again.
-
-    Args:
-        window: The window that failed.
-        setup: Setup of the window to run, without listeners.
-        batch: The batch of the window.
-        function: The loss function, or the encoder with a stand-in loss.
-        counts: As for `Accumulator.step`.
-        error: The error of the window.
-
-    Returns:
-        The error to raise. It names the microbatch if one was found.
-    """
+    """Find the microbatch whose gradient is not finite, by running the window again."""
     together = window.options.pipeline is not None or (window.passes.keeps and window.coupled is None)
     if error.microbatch is not None or window.peers.size > 1 or together:
         return error
@@ -226,23 +181,19 @@ def locate(
         return NonfiniteError(microbatch=window.coupled.first_nonfinite(), parameter=error.parameter)
     found: int | None = None
     # All losses were finite, or the window would have named a microbatch; so the gradients are checked.
-    again = Window(setup, attempt=Never(), counts=counts)
+    again = Window(setup, attempt=Attempt(), counts=counts)
     with suppress(_LeaveWithoutStep), again:
         for index, microbatch in enumerate(again.split(batch)):
             again.backward(function(again.model, microbatch))
             if first_nonfinite(again.gradients.held()) is not None:
                 found = index
                 break
-        _leave_without_step()
+        raise _LeaveWithoutStep
     return NonfiniteError(microbatch=found, parameter=error.parameter)
 
 
 class _LeaveWithoutStep(Exception):  # noqa: N818 - not an error: the only way to leave a window without a step
     pass
-
-
-def _leave_without_step() -> None:
-    raise _LeaveWithoutStep
 
 
 def _is_late(window: OpenWindow) -> bool:

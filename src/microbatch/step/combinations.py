@@ -89,6 +89,7 @@ def _with(first: str, others: Mapping[str, str]) -> list[Clash]:
 
 
 _ONE = "leave one of them out"
+_KEPT = ('coupled="keep"', 'coupled="spill"')
 _LOOP = "use accumulator.step(batch, loss_fn), which takes the same batch"
 _LOCKSTEP = "it encodes once, in lockstep, and offloads waiting activations; leave coupled= out"
 _PADDED = 'passes are padded with rows that would change the statistics; pass batch_norm="frozen"'
@@ -100,14 +101,15 @@ CLASHES: Sequence[Clash] = (
             "without batch normalisation with torch.compile",
             'checkpoint="auto"': "the activations of waiting microbatches are offloaded already; leave checkpoint= "
             "out, or name blocks without batch normalisation",
-            'coupled="twice"': _LOCKSTEP,
-            'coupled="keep"': _LOCKSTEP,
+            **dict.fromkeys(('coupled="twice"', 'coupled="keep"'), _LOCKSTEP),
             'dropout="by_row"': "masks are drawn one microbatch at a time, and microbatches run in lockstep; " + _ONE,
             BUFFERLESS: "all microbatches share one backward, in which autograd adds up the gradients; " + _ONE,
             'Ranks(sync="lean")': "all microbatches share one backward, so gradients cannot be reduced after each "
             'microbatch; pass sync="fast" or "auto"',
-            WINDOW: f"it needs all microbatches at once, and a hand-written loop runs one after the other: {_LOOP}",
-            WINDOWS: f"it needs all microbatches at once, and a hand-written loop runs one after the other: {_LOOP}",
+            **dict.fromkeys(
+                (WINDOW, WINDOWS),
+                f"it needs all microbatches at once, and a hand-written loop runs one after the other: {_LOOP}",
+            ),
         },
     ),
     *_with('batch_norm="pooled"', {"compile=": "compiled code cannot stop at a batch statistic: leave compile= out"}),
@@ -116,17 +118,16 @@ CLASHES: Sequence[Clash] = (
         {
             NORM: "microbatches run in lockstep, and move buffers together; leave buffers= out",
             PIPELINE: "a stage runs forward passes ahead of their backward; leave buffers= out",
-            'coupled="keep"': "graphs that wait for their backward may need the buffers; leave coupled= out",
-            'coupled="spill"': "graphs that wait for their backward may need the buffers; leave coupled= out",
+            **dict.fromkeys(_KEPT, "graphs that wait for their backward may need the buffers; leave coupled= out"),
         },
     ),
     *_with('dropout="by_row"', {"compile=": "masks are drawn in Python, which compiled code would skip; " + _ONE}),
     *_with(
         "checkpoint=",
-        {
-            "compile=": "the compiler itself decides which activations to save for backward; " + _ONE,
-            "a model from torch.compile": "the compiler itself decides which activations to save for backward; " + _ONE,
-        },
+        dict.fromkeys(
+            ("compile=", "a model from torch.compile"),
+            "the compiler itself decides which activations to save for backward; " + _ONE,
+        ),
     ),
     *_with(
         BUFFERLESS,
@@ -166,8 +167,7 @@ CLASHES: Sequence[Clash] = (
             "weight as ignored_params= to fully_shard",
             "compile=": "compile its blocks with torch.compile before fully_shard",
             "offload=": "use fully_shard's CPUOffloadPolicy, or checkpoint blocks",
-            'coupled="keep"': "the graphs would keep the gathered weights of every pass; leave coupled= out",
-            'coupled="spill"': "the graphs would keep the gathered weights of every pass; leave coupled= out",
+            **dict.fromkeys(_KEPT, "the graphs would keep the gathered weights of every pass; leave coupled= out"),
             "checkpoint=": "apply torch's checkpoint wrapper before fully_shard",
         },
     ),
@@ -177,8 +177,7 @@ CLASHES: Sequence[Clash] = (
             'microbatch_size="auto"': "pass a number as microbatch_size: the rows that stages pass on at once",
             "memory_budget=": "a stage that stops would leave the other stages waiting; leave memory_budget= out",
             UNFROZEN: f"{_PADDED}, or use mb.convert_batch_norm",
-            NORM: _PADDED,
-            'batch_norm="pooled"': _PADDED,
+            **dict.fromkeys((NORM, 'batch_norm="pooled"'), _PADDED),
             BUFFERLESS: "only the last stage knows the counts; leave buffer= out",
             "grad_scaler=": "use bfloat16, which needs no scaler",
             DETERMINISTIC: "torch's schedule adds up the gradients itself; leave deterministic= out",
@@ -191,8 +190,10 @@ CLASHES: Sequence[Clash] = (
             BATCHES: "stages send equal shapes; pad the batches to one",
             ENCODE: "its schedule runs each microbatch once, forward and backward; use DistributedDataParallel or a "
             "bare model for losses that couple samples",
-            WINDOW: f"its schedule runs several microbatches at once, and a loop one after the other: {_LOOP}",
-            WINDOWS: f"its schedule runs several microbatches at once, and a loop one after the other: {_LOOP}",
+            **dict.fromkeys(
+                (WINDOW, WINDOWS),
+                f"its schedule runs several microbatches at once, and a loop one after the other: {_LOOP}",
+            ),
         },
     ),
     *_with(
@@ -231,15 +232,7 @@ CLASHES: Sequence[Clash] = (
 
 
 def refuse(options: Options, *, use: Collection[str] = ()) -> None:
-    """Raise an error for two options that exclude each other, or for a use that the options do not allow.
-
-    Args:
-        options: The options of the accumulator.
-        use: Names of the uses of this call; empty to check the options alone.
-
-    Raises:
-        ConfigError: Two of them exclude each other; the message tells why, and what to do.
-    """
+    """Raise an error for two options that exclude each other, or for a use that the options do not allow."""
     known = {name: name in use for name in USES}
     for clash in CLASHES:
         uses = clash.first in USES or clash.second in USES
@@ -250,29 +243,14 @@ def refuse(options: Options, *, use: Collection[str] = ()) -> None:
 
 
 def goes_with(feature: str, options: Options) -> bool:
-    """Return whether a feature could be added to the options.
-
-    Args:
-        feature: Name of the feature.
-        options: The options of the accumulator.
-
-    Returns:
-        False if one of the options excludes it.
-    """
+    """Return whether a feature could be added to the options."""
     known: dict[str, bool] = dict.fromkeys(USES, False)
     pairs = [(each.first, each.second) for each in CLASHES if feature in {each.first, each.second}]
     return not any(_given(name, options, known) for pair in pairs for name in pair if name != feature)
 
 
 def check_together(options: Options) -> None:
-    """Check that the options go together, and that they fit the model and the optimizers.
-
-    Args:
-        options: The options of the accumulator.
-
-    Raises:
-        ConfigError: They do not; the message tells why, and what to do.
-    """
+    """Check that the options go together, and that they fit the model and the optimizers."""
     if (path := wrapped_by_the_older(options.model)) is not None:
         raise ConfigError(
             f"{path or 'the model'!r} is wrapped in FullyShardedDataParallel, which flattens parameters and averages "
@@ -311,7 +289,7 @@ def _check_width(optimizer: Optimizer, options: Options) -> None:
     wide = options.sums.dtype
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
-            if torch.promote_types(parameter.dtype, wide) != parameter.dtype:
+            if _widens(parameter, options):
                 raise ConfigError(
                     f'Sums(buffer="none"): gradients would add up in the {parameter.dtype} state of group {index}, and '
                     f"dtype is {wide}. Pass dtype={parameter.dtype} if that precision is enough, or keep a gradient "

@@ -98,14 +98,7 @@ class Composition:
         self._setups: dict[Any, Setup] = {}
 
     def setup(self, finish: Callable[[OpenWindow], dict[str, Any]] = take_step) -> Setup:
-        """Return the setup of the next window, which is the same for every window over the same ranks.
-
-        Args:
-            finish: Takes the step, or leaves the gradient.
-
-        Returns:
-            The setup.
-        """
+        """Return the setup of the next window, which is the same for every window over the same ranks."""
         options = self.options
         alone = not options.ranks.deterministic and options.pipeline is None and options.find_ranks() is None
         if (alone, finish) not in self._setups:
@@ -148,14 +141,7 @@ class Composition:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
-
-        Args:
-            state: The result of `state`.
-
-        Raises:
-            ConfigError: A key is missing.
-        """
+        """Continue from a result of `state`."""
         try:
             state = {"noise": {"windows": []}, **state}  # a state from before noise_scale= was given
             windows, skipped, count = int(state["windows"]), int(state["skipped"]), float(state["count"])
@@ -231,12 +217,7 @@ class Composition:
     # -- policies ------------------------------------------------------------------------------------------------------
 
     def prepare(self, batch: object, loss_fn: Function) -> None:
-        """Choose the blocks under checkpointing and the microbatch size, where they are not settled.
-
-        Args:
-            batch: The batch of the next window.
-            loss_fn: Puts one microbatch through the model.
-        """
+        """Choose the blocks under checkpointing and the microbatch size, where they are not settled."""
         part = self.checkpointing
         if part.blocks is None:
             # Imported here, because fake tensors take half a second to import.

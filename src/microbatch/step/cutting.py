@@ -68,17 +68,7 @@ class Cutting:
 
 
 def cut_up(batch: object, *, lengths: Lengths | None, sizing: Sizing, device: torch.device) -> Cutting:
-    """Cut a batch, or each batch of `Batches`.
-
-    Args:
-        batch: The batch of this rank.
-        lengths: How to find the lengths of rows; `None` to cut by rows.
-        sizing: The microbatch size. With ``"auto"`` and ``lengths``, its ``width`` is set from the first batch.
-        device: The device where the model computes.
-
-    Returns:
-        The microbatches.
-    """
+    """Cut a batch, or each batch of `Batches`."""
     cuttings: list[Cutting] = []
     start = 0
     for part in parts_of(batch):
@@ -103,15 +93,7 @@ def cut_up(batch: object, *, lengths: Lengths | None, sizing: Sizing, device: to
 
 
 def handed_in(microbatches: Sequence[Any], device: torch.device) -> Cutting:
-    """Wrap microbatches from a loader, which are handed on uncut.
-
-    Args:
-        microbatches: The microbatches; any objects.
-        device: The device where the model computes.
-
-    Returns:
-        The same microbatches, without marks.
-    """
+    """Wrap microbatches from a loader, which are handed on uncut."""
     sizes = [_rows_if_known(each) for each in microbatches]
     known = [size for size in sizes if size is not None]
 

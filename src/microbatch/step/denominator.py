@@ -122,18 +122,7 @@ class Denominator:
         self.declare(0.0, _evaluated(self._counts, []))
 
     def whole(self, shares: list[Share], *, rows: int) -> list[Share]:
-        """Set the denominators from a loss of the whole batch, which has all counts.
-
-        Args:
-            shares: The terms of the loss.
-            rows: Rows of the effective batch, over all ranks.
-
-        Returns:
-            The shares with a count above 0.
-
-        Cost:
-            A host synchronisation if several terms have counts on the device.
-        """
+        """Set the denominators from a loss of the whole batch, and return the shares with a count above 0."""
         if len(shares) > 1 and any(not share.is_mean for share in shares):
             counts = {share.name: _number(share.count, share.name) for share in shares}
             self.declare(float(rows), {name: count for name, count in counts.items() if count})
@@ -178,14 +167,7 @@ class Denominator:
                 self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
 
     def estimated_factor(self, *, ranks: int) -> float:
-        """Estimate the final `factor`; only a scale, never part of the result.
-
-        Args:
-            ranks: Number of data-parallel ranks, each with about the same number of rows.
-
-        Returns:
-            The estimate; exact if the count is known beforehand.
-        """
+        """Estimate the final `factor`, exactly if the count is known; only a scale, never part of the result."""
         if self.declared is not None or not self._terms:
             return 1.0
         count = float(self.rows * ranks) if self.means and self.rows else self._expected
@@ -228,12 +210,6 @@ class Denominator:
     def factor(self, counts: Mapping[str, float]) -> float:
         """Return the factor that turns the accumulated gradient into the mean's gradient: ``expected / count``.
 
-        Args:
-            counts: Counted numbers by term, over all ranks.
-
-        Returns:
-            The factor.
-
         Raises:
             CountError: A count is negative, not finite, or not equal to the declared one; or terms have different
                 counts, and ``counts`` is not given.
@@ -262,17 +238,7 @@ class Denominator:
         return _power_of_two(self._expected) / count if self.shared else 1.0
 
     def per_microbatch(self, name: str) -> list[tuple[int, float, float]]:
-        """Return the sum and count of each microbatch for one term.
-
-        Args:
-            name: Name of the term.
-
-        Returns:
-            The index of each microbatch in the window, its sum and its count.
-
-        Cost:
-            Reads every loss of the window: a host synchronisation.
-        """
+        """Return index, sum and count of each microbatch for one term; reads every loss from the device."""
         term = self._terms.get(name)
         if term is None:
             return []
@@ -281,14 +247,7 @@ class Denominator:
         return [(index or 0, s, count) for index, s, count in zip(term.microbatches, sums, counts, strict=True)]
 
     def first_nonfinite(self) -> int | None:
-        """Find the first microbatch whose loss is infinite or NaN.
-
-        Returns:
-            Its index in the window, or `None`.
-
-        Cost:
-            Reads every loss of the window: a host synchronisation, for the error path only.
-        """
+        """Return the index of the first microbatch whose loss is infinite or NaN, or `None`; reads every loss."""
         found = [
             index
             for term in self._terms.values()

@@ -31,14 +31,7 @@ class History:
     _open: dict[str, tuple[object, str]] = field(default_factory=dict[str, tuple[object, str]], init=False, repr=False)
 
     def claim(self, window: object) -> None:
-        """Open a window, unless another one is open.
-
-        Args:
-            window: The window.
-
-        Raises:
-            WindowOpenError: Another window is open; the message names its thread if it is not this one.
-        """
+        """Open a window, unless another one is open; `WindowOpenError` then names its thread."""
         self._refuse(self._open.setdefault("window", (window, threading.current_thread().name)), unless=window)
 
     def check_free(self) -> None:
@@ -46,11 +39,7 @@ class History:
         self._refuse(self._open.get("window"))
 
     def release(self, window: object) -> None:
-        """Close a window, if it is the open one.
-
-        Args:
-            window: The window.
-        """
+        """Close a window, if it is the open one."""
         if self._open.get("window", (None, ""))[0] is window:
             self._open.clear()
 

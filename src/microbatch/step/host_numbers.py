@@ -40,14 +40,7 @@ def numbers_of(found: Sequence[Tensor | float], device: torch.device) -> list[fl
 
 
 def is_whole(number: Tensor | float) -> bool:
-    """Return whether a number is whole: for a tensor, as far as its dtype tells, so that no value is read.
-
-    Args:
-        number: A 0-d tensor, or a number on the host.
-
-    Returns:
-        Whether it is.
-    """
+    """Return whether a number is whole: for a tensor, as far as its dtype tells, so that no value is read."""
     if not isinstance(number, Tensor):
         return float(number).is_integer()
     return not (number.is_floating_point() or number.is_complex() or number.dtype is torch.bool)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam
+from torch.optim import Optimizer
 
 from microbatch.errors import OutOfMemoryError
+from microbatch.memory.least_memory import state_copies
 from microbatch.memory.out_of_memory import is_out_of_memory, let_go
 
 
@@ -21,14 +22,8 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
     optimizer has written to a weight or to existing state, the step is tried once more with an empty allocator cache.
     If the optimizer has begun to write, its partial step cannot be undone.
 
-    Args:
-        before: The versions of the optimizer's parameters and state before the step.
-        step: Takes the optimizer's step.
-        device: The device of the model.
-
     Raises:
         OutOfMemoryError: Memory ran out again, or the weights may be partly updated; the message tells which.
-
     """
     optimizer = before.optimizer
     failure = _attempt(partial(_reserved, optimizer, step))
@@ -54,11 +49,7 @@ def apply(before: Versions, step: Callable[[], object], *, device: torch.device)
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """Call an optimizer's `zero_grad`, unless it is torch's own and every gradient is `None` already.
-
-    Args:
-        optimizer: The optimizer.
-    """
+    """Call an optimizer's `zero_grad`, unless it is torch's own and every gradient is `None` already."""
     own = getattr(optimizer.zero_grad, "__func__", None) is Optimizer.zero_grad
     if not own or any(each.grad is not None for group in optimizer.param_groups for each in group["params"]):
         optimizer.zero_grad()
@@ -72,17 +63,10 @@ def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
             for group in optimizer.param_groups
             for each in group["params"]
             if each.grad is not None
-            for _ in range(_copies(optimizer, group))
+            for _ in range(state_copies(optimizer, group))
         ]
         del held
     step()
-
-
-def _copies(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
-    """Return how many tensors of a parameter's size its optimizer will keep; 0 if that is not known."""
-    if isinstance(optimizer, SGD):
-        return int(bool(group["momentum"]))
-    return 2 + int(group.get("amsgrad", False)) if isinstance(optimizer, Adam | NAdam | RAdam) else 0
 
 
 def _attempt(step: Callable[[], object]) -> Exception | None:
@@ -97,12 +81,6 @@ def _attempt(step: Callable[[], object]) -> Exception | None:
 
 class Versions:
     """Record the version counters of an optimizer's parameters and state, to find later writes.
-
-    Args:
-        optimizer: The optimizer.
-
-    Attributes:
-        optimizer: The optimizer.
 
     Cost:
         Reads the version of every parameter and state tensor: about a microsecond a parameter.
@@ -132,11 +110,7 @@ class Versions:
         return all(each._version == version for each, version in self._parameters)
 
     def put_back(self) -> bool:
-        """Remove state that the optimizer has created since.
-
-        Returns:
-            Whether parameters and earlier state are unchanged.
-        """
+        """Remove state that the optimizer has created since, and return whether all else is unchanged."""
         if not self.untouched:
             return False
         state = self.optimizer.state

@@ -284,11 +284,7 @@ class Options:
         return group_of(self.ranks.group) if shared is None else shared[0]
 
     def find_ranks(self) -> RankGroup | None:
-        """Find the data-parallel ranks.
-
-        Returns:
-            The ranks; `None` for a single process.
-        """
+        """Find the data-parallel ranks; `None` for a single process."""
         if not (dist.is_available() and dist.is_initialized()):
             return None
         alone = self.pipeline is not None and self.ranks.group is None
@@ -300,20 +296,12 @@ class Options:
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def emit(self, event: Event) -> None:
-        """Call every listener with an event.
-
-        Args:
-            event: The event.
-        """
+        """Call every listener with an event."""
         for listener in self.listeners:
             listener(event)
 
     def emit_after(self, *events: Event) -> None:
-        """Call every listener with events of a step that has been taken; an error of a listener says so.
-
-        Args:
-            events: The events.
-        """
+        """Call every listener with events of a step that has been taken; an error of a listener says so."""
         try:
             for event in events:
                 self.emit(event)
@@ -337,14 +325,7 @@ class Options:
 
 
 def names_checked(init: Callable[_P, None]) -> Callable[_P, None]:
-    """Wrap a constructor so that the error for an unknown option names the option to use instead.
-
-    Args:
-        init: The constructor.
-
-    Returns:
-        The constructor; it raises `ConfigError` for an unknown keyword.
-    """
+    """Wrap a constructor so that the error for an unknown option names the option to use instead."""
     known = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
@@ -379,17 +360,7 @@ def bytes_of(budget: int | str | None) -> int | str | None:
 
 
 def listeners_of(given: Any) -> list[Listener]:
-    """Return a list of one listener, or of several.
-
-    Args:
-        given: The value of ``listeners=``.
-
-    Returns:
-        The list.
-
-    Raises:
-        ConfigError: The value is neither a function nor iterable.
-    """
+    """Return a list of one listener, or of several."""
     if callable(given):
         return [given]
     listed = None if isinstance(given, Tensor | str) else listed_of(given)

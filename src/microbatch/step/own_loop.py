@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from microbatch.arguments import check_callable
@@ -59,14 +58,7 @@ class OwnLoop(OpenWindow):
         raise NotImplementedError
 
     def enclose(self, work: Callable[[Self], object]) -> Self:
-        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it.
-
-        Args:
-            work: Runs the microbatches.
-
-        Returns:
-            The window, closed.
-        """
+        """Open the window, call a function with it, and leave it; an interrupt at any line of this closes it."""
         try:
             self.__enter__()
             work(self)
@@ -166,7 +158,7 @@ class OwnLoop(OpenWindow):
 
     def in_order(self, results: Sequence[Tensor]) -> Tensor:
         """Concatenate the microbatches' results, each of shape ``(rows, ...)``, in the order of the batch's rows."""
-        return torch.cat(list(results)) if self.order is None else in_order(results, self.order)
+        return in_order(results, self.order)
 
     @property
     def step(self) -> Step:

@@ -56,15 +56,7 @@ def plain_optimizers(given: object) -> list[Optimizer]:
 
 
 def check_optimizers(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Check that the optimizers step once in a window, parameters of this model, and each of them once.
-
-    Args:
-        model: The model.
-        optimizers: The optimizers.
-
-    Raises:
-        ConfigError: They do not.
-    """
+    """Check that the optimizers step once in a window, parameters of this model, and each of them once."""
     if any(isinstance(each, LBFGS) for each in optimizers):
         raise ConfigError(
             "LBFGS changes the weights several times within one step, and a window needs constant weights: create "

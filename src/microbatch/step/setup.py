@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from microbatch.gradients.gradient_sum import GradientSum
 from microbatch.gradients.parameters import Trainable
@@ -15,9 +15,8 @@ from microbatch.step.size.sizing import Sizing
 from microbatch.warned import WarnOnce
 
 
-@runtime_checkable
-class Attempt(Protocol):
-    """The policy after a failure: whether the batch of a window runs again.
+class Attempt:
+    """The policy after a failure: whether the batch of a window runs again; by default, it never does.
 
     Attributes:
         started: Start of the first attempt, from `time.perf_counter`; `None` before it.
@@ -25,39 +24,17 @@ class Attempt(Protocol):
         twice: Whether a coupled batch must be encoded twice, because its graphs took too much memory.
     """
 
-    started: float | None
-    retries: int
-    twice: bool
+    started: float | None = None
+    retries: int = 0
+    twice: bool = False
 
     def failed(self, window: OpenWindow, error: BaseException) -> bool:
         """Return whether the same batch runs again; the window has restored everything."""
-        ...
-
-    def give_up(self) -> None:
-        """Do not run the batch again, because another rank has given up."""
-        ...
-
-
-class Never:
-    """The policy that never runs the batch of a window again.
-
-    Attributes:
-        started: `None`: there is no earlier attempt.
-        retries: 0.
-        twice: False.
-    """
-
-    started: float | None = None
-    retries = 0
-    twice = False
-
-    def failed(self, window: OpenWindow, error: BaseException) -> bool:
-        """Return False: the batch does not run again."""
         del window, error
         return False
 
     def give_up(self) -> None:
-        """Do nothing."""
+        """Do not run the batch again, because another rank has given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +72,7 @@ class Setup:
     hooked: dict[str, list[Part]] = field(default_factory=dict[str, list[Part]])
 
     def having(self, hook: str) -> list[Part]:
-        """Return the parts that override a hook.
-
-        Args:
-            hook: Name of the method.
-
-        Returns:
-            The parts, the outermost first.
-        """
+        """Return the parts that override a hook, the outermost first."""
         if hook not in self.hooked:
             plain = [getattr(kind, hook) for kind in (Part, Passes, Peers)]
             self.hooked[hook] = [part for part in self.parts if getattr(type(part), hook) not in plain]

@@ -9,16 +9,7 @@ from microbatch.step.options import Options
 
 
 def sums_for(options: Options, rank: int = 0, *, aside: PutAside) -> GradientSum:
-    """Create the gradient sums of one window.
-
-    Args:
-        options: The options of the accumulator.
-        rank: Index of this rank. Only rank 0 adds the optimizer's state.
-        aside: Saves an optimizer's state while gradients add up in it.
-
-    Returns:
-        The sums, not yet opened.
-    """
+    """Create the gradient sums of one window."""
     rules = () if options.sums.buffer == "own" else zip(options.optimizers, options.linear_states, strict=True)
     found = [(optimizer, rule) for optimizer, rule in rules if rule is not None]
     fold = Fold(found, aside, lead=rank == 0) if found else None

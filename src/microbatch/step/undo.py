@@ -70,12 +70,7 @@ class Undo:
             )
 
     def restore_or_complete(self, window: Any, error: BaseException) -> None:
-        """Restore the state from before the window; or end the step, if weights were written already.
-
-        Args:
-            window: The window.
-            error: The error; it gets a note if the step is not undone.
-        """
+        """Restore the state from before the window; or end the step, if weights were written already."""
         # Only a signal skips the end of a `with` block. After other errors the blocks still end, the user's too.
         if isinstance(error, KeyboardInterrupt) or is_from_signal(error):
             self._modes.restore()

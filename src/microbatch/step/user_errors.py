@@ -21,9 +21,6 @@ def raise_as_raised(error: BaseException) -> None:
     The library calls the functions inside of generators. There, Python replaces a `StopIteration`, such as that of
     ``next(loader)`` at the loader's end, by a `RuntimeError`.
 
-    Args:
-        error: Any error that a window has ended with.
-
     Raises:
         StopIteration: It was the user's.
     """
@@ -39,15 +36,7 @@ def raise_as_raised(error: BaseException) -> None:
 
 
 def backward_once(run: Callable[..., object], *roots: Any) -> None:
-    """Run a backward, and explain the error of a graph that an earlier microbatch's backward has freed.
-
-    Args:
-        run: Runs the backward.
-        roots: Its arguments.
-
-    Raises:
-        WindowError: The graph has been used already.
-    """
+    """Run a backward, and explain the error of a graph that an earlier microbatch's backward has freed."""
     try:
         run(*roots)
     except Exception as error:

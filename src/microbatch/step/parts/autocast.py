@@ -14,11 +14,7 @@ from microbatch.step.part import OpenWindow, Part, Run
 
 
 class Autocast(Part):
-    """Run forward passes under autocast.
-
-    Args:
-        dtype: ``torch.bfloat16`` or ``torch.float16``.
-    """
+    """Run forward passes under autocast."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype, self._checked = dtype, False

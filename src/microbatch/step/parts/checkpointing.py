@@ -13,9 +13,6 @@ from microbatch.step.part import OpenWindow, Part
 class Checkpointing(Part):
     """Run blocks under activation checkpointing.
 
-    Args:
-        blocks: Names of the blocks; `None` if they will be chosen later.
-
     Attributes:
         blocks: Names of the blocks; `None` if they are not chosen yet.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -13,7 +12,7 @@ import torch
 from microbatch.batch.batch_tree import contents
 from microbatch.devices.device_memory import Allocator, allocator_of
 from microbatch.errors import ConfigError
-from microbatch.memory.budget import available_bytes, format_bytes
+from microbatch.memory.budget import available_bytes, format_bytes, share_of
 from microbatch.memory.least_memory import least_memory
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.out_of_memory import is_out_of_memory
@@ -137,24 +136,13 @@ class MemoryBudget(Part):
         self._windows = max(1, self._windows)
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """Return the peak memory so far, from the allocator or the meter.
-
-        Args:
-            device: The device where the model computes.
-
-        Returns:
-            Bytes; `None` if neither measures.
-        """
+        """Return the peak memory so far, from the allocator or the meter; `None` if neither measures."""
         if self._allocator is not None:
             return self._allocator.peak()
         return None if self._meter is None else self._meter.peak_bytes
 
     def live_bytes(self) -> int | None:
-        """Return the bytes in use now.
-
-        Returns:
-            Bytes; `None` if they are not measured.
-        """
+        """Return the bytes in use now; `None` if they are not measured."""
         if self._allocator is not None:
             return self._allocator.in_use()
         return None if self._meter is None else self._meter.live_bytes
@@ -198,10 +186,8 @@ class MemoryBudget(Part):
             return
         available = available_bytes(window.device)
         if available is not None:
-            # The processes of this machine share the memory equally.
-            share = available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
             self.passing = self._of_free = True
-            self._meter_on(window, share)
+            self._meter_on(window, share_of(available))
 
     def _meter_on(self, window: OpenWindow, budget: int) -> None:
         meter = self._meter = MemoryMeter()
@@ -231,13 +217,6 @@ def _check_least(options: Options, device: torch.device) -> None:
 
 
 def is_fake(options: Options) -> bool:
-    """Return whether any of the model's parameters is a fake tensor, which takes no memory.
-
-    Args:
-        options: The options of the accumulator.
-
-    Returns:
-        Whether there is one.
-    """
+    """Return whether any of the model's parameters is a fake tensor, which takes no memory."""
     fake: Any = sys.modules.get("torch._subclasses.fake_tensor")
     return fake is not None and any(isinstance(each, fake.FakeTensor) for each in options.model.parameters())

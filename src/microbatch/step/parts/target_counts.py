@@ -13,9 +13,9 @@ from microbatch.batch.batch_tree import Rows, leaves
 from microbatch.batch.batches import parts_of
 from microbatch.batch.recognise import spread
 from microbatch.batch.walk import is_array
+from microbatch.loss.counted_labels import IGNORED
 from microbatch.step.cutting import Cutting
 
-_IGNORED = -100  # torch's and everyone's label for "no target here"
 _VOID = 255  # of segmentation
 _TARGETS = ("label", "target", "'y'", ".y")
 _MASKS = ("mask", "valid", "keep")
@@ -60,15 +60,7 @@ class Mean:
 
 
 def unequal_in(batch: object, cutting: Cutting) -> Unequal | None:
-    """Find a tensor of a batch that counts differently in the microbatches.
-
-    Args:
-        batch: The batch, or `Batches`.
-        cutting: Its microbatches.
-
-    Returns:
-        The first one; `None` if all count alike.
-    """
+    """Find a tensor of a batch that counts differently in the microbatches; `None` if all count alike."""
     for path, count, counts in _counted(_columns(parts_of(batch))):
         per_row = [each.cpu().double() for each in counts]
         if cutting.order is None:
@@ -83,18 +75,7 @@ def unequal_in(batch: object, cutting: Cutting) -> Unequal | None:
 
 
 def mean_behind(loss: Tensor, rows: float) -> Mean | None:
-    """Find the mean over targets that a loss is, in its graph, before its backward.
-
-    Args:
-        loss: The loss of a microbatch.
-        rows: Its rows.
-
-    Returns:
-        What torch's cross entropy divided by; `None` if the loss is something else.
-
-    Cost:
-        A few microseconds; no host synchronisation.
-    """
+    """Find in a loss's graph, before its backward, the mean over targets that the loss is; `None` for others."""
     for node in _nodes(loss):
         if type(node).__name__.startswith("NllLoss"):
             total, weight = _saved(node, "total_weight"), _saved(node, "weight")
@@ -106,14 +87,7 @@ def mean_behind(loss: Tensor, rows: float) -> Mean | None:
 
 
 def is_sum(loss: Tensor) -> bool:
-    """Return whether a loss is the sum that one of torch's loss functions returns with ``reduction="sum"``.
-
-    Args:
-        loss: The loss of a microbatch, before its backward.
-
-    Returns:
-        True if it is, or if it is added to such a sum; False for a sum that was divided or multiplied.
-    """
+    """Return whether a loss is what torch's loss functions return with ``reduction="sum"``, or adds to it."""
     return any(getattr(node, "_saved_reduction", None) == _SUM for node in _nodes(loss))
 
 
@@ -129,14 +103,7 @@ def _nodes(loss: Tensor) -> Iterator[Any]:
 
 
 def unequal_means(means: Sequence[Mean]) -> Unequal | None:
-    """Return how far apart the microbatches' cross entropies are in what they divided by; `None` if they agree.
-
-    Args:
-        means: One for each microbatch.
-
-    Cost:
-        One host synchronisation.
-    """
+    """Return how far apart the microbatches' cross entropies are in what they divided by; `None` if they agree."""
     if len(means) < 2:
         return None
     rows = torch.tensor([each.rows for each in means], dtype=torch.float64, device="cpu")
@@ -171,16 +138,13 @@ def _columns(parts: Sequence[object]) -> dict[str, list[Tensor]]:
 
 def _tensors(batch: object) -> Iterator[tuple[str, Tensor]]:
     for path, leaf in leaves(batch):
-        marks = spread(leaf, path) if isinstance(leaf, Rows) else [(path, Rows(leaf))] if _has_rows(leaf) else []
+        has_rows = isinstance(leaf, Tensor) or is_array(leaf)
+        marks = spread(leaf, path) if isinstance(leaf, Rows) else [(path, Rows(leaf))] if has_rows else []
         for at, mark in marks:
             value = _tensor_of(mark.value)
             if value is not None and value.ndim and -value.ndim <= mark.dim < value.ndim:
                 value = value.movedim(mark.dim, 0)
                 yield at, value.unflatten(0, (-1, mark.group)) if mark.group > 1 else value
-
-
-def _has_rows(leaf: object) -> bool:
-    return isinstance(leaf, Tensor) or is_array(leaf)
 
 
 def _tensor_of(value: Any) -> Tensor | None:
@@ -228,8 +192,8 @@ def _is_mask(path: str, values: Sequence[Tensor]) -> bool:
 def _ignored_in(labels: Sequence[Tensor], *, is_target: bool) -> int | None:
     """Return the label that stands for "no target here"; `None` if there is none."""
     labels = [each for each in labels if each.numel()]
-    if any(bool((each == _IGNORED).any()) for each in labels):
-        return _IGNORED
+    if any(bool((each == IGNORED).any()) for each in labels):
+        return IGNORED
     if not is_target or not labels:
         return None
     least, most = min(int(each.min()) for each in labels), max(int(each.max()) for each in labels)

@@ -134,15 +134,7 @@ def _has_whole_gradients(window: OpenWindow) -> bool:
 
 
 def comes_from(hook: Any, *packages: str) -> bool:
-    """Return whether a hook was written in one of some packages.
-
-    Args:
-        hook: A function, or a `functools.partial` of one.
-        packages: Names, each with a dot at its end.
-
-    Returns:
-        Whether it was.
-    """
+    """Return whether a hook was written in one of some packages."""
     while attribute(hook, "func") is not None:  # of functools.partial
         hook = hook.func
     return str(attribute(hook, "__module__", "")).startswith(packages)

@@ -10,6 +10,7 @@ Gao, Zhang, Han, Callan 2021, "Scaling deep contrastive learning batch size unde
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,29 +70,12 @@ class Coupled:
         return self._keep and not self._window.passes.keeps
 
     def kept_in_vain(self, error: BaseException) -> bool:
-        """Return whether a failure goes away if everything is encoded twice.
-
-        Args:
-            error: The failure. A microbatch may have overwritten a tensor of an earlier graph, or the disk is full.
-
-        Returns:
-            Whether it does.
-        """
+        """Return whether a failure goes away if everything is encoded twice: an overwritten tensor, a full disk."""
         overwritten = isinstance(error, RuntimeError) and "modified by an inplace operation" in str(error)
         return self.keeps and (overwritten or isinstance(error, SpillError))
 
     def representations_of(self, batch: object) -> Any:
-        """Encode every microbatch of a batch.
-
-        Args:
-            batch: This rank's share of the effective batch.
-
-        Returns:
-            The representations of the whole batch over all ranks, in the encoder's structure, as leaf tensors.
-
-        Raises:
-            EmptyBatchError: No rank has a row.
-        """
+        """Encode every microbatch; return the representations of all ranks in the encoder's structure, as leaves."""
         window = self._window
         encode = self._encode = window.called(self._encode)
         # The loss function for dummy passes: the encoder with a stand-in loss.
@@ -105,15 +89,7 @@ class Coupled:
         return representations
 
     def take(self, loss: LossLike, count: float | None) -> None:
-        """Run the backward of the whole batch's loss, then the backward of every microbatch.
-
-        Args:
-            loss: As for `Window.backward`.
-            count: As for `Window.backward`.
-
-        Raises:
-            WindowError: This window has already computed its loss.
-        """
+        """Run the backward of the whole batch's loss, then the backward of every microbatch."""
         window = self._window
         if not self.waiting:
             raise WindowError(
@@ -135,23 +111,12 @@ class Coupled:
             self._exchange.agree()
 
     def check(self) -> None:
-        """Raise an error if the window was left without the loss of its batch.
-
-        Raises:
-            WindowError: The loss is missing.
-        """
+        """Raise an error if the window was left without the loss of its batch."""
         if self.waiting:
             raise WindowError("the window encoded a batch, and was left without window.backward(loss) of it")
 
     def first_nonfinite(self) -> int | None:
-        """Find the first microbatch of this rank with an infinite or NaN representation.
-
-        Returns:
-            Its index, or `None`.
-
-        Cost:
-            Reads the representations; used only after an error.
-        """
+        """Return the index of this rank's first microbatch with an infinite or NaN representation, or `None`."""
         for index, place in enumerate(self._places()):
             if not all(bool(torch.isfinite(_take(each, place)).all()) for each in self._encoded):
                 return index
@@ -188,7 +153,9 @@ class Coupled:
     def _gathered(self, encoded: Sequence[Representations]) -> Any:
         """Concatenate the representations of all microbatches and ranks, as leaf tensors."""
         self.own = self.rows = sum(self._sizes)
-        found = put_together(encoded, self._join) if encoded else Representations([], None)
+        found = (
+            put_together(encoded, partial(in_order, rows=self._window.order)) if encoded else Representations([], None)
+        )
         self._encoded = found.tensors
         if self._exchange is not None:
             found = Representations(*self._exchange.gather(found.tensors, found.form))
@@ -248,10 +215,6 @@ class Coupled:
     def _encode_piece(self, microbatch: Any, rows: int, *, graph: bool) -> Representations:
         with torch.set_grad_enabled(graph):
             return taken_apart(self._encode(self._window.model, microbatch), rows=rows)
-
-    def _join(self, results: Sequence[Tensor]) -> Tensor:
-        order = self._window.order
-        return torch.cat(list(results)) if order is None else in_order(results, order)
 
     def _places(self) -> Iterator[slice | Tensor]:
         """Yield the row numbers of each microbatch."""

@@ -70,18 +70,7 @@ class StageRun:
         self._failure: Exception | None = None
 
     def line_up(self, batch: object, loss_fn: LossFn, *, size: int, seed: int) -> None:
-        """Cut a batch, and record the arguments of the model call for each microbatch.
-
-        Args:
-            batch: The whole batch, the same on every rank of the pipeline.
-            loss_fn: As for `Accumulator.step`.
-            size: Rows of a microbatch.
-            seed: Seed of the window, the same on every rank of the pipeline.
-
-        Raises:
-            LossError: The loss function does not call its model, or passes a tensor with a graph.
-            BatchError: The arguments for two microbatches have different shapes.
-        """
+        """Cut a batch, and record the arguments of the model call for each microbatch."""
         rows, device = rows_of(batch), self._device
         pieces = [(start, min(start + size, rows)) for start in range(0, rows, size)]
         self._loss_fn, self._seed, self._size = loss_fn, seed, size
@@ -104,26 +93,12 @@ class StageRun:
         self._waiting = [replace(each, call=_padded(each, size, like)) for each in self._waiting]
 
     def run(self, denominator: Denominator) -> None:
-        """Run all passes, forward and backward.
-
-        Args:
-            denominator: Computes the seeds of each backward.
-
-        Raises:
-            RankError: Another stage did not answer.
-        """
+        """Run all passes, forward and backward, with the denominator's seeds."""
         self._denominator = denominator
         self._run_passes(self._loss, backward=True)
 
     def count(self, denominator: Denominator) -> None:
-        """Add the losses to the denominator, after all passes.
-
-        Args:
-            denominator: Collects the losses.
-
-        Raises:
-            Exception: The error of the loss function. The passes continued without a loss, for the other stages.
-        """
+        """Add the losses to the denominator, after all passes; raise the loss function's error, if there was one."""
         if self._failure is not None:
             raise self._failure
         for index, shares in sorted(self._found.items()):
@@ -248,21 +223,7 @@ class Scored(StageRun):
 
     @torch.no_grad()
     def score(self, batch: object, score: Callable[[nn.Module, Any], Any], *, size: int) -> dict[int, Any]:
-        """Score one batch.
-
-        Args:
-            batch: The whole batch, the same on every rank of the pipeline.
-            score: The score function; the last stage calls it with a model that returns the stages' output.
-            size: Rows of a microbatch.
-
-        Returns:
-            Scores by index of the microbatch on the last stage; empty on other stages.
-
-        Raises:
-            LossError: The score does not call its model.
-            BatchError: The ranks of the pipeline were given different batches.
-            RankError: Another stage did not answer.
-        """
+        """Score one batch, the same on every rank; return the scores by microbatch, empty but on the last stage."""
         self._scores = {}
         self.line_up(batch, score, size=size, seed=0)
         self._stages.attend(sum(self.rows), self.passes, first=self.first, parameters=0)

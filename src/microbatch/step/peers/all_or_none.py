@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from microbatch.errors import RankError
-from microbatch.ranks.agreement import tell
 from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.same_setup import ranks_named
 from microbatch.step.optimizer_step import Versions
@@ -51,7 +50,7 @@ def all_or_none(ranks: RankGroup, window: OpenWindow) -> Generator[None]:
     # No other rank holds a shard, and the old values of existing state are lost after a step.
     replicas = all(type(each) in {Tensor, nn.Parameter} for versions in before for each in versions.parameters)
     replicas = replicas and all(each.stateless for each in before)
-    told = tell(ranks, [failure is not None, untouched, replicas])
+    told = ranks.share([failure is not None, untouched, replicas])
     failed = [index for index, (each, _, _) in enumerate(told) if each]
     if not failed:
         return

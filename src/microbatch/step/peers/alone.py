@@ -50,12 +50,7 @@ class Alone(Peers):
 
 
 def enter_no_sync(window: OpenWindow, stack: ExitStack) -> None:
-    """Turn off the gradient reductions of a DistributedDataParallel wrapper; the window reduces once, at its end.
-
-    Args:
-        window: The window.
-        stack: Turns the reductions on again when it is closed.
-    """
+    """Turn off the gradient reductions of a DistributedDataParallel wrapper; the window reduces once, at its end."""
     model = window.options.model
     if isinstance(model, DistributedDataParallel):
         stack.enter_context(model.no_sync())

@@ -16,14 +16,7 @@ _FEW = 2  # one row has no variance for batch normalisation
 
 
 def few_of(batch: Any) -> Any:
-    """Return the first two rows of a batch.
-
-    Args:
-        batch: A batch with at least one row; or microbatches from a loader, whose rows may not be known.
-
-    Returns:
-        Copies of the first two rows, or of the only one; the first microbatch if its rows are not known.
-    """
+    """Copy the first two rows of a batch, or its only one; of a loader's microbatches, return the first."""
     parts = parts_of(batch)
     try:
         part = next(part for part in parts if rows_of(part))
@@ -34,19 +27,7 @@ def few_of(batch: Any) -> Any:
 
 
 def borrow_rows(ranks: RankGroup, batch: Any, *, microbatches: Sequence[float]) -> Any:
-    """Send the first rows of the first non-empty rank to every rank.
-
-    Args:
-        ranks: The process group; every rank calls this function.
-        batch: The batch of this rank.
-        microbatches: Number of microbatches of each rank.
-
-    Returns:
-        The rows, on the host.
-
-    Cost:
-        Two small all-gathers.
-    """
+    """Send the first rows of the first rank that has microbatches to every rank, on the host."""
     lender = next(index for index, number in enumerate(microbatches) if number)
     given = map_tensors(lambda each: each.cpu(), few_of(batch)) if ranks.index == lender else None
     return ranks.tell(given)[lender]

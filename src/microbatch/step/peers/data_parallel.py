@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from microbatch.ranks.process_group import RankGroup
 from microbatch.ranks.reduce import Flat, reduce_, reserve
 from microbatch.ranks.sparse_reduce import reduce_sparse
 from microbatch.shards import local_of
-from microbatch.step.denominator import Denominator
 from microbatch.step.host_numbers import numbers_of
 from microbatch.step.met import Met
 from microbatch.step.part import OpenWindow, Peers
@@ -92,7 +90,9 @@ class DataParallel(Peers):
         if self.ranks is None:
             return rows, counts
         if self._total is None:
-            self._total = total_over(self.ranks, rows, counts, parameters=self.setup.room(window))
+            own = Message(names=list(counts), sums=[0.0] * len(counts), counts=list(counts.values()), samples=rows)
+            agreed = agree(self.ranks, own, parameters=self.setup.room(window))
+            self._total = agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
         return self._total
 
     def number_rows(self, window: OpenWindow, rows: int) -> tuple[int, list[int]]:
@@ -122,7 +122,12 @@ class DataParallel(Peers):
         if ranks is None:
             return None
         self.talk = Across(
-            size=ranks.size, index=ranks.index, device=ranks.device, add_=ranks.sum_, failures=ranks.failures
+            size=ranks.size,
+            index=ranks.index,
+            device=ranks.device,
+            add_=ranks.sum_,
+            share=ranks.share,
+            failures=ranks.failures,
         )
         return self.talk
 
@@ -149,10 +154,23 @@ class DataParallel(Peers):
         return self.met(window, agreed, agreed.sums, counts)
 
     def message(self, window: OpenWindow, samples: float) -> Message:
-        """Reserve memory for the reduction, and create this rank's message about its window."""
+        """Reserve memory for the reduction, and create this rank's message about its window: a host synchronisation."""
         self.reserve(window)
-        message = message_of(window.denominator, window.device, samples=samples, present=self.present(window))
-        return self.setup.arrive(window, replace(message, sparse=window.gradients.sparse, steps=self._steps))
+        denominator, device = window.denominator, window.device
+        totals, spoke = denominator.totals(device), denominator.contributed
+        flat = numbers_of([number for pair in totals for number in pair], device)
+        message = Message(
+            names=denominator.names if spoke else (),
+            sums=flat[0::2] if spoke else (),
+            counts=flat[1::2] if spoke else (),
+            samples=samples,
+            double=denominator.dtype == torch.float64,
+            present=self.present(window),
+            sparse=window.gradients.sparse,
+            steps=self._steps,
+            metrics=len(denominator.metrics),
+        )
+        return self.setup.arrive(window, message)
 
     def reserve(self, window: OpenWindow) -> None:
         """Reserve memory for a bucket, while the other ranks can still be notified of a failure."""
@@ -204,8 +222,19 @@ class DataParallel(Peers):
             host_norm=norm.item(),
             normalized=True,
             present=agreed.present,
-            metrics=total_metrics(window.denominator, self.tell_metrics, device) if agreed.metrics else {},
+            metrics=self._total_metrics(window) if agreed.metrics else {},
         )
+
+    def _total_metrics(self, window: OpenWindow) -> dict[str, Tensor]:
+        """Add up the metrics of all ranks by name."""
+        device, metrics = window.device, window.denominator.metrics
+        dtype = wide_dtype(device)
+        values = torch.stack([value.to(device, dtype) for value in metrics.values()]).tolist() if metrics else []
+        total: dict[str, float] = {}
+        for told in self.tell_metrics(dict(zip(metrics, values, strict=True))):
+            for name, value in told.items():
+                total[name] = total.get(name, 0.0) + value
+        return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in total.items()}
 
     def tell_metrics(self, own: dict[str, float]) -> list[dict[str, float]]:
         """Return the metrics of every rank."""
@@ -284,85 +313,3 @@ class DataParallel(Peers):
             if id(each.parameter) not in held and not total.is_sparse
         ]
         return [total for total, _ in found], [dtype for _, dtype in found]
-
-
-def total_over(
-    ranks: RankGroup, rows: float, counts: Mapping[str, float], *, parameters: int
-) -> tuple[float, Mapping[str, float]]:
-    """Add up rows and declared counts over the ranks.
-
-    Args:
-        ranks: The process group.
-        rows: Rows of this rank.
-        counts: Declared counts of this rank, by term.
-        parameters: Number of trainable parameters, the same on every rank.
-
-    Returns:
-        Rows and counts of all ranks.
-
-    Cost:
-        One small all-reduce and a host synchronisation.
-    """
-    own = Message(
-        names=list(counts),
-        sums=[0.0] * len(counts),
-        counts=list(counts.values()),
-        samples=rows,
-        double=False,
-        present=[False] * parameters,
-    )
-    agreed = agree(ranks, own, parameters=parameters)
-    return agreed.samples, dict(zip(agreed.names, agreed.counts, strict=True))
-
-
-def message_of(denominator: Denominator, device: torch.device, *, samples: float, present: Sequence[bool]) -> Message:
-    """Create a rank's message about the loss of its window.
-
-    Args:
-        denominator: Sums and counts of the loss.
-        device: The device where the model computes.
-        samples: Rows that this rank reports.
-        present: For each parameter, whether it has a gradient.
-
-    Returns:
-        The message.
-
-    Cost:
-        A host synchronisation.
-    """
-    totals, spoke = denominator.totals(device), denominator.contributed
-    flat = numbers_of([number for pair in totals for number in pair], device)
-    return Message(
-        names=denominator.names if spoke else [],
-        sums=flat[0::2] if spoke else [],
-        counts=flat[1::2] if spoke else [],
-        samples=samples,
-        double=denominator.dtype == torch.float64,
-        present=present,
-        metrics=len(denominator.metrics),
-    )
-
-
-def total_metrics(
-    denominator: Denominator, tell: Callable[[dict[str, float]], Sequence[Mapping[str, float]]], device: torch.device
-) -> dict[str, Tensor]:
-    """Add up the metrics of all ranks by name.
-
-    Args:
-        denominator: Has the metrics of this rank.
-        tell: Takes this rank's metrics, and returns those of each rank.
-        device: The device of the result.
-
-    Returns:
-        Tensors of shape ``()``.
-
-    Cost:
-        One host synchronisation for all metrics, and what ``tell`` takes.
-    """
-    dtype, metrics = wide_dtype(device), denominator.metrics
-    values = torch.stack([value.to(device, dtype) for value in metrics.values()]).tolist() if metrics else []
-    total: dict[str, float] = {}
-    for told in tell(dict(zip(metrics, values, strict=True))):
-        for name, value in told.items():
-            total[name] = total.get(name, 0.0) + value
-    return {name: torch.tensor(value, dtype=dtype, device=device) for name, value in total.items()}

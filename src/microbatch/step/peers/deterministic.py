@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -101,16 +102,7 @@ class Deterministic(DataParallel):
         """Add up the messages of the ranks; a single process sorts its terms as several ranks would."""
         if self.ranks is not None or message is None:
             return super().agree(window, message)
-        names = sorted(window.denominator.names)
-        return Message(
-            names=names,
-            sums=[],
-            counts=[],
-            samples=message.samples,
-            double=message.double,
-            present=message.present,
-            metrics=message.metrics,
-        )
+        return replace(message, names=sorted(window.denominator.names), sums=(), counts=())
 
     def present(self, window: OpenWindow) -> list[bool]:
         """Return for each parameter whether this rank has a gradient."""

@@ -49,12 +49,7 @@ class RankSetup:
         self._hash = 0
 
     def begin(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> None:
-        """Record the start of a window.
-
-        Args:
-            window: The window.
-            groups: The process groups of this rank, and whether all ranks of each have the same parameters.
-        """
+        """Record the start of a window."""
         if self.beats is None and groups:
             self.beats = StoreBeats(rank for ranks, _ in groups for rank in ranks.members)
         for ranks, _ in groups:
@@ -64,18 +59,7 @@ class RankSetup:
 
     @contextmanager
     def first(self, window: OpenWindow, groups: Sequence[tuple[RankGroup, bool]]) -> Generator[None]:
-        """Check that the ranks are set up alike, before the first window.
-
-        Args:
-            window: The window.
-            groups: As for `begin`.
-
-        Yields:
-            Once; for further collectives of the first window.
-
-        Raises:
-            RankError: The ranks are set up differently, or a rank did not arrive.
-        """
+        """Check, before the first window, that the ranks are set up alike; the block runs further collectives."""
         if self.beats is None:
             yield
             return
@@ -118,30 +102,13 @@ class RankSetup:
             self.beats.told()
 
     def name_lost(self, error: BaseException) -> None:
-        """Raise an error that names the missing ranks, if a collective has failed because of them.
-
-        Args:
-            error: Any error of a window.
-
-        Raises:
-            RankError: The error comes from a collective.
-        """
+        """Raise an error that names the missing ranks, if a collective has failed because of them."""
         if self.beats is not None:
             self.beats.name(error)
 
 
 def describe_options(options: Options, *, windows: int) -> dict[str, str]:
-    """Describe the options that must be the same on all ranks, also on different stages of a pipeline.
-
-    Options for memory, such as ``microbatch_size`` and ``checkpoint``, may differ from rank to rank.
-
-    Args:
-        options: The options of the accumulator.
-        windows: Number of windows that the accumulator has ended.
-
-    Returns:
-        Texts by name.
-    """
+    """Describe the options that all ranks must share, also stages of a pipeline; those for memory may differ."""
     sums, ranks, scaler, noise = options.sums, options.ranks, options.grad_scaler, options.noise_scale
     found = {
         "max_grad_norm": options.max_grad_norm,
@@ -166,17 +133,7 @@ def describe_options(options: Options, *, windows: int) -> dict[str, str]:
 
 
 def describe_model(options: Options) -> dict[str, str]:
-    """Describe a model and its optimizers, which must be the same on data-parallel ranks.
-
-    Args:
-        options: The options of the accumulator.
-
-    Returns:
-        Texts by name.
-
-    Cost:
-        Reads the weights once if the model is a `DistributedDataParallel`, whose weights are not broadcast again.
-    """
+    """Describe by name a model and its optimizers, which must be the same on data-parallel ranks."""
     model, wrapped = options.bare_model, isinstance(options.model, DistributedDataParallel)
     found = {"the model": f"{type(model).__name__}{' in DistributedDataParallel' if wrapped else ''}"}
     groups = {
@@ -202,15 +159,7 @@ def _describe_trained(named: Sequence[Named]) -> dict[str, str]:
 
 
 def describe_optimizer(name: str, optimizer: Optimizer) -> Iterator[tuple[str, str]]:
-    """Describe an optimizer, which must be the same on data-parallel ranks.
-
-    Args:
-        name: Name of the optimizer in the texts.
-        optimizer: The optimizer.
-
-    Yields:
-        Pairs of a name and a text.
-    """
+    """Describe an optimizer, which must be the same on data-parallel ranks."""
     yield name, type(optimizer).__name__
     for index, group in enumerate(optimizer.param_groups):
         yield f"{name}, group {index}", f"{len(group['params'])} parameters"

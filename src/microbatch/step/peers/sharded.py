@@ -85,10 +85,7 @@ class ShardedPeers(DataParallel):
             )
         fast, why = self._may_be_fast(window, batch)
         whole = attend(ranks, cutting.rows or cutting.microbatches, parameters=self.setup.room(window))
-        told = torch.zeros(2, ranks.size, dtype=torch.float64, device=ranks.device)
-        told[0, ranks.index], told[1, ranks.index] = cutting.microbatches, fast
-        ranks.sum_(told)
-        numbers, fasts = told.tolist()
+        numbers, fasts = zip(*ranks.share([cutting.microbatches, fast]), strict=True)
         self._agreed = True
         self._fsdp.expect(int(max(numbers)), fast=all(fasts))
         self._announce(window, why if all(fasts) or not fast else "another rank cannot hold unsharded gradients")

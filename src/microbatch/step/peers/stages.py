@@ -36,7 +36,7 @@ class StagePeers(DataParallel):
         """Warn of weights that stages share, and set the first stage's seed on all stages."""
         self._stages.warn_of_twins(window.options.model)
         assert window.setup.history.seed is not None  # noqa: S101 - the window has set it
-        window.setup.history.seed = self._stages.first_of(window.setup.history.seed)
+        window.setup.history.seed = self._stages.group.tell(window.setup.history.seed)[0]
         super().share_weights(window)
 
     def attend(self, window: OpenWindow, rows: int, passes: int, *, first: int) -> None:
@@ -69,7 +69,7 @@ class StagePeers(DataParallel):
 
     def tell_metrics(self, own: dict[str, float]) -> list[dict[str, float]]:
         """Return the metrics of every pipeline, from its last stage."""
-        told = self._stages.tell(own)
+        told = self._stages.group.tell(own)
         merged = {name: value for each in told for name, value in each.items()}
         return super().tell_metrics(merged)
 

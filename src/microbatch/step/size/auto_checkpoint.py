@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from microbatch.devices.backend import synchronize
 from microbatch.errors import BatchError
 from microbatch.memory.meter import MemoryMeter
 from microbatch.memory.recompute import blocks_of
-from microbatch.memory.signal_errors import is_from_signal
+from microbatch.memory.signal_errors import suppress_errors
 from microbatch.step.options import Options
 from microbatch.step.saved_state import Snapshot
 from microbatch.step.size.dry_run import dry_run_at
@@ -72,13 +72,10 @@ def choose_blocks(options: Options, sizing: Sizing, *, batch: object, loss_fn: L
     if not names or room is None:
         return ()
     size = 1 if sizing.open else min(sizing.most, rows)
-    try:
+    with suppress_errors():  # the real step will raise the error
         found = fewest(options, loss_fn, batch=batch, size=size, budget=round(SAFE * room))
-    except Exception as error:
-        if is_from_signal(error):
-            raise
-        return ()  # the real step will raise the error
-    return tuple(names) if found is None else found
+        return tuple(names) if found is None else found
+    return ()
 
 
 def fewest(
@@ -134,13 +131,7 @@ def fewest(
 
 
 def by_worth(weights: Sequence[Weight]) -> list[Weight]:
-    """Sort blocks by freed bytes for each second, the best first; by bytes alone if a block was not timed.
-
-    Args:
-        weights: The blocks, in the model's order.
-
-    Returns:
-        The blocks; equal ones stay in the model's order, because earlier activations wait longer.
+    """Return blocks by freed bytes for each second, the best first; by bytes alone if a block was not timed.
 
     Example:
         >>> a, b, c = (Weight(name=n, bytes=s, seconds=t) for n, s, t in [("a", 4, 2), ("b", 9, 3), ("c", 8, 4)])
@@ -148,6 +139,7 @@ def by_worth(weights: Sequence[Weight]) -> list[Weight]:
         ['b', 'a', 'c']
     """
     timed = all(each.seconds > 0 for each in weights)
+    # Equal blocks stay in the model's order, because earlier activations wait longer.
     return sorted(weights, key=lambda each: each.bytes / each.seconds if timed else each.bytes, reverse=True)
 
 
@@ -173,9 +165,10 @@ def weigh(options: Options, loss_fn: LossFunction, *, batch: object) -> list[Wei
     kept: dict[str, float] = dict.fromkeys(names, 0.0)
 
     def watch(model: nn.Module, meter: MemoryMeter) -> ExitStack:
-        return _hooked(
-            model, names, read=lambda: meter.live_bytes, note=lambda name, grown: _keep_largest(kept, name, grown)
-        )
+        def note(name: str, grown: float) -> None:
+            kept[name] = max(kept[name], grown)
+
+        return _hooked(model, names, read=lambda: meter.live_bytes, note=note)
 
     plain = replace(options, checkpoint=())
     dry_run_at(plain, loss_fn, batch=batch, size=_ROWS, watch=watch)
@@ -183,10 +176,6 @@ def weigh(options: Options, loss_fn: LossFunction, *, batch: object) -> list[Wei
     if len(set(kept.values())) > 1:
         seconds = _timed(options, loss_fn, batch=batch, names=names)
     return [Weight(name=name, bytes=kept[name] / _ROWS, seconds=seconds[name] / _ROWS) for name in names]
-
-
-def _keep_largest(kept: dict[str, float], name: str, grown: float) -> None:
-    kept[name] = max(kept[name], grown)
 
 
 def _timed(options: Options, loss_fn: LossFunction, *, batch: object, names: Sequence[str]) -> dict[str, float]:
@@ -202,20 +191,12 @@ def _timed(options: Options, loss_fn: LossFunction, *, batch: object, names: Seq
     def note(name: str, seconds: float) -> None:
         fastest[name] = min(fastest[name], seconds)
 
-    with _put_back(model, device), torch.no_grad(), _hooked(model, names, read=now, note=note):
+    with ExitStack() as stack, torch.no_grad(), _hooked(model, names, read=now, note=note):
+        stack.callback(Snapshot(model, device).restore)
         for _ in range(2):  # the first one warms up
             with torch.autocast(device.type, options.autocast, enabled=options.autocast is not None):
                 loss_fn(model, rows)
     return {name: 0.0 if seconds == float("inf") else seconds for name, seconds in fastest.items()}
-
-
-@contextmanager
-def _put_back(model: nn.Module, device: torch.device) -> Generator[None]:
-    snapshot = Snapshot(model, device)
-    try:
-        yield
-    finally:
-        snapshot.restore()
 
 
 def _hooked(
@@ -240,5 +221,4 @@ def _hooked(
 
 
 def _bytes_of(output: Any) -> int:
-    tensors = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
-    return sum(each.numel() * each.element_size() for each in tensors)
+    return sum(each.numel() * each.element_size() for each in tree_leaves(output) if isinstance(each, Tensor))

@@ -68,11 +68,7 @@ class CoupledWay(Part):
             self._fits = max(self._fits, rows) if peak_bytes + more <= _SAFE * room else min(self._fits, rows - 1)
 
     def too_much(self, rows: int) -> None:
-        """Encode batches twice from now on that have as many rows as one whose graphs did not fit.
-
-        Args:
-            rows: Rows of that batch on this rank.
-        """
+        """Encode batches twice from now on that have as many rows as one whose graphs did not fit."""
         self._limit = rows if self._limit is None else min(self._limit, rows)
 
     def cut(self, window: OpenWindow, batch: object, cutting: Any) -> None:

@@ -210,7 +210,7 @@ def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> None:
         # On an accelerator, microbatches are copies of what the host has, and the next one is copied meanwhile.
         held.append(map_tensors(torch.clone, held[0]))
     meter.track(held, category=INPUTS)
-    learn_to_count(type(torch.empty(0, device="cpu")))
+    learn_to_count(type(torch.empty(0, device="cpu")))  # now, so that the meter does not count its tensors
     with meter:
         for _ in range(1 if all(each.state for each in options.optimizers) else 2):
             run_window(options, cast.loss_fn, _copied(held[0], meter) if on_cpu else held, meter)

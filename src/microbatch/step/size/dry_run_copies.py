@@ -40,14 +40,7 @@ class Scene:
     gradients: Sequence[tuple[Tensor, Tensor]]
 
     def beside(self, size: int) -> int:
-        """Return the bytes of the batch's other rows beside a microbatch, if the batch is on the device.
-
-        Args:
-            size: Rows of the microbatch.
-
-        Returns:
-            Bytes; 0 if the model is not on the CPU.
-        """
+        """Return the bytes of the batch's other rows beside a microbatch, if the batch is on the device."""
         if self.options.device.type != "cpu":
             return 0
         rows = rows_of(self.batch)
@@ -82,11 +75,7 @@ class Fakes(FakeTensorMode):
 
 
 class Faked(TorchFunctionMode):
-    """Make `copy.deepcopy` return fake CPU tensors; without an accelerator, its fake tensors cannot train.
-
-    Args:
-        mode: The fake tensor mode.
-    """
+    """Make `copy.deepcopy` return fake CPU tensors; without an accelerator, its fake tensors cannot train."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -105,14 +94,7 @@ class Faked(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a fake copy.
-
-        Args:
-            tensor: A real or fake tensor.
-
-        Returns:
-            A fake tensor of the same shape, strides and dtype.
-        """
+        """Return a fake copy of a tensor: of the same shape, strides and dtype."""
         if tensor.device.type == "cpu":
             return self.mode.from_tensor(tensor, static_shapes=True)
         with self.mode:
@@ -121,18 +103,7 @@ class Faked(TorchFunctionMode):
 
 
 def copies_of(scene: Scene, *, how: Faked | None) -> Cast:
-    """Copy model, optimizers, loss function and batch.
-
-    Args:
-        scene: The user's objects.
-        how: The mode that makes copies fake; `None` for real copies.
-
-    Returns:
-        The copies; their options have no listeners, budget, scaler or compilation.
-
-    Raises:
-        ConfigError: The model, the optimizer or the loss function cannot be copied.
-    """
+    """Copy model, optimizers, loss function and batch, as fake tensors under ``how``; without listeners and limits."""
     options, memo = scene.options, dict[int, Any]()
     bare = options.bare_model
     model: nn.Module = attribute(bare, "_orig_mod", bare)  # the module inside torch.compile
@@ -193,15 +164,7 @@ def _set_foreach(optimizers: Sequence[Optimizer]) -> None:
 
 
 def some_rows(batch: object, size: int) -> Any:
-    """Copy the first rows of a batch, and repeat them if there are too few.
-
-    Args:
-        batch: A batch that `rows_of` accepts.
-        size: Number of rows.
-
-    Returns:
-        The rows, in the same structure without marks.
-    """
+    """Copy the first rows of a batch, and repeat them if there are too few."""
     batch = max(parts_of(batch), key=_row_bytes)  # of several batches, the one with the largest rows
     rows = rows_of(batch)
     return take_rows(batch, [row % rows for row in range(size)], rows=rows)

@@ -21,20 +21,13 @@ from microbatch.step.part import Function, OpenWindow, Part, Passes, Peers, Run
 from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.fused import Fused
-from microbatch.step.setup import Never, Setup
+from microbatch.step.setup import Attempt, Setup
 from microbatch.step.sums import sums_for
 from microbatch.step.window import Window
 
 
 def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any], meter: MemoryMeter) -> None:
-    """Run the parts of a window that take memory, and the optimizers' steps.
-
-    Args:
-        options: Options with copies of the model and the optimizers.
-        loss_fn: As for `Accumulator.step`.
-        microbatches: The microbatches. As in a real window, one is held until the next one is there.
-        meter: Measures the memory, with gradients as a category.
-    """
+    """Run the parts of a window that take memory, and the optimizers' steps."""
     parts: list[Part] = [_Gradients(meter)]
     if options.checkpoint is not None and options.checkpoint != "auto":
         parts.append(Checkpointing(named_blocks(options.bare_model, options.checkpoint)))
@@ -55,7 +48,7 @@ def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any],
         finish=_finish,
         live_bytes=_none,
     )
-    window = Window(setup, attempt=Never())
+    window = Window(setup, attempt=Attempt())
     window.denominator = _AnyTerms()
     with window:
         for microbatch in microbatches:

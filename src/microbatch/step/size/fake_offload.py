@@ -18,36 +18,19 @@ _SMALLEST = 1 << 16
 
 
 def absent() -> saved_tensors_hooks:
-    """Free the tensors that autograd saves, and create new ones of the same shapes when backward needs them.
-
-    Returns:
-        A reusable context manager for forward passes.
-    """
+    """Free the tensors that autograd saves, and create new ones of the same shapes when backward needs them."""
     return saved_tensors_hooks(_pack, _unpack)
 
 
 @dataclass(frozen=True, slots=True)
 class Inside:
-    """A loss function that runs inside a context.
-
-    Attributes:
-        loss_fn: The loss function.
-        around: The context manager, entered for each microbatch.
-    """
+    """A loss function that runs inside a context, which is entered for each microbatch."""
 
     loss_fn: LossFunction
     around: AbstractContextManager[object]
 
     def __call__(self, model: nn.Module, microbatch: Any) -> LossLike:
-        """Compute a microbatch's loss.
-
-        Args:
-            model: As for the loss function.
-            microbatch: As for the loss function.
-
-        Returns:
-            The result of the loss function.
-        """
+        """Compute a microbatch's loss."""
         with self.around:
             return self.loss_fn(model, microbatch)
 

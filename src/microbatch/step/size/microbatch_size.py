@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - the one base of all of them
 
@@ -15,6 +15,7 @@ from microbatch.step.cutting import Cut, Cutting
 from microbatch.step.events import Event, SizeChanged
 from microbatch.step.options import EXACT, Options
 from microbatch.step.part import Function, OpenWindow, Part
+from microbatch.step.parts.memory_budget import MemoryBudget, is_fake
 from microbatch.step.record import Step
 from microbatch.step.size.room import room_for
 from microbatch.step.size.sizing import Sizing
@@ -23,29 +24,6 @@ from microbatch.step.size.timing_search import Played, Tuning
 
 _COPIES, _SMALL = 4, 0.1
 """Copies of a weight: itself, its gradient, two of the optimizer; and the share of memory that a small model takes."""
-
-
-@runtime_checkable
-class Meter(Protocol):
-    """The interface of `MemoryBudget` for the search.
-
-    Attributes:
-        budget: Bytes that the window may use; `None` if they are not measured.
-        passing: Whether the meter is on in this window, although most windows run without it.
-        allocation_retries: How often the device's allocator emptied its cache in the last window.
-    """
-
-    budget: int | None
-    passing: bool
-    allocation_retries: int
-
-    def watch_next(self) -> None:
-        """Measure the next window."""
-        ...
-
-    def skip_first(self) -> None:
-        """Count a first window as measured."""
-        ...
 
 
 class MicrobatchSize(Part):
@@ -65,7 +43,7 @@ class MicrobatchSize(Part):
         Laws M1, M6.
     """
 
-    def __init__(self, options: Options, meter: Meter, stopwatch: Stopwatch) -> None:
+    def __init__(self, options: Options, meter: MemoryBudget, stopwatch: Stopwatch) -> None:
         self._options, self._meter, self._stopwatch = options, meter, stopwatch
         self.sizing = Sizing(asked=options.microbatch_size)
         self.tuning: Tuning | None = None
@@ -78,11 +56,6 @@ class MicrobatchSize(Part):
 
         A small model has a first window of a few rows, whose peak shows which sizes fit. Usually all of them do, so no
         prediction is needed. For a large model, dry runs predict the peak before the first window.
-
-        Args:
-            batch: The batch.
-            loss_fn: The loss function, or the encoder with a stand-in loss.
-            settled: The options, with the chosen blocks for checkpointing.
 
         Cost:
             For dry runs, about 0.1 milliseconds for each operator at each of four sizes or more.
@@ -120,14 +93,7 @@ class MicrobatchSize(Part):
         return self.tuning is None and not self.sizing.open
 
     def for_rows(self, rows: int) -> Sizing:
-        """Return the size to cut a batch by, and start the search if there is none.
-
-        Args:
-            rows: Rows of the batch.
-
-        Returns:
-            The size.
-        """
+        """Return the size to cut a batch by, and start the search if there is none."""
         if rows and self.sizing.open:
             self._begin(rows)
         self._stopwatch.on = self.tuning is not None
@@ -173,14 +139,7 @@ class MicrobatchSize(Part):
             self._meter.watch_next()
 
     def shrink(self, cut: Cut | None) -> tuple[int, int] | None:
-        """Halve the microbatch size, if it is above one row.
-
-        Args:
-            cut: How the batch that did not fit was cut; `None` if a smaller microbatch cannot help.
-
-        Returns:
-            Rows before and after; `None` if a microbatch cannot be smaller.
-        """
+        """Halve the microbatch size, if it is above one row."""
         return halve(self.sizing, cut)
 
     def saved(self) -> tuple[Sizing, Tuning | None]:
@@ -188,11 +147,7 @@ class MicrobatchSize(Part):
         return self.sizing.copy(), self.tuning
 
     def restore(self, saved: tuple[Sizing, Tuning | None]) -> None:
-        """Restore a size after an error, which tells nothing about the size for the next batch.
-
-        Args:
-            saved: The result of `saved`.
-        """
+        """Restore a size that `saved` returned, after an error that tells nothing about the next batch."""
         self.sizing, self.tuning = saved
         if self.tuning is not None:
             self.tuning.sizing = self.sizing
@@ -216,7 +171,7 @@ class MicrobatchSize(Part):
             hindrance = "each size would have to be compiled before it could be timed"
         elif options.batch_norm == EXACT:
             hindrance = "microbatches run in lockstep, so the time of a single microbatch is not known"
-        elif any(type(parameter).__name__ == "FakeTensor" for parameter in options.model.parameters()):
+        elif is_fake(options):
             hindrance = "fake tensors take no time"
         elif options.lengths is not None and options.lengths.microbatch_tokens is not None:
             hindrance = "microbatch_tokens sets the size of microbatches"
@@ -233,17 +188,7 @@ class MicrobatchSize(Part):
 
 
 def adapt(sizing: Sizing, cut: Cut | None, *, step: int, retries: int) -> list[Event]:
-    """Adapt the size after a window without an error.
-
-    Args:
-        sizing: The size.
-        cut: How the window's batch was cut.
-        step: Index of the window.
-        retries: How often the device's allocator emptied its cache in the window, which then waits for the device.
-
-    Returns:
-        Events for the listeners.
-    """
+    """Adapt the size after a window without an error; ``retries`` counts how often the allocator was full."""
     if retries:
         changed = halve(sizing, cut)
         reason = f"the allocator had to empty its cache {retries} times inside the window: too tight"
@@ -256,15 +201,7 @@ def adapt(sizing: Sizing, cut: Cut | None, *, step: int, retries: int) -> list[E
 
 
 def halve(sizing: Sizing, cut: Cut | None) -> tuple[int, int] | None:
-    """Halve the microbatch size, if it is above one row.
-
-    Args:
-        sizing: The size.
-        cut: How the batch that did not fit was cut; `None` if a smaller microbatch cannot help.
-
-    Returns:
-        Rows before and after; `None` if a microbatch cannot be smaller.
-    """
+    """Halve the microbatch size, and return the rows before and after; `None` if no smaller one can help."""
     if cut is None or cut.rows <= 1 or sizing.halved(cut.allowed) <= 1:
         return None
     before = sizing.rows

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 from microbatch.batch.batch_tree import contents
 from microbatch.devices.device_memory import bytes_in_use
-from microbatch.memory.budget import available_bytes
+from microbatch.memory.budget import available_bytes, share_of
 from microbatch.memory.meter import MemoryMeter
 from microbatch.step.options import Options
 
 
 def room_for(options: Options, batch: object) -> int | None:
-    """Return the bytes that a window may use, weights included.
-
-    Args:
-        options: The options of the accumulator.
-        batch: The batch, whose memory counts if it is on the CPU with the model.
-
-    Returns:
-        Bytes; `None` if there is no known limit.
-    """
+    """Return the bytes that a window may use, weights included; `None` if there is no known limit."""
     budget, device = options.memory_budget, options.device
     if budget is not None:
         return budget if isinstance(budget, int) else None
@@ -31,4 +21,4 @@ def room_for(options: Options, batch: object) -> int | None:
         return available + (bytes_in_use(device) or 0)
     meter = MemoryMeter()
     meter.track(options.model, *options.optimizers, contents(batch))
-    return available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) + meter.live_bytes
+    return share_of(available) + meter.live_bytes

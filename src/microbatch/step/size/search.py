@@ -41,13 +41,11 @@ class Found:
     seconds: Mapping[int, float]
 
 
-def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
+def sizes_for(rows: int) -> list[int]:
     """List the sizes to try: those that cut a batch into 1, 2, 4, 8, ... microbatches as evenly as possible.
 
     Args:
         rows: Rows of the batch; at least 1.
-        largest: Rows of the largest microbatch that fits; `None` if it is not known. If not even one row fits, one row
-            is tried.
 
     Returns:
         Sizes in rows, ascending; the 12 largest if there are more.
@@ -56,14 +54,12 @@ def sizes_for(rows: int, *, largest: int | None = None) -> list[int]:
         ConfigError: The batch has no rows.
 
     Example:
-        >>> sizes_for(48), sizes_for(33, largest=20), sizes_for(5, largest=0)
-        ([1, 2, 3, 6, 12, 24, 48], [1, 2, 3, 5, 9, 17], [1])
+        >>> sizes_for(48)
+        [1, 2, 3, 6, 12, 24, 48]
     """
     if rows < 1:
         raise ConfigError(f"a batch to plan for needs at least 1 row, not {rows!r}")
-    most = rows if largest is None else max(1, min(rows, largest))
-    cuts = (1 << power for power in range(rows.bit_length() + 1))
-    return sorted({size for cut in cuts if (size := -(-rows // cut)) <= most})[-MOST_SIZES:]
+    return sorted({-(-rows // (1 << power)) for power in range(rows.bit_length() + 1)})[-MOST_SIZES:]
 
 
 def largest_between(rows: int, fits: Callable[[int], bool], *, low: int, high: int) -> int | None:
@@ -129,13 +125,7 @@ def next_size(sizes: Sequence[int], seconds: Mapping[int, float]) -> int | None:
 
 
 def noise(samples: Sequence[float]) -> float:
-    """Return the relative spread of samples: their interquartile range over their median.
-
-    Args:
-        samples: Samples of the same quantity; at least one.
-
-    Returns:
-        The relative spread; 0 for a single sample.
+    """Return the relative spread of samples: their interquartile range over their median; 0 for one sample.
 
     Example:
         >>> noise([1.0, 1.0, 1.0, 9.0]), noise([1.0, 2.0, 3.0])
@@ -150,12 +140,6 @@ def noise(samples: Sequence[float]) -> float:
 def middle_size(sizes: Sequence[int]) -> int:
     """Return the default size without a measurement: the largest of at most 16 rows, or the smallest of all.
 
-    Args:
-        sizes: Sizes to choose from, ascending; at least one.
-
-    Returns:
-        The default size.
-
     Example:
         >>> middle_size([1, 2, 4, 8, 16, 32]), middle_size([20, 40])
         (16, 20)
@@ -164,15 +148,7 @@ def middle_size(sizes: Sequence[int]) -> int:
 
 
 def fastest(sizes: Sequence[int], seconds: Mapping[int, float]) -> Found:
-    """Choose the fastest measured size.
-
-    Args:
-        sizes: Sizes to choose from, ascending.
-        seconds: Measured seconds per row, by size, for at least one of ``sizes``.
-
-    Returns:
-        The fastest size.
-    """
+    """Choose the fastest measured size."""
     measured = {size: seconds[size] for size in sizes if size in seconds}
     best = min(measured, key=measured.__getitem__)
     others = [size for size in measured if size != best]
@@ -200,16 +176,10 @@ def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -
 
 
 def settled(samples: Sequence[float]) -> float | None:
-    """Return the time per row that samples agree on.
+    """Return the time per row that samples agree on: their median, or the mean of the two fastest; or `None`.
 
     Another job can only make a sample slower. So if the samples are noisy but the two fastest agree, their mean is the
     time without the other job.
-
-    Args:
-        samples: Seconds per row; at least one.
-
-    Returns:
-        The median, or the mean of the two fastest; `None` if the samples do not agree.
 
     Example:
         >>> settled([1.0, 1.1, 1.2]), settled([2.5, 1.0, 1.0, 2.6]), settled([1.0, 1.4, 2.5, 2.6])
@@ -225,51 +195,11 @@ def settled(samples: Sequence[float]) -> float | None:
 
 
 def too_noisy(size: int, samples: Sequence[float]) -> str:
-    """Return the reason why noisy samples were not compared, in words.
-
-    Args:
-        size: The microbatch size of the samples.
-        samples: Seconds per row; at least one.
-
-    Returns:
-        The reason.
-    """
+    """Return the reason why noisy samples were not compared, in words."""
     return (
         f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
         "as when another job is running, so speeds were not compared"
     )
-
-
-def search(measure: Callable[[int], Sequence[float]], sizes: Sequence[int]) -> Found:
-    """Find the fastest microbatch size by timing at most five of them.
-
-    Args:
-        measure: Runs real microbatches of a size, and returns samples of their time in seconds per row.
-        sizes: Sizes that fit, ascending; at most 12, as from `sizes_for`.
-
-    Returns:
-        The size, and the reason. If samples are too noisy, the default size.
-
-    Raises:
-        ConfigError: There is no size to choose from.
-
-    Cost:
-        At most five calls of ``measure``.
-
-    Example:
-        >>> speed = {1: 0.78, 2: 0.88, 4: 1.0, 8: 0.84, 16: 0.71, 32: 0.56}
-        >>> search(lambda size: [1 / speed[size]] * 3, list(speed)).microbatch_size
-        4
-    """
-    if not sizes:
-        raise ConfigError("there is no microbatch size to choose from")
-    seconds: dict[int, float] = {}
-    while (size := next_size(sizes, seconds)) is not None:
-        samples = measure(size)
-        if (taken := settled(samples)) is None:
-            return undecided(sizes, seconds, why=too_noisy(size, samples))
-        seconds[size] = taken
-    return fastest(sizes, seconds)
 
 
 def _fibonacci_above(number: int) -> int:

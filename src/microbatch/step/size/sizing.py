@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from microbatch.errors import ConfigError
@@ -55,11 +55,7 @@ class Sizing:
 
     @property
     def most(self) -> int:
-        """Rows that go through the model at once, before any halving.
-
-        Raises:
-            ConfigError: There is no size yet.
-        """
+        """Rows that go through the model at once, before any halving."""
         most = self.chosen if self.asked == "auto" else self.asked
         if not isinstance(most, int):
             raise ConfigError('microbatch_size="auto" has no size before the first batch has been cut')
@@ -67,19 +63,11 @@ class Sizing:
 
     @property
     def rows(self) -> int:
-        """Rows that go through the model at once now.
-
-        Raises:
-            ConfigError: There is no size yet.
-        """
+        """Rows that go through the model at once now."""
         return self.halved(self.most)
 
     def choose(self, rows: int) -> None:
-        """Set a size to try or to keep.
-
-        Args:
-            rows: Rows of a microbatch; at least 1.
-        """
+        """Set a size to try or to keep."""
         self.chosen, self.halvings, self.calm, self.on_trial = rows, 0, 0, False
 
     @property
@@ -88,14 +76,7 @@ class Sizing:
         return None if self.width is None else self.most * self.width
 
     def halved(self, asked: int) -> int:
-        """Halve a size ``halvings`` times.
-
-        Args:
-            asked: Rows or tokens.
-
-        Returns:
-            The halved size; at least 1.
-        """
+        """Halve a size ``halvings`` times."""
         return max(1, asked >> self.halvings)
 
     def shrink(self, asked: int, *, used: int) -> None:
@@ -125,30 +106,15 @@ class Sizing:
         self.halvings = max(0, self.halvings - 1)
 
     def copy(self) -> Sizing:
-        """Return a copy."""
+        """Return a copy; made in every step, so without the detours of `dataclasses.replace`."""
         return Sizing(
             self.asked, self.halvings, self.calm, self.patience, self.on_trial, chosen=self.chosen, width=self.width
         )
 
     def state(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, as plain numbers."""
-        return {
-            "asked": self.asked,
-            "halvings": self.halvings,
-            "calm": self.calm,
-            "patience": self.patience,
-            "on_trial": self.on_trial,
-            "chosen": self.chosen,
-            "width": self.width,
-        }
+        return asdict(self)
 
     def restored(self, state: Mapping[str, Any]) -> Sizing:
-        """Return the size of a saved state, or this one if the user's size has changed since.
-
-        Args:
-            state: The result of `state`.
-
-        Returns:
-            The size to continue with.
-        """
+        """Return the size of a saved state, or this one if the user's size has changed since."""
         return Sizing(**state) if state["asked"] == self.asked else self
