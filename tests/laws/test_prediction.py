@@ -129,6 +129,7 @@ def test_the_numbers_that_a_window_keeps_of_each_microbatch_are_predicted(loss_f
     assert fewer.peak_bytes(1) + batch[2:].nbytes < metered(it, loss_fn, batch, 1).peak_bytes
 
 
+@pytest.mark.filterwarnings("ignore:the loss compares the samples:microbatch.MicrobatchWarning")
 @given(
     widths=st.lists(st.sampled_from([8, 24, 64, 200]), min_size=1, max_size=3),
     norm=st.booleans(),
@@ -214,6 +215,7 @@ def test_the_largest_size_fits_and_the_next_does_not(budget: int) -> None:
         assert (peak <= budget + NUMBERS) if fits else (peak > budget - NUMBERS)
 
 
+@pytest.mark.filterwarnings("ignore:the loss compares the samples:microbatch.MicrobatchWarning")
 def test_a_loss_over_pairs_of_rows_takes_them_squared() -> None:
     it, batch = described(nn.Linear(16, 4)), torch.randn(400, 16)
     predicted = dry_run(it, compare_rows, batch=batch, witness=()).peak_bytes(200)
