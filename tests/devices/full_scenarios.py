@@ -260,6 +260,31 @@ def a_prediction_is_the_allocators_peak() -> None:
         assert peak <= 1.01 * candidate.predicted_bytes <= 1.16 * peak, (candidate, peak)
 
 
+@scenario
+def no_prediction_of_a_small_model_is_too_low() -> None:
+    """Numbers kept of each microbatch, and blocks of the allocator, are most of what a small model takes."""
+    rows, found = batch_of(16, torch.float32), dict[Any, float]()
+    for block, most in ((1, 1.5), (512, 1.8)):
+        Small.block = block
+        try:
+            model = on_device(torch.float32, width=4)  # 51 weights
+            optimizer = torch.optim.AdamW(model.parameters())
+            candidates = mb.plan(model, optimizer=optimizer, loss_fn=entropy, batch=rows).candidates
+            for candidate in candidates:
+                gc.collect()
+                before = Small.live
+                accumulator = trained(on_device(torch.float32, width=4), candidate.microbatch_size)
+                peak = max(peak_of(accumulator.step(rows, entropy)) for _ in range(3)) - before
+                del accumulator
+                found[block, candidate.microbatch_size] = (candidate.predicted_bytes or 0) / peak
+            del model, optimizer
+        finally:
+            gc.collect()
+            Small.block = 1
+        assert len(candidates) == 5
+        assert all(1 <= each <= most for each in found.values()), found
+
+
 # -- random state, streams, pinned memory, synchronisation ------------------------------------------------------------
 
 

@@ -63,6 +63,7 @@ class Small:
     """The backend's module, with what every backend has."""
 
     live = peak = 0
+    block = 1  # bytes that allocations are rounded up to; 512 of CUDA
     limit = GIB
     log: list[tuple[Any, ...]] = []  # noqa: RUF012 - of the whole process
     state = torch.Generator().get_state()
@@ -72,14 +73,15 @@ class Small:
     @classmethod
     def allocate(cls, nbytes: int) -> Any:
         """Allocate device memory; it is freed together with its last tensor."""
-        if cls.live + nbytes > cls.limit and may_raise():
+        taken = -(-nbytes // cls.block) * cls.block
+        if cls.live + taken > cls.limit and may_raise():
             cls.log.append(("out of memory", nbytes))
             raise torch.OutOfMemoryError(f"SIM out of memory. Tried to allocate {nbytes} bytes")
-        Small.live += nbytes
+        Small.live += taken
         Small.peak = max(Small.peak, Small.live)
         host = torch.empty_strided((max(nbytes, 1),), (1,), dtype=torch.uint8)
         storage = C._construct_storage_from_data_pointer(host.data_ptr(), DEVICE, nbytes)
-        weakref.finalize(storage, cls.free, nbytes, [host]).atexit = False
+        weakref.finalize(storage, cls.free, taken, [host]).atexit = False
         return storage
 
     @classmethod

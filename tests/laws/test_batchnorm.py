@@ -531,6 +531,7 @@ COUPLED: dict[str, tuple[LossFunction, LossFunction]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the loss compares the samples:microbatch.MicrobatchWarning")
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("name", COUPLED)
 def test_losses_that_couple_samples(name: str, size: int) -> None:

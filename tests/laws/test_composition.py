@@ -115,7 +115,11 @@ def test_every_hook_of_every_part_is_reached(names: tuple[str, ...]) -> None:
     # Only a loss of the whole batch has it; and in lockstep no microbatch has a time of its own.
     alone = it.options.ranks.deterministic or it.options.noise_scale
     allowed = {"RowDropout.whole"} if alone else set[str]()
-    allowed |= {"Stopwatch.around", "OneRowNorms.around"} if it.options.batch_norm == "exact" else set()
+    allowed |= (
+        {"Stopwatch.around", "OneRowNorms.around", "CarriedTensors.around"}
+        if it.options.batch_norm == "exact"
+        else set()
+    )
     assert reached.missed <= allowed
     assert reached.watched
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from random import Random
 from typing import Any
 
 import pytest
@@ -310,17 +311,54 @@ def test_a_probe_that_runs_out_is_run_again_and_not_asked_for_again() -> None:
     assert accumulator.state_dict()["size"]["sizing"]["halvings"] == 0
 
 
-def test_auto_gives_up_on_a_busy_machine() -> None:
-    clock = Clock(GPT)
-    turns = iter(range(100_000))
-    clock.jitter = lambda: 1.0 + next(turns) % 7
+RISING = {1: 0.1, 2: 0.2, 4: 0.35, 8: 0.5, 16: 0.66, 32: 0.85, 64: 1.0}
+FALLING = {1: 1.0, 2: 0.9, 4: 0.6, 8: 0.4, 16: 0.3, 32: 0.2, 64: 0.1}
+FLAT = dict.fromkeys(RISING, 1.0)
+
+
+def found_on_a_busy_machine(curve: dict[int, float], seed: int) -> mb.PlanChosen:
+    """Choose a size while another job comes and goes, so that a microbatch takes up to 2.6 times as long."""
+    clock, random = Clock(curve), Random(seed)  # noqa: S311 - noise
+    clock.jitter = lambda: random.uniform(1.0, 2.6)
     accumulator, events = accumulator_of(small_model(), clock)
-    for _ in range(20):
-        run(accumulator, clock, torch.randn(32, 8, dtype=torch.float64))
+    while not any(isinstance(event, mb.PlanChosen) for event in events):
+        run(accumulator, clock, torch.randn(64, 8, dtype=torch.float64))
+        assert len(events) < 5000
+    return chosen(events)
+
+
+@pytest.mark.parametrize("curve", [RISING, FALLING])
+def test_auto_finds_a_fast_size_on_a_busy_machine_too(curve: dict[int, float]) -> None:
+    found = [found_on_a_busy_machine(curve, seed) for seed in range(8)]
+    assert {plan.decided for plan in found} >= {False}
+    assert all("another job" in plan.why or plan.decided for plan in found)
+    assert all(plan.microbatch_size in plan.seconds for plan in found)
+    assert all(curve[plan.microbatch_size] >= 0.85 for plan in found)
+    assert curve[16] <= 0.66  # the negative control: what a default of 16 rows would be
+
+
+def test_of_sizes_that_a_busy_machine_cannot_tell_apart_a_large_one_is_taken() -> None:
+    found = [found_on_a_busy_machine(FLAT, seed).microbatch_size for seed in range(8)]
+    assert sum(size > 16 for size in found) >= len(found) // 2
+
+
+def test_a_run_that_is_resumed_on_a_busy_machine_goes_on_with_its_turns() -> None:
+    clock, random = Clock(RISING), Random(3)  # noqa: S311 - noise
+    clock.jitter = lambda: random.uniform(1.0, 2.6)
+    x, (accumulator, _) = torch.randn(64, 8, dtype=torch.float64), accumulator_of(small_model(), clock)
+    state: dict[str, Any] = {"size": {"tuning": None}}
+    for _ in range(40):
+        run(accumulator, clock, x)
+        state = accumulator.state_dict()
+        if state["size"]["tuning"] and state["size"]["tuning"]["turns"]:
+            break
+    again, events = accumulator_of(small_model(), clock)
+    again.load_state_dict(state)
+    for _ in range(25):
+        run(again, clock, x)
     plan = chosen(events)
-    assert not plan.decided
-    assert plan.microbatch_size == 16
-    assert "another job" in plan.why
+    assert {size for size, _ in state["size"]["tuning"]["seconds"]} <= set(plan.seconds)
+    assert RISING[plan.microbatch_size] >= 0.85
 
 
 def test_a_resumed_run_does_not_probe_again() -> None:

@@ -79,6 +79,24 @@ def bytes_in_use(device: torch.device) -> int | None:
     return None if device.type == "cpu" else ask(device, "memory_allocated", "current_allocated_memory")
 
 
+def block_bytes(device: torch.device) -> int:
+    """Return the bytes that an allocator rounds every allocation up to, by one small allocation.
+
+    Args:
+        device: The device.
+
+    Returns:
+        512 on CUDA; 1 on the CPU, and where the allocator's bytes are not counted.
+    """
+    before = bytes_in_use(device)
+    if before is None:
+        return 1
+    probe = torch.empty(1, dtype=torch.uint8, device=device)
+    taken = (bytes_in_use(device) or 0) - before
+    del probe
+    return max(1, taken)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return how many more bytes this process can allocate on an accelerator.
 

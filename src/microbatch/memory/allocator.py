@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from microbatch.devices.device_memory import allocator_of
+from microbatch.devices.device_memory import allocator_of, block_bytes
 from microbatch.memory.ledger import Timeline
 from microbatch.memory.match_operators import spans
 from microbatch.memory.meter import MemoryMeter, is_question
@@ -26,6 +26,9 @@ _MARKS = (12_347, 54_323)
 @dataclass(frozen=True, slots=True)
 class Witnessed:
     """A real run, with the bytes that the allocator held while each operator ran.
+
+    An accelerator's allocator rounds every allocation up to a block. The levels are without this rounding, which is no
+    straight line in the microbatch size.
 
     Attributes:
         timeline: The live bytes of tensors, as the meter counted them.
@@ -73,7 +76,9 @@ class AllocatorMeter(MemoryMeter):
         self._counters = allocator_of(device)
         self._profile: Any = None
         self._highest: list[int] = []
-        self._base = 0
+        # Bytes by which the live storages are rounded up; now, and before each operator.
+        self._rounded, self._roundings = 0, list[int]()
+        self._base, self._allocated = 0, block_bytes(device)
 
     def __enter__(self) -> Self:
         """Start to count and to profile."""
@@ -81,7 +86,7 @@ class AllocatorMeter(MemoryMeter):
         gc.collect()
         self._base = self.live_bytes
         if self._counters is not None:
-            self._base -= self._counters.in_use()
+            self._base -= self._counters.in_use() - self._rounded
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about builds without a GPU
@@ -98,6 +103,7 @@ class AllocatorMeter(MemoryMeter):
         super().__exit__(kind, error, traceback)
         if self._counters is not None:
             self._highest.append(self._counters.peak())
+            self._roundings.append(self._rounded)
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,14 +120,23 @@ class AllocatorMeter(MemoryMeter):
     def witnessed(self) -> Witnessed:
         """Return the measured run, after the meter was left."""
         if self._counters is not None:
-            levels = [[highest] for highest in self._highest[1:]]  # the first reading is from before the first operator
+            # The first reading is from before the first operator.
+            levels = [
+                [highest - min(each)]
+                for highest, each in zip(self._highest[1:], pairwise(self._roundings), strict=True)
+            ]
         else:
             levels = _levels_between_marks(self._profile)
         return Witnessed(self.timeline, [[self._base + level for level in each] for each in levels])
 
+    def _count(self, size: int, change: int) -> None:
+        super()._count(size, change)
+        self._rounded += change * (-size % self._allocated)
+
     def _mark(self) -> None:
         if self._counters is not None:
             self._highest.append(self._counters.peak())
+            self._roundings.append(self._rounded)
             self._counters.reset_peak()
             return
         for size in _MARKS:

@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +64,16 @@ class Timeline:
     def peak_bytes(self) -> int:
         """Most bytes alive at once; 0 for a run without operators."""
         return max(self.live, default=0)
+
+    @property
+    def most_storages(self) -> int:
+        """Most storages alive at once."""
+        changes = Counter[int]()
+        for _, _, born, died in self.storages:
+            changes[born] += 1
+            if died is not None:
+                changes[died + 1] -= 1
+        return max(accumulate(changes[at] for at in sorted(changes)), default=0)
 
     def parts(self, index: int) -> dict[str, int]:
         """Split the bytes alive after one operator by category."""

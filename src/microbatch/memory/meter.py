@@ -208,7 +208,7 @@ class MemoryMeter(TorchDispatchMode):
                 self._ledger.born(held)
             else:
                 self._ledger.found(held, kind, name)
-        self.live_bytes += held.size
+        self._count(held.size, 1)
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             if self._ledger is not None:
@@ -216,9 +216,13 @@ class MemoryMeter(TorchDispatchMode):
 
     def _drop(self, held: Storage) -> None:
         if self._storages.pop(held.key, None) is not None:
-            self.live_bytes -= held.size
+            self._count(held.size, -1)
             if self._ledger is not None:
                 self._ledger.died(held)
+
+    def _count(self, size: int, change: int) -> None:
+        """Count a storage that came (1) or went (-1)."""
+        self.live_bytes += change * size
 
     def _around_step(self, optimizer: Optimizer) -> None:
         self.track(optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor
 from microbatch.errors import ConfigError
 from microbatch.memory.allocator import Witnessed
 from microbatch.memory.curves import Bounded, Curves, Fitted
-from microbatch.memory.ledger import INPUTS, Timeline
+from microbatch.memory.ledger import Timeline
 from microbatch.memory.match_operators import align
 from microbatch.memory.workspace import Hidden
 
@@ -33,7 +34,7 @@ class Prediction:
         hidden: Workspaces, which operators allocate internally, by microbatch size.
         measured: Peaks of the allocator in real runs, by microbatch size.
         metered: Peaks of a meter in the same runs, by microbatch size.
-        beside: Bytes held outside of the run, by microbatch size.
+        beside: Bytes held outside of the run, by microbatch size and category.
     """
 
     sizes: Sequence[int]
@@ -43,7 +44,7 @@ class Prediction:
     hidden: Hidden
     measured: Mapping[int, int]
     metered: Mapping[int, int]
-    beside: Callable[[int], int]
+    beside: Callable[[int], Mapping[str, int]]
 
     def peak_bytes(self, microbatch_size: int) -> int:
         """Predict the peak memory in use, including everything from before the window.
@@ -69,7 +70,7 @@ class Prediction:
         total = self.measured.get(microbatch_size)
         if total is None:
             total = round(float(self._total(microbatch_size).max()))
-        return total + self.beside(microbatch_size)
+        return total + self._beside(microbatch_size)
 
     def metered_bytes(self, microbatch_size: int) -> int:
         """Predict the peak that a `MemoryMeter` counts, which is that of tensors alone.
@@ -89,7 +90,7 @@ class Prediction:
         total = self.metered.get(microbatch_size)
         if total is None:
             total = round(float(self._visible(microbatch_size).max()))
-        return total + self.beside(microbatch_size)
+        return total + self._beside(microbatch_size)
 
     def doubt(self, microbatch_size: int, *, hidden: bool) -> float:
         """Return the relative uncertainty of the predicted peak: how much lower the true peak may be.
@@ -132,8 +133,8 @@ class Prediction:
 
     def predicted_run(self, microbatch_size: int) -> Witnessed:
         """Return the predicted memory of a run, operator by operator, in the form of a measured run."""
-        beside = self.beside(microbatch_size)
         live = self._visible(microbatch_size)
+        beside = self._beside(microbatch_size)
         inside = self.hidden.levels(microbatch_size)
         levels = (
             [[round(low + more) + beside for more in each] for low, each in zip(live.tolist(), inside, strict=True)]
@@ -156,7 +157,10 @@ class Prediction:
 
     def _split(self, size: int, index: int) -> dict[str, int]:
         found = {name: round(each) for name, each in self.curves.parts(size, index).items()}
-        return {**found, INPUTS: found.get(INPUTS, 0) + self.beside(size)}
+        return dict(Counter(found) + Counter(self.beside(size)))
+
+    def _beside(self, size: int) -> int:
+        return sum(self.beside(size).values())
 
     def _visible(self, size: int) -> Tensor:
         if size < 1:
@@ -200,7 +204,7 @@ def predict(
     *,
     sizes: Sequence[int] = (2, 4),
     witnessed: Sequence[tuple[int, Witnessed]] = (),
-    beside: Callable[[int], int] = lambda _: 0,
+    beside: Callable[[int], Mapping[str, int]] = lambda _: {},
 ) -> Prediction:
     """Predict the peak memory at every microbatch size from the timelines of a few sizes.
 
@@ -219,7 +223,7 @@ def predict(
         sizes: Microbatch sizes to run; two or more, ascending. Avoid 1, which uses other kernels.
         witnessed: Measured runs with the allocator's bytes in each operator, by size, ascending. Their difference to
             the timelines of ``run`` is added to the prediction.
-        beside: Returns the bytes held outside of the run, by microbatch size.
+        beside: Returns the bytes held outside of the run, from a microbatch size, by category.
 
     Returns:
         The prediction.

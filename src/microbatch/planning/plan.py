@@ -87,7 +87,8 @@ class Plan:
         batch_size: Rows of the batch.
         microbatch_size: Rows that should go through the model at once: the fastest size that fits. Where rows are
             ragged, the size is ``microbatch_tokens``, and these are as many rows of the longest length.
-        decided: Whether speed was measured; if not, the size is a default, and ``why`` says what was in the way.
+        decided: Whether speed was measured exactly; if not, the size is a default or a choice from noisy times, and
+            ``why`` says what was in the way.
         why: Why this size, in words.
         budget: Bytes that a step may have in use; `None` where nothing limits it.
         candidates: What each size takes, smallest first.

@@ -24,6 +24,7 @@ from microbatch.step.parts.autocast import Autocast
 from microbatch.step.parts.batch_norm import FrozenNorms, NormWarning, OneRowNorms, PooledNorms
 from microbatch.step.parts.batch_warnings import BatchWarnings
 from microbatch.step.parts.captured_gradients import CapturedGradients
+from microbatch.step.parts.carried_tensors import CarriedTensors
 from microbatch.step.parts.checkpointing import Checkpointing
 from microbatch.step.parts.compilation import Compilation
 from microbatch.step.parts.coverage import Coverage
@@ -191,7 +192,8 @@ class Composition:
         if options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
-        found += [WeightHooks(), CountWarning(), CouplingWarning(), ScaledLoss(), WatchedWeights(), CapturedGradients()]
+        found += [WeightHooks(), CountWarning(), CouplingWarning(), ScaledLoss(), CarriedTensors(), WatchedWeights()]
+        found.append(CapturedGradients())
         return [*found, self.fused]
 
     def _passes(self) -> Passes:

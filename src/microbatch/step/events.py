@@ -95,7 +95,7 @@ class PlanChosen:
     Attributes:
         step: Index of the window after which the size was chosen, from 0.
         microbatch_size: Rows of a microbatch from now on.
-        decided: Whether speed was measured; if not, the size is a default.
+        decided: Whether speed was measured exactly; if not, the size is a default, or a choice from noisy times.
         why: The reason, in words.
         seconds: Measured seconds per row, by size.
         predicted_bytes: Predicted peak memory at the size; `None` if it was not predicted.

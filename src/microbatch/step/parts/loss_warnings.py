@@ -13,6 +13,7 @@ from microbatch.loss.coupling import listen, stop
 from microbatch.pages import page
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import OpenWindow, Part, Run
+from microbatch.step.parts.row_comparison import compares_rows
 from microbatch.step.parts.target_counts import Mean, Unequal, is_sum, mean_behind, unequal_in, unequal_means
 from microbatch.step.record import Step
 
@@ -90,20 +91,38 @@ class CountWarning(Part):
 class CouplingWarning(Part):
     """Warn about a contrastive loss that sees one microbatch at a time.
 
+    The library's own losses report themselves. A loss written by hand is recognised by its graph, in the first windows.
+
     Source:
         Law S8.
     """
 
     def __init__(self) -> None:
         self._names = set[str]()
+        self._windows, self._compared = 0, 0
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Notice contrastive losses until the end of the window."""
-        self._names = listen()
+        self._names, self._compared = listen(), 0
         stack.callback(stop)
+
+    def backward(self, window: OpenWindow, run: Run) -> Run:
+        """Read each loss's graph."""
+        return run if self._windows >= _WINDOWS else partial(self._run, window, run)
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if a cut window computed one without ``encode=``."""
+        self._windows += 1
+        if 1 < step.microbatches <= self._compared and window.coupled is None and not self._names:
+            window.setup.warn(
+                "coupled loss",
+                "the loss compares the samples of one microbatch with each other (a cross entropy over the products of "
+                "their representations), and not with those of the whole batch. Encode first, and compute the loss of "
+                "all representations:\n"
+                "    accumulator.step(batch, lambda model, encoded: loss(*encoded), encode=encode)\n"
+                f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
+                'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
+            )
         if self._names and step.microbatches > 1 and window.coupled is None:
             name = min(self._names)
             window.setup.warn(
@@ -114,3 +133,8 @@ class CouplingWarning(Part):
                 f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
                 'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
             )
+
+    def _run(self, window: OpenWindow, run: Run, tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> object:
+        if any(compares_rows(loss, window.rows or 0) for loss in tensors):
+            self._compared += 1
+        return run(tensors, seeds)

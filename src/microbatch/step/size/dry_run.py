@@ -139,7 +139,8 @@ def dry_run_at(
     """
     with _undisturbed(options) as gradients:
         scene = Scene(options, loss_fn, batch, gradients)
-        return _fake(scene, size, watch=watch).peak_bytes + scene.beside(size)
+        peak = _fake(scene, size, watch=watch).peak_bytes
+        return peak + sum(scene.beside(size).values())
 
 
 def _fake(
@@ -159,10 +160,12 @@ def _fake(
     log.setLevel(logging.CRITICAL + 1)
     try:
         with mode, nullcontext() if watch is None else watch(cast.options.bare_model, meter):
-            _run_windows(cast, size, meter)
+            scene.kept[:] = _run_windows(cast, size, meter)
     finally:
         log.setLevel(level)
-    return meter.timeline
+    found = meter.timeline
+    scene.storages.append(found.most_storages)
+    return found
 
 
 def _real(scene: Scene, size: int) -> Witnessed:
@@ -172,8 +175,10 @@ def _real(scene: Scene, size: int) -> Witnessed:
     if (offload := scene.options.offload) is not None:
         spill = offload if isinstance(offload, Spill) else Spill(cast.options.bare_model)
         cast = replace(cast, loss_fn=Inside(cast.loss_fn, spill))
-    _run_windows(cast, size, meter)
-    return meter.witnessed()
+    scene.kept[:] = _run_windows(cast, size, meter)
+    found = meter.witnessed()
+    scene.storages.append(found.timeline.most_storages)
+    return found
 
 
 def _witness(scene: Scene, *, sizes: Sequence[int], notes: list[str]) -> list[tuple[int, Witnessed]]:
@@ -200,8 +205,8 @@ def _witness(scene: Scene, *, sizes: Sequence[int], notes: list[str]) -> list[tu
 # -- the windows ------------------------------------------------------------------------------------------------------
 
 
-def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> None:
-    """Run windows until one has had forward passes beside the optimizer's state."""
+def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> Sequence[int]:
+    """Run windows until one has had forward passes beside the optimizer's state; return what `run_window` does."""
     options = cast.options
     meter.track(options.model, *options.optimizers)
     held = [some_rows(cast.batch, size)]
@@ -211,9 +216,11 @@ def _run_windows(cast: Cast, size: int, meter: MemoryMeter) -> None:
         held.append(map_tensors(torch.clone, held[0]))
     meter.track(held, category=INPUTS)
     learn_to_count(type(torch.empty(0, device="cpu")))  # now, so that the meter does not count its tensors
+    kept: Sequence[int] = ()
     with meter:
         for _ in range(1 if all(each.state for each in options.optimizers) else 2):
-            run_window(options, cast.loss_fn, _copied(held[0], meter) if on_cpu else held, meter)
+            kept = run_window(options, cast.loss_fn, _copied(held[0], meter) if on_cpu else held, meter)
+    return kept
 
 
 def _copied(rows: object, meter: MemoryMeter) -> Generator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import CellType, FunctionType
 from typing import Any
 
@@ -19,8 +19,10 @@ from microbatch.arguments import attribute
 from microbatch.batch.batch_tree import contents, map_tensors, rows_of, take_rows
 from microbatch.batch.batches import parts_of
 from microbatch.devices.backend import foreach_is_default
+from microbatch.devices.device_memory import block_bytes
 from microbatch.errors import ConfigError
 from microbatch.loss.loss import LossLike
+from microbatch.memory.ledger import INPUTS, TEMPORARIES
 from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.options import Options
 
@@ -28,19 +30,43 @@ LossFunction = Callable[[nn.Module, Any], LossLike]
 _GIVEN_STORAGE = tuple(
     getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads() if "Storage" in name
 )
+_JOINED = 8  # bytes of each kept number in the tensors that join the numbers of all microbatches, at the end
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The user's options, loss function and batch, and the gradients that were set aside."""
+    """The user's options, loss function and batch, and the gradients that were set aside.
+
+    Attributes:
+        kept: Bytes of each tensor that a window keeps of one microbatch until its end, as dry runs have found.
+        storages: Most storages that were alive at once in each dry run.
+    """
 
     options: Options
     loss_fn: LossFunction
     batch: Any
     gradients: Sequence[tuple[Tensor, Tensor]]
+    kept: list[int] = field(default_factory=list[int])
+    storages: list[int] = field(default_factory=list[int])
 
-    def beside(self, size: int) -> int:
-        """Return the bytes of the batch's other rows beside a microbatch, if the batch is on the device."""
+    def beside(self, size: int) -> dict[str, int]:
+        """Return the bytes of a whole window that a dry run of two microbatches does not have.
+
+        These are the batch's other rows if the batch is on the device, the numbers that the window keeps of each
+        microbatch, and the rounding of every allocation to the allocator's block.
+
+        Args:
+            size: Rows of the microbatch.
+
+        Returns:
+            Bytes by category; the rounding is an upper bound.
+        """
+        block, microbatches = block_bytes(self.options.device), -(-rows_of(self.batch) // size)
+        numbers = sum(-(-each // block) * block + _JOINED for each in self.kept)
+        rounding = (block - 1) * max(self.storages, default=0)
+        return {INPUTS: self._other_rows(size), TEMPORARIES: microbatches * numbers + rounding}
+
+    def _other_rows(self, size: int) -> int:
         if self.options.device.type != "cpu":
             return 0
         rows = rows_of(self.batch)

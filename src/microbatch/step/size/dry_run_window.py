@@ -26,8 +26,18 @@ from microbatch.step.sums import sums_for
 from microbatch.step.window import Window
 
 
-def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any], meter: MemoryMeter) -> None:
-    """Run the parts of a window that take memory, and the optimizers' steps."""
+def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any], meter: MemoryMeter) -> Sequence[int]:
+    """Run the parts of a window that take memory, and the optimizers' steps.
+
+    Args:
+        options: Options with copies of the model and the optimizers.
+        loss_fn: As for `Accumulator.step`.
+        microbatches: The microbatches. As in a real window, one is held until the next one is there.
+        meter: Measures the memory, with gradients as a category.
+
+    Returns:
+        Bytes of each tensor that a window makes of one microbatch's loss, and keeps until its end.
+    """
     parts: list[Part] = [_Gradients(meter)]
     if options.checkpoint is not None and options.checkpoint != "auto":
         parts.append(Checkpointing(named_blocks(options.bare_model, options.checkpoint)))
@@ -49,19 +59,25 @@ def run_window(options: Options, loss_fn: Function, microbatches: Iterable[Any],
         live_bytes=_none,
     )
     window = Window(setup, attempt=Attempt())
-    window.denominator = _AnyTerms()
+    window.denominator = terms = _AnyTerms()
     with window:
         for microbatch in microbatches:
             window.backward(loss_fn(window.model, microbatch), count=1)
         microbatch = None  # no longer held when the optimizers step
+    return terms.kept
 
 
 class _AnyTerms(Denominator):
     """A denominator that accepts any terms; every count is 1."""
 
+    kept: Sequence[int] = ()
+
     def seeds(self, shares: Sequence[Share]) -> list[Tensor]:
         if self.declared is None:
             self.declare(1.0, dict.fromkeys((share.name for share in shares), 1.0))
+        counts = [each.count.nbytes for each in shares if isinstance(each.count, Tensor)]
+        # The loss, and the divisor of a cross entropy in its graph.
+        self.kept = [*counts, *(each.value.nbytes for each in shares for _ in range(2))]
         return super().seeds(shares)
 
 

@@ -175,6 +175,29 @@ def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -
     return Found(microbatch_size=size, decided=False, why=f"{why}; {size} is a default", seconds=dict(seconds))
 
 
+def busiest_choice(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -> Found:
+    """Choose a size from noisy times: the largest of those that are as fast as the fastest, as far as noise can tell.
+
+    Args:
+        sizes: Sizes to choose from, ascending.
+        seconds: Median seconds per row over several turns, by size, for at least one of ``sizes``.
+        why: The reason why the times are noisy.
+
+    Returns:
+        The size; not decided.
+
+    Example:
+        >>> seconds = {4: 1.3, 8: 1.0, 16: 1.1, 32: 1.25}
+        >>> busiest_choice([4, 8, 16, 32], seconds, why="noise").microbatch_size
+        16
+    """
+    measured = {size: seconds[size] for size in sizes if size in seconds}
+    least = min(measured.values())
+    size = max(size for size, each in measured.items() if each <= (1 + NOISE) * least)
+    why = f"{why}; {size} is the largest of the sizes that took at most {NOISE:.0%} more than the fastest"
+    return Found(microbatch_size=size, decided=False, why=why, seconds=measured)
+
+
 def settled(samples: Sequence[float]) -> float | None:
     """Return the time per row that samples agree on: their median, or the mean of the two fastest; or `None`.
 
@@ -195,10 +218,10 @@ def settled(samples: Sequence[float]) -> float | None:
 
 
 def too_noisy(size: int, samples: Sequence[float]) -> str:
-    """Return the reason why noisy samples were not compared, in words."""
+    """Return the reason why noisy samples are not compared as they are, in words."""
     return (
         f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
-        "as when another job is running, so speeds were not compared"
+        "as when another job is running, so speeds are not known exactly"
     )
 
 

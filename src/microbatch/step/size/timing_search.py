@@ -17,6 +17,7 @@ from microbatch.step.size.search import (
     NOISE,
     SAMPLES,
     Found,
+    busiest_choice,
     fastest,
     largest_between,
     next_size,
@@ -34,7 +35,9 @@ SAFE = 0.97
 _FIRST_ROWS = 4
 """Rows of the first microbatches without a prediction; their peak bounds the peak of larger ones."""
 _PATIENCE = 3
-"""Windows at a size before noise ends the search; also the windows with a meter on that are not timed."""
+"""Windows at a size before its times count as noisy; also the windows with a meter on that are not timed."""
+_TURNS = 3
+"""How often the sizes take turns at the end, one window each, if times are noisy."""
 _CLOSE = 1.7
 """Sizes up to this many times slower than the fastest are timed once more, in case another job slowed them down."""
 _ONLY = "no other size fits"
@@ -73,6 +76,9 @@ class Tuning:
     close to the fastest are timed once more, and the lower time counts. This corrects for another job that ran during
     all earlier windows of a size.
 
+    If another job runs all the time, samples of one size do not agree. Then all sizes take turns, so that the other
+    job slows them all, and medians are compared. Of sizes that are equal within the noise, the largest is chosen.
+
     Attributes:
         sizes: Sizes that may fit, ascending.
         sizing: The current size, which the search sets.
@@ -90,6 +96,9 @@ class Tuning:
         rehearsed: Whether a prediction was made already.
         again: Sizes to time once more; `None` before they are chosen.
         rerun: Whether the current size is timed once more.
+        noisy: Why times cannot be compared exactly, in words; `None` if they can.
+        turns: How often the sizes have taken turns.
+        times: Seconds per row of whole windows, by size.
         density: With ragged rows, mean tokens of a row in the first batch that was timed.
     """
 
@@ -109,6 +118,9 @@ class Tuning:
     rehearsed: bool = False
     again: list[int] | None = None
     rerun: bool = False
+    noisy: str | None = None
+    turns: int = 0
+    times: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
     density: float | None = None
 
     @classmethod
@@ -216,6 +228,9 @@ class Tuning:
             "feeling": self.feeling,
             "rehearsed": self.rehearsed,
             "again": self.again,
+            "noisy": self.noisy,
+            "turns": self.turns,
+            "times": [list(pair) for pair in self.times.items()],
             "density": self.density,
         }
 
@@ -235,6 +250,7 @@ class Tuning:
         found.ragged, found.bound, found.feeling = state["ragged"], state["bound"], state["feeling"]
         found.rehearsed = state["rehearsed"]
         found.again, found.density = state["again"], state["density"]
+        found.noisy, found.turns, found.times = state.get("noisy"), state.get("turns", 0), dict(state.get("times", ()))
         return found
 
     def _learn(self, size: int, played: Played) -> None:
@@ -257,9 +273,10 @@ class Tuning:
             self.density = self.density or played.tokens / played.rows
             whole *= self.density * played.rows / played.tokens
         self.wholes.append(whole)
+        self.times.setdefault(size, []).append(whole)
         self.samples += [whole] if self.ragged else _samples(played, size)
         if self.rerun:
-            self.seconds[size] = min(self.seconds[size], whole)
+            self.seconds[size] = median(self.times[size]) if self.noisy else min(self.seconds[size], whole)
             self._move()
         elif len(self.samples) >= SAMPLES:
             taken = settled(self.samples)
@@ -267,8 +284,9 @@ class Tuning:
                 self.seconds[size] = median(self.wholes) if noise(self.samples) <= NOISE else taken
                 self._move()
             elif self.windows > _PATIENCE:
-                why = too_noisy(size, self.samples)
-                self._decide(undecided(self._fitting, self.seconds, why=why))
+                self.noisy = self.noisy or too_noisy(size, self.samples)
+                self.seconds[size] = median(self.wholes)
+                self._move()
 
     @property
     def _fitting(self) -> list[int]:
@@ -283,16 +301,20 @@ class Tuning:
             self._try(following)
         elif again := self._once_more(timed):
             self._try(again.pop(), rerun=True)
+        elif timed and self.noisy and len(fitting) > 1:
+            self._decide(busiest_choice(fitting, self.seconds, why=self.noisy))
         elif timed:
             self._decide(fastest(fitting, self.seconds))
         else:
             self._decide(Found(microbatch_size=fitting[0], decided=True, why=_ONLY, seconds={}))
 
     def _once_more(self, timed: list[int]) -> list[int]:
-        """Return the sizes to time once more, the fastest last."""
-        if self.again is None and len(timed) > 1:
+        """Return the sizes to time once more, the fastest last; with noisy times, all of them in turns."""
+        turn = self.again is None or (self.noisy is not None and not self.again and self.turns < _TURNS)
+        if turn and len(timed) > 1:
+            self.turns += 1
             seconds = self.seconds
-            most = _CLOSE * min(seconds[size] for size in timed)
+            most = math.inf if self.noisy else _CLOSE * min(seconds[size] for size in timed)
             self.again = sorted((size for size in timed if seconds[size] < most), key=seconds.__getitem__, reverse=True)
         if self.again is None:
             return []
