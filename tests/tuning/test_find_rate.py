@@ -214,12 +214,33 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         ({"seeds": 10**30}, "seeds must be 1 to 100"),
         ({"seeds": [0, -1]}, "seeds must be 1 to 100 runs, or as many seeds of at least 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
-        ({"microbatch_size": -2}, "microbatch_size must be a whole number of at least 1"),
+        ({"microbatch_size": -2}, 'microbatch_size must be a whole number of at least 1, or "auto", not -2'),
+        (
+            {"microbatch_size": "large"},
+            """microbatch_size must be a whole number of at least 1, or "auto", not 'large'""",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         mb.find_learning_rate(bowl([1.0]), **given)
+
+
+@pytest.mark.parametrize("size", ["large", 0, -2, True, 2**63, 10**30])
+def test_a_microbatch_size_is_read_as_the_accumulator_reads_it(size: Any) -> None:
+    """The same sizes are refused, in the same words; a size above the batch is that of the batch."""
+    job, told = bowl([1.0]), list[str | None]()
+    for call in (
+        lambda: mb.find_learning_rate(job, microbatch_size=size, steps=20, seeds=1),
+        lambda: mb.Accumulator(job.model, job.optimizer, microbatch_size=size),
+    ):
+        try:
+            call()
+            told.append(None)
+        except ConfigError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+    assert (told[0] is None) == (size in (2**63, 10**30))
 
 
 class NoRate(Optimizer):
