@@ -2,7 +2,7 @@
 
 ::
 
-    python -m benchmarks.rate_grid                    both jobs: about ten minutes on one core
+    python -m benchmarks.rate_grid                    both jobs: about half an hour on one core
     python -m benchmarks.rate_grid --job images
 
 Every run is one of ``microbatch train``: the job's own warm-up, then a cosine. It ends with the loss of the held-out
@@ -33,11 +33,13 @@ OUT = Path(__file__).parent / "results"
 GRID = (5e-4, 1e-3, 1.8e-3, 3e-3, 5.5e-3, 1e-2, 3e-2)
 SUGGESTIONS = ("suggested", "steepest", "valley", "minimum_tenth")
 NEAR = 0.02
+AROUND = 10**1.5
+"""The second, finer range test begins so many times below what the first one suggests, and ends as far above it."""
 _HEAD = """Written by `python -m benchmarks.rate_grid`. Every line is a run of `microbatch train`, with its warm-up and
 its cosine. The loss is that of the held-out set at the end, a mean over the seeds. "Over the best" is how far it is
 above the lowest loss of the grid; "of the fall" is how much of the way it went from the loss before training to that
 lowest loss. Where there are several seeds, the error is the standard error of the difference to the best rate, seed by
-seed."""
+seed. "Suggested again" is the suggestion of a second test, on three decades around that of the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,7 @@ class Setting:
 
 
 SETTINGS = {
-    "images": Setting(batch_size=8, steps=150, seeds=(0, 1, 2, 3, 4)),
+    "images": Setting(batch_size=8, steps=150, seeds=range(20)),
     "language": Setting(batch_size=8, steps=100, seeds=(0,)),
 }
 
@@ -111,11 +113,12 @@ def untrained(job: str) -> float:
     return values["loss"]
 
 
-def found(job: str, setting: Setting) -> mb.LearningRate:
-    """Run the range test of a job, at the batch of the real runs."""
+def found(job: str, setting: Setting, *, around: float | None = None) -> mb.LearningRate:
+    """Run the range test of a job, at the batch of the real runs; on three decades around a rate, if one is given."""
     settings = load_settings({"job": job, "batch_size": setting.batch_size, "device": "cpu"})
     made = replace(make_job(settings, resolve_device("cpu")), memory_budget=None)
-    return mb.find_learning_rate(made, batch_size=setting.batch_size)
+    low, high = (None, None) if around is None else (around / AROUND, around * AROUND)
+    return mb.find_learning_rate(made, batch_size=setting.batch_size, low=low, high=high)
 
 
 def measured(job: str, *, kept: Path | None = None) -> dict[str, Any]:
@@ -132,6 +135,10 @@ def measured(job: str, *, kept: Path | None = None) -> dict[str, Any]:
     before, test = untrained(job), found(job, setting)
     print(test, flush=True)
     named = {name: getattr(test, name) for name in SUGGESTIONS}
+    if test.suggested is not None:
+        finer = found(job, setting, around=test.suggested)
+        named["suggested_again"] = finer.suggested
+        print(finer, flush=True)
     losses: dict[float, list[float]] = {}
     for rate in [*GRID, *(rate for rate in named.values() if rate is not None)]:
         if rate not in losses:
@@ -147,7 +154,7 @@ def measured(job: str, *, kept: Path | None = None) -> dict[str, Any]:
         "runs": sorted(lines, key=lambda each: each["rate"]),
         "rates": named,
         "range_test": test.as_dict(),
-        "seconds": time.perf_counter() - started,
+        "seconds": None if kept else time.perf_counter() - started,  # not of runs that were kept from before
     }
 
 
