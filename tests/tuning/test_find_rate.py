@@ -93,6 +93,41 @@ def test_a_range_that_begins_or_ends_at_the_wrong_place_is_widened(rate: float) 
     assert 0.1 < found.suggested < 2.0
 
 
+def passes_of(job: mb.Job, **options: Any) -> tuple[mb.LearningRate, list[list[float]]]:
+    """Run a search, and return its result and the rates of each pass."""
+    passes: list[list[float]] = []
+
+    def note(step: RangeStep) -> None:
+        if step.step == 1:
+            passes.append([])
+        passes[-1].append(step.rate)
+
+    return mb.find_learning_rate(job, progress=note, **options), passes
+
+
+def test_a_second_range_lies_three_decades_around_what_the_first_suggests() -> None:
+    found, passes = passes_of(bowl([1.0, 10.0, 30.0], noise=0.3), seeds=2)
+    assert len(passes) == 4
+    assert found.steps == sum(map(len, passes))
+    low, finer = passes[0][0], passes[2][0]
+    wide = mb.find_learning_rate(bowl([1.0, 10.0, 30.0], noise=0.3), seeds=2, low=low, high=1e8 * low)
+    assert wide.suggested is not None
+    assert found.suggested is not None
+    assert finer == pytest.approx(wide.suggested / 10**1.5)
+    assert passes[2][1] / finer == pytest.approx(1000 ** (1 / 99))  # as many steps for three decades as for eight
+    assert found.curve.rates[0] == finer
+    assert found.suggested != wide.suggested
+    # The usual rules are those of the usual, wide range.
+    usual = [(each.steepest, each.valley, each.minimum_tenth) for each in (found, wide)]
+    assert usual[0] == pytest.approx(usual[1])
+
+
+@pytest.mark.parametrize("given", [{"low": 1e-5}, {"high": 10.0}])
+def test_where_the_user_has_chosen_an_end_there_is_one_range(given: dict[str, float]) -> None:
+    _, passes = passes_of(bowl([1.0]), seeds=1, **given)
+    assert len(passes) == 1
+
+
 def test_the_curve_is_the_loss_after_the_step_at_each_rate() -> None:
     """Against a loop of its own in plain PyTorch: the mean of 16 rows, no accumulation."""
     job = bowl([1.0, 10.0])
