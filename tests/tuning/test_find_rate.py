@@ -122,6 +122,16 @@ def test_a_second_range_lies_three_decades_around_what_the_first_suggests() -> N
     assert usual[0] == pytest.approx(usual[1])
 
 
+def test_where_the_finer_range_shows_no_beginning_the_wide_one_counts() -> None:
+    """Without noise, the loss of a bowl falls from its first rate on."""
+    found, passes = passes_of(bowl([1.0]), seeds=1)
+    wide = mb.find_learning_rate(bowl([1.0]), seeds=1, low=1e-5, high=1e3)
+    assert len(passes) == 2
+    assert found.curve.rates[0] == passes[0][0]
+    assert (found.suggested, found.diverged_at) == pytest.approx((wide.suggested, wide.diverged_at))
+    assert any("in 1 of 1 runs" in each for each in found.words)
+
+
 @pytest.mark.parametrize("given", [{"low": 1e-5}, {"high": 10.0}])
 def test_where_the_user_has_chosen_an_end_there_is_one_range(given: dict[str, float]) -> None:
     _, passes = passes_of(bowl([1.0]), seeds=1, **given)

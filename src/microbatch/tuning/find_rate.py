@@ -50,7 +50,8 @@ def find_learning_rate(
         MicrobatchError: A step failed.
 
     Cost:
-        At most ``steps`` times the number of seeds optimizer steps, and that again for each wider range; a copy of
+        At most ``steps`` times the number of seeds optimizer steps, and that again for each wider range, and for the
+        finer range around the first suggestion. There is no finer range if ``low`` or ``high`` is given. A copy of
         weights and optimizer state on the host.
 
     Source:
