@@ -74,8 +74,20 @@ def by_hand(gradients: Tensor, sizes: list[int]) -> Measured:
 
 
 def accumulator(model: nn.Module, *, lr: float = 0.0, momentum: float = 0.0, **options: Any) -> mb.Accumulator:
-    given: dict[str, Any] = {"microbatch_size": 6, "noise_scale": mb.NoiseScale(every=1)} | options
+    """Make an accumulator that reads every microbatch of every window."""
+    given: dict[str, Any] = {"microbatch_size": 6, "noise_scale": mb.NoiseScale(every=1, microbatches=100)} | options
     return mb.Accumulator(model, SGD(model.parameters(), lr=lr, momentum=momentum), **given)
+
+
+def counting(hooks: list[int]) -> Loss:
+    """Return `squares` that notes, in the backward of each microbatch, the number of hooks on the weights."""
+
+    def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+        loss = squares(model, batch)
+        loss.register_hook(lambda _: hooks.append(sum(len(each._backward_hooks or ()) for each in model.parameters())))
+        return loss
+
+    return loss_fn
 
 
 def windows_of(it: mb.Accumulator) -> list[Measured]:
@@ -226,6 +238,63 @@ def test_a_loop_by_hand_a_loader_and_a_gradient_alone_are_measured() -> None:
         close(found, right)
 
 
+# -- some of many microbatches -----------------------------------------------------------------------------------------
+
+
+def by_hand_from_some(gradients: Tensor, sizes: list[int], read: list[int]) -> Measured:
+    """Solve the two expectations for noise and gradient: that of the groups that are read, and that of all rows."""
+    groups = [gradients.split(sizes)[k] for k in read]
+    some, number = sum(len(each) * float(each.mean(0).square().sum()) for each in groups), sum(map(len, groups))
+    everything = len(gradients) * float(gradients.mean(0).square().sum())
+    # some = number * signal + len(groups) * noise, everything = len(gradients) * signal + noise
+    equations = torch.tensor([[len(groups), number], [1, len(gradients)]], dtype=torch.float64)
+    noise, signal = torch.linalg.solve(equations, torch.tensor([some, everything], dtype=torch.float64)).tolist()
+    return Measured(noise, signal)
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 7, 19, 20])
+@pytest.mark.parametrize("size", [1, 3])
+def test_some_of_many_microbatches_are_read_and_the_result_is_that_of_their_spread(most: int, size: int) -> None:
+    model, sizes = Net(), [size] * (20 // size) + [20 % size] * (20 % size > 0)
+    it = accumulator(model, microbatch_size=size, noise_scale=mb.NoiseScale(every=1, microbatches=most))
+    for seed in range(3):
+        hooks: list[int] = []
+        it.step(rows(seed=seed), counting(hooks))
+        read = [k for k, number in enumerate(hooks) if number]
+        assert len(hooks) == len(sizes)
+        assert len(read) == min(most, len(sizes))
+        gaps = [b - a for a, b in zip(read, [*read[1:], read[0] + len(sizes)], strict=True)]
+        assert max(gaps) - min(gaps) <= 1  # evenly, from one window to the next
+        close(windows_of(it)[seed], by_hand_from_some(per_sample(model, rows(seed=seed)), sizes, read))
+
+
+def test_over_the_windows_every_microbatch_is_read_as_often() -> None:
+    noise, times = mb.NoiseScale(every=10, microbatches=3), [0] * 7
+    for window in range(5, 705, 10):
+        for k in range(7):
+            times[k] += noise.reads(k, microbatches=7, window=window)
+    assert times == [30] * 7
+
+
+def test_in_a_loop_of_unknown_length_the_first_microbatches_are_read() -> None:
+    model, hooks, batch = Net(), list[int](), rows()
+    it = accumulator(model, noise_scale=mb.NoiseScale(every=1, microbatches=2))
+    with it.window() as window:
+        for microbatch in mb.cut(batch, 5):
+            window.backward(counting(hooks)(model, microbatch), count=len(microbatch["x"]))
+    assert [number > 0 for number in hooks] == [True, True, False, False]
+    close(windows_of(it)[0], by_hand_from_some(per_sample(model, batch), [5] * 4, [0, 1]))
+
+
+def test_the_other_microbatches_are_added_in_the_product() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(512, 512, bias=False)
+    batch = {"x": torch.randn(6, 512), "y": torch.randn(6, 512)}
+    for most, fused in ((2, 1), (3, 0)):
+        it = accumulator(model, microbatch_size=2, noise_scale=mb.NoiseScale(every=1, microbatches=most))
+        assert it.step(batch, squares).fused == fused
+
+
 # -- what is counted ---------------------------------------------------------------------------------------------------
 
 
@@ -309,16 +378,28 @@ def test_without_known_rows_the_unit_is_what_the_loss_counts() -> None:
 DRAWS, LENGTH = 20_000, 10
 
 
-def drawn(sizes: list[int], *, number: int, length: int = LENGTH, scale: float = 16.0, seed: int = 0) -> list[Measured]:
-    """Measure windows of gradients from a normal distribution: covariance 1 for each of ``length`` parameters."""
+def drawn(
+    sizes: list[int],
+    *,
+    number: int,
+    length: int = LENGTH,
+    scale: float = 16.0,
+    read: int | None = None,
+    seed: int = 0,
+) -> list[Measured]:
+    """Measure windows of gradients from a normal distribution: covariance 1 for each of ``length`` parameters.
+
+    The first ``read`` microbatches are read.
+    """
     draw = torch.Generator().manual_seed(seed)
     n = torch.tensor(sizes, dtype=torch.float64)
     noise = torch.randn(number, len(sizes), length, generator=draw, dtype=torch.float64) / n.sqrt()[:, None]
     means = math.sqrt(1 / scale) + noise  # |G|^2 = length / scale, S = length
     whole = (means * n[:, None]).sum(1) / n.sum()
-    parts = (means.square().sum(2) * n).sum(1)
+    parts = (means.square().sum(2) * n)[:, :read].sum(1)
     pairs = zip(parts.tolist(), whole.square().sum(1).tolist(), strict=True)
-    return [measure(p, w, count=float(n.sum()), microbatches=len(sizes)) for p, w in pairs]
+    count, some = float(n.sum()), float(n[:read].sum())
+    return [measure(p, w, count=count, microbatches=len(sizes[:read]), read=some) for p, w in pairs]
 
 
 def is_mean(values: Tensor, right: float) -> bool:
@@ -330,6 +411,20 @@ def test_both_are_unbiased_however_ragged_the_microbatches(sizes: list[int]) -> 
     noise, signal = torch.tensor(drawn(sizes, number=DRAWS), dtype=torch.float64).unbind(1)
     assert is_mean(noise, LENGTH)
     assert is_mean(signal, LENGTH / 16)
+
+
+@pytest.mark.parametrize("sizes", [[8, 8, 8], [8, 3, 1, 5], [1, 9, 4, 4, 2]])
+def test_both_are_unbiased_if_only_two_are_read(sizes: list[int]) -> None:
+    noise, signal = torch.tensor(drawn(sizes, number=DRAWS, read=2), dtype=torch.float64).unbind(1)
+    assert is_mean(noise, LENGTH)
+    assert is_mean(signal, LENGTH / 16)
+
+
+def test_by_hand_some_microbatches_taken_for_the_whole_window_are_biased() -> None:
+    """The formula for all microbatches, with the window's own gradient beside four of eight."""
+    found = torch.tensor(drawn([4] * 8, number=DRAWS, read=4), dtype=torch.float64)
+    parts = found[:, 0] * (4 - 0.5) + 16 * (found[:, 1] + found[:, 0] / 32)
+    assert not is_mean((parts - 16 * (found[:, 1] + found[:, 0] / 32)) / 3, LENGTH)
 
 
 def test_by_hand_without_the_sizes_it_is_biased() -> None:
@@ -350,6 +445,28 @@ def test_the_interval_holds_the_truth_in_95_of_100_draws(windows: int, scale: fl
     hits = sum(low <= scale <= high for low, high in bounds)
     assert len(bounds) == 1000
     assert 925 <= hits <= 975  # 950, and 3.6 standard deviations of such a count
+
+
+@pytest.mark.parametrize("scale", [1.0, 16.0, 300.0])
+@pytest.mark.parametrize("sizes", [[4] * 16, [8, 8, 1, 8, 8, 5]])
+def test_the_interval_holds_it_as_often_if_only_four_are_read(sizes: list[int], scale: float) -> None:
+    found = drawn(sizes, number=16_000, length=40, scale=scale, read=4)
+    bounds = [interval_of(found[k : k + 16]) for k in range(0, len(found), 16)]
+    hits = sum(each is not None and each[0] <= scale <= each[1] for each in bounds)
+    assert 925 <= hits <= 975
+
+
+@pytest.mark.parametrize("most", [2, 4, 8])
+def test_where_noise_rules_the_interval_grows_by_no_more_than_is_said(most: int) -> None:
+    """Its half width goes with the spread of ``|G|^2``, a quadratic form ``x Q x`` with the variance ``2 tr Q^2``."""
+    whole, some = (
+        float(torch.tensor(drawn([2] * 16, number=DRAWS, scale=1e4, read=read), dtype=torch.float64)[:, 1].std())
+        for read in (16, most)
+    )
+    chosen = torch.diag((torch.arange(16) < most).double())
+    form = (most / 16 - chosen) / (most - most / 16)
+    assert some / whole == pytest.approx(math.sqrt(float(form.square().sum()) * 15 / 16), rel=0.02)
+    assert some / whole < math.sqrt(1 + 1 / most)
 
 
 def test_an_interval_without_its_spread_holds_it_less_often() -> None:
@@ -422,12 +539,8 @@ def test_one_microbatch_tells_nothing() -> None:
 def test_every_tenth_window_is_measured_and_the_others_tell_the_latest_estimate() -> None:
     model, hooks = Net(), list[int]()
 
-    def counting(model: nn.Module, batch: Batch) -> Tensor:
-        hooks.append(sum(len(each._backward_hooks or ()) for each in model.parameters()))
-        return squares(model, batch)
-
     it = accumulator(model, noise_scale=mb.NoiseScale(every=10))
-    steps = [it.step(rows(seed=seed), counting) for seed in range(17)]
+    steps = [it.step(rows(seed=seed), counting(hooks)) for seed in range(17)]
     per_step = [sum(hooks[4 * k : 4 * k + 4]) for k in range(17)]
     assert [k for k, number in enumerate(per_step) if number] == [5, 15]
     assert len(windows_of(it)) == 2
@@ -438,7 +551,7 @@ def test_every_tenth_window_is_measured_and_the_others_tell_the_latest_estimate(
 
 def test_only_the_latest_windows_count() -> None:
     model = Net()
-    it = accumulator(model, noise_scale=mb.NoiseScale(every=1, windows=3))
+    it = accumulator(model, noise_scale=mb.NoiseScale(every=1, windows=3, microbatches=100))
     step = [it.step(rows(100, seed=seed), squares) for seed in range(5)][-1]
     sizes = [6] * 16 + [4]
     latest = [by_hand(per_sample(model, rows(100, seed=seed)), sizes) for seed in (2, 3, 4)]
@@ -605,7 +718,7 @@ def test_a_loss_that_couples_samples_is_refused() -> None:
         it.step(rows(), lambda model, z: z.var(0).sum(), encode=lambda model, batch: model(batch["x"]))
 
 
-@pytest.mark.parametrize("given", [{"every": 0}, {"every": -3}, {"every": True}, {"windows": 1}])
+@pytest.mark.parametrize("given", [{"every": 0}, {"every": -3}, {"every": True}, {"windows": 1}, {"microbatches": 1}])
 def test_values_that_cannot_work_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"NoiseScale: {next(iter(given))}"):
         mb.NoiseScale(**given)

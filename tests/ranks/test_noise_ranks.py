@@ -60,7 +60,7 @@ def run(
     **options: Any,
 ) -> dict[str, Any]:
     model = wrap(Dot())
-    given: dict[str, Any] = {"microbatch_size": 4, "noise_scale": mb.NoiseScale(every=1)} | options
+    given: dict[str, Any] = {"microbatch_size": 4, "noise_scale": mb.NoiseScale(every=1, microbatches=9)} | options
     it = mb.Accumulator(model, SGD(model.parameters(), lr=0.1, momentum=momentum), **given)
     first = sum(shares[:rank])
     steps = [it.step(drawn(index)[first : first + shares[rank]], loss) for index in range(WINDOWS)]
@@ -93,6 +93,10 @@ def case_overlap(rank: int, ranks: int) -> Any:
 
 def case_bufferless(rank: int, ranks: int) -> Any:
     return run(rank, sums=mb.Sums(buffer="none"), momentum=0.9)
+
+
+def case_some(rank: int, ranks: int) -> Any:
+    return run(rank, noise_scale=mb.NoiseScale(every=1, microbatches=2))
 
 
 def case_every_second(rank: int, ranks: int) -> Any:
@@ -162,6 +166,20 @@ def test_it_is_that_of_one_window_over_all_ranks(told: Any, case: str) -> None:
     expected = [right(index, SIZES[case]) for index in range(WINDOWS)]
     for each in result(told, case):
         assert each["windows"] == [pytest.approx(window, rel=1e-9) for window in expected]
+
+
+def test_some_microbatches_of_each_rank_are_read(told: Any) -> None:
+    """Two of four on the first rank, alternately, and both of two on the second."""
+    expected: list[Any] = []
+    for index in range(WINDOWS):
+        x = drawn(index)
+        groups, whole = x.split([4, 4, 4, 1, 4, 2]), float(x.mean(0).square().sum())
+        read = [groups[k] for k in ([0, 2, 4, 5] if index % 2 == 0 else [1, 3, 4, 5])]
+        parts, number = sum(len(each) * float(each.mean(0).square().sum()) for each in read), sum(map(len, read))
+        noise = (parts - number * whole) / (4 - number / 19)
+        expected.append(pytest.approx((noise, whole - noise / 19), rel=1e-9))
+    for each in result(told, "some"):
+        assert each["windows"] == expected
 
 
 def test_every_rank_tells_the_same(told: Any) -> None:

@@ -93,6 +93,51 @@ def test_a_range_that_begins_or_ends_at_the_wrong_place_is_widened(rate: float) 
     assert 0.1 < found.suggested < 2.0
 
 
+def passes_of(job: mb.Job, **options: Any) -> tuple[mb.LearningRate, list[list[float]]]:
+    """Run a search, and return its result and the rates of each pass."""
+    passes: list[list[float]] = []
+
+    def note(step: RangeStep) -> None:
+        if step.step == 1:
+            passes.append([])
+        passes[-1].append(step.rate)
+
+    return mb.find_learning_rate(job, progress=note, **options), passes
+
+
+def test_a_second_range_lies_three_decades_around_what_the_first_suggests() -> None:
+    found, passes = passes_of(bowl([1.0, 10.0, 30.0], noise=0.3), seeds=2)
+    assert len(passes) == 4
+    assert found.steps == sum(map(len, passes))
+    low, finer = passes[0][0], passes[2][0]
+    wide = mb.find_learning_rate(bowl([1.0, 10.0, 30.0], noise=0.3), seeds=2, low=low, high=1e8 * low)
+    assert wide.suggested is not None
+    assert found.suggested is not None
+    assert finer == pytest.approx(wide.suggested / 10**1.5)
+    assert passes[2][1] / finer == pytest.approx(1000 ** (1 / 99))  # as many steps for three decades as for eight
+    assert found.curve.rates[0] == finer
+    assert found.suggested != wide.suggested
+    # The usual rules are those of the usual, wide range.
+    usual = [(each.steepest, each.valley, each.minimum_tenth) for each in (found, wide)]
+    assert usual[0] == pytest.approx(usual[1])
+
+
+def test_where_the_finer_range_shows_no_beginning_the_wide_one_counts() -> None:
+    """Without noise, the loss of a bowl falls from its first rate on."""
+    found, passes = passes_of(bowl([1.0]), seeds=1)
+    wide = mb.find_learning_rate(bowl([1.0]), seeds=1, low=1e-5, high=1e3)
+    assert len(passes) == 2
+    assert found.curve.rates[0] == passes[0][0]
+    assert (found.suggested, found.diverged_at) == pytest.approx((wide.suggested, wide.diverged_at))
+    assert any("in 1 of 1 runs" in each for each in found.words)
+
+
+@pytest.mark.parametrize("given", [{"low": 1e-5}, {"high": 10.0}])
+def test_where_the_user_has_chosen_an_end_there_is_one_range(given: dict[str, float]) -> None:
+    _, passes = passes_of(bowl([1.0]), seeds=1, **given)
+    assert len(passes) == 1
+
+
 def test_the_curve_is_the_loss_after_the_step_at_each_rate() -> None:
     """Against a loop of its own in plain PyTorch: the mean of 16 rows, no accumulation."""
     job = bowl([1.0, 10.0])
@@ -214,12 +259,33 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         ({"seeds": 10**30}, "seeds must be 1 to 100"),
         ({"seeds": [0, -1]}, "seeds must be 1 to 100 runs, or as many seeds of at least 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
-        ({"microbatch_size": -2}, "microbatch_size must be a whole number of at least 1"),
+        ({"microbatch_size": -2}, 'microbatch_size must be a whole number of at least 1, or "auto", not -2'),
+        (
+            {"microbatch_size": "large"},
+            """microbatch_size must be a whole number of at least 1, or "auto", not 'large'""",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         mb.find_learning_rate(bowl([1.0]), **given)
+
+
+@pytest.mark.parametrize("size", ["large", 0, -2, True, 2**63, 10**30])
+def test_a_microbatch_size_is_read_as_the_accumulator_reads_it(size: Any) -> None:
+    """The same sizes are refused, in the same words; a size above the batch is that of the batch."""
+    job, told = bowl([1.0]), list[str | None]()
+    for call in (
+        lambda: mb.find_learning_rate(job, microbatch_size=size, steps=20, seeds=1),
+        lambda: mb.Accumulator(job.model, job.optimizer, microbatch_size=size),
+    ):
+        try:
+            call()
+            told.append(None)
+        except ConfigError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+    assert (told[0] is None) == (size in (2**63, 10**30))
 
 
 class NoRate(Optimizer):

@@ -29,16 +29,18 @@ class NoiseScale:
     Attributes:
         every: One window in this many is measured, first window ``every // 2``; at least 1.
         by_group: Whether ``step.noise_scale_by_group`` has the noise scale of each parameter group of the optimizers.
+        microbatches: How many microbatches of a measured window are read, at most, on each rank; at least 2.
         windows: How many measured windows the estimate averages, the latest ones; at least 2.
 
     Raises:
         ConfigError: A value cannot work.
 
     Cost:
-        In a measured window, each gradient is read once more for its norm, and weight gradients are not added inside
-        the matrix product. The window ends with one more host synchronisation; with several ranks, also with one more
-        small all-reduce. Memory: one number for each parameter and microbatch; where weights would be fused, also the
-        gradient of one weight. Other windows cost nothing.
+        In a measured window, the gradients of up to ``microbatches`` microbatches are read once more for their norms.
+        There, weight gradients are not added inside the matrix product. The window ends with one more read of its
+        gradient and one more host synchronisation; with several ranks, also with one more small all-reduce. Memory: one
+        number for each parameter and microbatch that is read; where weights would be fused, also the gradient of one
+        weight. Other microbatches and other windows cost nothing.
 
     Example:
         >>> [index for index in range(40) if NoiseScale(every=10).due(index)]
@@ -50,11 +52,13 @@ class NoiseScale:
 
     every: int = 10
     by_group: bool = field(default=False, kw_only=True)
+    microbatches: int = field(default=4, kw_only=True)
     windows: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
         """Check every value."""
-        for name, value, least in [("every", self.every, 1), ("windows", self.windows, 2)]:
+        given = [("every", self.every, 1), ("microbatches", self.microbatches, 2), ("windows", self.windows, 2)]
+        for name, value, least in given:
             number = whole(value, least=least)
             if number is None:
                 raise ConfigError(f"NoiseScale: {name} must be a whole number of at least {least}, not {value!r}")
@@ -73,6 +77,31 @@ class NoiseScale:
         """
         return index % self.every == self.every // 2
 
+    def reads(self, index: int, *, microbatches: int | None, window: int) -> bool:
+        """Return whether a microbatch of a measured window is read.
+
+        The microbatches that are read lie evenly in the window, and other ones in the next measured window. So the
+        choice does not depend on the data, and rows that are sorted within a window are met equally often.
+
+        Args:
+            index: Index of the microbatch on this rank, from 0.
+            microbatches: Microbatches of this rank; `None` if they are not known, which reads the first ones.
+            window: Index of the window.
+
+        Returns:
+            True for at most ``self.microbatches`` of them.
+
+        Example:
+            >>> noise = NoiseScale(every=10, microbatches=3)
+            >>> [k for k in range(9) if noise.reads(k, microbatches=9, window=5)]
+            [0, 3, 6]
+            >>> [k for k in range(9) if noise.reads(k, microbatches=9, window=15)]
+            [2, 5, 8]
+        """
+        if microbatches is None or microbatches <= self.microbatches:
+            return index < self.microbatches
+        return (index + window // self.every) * self.microbatches % microbatches < self.microbatches
+
 
 class Measured(NamedTuple):
     """What one window, or several together, tells about the gradient.
@@ -86,19 +115,21 @@ class Measured(NamedTuple):
     signal: float
 
 
-def measure(parts: float, whole: float, *, count: float, microbatches: float) -> Measured:
+def measure(parts: float, whole: float, *, count: float, microbatches: float, read: float | None = None) -> Measured:
     """Estimate noise and signal from one window, both without bias.
 
-    Microbatch ``i`` has ``n_i`` samples and the mean gradient ``g_i``; the window has ``N`` samples, ``A`` microbatches
-    and the mean gradient ``g``. The expectation of ``n_i |g_i|^2`` is ``n_i |G|^2 + S``, and that of ``N |g|^2`` is
-    ``N |G|^2 + S``. So ``S = (sum n_i |g_i|^2 - N |g|^2) / (A - 1)``, and ``|G|^2 = |g|^2 - S / N``, whatever the
-    ``n_i``.
+    Microbatch ``i`` has ``n_i`` samples and the mean gradient ``g_i``; the window has ``N`` samples and the mean
+    gradient ``g``. Of its microbatches, ``K`` are read, with ``n`` samples together. The expectation of
+    ``n_i |g_i|^2`` is ``n_i |G|^2 + S``, and that of ``N |g|^2`` is ``N |G|^2 + S``. So
+    ``S = (sum n_i |g_i|^2 - n |g|^2) / (K - n / N)`` over those that are read, and ``|G|^2 = |g|^2 - S / N``, whatever
+    the ``n_i``.
 
     Args:
-        parts: ``sum n_i |g_i|^2``.
+        parts: ``sum n_i |g_i|^2``, over the microbatches that are read.
         whole: ``|g|^2``.
         count: ``N``, above 0.
-        microbatches: ``A``, at least 2.
+        microbatches: ``K``, at least 2.
+        read: ``n``, above 0 and at most ``N``; `None` for ``N``: all microbatches are read.
 
     Returns:
         ``S`` and ``|G|^2``. Either may be negative by chance.
@@ -106,8 +137,11 @@ def measure(parts: float, whole: float, *, count: float, microbatches: float) ->
     Example:
         >>> measure(2 * 9.0 + 1 * 0.0, 4.0, count=3, microbatches=2)  # gradients 3, 3 and 0
         Measured(noise=6.0, signal=2.0)
+        >>> measure(16.0 + 1.0, 4.0, count=4, microbatches=2, read=2)  # 4 and 1 are read, and 1 and 2 are not
+        Measured(noise=6.0, signal=2.5)
     """
-    noise = (parts - count * whole) / (microbatches - 1)
+    read = count if read is None else read
+    noise = (parts - read * whole) / (microbatches - read / count)
     return Measured(noise, whole - noise / count)
 
 

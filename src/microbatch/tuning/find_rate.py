@@ -8,6 +8,7 @@ from microbatch.arguments import check_whole
 from microbatch.errors import ConfigError
 from microbatch.gradients.parameters import device_of
 from microbatch.kind_words import kind_of
+from microbatch.step.options import size_of
 from microbatch.train.job import Job
 from microbatch.tuning.learning_rate import LearningRate, RangeStep
 
@@ -49,7 +50,8 @@ def find_learning_rate(
         MicrobatchError: A step failed.
 
     Cost:
-        At most ``steps`` times the number of seeds optimizer steps, and that again for each wider range; a copy of
+        At most ``steps`` times the number of seeds optimizer steps, and that again for each wider range, and for the
+        finer range around the first suggestion. There is no finer range if ``low`` or ``high`` is given. A copy of
         weights and optimizer state on the host.
 
     Source:
@@ -63,8 +65,7 @@ def find_learning_rate(
     if not isinstance(job, Job):
         raise ConfigError(f"job must be an mb.Job, not {kind_of(job)}")
     batch_size = None if batch_size is None else check_whole("batch_size", batch_size, least=1)
-    if microbatch_size is not None and microbatch_size != "auto":
-        microbatch_size = check_whole("microbatch_size", microbatch_size, least=1)
+    microbatch_size = None if microbatch_size is None else size_of(microbatch_size)
     steps = check_whole("steps", steps, least=1)
     chosen = seeds_of(seeds)
     # The test has no warm-up: the rate grows by itself.

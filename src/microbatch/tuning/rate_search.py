@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from microbatch.arguments import is_finite, listed_of, whole
 from microbatch.errors import ConfigError, LossError
@@ -40,6 +41,9 @@ WIDER = 1e3
 
 LEAST_FACTOR = 10.0
 """Between the ends of a range of which one is given."""
+
+AROUND = 10**1.5
+"""The finer range begins so many times below what the first one suggests, and ends as far above it: three decades."""
 
 TRIES = 3
 """Ranges that are tried at most."""
@@ -108,7 +112,7 @@ def rate_for(
         steepest=reading.steepest if good else None,
         valley=reading.valley if good else None,
         minimum_tenth=reading.minimum / 10 if good else None,
-        diverged_at=None if trial.end is None else trial.rates[max(0, trial.end - 1)],
+        diverged_at=trial.diverged_at,
         given=groups.given,
         curve=trial.curve(),
         batch_size=config.batch_size,
@@ -116,7 +120,7 @@ def rate_for(
         steps=trial.taken,
         seconds=time.perf_counter() - started,
     )
-    words = words_for(result, reading, alone=trial.alone(), diverged=len(trial.ends))
+    words = words_for(result, reading, alone=trial.alone(), diverged=trial.diverged)
     return replace(result, words=words)
 
 
@@ -171,6 +175,12 @@ class _Scale:
             return replace(self, high=self.high * WIDER)
         return None
 
+    def finer(self, suggested: float | None) -> _Scale | None:
+        """Return a range around a suggestion; `None` without one, and where the user has chosen an end."""
+        if suggested is None or not (self.may_fall and self.may_rise):
+            return None
+        return replace(self, low=suggested / AROUND, high=suggested * AROUND)
+
 
 class _Trial:
     """Run the test at every seed, on one range after another."""
@@ -179,6 +189,7 @@ class _Trial:
         self._test, self._steps, self._seeds = test, steps, seeds
         self.taken = 0
         self.rates, self.runs, self.ends = list[float](), list[list[float]](), list[int]()
+        self.diverged_at, self.diverged = cast("float | None", None), 0
 
     @property
     def end(self) -> int | None:
@@ -192,7 +203,19 @@ class _Trial:
             if wider is None:
                 break
             scale, reading = wider, self._run(wider)
-        return reading
+        finer = scale.finer(reading.suggested)
+        return reading if finer is None else self._again(finer, reading)
+
+    def _again(self, scale: _Scale, wide: Reading) -> Reading:
+        """Read a finer range, which takes more steps at useful rates; if its curve shows nothing, keep the wide one."""
+        kept, limit = (self.rates, self.runs, self.ends), (self.diverged_at, self.diverged)
+        reading = self._run(scale)
+        if reading.suggested is None:
+            (self.rates, self.runs, self.ends), (self.diverged_at, self.diverged) = kept, limit
+            return wide
+        if self.diverged_at is None:
+            self.diverged_at, self.diverged = limit
+        return replace(reading, steepest=wide.steepest, valley=wide.valley, minimum=wide.minimum)
 
     def curve(self) -> RateCurve:
         common = self._common()
@@ -222,6 +245,8 @@ class _Trial:
             self.runs.append(losses)
             if diverged(losses):
                 self.ends.append(onset(losses))
+        self.diverged_at = None if self.end is None else self.rates[max(0, self.end - 1)]
+        self.diverged = len(self.ends)
         return read(self.rates, self._common(), end=self.end)
 
     def _common(self) -> list[list[float]]:

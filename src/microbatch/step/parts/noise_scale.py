@@ -25,7 +25,8 @@ class NoiseMeter(Part):
     """Measure how much the gradients of the microbatches differ, in one window of several, and keep the latest results.
 
     A hook on each parameter gets the gradient of one microbatch, before it is added up. So the way in which gradients
-    add up does not matter: in `.grad`, in a wider buffer, in momentum, or one by one in a deterministic tree.
+    add up does not matter: in `.grad`, in a wider buffer, in momentum, or one by one in a deterministic tree. A few
+    microbatches of a window have these hooks; the others run as without this part.
 
     Args:
         options: The options of the accumulator.
@@ -46,33 +47,35 @@ class NoiseMeter(Part):
     def _rest(self) -> None:
         """Forget what the current window has measured."""
         self._due = self._twice = False
-        self._running: dict[int, Tensor] | None = None
+        self._running: dict[int, Tensor] = {}
         self._norms: dict[int, tuple[list[int], Tensor]] = {}
         self._latest = self._windows
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
-        """Put a hook on each parameter that an optimizer steps, if the window is measured."""
+        """Decide whether the window is measured."""
         self._rest()
         self._due = self._asked.due(window.setup.history.windows)
-        for place, each in enumerate(window.gradients.named if self._due else ()):
-            if each.held:
-                stack.callback(each.parameter.register_hook(partial(self._read, place)).remove)
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
-        """Collect the norms of one microbatch's gradients."""
-        return partial(self._watched, window, run) if self._due else run
+        """Collect the norms of the gradients of some microbatches."""
+        return partial(self._backward, window, run) if self._due else run
 
-    def _watched(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+    def _backward(self, window: OpenWindow, run: Run, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
+        index, known = len(window.done), window.planned
+        if not self._asked.reads(index, microbatches=known, window=window.setup.history.windows):
+            run(tensors, seeds)
+            return
         self._running = found = {}
-        run(tensors, seeds)
-        self._running = None
+        with ExitStack() as stack:
+            for place, each in enumerate(window.gradients.named):
+                if each.held:
+                    stack.callback(each.parameter.register_hook(partial(self._read, place)).remove)
+            run(tensors, seeds)
         if found:
-            self._norms[len(window.done)] = list(found), _stack(list(found.values()), window.device)
+            self._norms[index] = list(found), _stack(list(found.values()), window.device)
 
     def _read(self, place: int, gradient: Tensor) -> None:
-        """Read the gradient that one microbatch adds to a parameter; not those that a loss function asks for."""
-        if self._running is None:
-            return
+        """Read the gradient that one microbatch adds to a parameter."""
         # A parameter in two reentrant checkpoints gets two gradients, and their sum is not known here.
         self._twice = self._twice or place in self._running
         self._running[place] = _norm(gradient.detach())
@@ -92,7 +95,7 @@ class NoiseMeter(Part):
         counts = dict(enumerate(window.done)) if counts is None else counts
         places = self._places(window)
         own = self._own(window, met, places, counts=counts, total=total)
-        microbatches, failed, *parts = window.peers.add_up(own)
+        microbatches, read, failed, *parts = window.peers.add_up(own)
         if failed or microbatches <= 1:
             return
         whole = self._whole(window, factor)
@@ -100,7 +103,8 @@ class NoiseMeter(Part):
         per_sample = total / met.samples if met.samples else 1.0
         found: list[Measured] = []
         for each, group in zip(parts, places, strict=True):
-            noise, signal = measure(each, sum(whole[place] for place in group), count=total, microbatches=microbatches)
+            squared = sum(whole[place] for place in group)
+            noise, signal = measure(each, squared, count=total, microbatches=microbatches, read=read)
             found.append(Measured(noise / per_sample, signal))
         if all(math.isfinite(number) for each in found for number in each):
             self._latest = [*self._windows, found][-self._asked.windows :]
@@ -114,7 +118,10 @@ class NoiseMeter(Part):
         counts: Mapping[int, float],
         total: float,
     ) -> list[float]:
-        """Return this rank's number of microbatches, whether it failed to measure, and its sums for each group."""
+        """Return what this rank has read, whether it failed to, and its sums for each group.
+
+        What it has read is a number of microbatches, and what the loss counts in them.
+        """
         used = [(count, *self._norms[index]) for index, count in counts.items() if count > 0 and index in self._norms]
         sums = [0.0] * len(window.gradients.named)
         if used:
@@ -125,7 +132,8 @@ class NoiseMeter(Part):
             weighted = [(place, count) for count, found, _ in used for place in found]
             for (place, count), norm in zip(weighted, read, strict=True):
                 sums[place] += (norm * scale * total) ** 2 / count
-        return [float(len(used)), float(self._twice), *(sum(sums[k] for k in group) for group in places)]
+        read = float(sum(count for count, _, _ in used))
+        return [float(len(used)), read, float(self._twice), *(sum(sums[k] for k in group) for group in places)]
 
     def _places(self, window: OpenWindow) -> list[list[int]]:
         """Return the places of all parameters, and of each group's, in the list of a window's parameters."""
