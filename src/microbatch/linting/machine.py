@@ -348,6 +348,10 @@ class Machine(Loops, FunctionCalls, Expressions):
         for target in node.targets:
             if isinstance(target, ast.Name):
                 self.frame.locals.pop(target.id, None)
+            elif isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Slice):
+                held = self.evaluate(target.value)
+                if isinstance(held, list):
+                    held.clear()
 
     _STATEMENT_KINDS: ClassVar[dict[type, Any]] = {
         ast.Expr: _expr,

@@ -181,8 +181,8 @@ class Module(Reach):
         for node in self.nodes:
             if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
                 self._moduli_of_guard(node, add)
-            elif isinstance(node, ast.Call):
-                self._counts_of_call(node, add)
+            elif isinstance(node, ast.Call | ast.Yield):
+                self._counts_given(node, add)
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
                 turns = isinstance(node.value.op, ast.Mod) and dotted(node.targets[0])  # `k = (k + 1) % n`
                 if turns and any(dotted(n) == turns for n in ast.walk(node.value.left)) and self.is_inside_loop(node):
@@ -205,8 +205,13 @@ class Module(Reach):
                         add(end)
         return names, literals
 
-    def _counts_of_call(self, node: ast.Call, add: Callable[[ast.AST], None]) -> None:
-        """Find N in what a call is given: a condition of the step, or the steps of Accelerate."""
+    def _counts_given(self, node: ast.Call | ast.Yield, add: Callable[[ast.AST], None]) -> None:
+        """Find N in what is handed on: a condition of the step, in a call or with a batch; the steps of Accelerate."""
+        if isinstance(node, ast.Yield):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Compare):
+                    _moduli(part, add, self.counters)
+            return
         accelerates = last_name(node.func) == "Accelerator"
         for keyword in node.keywords:
             if accelerates and keyword.arg == "gradient_accumulation_steps":

@@ -1,0 +1,113 @@
+"""MB104 where the file has an option for N, and its loop steps after every microbatch without asking for it."""
+
+import ast
+import re
+
+from microbatch.linting.faults import Fault
+from microbatch.linting.guesses import kind_of_constructor, kind_of_name
+from microbatch.linting.module import Module
+from microbatch.linting.runs import Outcome, Root
+from microbatch.linting.syntax import FunctionNode, dotted, last_name, pairs
+
+__all__ = ["ignored_option"]
+
+_OPTION = re.compile(r"accum|(^|_)(grad|ga)_?acc", re.IGNORECASE)
+# What only counts: steps, epochs, the rows of a whole batch.
+_COUNTS = re.compile(r"total|steps?$|updates|iter|epochs?$|warmup|batch_size|batches|^t_|num_", re.IGNORECASE)
+_SHOWS = re.compile(r"^_?(print\w*|log\w*|info|debug|warning|write|format|str)$")
+
+
+def ignored_option(module: Module, roots: list[Root]) -> tuple[Fault, Outcome] | None:
+    """Find an option for N that nothing but counts and messages read, beside a loop that steps in every microbatch.
+
+    Args:
+        module: The file.
+        roots: All its runs.
+
+    Returns:
+        The fault with a run that shows it; `None` where N may have an effect.
+    """
+    outcomes = [outcome for root in roots for outcome in root.outcomes]
+    if not outcomes or not all(root.complete for root in roots) or not all(map(_steps_each_time, outcomes)):
+        return None
+    option = next((node for node in module.nodes if _is_option(module, node)), None)
+    if option is None:
+        return None
+    plain = (pair for node in module.nodes if isinstance(node, ast.Assign) for pair in pairs(node))
+    others = {last_name(target) for target, value in plain if _OPTION.search(last_name(value))}  # other names for N
+    if not all(_only_counts(module, node) for node in module.nodes if _reads(module, node, others)):
+        return None
+    name = _name_of(option)
+    step = next(step for step in outcomes[0].trace.steps if step.since)
+    message = (
+        f"`{name}` is an option here, and the optimizer steps after every microbatch: the option accumulates nothing"
+    )
+    return Fault("MB104", step.node, message), outcomes[0]
+
+
+def _steps_each_time(outcome: Outcome) -> bool:
+    """Whether one run shows a loop that steps after each microbatch, and nothing on the way was opaque."""
+    trace = outcome.trace
+    steps = [step for step in trace.steps if step.since]
+    ticks = {b.tick for b in trace.backwards}
+    if trace.opaque or trace.frameworks or "assumed" in trace.settings or len(ticks) < 2:
+        return False
+    return all(len(step.since) == 1 for step in steps) and {step.tick for step in steps} >= ticks
+
+
+def _is_option(module: Module, node: ast.AST) -> bool:
+    """Whether a node gives N a place in the command line, or in the parameters of the function with the loop."""
+    name = _name_of(node)
+    if not name or not _OPTION.search(name) or not module.is_window(ast.Name(name, ast.Load())):
+        return False
+    if isinstance(node, ast.Call):
+        return last_name(node.func) in ("add_argument", "option", "add_arg")
+    holder = next((each for each in module.around(node) if isinstance(each, FunctionNode)), None)
+    return holder is not None and any(module.contains_backward(each, module.owner_of(holder)) for each in holder.body)
+
+
+def _name_of(node: ast.AST) -> str:
+    if isinstance(node, ast.arg):
+        return node.arg
+    if isinstance(node, ast.Call):
+        texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        long = next((text for text in texts if text.startswith("--")), "")
+        return long.removeprefix("--").replace("-", "_")
+    return ""
+
+
+def _reads(module: Module, node: ast.AST, others: set[str]) -> bool:
+    if not isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) or not isinstance(node.ctx, ast.Load):
+        return False
+    name = last_name(node)
+    return name in others or (_OPTION.search(name) is not None and module.is_window(node))
+
+
+def _only_counts(module: Module, node: ast.AST) -> bool:
+    """Whether N is read here for a number of steps or rows, for a message, or to be refused."""
+    inside = node
+    while (parent := module.parents.get(inside)) is not None and not isinstance(parent, ast.stmt):
+        if (
+            isinstance(parent, ast.keyword)
+            and _COUNTS.search(parent.arg or "")
+            and not _OPTION.search(parent.arg or "")
+        ):
+            return True
+        if isinstance(parent, ast.JoinedStr):
+            return True
+        if isinstance(parent, ast.Call) and inside is not parent.func:
+            name = dotted(parent.func) or last_name(parent.func)
+            if _SHOWS.match(last_name(parent.func)) or kind_of_name(name) == "log":
+                return True
+            if kind_of_constructor(name) == "scheduler":
+                return True
+            if name not in ("int", "float", "max", "min", "math.ceil", "ceil", "round", "math.floor", "len", "range"):
+                return False
+        inside = parent
+    if isinstance(parent, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+        targets = parent.targets if isinstance(parent, ast.Assign) else [parent.target]
+        plain = parent.value is node  # another name for N, whose uses are looked at too
+        return plain or all(_COUNTS.search(last_name(target)) is not None for target in targets)
+    if isinstance(parent, ast.If):
+        return bool(parent.body) and isinstance(parent.body[-1], ast.Raise)
+    return isinstance(parent, ast.Assert)
