@@ -21,7 +21,7 @@ def test_nothing_is_certain_in_the_right_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "use", ["Accelerator(gradient_accumulation_steps=args.{})", "fit(args.{})", "lr = 0.1 / args.{}"]
+    "use", ["Accelerator(gradient_accumulation_steps=args.{})", "fit(args.{})", "weight = 0.1 / args.{}"]
 )
 def test_an_option_that_may_have_an_effect_is_not_blamed(use: str) -> None:
     source = wrong("an option that nothing uses")

@@ -260,7 +260,11 @@ class Conditions(Simulated):
 
 
 def _jumps(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], (ast.Break, ast.Continue, ast.Return, ast.Raise))
+    """Whether statements end in a jump, or in a condition of which every branch does."""
+    last = body[-1] if body else None
+    if isinstance(last, ast.If):
+        return _jumps(last.body) and _jumps(last.orelse)
+    return isinstance(last, (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
 def _continues(body: list[ast.stmt]) -> bool:

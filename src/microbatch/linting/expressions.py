@@ -193,6 +193,8 @@ class Expressions(Conditions, Calls, Generators, Operations):
             position = int(number(index))
             if -len(base) <= position < len(base):
                 return base[position]
+            if len(base) == 1 and isinstance(base[0], Data):
+                return base[0]  # `tuple(t.to(device) for t in batch)`: all parts are alike
         if isinstance(base, dict):
             return base.get(index, Unknown(text_of(node))) if isinstance(index, str) else _any_of(base, node)
         if isinstance(base, Data):

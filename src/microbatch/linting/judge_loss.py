@@ -46,7 +46,7 @@ def _token_means(view: View) -> Iterator[Fault]:
         return
     for b in view.trace.backwards:
         loss = b.loss
-        if b.node in said or loss.reduction == "sum":
+        if b.node in said or loss.reduction == "sum" or b.node not in view.contributes:
             continue
         by_model = loss.forward_synced is not None and "criterion" not in view.trace.settings
         masked = _masked_labels(view) if by_model else 0

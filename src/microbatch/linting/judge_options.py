@@ -7,42 +7,68 @@ from microbatch.linting.faults import Fault
 from microbatch.linting.guesses import kind_of_constructor, kind_of_name
 from microbatch.linting.module import Module
 from microbatch.linting.runs import Outcome, Root
+from microbatch.linting.schedule_units import LENGTHS
 from microbatch.linting.syntax import FunctionNode, dotted, last_name, pairs
 
 __all__ = ["ignored_option"]
 
 _OPTION = re.compile(r"accum|(^|_)(grad|ga)_?acc", re.IGNORECASE)
 # What only counts: steps, epochs, the rows of a whole batch.
-_COUNTS = re.compile(r"total|steps?$|updates|iter|epochs?$|warmup|batch_size|batches|^t_|num_", re.IGNORECASE)
+_COUNTS = re.compile(
+    r"total|steps?$|updates|iter|epochs?$|warmup|batch_size|batches|^t_|num_|^(base_)?(lr|learning_rate)$",
+    re.IGNORECASE,
+)
 _SHOWS = re.compile(r"^_?(print\w*|log\w*|info|debug|warning|write|format|str)$")
 
 
-def ignored_option(module: Module, roots: list[Root]) -> tuple[Fault, Outcome] | None:
+def ignored_option(module: Module, roots: list[Root]) -> list[tuple[Fault, Outcome]]:
     """Find an option for N that nothing but counts and messages read, beside a loop that steps in every microbatch.
+
+    A schedule whose length is multiplied by it is then N times too long.
 
     Args:
         module: The file.
         roots: All its runs.
 
     Returns:
-        The fault with a run that shows it; `None` where N may have an effect.
+        The faults with a run that shows them; none where N may have an effect.
     """
     outcomes = [outcome for root in roots for outcome in root.outcomes]
     if not outcomes or not all(root.complete for root in roots) or not all(map(_steps_each_time, outcomes)):
-        return None
+        return []
     option = next((node for node in module.nodes if _is_option(module, node)), None)
     if option is None:
-        return None
+        return []
     plain = (pair for node in module.nodes if isinstance(node, ast.Assign) for pair in pairs(node))
     others = {last_name(target) for target, value in plain if _OPTION.search(last_name(value))}  # other names for N
     if not all(_only_counts(module, node) for node in module.nodes if _reads(module, node, others)):
-        return None
+        return []
     name = _name_of(option)
     step = next(step for step in outcomes[0].trace.steps if step.since)
     message = (
         f"`{name}` is an option here, and the optimizer steps after every microbatch: the option accumulates nothing"
     )
-    return Fault("MB104", step.node, message), outcomes[0]
+    found = [(Fault("MB104", step.node, message), outcomes[0])]
+    schedule = next((node for node in module.nodes if isinstance(node, ast.Call) and _is_stretched(module, node)), None)
+    if schedule is not None:
+        message = (
+            f"the schedule's length is multiplied by `{name}` and it advances with every step: only 1/N of it is walked"
+        )
+        found.append((Fault("MB301", schedule, message, data={"kind": "length"}), outcomes[0]))
+    return found
+
+
+def _is_stretched(module: Module, call: ast.Call) -> bool:
+    """Whether a call makes a schedule that is given a length times N."""
+    if kind_of_constructor(dotted(call.func)) != "scheduler":
+        return False
+    lengths = [each.value for each in call.keywords if each.arg in LENGTHS] or call.args[2:3]
+    return any(
+        isinstance(each, ast.BinOp)
+        and isinstance(each.op, ast.Mult)
+        and any(map(module.is_window, (each.left, each.right)))
+        for each in lengths
+    )
 
 
 def _steps_each_time(outcome: Outcome) -> bool:
@@ -50,7 +76,8 @@ def _steps_each_time(outcome: Outcome) -> bool:
     trace = outcome.trace
     steps = [step for step in trace.steps if step.since]
     ticks = {b.tick for b in trace.backwards}
-    if trace.opaque or trace.frameworks or "assumed" in trace.settings or len(ticks) < 2:
+    managed = bool(trace.frameworks - {"ddp", "sync switch"})
+    if trace.opaque or managed or "assumed" in trace.settings or len(ticks) < 2:
         return False
     return all(len(step.since) == 1 for step in steps) and {step.tick for step in steps} >= ticks
 

@@ -134,6 +134,8 @@ def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterat
             if zero is None:
                 continue
             kept = [m for m in step.since if m in step.weights]
+            if len(kept) == view.n and view.contributes != {b.node for b in view.trace.backwards}:
+                continue  # gradients that no step is to take, as those for a measure of curvature
             yield Fault(
                 "MB103",
                 zero.node,

@@ -183,7 +183,8 @@ class Loops(Generators):
     def _cuts_window(self, node: ast.For) -> bool:
         """Whether a loop goes through a batch piece by piece, with the step after it."""
         micro = self.module.is_microbatch_loop(node, self.frame.owner)
-        return micro and self.module.step_follows(node) and self.module.is_inside_loop(node)
+        inside = self.module.is_inside_loop(node) or self.module.callers_step(node)
+        return micro and inside and self.module.step_follows(node)
 
     def _window_items(self, value: Any) -> list[Any]:
         """The N microbatches of a list that the file fills in a way that is not followed."""

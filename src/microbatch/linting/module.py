@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
-from microbatch.linting.syntax import dotted, is_gradient, last_name, pairs, steps_inside, text_of
+from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, pairs, steps_inside, text_of
 
 __all__ = ["Module"]
 
@@ -222,9 +222,31 @@ class Module(Reach):
     def step_follows(self, loop: ast.For) -> bool:
         """Whether a step comes after a loop, in the same block of a function, and none is in it."""
         owner = self.owner_of(loop)
-        siblings = getattr(self.parents[loop], "body", [])
-        after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
-        return any(self.steps(s, owner) for s in after) and not any(self.steps(s, owner) for s in loop.body)
+        if any(self.steps(s, owner) for s in loop.body):
+            return False
+        return self._steps_after(loop) or self.callers_step(loop)
+
+    def _steps_after(self, statement: ast.stmt) -> bool:
+        owner = self.owner_of(statement)
+        siblings = getattr(self.parents[statement], "body", [])
+        after = siblings[siblings.index(statement) + 1 :] if statement in siblings else []
+        return any(self.steps(s, owner) for s in after)
+
+    def callers_step(self, loop: ast.For) -> bool:
+        """Whether the loop is what its function does, and a step comes after each call of the function."""
+        holder = self.parents[loop]
+        if not isinstance(holder, FunctionNode):
+            return False
+        owner = self.owner_of(loop)
+        calls = [
+            self.statement_of(node)
+            for node in self.nodes
+            if isinstance(node, ast.Call)
+            and last_name(node.func) == holder.name
+            and (found := self.resolve(node.func, owner)) is not None
+            and found.node is holder
+        ]
+        return bool(calls) and all(each is not None and self._steps_after(each) for each in calls)
 
     def _moduli_of_guard(self, node: ast.If | ast.IfExp, add: Callable[[ast.AST], None]) -> None:
         """Find what the condition of a step counts up to, also where it leaves out the step: `if k < n: continue`."""

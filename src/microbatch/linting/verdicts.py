@@ -67,9 +67,7 @@ def read(module: Module) -> Reading:
             key = (verdict.fault.rule, verdict.fault.node)
             if key not in found or (verdict.certain and not found[key].certain):
                 found[key] = verdict
-    ignored = ignored_option(module, roots)
-    if ignored is not None:
-        fault, outcome = ignored
+    for fault, outcome in ignored_option(module, roots):
         found.setdefault((fault.rule, fault.node), Verdict(fault, certain=True, outcome=outcome))
     shifted = {node for (rule, node), verdict in found.items() if rule == "MB105" and verdict.certain}
     for node in shifted:
