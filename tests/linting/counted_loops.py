@@ -38,6 +38,38 @@ for epoch in range(3):
         if global_step >= max_train_steps:
             break
 """
+_NAMED = """
+completed = 0
+resume_step = int(path.replace("step_", "")) * n_accum
+first_epoch = resume_step // len(loader)
+resume_step -= first_epoch * len(loader)
+for epoch in range(first_epoch, 3):
+    for step, (x, y) in enumerate(loader):
+        if epoch == first_epoch and step < resume_step:
+            continue
+        (F.cross_entropy(model(x), y) / n_accum).backward()
+        if (step + 1) % n_accum == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            completed += 1
+            torch.save(model.state_dict(), f"step_{completed}")
+"""
+_WRAPPER = """
+def train(model, loader, optimizer, scaler, grad_acc_step):
+    step = 1
+    for x, y in loader:
+        scaler.scale(F.cross_entropy(model(x), y) / grad_acc_step).backward()
+        if step % grad_acc_step == 0:
+            optimizer.step_and_update_lr(scaler)
+            scaler.update()
+            optimizer.zero_grad()
+        step += 1
+"""
+_WRAPPER_STEP = """        if step % grad_acc_step == 0:
+            optimizer.step_and_update_lr(scaler)
+            scaler.update()
+            optimizer.zero_grad()
+"""
 _PIECES = """
 class Trainer:
     def run(self):
@@ -117,6 +149,19 @@ PAIRS: dict[str, tuple[str, list[tuple[str, str]], set[str]]] = {
         [(_STEPS, _STEPS_EACH_TIME), ("10, max_steps)", "10, max_steps * grad_accum_steps)")],
         {"MB104", "MB301"},
     ),
+    "a number out of the name of a checkpoint": (_NAMED, [(" * n_accum\n", "\n")], {"MB304"}),
+    "a wrapper of an optimizer": (
+        _WRAPPER,
+        [
+            (
+                _WRAPPER_STEP,
+                _WRAPPER_STEP.replace("        if step % grad_acc_step == 0:\n", "").replace(
+                    "            ", "        "
+                ),
+            )
+        ],
+        {"MB104"},
+    ),
     "branches that all raise": (_KINDS, [("(i + 1) %", "i %")], {"MB105"}),
 }
 
@@ -182,3 +227,41 @@ def wrong(name: str) -> str:
 def pieces(*, divided: bool) -> str:
     """A batch that is cut into pieces in a method, with the step in the method that calls it."""
     return _HEAD + (_PIECES if divided else _PIECES.replace("(loss * len(micro) / len(batch))", "loss"))
+
+RIGHT |= {
+    "an optimizer that steps at every other batch": """
+def training_step(self, batch, batch_idx):
+    g_opt, d_opt = self.optimizers()
+    d_opt.zero_grad()
+    self.manual_backward(errD)
+    if (batch_idx + 1) % 2 == 0:
+        d_opt.step()
+    g_opt.zero_grad()
+    self.manual_backward(errG)
+    g_opt.step()
+""",
+    "gradients in a context of their own": """
+for k in range(accum_steps):
+    for x, y in loader:
+        with dist_autograd.context() as context_id:
+            dist_autograd.backward(context_id, [criterion(model(x), y)])
+            optimizer.step(context_id)
+""",
+    "an example that leaves out code": """
+for step, batch in enumerate(loader):
+    loss = F.cross_entropy(model(batch), labels) / accum_steps
+    loss.backward()
+    if (step + 1) % accum_steps == 0:
+        optimizer.step()
+        ...
+""",
+    "an average of weights with the name of an optimizer": """
+for epoch in range(3):
+    with LocalSGD(accelerator, model, local_sgd_steps=8) as local_sgd:
+        for step, (x, y) in enumerate(loader):
+            (F.cross_entropy(model(x), y) / accum_steps).backward()
+            if (step + 1) % accum_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+""",
+}

@@ -28,3 +28,34 @@ def test_nothing_is_certain_in_right_loops_of_unusual_shape(name: str) -> None:
 def test_the_step_may_stand_in_the_caller_of_the_loop() -> None:
     assert "MB101" in certain(pieces(divided=False))
     assert "MB101" not in certain(pieces(divided=True))
+
+
+def test_a_model_that_is_given_a_length_is_a_model() -> None:
+    loop = """
+labels = [-100] + labels + [-100]
+model = AutoModelForTokenClassification.from_pretrained(name, num_labels={})
+for step, batch in enumerate(loader):
+    loss = model(**batch).loss / n_accum
+    loss.backward()
+    if (step + 1) % n_accum == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+    assert certain(loop.format("3")) == certain(loop.format("len(label_list)")) == {"MB401"}
+
+
+def test_a_setting_that_only_counts_is_no_certain_fault() -> None:
+    loop = """
+class Trainer:
+    def fit(self, loader):
+        total = len(loader) // self.config.gradient_accumulation_steps
+        for x, y in loader:
+            loss = torch.nn.functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+"""
+    found = [each for each in doctor(loop) if each.rule == "MB104"]
+    assert [(each.confidence, each.needs) for each in found] == [
+        ("depends", ("what else reads `gradient_accumulation_steps`",))
+    ]

@@ -7,6 +7,7 @@ again. A counter counts what its `+= 1` stands in. Where all that a name is give
 import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
 from microbatch.linting.faults import Fault
 from microbatch.linting.guesses import LOADER_WORDS
@@ -37,6 +38,8 @@ def mixed_units(module: Module) -> Iterator[Fault]:
             left, right = node.left, node.comparators[0]
         elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod):
             left, right = node.left, node.right
+        elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add | ast.Sub):
+            left, right = node.target, node.value
         else:
             continue
         mine, other = units.of(left), units.of(right)
@@ -82,10 +85,28 @@ class _Units:
         if isinstance(node, ast.Call):
             if dotted(node.func) == "len" and node.args and _is_loader(node.args[0]):
                 return MICROBATCHES
-            return self._one(node.args) if last_name(node.func) in _SAME else ""
+            if last_name(node.func) in _SAME:
+                return self._one(node.args) or self._of_file_name(node)
+            return ""
         if isinstance(node, ast.BinOp):
             return self._of_operation(node)
         return self._of_name(node) if dotted(node) else ""
+
+    def _of_file_name(self, node: ast.Call) -> str:
+        """What a number counts that is read out of the name of a checkpoint: what the file writes into such names."""
+        words = {
+            each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
+        }
+        words = {word for word in words if re.search(r"[a-z]+[-_]?$", word)}
+        written = [
+            each.value
+            for text in self.module.nodes
+            if isinstance(text, ast.JoinedStr)
+            for before, each in pairwise(text.values)
+            if isinstance(before, ast.Constant) and isinstance(each, ast.FormattedValue)
+            if any(str(before.value).endswith(word) for word in words)
+        ]
+        return self._one(written)
 
     def _of_operation(self, node: ast.BinOp) -> str:
         if isinstance(node.op, ast.Mult):
@@ -131,7 +152,7 @@ class _Units:
             return self.of(value)
         if isinstance(statement.op, ast.Add) and isinstance(statement.value, ast.Constant):
             return place_of_count(self.module, statement) if statement.value.value == 1 else ""
-        return self.of(statement.value) if isinstance(statement.op, ast.Add | ast.Sub) else ""
+        return ""
 
 
 def _is_loader(node: ast.expr) -> bool:

@@ -37,18 +37,20 @@ def ignored_option(module: Module, roots: list[Root]) -> list[tuple[Fault, Outco
     if not outcomes or not all(root.complete for root in roots) or not all(map(_steps_each_time, outcomes)):
         return []
     option = next((node for node in module.nodes if _is_option(module, node)), None)
-    if option is None:
+    setting = next((node for node in module.nodes if _is_setting(module, node)), None)
+    if option is None and setting is None:
         return []
     plain = (pair for node in module.nodes if isinstance(node, ast.Assign) for pair in pairs(node))
     others = {last_name(target) for target, value in plain if _OPTION.search(last_name(value))}  # other names for N
     if not all(_only_counts(module, node) for node in module.nodes if _reads(module, node, others)):
         return []
-    name = _name_of(option)
+    name = _name_of(option) if option is not None else last_name(setting) if setting is not None else ""
     step = next(step for step in outcomes[0].trace.steps if step.since)
     message = (
         f"`{name}` is an option here, and the optimizer steps after every microbatch: the option accumulates nothing"
     )
-    found = [(Fault("MB104", step.node, message), outcomes[0])]
+    certain, needs = option is not None, (f"what else reads `{name}`",)
+    found = [(Fault("MB104", step.node, message, certain=certain, needs=() if certain else needs), outcomes[0])]
     schedule = next((node for node in module.nodes if isinstance(node, ast.Call) and _is_stretched(module, node)), None)
     if schedule is not None:
         message = (
@@ -91,6 +93,11 @@ def _is_option(module: Module, node: ast.AST) -> bool:
         return last_name(node.func) in ("add_argument", "option", "add_arg")
     holder = next((each for each in module.around(node) if isinstance(each, FunctionNode)), None)
     return holder is not None and any(module.contains_backward(each, module.owner_of(holder)) for each in holder.body)
+
+
+def _is_setting(module: Module, node: ast.AST) -> bool:
+    """Whether a node reads N from settings."""
+    return isinstance(node, ast.Attribute) and _OPTION.search(node.attr) is not None and module.is_window(node)
 
 
 def _name_of(node: ast.AST) -> str:

@@ -68,7 +68,7 @@ def read(module: Module) -> Reading:
             if key not in found or (verdict.certain and not found[key].certain):
                 found[key] = verdict
     for fault, outcome in ignored_option(module, roots):
-        found.setdefault((fault.rule, fault.node), Verdict(fault, certain=True, outcome=outcome))
+        found.setdefault((fault.rule, fault.node), Verdict(fault, fault.certain, fault.needs, outcome))
     shifted = {node for (rule, node), verdict in found.items() if rule == "MB105" and verdict.certain}
     for node in shifted:
         found.pop(("MB111", node), None)  # what is left over follows from the shift
