@@ -207,28 +207,6 @@ for step in range(total):
         opt.update_hessian()
         opt.zero_grad()
 """,
-}
-
-
-def right(name: str) -> str:
-    """The right loop of a pair."""
-    return _HEAD + PAIRS[name][0]
-
-
-def wrong(name: str) -> str:
-    """The wrong loop of a pair."""
-    source = right(name)
-    for old, new in PAIRS[name][1]:
-        assert old in source, old
-        source = source.replace(old, new)
-    return source
-
-
-def pieces(*, divided: bool) -> str:
-    """A batch that is cut into pieces in a method, with the step in the method that calls it."""
-    return _HEAD + (_PIECES if divided else _PIECES.replace("(loss * len(micro) / len(batch))", "loss"))
-
-RIGHT |= {
     "an optimizer that steps at every other batch": """
 def training_step(self, batch, batch_idx):
     g_opt, d_opt = self.optimizers()
@@ -264,4 +242,47 @@ for epoch in range(3):
                 optimizer.step()
                 optimizer.zero_grad()
 """,
+    "a counter in the other branch of the guard": """
+max_train_steps = 3 * (len(loader) // accum_steps)
+completed = counter = 0
+for x, y in loader:
+    counter += 1
+    loss = F.cross_entropy(model(x), y) / accum_steps
+    if counter % accum_steps != 0:
+        loss.backward()
+    else:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        completed += 1
+    if completed >= max_train_steps:
+        break
+""",
+    "labels that are only shown with -100": """
+for step, batch in enumerate(loader):
+    print([decode(k) if k != -100 else -100 for k in batch["labels"][0]], pad(batch, pad_index=-100))
+    (model(**batch).loss / accum_steps).backward()
+    if (step + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+""",
 }
+
+
+def right(name: str) -> str:
+    """The right loop of a pair."""
+    return _HEAD + PAIRS[name][0]
+
+
+def wrong(name: str) -> str:
+    """The wrong loop of a pair."""
+    source = right(name)
+    for old, new in PAIRS[name][1]:
+        assert old in source, old
+        source = source.replace(old, new)
+    return source
+
+
+def pieces(*, divided: bool) -> str:
+    """A batch that is cut into pieces in a method, with the step in the method that calls it."""
+    return _HEAD + (_PIECES if divided else _PIECES.replace("(loss * len(micro) / len(batch))", "loss"))

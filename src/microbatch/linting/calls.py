@@ -223,7 +223,10 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         text = dotted(func)
         if _LOGS.match(text):
             return self.log_call(node, text)
-        if func.attr in PIECE_CALLS and isinstance(base, Unknown):
+        of_text = (
+            any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args) or not node.args
+        )
+        if func.attr in PIECE_CALLS and isinstance(base, Unknown) and not of_text:
             self.trace.mark("pieces", node, text_of(func))
         result = self.unknown_call(node, text or func.attr)
         if isinstance(result, Unknown) and isinstance(base, Unknown):

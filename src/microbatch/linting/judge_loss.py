@@ -179,7 +179,9 @@ def _only_names_it(view: View, node: ast.UnaryOp) -> bool:
     if isinstance(parent, (ast.Compare, ast.BinOp, ast.Slice, ast.arguments)):
         return True
     if isinstance(parent, ast.keyword):
-        return parent.arg in ("ignore_index", "default")
+        return parent.arg in ("ignore_index", "default", "pad_index")
+    if isinstance(parent, ast.IfExp):
+        return any(_is_minus_100(each) for each in ast.walk(parent.test))  # it stays what it was
     if isinstance(parent, (ast.Assign, ast.AnnAssign)):
         target = parent.targets[0] if isinstance(parent, ast.Assign) else parent.target
         return isinstance(target, (ast.Name, ast.Attribute))

@@ -143,8 +143,9 @@ def place_of_count(module: Module, node: ast.AST) -> str:
     owner = module.owner_of(node)
     for around in module.above(node):
         if isinstance(around, ast.If):
-            guards = any(module.steps(s, owner) for s in around.body) or "sync_gradients" in text_of(around.test)
-            if guards and node in {n for s in around.body for n in ast.walk(s)}:
+            branch = around.body if node in {n for s in around.body for n in ast.walk(s)} else around.orelse
+            is_synced = branch is around.body and "sync_gradients" in text_of(around.test)
+            if is_synced or any(module.steps(s, owner) for s in branch):
                 return WINDOWS
             if not module.contains_backward(around, owner):
                 return ""  # now and then
