@@ -116,12 +116,12 @@ _KINDS = """
 def train(model, loader, optimizer, scheduler, kind, accum_steps):
     for i, (x, y) in enumerate(loader):
         if kind == "noise":
-            target = y
+            shown = y
         elif kind == "velocity":
             raise NotImplementedError
         else:
             raise ValueError(kind)
-        (F.mse_loss(model(x), target) / accum_steps).backward()
+        (F.mse_loss(model(x), y) / accum_steps).backward()
         if (i + 1) % accum_steps == 0:
             optimizer.step()
             optimizer.zero_grad()
@@ -180,20 +180,6 @@ while True:
         update(generator, step, g_loss(discriminator(generator(x))), optG)
         step += 1
 """,
-    "a loop over the heads of a model": """
-criterion = torch.nn.CrossEntropyLoss()
-for step, batch in enumerate(loader):
-    logits = model(**batch)
-    loss = 0.0
-    for k, each in enumerate(logits):
-        loss += criterion(each, labels[:, k])
-    loss /= len(logits)
-    loss = loss / args.gradient_accumulation_steps
-    loss.backward()
-    if (step + 1) % args.gradient_accumulation_steps == 0:
-        optimizer.step()
-        model.zero_grad()
-""",
     "gradients for a measure of curvature": """
 for step in range(total):
     for micro in range(acc_steps):
@@ -201,10 +187,13 @@ for step in range(total):
         loss = F.mse_loss(model(x), y) / acc_steps
         loss.backward()
     opt.step()
-    opt.zero_grad()
     if kind == "curved":
-        (F.cross_entropy(model(x), y, ignore_index=-1) / acc_steps).backward()
-        opt.update_hessian()
+        opt.zero_grad()
+        if step % freq == freq - 1:
+            (F.cross_entropy(model(x), y, ignore_index=pad_id) / acc_steps).backward()
+            opt.update_hessian()
+            opt.zero_grad()
+    else:
         opt.zero_grad()
 """,
     "an optimizer that steps at every other batch": """

@@ -59,3 +59,26 @@ class Trainer:
     assert [(each.confidence, each.needs) for each in found] == [
         ("depends", ("what else reads `gradient_accumulation_steps`",))
     ]
+
+
+def test_the_heads_of_a_model_are_no_microbatches() -> None:
+    loop = """
+import torch
+import torch.nn.functional as F
+criterion = torch.nn.CrossEntropyLoss()
+for epoch in range(3):
+    for step, batch in enumerate(loader):
+        logits = model(**batch)
+        labels = dataset.ids[batch['labels']]
+        loss = 0.0
+        for index, i in enumerate(logits):
+            loss += criterion(i, labels[:, index])
+        loss /= len(logits)
+        if args.gradient_accumulation_steps > 1:
+            loss = loss / args.gradient_accumulation_steps
+        loss.backward()
+        if (step + 1) % args.gradient_accumulation_steps == 0:
+            optimizer.step()
+            model.zero_grad()
+"""
+    assert [each.rule for each in doctor(loop) if each.confidence == "certain"] == []

@@ -8,7 +8,7 @@ from microbatch.linting.generators import Generators
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
-from microbatch.linting.waiting_lists import goes_through, waiting_lists
+from microbatch.linting.waiting_lists import waiting_lists
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
 
@@ -56,8 +56,7 @@ class Loops(Generators):
         if micro:
             if self.frame.feeds is None:
                 self.trace.loop = node
-            if not goes_through(self.module, node):
-                self.begin_epoch()
+            self.begin_epoch()
         for index in range(limit):
             value = self.evaluate(node.test)
             if not isinstance(value, (Unknown, Data)) and not self.truth(value, node.test):
@@ -151,8 +150,6 @@ class Loops(Generators):
         limit = count if outer else max(self.run.length, self.run.microbatches)
         if isinstance(value, range):
             return list(value[:limit]), "n" in tags(self.range_end)
-        if isinstance(value, (tuple, list)) and not outer and goes_through(self.module, node):
-            return list(value)[:limit], True
         if self._over_window(node) and not (isinstance(value, (tuple, list)) and len(value) > 1):
             return self._window_items(value), True
         if isinstance(value, (tuple, list)):

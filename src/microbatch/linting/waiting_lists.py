@@ -6,7 +6,7 @@ from microbatch.linting.definitions import Facts
 from microbatch.linting.reach import Reach
 from microbatch.linting.syntax import Loop, last_name
 
-__all__ = ["goes_through", "waiting_lists"]
+__all__ = ["waiting_lists"]
 
 _KEEPS = frozenset({"append", "appendleft"})
 # Calls that fetch a microbatch or move it, and compute nothing.
@@ -20,13 +20,8 @@ def waiting_lists(module: Reach) -> dict[str, set[Loop]]:
     return module.once("waiting lists", lambda: _find(module))
 
 
-def goes_through(module: Reach, node: Loop) -> bool:
-    """Whether a loop over microbatches goes through such a list: `for x in waiting`, `while waiting`."""
-    names = waiting_lists(module)
-    return bool(names) and not names.keys().isdisjoint(_read(node))
-
-
 def _read(node: Loop) -> set[str]:
+    """The last words of what a loop goes through: `for x in waiting`, `while waiting`."""
     return {last_name(each) for each in ast.walk(node.test if isinstance(node, ast.While) else node.iter)} - {""}
 
 
