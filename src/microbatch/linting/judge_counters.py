@@ -23,15 +23,22 @@ _RESUMES = re.compile(r"resum|skip|restor|trained|start|first|begin", re.IGNOREC
 _ENDS = re.compile(r"max|total|t_total|num_train|limit", re.IGNORECASE)
 
 
-def mixed_units(module: Module) -> Iterator[Fault]:
-    """Find the comparisons and divisions of a number of microbatches and a number of steps.
+def mixed_units(module: Module) -> list[Fault]:
+    """Find the first comparison or division of a number of microbatches and a number of steps.
 
     Args:
         module: The file.
 
-    Yields:
-        The fault: certain, where it decides what a resumed run skips or where training ends.
+    Returns:
+        The fault, where it decides what a resumed run skips or where training ends.
     """
+    try:
+        return list(_mixed(module))
+    except RecursionError:  # made of itself over very many names
+        return []
+
+
+def _mixed(module: Module) -> Iterator[Fault]:
     units = _Units(module)
     for node in module.nodes:
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -63,8 +70,13 @@ class _Units:
         self.module = module
         self.known: dict[tuple[ast.AST | None, str], str] = {}
         self.given: dict[str, list[tuple[ast.AST, ast.AST]]] = {}
+        self.written: list[tuple[str, ast.expr]] = []  # what stands in formatted texts, with the text before it
         for node in module.nodes:
-            if isinstance(node, ast.Assign):
+            if isinstance(node, ast.JoinedStr):
+                for before, each in pairwise(node.values):
+                    if isinstance(before, ast.Constant) and isinstance(each, ast.FormattedValue):
+                        self.written.append((str(before.value), each.value))
+            elif isinstance(node, ast.Assign):
                 for target, value in pairs(node):
                     self.given.setdefault(dotted(target), []).append((node, value))
             elif isinstance(node, ast.AugAssign):
@@ -98,15 +110,7 @@ class _Units:
             each.value for each in ast.walk(node) if isinstance(each, ast.Constant) and isinstance(each.value, str)
         }
         words = {word for word in words if re.search(r"[a-z]+[-_]?$", word)}
-        written = [
-            each.value
-            for text in self.module.nodes
-            if isinstance(text, ast.JoinedStr)
-            for before, each in pairwise(text.values)
-            if isinstance(before, ast.Constant) and isinstance(each, ast.FormattedValue)
-            if any(str(before.value).endswith(word) for word in words)
-        ]
-        return self._one(written)
+        return self._one([value for before, value in self.written if any(before.endswith(word) for word in words)])
 
     def _of_operation(self, node: ast.BinOp) -> str:
         if isinstance(node.op, ast.Mult):

@@ -27,7 +27,7 @@ def judge_gradients(view: View) -> Iterator[Fault]:
 
 def _counters(view: View) -> list[Fault]:
     """MB304: by the ways in which a run is often resumed, or else by what the numbers count."""
-    return [*_skipped_units(view), *_replayed(view)] or [*mixed_units(view.module)]
+    return [*_skipped_units(view), *_replayed(view)] or mixed_units(view.module)
 
 
 def _clips(view: View) -> Iterator[Fault]:

@@ -232,6 +232,13 @@ class Module(Reach):
         after = siblings[siblings.index(statement) + 1 :] if statement in siblings else []
         return any(self.steps(s, owner) for s in after)
 
+    def _calls_by_name(self) -> dict[str, list[ast.Call]]:
+        found: dict[str, list[ast.Call]] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Call):
+                found.setdefault(last_name(node.func), []).append(node)
+        return found
+
     def callers_step(self, loop: ast.For) -> bool:
         """Whether the loop is what its function does, and a step comes after each call of the function."""
         holder = self.parents[loop]
@@ -240,11 +247,8 @@ class Module(Reach):
         owner = self.owner_of(loop)
         calls = [
             self.statement_of(node)
-            for node in self.nodes
-            if isinstance(node, ast.Call)
-            and last_name(node.func) == holder.name
-            and (found := self.resolve(node.func, owner)) is not None
-            and found.node is holder
+            for node in self.once("calls by name", self._calls_by_name).get(holder.name, [])
+            if (found := self.resolve(node.func, owner)) is not None and found.node is holder
         ]
         return bool(calls) and all(each is not None and self._steps_after(each) for each in calls)
 
