@@ -18,12 +18,12 @@ from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
 from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
-from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, tags
+from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Calls", "is_library"]
 
 _LIBRARIES = re.compile(
-    r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|copy|gc)(\.|$)"
+    r"^(torch|F|nn|np|numpy|math|functional|dist|tf|jnp|os|time|random|json|re|functools|itertools|collections|copy|gc)(\.|$)"
 )
 _AVERAGES = re.compile(
     r"(^|_)ema(_|$)|update_teacher|momentum_update|update_momentum|update_target_net|moving_average_update",
@@ -40,6 +40,7 @@ _SCALINGS = {
     **dict.fromkeys(("mul", "multiply"), ast.Mult),
     **dict.fromkeys(("div", "divide", "true_divide"), ast.Div),
 }
+_OF_LISTS = frozenset({"append", "extend", "clear", "pop", "popleft"})
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _ADDS = re.compile(r"accum|sum|total|add", re.IGNORECASE)  # into a number that is shown later
@@ -200,7 +201,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             return self.clip_call(node, text or attr)
         if isinstance(base, Data):
             return self.data_method(node, base, func)
-        if isinstance(base, list) and attr in ("append", "extend", "clear"):
+        if isinstance(base, list) and attr in _OF_LISTS:
             return self._list_method(node, base, attr)
         if isinstance(base, Obj):
             found = self.object_method(base, node, func)
@@ -222,23 +223,30 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         text = dotted(func)
         if _LOGS.match(text):
             return self.log_call(node, text)
-        if func.attr in PIECE_CALLS and isinstance(base, Unknown):
+        of_text = (
+            any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args) or not node.args
+        )
+        if func.attr in PIECE_CALLS and isinstance(base, Unknown) and not of_text:
             self.trace.mark("pieces", node, text_of(func))
         result = self.unknown_call(node, text or func.attr)
         if isinstance(result, Unknown) and isinstance(base, Unknown):
             return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
         return result
 
-    def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> None:
+    def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> Any:
         args, _ = self.arguments(node)
         if attr == "clear":
             base.clear()
         elif attr == "append" and args and len(base) < 400:
             base.append(args[0])
+        elif attr in ("pop", "popleft"):
+            first = attr == "popleft" or (bool(args) and number(args[0]) == 0)
+            return base.pop(0 if first else -1) if base else Unknown(text_of(node))
+        return None
 
     def _library(self, node: ast.Call, text: str) -> Any:
         last = text.rsplit(".", 1)[-1]
-        if last in ("partial", "count"):
+        if last in ("partial", "count", "deque"):
             return PYTHON_FUNCTIONS[last](self, node)
         if CLIP_CALLS.match(last):
             return self.clip_call(node, text)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from microbatch.linting.generators import yields
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import text_of
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number, tags
@@ -145,7 +146,7 @@ class Conditions(Simulated):
                 self.trace.mark("skip", node, text)
             jumps = _jumps(body) or not self._holds(body)
             return skips == jumps
-        said = self._said_by_words(text, data=data)
+        said = self._said_by_words(text, branches, data=data)
         if said is not None:
             return said
         if body and _jumps(body) and not self._holds(body):
@@ -173,15 +174,22 @@ class Conditions(Simulated):
             return True
         return self.decide(text, node)
 
-    def _said_by_words(self, text: str, *, data: bool) -> bool | None:
-        """The answer of a condition about memory that ended or numbers that are not finite; `None` for others."""
+    def _said_by_words(self, text: str, branches: _Branches, *, data: bool) -> bool | None:
+        """The answer of a condition about memory that ended or numbers that are not finite; `None` for others.
+
+        A generator yields, where it may: what it leaves out is not known.
+
+        Returns:
+            The answer.
+        """
         if self.handling and _MEMORY.search(text):
             return "not in" not in text and not text.startswith("not ")
         if _FINITE.search(text) and not text.startswith("not "):
             return True
         if _BROKEN.search(text) and data:
             return text.startswith("not ")
-        return None
+        feeds = any(map(yields, branches.taken)) if self.frame.feeds is not None else None
+        return feeds if feeds is not None and feeds != any(map(yields, branches.other)) else None
 
     def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
         is_and = isinstance(test.op, ast.And)
@@ -252,7 +260,11 @@ class Conditions(Simulated):
 
 
 def _jumps(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], (ast.Break, ast.Continue, ast.Return, ast.Raise))
+    """Whether statements end in a jump, or in a condition of which every branch does."""
+    last = body[-1] if body else None
+    if isinstance(last, ast.If):
+        return _jumps(last.body) and _jumps(last.orelse)
+    return isinstance(last, (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
 def _continues(body: list[ast.stmt]) -> bool:

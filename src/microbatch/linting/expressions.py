@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from microbatch.linting.calls import Calls, is_library
 from microbatch.linting.conditions import Conditions
+from microbatch.linting.generators import Generators
 from microbatch.linting.guesses import MEAN_LOSSES, kind_of_name, names_window
 from microbatch.linting.operations import Operations
 from microbatch.linting.syntax import as_function, dotted, last_name, parts_of, text_of
@@ -52,7 +53,7 @@ def _word_of_number(word: str) -> str:
     return "length" if _LENGTH.search(word) else ""
 
 
-class Expressions(Conditions, Calls, Operations):
+class Expressions(Conditions, Calls, Generators, Operations):
     """The part of the machine that reads expressions."""
 
     def evaluate(self, node: ast.expr) -> Any:
@@ -192,6 +193,8 @@ class Expressions(Conditions, Calls, Operations):
             position = int(number(index))
             if -len(base) <= position < len(base):
                 return base[position]
+            if len(base) == 1 and isinstance(base[0], Data):
+                return base[0]  # `tuple(t.to(device) for t in batch)`: all parts are alike
         if isinstance(base, dict):
             return base.get(index, Unknown(text_of(node))) if isinstance(index, str) else _any_of(base, node)
         if isinstance(base, Data):
@@ -306,6 +309,7 @@ class Expressions(Conditions, Calls, Operations):
         ast.IfExp: _if_expression,
         ast.NamedExpr: _named,
         ast.Yield: _yield,
+        ast.YieldFrom: Generators.yield_from,
         ast.BinOp: _binary,
         ast.UnaryOp: _unary,
         ast.Compare: Conditions.compare,

@@ -4,6 +4,7 @@ import ast
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from microbatch.linting.module import Module
@@ -131,7 +132,22 @@ class View:
             for loop in (step.loop, *(p for p in self.module.above(step.node) if isinstance(p, Loop))):
                 if loop is not None and step.since:
                     loops.setdefault(loop, set()).add(step.optimizer)
-        return len({s.node for s in self.trace.steps}) > 1 and any(len(names) > 1 for names in loops.values())
+        apart = len({s.node for s in self.trace.steps}) > 1 or self._step_in_turn
+        return apart and any(len(names) > 1 for names in loops.values())
+
+    @cached_property
+    def _step_in_turn(self) -> bool:
+        """Whether one helper takes the steps of several optimizers, each after a backward of its own."""
+        return any(
+            one.tick == other.tick and one.optimizer != other.optimizer and one.after != other.after
+            for one, other in pairwise(self.trace.steps)
+        )
+
+    @cached_property
+    def contributes(self) -> set[ast.AST]:
+        """The calls of backward whose gradients some step takes; all of them, where none does."""
+        found = {site for step in self.trace.steps for (_, site), weight in step.sites.items() if weight}
+        return found or {b.node for b in self.trace.backwards}
 
     @cached_property
     def divides(self) -> bool:

@@ -46,6 +46,7 @@ class FunctionCalls(Simulated):
         owner: str | None = None,
         holder: str = "",
         at_yield: Callable[[Any], None] | None = None,
+        feeds: Any = None,
     ) -> Any:
         """Run a function of the file with these values.
 
@@ -57,18 +58,22 @@ class FunctionCalls(Simulated):
             owner: The class of the object whose method it is.
             holder: This object.
             at_yield: What is run where the function yields.
+            feeds: The loop that it feeds, if it is run as a generator.
 
         Returns:
-            What it returns.
+            What it returns; the generator that it makes, where nothing says what to run when it yields.
         """
         key = Module.key(function)
+        if at_yield is None and self.is_generator(function):
+            held = {"args": args, "keywords": keywords, "owner": owner, "holder": holder}
+            return Obj("generator", function.name, {"function": function, **held})
         if self.depth >= DEPTH or self.active.count(key) >= 2:
             return Unknown(f"{function.name}()")
         self.begin_object(owner or function.owner, function.name)
         node: FunctionNode = function.node
         parent = function.scope if isinstance(function.scope, Frame) else self.globals
         frame = Frame(owner or function.owner, parent, holder=holder)
-        frame.declared, frame.at_yield = declared(node), at_yield
+        frame.declared, frame.at_yield, frame.feeds = declared(node), at_yield, feeds
         self._bind(function, frame, _Given(args=args, keywords=keywords, guess=guess))
         outer, self.frame = self.frame, frame
         evaluates = bool(_EVALUATES.match(node.name)) and not self.module.reaches(key)

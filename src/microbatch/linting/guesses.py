@@ -98,7 +98,7 @@ _CONSTRUCTORS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         (
             "optimizer",
             (
-                r"(^|\.)(optim\.\w+|(\w*(Adam|AdamW|SGD|RMSprop|Adagrad|Adadelta|Adafactor|LAMB|Lamb|LARS|Lion|NAdam|RAdam|"
+                r"(^|\.)(?!Local)(optim\.\w+|(\w*(Adam|AdamW|SGD|RMSprop|Adagrad|Adadelta|Adafactor|LAMB|Lamb|LARS|Lion|NAdam|RAdam|"
                 r"Ranger|Muon|Adan|LBFGS|SparseAdam|NovoGrad|ASGD|Rprop|BertAdam|Optimizer\w*|optimizer\w*|AdamW8bit|"
                 r"Adam8bit|AdaBelief))|(configure|create|build|make|get|setup|init\w*)_optimizers?)$"
             ),

@@ -109,9 +109,16 @@ def judge_survey(view: View) -> Iterator[Fault]:
                 )
 
 
+def _in_stepping_loop(view: View, mark: Mark) -> bool:
+    """Whether steps are taken after microbatches of the loop that a number comes from; a test may run backwards too."""
+    loop = view.trace.loop_of.get(mark.tick)
+    return any(step.loop is loop and step.tick >= mark.tick - view.n for step in view.trace.steps)
+
+
 def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
     """MB701 and MB702: the number that is logged is not the loss of the window."""
     values = [m for m in marks if m.value is not None and not m.value.blurred and m.value.weights]
+    values = [m for m in values if _in_stepping_loop(view, m)]
     if not values or not view.has_windows:
         return
     scaled = Fraction(1, view.n)
@@ -128,6 +135,7 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
 
 def _summed(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
     """MB702: a sum that takes the loss of the last microbatch of each window alone."""
+    marks = [mark for mark in marks if _in_stepping_loop(view, mark)]
     if not view.has_windows or len(marks) < 2:
         return
     single = all(m.value.weights and len(m.value.weights) == 1 and set(m.value.weights) == {m.tick} for m in marks)

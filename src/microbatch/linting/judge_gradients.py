@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
+from microbatch.linting.judge_counters import mixed_units
 from microbatch.linting.schedule_units import WINDOWS, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
@@ -21,7 +22,12 @@ def judge_gradients(view: View) -> Iterator[Fault]:
     yield from _schedules(view)
     yield from _averages(view)
     yield from _recreated(view)
-    yield from view.module.once("MB304", lambda: [*_skipped_units(view), *_replayed(view)])
+    yield from view.module.once("MB304", lambda: _counters(view))
+
+
+def _counters(view: View) -> list[Fault]:
+    """MB304: by the ways in which a run is often resumed, or else by what the numbers count."""
+    return [*_skipped_units(view), *_replayed(view)] or mixed_units(view.module)
 
 
 def _clips(view: View) -> Iterator[Fault]:

@@ -46,7 +46,7 @@ def _token_means(view: View) -> Iterator[Fault]:
         return
     for b in view.trace.backwards:
         loss = b.loss
-        if b.node in said or loss.reduction == "sum":
+        if b.node in said or loss.reduction == "sum" or b.node not in view.contributes:
             continue
         by_model = loss.forward_synced is not None and "criterion" not in view.trace.settings
         masked = _masked_labels(view) if by_model else 0
@@ -179,7 +179,9 @@ def _only_names_it(view: View, node: ast.UnaryOp) -> bool:
     if isinstance(parent, (ast.Compare, ast.BinOp, ast.Slice, ast.arguments)):
         return True
     if isinstance(parent, ast.keyword):
-        return parent.arg in ("ignore_index", "default")
+        return parent.arg in ("ignore_index", "default", "pad_index")
+    if isinstance(parent, ast.IfExp):
+        return any(_is_minus_100(each) for each in ast.walk(parent.test))  # it stays what it was
     if isinstance(parent, (ast.Assign, ast.AnnAssign)):
         target = parent.targets[0] if isinstance(parent, ast.Assign) else parent.target
         return isinstance(target, (ast.Name, ast.Attribute))

@@ -25,6 +25,7 @@ def judge_stale(view: View) -> Iterator[Fault]:
         if not stale or (few and view.clean):
             continue
         elsewhere: set[ast.AST] = {*places_of_clearing(view.module) - trace.cleared, *calls_that_may_clear(view.module)}
+        elsewhere |= view.module.once("left out", lambda: set(_left_out(view)))
         yield Fault(
             "MB107",
             stale[0].node,
@@ -33,6 +34,14 @@ def judge_stale(view: View) -> Iterator[Fault]:
             needs=("the number of microbatches in an epoch, modulo N",) if few else _unsure(elsewhere),
         )
         return
+
+
+def _left_out(view: View) -> Iterator[ast.AST]:
+    """The places in loops where an example leaves out code: `...`."""
+    for node in view.module.nodes:
+        left_out = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is Ellipsis
+        if left_out and view.module.is_inside_loop(node):
+            yield node
 
 
 def _unsure(elsewhere: set[ast.AST]) -> tuple[str, ...]:

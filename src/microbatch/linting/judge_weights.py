@@ -134,14 +134,27 @@ def _cleared(view: View, steps: list[StepTaken], *, sure: bool = True) -> Iterat
             if zero is None:
                 continue
             kept = [m for m in step.since if m in step.weights]
+            if len(kept) == view.n and view.contributes != {b.node for b in view.trace.backwards}:
+                continue  # gradients that no step is to take, as those for a measure of curvature
+            in_turn = _alternates(view, step)
             yield Fault(
                 "MB103",
                 zero.node,
                 f"gradients are cleared inside the window: a step keeps {len(kept)} of {len(step.since)} microbatches",
-                certain=sure,
-                needs=() if sure else (_SHARED_STEP,),
+                certain=sure and not in_turn,
+                needs=(f"whether `{step.optimizer}` is meant to leave out microbatches",)
+                if in_turn
+                else ()
+                if sure
+                else (_SHARED_STEP,),
             )
             return
+
+
+def _alternates(view: View, step: StepTaken) -> bool:
+    """Whether another optimizer steps after every microbatch, and nothing is called N: one of them waits by design."""
+    others = {s.tick for s in view.trace.steps if s.optimizer != step.optimizer and s.loop is step.loop}
+    return not view.module.windows[0] and not view.divides and others >= set(step.since)
 
 
 def _phase(view: View, steps: list[StepTaken]) -> Iterator[Fault]:

@@ -4,17 +4,18 @@ import ast
 from typing import Any
 
 from microbatch.linting.clearing import averages_weights, clears_all
+from microbatch.linting.generators import Generators
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
-from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
+from microbatch.linting.waiting_lists import waiting_lists
 
 __all__ = ["BREAK", "CONTINUE", "Loops"]
 
 BREAK, CONTINUE = "break", "continue"
 
 
-class Loops(Simulated):
+class Loops(Generators):
     """The part of the machine that runs loops."""
 
     def loop_for(self, node: ast.For) -> Any:
@@ -26,17 +27,20 @@ class Loops(Simulated):
         if averages_weights(node) and self.trace.tick:
             self.trace.mark("ema", node, text_of(node.iter))
             return None
-        micro = self.module.is_microbatch_loop(node, self.frame.owner)
-        items, counted = self.items(node)
-        if micro:
+        micro, value = self.is_micro(node), self.evaluate(node.iter)
+        made = self.generator(value) if micro else None
+        if made is not None:
             self.trace.loop = node
+            return self.feed(node, *made, micro=True)
+        items, counted = self.items(node, value)
+        if micro:
+            if self.frame.feeds is None:
+                self.trace.loop = node
             if not counted:
                 self.begin_epoch()
-        evaluates = (
-            not micro
-            and LOADER_WORDS.search(text_of(node.iter)) is not None
-            and not self.module.contains_backward(node, self.frame.owner)
-        )
+        elif self.fills_list(node):
+            self.begin_epoch()
+        evaluates = not micro and LOADER_WORDS.search(text_of(node.iter)) is not None and not self.holds_backward(node)
         self.trace.evaluating += evaluates
         try:
             return self._turns(node, items, micro=micro, counted=counted)
@@ -46,11 +50,12 @@ class Loops(Simulated):
     def loop_while(self, node: ast.While) -> Any:
         """Run a `while` loop."""
         limit = self.count_of_loop(node)
-        micro = self.module.is_microbatch_loop(node, self.frame.owner)
-        if not micro and not self.module.contains_backward(node, self.frame.owner):
+        micro = self.is_micro(node)
+        if not micro and not self.holds_backward(node):
             limit = 1
         if micro:
-            self.trace.loop = node
+            if self.frame.feeds is None:
+                self.trace.loop = node
             self.begin_epoch()
         for index in range(limit):
             value = self.evaluate(node.test)
@@ -87,12 +92,15 @@ class Loops(Simulated):
 
     def count_of_loop(self, node: ast.For | ast.While) -> int:
         """How often a loop whose end is not known runs."""
-        owner = self.frame.owner
-        if self.module.is_microbatch_loop(node, owner):
+        if self.is_micro(node) or self.fills_list(node):
             return self.run.length
-        if not self.module.contains_backward(node, owner) or self.loop_depth > 2:
+        if not self.holds_backward(node) or self.loop_depth > 2:
             return 1
         return 3 if self._runs_once_a_window(node) else self.run.epochs
+
+    def fills_list(self, node: ast.For | ast.While) -> bool:
+        """Whether the turns of a loop add microbatches to a list that waits for its window to be full."""
+        return any(node in filling for filling in waiting_lists(self.module).values())
 
     def _runs_once_a_window(self, node: ast.For | ast.While) -> bool:
         """Whether the N microbatches of one window are a loop inside, and no other loop is between."""
@@ -131,11 +139,9 @@ class Loops(Simulated):
             return node.value in self.window_literals
         return bool(text) and (text in self.window_names or self.names_window(node))
 
-    def items(self, node: ast.For) -> tuple[list[Any], bool]:
-        """The items of a for loop, and whether the loop is the N microbatches of one window."""
-        value = self.evaluate(node.iter)
-        owner = self.frame.owner
-        outer = not self.module.is_microbatch_loop(node, owner) and self.module.contains_backward(node, owner)
+    def items(self, node: ast.For, value: Any) -> tuple[list[Any], bool]:
+        """The items of what a `for` loop goes through, and whether they are the N microbatches of one window."""
+        outer = not self.is_micro(node) and self.holds_backward(node)
         if isinstance(value, range) and not value and outer:
             return list(range(self.count_of_loop(node))), False  # `range(0)` in a tutorial that is not to train
         if isinstance(value, range) and not outer and len(value) <= self.run.microbatches:
@@ -174,7 +180,8 @@ class Loops(Simulated):
     def _cuts_window(self, node: ast.For) -> bool:
         """Whether a loop goes through a batch piece by piece, with the step after it."""
         micro = self.module.is_microbatch_loop(node, self.frame.owner)
-        return micro and self.module.step_follows(node) and self.module.is_inside_loop(node)
+        inside = self.module.is_inside_loop(node) or self.module.callers_step(node)
+        return micro and inside and self.module.step_follows(node)
 
     def _window_items(self, value: Any) -> list[Any]:
         """The N microbatches of a list that the file fills in a way that is not followed."""

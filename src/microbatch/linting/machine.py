@@ -206,9 +206,12 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def _named_object(self, target: ast.AST, value: Any) -> Any:
         """The object that a name promises where the value is not known; an object that was made takes the name."""
-        is_plain = isinstance(value, Unknown) and not value.data and not value.tags
+        is_plain = isinstance(value, Unknown) and not value.data
         if is_plain and isinstance(target, (ast.Name, ast.Attribute)):
             guessed = self.guess(dotted(target))
+            is_object = guessed is not None and guessed.kind in ("model", "optimizer", "criterion")
+            if "n" in value.tags or (value.tags and not is_object):
+                return value  # a number, or what N was given to
             if guessed is not None and not self.trace.tick:
                 self.made += 1  # set up once: an object of its own
                 guessed.info["key"] = f"{guessed.name} {self.made}"
@@ -348,6 +351,10 @@ class Machine(Loops, FunctionCalls, Expressions):
         for target in node.targets:
             if isinstance(target, ast.Name):
                 self.frame.locals.pop(target.id, None)
+            elif isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Slice):
+                held = self.evaluate(target.value)
+                if isinstance(held, list):
+                    held.clear()
 
     _STATEMENT_KINDS: ClassVar[dict[type, Any]] = {
         ast.Expr: _expr,

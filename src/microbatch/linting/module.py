@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.guesses import names_window
 from microbatch.linting.reach import Reach
-from microbatch.linting.syntax import dotted, is_gradient, last_name, pairs, steps_inside, text_of
+from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, pairs, steps_inside, text_of
 
 __all__ = ["Module"]
 
@@ -181,8 +181,8 @@ class Module(Reach):
         for node in self.nodes:
             if isinstance(node, (ast.If, ast.IfExp)) and self._guards_step(node):
                 self._moduli_of_guard(node, add)
-            elif isinstance(node, ast.Call):
-                self._counts_of_call(node, add)
+            elif isinstance(node, ast.Call | ast.Yield):
+                self._counts_given(node, add)
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.BinOp):
                 turns = isinstance(node.value.op, ast.Mod) and dotted(node.targets[0])  # `k = (k + 1) % n`
                 if turns and any(dotted(n) == turns for n in ast.walk(node.value.left)) and self.is_inside_loop(node):
@@ -205,8 +205,13 @@ class Module(Reach):
                         add(end)
         return names, literals
 
-    def _counts_of_call(self, node: ast.Call, add: Callable[[ast.AST], None]) -> None:
-        """Find N in what a call is given: a condition of the step, or the steps of Accelerate."""
+    def _counts_given(self, node: ast.Call | ast.Yield, add: Callable[[ast.AST], None]) -> None:
+        """Find N in what is handed on: a condition of the step, in a call or with a batch; the steps of Accelerate."""
+        if isinstance(node, ast.Yield):
+            for part in ast.walk(node):
+                if isinstance(part, ast.Compare):
+                    _moduli(part, add, self.counters)
+            return
         accelerates = last_name(node.func) == "Accelerator"
         for keyword in node.keywords:
             if accelerates and keyword.arg == "gradient_accumulation_steps":
@@ -217,9 +222,35 @@ class Module(Reach):
     def step_follows(self, loop: ast.For) -> bool:
         """Whether a step comes after a loop, in the same block of a function, and none is in it."""
         owner = self.owner_of(loop)
-        siblings = getattr(self.parents[loop], "body", [])
-        after = siblings[siblings.index(loop) + 1 :] if loop in siblings else []
-        return any(self.steps(s, owner) for s in after) and not any(self.steps(s, owner) for s in loop.body)
+        if any(self.steps(s, owner) for s in loop.body):
+            return False
+        return self._steps_after(loop) or self.callers_step(loop)
+
+    def _steps_after(self, statement: ast.stmt) -> bool:
+        owner = self.owner_of(statement)
+        siblings = getattr(self.parents[statement], "body", [])
+        after = siblings[siblings.index(statement) + 1 :] if statement in siblings else []
+        return any(self.steps(s, owner) for s in after)
+
+    def _calls_by_name(self) -> dict[str, list[ast.Call]]:
+        found: dict[str, list[ast.Call]] = {}
+        for node in self.nodes:
+            if isinstance(node, ast.Call):
+                found.setdefault(last_name(node.func), []).append(node)
+        return found
+
+    def callers_step(self, loop: ast.For) -> bool:
+        """Whether the loop is what its function does, and a step comes after each call of the function."""
+        holder = self.parents[loop]
+        if not isinstance(holder, FunctionNode):
+            return False
+        owner = self.owner_of(loop)
+        calls = [
+            self.statement_of(node)
+            for node in self.once("calls by name", self._calls_by_name).get(holder.name, [])
+            if (found := self.resolve(node.func, owner)) is not None and found.node is holder
+        ]
+        return bool(calls) and all(each is not None and self._steps_after(each) for each in calls)
 
     def _moduli_of_guard(self, node: ast.If | ast.IfExp, add: Callable[[ast.AST], None]) -> None:
         """Find what the condition of a step counts up to, also where it leaves out the step: `if k < n: continue`."""

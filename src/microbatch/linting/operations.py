@@ -25,6 +25,7 @@ _ARITHMETIC: dict[type, Any] = {
 }
 _COUNTS = re.compile(r"mask|tok|count|valid|len|num_|norm|active|words|items|non_?pad|!= ", re.IGNORECASE)
 _COEFFICIENTS = re.compile(r"(\b|_)(w|weights?|lambda\w*|coeff?|alpha|beta|gamma)(\b|_|\d)", re.IGNORECASE)  # of a term
+_MASKS = re.compile(r"mask|[=!]=|[<>]", re.IGNORECASE)
 _SIZES = re.compile(r"batch|bs\b", re.IGNORECASE)
 _ROWS = re.compile(r"size\(|shape|len\(|batch_size|bsz|\.numel")
 
@@ -132,7 +133,8 @@ class Operations(Simulated):
             return replace(data, blurred=True)
         if isinstance(op, ast.Div):
             return self._divided(data, other, node)
-        weighs_rows = data.kind == "tensor" and not data.reduction and isinstance(other, Unknown) and other.data
+        by_data = isinstance(other, Unknown) and other.data and not data.reduction
+        weighs_rows = by_data and (data.kind == "tensor" or _MASKS.search(other.key) is not None)
         if isinstance(other, Unknown) and not weighs_rows:
             coefficient = _COEFFICIENTS.search(other.key)
             doubt = f"`{other.key}`" if coefficient else "multiplied by a value that the file does not show"

@@ -7,6 +7,7 @@ from typing import Any
 from microbatch.linting.guesses import PIECE_WORDS
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.values import Data, Function, Num, Obj, Unknown, is_number, number, tags
+from microbatch.linting.waiting_lists import waiting_lists
 
 __all__ = ["PYTHON_FUNCTIONS"]
 
@@ -16,7 +17,10 @@ def _len(machine: Any, node: ast.Call) -> Any:
     if (
         node.args
         and dotted(node.args[0]) in machine.module.window_lists
-        and not (isinstance(value, (list, tuple)) and len(value) > 1)
+        and not (
+            isinstance(value, (list, tuple))
+            and (len(value) > 1 or dotted(node.args[0]) in waiting_lists(machine.module))
+        )
     ):
         return machine.window()
     loop = machine.trace.loop
@@ -103,6 +107,8 @@ def _set(machine: Any, node: ast.Call) -> Any:
 
 def _first(machine: Any, node: ast.Call) -> Any:
     args, _ = machine.arguments(node)
+    if not args and last_name(node.func) == "list":
+        return []
     return args[0] if args else Unknown(text_of(node))
 
 
@@ -133,6 +139,11 @@ def _extreme(machine: Any, node: ast.Call) -> Any:
         return Num(value, origin) if origin else value
     data = [v for v in machine.flat(args) if isinstance(v, Data)]
     return data[0] if data else Unknown(text_of(node), tags=tags(*args))
+
+
+def _queue(machine: Any, node: ast.Call) -> Any:
+    args, _ = machine.arguments(node)
+    return list(args[0]) if args and isinstance(args[0], (list, tuple)) else [] if not args else Unknown(text_of(node))
 
 
 def _divmod(machine: Any, node: ast.Call) -> Any:
@@ -193,6 +204,7 @@ PYTHON_FUNCTIONS: dict[str, Any] = {
     "enumerate": _enumerate,
     "zip": _zip,
     "count": _count,
+    "deque": _queue,
     **dict.fromkeys(("set", "frozenset"), _set),
     **dict.fromkeys(("range", "trange"), _range),
     **dict.fromkeys(("tqdm", "iter", "list", "tuple", "reversed", "islice", "cycle"), _first),

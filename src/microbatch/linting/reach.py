@@ -8,7 +8,7 @@ from typing import Any
 
 from microbatch.linting.comprehensions import Comprehension, write_out
 from microbatch.linting.definitions import Definitions, Facts
-from microbatch.linting.guesses import GROUPS, LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, names_window
+from microbatch.linting.guesses import GROUPS, LOADER_WORDS, PIECE_NAMES, PIECE_WORDS, kind_of_name, names_window
 from microbatch.linting.syntax import (
     FunctionNode,
     Loop,
@@ -169,7 +169,7 @@ class Reach(Definitions):
 
     def _adds_for_later(self, loop: ast.For) -> bool:
         """Whether an inner loop adds something up, and a backward in a later statement beside it reads the sum."""
-        if not self.is_inside_loop(loop):
+        if not self.is_inside_loop(loop) or self._is_over_outputs(loop):
             return False
         added: set[str] = set()
         for node in ast.walk(loop):
@@ -191,6 +191,17 @@ class Reach(Definitions):
         for statement in after:
             for node in ast.walk(statement):
                 if is_backward_call(node) and added & {dotted(part) for part in ast.walk(node)}:
+                    return True
+        return False
+
+    def _is_over_outputs(self, loop: ast.For) -> bool:
+        """Whether a loop runs over what one forward pass gave: the heads of a model, the layers of its outputs."""
+        read = {n.id for n in ast.walk(loop.iter) if isinstance(n, ast.Name)}
+        for node in ast.walk(self.loops_above(loop)[0]):
+            value = node.value if isinstance(node, ast.Assign) else None
+            if isinstance(value, ast.Call) and kind_of_name(last_name(value.func)) in ("model", "engine"):
+                made = {n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)}  # type: ignore[attr-defined]
+                if read & made:
                     return True
         return False
 

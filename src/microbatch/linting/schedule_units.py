@@ -11,11 +11,11 @@ from microbatch.linting.guesses import kind_of_constructor, kind_of_name, names_
 from microbatch.linting.module import Module
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, text_of
 
-__all__ = ["WINDOWS", "counts", "made_in_rows", "schedule_units"]
+__all__ = ["LENGTHS", "MICROBATCHES", "WINDOWS", "counts", "made_in_rows", "place_of_count", "schedule_units"]
 
 MICROBATCHES, WINDOWS = "microbatches", "windows"
 _EPOCHS = re.compile(r"epoch", re.IGNORECASE)
-_TOTALS = frozenset({"num_training_steps", "t_total", "total_steps", "T_max"})
+LENGTHS = frozenset({"num_training_steps", "t_total", "total_steps", "T_max"})
 _OF_ROWS = re.compile(r"(data|lines|samples|examples|queries|rows|pairs|texts|sentences|records)$", re.IGNORECASE)
 _LENGTHS = re.compile(r"step|iter|update|total|batches|_len|t_max|horizon|schedule", re.IGNORECASE)
 
@@ -35,7 +35,7 @@ def made_in_rows(module: Module) -> ast.Call | None:
     """Where a schedule is made whose length is a number of rows, which nothing divides: `len(lines) * epochs`."""
     for call in _schedules(module):
         holder = next((p for p in module.around(call) if isinstance(p, FunctionNode)), module.tree)
-        lengths = [k.value for k in call.keywords if k.arg in _TOTALS] or call.args[2:3]
+        lengths = [k.value for k in call.keywords if k.arg in LENGTHS] or call.args[2:3]
         for length in lengths:
             made = [
                 s.value
@@ -134,17 +134,18 @@ def counts(module: Module, counter: str) -> str:
             and isinstance(node.value, ast.Constant)
             and node.value.value == 1
         ):
-            found.add(_place(module, node))
+            found.add(place_of_count(module, node))
     return found.pop() if len(found) == 1 else ""
 
 
-def _place(module: Module, node: ast.AST) -> str:
+def place_of_count(module: Module, node: ast.AST) -> str:
     """Whether a statement runs once a microbatch, or once for each step."""
     owner = module.owner_of(node)
     for around in module.above(node):
         if isinstance(around, ast.If):
-            guards = any(module.steps(s, owner) for s in around.body) or "sync_gradients" in text_of(around.test)
-            if guards and node in {n for s in around.body for n in ast.walk(s)}:
+            branch = around.body if node in {n for s in around.body for n in ast.walk(s)} else around.orelse
+            is_synced = branch is around.body and "sync_gradients" in text_of(around.test)
+            if is_synced or any(module.steps(s, owner) for s in branch):
                 return WINDOWS
             if not module.contains_backward(around, owner):
                 return ""  # now and then

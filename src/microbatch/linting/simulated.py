@@ -57,14 +57,17 @@ class Run:
 class Frame:
     """The names of one call."""
 
-    __slots__ = ("at_yield", "declared", "holder", "locals", "owner", "parent")
+    __slots__ = ("at_yield", "declared", "feeds", "holder", "locals", "owner", "parent")
 
     def __init__(self, owner: str | None, parent: Frame | None = None, *, holder: str = "") -> None:
         self.locals: dict[str, Any] = {}
         self.owner = owner
         self.parent = parent
         self.holder = holder or owner or ""  # the object whose method runs
-        self.at_yield: Callable[[Any], None] | None = None  # what a context manager of the file runs around
+        self.at_yield: Callable[[Any], None] | None = (
+            None  # what a context manager or a generator of the file runs around
+        )
+        self.feeds: Any = None  # the loop that a generator feeds
         self.declared: dict[str, str] = {}  # names that it calls "global" or "nonlocal"
 
     def find(self, name: str) -> Frame | None:

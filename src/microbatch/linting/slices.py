@@ -48,7 +48,7 @@ _COMMON = frozenset(
     }
 )
 # Methods that change the object that they belong to.
-_MUTATES = frozenset({"append", "extend", "clear", "update", "setdefault", "div_", "mul_"})
+_MUTATES = frozenset({"append", "extend", "clear", "pop", "popleft", "update", "setdefault", "div_", "mul_"})
 
 # Names whose use changes how gradients are handled.
 _SWITCHES = frozenset(
@@ -131,8 +131,9 @@ def _statements(module: Module) -> tuple[set[ast.stmt], set[ast.stmt]]:
                 kept.add(statement)
             continue
         owner, parts = module.owner_of(statement), list(ast.walk(statement))
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield):
+        if any(isinstance(part, ast.Yield | ast.YieldFrom) for part in parts):
             kept.add(statement)
+            kept.wanted.update(_names(parts))
         if module.touches_gradients(statement, owner) or _switches(parts):
             kept.add(statement)
             core.add(statement)

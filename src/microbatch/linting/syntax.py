@@ -164,7 +164,7 @@ def is_backward_call(node: ast.AST) -> bool:
         return False
     name = last_name(node.func)
     if name in ("backward", "manual_backward"):
-        return True
+        return "dist_autograd" not in dotted(node.func) and "distributed.autograd" not in dotted(node.func)
     return kind_of_name(name) == "native_scaler" and not name[:1].isupper() and len(node.args) >= 2
 
 
@@ -176,7 +176,7 @@ def is_step_call(node: ast.AST) -> bool:
     if attr == "zero_grad" or ("optim" in attr and "step" in attr):
         return True
     if attr != "step":
-        return False
+        return attr.startswith("step_") and kind_of_name(dotted(base)) == "optimizer"  # of a wrapper of an optimizer
     kind = kind_of_name(dotted(base)) or kind_of_name(last_name(base.func) if isinstance(base, ast.Call) else "")
     return kind not in ("scheduler", "ema", "log", "meter")
 

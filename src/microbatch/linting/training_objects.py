@@ -154,7 +154,8 @@ class TrainingObjects(Simulated):
         return method(base, node, attr) if method is not None else NotImplemented
 
     def _on_optimizer(self, base: Obj, node: ast.Call, attr: str) -> Any:
-        if attr in ("step", "zero_grad", "optimizer_step"):
+        if attr in ("step", "zero_grad", "optimizer_step") or attr.startswith("step_"):
+            attr = attr if attr == "zero_grad" else "step"
             args, _ = self.arguments(node)
             return self._optimizer(base, node, attr, args=args)
         if attr in ("clip_master_grads", "clip_grad_norm"):
@@ -172,7 +173,8 @@ class TrainingObjects(Simulated):
         for value in args:
             if isinstance(value, Function):
                 self.call_function(value, [], {})
-        self.trace.step(node, base.key)
+        scales = any(isinstance(value, Obj) and value.kind == "scaler" for value in args)  # a wrapper that is given it
+        self.trace.step(node, base.key, by_scaler=scales)
 
     def _runs_now(self, base: Obj) -> bool:
         """Whether a call does something: a prepared object of Accelerate sleeps off the boundary of `accumulate()`."""

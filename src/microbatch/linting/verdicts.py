@@ -11,6 +11,7 @@ from microbatch.linting.faults import Fault, View
 from microbatch.linting.judge_costs import judge_costs, judge_survey
 from microbatch.linting.judge_gradients import judge_gradients
 from microbatch.linting.judge_loss import judge_loss
+from microbatch.linting.judge_options import ignored_option
 from microbatch.linting.judge_stale import judge_stale
 from microbatch.linting.judge_weights import judge_weights
 from microbatch.linting.module import Module
@@ -66,6 +67,8 @@ def read(module: Module) -> Reading:
             key = (verdict.fault.rule, verdict.fault.node)
             if key not in found or (verdict.certain and not found[key].certain):
                 found[key] = verdict
+    for fault, outcome in ignored_option(module, roots):
+        found.setdefault((fault.rule, fault.node), Verdict(fault, fault.certain, fault.needs, outcome))
     shifted = {node for (rule, node), verdict in found.items() if rule == "MB105" and verdict.certain}
     for node in shifted:
         found.pop(("MB111", node), None)  # what is left over follows from the shift
