@@ -137,7 +137,7 @@ def case_auto(rank: int, ranks: int) -> Any:
             share(rank, ranks),
             ranks=Ranks(sync=sync),
             microbatch_size="auto",
-            steps=20,
+            steps=40,
         )
     )
 
@@ -214,7 +214,7 @@ def test_masks_by_row_are_those_of_one_process(runs: Callable[[int], list[Any]],
 
 @pytest.mark.parametrize("way", WAYS)
 def test_sizes_are_found_while_training(runs: Callable[[int], list[Any]], way: str) -> None:
-    alone = run(make_model(), make_batch(), steps=20)
+    alone = run(make_model(), make_batch(), steps=40)
     for found in result(runs(2), "auto"):
         assert off(found[way]["gradients"], alone["gradients"]) <= 1e-10
         assert found[way]["events"].count("PlanChosen") == 1

@@ -6,6 +6,7 @@ Shapes are name suffixes: B rows, T tokens of a row, C channels, H height, W wid
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ from microbatch.loss.loss import Loss
 from microbatch.train.jobs.pictures import Pictures, read_digits
 from microbatch.train.jobs.text import find_files, read_documents
 from microbatch.train.jobs.transformer import Shape, Transformer
+from microbatch.warned import MicrobatchWarning
 
 IGNORED = -100
 """Label of a position that is padding."""
@@ -301,6 +303,8 @@ def contrastive_loss(model: nn.Module, pairs: tuple[Tensor, Tensor]) -> Loss:
 
 
 def _pairs(_: str) -> Lesson:
+    # The page shows what a cut does to this loss, and says so itself.
+    warnings.filterwarnings("ignore", message="the loss compares the samples", category=MicrobatchWarning)
     made = _on_digits("pairs", PairEncoder())
     return dataclasses.replace(made, loss_fn=contrastive_loss, encode=encode_pairs)
 

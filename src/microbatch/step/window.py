@@ -63,7 +63,8 @@ class Window(OwnLoop):
         self.done, self.planned, self._events = [], len(source) or None, []
         self.now = self.rows = self.order = self.function = self.coupled = self.record = None
         self.stepping = self.stepped = self.dropped = False
-        self.outer, self._inner, self._around, self.undo = ExitStack(), ExitStack(), ExitStack(), Undo()
+        self.outer, self._inner, self.undo = ExitStack(), ExitStack(), Undo()
+        self._around: ExitStack | None = None
         self._state = "new"
 
     def __enter__(self) -> Self:
@@ -130,11 +131,12 @@ class Window(OwnLoop):
         """Leave the previous pass, and enter the next one; `None` after the last."""
         self.undo.interrupts.deliver()
         self.now, self.rows = p, p and p.rows
-        parts = self.setup.having("around")
-        if parts:
+        if self._around is not None:
             self._around.close()
-        for part in parts if p else ():
+            self._around = None
+        for part in self.setup.having("around") if p else ():
             if (context := part.around(self, p)) is not None:
+                self._around = self._around or ExitStack()
                 self._around.enter_context(context)
 
     # -- forward and backward ------------------------------------------------------------------------------------------
@@ -268,7 +270,8 @@ class Window(OwnLoop):
         explain_missing_kernel(error, self.model, autocast=self.options.autocast)
         for part in reversed(self.setup.having("failed")):
             part.failed(self, error)
-        self._around.__exit__(type(error), error, error.__traceback__)
+        if self._around is not None:
+            self._around.__exit__(type(error), error, error.__traceback__)
         self._inner.close()
         self.undo.restore_or_complete(self, error)
         self._close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -156,7 +156,7 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple | dict) and len(value) <= _LONGEST:
-            inner = list(value.values()) if isinstance(value, Mapping) else value
+        elif type(value) in {list, tuple, dict} and len(value) <= _LONGEST:  # no methods of the user's run here
+            inner = list(value.values()) if isinstance(value, dict) else value
             if inner:
                 yield from _tensors(inner)
