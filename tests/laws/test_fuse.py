@@ -1199,3 +1199,18 @@ def test_small_and_odd_weights_are_said_to_be_left_alone(as_it_is: None) -> None
     assert report["layers.0.weight"] == report["embedding.weight"] == report["head.weight"] == "fused"
     assert "1 dimension" in report["layers.0.bias"]
     assert "small" in report["small.weight"]
+
+
+def test_models_of_many_small_modules_are_left_alone(as_it_is: None) -> None:
+    def fused(number: int) -> tuple[int, str]:
+        model: Any = large(1, torch.float32)
+        model.layers.extend(nn.Identity() for _ in range(number - len(list(model.modules()))))
+        it = subject(model, size=1, sums=mb.Sums(fuse=True))
+        return it.accumulator.step(ids(2), token_loss).fused, it.accumulator.fusion()["head.weight"]
+
+    each = (1 << 18) // 16
+    number = sum(p.numel() for p in large(1, torch.float32).parameters() if p.ndim == 2) // each
+    assert fused(number) == (3, "fused")
+    none, why = fused(number + 1)
+    assert none == 0
+    assert f"fewer than {each:,} such elements for each module" in why

@@ -24,6 +24,9 @@ from microbatch.kind_words import kind_of
 
 # Below this many elements, a temporary stays in the CPU's cache and costs less than the extra Python calls.
 SMALLEST = 1 << 18
+# Every call of torch passes through the mode, and takes a microsecond or two more. A model of many small modules makes
+# many calls: with fewer than SMALLEST / 16 fusable elements for each module, they cost more than the temporaries.
+_MODULES = 16
 # Fake tensors are covered too, for dry runs of a window.
 _PLAIN, _FIT = {Tensor, nn.Parameter, FakeTensor}, {nn.Parameter, FakeTensor}
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -45,6 +48,7 @@ class Fuse(TorchFunctionMode):
 
     Args:
         named: The window's parameters.
+        modules: Number of the model's modules.
         gradients: The window's gradient sums.
         empty: Makes uninitialised tensors: ``empty(shape, like=tensor)``.
         keep: Called with each cast that is cached until `forget`; `None` for no call.
@@ -58,6 +62,7 @@ class Fuse(TorchFunctionMode):
         named: Sequence[Named],
         gradients: GradientSum,
         *,
+        modules: int,
         empty: Callable[..., Tensor],
         keep: Callable[[Tensor], object] | None = None,
     ) -> None:
@@ -68,7 +73,9 @@ class Fuse(TorchFunctionMode):
         self._gradients = gradients
         self._named = named
         large = [each for each in named if type(each.parameter) in _FIT and each.parameter.numel() >= SMALLEST]
-        self._names = {id(each.parameter): each.name for each in large if not _unfit(each.parameter)}
+        fit = [each for each in large if not _unfit(each.parameter)]
+        self._is_worth = sum(each.parameter.numel() for each in fit) * _MODULES >= SMALLEST * modules
+        self._names = {id(each.parameter): each.name for each in fit if self._is_worth}
         self._fused: set[int] = set()
         self._running = False
         self._passes = 0
@@ -96,7 +103,7 @@ class Fuse(TorchFunctionMode):
     def report(self) -> Mapping[str, str]:
         """Report for each parameter, by name, ``"fused"`` or the reason why its gradient was not."""
         fused = {name for key, name in self._names.items() if key in self._fused}
-        unused = "not used by a plain linear or embedding call"
+        unused = "not used by a plain linear or embedding call" if self._is_worth else _FEW
         return {each.name: "fused" if each.name in fused else _unfit(each.parameter) or unused for each in self._named}
 
     def keep_casts(self) -> None:
@@ -297,6 +304,9 @@ def _embedding(
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm, F.embedding: _embedding}
+_FEW = (
+    f"fewer than {SMALLEST // _MODULES:,} such elements for each module of the model: the further calls would cost more"
+)
 _DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
 
 

@@ -37,6 +37,7 @@ class Fused(Part):
         self._fuse = fuse = Fuse(
             window.gradients.named if self._weights else [],
             window.gradients,
+            modules=len(window.undo.snapshot.modules),
             empty=scratch.empty,
             keep=None if spill is None else spill.leave,
         )
