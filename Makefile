@@ -12,8 +12,8 @@ INSTALL := $(PIP) install --quiet --constraint $(CONSTRAINTS) --build-constraint
 # Extra arguments: make train ARGS="--steps 50", make test ARGS="-k denominator".
 ARGS ?=
 # Tests run in one process more than there are cores, as some wait for a browser or for ranks; a file's tests in one of
-# them. make test TESTERS= runs all in one.
-TESTERS ?= --numprocesses=$(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))') --dist=loadfile
+# them, in the order of tests/conftest.py. make test TESTERS= runs all in one.
+TESTERS ?= --numprocesses=$(shell $(PYTHON) -c 'import os; print(min(8, 1 + (os.cpu_count() or 1)))') --dist=loadfile --no-loadscope-reorder
 
 # Byte code is kept, also where the machine is told not to: each process of the tests would compile everything again.
 unexport PYTHONDONTWRITEBYTECODE

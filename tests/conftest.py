@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -116,6 +117,22 @@ def nothing_left_on() -> Iterator[None]:
     assert (torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()) == (0, 0)
     if "torch._dynamo" in sys.modules:
         assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+WAITING = {"cli", "devices", "guide", "ranks", "train"}
+"""Folders whose tests wait for other processes: ranks, a browser, a run that is stopped."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the files that wait over the whole run, so that the cores have other files' work meanwhile."""
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    kinds: list[list[Path]] = [[], []]
+    for path in files:
+        kinds[path.parent.name in WAITING].append(path)
+    places = {path: index / len(kind) for kind in kinds for index, path in enumerate(kind)}
+    items[:] = [item for path in sorted(files, key=places.__getitem__) for item in files[path]]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
