@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+
+from microbatch.step.parts.loss_graph import nodes_behind, nodes_of_loss
 
 _NODES = 24  # nodes of a graph that are looked at, on each way
 _STEPS = (
@@ -45,7 +46,7 @@ def compares_rows(loss: Tensor, rows: float) -> bool:
     """
     if rows < 2:
         return False
-    found = list(_nodes(getattr(loss, "grad_fn", None), _THROUGH))
+    found = list(nodes_of_loss(loss, _THROUGH, most=_NODES))
     if not any(type(node).__name__ in _PRODUCTS and _is_of_data(node) for node in found):
         return False
     return any(type(node).__name__ == "NllLossBackward0" and _has_own_targets(node, rows) for node in found)
@@ -54,7 +55,8 @@ def compares_rows(loss: Tensor, rows: float) -> bool:
 def _is_of_data(product: Any) -> bool:
     """Return whether both factors of a product were computed from data."""
     return all(
-        any(type(node).__name__ in _OF_DATA for node in _nodes(factor)) for factor, _ in product.next_functions[:2]
+        any(type(node).__name__ in _OF_DATA for node in nodes_behind(factor, None, most=_NODES))
+        for factor, _ in product.next_functions[:2]
     )
 
 
@@ -67,14 +69,3 @@ def _has_own_targets(node: Any, rows: float) -> bool:
         return False
     # The targets of each view of the rows are consecutive columns.
     return int((targets.diff() != 1).sum()) < len(targets) / rows
-
-
-def _nodes(start: Any, through: frozenset[str] | None = None) -> Iterator[Any]:
-    """Yield the nodes of a graph, up to those that are not in ``through``."""
-    nodes: list[Any] = [start]
-    for node in nodes:  # grows in the loop
-        if node is None:
-            continue
-        yield node
-        if (through is None or type(node).__name__ in through) and len(nodes) < _NODES:
-            nodes += [each for each, _ in node.next_functions]

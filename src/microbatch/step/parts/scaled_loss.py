@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch.amp import GradScaler
 from microbatch.errors import LossError
 from microbatch.step.finish import take_step
 from microbatch.step.part import OpenWindow, Part, Run
+from microbatch.step.parts.loss_graph import nodes_of_loss
 from microbatch.step.record import Step
 
 _WINDOWS = 2  # windows that are looked at
@@ -79,16 +79,13 @@ class ScaledLoss(Part):
 
 def _factors(loss: Tensor) -> Iterator[Tensor]:
     """Yield the float32 tensors of one element that a loss was multiplied by."""
-    nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
-    for node in nodes:  # grows in the loop
-        if node is None or type(node).__name__ not in _THROUGH:
+    for node in nodes_of_loss(loss, _THROUGH, most=_NODES):
+        if type(node).__name__ not in _THROUGH:
             continue
         # The raw value, because unpacking could recompute a layer. A number of Python's is saved in 64 bits.
         factor = getattr(getattr(node, "_raw_saved_other", None), "data", None)
         if isinstance(factor, Tensor) and _may_be_a_scale(factor):
             yield factor
-        if len(nodes) < _NODES:
-            nodes += [each for each, _ in node.next_functions]
 
 
 def _may_be_a_scale(factor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from microbatch.batch.recognise import spread
 from microbatch.batch.walk import is_array
 from microbatch.loss.counted_labels import IGNORED
 from microbatch.step.cutting import Cutting
+from microbatch.step.parts.loss_graph import nodes_of_loss
 
 _VOID = 255  # of segmentation
 _TARGETS = ("label", "target", "'y'", ".y")
@@ -76,7 +77,7 @@ def unequal_in(batch: object, cutting: Cutting) -> Unequal | None:
 
 def mean_behind(loss: Tensor, rows: float) -> Mean | None:
     """Find in a loss's graph, before its backward, the mean over targets that the loss is; `None` for others."""
-    for node in _nodes(loss):
+    for node in nodes_of_loss(loss, _THROUGH, most=_NODES):
         if type(node).__name__.startswith("NllLoss"):
             total, weight = _saved(node, "total_weight"), _saved(node, "weight")
             if node._saved_reduction != _MEAN or not isinstance(total, Tensor):
@@ -88,18 +89,7 @@ def mean_behind(loss: Tensor, rows: float) -> Mean | None:
 
 def is_sum(loss: Tensor) -> bool:
     """Return whether a loss is what torch's loss functions return with ``reduction="sum"``, or adds to it."""
-    return any(getattr(node, "_saved_reduction", None) == _SUM for node in _nodes(loss))
-
-
-def _nodes(loss: Tensor) -> Iterator[Any]:
-    """Yield the nodes of a loss's graph up to the loss function."""
-    nodes: list[Any] = [getattr(loss, "grad_fn", None)]  # a root that only communicates is an edge of a graph
-    for node in nodes:  # grows in the loop
-        if node is None:
-            continue
-        yield node  # by its type: a function of the user's may keep a `name` of its own in its context
-        if type(node).__name__ in _THROUGH and len(nodes) < _NODES:
-            nodes += [each for each, _ in node.next_functions]
+    return any(getattr(node, "_saved_reduction", None) == _SUM for node in nodes_of_loss(loss, _THROUGH, most=_NODES))
 
 
 def unequal_means(means: Sequence[Mean]) -> Unequal | None:
