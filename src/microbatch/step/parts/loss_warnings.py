@@ -113,28 +113,29 @@ class CouplingWarning(Part):
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if a cut window computed one without ``encode=``."""
         self._windows += 1
-        if 1 < step.microbatches <= self._compared and window.coupled is None and not self._names:
-            window.setup.warn(
-                "coupled loss",
-                "the loss compares the samples of one microbatch with each other (a cross entropy over the products of "
-                "their representations), and not with those of the whole batch. Encode first, and compute the loss of "
-                "all representations:\n"
-                "    accumulator.step(batch, lambda model, encoded: loss(*encoded), encode=encode)\n"
-                f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
-                'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
-            )
-        if self._names and step.microbatches > 1 and window.coupled is None:
+        if window.coupled is not None or step.microbatches < 2:
+            return
+        if self._names:
             name = min(self._names)
-            window.setup.warn(
-                "coupled loss",
-                f"mb.losses.{name} compared the samples of one microbatch only, and not those of the whole batch. "
-                "Encode first, and compute the loss of all representations:\n"
-                f"    accumulator.step(batch, lambda model, encoded: mb.losses.{name}(*encoded, ...), encode=encode)\n"
-                f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
-                'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)',
+            what = f"mb.losses.{name} compared the samples of one microbatch only, and not those of the whole batch"
+            window.setup.warn("coupled loss", _encode_first(what, f"mb.losses.{name}(*encoded, ...)"))
+        elif self._compared >= step.microbatches:
+            what = (
+                "the loss compares the samples of one microbatch with each other (a cross entropy over the products of "
+                "their representations), and not with those of the whole batch"
             )
+            window.setup.warn("coupled loss", _encode_first(what, "loss(*encoded)"))
 
     def _run(self, window: OpenWindow, run: Run, tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> object:
         if any(compares_rows(loss, window.rows or 0) for loss in tensors):
             self._compared += 1
         return run(tensors, seeds)
+
+
+def _encode_first(what: str, call: str) -> str:
+    return (
+        f"{what}. Encode first, and compute the loss of all representations:\n"
+        f"    accumulator.step(batch, lambda model, encoded: {call}, encode=encode)\n"
+        f"where encode(model, microbatch) returns the representations ({page('coupled')}). If it is meant, "
+        'call warnings.filterwarnings("ignore", category=mb.MicrobatchWarning)'
+    )
