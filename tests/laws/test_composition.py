@@ -135,6 +135,23 @@ def test_a_part_that_replaces_the_backward_of_others_is_found_out() -> None:
     assert "Autocast.backward" in reached.missed
 
 
+@pytest.mark.filterwarnings("ignore:batch normalisation")
+def test_parts_that_watch_the_first_windows_then_leave_and_a_resumed_run_has_them_again() -> None:
+    it = accumulator()
+    young = {type(part) for part in it._it.parts if part.first_windows}
+    assert young
+
+    def present() -> set[type[Part]]:
+        return young & {type(part) for part in it._it.setup().parts}
+
+    assert present() == young
+    for _ in range(4):
+        it.step(batch(), squares)
+    assert not present()
+    it.load_state_dict(it.state_dict())
+    assert present() == young
+
+
 # -- one order -----------------------------------------------------------------------------------------------------
 
 

@@ -37,7 +37,7 @@ from microbatch.step.parts.offloading import Offloading
 from microbatch.step.parts.row_dropout import RowDropout
 from microbatch.step.parts.scaled_loss import ScaledLoss
 from microbatch.step.parts.watching import BuffersOnce, WatchedBuffers, WatchedWeights
-from microbatch.step.parts.weight_hooks import WeightHooks
+from microbatch.step.parts.weight_hooks import PostHooks, WeightHooks
 from microbatch.step.passes.coupled import Coupled
 from microbatch.step.passes.lockstep import InLockstep
 from microbatch.step.passes.pipelined import Pipelined
@@ -95,23 +95,27 @@ class Composition:
         self._alone, self._together = self._peers()
         self._noise: dict[str, Part] = {"noise": NoiseMeter(options)} if options.noise_scale else {}
         self.parts = self._parts()
+        self._most_first = max(part.first_windows or 0 for part in self.parts)
         self.policies = Policies(self.size, self.way)
         self._setups: dict[Any, Setup] = {}
 
     def setup(self, finish: Callable[[OpenWindow], dict[str, Any]] = take_step) -> Setup:
-        """Return the setup of the next window, which is the same for every window over the same ranks."""
+        """Return the setup of the next window: after the first ones, the same for all windows over the same ranks."""
         options = self.options
         alone = not options.ranks.deterministic and options.pipeline is None and options.find_ranks() is None
-        if (alone, finish) not in self._setups:
-            self._setups[alone, finish] = self._setup(self._alone if alone else self._together, finish)
-        return self._setups[alone, finish]
+        here = min(self.history.here, self._most_first)
+        if (alone, finish, here) not in self._setups:
+            peers = self._alone if alone else self._together
+            parts = [each for each in self.parts if each.first_windows is None or here < each.first_windows]
+            self._setups[alone, finish, here] = self._setup(peers, parts, finish)
+        return self._setups[alone, finish, here]
 
-    def _setup(self, peers: Peers, finish: Callable[[OpenWindow], dict[str, Any]]) -> Setup:
+    def _setup(self, peers: Peers, parts: list[Part], finish: Callable[[OpenWindow], dict[str, Any]]) -> Setup:
         options = self.options
         return Setup(
             options=options,
             history=self.history,
-            parts=[peers, self.passes, *self.parts],
+            parts=[peers, self.passes, *parts],
             peers=peers,
             passes=self.passes,
             sizing=self.size.for_rows,
@@ -153,7 +157,7 @@ class Composition:
             raise ConfigError(f"the accumulator's state has no {error}; it was not made by state_dict()") from None
         except Exception as error:
             raise ConfigError(f"the accumulator's state was not made by state_dict(): {error}") from error
-        self.history = History(windows, skipped, count, seed)
+        self.history = History(windows, skipped, count, seed, resumed=windows)
         self._setups.clear()  # they have the history
 
     def _stateful(self) -> dict[str, Part]:
@@ -192,8 +196,8 @@ class Composition:
         if options.pipeline is None:  # a stage alone does not know what the loss depends on
             found.append(Coverage())
         found += self._noise.values()  # it reads the gradients that hooks on weights change
-        found += [WeightHooks(), CountWarning(), CouplingWarning(), ScaledLoss(), CarriedTensors(), WatchedWeights()]
-        found.append(CapturedGradients())
+        found += [PostHooks(), WeightHooks(), CountWarning(), CouplingWarning(), ScaledLoss(), CarriedTensors()]
+        found += [WatchedWeights(), CapturedGradients()]
         return [*found, self.fused]
 
     def _passes(self) -> Passes:

@@ -20,6 +20,7 @@ class History:
         count: Count of the last window, the estimate for the next one. It is only a scale and never changes a result.
         seed: Seed of random masks: the process's seed when the first window opens.
         moving: Parameters without ``requires_grad`` that forward passes were seen to move: module and name.
+        resumed: Number of windows that had ended before the state was loaded.
     """
 
     windows: int = 0
@@ -27,8 +28,14 @@ class History:
     count: float = 0.0
     seed: int | None = None
     moving: set[tuple[nn.Module, str]] = field(default_factory=set[tuple[nn.Module, str]], repr=False)
+    resumed: int = 0
     # The open window and the name of its thread. A dict, because `setdefault` is indivisible between threads.
     _open: dict[str, tuple[object, str]] = field(default_factory=dict[str, tuple[object, str]], init=False, repr=False)
+
+    @property
+    def here(self) -> int:
+        """Number of windows that have ended in this process."""
+        return self.windows - self.resumed
 
     def claim(self, window: object) -> None:
         """Open a window, unless another one is open; `WindowOpenError` then names its thread."""

@@ -153,9 +153,11 @@ class Part:
 
     Attributes:
         repeatable: Whether a window with this part may run again in smaller microbatches.
+        first_windows: Number of windows that have this part, from the first one in a process; `None` for all.
     """
 
     repeatable = True
+    first_windows: int | None = None
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Enter contexts for the window on ``stack``, which is closed before the step, and also after an error."""

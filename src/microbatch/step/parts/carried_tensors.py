@@ -16,7 +16,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.record import Step
 
-_WINDOWS = 2  # windows that are watched
 _NAMED = 4  # attributes that a warning names
 _LONGEST = 64  # containers with more values are not searched
 _TORCHS = frozenset(vars(nn.Module()))  # attributes that every module has, parameters and buffers among them
@@ -42,25 +41,26 @@ class CarriedTensors(Part):
         Law S5.
     """
 
+    first_windows = 2
+
     def __init__(self) -> None:
-        self._windows = 0
         self._before: _Held = []
         self._flow: _Flow | None = None
         self._reached = False
 
     def around(self, window: OpenWindow, p: Pass) -> AbstractContextManager[object] | None:
         """Watch the first two microbatches."""
-        if self._windows >= _WINDOWS or p.index > 1 or p.again or p.filler or window.keeps_graphs or _compiles(window):
+        if p.index > 1 or p.again or p.filler or window.keeps_graphs or _compiles(window):
             return None
         return self._first(window) if p.index == 0 else self._second(window)
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Notice a loss that was computed from a tensor of the microbatch before."""
-        return run if self._windows >= _WINDOWS else partial(self._run, run)
+        return partial(self._run, run)
 
     def done(self, window: OpenWindow, step: Step) -> None:
-        """Count the window."""
-        self._windows, self._before = self._windows + 1, []
+        """Forget what the first microbatch has left."""
+        self._before = []
 
     @contextmanager
     def _first(self, window: OpenWindow) -> Generator[None]:

@@ -38,7 +38,7 @@ class FrozenWeights(Part):
     """
 
     def __init__(self, *, once: bool, lockstep: bool) -> None:
-        self._once, self._lockstep, self._windows = once, lockstep, 0
+        self._once, self._lockstep = once, lockstep
         self._others: list[Frozen] = []
         self._versions: list[int] = []
         self._places: list[tuple[Frozen, int]] = []
@@ -50,7 +50,7 @@ class FrozenWeights(Part):
             self._others, self._versions, self._places = [], [], []
             return
         kept: list[Frozen] = []
-        young = self._windows < WINDOWS
+        young = _is_young(window)
         if moving or young:
             plain = [each for each in frozen if type(each.parameter) in PLAIN and not _exempt(each.module)]
             kept = [each for each in plain if (each.module, each.name) in moving]
@@ -68,11 +68,10 @@ class FrozenWeights(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the parameters that the passes have moved, if there was more than one pass; refuse in lockstep."""
-        young, new = self._windows < WINDOWS, self._new(window)
+        young, new = _is_young(window), self._new(window)
         kept = [each for each in window.undo.snapshot.buffers if each.place is not None]
         moved = [each for each in kept if each.moved or (young and not each.same)]
         window.setup.history.moving.update((each.module, each.name) for each in (*new, *moved))
-        self._windows += 1
         once = window.options.buffers in {ONCE, MEAN}
         said: Sequence[Frozen | Buffer] = new if once else [*new, *moved]
         if said and len(window.done) > 1 and window.options.buffers != EACH:
@@ -108,7 +107,7 @@ class FrozenWeights(Part):
         for each, place in self._places:
             if each.parameter.data_ptr() != place and not _exempt(each.module):
                 found.append(each)
-        old = window.setup.trainable.replaced(window.options.model).values() if self._windows < WINDOWS else ()
+        old = window.setup.trainable.replaced(window.options.model).values() if _is_young(window) else ()
         if old and not window.options.is_sharded:
             gone = {id(each) for each in old if not each.is_meta}  # hooks that load weights for a call leave meta ones
             found += [each for each in self._others if id(each.parameter) in gone]
@@ -120,6 +119,10 @@ _LOCKSTEP = (
     'batch_norm="exact" runs all microbatches in lockstep, and they share these weights. Move these weights after '
     f'{_AFTER}; buffers="each" keeps this behaviour without the error'
 )
+
+
+def _is_young(window: OpenWindow) -> bool:
+    return window.setup.history.here < WINDOWS
 
 
 def _of_trained_shapes(frozen: Sequence[Frozen], window: OpenWindow) -> list[Frozen]:

@@ -27,8 +27,9 @@ class CountWarning(Part):
         Law S1.
     """
 
+    first_windows = _WINDOWS
+
     def __init__(self) -> None:
-        self._windows = 0
         self._found: Unequal | None = None
         self._means: dict[tuple[int, int], list[Mean]] = {}  # by term
         self._sums = False
@@ -36,11 +37,11 @@ class CountWarning(Part):
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read from each loss what torch's cross entropy divided by."""
         self._found, self._means, self._sums = None, {}, False
-        return run if self._windows >= _WINDOWS else partial(self._run, window, run)
+        return partial(self._run, window, run)
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
         """Find labels or masks that count differently in the microbatches."""
-        if self._windows >= _WINDOWS or cutting.microbatches < 2 or cutting.rows is None:
+        if cutting.microbatches < 2 or cutting.rows is None:
             return
         try:
             self._found = unequal_in(batch, cutting)
@@ -50,7 +51,7 @@ class CountWarning(Part):
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if the loss was a plain mean over the rows of each microbatch."""
         found, self._found = self._found or next(filter(None, map(unequal_means, self._means.values())), None), None
-        self._windows, self._means = self._windows + 1, {}
+        self._means = {}
         if not window.denominator.means or window.coupled is not None:
             return
         if self._sums and step.microbatches > 1:
@@ -69,7 +70,6 @@ class CountWarning(Part):
             "(a causal language model predicts the next token: count labels[:, 1:]). If the mean is over rows, "
             f"{use.format('sum=loss * rows, count=rows')}",
         )
-        self._windows = _WINDOWS
 
     def _warn_of_sum(self, window: OpenWindow) -> None:
         window.setup.warn(
@@ -99,7 +99,7 @@ class CouplingWarning(Part):
 
     def __init__(self) -> None:
         self._names = set[str]()
-        self._windows, self._compared = 0, 0
+        self._compared = 0
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Notice contrastive losses until the end of the window."""
@@ -108,11 +108,10 @@ class CouplingWarning(Part):
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read each loss's graph."""
-        return run if self._windows >= _WINDOWS else partial(self._run, window, run)
+        return run if window.setup.history.here >= _WINDOWS else partial(self._run, window, run)
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Warn if a cut window computed one without ``encode=``."""
-        self._windows += 1
         if window.coupled is not None or step.microbatches < 2:
             return
         if self._names:

@@ -16,7 +16,6 @@ from microbatch.step.part import OpenWindow, Part, Run
 from microbatch.step.parts.loss_graph import nodes_of_loss
 from microbatch.step.record import Step
 
-_WINDOWS = 2  # windows that are looked at
 _NODES = 8  # nodes of a graph that are looked at
 _THROUGH = frozenset(  # what a user may do to a loss after it was scaled
     f"{name}Backward{number}"
@@ -39,19 +38,20 @@ class ScaledLoss(Part):
         number, one search of the process for scalers in each of these windows.
     """
 
+    first_windows = 2
+
     def __init__(self) -> None:
-        self._windows = 0
         self._scales: list[Tensor] | None = None
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read the factors of each loss before its backward."""
         self._scales = None
         unscales = window.setup.finish is not take_step and window.options.grad_scaler is None
-        return run if unscales or self._windows >= _WINDOWS else partial(self._run, window, run)
+        return run if unscales else partial(self._run, window, run)
 
     def done(self, window: OpenWindow, step: Step) -> None:
-        """Count the window."""
-        self._windows, self._scales = self._windows + 1, None
+        """Forget the scales."""
+        self._scales = None
 
     def _run(self, window: OpenWindow, run: Run, tensors: Sequence[Tensor], seeds: Sequence[Tensor]) -> object:
         for loss in tensors:

@@ -24,17 +24,13 @@ Hook = Callable[[Tensor], Tensor | None]
 _WITHIN = ("microbatch.", "torch.autograd.", "torch.distributed.")
 
 
-_WINDOWS = 2  # windows in which hooks are watched
-
-
 class WeightHooks(Part):
     """Set hooks of `Tensor.register_hook` on weights aside for the microbatches, and run them on the whole gradient.
 
     The clamp of a sum is not the sum of the clamps. So a hook that clamps, normalises or adds is only right on the
     finished gradient: divided, unscaled, and added up over the ranks.
 
-    Hooks of `Tensor.register_post_accumulate_grad_hook` stay, because they may step an optimizer. A warning names those
-    that change the sum of the gradients.
+    Hooks of `Tensor.register_post_accumulate_grad_hook` stay, because they may step an optimizer.
 
     Source:
         Law S9.
@@ -43,11 +39,9 @@ class WeightHooks(Part):
     def __init__(self) -> None:
         # The hooks of each weight that has some, by the weight's place; with the dict in which torch looks them up.
         self._aside: dict[int, tuple[dict[int, Any], Mapping[int, Hook]]] = {}
-        self._changes, self._windows = Counter[str](), 0
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Replace the hooks by others that do nothing, until the last backward has run."""
-        self._watch(window, stack)
         self._aside = {}
         hooked = [(place, each) for place, each in enumerate(window.gradients.named) if each.parameter._backward_hooks]
         for place, each in hooked:
@@ -67,41 +61,6 @@ class WeightHooks(Part):
             # The dict stays: handles that remove hooks, and code that adds some, know this one.
             found.update(dict.fromkeys(hooks, _nothing))
             stack.callback(_put_back, found, hooks)
-
-    def _watch(self, window: OpenWindow, stack: ExitStack) -> None:
-        """Watch whether the hooks that run after a gradient was added change the sum."""
-        if self._windows >= _WINDOWS:
-            return
-        self._changes.clear()
-        for each in window.gradients.named:
-            found: Any = each.parameter._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
-            hooks = {key: hook for key, hook in (found or {}).items() if not comes_from(hook, *_WITHIN)}
-            if hooks:
-                found.update({key: partial(self._watched, each.name, hook) for key, hook in hooks.items()})
-                stack.callback(_put_back, found, hooks)
-
-    def _watched(self, name: str, hook: Callable[[Tensor], None], parameter: Tensor) -> None:
-        before = parameter.grad
-        copy = before.detach().clone() if before is not None and before.layout is torch.strided else None
-        hook(parameter)
-        after = parameter.grad
-        if copy is not None and after is not None and not (after.dtype == copy.dtype and torch.equal(after, copy)):
-            self._changes[name] += 1
-
-    def check(self, window: OpenWindow) -> None:
-        """Warn if hooks have changed the sum of the gradients more than once."""
-        if self._windows >= _WINDOWS:
-            return
-        self._windows += 1
-        name = next((name for name, changes in self._changes.items() if changes > 1), None)
-        if name is not None:
-            window.setup.warn(
-                "post_hooks",
-                f"a hook of register_post_accumulate_grad_hook changes the gradient of {name!r} after every "
-                "microbatch, and so changes a part of the sum. The large batch would run it once, on the whole "
-                "gradient. Do its work after accumulator.gradient(batch, loss_fn), or use register_hook, whose hooks "
-                "run once a window",
-            )
 
     def reduced(self, window: OpenWindow, met: Met, factor: float) -> None:
         """Finish the gradient of all ranks, run the hooks on it, and measure its norm again."""
@@ -125,6 +84,49 @@ class WeightHooks(Part):
             gradients.put(place, finished.to(total.dtype))
         met.norm = gradient_norm([total for _, total in gradients.held()], window.device)
         met.host_norm = met.norm.item()
+
+
+class PostHooks(Part):
+    """Warn about hooks of `Tensor.register_post_accumulate_grad_hook` that change the sum of the gradients.
+
+    Source:
+        Law S9.
+    """
+
+    first_windows = 2
+
+    def __init__(self) -> None:
+        self._changes = Counter[str]()
+
+    def open(self, window: OpenWindow, stack: ExitStack) -> None:
+        """Watch the hooks until the last backward has run."""
+        self._changes.clear()
+        for each in window.gradients.named:
+            found: Any = each.parameter._post_accumulate_grad_hooks  # pyright: ignore[reportPrivateUsage]
+            hooks = {key: hook for key, hook in (found or {}).items() if not comes_from(hook, *_WITHIN)}
+            if hooks:
+                found.update({key: partial(self._watched, each.name, hook) for key, hook in hooks.items()})
+                stack.callback(_put_back, found, hooks)
+
+    def _watched(self, name: str, hook: Callable[[Tensor], None], parameter: Tensor) -> None:
+        before = parameter.grad
+        copy = before.detach().clone() if before is not None and before.layout is torch.strided else None
+        hook(parameter)
+        after = parameter.grad
+        if copy is not None and after is not None and not (after.dtype == copy.dtype and torch.equal(after, copy)):
+            self._changes[name] += 1
+
+    def check(self, window: OpenWindow) -> None:
+        """Warn if hooks have changed the sum of the gradients more than once."""
+        name = next((name for name, changes in self._changes.items() if changes > 1), None)
+        if name is not None:
+            window.setup.warn(
+                "post_hooks",
+                f"a hook of register_post_accumulate_grad_hook changes the gradient of {name!r} after every "
+                "microbatch, and so changes a part of the sum. The large batch would run it once, on the whole "
+                "gradient. Do its work after accumulator.gradient(batch, loss_fn), or use register_hook, whose hooks "
+                "run once a window",
+            )
 
 
 def _has_whole_gradients(window: OpenWindow) -> bool:
