@@ -20,6 +20,8 @@ KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**31 - 1), "MALLOC_TRIM_THRESHOLD_":
 
 def heap(*, kept: bool) -> str:
     """Return what the C library does with freed memory, in words."""
+    if preloaded := os.environ.get("LD_PRELOAD"):
+        return f"that of {Path(preloaded).name}, preloaded"
     return "kept (glibc returns no memory to the system)" if kept else "the C library's default"
 
 

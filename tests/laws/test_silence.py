@@ -121,11 +121,10 @@ def test_s4_a_write_to_the_weights_inside_a_window_is_refused(after: int) -> Non
 
     def loop() -> None:
         with it.window() as window:
-            for index, microbatch in enumerate(window.split(X)):
+            for index, microbatch in enumerate(window.split(X)):  # three
                 window.backward(square(model, microbatch))
                 if index == after:
                     move(model)
-            assert index == 2  # the last one
 
     with pytest.raises(WeightsMovedError, match=r"'0\.weight'"):
         loop()
