@@ -30,7 +30,7 @@ _AVERAGES = re.compile(
     re.IGNORECASE,
 )
 _NO_AVERAGES = re.compile(
-    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore",
+    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore|apply|swap",
     re.IGNORECASE,
 )
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
@@ -68,6 +68,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
     def call(self, node: ast.Call) -> Any:
         """The value of a call, with what it does to the gradients."""
         func = node.func
+        if self.names_window(node):
+            return self.window()  # `config.get("accum_steps", 4)`
         target = self.module.resolve(func, self.frame.owner)
         averages, adds = _kind_of_call(node)
         if averages and self.trace.tick:
@@ -309,6 +311,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
             self.trace.step(node, own[0].key)  # torch_xla's
             return None
+        if "scaler" in objects and ("optimizer" in objects or _STEPS.search(last)):
+            self.trace.may_update()
         may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
         if may_step and not _NO_STEPS.search(last):
             self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)

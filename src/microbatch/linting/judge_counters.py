@@ -70,6 +70,7 @@ class _Units:
         self.module = module
         self.known: dict[tuple[ast.AST | None, str], str] = {}
         self.given: dict[str, list[tuple[ast.AST, ast.AST]]] = {}
+        self.of_windows: set[str] = set()  # loaders that give a whole window at a time
         self.written: list[tuple[str, ast.expr]] = []  # what stands in formatted texts, with the text before it
         for node in module.nodes:
             if isinstance(node, ast.JoinedStr):
@@ -85,7 +86,10 @@ class _Units:
                 self._count_of_loop(node)
 
     def _count_of_loop(self, node: ast.For) -> None:
-        """`for step, batch in enumerate(loader)`: the first name counts microbatches."""
+        """`for step, batch in enumerate(loader)`: the first name counts microbatches, if each batch is one."""
+        owner = self.module.owner_of(node)
+        if self.module.contains_backward(node, owner) and not self.module.is_microbatch_loop(node, owner):
+            self.of_windows.update(dotted(part) for part in ast.walk(node.iter) if isinstance(part, ast.expr))
         if not (isinstance(node.target, ast.Tuple) and isinstance(node.iter, ast.Call)):
             return
         counts = any(isinstance(n, ast.Call) and last_name(n.func) == "enumerate" for n in ast.walk(node.iter))
@@ -96,7 +100,7 @@ class _Units:
         """What an expression counts: "microbatches", "windows", or nothing that the file shows."""
         if isinstance(node, ast.Call):
             if dotted(node.func) == "len" and node.args and _is_loader(node.args[0]):
-                return MICROBATCHES
+                return "" if dotted(node.args[0]) in self.of_windows else MICROBATCHES
             if last_name(node.func) in _SAME:
                 return self._one(node.args) or self._of_file_name(node)
             return ""

@@ -72,11 +72,15 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def drive(self, function: Function, owner: str | None) -> None:
         """Call a function once a microbatch: Lightning's training_step, an update function."""
+        of_lightning = owner if function.name == "training_step" else None
         for _ in range(self.run.epochs):
             self.begin_epoch()
+            self.hook("on_train_epoch_start", of_lightning)
             for index in range(self.run.length):
                 self.begin_microbatch(last=index == self.run.length - 1)
                 self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
+                self.hook("on_train_batch_end", of_lightning, index=index)
+            self.hook("on_train_epoch_end", of_lightning)
 
     def _has_epochs(self, root: str) -> bool:
         """Whether a loop of the function, or of one that it calls, holds the loop over microbatches."""

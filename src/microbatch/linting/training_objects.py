@@ -1,6 +1,7 @@
 """What optimizers, scalers, schedulers, models and other objects of a loop do when it calls them."""
 
 import ast
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_nu
 
 __all__ = ["TrainingObjects"]
 
+_USES = re.compile(r"(step|update|zero|clip|save|log|apply)_")  # verbs of what is done with an object that is there
 _LOG_METHODS = frozenset(
     [
         "update",
@@ -50,6 +52,7 @@ class TrainingObjects(Simulated):
         if (
             kind is None
             or text.endswith("optimizer_step")
+            or _USES.match(text.rsplit(".", 1)[-1])
             or (
                 kind == "optimizer"
                 and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
@@ -173,6 +176,8 @@ class TrainingObjects(Simulated):
         for value in args:
             if isinstance(value, Function):
                 self.call_function(value, [], {})
+        if "lightning" in self.trace.frameworks:
+            self.hook("on_before_optimizer_step", self.frame.owner)
         scales = any(isinstance(value, Obj) and value.kind == "scaler" for value in args)  # a wrapper that is given it
         self.trace.step(node, base.key, by_scaler=scales)
 

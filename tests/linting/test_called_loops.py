@@ -1,0 +1,206 @@
+"""Loops that other code calls or that call other code: hooks of Lightning, helpers that are not shown, retries."""
+
+import pytest
+
+from microbatch.linting.doctor import doctor
+
+_HEAD = "import torch\nimport torch.nn.functional as F\n"
+
+# Each right loop, what is changed in it, and the faults that are certain then.
+PAIRS: dict[str, tuple[str, tuple[str, str], set[str]]] = {
+    "a counter that Lightning's hook sets back": (
+        """
+class Net(pl.LightningModule):
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+        self.automatic_optimization = False
+    def on_train_epoch_start(self):
+        self.seen = 0
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        x, y = batch
+        self.manual_backward(F.mse_loss(self(x), y) / self.n)
+        self.seen += 1
+        if self.seen % self.n == 0:
+            opt.step()
+            opt.zero_grad()
+""",
+        ("if self.seen %", "if (self.seen + 1) %"),
+        {"MB105"},
+    ),
+    "an average in a hook of Lightning": (
+        """
+class Net(pl.LightningModule):
+    def __init__(self, n, net, ema):
+        super().__init__()
+        self.n, self.net, self.ema = n, net, ema
+        self.automatic_optimization = False
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        x, y = batch
+        self.manual_backward(F.mse_loss(self.net(x), y) / self.n)
+        if (batch_idx + 1) % self.n == 0:
+            opt.step()
+            opt.zero_grad()
+    def on_before_optimizer_step(self, optimizer):
+        self.ema.update(self.net)
+""",
+        ("on_before_optimizer_step(self, optimizer)", "on_before_backward(self, loss)"),
+        {"MB303"},
+    ),
+    "clipping in a hook of Lightning": (
+        """
+class Net(pl.LightningModule):
+    def __init__(self, n, net):
+        super().__init__()
+        self.n, self.net = n, net
+        self.automatic_optimization = False
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        x, y = batch
+        self.manual_backward(F.mse_loss(self.net(x), y) / self.n)
+        if (batch_idx + 1) % self.n == 0:
+            opt.step()
+            opt.zero_grad()
+    def on_before_optimizer_step(self, optimizer):
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+""",
+        ("on_before_optimizer_step(self, optimizer)", "on_after_backward(self)"),
+        {"MB201"},
+    ),
+    "weights that are exchanged for their average now and then": (
+        """
+def keep(model):
+    model.apply_ema_weights()
+    torch.save(model.state_dict(), "ema.pt")
+def train(model, batches, opt, n, args):
+    for k in range(args.steps):
+        x, y = next(batches)
+        (F.mse_loss(model(x), y) / n).backward()
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+        if k % args.every == 0:
+            model.update_ema()
+            keep(model)
+""",
+        (
+            "        if k % args.every == 0:\n            model.update_ema()\n",
+            "        model.update_ema()\n        if True:\n",
+        ),
+        {"MB303"},
+    ),
+    "a helper that has the scaler": (
+        """
+from ours.steps import step_optimizer_with_scaler
+def train(model, batches, opt, scaler, n, steps):
+    for step in range(steps):
+        opt.zero_grad()
+        for k in range(n):
+            x, y = next(batches)
+            scaler.scale(F.mse_loss(model(x), y) / n).backward()
+        scaler.unscale_(opt)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        taken = step_optimizer_with_scaler(scaler, opt)
+""",
+        ("taken = step_optimizer_with_scaler(scaler, opt)", "scaler.step(opt)"),
+        {"MB203", "MB204"},
+    ),
+    "N is asked of a dictionary, and several models train in turn": (
+        """
+class Tasks:
+    def epoch(self, models, optimizers, iterators, config):
+        done, ended = 0, False
+        while not ended:
+            for model, optimizer, batches in zip(models, optimizers, iterators):
+                batch = next(batches, None)
+                if batch is None:
+                    ended = True
+                else:
+                    self.one(model, optimizer, batch, config, done)
+            done += 1
+    def one(self, model, optimizer, batch, config, done):
+        loss = F.mse_loss(model(batch.x), batch.y) / config.get("grad_accum", 4)
+        loss.backward()
+        if (done + 1) % config.get("grad_accum", 4) == 0:
+            optimizer.step()
+            model.zero_grad()
+""",
+        ("if (done + 1) %", "if done %"),
+        {"MB105"},
+    ),
+    "the first window is too long, whether gradients are clipped or not": (
+        """
+def train(model, loader, opt, n, args):
+    def ends(k):
+        return (k + 1) % n == 0
+    for epoch in range(3):
+        for k, (x, y) in enumerate(loader):
+            (F.mse_loss(model(x), y) / n).backward()
+            if ends(k):
+                if args.max_norm:
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+                opt.step()
+                opt.zero_grad()
+""",
+        ("return (k + 1) % n == 0", "return k > 0 and k % n == 0"),
+        {"MB105"},
+    ),
+    "each item of the loader is a whole window": (
+        """
+def train(model, loader, opt, n, state):
+    state.resume_step = state.global_step % len(loader)
+    for whole in loader:
+        for k in range(n):
+            x, y = whole[k]
+            (F.mse_loss(model(x), y) / n).backward()
+        opt.step()
+        opt.zero_grad()
+        state.global_step += 1
+""",
+        (
+            "    for whole in loader:\n        for k in range(n):\n            x, y = whole[k]\n",
+            "    data = forever(loader)\n    while True:\n        for k in range(n):\n            x, y = next(data)\n",
+        ),
+        {"MB304"},
+    ),
+}
+
+
+def certain(source: str) -> set[str]:
+    return {each.rule for each in doctor(_HEAD + source) if each.confidence == "certain" and each.rule < "MB5"}
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_nothing_is_certain_in_the_right_loop(name: str) -> None:
+    assert certain(PAIRS[name][0]) == set()
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_the_fault_is_certain_in_the_wrong_loop(name: str) -> None:
+    source, (old, new), codes = PAIRS[name]
+    assert old in source
+    assert certain(source.replace(old, new)) == codes
+
+
+RETRY = """
+def train(model, loader, opt, n):
+    for k, (x, y) in enumerate(loader):
+        while True:
+            loss = F.mse_loss(model(x), y) / n
+            if room() > 10:
+                break
+            else:
+                torch.cuda.empty_cache()
+        loss.backward()
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+"""
+
+
+def test_a_cache_that_is_emptied_before_another_try_is_not_emptied_in_every_microbatch() -> None:
+    always = RETRY.replace("        while True:\n", "        torch.cuda.empty_cache()\n        while True:\n")
+    found = [[each.rule for each in doctor(_HEAD + source)] for source in (RETRY, always)]
+    assert ["MB603" in rules for rules in found] == [False, True]
