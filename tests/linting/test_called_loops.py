@@ -165,6 +165,49 @@ def train(model, loader, opt, n, state):
         ),
         {"MB304"},
     ),
+    "the length of a schedule is handed on": (
+        """
+class Manager:
+    def tools(self, model, total_steps):
+        opt = torch.optim.AdamW(model.parameters())
+        return opt, get_linear_schedule_with_warmup(opt, 10, total_steps)
+    def fit(self, model, loaders, n):
+        length = len(loaders[0])
+        opt, scheduler = self.tools(model, length // n)
+        self.kept.append((opt, scheduler))
+        self.epochs(model, iter(loaders[0]), self.kept, n)
+    def epochs(self, model, batches, tools, n):
+        opt, scheduler = tools[0]
+        for k in range(self.rounds):
+            x, y = next(batches)
+            (F.mse_loss(model(x), y) / n).backward()
+            if (k + 1) % n == 0:
+                opt.step()
+                scheduler.step()
+                opt.zero_grad()
+""",
+        ("self.tools(model, length // n)", "self.tools(model, length)"),
+        {"MB301"},
+    ),
+    "a term that is 0 where nothing is counted": (
+        """
+def train(model, loader, opt, n):
+    for k, batch in enumerate(loader):
+        out = model(batch["x"])
+        mask = batch["wanted"] > 0
+        if mask.sum() > 0:
+            near = F.l1_loss(out, batch["y"])
+        else:
+            near = torch.tensor(0.0, device=out.device)
+        loss = near + F.mse_loss(out, batch["z"])
+        (loss / n).backward()
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+""",
+        ('F.l1_loss(out, batch["y"])', 'F.l1_loss(out[mask], batch["y"][mask])'),
+        {"MB401"},
+    ),
 }
 
 
@@ -204,3 +247,70 @@ def test_a_cache_that_is_emptied_before_another_try_is_not_emptied_in_every_micr
     always = RETRY.replace("        while True:\n", "        torch.cuda.empty_cache()\n        while True:\n")
     found = [[each.rule for each in doctor(_HEAD + source)] for source in (RETRY, always)]
     assert ["MB603" in rules for rules in found] == [False, True]
+
+
+LOGS = [
+    'log.write("loss {:.3f}".format(loss.item()))',
+    'log.write("loss {loss:.3f}".format(loss=loss.item()))',
+    'print("loss %.3f" % loss.item())',
+    'logger.write_metric("loss", loss.detach(), k)',
+    "if args.every and (k + 1) % args.every == 0:\n            print(loss.item())",
+    "if (k + 1) % 100 == 0:\n            print(loss.item())",
+    'tracker = MetricsTracker()\n        tracker.update({"loss": loss.item()})',
+]
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_a_divided_loss_is_seen_in_every_kind_of_log(log: str) -> None:
+    source = f"""
+def train(model, loader, opt, n, args):
+    for k, (x, y) in enumerate(loader):
+        loss = F.mse_loss(model(x), y)
+        (loss / n).backward()
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+        {log}
+"""
+    divided = source.replace("F.mse_loss(model(x), y)", "F.mse_loss(model(x), y) / n").replace("(loss / n)", "loss")
+    found = [[each.rule for each in doctor(_HEAD + each) if each.rule > "MB7"] for each in (source, divided)]
+    assert found == [[], ["MB701"]]
+
+
+LIGHTNING = """
+class Net(pl.LightningModule):
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+        self.automatic_optimization = False
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        loss = F.mse_loss(self(batch.x), batch.y)
+        self.manual_backward(loss / self.n)
+        if (batch_idx + 1) % self.n == 0:
+            opt.step()
+            opt.zero_grad()
+        self.log("loss", loss)
+"""
+
+
+def test_what_lightning_averages_is_not_the_last_loss_alone_but_may_be_divided() -> None:
+    divided = LIGHTNING.replace("batch.y)\n", "batch.y) / self.n\n").replace("(loss / self.n)", "(loss)")
+    found = [[each.rule for each in doctor(_HEAD + each) if each.rule > "MB7"] for each in (LIGHTNING, divided)]
+    assert found == [[], ["MB701"]]
+
+
+def test_a_loss_that_is_not_shown_is_divided_under_apex_too() -> None:
+    source = """
+def train(loader, opt, tables, n):
+    for k, batch in enumerate(loader):
+        loss = 0
+        loss = loss + tables[batch.task]
+        loss = loss / n
+        with amp.scale_loss(loss, opt) as scaled:
+            scaled.backward()
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+"""
+    assert "MB101" not in {each.rule for each in doctor(_HEAD + source)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Obj, Unknown, is_number, number
+from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
 
 __all__ = ["Frameworks"]
 
@@ -38,7 +38,10 @@ class Frameworks(Simulated):
                 for k in node.keywords
             ):
                 self.trace.mark("sync", node, "sync_dist")
-            self.arguments(node)  # Lightning averages what it is given over the microbatches, without a wait
+            args, keywords = self.arguments(node)
+            for value in self.flat([*args, *keywords.values()]):
+                if isinstance(value, Data) and value.kind == "loss" and value.weights:
+                    self.trace.mark("log", node, attr, value=value, detail="all")  # averaged, without a wait
             return None
         if attr == "zero_grad":
             self.trace.zero(node, None)
@@ -123,7 +126,11 @@ class Frameworks(Simulated):
             name = last_name(node.func)
             if name == "scale_loss":
                 args, _ = self.arguments(node)
-                loss = next((v for v in args if isinstance(v, Data)), Data(self.this_microbatch(), kind="loss"))
+                loss = next((v for v in args if isinstance(v, Data)), None)
+                if loss is None:
+                    what = text_of(node.args[0]) if node.args else "a loss"
+                    divided = any("n" in tags(value) for value in args)
+                    loss = replace(self.opaque_loss(what), opaque=(f"divided in `{what}`" if divided else f"`{what}`",))
                 return Obj("context", "scale_loss", {"loss": replace(loss, scaled=True, kind="loss")})
             if name in ("join", "ExitStack", "profile", "device", "stream"):
                 return None

@@ -129,6 +129,8 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
         )
         return
     boundary = all(m.tick in view.step_ticks or _is_outside(view, node) for m in values)
+    if any(m.detail == "all" for m in values):
+        return  # each microbatch is logged, and Lightning averages them
     if boundary and len(single) == len(values) and all(m.value.total() == 1 for m in values) and len(values) > 1:
         yield Fault("MB702", node, f"`{values[0].name}` gets the loss of the last microbatch alone, 1 of {view.n}")
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from microbatch.linting.guesses import COUPLED_LOSSES, PIECE_CALLS
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Data, Unknown, tags
 
-__all__ = ["TensorCalls", "pairs_rows", "within_rows"]
+__all__ = ["TensorCalls", "is_zeros", "pairs_rows", "within_rows"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 # Methods whose result is the same value, in another form or place.
@@ -59,6 +59,13 @@ def within_rows(node: ast.Call, first: int) -> bool:
     except (ValueError, TypeError):
         return False
     return found is not None and 0 not in (found if isinstance(found, (tuple, list)) else (found,))
+
+
+def is_zeros(node: ast.Call) -> bool:
+    """Whether a call makes the label 0 for every row: each row is to be found at the first place."""
+    return last_name(node.func) == "zeros" and any(
+        keyword.arg == "dtype" and last_name(keyword.value) in ("long", "int64") for keyword in node.keywords
+    )
 
 
 def pairs_rows(node: ast.Call) -> bool:

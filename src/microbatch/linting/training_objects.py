@@ -14,6 +14,7 @@ from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_nu
 __all__ = ["TrainingObjects"]
 
 _USES = re.compile(r"(step|update|zero|clip|save|log|apply)_")  # verbs of what is done with an object that is there
+_LOGS = re.compile(r"^(log|write|record|report|add)_\w*(metric|scalar|loss|value|stat)")
 _LOG_METHODS = frozenset(
     [
         "update",
@@ -275,7 +276,7 @@ class TrainingObjects(Simulated):
         return base if attr in ("__iter__", "iter", "get_varlen_iter", "shuffle") else Unknown(text_of(node))
 
     def _on_log(self, base: Obj, node: ast.Call, attr: str) -> Any:
-        if attr in _LOG_METHODS:
+        if attr in _LOG_METHODS or _LOGS.search(attr):
             return self.log_call(node, f"{base.name}.{attr}")
         if attr == "log_every":
             args, _ = self.arguments(node)

@@ -185,9 +185,11 @@ def _matters(rule: str, outcome: Outcome) -> bool:
         return any(b.loss.scaled for b in outcome.trace.backwards)
     if rule in ("MB502", "MB503"):
         return any(not b.synced for b in outcome.trace.backwards)
-    steps = Counter((s.optimizer, s.epoch) for s in outcome.trace.steps if s.since)
+    steps = Counter(s.optimizer for s in outcome.trace.steps if s.since)
     if rule == "MB105" and (max(steps.values(), default=0) < 2 or "assumed" in outcome.trace.settings):
-        return False  # one window an epoch shows no other length, and neither do those of a count that is not followed
+        return False  # one window shows no other length, and neither do those of a count that is not followed
+    if rule == "MB105" and all(len(s.since) != outcome.run.microbatches for s in outcome.trace.steps):
+        return False  # no window has N microbatches, so that nothing is said of the others
     return rule in ("MB104", "MB106", "MB107") or any(len(s.since) > 1 for s in outcome.trace.steps)
 
 
