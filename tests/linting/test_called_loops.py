@@ -256,6 +256,7 @@ LOGS = [
     'logger.write_metric("loss", loss.detach(), k)',
     "if args.every and (k + 1) % args.every == 0:\n            print(loss.item())",
     "if (k + 1) % 100 == 0:\n            print(loss.item())",
+    'shown = {}\n        shown["loss"] = loss.item()\n        wandb.log(shown)',
     'tracker = MetricsTracker()\n        tracker.update({"loss": loss.item()})',
 ]
 
@@ -275,6 +276,41 @@ def train(model, loader, opt, n, args):
     divided = source.replace("F.mse_loss(model(x), y)", "F.mse_loss(model(x), y) / n").replace("(loss / n)", "loss")
     found = [[each.rule for each in doctor(_HEAD + each) if each.rule > "MB7"] for each in (source, divided)]
     assert found == [[], ["MB701"]]
+
+
+METER = """
+def train(model, loader, opt, criterion, config):
+    losses = AverageMeter()
+    for k, (x, y) in enumerate(loader):
+        out, parts = model(x), {}
+        for name in criterion.keys():
+            parts[name] = criterion[name](out, y)
+        loss = 0.0
+        for key, value in parts.items():
+            loss += value
+        loss = loss / config.accumulation_steps
+        config.scaler.scale(loss).backward()
+        losses.update(loss.item())
+        if (k + 1) % config.accumulation_steps == 0:
+            config.scaler.unscale_(config.optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            config.scaler.step(config.optimizer)
+            config.scaler.update()
+            config.optimizer.zero_grad()
+    average = losses.avg
+    return average * config.accumulation_steps
+"""
+
+
+def test_objects_among_the_settings_and_sums_that_are_not_followed_are_read() -> None:
+    scaled = METER.replace("            config.scaler.unscale_(config.optimizer)\n", "")
+    assert (certain(METER), certain(scaled)) == (set(), {"MB202"})
+    assert not {"MB101", "MB701"} & {each.rule for each in doctor(_HEAD + METER)}
+
+
+def test_what_a_meter_gives_may_be_multiplied_by_n() -> None:
+    source = METER.replace("return average * config.accumulation_steps", "return average")
+    assert [each.rule for each in doctor(_HEAD + source) if each.rule > "MB7"] == ["MB701"]
 
 
 LIGHTNING = """
@@ -314,3 +350,24 @@ def train(loader, opt, tables, n):
             opt.zero_grad()
 """
     assert "MB101" not in {each.rule for each in doctor(_HEAD + source)}
+
+
+def test_costs_and_logs_are_seen_where_the_default_is_to_evaluate() -> None:
+    source = """
+def epoch(model, loader, opt, n):
+    for k, (x, y) in enumerate(loader):
+        loss = F.mse_loss(model(x), y) / n
+        loss.backward()
+        print(loss.item())
+        if (k + 1) % n == 0:
+            opt.step()
+            opt.zero_grad()
+def main(args):
+    if args.mode == "fit":
+        for e in range(args.epochs):
+            epoch(model, loader, opt, args.accum_steps)
+    else:
+        evaluate(model, loader)
+main(parse())
+"""
+    assert {each.rule for each in doctor(_HEAD + source) if each.rule > "MB6"} == {"MB601", "MB701"}

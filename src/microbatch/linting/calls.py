@@ -185,7 +185,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         attr, text = func.attr, dotted(func)
         if text and (_LIBRARIES.match(text) or text.partition(".")[0] in self.module.library_names):
             return self._library(node, self.module.full_name(text))
-        base = self.evaluate(func.value)
+        base = self.holder_of(func)
         if (
             isinstance(base, Obj)
             and base.kind == "instance"

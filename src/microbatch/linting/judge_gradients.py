@@ -97,9 +97,9 @@ def _schedules(view: View) -> Iterator[Fault]:
     for node, marks in by_node.items():
         ticks = {m.tick for m in marks}
         inside = ticks - view.step_ticks
-        units = marks[0].value or view.module.once(
-            "schedule", lambda: schedule_units(view.module) or units_of_lengths(view.module)
-        )
+        units = marks[0].value or view.module.once("schedule", lambda: schedule_units(view.module))
+        if not units and not view.managed:  # a framework may advance a schedule once for each process
+            units = view.module.once("lengths", lambda: units_of_lengths(view.module))
         if len(inside) >= len(view.ticks) // 2 and len(ticks) >= 0.9 * len(view.ticks):
             if view.managed and marks[0].detail == "unprepared":
                 yield Fault(

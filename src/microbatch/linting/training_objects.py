@@ -5,14 +5,19 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor
+from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor, kind_of_name
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import dotted, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Gradients
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
 __all__ = ["TrainingObjects"]
 
+_METHODS = {  # that only an object of this kind has
+    "scaler": ("scale", "unscale_", "step", "update"),
+    "optimizer": ("step", "zero_grad"),
+    "scheduler": ("step",),
+}
 _USES = re.compile(r"(step|update|zero|clip|save|log|apply)_")  # verbs of what is done with an object that is there
 _LOGS = re.compile(r"^(log|write|record|report|add)_\w*(metric|scalar|loss|value|stat)")
 _LOG_METHODS = frozenset(
@@ -122,6 +127,12 @@ class TrainingObjects(Simulated):
         return "microbatches" if any("len" in origin for origin in found) else "perhaps"
 
     # ---- attributes and methods of objects
+
+    def holder_of(self, func: ast.Attribute) -> Any:
+        """What a method is called of: also an object among the settings, as in `config.scaler.step(optimizer)`."""
+        base = self.evaluate(func.value)
+        kind = kind_of_name(last_name(func.value)) if isinstance(base, Unknown) and not base.data else None
+        return Obj(kind, last_name(func.value)) if kind and func.attr in _METHODS.get(kind, ()) else base
 
     def attribute_of_object(self, base: Obj, node: ast.Attribute) -> Any:
         """What an attribute of a known object is; `None` if it is not known."""
