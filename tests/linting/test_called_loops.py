@@ -336,7 +336,7 @@ def test_what_lightning_averages_is_not_the_last_loss_alone_but_may_be_divided()
     assert found == [[], ["MB701"]]
 
 
-def test_a_loss_that_is_not_shown_is_divided_under_apex_too() -> None:
+def test_a_loss_that_is_not_shown_is_divided_under_a_scaler_too() -> None:
     source = """
 def train(loader, opt, tables, n):
     for k, batch in enumerate(loader):
@@ -349,7 +349,12 @@ def train(loader, opt, tables, n):
             opt.step()
             opt.zero_grad()
 """
-    assert "MB101" not in {each.rule for each in doctor(_HEAD + source)}
+    native = source.replace("with amp.scale_loss(loss, opt) as scaled:", "if True:").replace(
+        "scaled.", "scaler.scale(loss)."
+    )
+    for each in (source, native):
+        assert "MB101" in {finding.rule for finding in doctor(_HEAD + each.replace("loss / n", "loss"))}
+        assert "MB101" not in {finding.rule for finding in doctor(_HEAD + each)}
 
 
 def test_costs_and_logs_are_seen_where_the_default_is_to_evaluate() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from microbatch.linting.simulated import Simulated
 from microbatch.linting.syntax import dotted, last_name, text_of
-from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
+from microbatch.linting.values import Data, Obj, Unknown, is_number, number
 
 __all__ = ["Frameworks"]
 
@@ -128,9 +128,8 @@ class Frameworks(Simulated):
                 args, _ = self.arguments(node)
                 loss = next((v for v in args if isinstance(v, Data)), None)
                 if loss is None:
-                    what = text_of(node.args[0]) if node.args else "a loss"
-                    divided = any("n" in tags(value) for value in args)
-                    loss = replace(self.opaque_loss(what), opaque=(f"divided in `{what}`" if divided else f"`{what}`",))
+                    first = args[0] if args else None
+                    loss = self.unseen_loss(first, text_of(node.args[0]) if node.args else "a loss")
                 return Obj("context", "scale_loss", {"loss": replace(loss, scaled=True, kind="loss")})
             if name in ("join", "ExitStack", "profile", "device", "stream"):
                 return None

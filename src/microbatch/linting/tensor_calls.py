@@ -90,6 +90,11 @@ class TensorCalls(Simulated):
         """A loss of this microbatch, of which the file does not show how it is made."""
         return Data(self.this_microbatch(), kind="loss", opaque=(f"`{what}`",))
 
+    def unseen_loss(self, value: Any, what: str) -> Data:
+        """The loss that a value stands for which is not followed; where the value was divided by N, so was the loss."""
+        divided = not tags(value).isdisjoint({"n", "by n"})
+        return replace(self.opaque_loss(what), opaque=(f"divided in `{what}`" if divided else f"`{what}`",))
+
     def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""
         _, keywords = self.arguments(node)

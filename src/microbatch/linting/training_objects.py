@@ -204,7 +204,7 @@ class TrainingObjects(Simulated):
         first = args[0] if args else None
         if attr == "scale":
             if not isinstance(first, Data):
-                first = self.opaque_loss(text_of(node.args[0]) if node.args else "a loss")
+                first = self.unseen_loss(first, text_of(node.args[0]) if node.args else "a loss")
             return first if base.info.get("off") else replace(first, scaled=True)
         name = first.key if isinstance(first, Obj) else "optimizer"
         if attr == "step":
