@@ -53,7 +53,10 @@ class BackwardCalls(Simulated):
             self.trace.frameworks.add("fabric")
         elif name == "manual_backward":
             self.trace.frameworks.add("lightning")
+        owner = self.frame.owner if name == "manual_backward" else None
+        self.hook("on_before_backward", owner)
         self._add(node, loss)
+        self.hook("on_after_backward", owner)
         return None
 
     def _weighted(self, node: ast.Call, loss: Data, weight: Any) -> Data:

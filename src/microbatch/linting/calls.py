@@ -16,7 +16,7 @@ from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
 from microbatch.linting.syntax import dotted, is_backward_call, is_gradient, last_name, text_of
-from microbatch.linting.tensor_calls import TensorCalls, pairs_rows, within_rows
+from microbatch.linting.tensor_calls import TensorCalls, is_zeros, pairs_rows, within_rows
 from microbatch.linting.training_objects import TrainingObjects
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
@@ -30,7 +30,7 @@ _AVERAGES = re.compile(
     re.IGNORECASE,
 )
 _NO_AVERAGES = re.compile(
-    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore",
+    r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore|apply|swap",
     re.IGNORECASE,
 )
 _RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
@@ -40,11 +40,11 @@ _SCALINGS = {
     **dict.fromkeys(("mul", "multiply"), ast.Mult),
     **dict.fromkeys(("div", "divide", "true_divide"), ast.Div),
 }
-_OF_LISTS = frozenset({"append", "extend", "clear", "pop", "popleft"})
+_OF_LISTS = frozenset({"append", "extend", "clear", "pop", "popleft", "format"})
 _AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
 _ADDS = re.compile(r"accum|sum|total|add", re.IGNORECASE)  # into a number that is shown later
-_LOGS = re.compile(r"^(print|tqdm\.write|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
+_LOGS = re.compile(r"^(print|(tqdm|log)\.write|log\.info|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
 def is_library(text: str) -> bool:
@@ -68,6 +68,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
     def call(self, node: ast.Call) -> Any:
         """The value of a call, with what it does to the gradients."""
         func = node.func
+        if self.names_window(node):
+            return self.window()  # `config.get("accum_steps", 4)`
         target = self.module.resolve(func, self.frame.owner)
         averages, adds = _kind_of_call(node)
         if averages and self.trace.tick:
@@ -183,7 +185,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         attr, text = func.attr, dotted(func)
         if text and (_LIBRARIES.match(text) or text.partition(".")[0] in self.module.library_names):
             return self._library(node, self.module.full_name(text))
-        base = self.evaluate(func.value)
+        base = self.holder_of(func)
         if (
             isinstance(base, Obj)
             and base.kind == "instance"
@@ -201,7 +203,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             return self.clip_call(node, text or attr)
         if isinstance(base, Data):
             return self.data_method(node, base, func)
-        if isinstance(base, list) and attr in _OF_LISTS:
+        if isinstance(base, (list, str)) and attr in _OF_LISTS:
             return self._list_method(node, base, attr)
         if isinstance(base, Obj):
             found = self.object_method(base, node, func)
@@ -233,8 +235,10 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
         return result
 
-    def _list_method(self, node: ast.Call, base: list[Any], attr: str) -> Any:
-        args, _ = self.arguments(node)
+    def _list_method(self, node: ast.Call, base: list[Any] | str, attr: str) -> Any:
+        args, keywords = self.arguments(node)
+        if isinstance(base, str):
+            return (*args, *keywords.values())  # a text, by what stands in it
         if attr == "clear":
             base.clear()
         elif attr == "append" and args and len(base) < 400:
@@ -276,11 +280,11 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             if text.startswith("math.") and any(not v.number and v.kind != "batch" for v in data):
                 self.trace.mark("sync", node, text)
             return Unknown(text_of(node), data=True)
-        if data and not _is_zeros(node):
+        if data and not is_zeros(node):
             made = self._out_of_data(node, last, data, several=isinstance(args[0], (list, tuple)) if args else False)
             by_n = made.kind == "loss" and any("n" in tags(v) for v in values)
             return replace(made, opaque=(*made.opaque, f"divided inside of `{last}`")) if by_n else made
-        rows = {"rows"} if last == "arange" or _is_zeros(node) else set[str]()
+        rows = {"rows"} if last == "arange" or is_zeros(node) else set[str]()
         if data or any(isinstance(v, Unknown) and v.data for v in values):
             return Unknown(text_of(node), data=True, tags=(tags(*values) & {"rows"}) | rows)
         return Unknown(text_of(node), tags=tags(*args) | rows)
@@ -309,6 +313,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
             self.trace.step(node, own[0].key)  # torch_xla's
             return None
+        if "scaler" in objects and ("optimizer" in objects or _STEPS.search(last)):
+            self.trace.may_update()
         may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
         if may_step and not _NO_STEPS.search(last):
             self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
@@ -385,10 +391,3 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             if isinstance(value, Data) and not value.number and value.kind != "batch":
                 self.trace.mark("sync", node, name.rsplit(".", 1)[-1])
         return None
-
-
-def _is_zeros(node: ast.Call) -> bool:
-    """Whether a call makes the label 0 for every row: each row is to be found at the first place."""
-    return last_name(node.func) == "zeros" and any(
-        keyword.arg == "dtype" and last_name(keyword.value) in ("long", "int64") for keyword in node.keywords
-    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from microbatch.linting.generators import yields
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, hangs_on_data, is_number, number, tags
 
 __all__ = ["Conditions"]
@@ -130,6 +130,8 @@ class Conditions(Simulated):
         tested = isinstance(value, Unknown) and value.data and "torch.is" in value.key and "loss" in value.key
         if tested or (isinstance(value, Data) and not value.number and value.kind != "batch"):
             self.trace.mark("sync", test, "condition")
+        if known is False and self.relevant is None and isinstance(node, ast.If) and self._comes_late(node):
+            self.now_and_then = known = True
         if known is not None:
             return known
         branches = _Branches(node.body, node.orelse, node) if isinstance(node, ast.If) else _Branches([], [], node)
@@ -158,7 +160,8 @@ class Conditions(Simulated):
         if isinstance(node, ast.If) and not orelse and self._runs_backward(body) and not self.loop_depth:
             return True
         if isinstance(test, ast.BoolOp):
-            return self._settle_parts(test, node)
+            looks = self.relevant is None and bool(body) and not data and self._only_looks(text, body, orelse)
+            return self._settle_parts(test, node, looks=looks)
         flag = isinstance(value, Data) and value.kind == "batch"
         flag |= data and any(self.is_window(part) for part in ast.walk(test))
         if (flag or "n" in tags(value)) and self.trace.tick and self._only_steps(body, orelse):
@@ -168,11 +171,23 @@ class Conditions(Simulated):
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:
-            return bool(self._holds(body)) or not orelse
-        if ("%" in text or "boundary" in text) and not self._holds(body) and not self._holds(orelse):
+            return bool(self._holds(body)) or not orelse or all(map(_gives_zero, orelse))
+        if self._only_looks(text, body, orelse):
             self.now_and_then = bool(body)
             return True
         return self.decide(text, node)
+
+    def _only_looks(self, text: str, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
+        """Whether a condition is true now and then, and its branches do nothing to gradients: a log, an evaluation."""
+        return ("%" in text or "boundary" in text) and not self._holds(body) and not self._holds(orelse)
+
+    def _comes_late(self, node: ast.If) -> bool:
+        """Whether a condition such as `step % 100 == 99` is true later than the few microbatches that are run."""
+        test = node.test.left if isinstance(node.test, ast.Compare) else None
+        every = test.right if isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod) else None
+        if not isinstance(every, ast.Constant) or every.value in self.window_literals:
+            return False
+        return not _jumps(node.body) and not self._holds([*node.body, *node.orelse])
 
     def _said_by_words(self, text: str, branches: _Branches, *, data: bool) -> bool | None:
         """The answer of a condition about memory that ended or numbers that are not finite; `None` for others.
@@ -191,7 +206,10 @@ class Conditions(Simulated):
         feeds = any(map(yields, branches.taken)) if self.frame.feeds is not None else None
         return feeds if feeds is not None and feeds != any(map(yields, branches.other)) else None
 
-    def _settle_parts(self, test: ast.BoolOp, node: ast.AST) -> bool:
+    def _settle_parts(self, test: ast.BoolOp, node: ast.AST, *, looks: bool) -> bool:
+        if looks:
+            self.now_and_then = True
+            return True
         is_and = isinstance(test.op, ast.And)
         nothing = _Branches([], [], node)
         for part in test.values:
@@ -269,3 +287,14 @@ def _jumps(body: list[ast.stmt]) -> bool:
 
 def _continues(body: list[ast.stmt]) -> bool:
     return bool(body) and isinstance(body[-1], ast.Continue)
+
+
+def _gives_zero(statement: ast.stmt) -> bool:
+    """Whether a statement sets a loss to 0, as where a microbatch has nothing that counts: `torch.tensor(0.0)`."""
+    value = statement.value if isinstance(statement, ast.Assign) else None
+    while isinstance(value, ast.Call):
+        if last_name(value.func) in ("zeros", "new_zeros", "zeros_like"):
+            return True
+        inner = value.args[0] if last_name(value.func) in ("tensor", "new_tensor") and value.args else None
+        value = inner or (value.func.value if isinstance(value.func, ast.Attribute) else None)
+    return isinstance(value, ast.Constant) and type(value.value) in (int, float) and value.value == 0

@@ -38,7 +38,10 @@ class Frameworks(Simulated):
                 for k in node.keywords
             ):
                 self.trace.mark("sync", node, "sync_dist")
-            self.arguments(node)  # Lightning averages what it is given over the microbatches, without a wait
+            args, keywords = self.arguments(node)
+            for value in self.flat([*args, *keywords.values()]):
+                if isinstance(value, Data) and value.kind == "loss" and value.weights:
+                    self.trace.mark("log", node, attr, value=value, detail="all")  # averaged, without a wait
             return None
         if attr == "zero_grad":
             self.trace.zero(node, None)
@@ -123,7 +126,10 @@ class Frameworks(Simulated):
             name = last_name(node.func)
             if name == "scale_loss":
                 args, _ = self.arguments(node)
-                loss = next((v for v in args if isinstance(v, Data)), Data(self.this_microbatch(), kind="loss"))
+                loss = next((v for v in args if isinstance(v, Data)), None)
+                if loss is None:
+                    first = args[0] if args else None
+                    loss = self.unseen_loss(first, text_of(node.args[0]) if node.args else "a loss")
                 return Obj("context", "scale_loss", {"loss": replace(loss, scaled=True, kind="loss")})
             if name in ("join", "ExitStack", "profile", "device", "stream"):
                 return None

@@ -89,6 +89,12 @@ class FunctionCalls(Simulated):
             self.frame = outer
         return signal[1] if isinstance(signal, tuple) else None
 
+    def hook(self, name: str, owner: str | None, *, index: int | None = None) -> None:
+        """Call a method of Lightning's module that Lightning itself calls, if the file has it."""
+        method = self.module.find_method(owner, name)
+        if method is not None:
+            self.call_function(method, [], {} if index is None else {"__index__": index}, owner=owner)
+
     def begin_object(self, owner: str | None, method: str) -> None:
         """Make the object of a method, where the file does not show how it was made."""
         if owner and owner not in self.begun:

@@ -110,7 +110,10 @@ _CONSTRUCTORS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("loader", r"(DataLoader|\w*Loader|DistributedSampler|BucketIterator\w*)$"),
         ("ema", r"(ModelEma\w*|EMA\w*|ExponentialMovingAverage|AveragedModel|EMAModel)$"),
         ("criterion", r"(nn\.\w*Loss|\w*Loss|LabelSmoothing\w*|\w*Criterion|SoftTargetCrossEntropy)$"),
-        ("meter", r"(AverageMeter|MetricLogger|SmoothedValue|MeanMetric|defaultdict|AvgMeter|Averager)$"),
+        (
+            "meter",
+            r"(AverageMeter|Metrics?(Logger|Tracker)|LossTracker|SmoothedValue|MeanMetric|defaultdict|AvgMeter|Averager)$",
+        ),
         ("log", r"(SummaryWriter|tqdm|trange|getLogger|Progbar|ProgressBar)$"),
         ("clipper", r"\w*Clipper$"),
     )

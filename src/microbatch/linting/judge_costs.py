@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from microbatch.linting.faults import Fault, View
+from microbatch.linting.syntax import dotted
 from microbatch.linting.trace import Mark
 
 __all__ = ["judge_costs", "judge_survey"]
@@ -123,14 +124,35 @@ def _logged(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:
         return
     scaled = Fraction(1, view.n)
     single = [m for m in values if len(m.value.weights) == 1]
-    if all(m.value.total() == scaled for m in values) and view.n > 1:
+    totals = {m.value.total() for m in values}
+    if totals == {scaled} and view.n > 1 and not _rescaled(view, values[0].name.rpartition(".")[0]):
         yield Fault(
             "MB701", node, f"`{values[0].name}` gets the loss divided by N: what is reported is 1/{view.n} of the loss"
         )
         return
     boundary = all(m.tick in view.step_ticks or _is_outside(view, node) for m in values)
-    if boundary and len(single) == len(values) and all(m.value.total() == 1 for m in values) and len(values) > 1:
+    if any(m.detail == "all" for m in values):
+        return  # each microbatch is logged, and Lightning averages them
+    if boundary and len(single) == len(values) and totals <= {scaled, Fraction(1)} and len(values) > 1:
         yield Fault("MB702", node, f"`{values[0].name}` gets the loss of the last microbatch alone, 1 of {view.n}")
+
+
+def _rescaled(view: View, meter: str) -> bool:
+    """Whether the file multiplies by N what a meter gives: `losses.avg * accum_steps`, or a name for it."""
+    module = view.module
+
+    def gives(node: ast.AST, names: set[str]) -> bool:
+        held = (dotted(part.value) for part in ast.walk(node) if isinstance(part, ast.Attribute))
+        return meter in held or any(isinstance(part, ast.Name) and part.id in names for part in ast.walk(node))
+
+    if not meter:
+        return False
+    made = {dotted(n.targets[0]) for n in module.nodes if isinstance(n, ast.Assign) and gives(n.value, set())}
+    products = (n for n in module.nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult))
+    return any(
+        (module.is_window(n.right) and gives(n.left, made)) or (module.is_window(n.left) and gives(n.right, made))
+        for n in products
+    )
 
 
 def _summed(view: View, node: ast.AST, marks: list[Mark]) -> Iterator[Fault]:

@@ -12,10 +12,10 @@ from itertools import pairwise
 from microbatch.linting.faults import Fault
 from microbatch.linting.guesses import LOADER_WORDS
 from microbatch.linting.module import Module
-from microbatch.linting.schedule_units import MICROBATCHES, WINDOWS, place_of_count
+from microbatch.linting.schedule_units import MICROBATCHES, WINDOWS, lengths_of, place_of_count, schedules
 from microbatch.linting.syntax import FunctionNode, dotted, last_name, pairs, text_of
 
-__all__ = ["mixed_units"]
+__all__ = ["mixed_units", "units_of_lengths"]
 
 _SAME = frozenset({"int", "float", "ceil", "floor", "round", "max", "min", "abs"})
 _WORDS = {MICROBATCHES: "microbatches", WINDOWS: "optimizer steps"}
@@ -36,6 +36,23 @@ def mixed_units(module: Module) -> list[Fault]:
         return list(_mixed(module))
     except RecursionError:  # made of itself over very many names
         return []
+
+
+def units_of_lengths(module: Module) -> str:
+    """What the lengths of all schedules of a file count, where functions of the file hand them on.
+
+    Args:
+        module: The file.
+
+    Returns:
+        "microbatches" or "windows"; empty where the file does not show it, or has both.
+    """
+    units = _Units(module)
+    try:
+        found = {units.of(length) for call in schedules(module) for length in lengths_of(call)} - {""}
+    except RecursionError:
+        return ""
+    return found.pop() if len(found) == 1 else ""
 
 
 def _mixed(module: Module) -> Iterator[Fault]:
@@ -70,6 +87,8 @@ class _Units:
         self.module = module
         self.known: dict[tuple[ast.AST | None, str], str] = {}
         self.given: dict[str, list[tuple[ast.AST, ast.AST]]] = {}
+        self.calls: dict[str, list[ast.Call]] = {}
+        self.of_windows: set[str] = set()  # loaders that give a whole window at a time
         self.written: list[tuple[str, ast.expr]] = []  # what stands in formatted texts, with the text before it
         for node in module.nodes:
             if isinstance(node, ast.JoinedStr):
@@ -83,9 +102,14 @@ class _Units:
                 self.given.setdefault(dotted(node.target), []).append((node, node))
             elif isinstance(node, ast.For):
                 self._count_of_loop(node)
+            elif isinstance(node, ast.Call):
+                self.calls.setdefault(last_name(node.func), []).append(node)
 
     def _count_of_loop(self, node: ast.For) -> None:
-        """`for step, batch in enumerate(loader)`: the first name counts microbatches."""
+        """`for step, batch in enumerate(loader)`: the first name counts microbatches, if each batch is one."""
+        owner = self.module.owner_of(node)
+        if self.module.contains_backward(node, owner) and not self.module.is_microbatch_loop(node, owner):
+            self.of_windows.update(dotted(part) for part in ast.walk(node.iter) if isinstance(part, ast.expr))
         if not (isinstance(node.target, ast.Tuple) and isinstance(node.iter, ast.Call)):
             return
         counts = any(isinstance(n, ast.Call) and last_name(n.func) == "enumerate" for n in ast.walk(node.iter))
@@ -96,7 +120,7 @@ class _Units:
         """What an expression counts: "microbatches", "windows", or nothing that the file shows."""
         if isinstance(node, ast.Call):
             if dotted(node.func) == "len" and node.args and _is_loader(node.args[0]):
-                return MICROBATCHES
+                return "" if dotted(node.args[0]) in self.of_windows else MICROBATCHES
             if last_name(node.func) in _SAME:
                 return self._one(node.args) or self._of_file_name(node)
             return ""
@@ -141,13 +165,23 @@ class _Units:
         key = holder, name
         if key not in self.known:
             self.known[key] = ""  # a name that is made of itself
-            found = {
-                self._of_given(statement, value)
+            given = [
+                (statement, value)
                 for statement, value in self.given.get(name, [])
                 if holder is None or holder in self.module.around(statement)
-            } - {""}
+            ]
+            found = {self._of_given(statement, value) for statement, value in given} - {""}
+            if holder is not None and not given:
+                found = {self.of(value) for value in self._handed_over(holder, name)} - {""}
             self.known[key] = found.pop() if len(found) == 1 else ""
         return self.known[key]
+
+    def _handed_over(self, holder: FunctionNode, name: str) -> Iterator[ast.expr]:
+        """What the calls of a function in this file give to one of its parameters."""
+        names = [arg.arg for arg in holder.args.args if arg.arg not in ("self", "cls")]
+        for node in self.calls.get(holder.name, []) if name in names else ():
+            yield from (k.value for k in node.keywords if k.arg == name)
+            yield from node.args[names.index(name) : names.index(name) + 1]
 
     def _of_given(self, statement: ast.AST, value: ast.AST) -> str:
         if isinstance(statement, ast.For):
@@ -160,5 +194,5 @@ class _Units:
 
 
 def _is_loader(node: ast.expr) -> bool:
-    name = last_name(node)
+    name = last_name(node) or (last_name(node.value) if isinstance(node, ast.Subscript) else "")
     return LOADER_WORDS.search(name) is not None and not name.endswith(("set", "data"))

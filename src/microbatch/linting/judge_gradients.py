@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.judge_counters import mixed_units
+from microbatch.linting.judge_counters import mixed_units, units_of_lengths
 from microbatch.linting.schedule_units import WINDOWS, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
@@ -98,6 +98,8 @@ def _schedules(view: View) -> Iterator[Fault]:
         ticks = {m.tick for m in marks}
         inside = ticks - view.step_ticks
         units = marks[0].value or view.module.once("schedule", lambda: schedule_units(view.module))
+        if not units and not view.managed:  # a framework may advance a schedule once for each process
+            units = view.module.once("lengths", lambda: units_of_lengths(view.module))
         if len(inside) >= len(view.ticks) // 2 and len(ticks) >= 0.9 * len(view.ticks):
             if view.managed and marks[0].detail == "unprepared":
                 yield Fault(

@@ -57,6 +57,14 @@ class Loops(Generators):
             if self.frame.feeds is None:
                 self.trace.loop = node
             self.begin_epoch()
+        waits = not micro and isinstance(node.test, ast.Constant) and not self.holds_backward(node)
+        self.trace.occasional += waits  # it may end at any `break`
+        try:
+            return self._turns_of_while(node, limit, micro=micro)
+        finally:
+            self.trace.occasional -= waits
+
+    def _turns_of_while(self, node: ast.While, limit: int, *, micro: bool) -> Any:
         for index in range(limit):
             value = self.evaluate(node.test)
             if not isinstance(value, (Unknown, Data)) and not self.truth(value, node.test):
@@ -94,7 +102,7 @@ class Loops(Generators):
         """How often a loop whose end is not known runs."""
         if self.is_micro(node) or self.fills_list(node):
             return self.run.length
-        if not self.holds_backward(node) or self.loop_depth > 2:
+        if not self.holds_backward(node) or self.loop_depth > 2 or self.module.goes_through_models(node):
             return 1
         return 3 if self._runs_once_a_window(node) else self.run.epochs
 
@@ -137,7 +145,7 @@ class Loops(Generators):
         text = dotted(node)
         if isinstance(node, ast.Constant):
             return node.value in self.window_literals
-        return bool(text) and (text in self.window_names or self.names_window(node))
+        return text in self.window_names or self.names_window(node)
 
     def items(self, node: ast.For, value: Any) -> tuple[list[Any], bool]:
         """The items of what a `for` loop goes through, and whether they are the N microbatches of one window."""

@@ -72,11 +72,15 @@ class Machine(Loops, FunctionCalls, Expressions):
 
     def drive(self, function: Function, owner: str | None) -> None:
         """Call a function once a microbatch: Lightning's training_step, an update function."""
+        of_lightning = owner if function.name == "training_step" else None
         for _ in range(self.run.epochs):
             self.begin_epoch()
+            self.hook("on_train_epoch_start", of_lightning)
             for index in range(self.run.length):
                 self.begin_microbatch(last=index == self.run.length - 1)
                 self.call_function(function, [], {"__index__": index}, guess=True, owner=owner)
+                self.hook("on_train_batch_end", of_lightning, index=index)
+            self.hook("on_train_epoch_end", of_lightning)
 
     def _has_epochs(self, root: str) -> bool:
         """Whether a loop of the function, or of one that it calls, holds the loop over microbatches."""
@@ -199,6 +203,8 @@ class Machine(Loops, FunctionCalls, Expressions):
             self._keep(self.heap_key(target), dotted(target), value)
         elif isinstance(target, ast.Subscript) and (key := self.heap_key(target)):
             self._keep(key, key, value)
+            if isinstance(held := self.evaluate(target.value), dict) and isinstance(target.slice, ast.Constant):
+                held[target.slice.value] = value
 
     def _keep(self, key: str, text: str, value: Any) -> None:
         self.heap[key] = value
@@ -234,6 +240,8 @@ class Machine(Loops, FunctionCalls, Expressions):
         """The loss that a name promises, out of a tensor or of a value that the file does not show."""
         if isinstance(value, Data) and value.kind == "tensor" and not value.number:
             return as_loss(value)
+        if isinstance(value, Data) and value.kind == "batch" and not value.weights and name.endswith("loss"):
+            return self.opaque_loss(name)  # a sum over what is not followed
         if isinstance(value, Unknown) and name not in self.module.counters and not kind_of_name(name):
             made = replace(self.opaque_loss(value.key or name), blurred=not value.data)
             return replace(made, opaque=(f"divided in `{value.key}`",)) if "n" in value.tags else made

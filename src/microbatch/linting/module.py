@@ -25,7 +25,7 @@ class Module(Reach):
     def is_window(self, node: ast.AST) -> bool:
         """Whether a name is one of N."""
         text = dotted(node)
-        found = text in self.windows[0] or (bool(text) and names_window(last_name(node)))
+        found = text in self.windows[0] or names_window(last_name(node))
         return found and text not in self.counters
 
     @cached_property

@@ -35,14 +35,14 @@ class Operations(Simulated):
 
     def operate(self, left: Any, op: ast.operator, right: Any, *, node: ast.AST) -> Any:
         """The value of `left op right`."""
+        if isinstance(left, str) and isinstance(op, ast.Mod):
+            return right if isinstance(right, tuple) else (right,)
         if isinstance(left, Data) or isinstance(right, Data):
             return self._operate_data(left, op, right, node=node)
         if is_number(left) and is_number(right):
             return self._operate_numbers(left, op, right, node=node)
         if isinstance(left, frozenset) and isinstance(right, frozenset) and isinstance(op, (ast.BitOr, ast.Sub)):
             return _ARITHMETIC[type(op)](left, right)
-        if isinstance(left, str) and isinstance(op, ast.Mod):
-            return right if isinstance(right, tuple) else (right,)
         if (
             isinstance(left, list)
             and isinstance(right, list)

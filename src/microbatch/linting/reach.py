@@ -303,12 +303,24 @@ class Reach(Definitions):
         text = text_of(loop.iter)
         if PIECE_WORDS.search(text) or self._is_over_group(loop):
             return True
+        if self.goes_through_models(loop):
+            return False
         names = {last_name(node) for node in ast.walk(loop.iter)} | {last_name(node) for node in ast.walk(loop.target)}
         if any(LOADER_WORDS.search(name) or PIECE_NAMES.search(name) or names_window(name) for name in names):
             return True
         if not self.is_inside_loop(loop):
             return True
         return not any(_PARTS.search(name) for name in names)
+
+    def goes_through_models(self, loop: ast.AST) -> bool:
+        """Whether a loop takes several models in turn, each with a loader of its own: `zip(models, iterators)`."""
+        return (
+            isinstance(loop, ast.For)
+            and isinstance(loop.iter, ast.Call)
+            and last_name(loop.iter.func) == "zip"
+            and any(kind_of_name(last_name(arg)) in ("model", "optimizer") for arg in loop.iter.args)
+            and self.is_inside_loop(loop)
+        )
 
     def _is_over_group(self, loop: Loop | ast.comprehension) -> bool:
         """Whether a loop runs over what an outer one takes from `batched(loader, n)`: the microbatches of a window."""

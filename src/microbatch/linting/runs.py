@@ -130,6 +130,9 @@ class _Runner:
             root.outcomes += [outcome for outcome in outcomes if outcome.trace.backwards]
             if index == 0 and probe.run.may_skip:
                 root.skips = [self.one(name, Run(first, 2 * first, skip=skip)) for skip in (first + 1, first + 2)]
+        trains = next((outcome for outcome in root.outcomes if outcome.trace.backwards), None)
+        if trains is not None and not root.survey.trace.backwards:  # with the default setting, it only evaluates
+            root.survey = self.one(name, Run(first, 2 * first + 1, trains.run.decisions), surveys=True)
         root.spent = before - self.left
         return root
 

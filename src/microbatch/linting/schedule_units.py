@@ -11,7 +11,16 @@ from microbatch.linting.guesses import kind_of_constructor, kind_of_name, names_
 from microbatch.linting.module import Module
 from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, text_of
 
-__all__ = ["LENGTHS", "MICROBATCHES", "WINDOWS", "counts", "made_in_rows", "place_of_count", "schedule_units"]
+__all__ = [
+    "MICROBATCHES",
+    "WINDOWS",
+    "counts",
+    "lengths_of",
+    "made_in_rows",
+    "place_of_count",
+    "schedule_units",
+    "schedules",
+]
 
 MICROBATCHES, WINDOWS = "microbatches", "windows"
 _EPOCHS = re.compile(r"epoch", re.IGNORECASE)
@@ -27,16 +36,15 @@ def schedule_units(module: Module) -> str:
         "microbatches" or "windows"; empty where the file does not show it, or has both.
     """
     counted = dict(_settings(module))
-    found = {_unit(module, call, counted) for call in _schedules(module)} - {""}
+    found = {_unit(module, call, counted) for call in schedules(module)} - {""}
     return found.pop() if len(found) == 1 else ""
 
 
 def made_in_rows(module: Module) -> ast.Call | None:
     """Where a schedule is made whose length is a number of rows, which nothing divides: `len(lines) * epochs`."""
-    for call in _schedules(module):
+    for call in schedules(module):
         holder = next((p for p in module.around(call) if isinstance(p, FunctionNode)), module.tree)
-        lengths = [k.value for k in call.keywords if k.arg in LENGTHS] or call.args[2:3]
-        for length in lengths:
+        for length in lengths_of(call):
             made = [
                 s.value
                 for s in ast.walk(holder)
@@ -51,7 +59,7 @@ def made_in_rows(module: Module) -> ast.Call | None:
     return None
 
 
-def _schedules(module: Module) -> Iterator[ast.Call]:
+def schedules(module: Module) -> Iterator[ast.Call]:
     """The calls that make a schedule."""
     for node in module.nodes:
         if isinstance(node, ast.Call) and kind_of_constructor(dotted(node.func)) == "scheduler":
@@ -64,6 +72,11 @@ def _schedules(module: Module) -> Iterator[ast.Call]:
             and kind_of_name(dotted(node.targets[0])) == "scheduler"
         ):
             yield node.value
+
+
+def lengths_of(call: ast.Call) -> list[ast.expr]:
+    """What a call that makes a schedule gives as its length."""
+    return [k.value for k in call.keywords if k.arg in LENGTHS] or call.args[2:3]
 
 
 def _unit(module: Module, call: ast.Call, counted: dict[str, str]) -> str:

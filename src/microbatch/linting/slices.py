@@ -283,4 +283,8 @@ def _switches(parts: Iterable[ast.AST]) -> bool:
             and child.func.attr in ("step", "update")
         ):
             return True
+        if isinstance(child, ast.Call) and any(
+            kind_of_name(dotted(arg)) == "scaler" for arg in child.args if dotted(arg)
+        ):
+            return True  # it may step and update the scale
     return False

@@ -80,13 +80,16 @@ def parts_of(node: ast.AST) -> tuple[ast.expr, str] | None:
 
 
 def last_name(node: ast.AST) -> str:
-    """The last word of a name: `n` of "self.args.n" and of "config['n']"."""
+    """The last word of a name: `n` of "self.args.n", of "config['n']" and of "config.get('n', 4)"."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
         return node.attr
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant) and isinstance(node.slice.value, str):
         return node.slice.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get" and node.args:
+        key = node.args[0]
+        return key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else ""
     return ""
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from microbatch.linting.guesses import COUPLED_LOSSES, PIECE_CALLS
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import text_of
+from microbatch.linting.syntax import last_name, text_of
 from microbatch.linting.values import Data, Unknown, tags
 
-__all__ = ["TensorCalls", "pairs_rows", "within_rows"]
+__all__ = ["TensorCalls", "is_zeros", "pairs_rows", "within_rows"]
 
 _SYNCS = frozenset({"item", "tolist", "numpy", "cpu"})
 # Methods whose result is the same value, in another form or place.
@@ -61,6 +61,13 @@ def within_rows(node: ast.Call, first: int) -> bool:
     return found is not None and 0 not in (found if isinstance(found, (tuple, list)) else (found,))
 
 
+def is_zeros(node: ast.Call) -> bool:
+    """Whether a call makes the label 0 for every row: each row is to be found at the first place."""
+    return last_name(node.func) == "zeros" and any(
+        keyword.arg == "dtype" and last_name(keyword.value) in ("long", "int64") for keyword in node.keywords
+    )
+
+
 def pairs_rows(node: ast.Call) -> bool:
     """Whether an `einsum` compares each row of one tensor with each row of another: "i d, j d -> i j"."""
     said = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
@@ -82,6 +89,11 @@ class TensorCalls(Simulated):
     def opaque_loss(self, what: str) -> Data:
         """A loss of this microbatch, of which the file does not show how it is made."""
         return Data(self.this_microbatch(), kind="loss", opaque=(f"`{what}`",))
+
+    def unseen_loss(self, value: Any, what: str) -> Data:
+        """The loss that a value stands for which is not followed; where the value was divided by N, so was the loss."""
+        divided = not tags(value).isdisjoint({"n", "by n"})
+        return replace(self.opaque_loss(what), opaque=(f"divided in `{what}`" if divided else f"`{what}`",))
 
     def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""

@@ -117,7 +117,7 @@ class Trace:
 
     def mark(self, kind: str, node: ast.AST, name: str = "", *, value: Any = None, detail: str = "") -> None:
         """Record an event, unless it stands in an evaluation or does not happen in every microbatch."""
-        if self.occasional and kind in ("sync", "empty_cache"):
+        if self.occasional and kind in ("sync", "empty_cache", "ema"):
             return  # now and then, not in every microbatch
         if self.evaluating and kind in ("sync", "empty_cache", "log", "sum"):
             return
@@ -216,5 +216,9 @@ class Trace:
     def update(self, node: ast.AST) -> None:
         """Update the loss scale: the next gradients can be unscaled again."""
         self.mark("update", node)
+        self.may_update()
+
+    def may_update(self) -> None:
+        """Note that the loss scale is updated, or may be: code that the file does not show has the scaler."""
         for group in self.every_group():
             group.unscaled = False

@@ -1,17 +1,25 @@
 """What optimizers, scalers, schedulers, models and other objects of a loop do when it calls them."""
 
 import ast
+import re
 from dataclasses import replace
 from typing import Any
 
-from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor
+from microbatch.linting.guesses import MEAN_LOSSES, kind_of_constructor, kind_of_name
 from microbatch.linting.simulated import Simulated
-from microbatch.linting.syntax import dotted, text_of
+from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Gradients
 from microbatch.linting.values import Bound, Data, Function, Obj, Unknown, is_number, number, tags
 
 __all__ = ["TrainingObjects"]
 
+_METHODS = {  # that only an object of this kind has
+    "scaler": ("scale", "unscale_", "step", "update"),
+    "optimizer": ("step", "zero_grad"),
+    "scheduler": ("step",),
+}
+_USES = re.compile(r"(step|update|zero|clip|save|log|apply)_")  # verbs of what is done with an object that is there
+_LOGS = re.compile(r"^(log|write|record|report|add)_\w*(metric|scalar|loss|value|stat)")
 _LOG_METHODS = frozenset(
     [
         "update",
@@ -50,6 +58,7 @@ class TrainingObjects(Simulated):
         if (
             kind is None
             or text.endswith("optimizer_step")
+            or _USES.match(text.rsplit(".", 1)[-1])
             or (
                 kind == "optimizer"
                 and text.rsplit(".", 1)[-1] in ("optimizers", "optimizer")
@@ -119,6 +128,12 @@ class TrainingObjects(Simulated):
 
     # ---- attributes and methods of objects
 
+    def holder_of(self, func: ast.Attribute) -> Any:
+        """What a method is called of: also an object among the settings, as in `config.scaler.step(optimizer)`."""
+        base = self.evaluate(func.value)
+        kind = kind_of_name(last_name(func.value)) if isinstance(base, Unknown) and not base.data else None
+        return Obj(kind, last_name(func.value)) if kind and func.attr in _METHODS.get(kind, ()) else base
+
     def attribute_of_object(self, base: Obj, node: ast.Attribute) -> Any:
         """What an attribute of a known object is; `None` if it is not known."""
         kind, attr = base.kind, node.attr
@@ -173,6 +188,8 @@ class TrainingObjects(Simulated):
         for value in args:
             if isinstance(value, Function):
                 self.call_function(value, [], {})
+        if "lightning" in self.trace.frameworks:
+            self.hook("on_before_optimizer_step", self.frame.owner)
         scales = any(isinstance(value, Obj) and value.kind == "scaler" for value in args)  # a wrapper that is given it
         self.trace.step(node, base.key, by_scaler=scales)
 
@@ -187,7 +204,7 @@ class TrainingObjects(Simulated):
         first = args[0] if args else None
         if attr == "scale":
             if not isinstance(first, Data):
-                first = self.opaque_loss(text_of(node.args[0]) if node.args else "a loss")
+                first = self.unseen_loss(first, text_of(node.args[0]) if node.args else "a loss")
             return first if base.info.get("off") else replace(first, scaled=True)
         name = first.key if isinstance(first, Obj) else "optimizer"
         if attr == "step":
@@ -270,7 +287,7 @@ class TrainingObjects(Simulated):
         return base if attr in ("__iter__", "iter", "get_varlen_iter", "shuffle") else Unknown(text_of(node))
 
     def _on_log(self, base: Obj, node: ast.Call, attr: str) -> Any:
-        if attr in _LOG_METHODS:
+        if attr in _LOG_METHODS or _LOGS.search(attr):
             return self.log_call(node, f"{base.name}.{attr}")
         if attr == "log_every":
             args, _ = self.arguments(node)

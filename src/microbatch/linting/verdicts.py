@@ -188,6 +188,8 @@ def _matters(rule: str, outcome: Outcome) -> bool:
     steps = Counter(s.optimizer for s in outcome.trace.steps if s.since)
     if rule == "MB105" and (max(steps.values(), default=0) < 2 or "assumed" in outcome.trace.settings):
         return False  # one window shows no other length, and neither do those of a count that is not followed
+    if rule == "MB105" and all(len(s.since) != outcome.run.microbatches for s in outcome.trace.steps):
+        return False  # no window has N microbatches, so that nothing is said of the others
     return rule in ("MB104", "MB106", "MB107") or any(len(s.since) > 1 for s in outcome.trace.steps)
 
 
