@@ -1,20 +1,26 @@
-"""How long the doctor takes: whole commands, each in a process of its own, and a large folder."""
+"""How long the doctor takes: whole commands, each in a process of its own, a large folder, and files of yours.
+
+``--real PATH`` reads real training scripts one by one, and prints the CPU time of each: inside of a process that has
+imported the doctor, and of a whole command.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.machine import hardware, versions
 from benchmarks.summary import summarize
+from microbatch.linting.doctor import doctor
 
 GOAL_SECONDS = {"file": 0.3, "folder": 30.0}
 OUT = Path(__file__).parent / "results" / "read-loops.json"
@@ -55,6 +61,23 @@ def load_{number}(path, size, names):
 """
 
 
+@dataclass(frozen=True, slots=True)
+class RealFile:
+    """How long a real file took.
+
+    Attributes:
+        name: Its name.
+        lines: How many it has.
+        cpu_seconds: CPU time of the doctor alone.
+        command_cpu_seconds: CPU time of a whole command.
+    """
+
+    name: str
+    lines: int
+    cpu_seconds: float
+    command_cpu_seconds: float
+
+
 def a_file() -> str:
     """Write a training script of about a thousand lines: two loops, and functions that have nothing to do with them.
 
@@ -85,6 +108,49 @@ def seconds_of(path: Path) -> float:
     return time.perf_counter() - start
 
 
+def cpu_seconds_of(path: Path, *, repeats: int = 3) -> tuple[float, float]:
+    """Read a real file, in this process and with a whole command.
+
+    Args:
+        path: The file.
+        repeats: How often; the least time counts, as other work on the machine only adds to it.
+
+    Returns:
+        Seconds of CPU time: of the doctor alone, after its import, and of the command.
+    """
+    inside, whole = list[float](), list[float]()
+    for _ in range(repeats):
+        start = time.process_time()
+        doctor(path)
+        inside.append(time.process_time() - start)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds_of(path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        whole.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(inside), min(whole)
+
+
+def read_real(paths: Sequence[Path], *, repeats: int = 3) -> list[RealFile]:
+    """Read real files one by one, and print the time of each.
+
+    Args:
+        paths: Files, and folders of files.
+        repeats: How often each is read.
+
+    Returns:
+        One record a file.
+    """
+    files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    found: list[RealFile] = []
+    for file in files:
+        doctor(file)  # what only the first reading pays is no part of any file
+        inside, whole = cpu_seconds_of(file, repeats=repeats)
+        lines = file.read_text(encoding="utf-8").count("\n")
+        print(f"{file.name}, {lines} lines: {inside:.2f} s of CPU, {whole:.2f} s with the whole command")
+        found.append(RealFile(file.name, lines, inside, whole))
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write.
 
@@ -97,9 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.read_loops", description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="runs of the command on one file")
     parser.add_argument("--folder", type=Path, default=_torch(), help="a large folder (that of torch)")
+    parser.add_argument("--real", type=Path, nargs="+", default=[], help="real files, or folders: read them alone")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--strict", action="store_true", help="fail if a goal is missed")
     flags = parser.parse_args(arguments)
+    if flags.real:
+        slowest = max(each.cpu_seconds for each in read_real(flags.real))
+        return int(flags.strict and slowest > GOAL_SECONDS["file"])
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.py"
         file.write_text(a_file(), encoding="utf-8")

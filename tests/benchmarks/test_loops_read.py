@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from benchmarks import labelled_loops, read_loops
 
 from microbatch.linting.doctor import doctor
@@ -35,3 +36,15 @@ def test_the_file_that_is_timed_holds_loops_that_the_doctor_reads() -> None:
     text = read_loops.a_file()
     assert 1000 <= text.count("\n") <= 1020
     assert {each.function for each in doctor(text)} >= {"train_0", "train_1"}
+
+
+def test_real_files_are_read_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "inside").mkdir()
+    for place in ("short.py", "inside/long.py"):
+        text = read_loops.a_file() if "long" in place else "for x in loader:\n    loss.backward()\n"
+        (tmp_path / place).write_text(text, encoding="utf-8")
+    found = {each.name: each for each in read_loops.read_real([tmp_path], repeats=1)}
+    assert {name: each.lines for name, each in found.items()} == {"short.py": 2, "long.py": 1003}
+    assert found["short.py"].cpu_seconds < found["long.py"].cpu_seconds
+    assert all(each.cpu_seconds < each.command_cpu_seconds for each in found.values())
+    assert "long.py, 1003 lines: " in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """What stands in objects, closures, contexts and helpers is followed; without the fault, nothing is certain."""
 
+import ast
+
 import pytest
 from tests.linting.followed_loops import CLEARINGS, OBJECTS, cleared_by
 
 from microbatch.linting.doctor import doctor
+from microbatch.linting.module import Module
 
 
 def certain(source: str) -> set[str]:
@@ -160,3 +163,18 @@ for batch in loader:
 )
 def test_what_a_sum_is_divided_by_tells_a_mean_of_a_piece_from_one_of_the_batch(backward: str, codes: set[str]) -> None:
     assert certain(PIECES.format(backward)) == codes
+
+
+def test_a_call_without_what_a_method_must_be_given_is_no_call_of_it() -> None:
+    source = (
+        "class Trainer:\n    def train(self, args, k=1):\n        unwrap(net).train()\n        loss.backward()\n\n"
+        "trainer.train(args)\ntrainer.train(*given)\ntrainer.train(args=args)\n"
+    )
+    module = Module(ast.parse(source))
+    calls = [n.func for n in module.nodes if isinstance(n, ast.Call)]
+    found = {
+        func.lineno: module.resolve(func, None) is not None
+        for func in calls
+        if isinstance(func, ast.Attribute) and func.attr == "train"
+    }
+    assert found == {3: False, 6: True, 7: True, 8: True}

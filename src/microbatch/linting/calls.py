@@ -7,11 +7,13 @@ not show.
 import ast
 import re
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from microbatch.linting.backward_calls import BackwardCalls
+from microbatch.linting.call_words import words_of
 from microbatch.linting.frameworks import Frameworks
-from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEAN_LOSSES, PIECE_CALLS
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, PIECE_CALLS
 from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
@@ -33,20 +35,15 @@ _NO_AVERAGES = re.compile(
     r"dict|stats|loss|metric|log|sched|decay|get|save|load|state|copy|eval|model$|init|register|store|restore|apply|swap",
     re.IGNORECASE,
 )
-_RESCALES = re.compile(r"(re)?scale_grad|average_grad|normali[sz]e_grad|divide_grad", re.IGNORECASE)
-_STEPS = re.compile(r"step|update|optimi[sz]e")
-_NO_STEPS = re.compile(r"lr|learning_rate|sched|warm|adjust|decay|save|checkpoint|state|resume|load")
 _SCALINGS = {
     **dict.fromkeys(("mul", "multiply"), ast.Mult),
     **dict.fromkeys(("div", "divide", "true_divide"), ast.Div),
 }
 _OF_LISTS = frozenset({"append", "extend", "clear", "pop", "popleft", "format"})
-_AVERAGE_RANKS = re.compile(r"reduce|gather|average|sync|mean")
 _PRINTS = re.compile(r"_?(print|log|report|write_log)(\d|_|$)", re.IGNORECASE)
-_ADDS = re.compile(r"accum|sum|total|add", re.IGNORECASE)  # into a number that is shown later
-_LOGS = re.compile(r"^(print|(tqdm|log)\.write|log\.info|logging\.\w+|logger\.\w+|wandb\.log|mlflow\.\w+|pprint)$")
 
 
+@lru_cache(8192)
 def is_library(text: str) -> bool:
     """Whether a name begins with that of a library which the doctor knows."""
     return _LIBRARIES.match(text) is not None
@@ -72,7 +69,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             return self.window()  # `config.get("accum_steps", 4)`
         target = self.module.resolve(func, self.frame.owner)
         averages, adds = _kind_of_call(node)
-        if averages and self.trace.tick:
+        if averages and self.trace.begun:
             self.trace.mark("ema", node, last_name(func))
         if adds and target is None:
             found = self.backward_call(node)
@@ -159,7 +156,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
 
     def own_loss(self, model: Obj, node: ast.Call, method: str) -> Any:
         """The loss that a model of the file computes itself; `None` where it computes none, or it cannot be read."""
-        if not self.trace.tick:
+        if not self.trace.begun:
             return None
         known = losses_of_models(self.module)
         given = len(node.args) + len(node.keywords)
@@ -183,7 +180,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
 
     def _method(self, node: ast.Call, func: ast.Attribute, target: Function | None) -> Any:
         attr, text = func.attr, dotted(func)
-        if text and (_LIBRARIES.match(text) or text.partition(".")[0] in self.module.library_names):
+        if text and (is_library(text) or text.partition(".")[0] in self.module.library_names):
             return self._library(node, self.module.full_name(text))
         base = self.holder_of(func)
         if (
@@ -223,13 +220,12 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
     def _unknown_method(self, node: ast.Call, func: ast.Attribute, base: Any) -> Any:
         """A method that the file does not show, which may be one of a tensor that is not known as such."""
         text = dotted(func)
-        if _LOGS.match(text):
+        if words_of(text).shows:
             return self.log_call(node, text)
-        of_text = (
-            any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args) or not node.args
-        )
-        if func.attr in PIECE_CALLS and isinstance(base, Unknown) and not of_text:
-            self.trace.mark("pieces", node, text_of(func))
+        if func.attr in PIECE_CALLS and isinstance(base, Unknown) and node.args:
+            of_text = any(isinstance(arg, ast.Constant) and isinstance(arg.value, str) for arg in node.args)
+            if not of_text:
+                self.trace.mark("pieces", node, text_of(func))
         result = self.unknown_call(node, text or func.attr)
         if isinstance(result, Unknown) and isinstance(base, Unknown):
             return replace(result, data=result.data or base.data, tags=result.tags | (base.tags & {"rows"}))
@@ -261,7 +257,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         made = Obj("context", last) if context else self.made_by(node, text)
         if made is not None:
             return made
-        if MEAN_LOSSES.search(text):
+        if words_of(text).means:
             return self.loss_call(node, "mean", text)
         if last in PIECE_CALLS:
             self.trace.mark("pieces", node, text)
@@ -303,31 +299,31 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         """A function that the file does not show: what it is given may be used for anything."""
         args, keywords = self.arguments(node)
         values = self.flat([*args, *keywords.values()])
-        last = text.rsplit(".", 1)[-1]
+        last, words = text.rsplit(".", 1)[-1], words_of(text)
         self.launch(values)
         data = [v for v in values if isinstance(v, Data)]
         objects = {v.kind for v in values if isinstance(v, Obj)}
-        if _LOGS.match(text) or (re.search(r"(^|_)log(_|$|ging)", last) and not _ADDS.search(last)):
+        if words.logs:
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
         if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
             self.trace.step(node, own[0].key)  # torch_xla's
             return None
-        if "scaler" in objects and ("optimizer" in objects or _STEPS.search(last)):
+        if "scaler" in objects and ("optimizer" in objects or words.steps):
             self.trace.may_update()
-        may_step = "optimizer" in objects and (losses or "scaler" in objects or _STEPS.search(last))
-        if may_step and not _NO_STEPS.search(last):
+        may_step = "optimizer" in objects and (losses or "scaler" in objects or words.steps)
+        if may_step and not words.adjusts:
             self.trace.opaque.setdefault(f"`{text}` gets the optimizer", node)
-        if _RESCALES.search(last):
+        if words.rescales:
             self.trace.opaque.setdefault(f"`{text}` rescales the gradients", node)
-        if MEAN_LOSSES.search(text):
+        if words.means:
             return self.loss_call(node, "mean", text)
-        if COUPLED_LOSSES.search(text):
+        if words.couples:
             return self.loss_call(node, "", text)
         if not data and not objects & {"model", "engine", "criterion"}:
             hangs = any(isinstance(v, Unknown) and v.data for v in values)
             return Unknown(text_of(node), data=hangs, tags=tags(*args, *keywords.values()))
-        if self.trace.tick == 0:
+        if not self.trace.begun:
             return Unknown(text_of(node))  # before the first microbatch: setup
         base = self.combine(data) if data else Data({})
         seen = objects & {"model", "engine"}
@@ -335,7 +331,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         opaque = base.opaque
         if data and any("n" in tags(v) for v in values):
             opaque = (*opaque, f"divided inside of `{text}`")
-        elif not numeric and not _AVERAGE_RANKS.search(last) and (losses or not self._is_layer(text)):
+        elif not numeric and not words.averages and (losses or not self._is_layer(text)):
             opaque = (*opaque, f"`{text}`")
         return replace(
             base,
@@ -358,7 +354,7 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
             facts = self.module.facts.get(self.module.key(value)) if isinstance(value, Function) else None
             if facts is None or not facts.backward:
                 continue
-            if facts.flat and not self.loop_depth and not self.trace.tick:
+            if facts.flat and not self.loop_depth and not self.trace.begun:
                 self.drive(value, value.owner)
             else:
                 self.call_function(value, [], {}, guess=True)

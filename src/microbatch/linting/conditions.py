@@ -41,17 +41,47 @@ def _usual_answer(key: str) -> bool | None:
     return True if _MAIN_RANK.search(key) else None
 
 
+@lru_cache(8192)
+def _asks_for_finite(key: str) -> tuple[bool, bool]:
+    """Whether a condition asks for finite numbers, and whether it asks for broken ones."""
+    return _FINITE.search(key) is not None and not key.startswith("not "), _BROKEN.search(key) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """What one branch of a condition does, the same in all runs.
+
+    Attributes:
+        body: Its statements.
+        jumps: Whether it ends in a jump.
+        continues: Whether this jump is a `continue`.
+        yields: Whether it yields.
+        holds: Whether it touches gradients: a backward, a step or a clearing.
+        backward: Whether it runs a backward.
+    """
+
+    body: list[ast.stmt]
+    jumps: bool = False
+    continues: bool = False
+    yields: bool = False
+    holds: bool = False
+    backward: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class _Branches:
-    """What a condition decides about: the statements of its two branches, and the place of the whole."""
+    """What a condition decides about: its two branches, and the place of the whole."""
 
-    taken: list[ast.stmt]
-    other: list[ast.stmt]
+    taken: _Branch
+    other: _Branch
     node: ast.AST
 
     def turned(self) -> "_Branches":
         """The same of the opposite condition."""
         return _Branches(self.other, self.taken, self.node)
+
+
+_NOTHING = _Branch([])
 
 
 class Conditions(Simulated):
@@ -134,52 +164,68 @@ class Conditions(Simulated):
             self.now_and_then = known = True
         if known is not None:
             return known
-        branches = _Branches(node.body, node.orelse, node) if isinstance(node, ast.If) else _Branches([], [], node)
-        return self._settle(test, value, branches)
+        return self._settle(test, value, self._branches(node))
+
+    def _branches(self, node: ast.If | ast.IfExp) -> _Branches:
+        """What a condition decides about; its statements are read once, and not in each run."""
+        owner = self.frame.owner
+        known: dict[Any, _Branches] = self.module.once("branches", dict)
+        found = known.get((node, owner))
+        if found is None:
+            both = (node.body, node.orelse) if isinstance(node, ast.If) else ([], [])
+            taken, other = (self._branch(body, owner) for body in both)
+            found = known[node, owner] = _Branches(taken, other, node)
+        return found
+
+    def _branch(self, body: list[ast.stmt], owner: str | None) -> _Branch:
+        return _Branch(
+            body,
+            jumps=_jumps(body),
+            continues=bool(body) and isinstance(body[-1], ast.Continue),
+            yields=any(map(yields, body)),
+            holds=any(self.module.touches_gradients(statement, owner) for statement in body),
+            backward=any(self.module.contains_backward(statement, owner) for statement in body),
+        )
 
     def _settle(self, test: ast.expr, value: Any, branches: _Branches) -> bool:
         """Decide a condition that the file does not show, by what its branches do to gradients."""
         text = value.key if isinstance(value, Unknown) and value.key else text_of(test)
         data = hangs_on_data(value)
-        body, orelse, node = branches.taken, branches.other, branches.node
-        if data and self._may_skip(body, orelse):
+        taken, other, node = branches.taken, branches.other, branches.node
+        if data and self._may_skip(taken, other):
             skips = 0 < self.run.skip == self.trace.tick
             if skips:
                 self.trace.mark("skip", node, text)
-            jumps = _jumps(body) or not self._holds(body)
-            return skips == jumps
+            return skips == (taken.jumps or not taken.holds)
         said = self._said_by_words(text, branches, data=data)
         if said is not None:
             return said
-        if body and _jumps(body) and not self._holds(body):
-            if _continues(body) and not data and self.trace.tick:
+        if taken.jumps and not taken.holds:
+            if taken.continues and not data and self.trace.begun:
                 self.trace.settings["bounds"] = node  # the loop ends where the file does not show
             return False
-        if orelse and _jumps(orelse) and not self._holds(orelse):
+        if other.jumps and not other.holds:
             return True
-        if isinstance(node, ast.If) and not orelse and self._runs_backward(body) and not self.loop_depth:
+        if isinstance(node, ast.If) and not other.body and taken.backward and not self.loop_depth:
             return True
         if isinstance(test, ast.BoolOp):
-            looks = self.relevant is None and bool(body) and not data and self._only_looks(text, body, orelse)
+            looks = self.relevant is None and bool(taken.body) and not data and _only_looks(text, branches)
             return self._settle_parts(test, node, looks=looks)
         flag = isinstance(value, Data) and value.kind == "batch"
-        flag |= data and any(self.is_window(part) for part in ast.walk(test))
-        if (flag or "n" in tags(value)) and self.trace.tick and self._only_steps(body, orelse):
+        flag |= data and self._asks_window(test)
+        only_steps = (taken.holds or other.holds) and not (taken.backward or other.backward)
+        if (flag or "n" in tags(value)) and self.trace.begun and only_steps:
             # It comes with the batch, or from a call that is given N: as if it were true at the end of each window.
             self.trace.settings["assumed"] = text
-            return (self.trace.tick % self.run.microbatches == 0) == self._holds(body)
+            return (self.trace.tick % self.run.microbatches == 0) == taken.holds
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return not self._settle(test.operand, self.evaluate(test.operand), branches.turned())
         if data:
-            return bool(self._holds(body)) or not orelse or all(map(_gives_zero, orelse))
-        if self._only_looks(text, body, orelse):
-            self.now_and_then = bool(body)
+            return taken.holds or not other.body or all(map(_gives_zero, other.body))
+        if _only_looks(text, branches):
+            self.now_and_then = bool(taken.body)
             return True
         return self.decide(text, node)
-
-    def _only_looks(self, text: str, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
-        """Whether a condition is true now and then, and its branches do nothing to gradients: a log, an evaluation."""
-        return ("%" in text or "boundary" in text) and not self._holds(body) and not self._holds(orelse)
 
     def _comes_late(self, node: ast.If) -> bool:
         """Whether a condition such as `step % 100 == 99` is true later than the few microbatches that are run."""
@@ -187,7 +233,15 @@ class Conditions(Simulated):
         every = test.right if isinstance(test, ast.BinOp) and isinstance(test.op, ast.Mod) else None
         if not isinstance(every, ast.Constant) or every.value in self.window_literals:
             return False
-        return not _jumps(node.body) and not self._holds([*node.body, *node.orelse])
+        branches = self._branches(node)
+        return not (branches.taken.jumps or branches.taken.holds or branches.other.holds)
+
+    def _asks_window(self, test: ast.expr) -> bool:
+        """Whether N is a part of a condition, found once."""
+        found = getattr(test, "_asks_window", None)
+        if found is None:
+            found = test._asks_window = any(self.is_window(part) for part in ast.walk(test))  # type: ignore[attr-defined]
+        return found
 
     def _said_by_words(self, text: str, branches: _Branches, *, data: bool) -> bool | None:
         """The answer of a condition about memory that ended or numbers that are not finite; `None` for others.
@@ -199,19 +253,20 @@ class Conditions(Simulated):
         """
         if self.handling and _MEMORY.search(text):
             return "not in" not in text and not text.startswith("not ")
-        if _FINITE.search(text) and not text.startswith("not "):
+        finite, broken = _asks_for_finite(text)
+        if finite:
             return True
-        if _BROKEN.search(text) and data:
+        if broken and data:
             return text.startswith("not ")
-        feeds = any(map(yields, branches.taken)) if self.frame.feeds is not None else None
-        return feeds if feeds is not None and feeds != any(map(yields, branches.other)) else None
+        feeds = branches.taken.yields if self.frame.feeds is not None else None
+        return feeds if feeds is not None and feeds != branches.other.yields else None
 
     def _settle_parts(self, test: ast.BoolOp, node: ast.AST, *, looks: bool) -> bool:
         if looks:
             self.now_and_then = True
             return True
         is_and = isinstance(test.op, ast.And)
-        nothing = _Branches([], [], node)
+        nothing = _Branches(_NOTHING, _NOTHING, node)
         for part in test.values:
             value = self.evaluate(part)
             known = self.known_truth(value)
@@ -221,21 +276,15 @@ class Conditions(Simulated):
                 return taken
         return is_and
 
-    def _may_skip(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
+    def _may_skip(self, taken: _Branch, other: _Branch) -> bool:
         """A condition on the data that leaves out this microbatch's backward."""
         if not self.loop_depth:
             return False
-        if _continues(body) and not self._holds(body):
+        if taken.continues and not taken.holds:
             return True
-        runs = self._runs_backward(body)
-        if not orelse:
-            return runs
-        other_runs = self._runs_backward(orelse)
-        return runs != other_runs and not self._holds(body if other_runs else orelse)
-
-    def _only_steps(self, body: list[ast.stmt], orelse: list[ast.stmt]) -> bool:
-        """Whether one of the branches takes a step, and none runs a backward."""
-        return (self._holds(body) or self._holds(orelse)) and not self._runs_backward([*body, *orelse])
+        if not other.body:
+            return taken.backward
+        return taken.backward != other.backward and not (taken if other.backward else other).holds
 
     def matches(self, subject: Any, case: ast.match_case) -> bool | None:
         """Whether a value goes into a case of a `match`; `None` where the file does not show it."""
@@ -250,13 +299,6 @@ class Conditions(Simulated):
             return said
         guard = self.known_truth(self.evaluate(case.guard))
         return guard if said else (False if guard is False else None)
-
-    def _runs_backward(self, body: list[ast.stmt]) -> bool:
-        return any(self.module.contains_backward(statement, self.frame.owner) for statement in body)
-
-    def _holds(self, body: list[ast.stmt]) -> bool:
-        """Whether statements touch gradients: a backward, a step or a clearing."""
-        return any(self.module.touches_gradients(statement, self.frame.owner) for statement in body)
 
     def decide(self, key: str, node: ast.AST) -> bool:
         """The truth of a condition that only the user's settings know; the run fixes it, the same each time."""
@@ -285,8 +327,9 @@ def _jumps(body: list[ast.stmt]) -> bool:
     return isinstance(last, (ast.Break, ast.Continue, ast.Return, ast.Raise))
 
 
-def _continues(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[-1], ast.Continue)
+def _only_looks(text: str, branches: _Branches) -> bool:
+    """Whether a condition is true now and then, and its branches do nothing to gradients: a log, an evaluation."""
+    return ("%" in text or "boundary" in text) and not branches.taken.holds and not branches.other.holds
 
 
 def _gives_zero(statement: ast.stmt) -> bool:

@@ -196,7 +196,18 @@ class Definitions:
         ):
             return None
         candidates = [each for each in self.by_method.get(func.attr, []) if not self._is_abstract(each)]
-        return candidates[0] if len(candidates) == 1 else None
+        return candidates[0] if len(candidates) == 1 and self._is_given_enough(candidates[0], func) else None
+
+    def _is_given_enough(self, method: Function, func: ast.AST) -> bool:
+        """Whether a call gives a method what it must be given: `model.train()` is no call of `train(self, args)`."""
+        call = self.parents.get(func)
+        if not isinstance(call, ast.Call) or call.func is not func:
+            return True
+        if any(isinstance(arg, ast.Starred) for arg in call.args) or any(k.arg is None for k in call.keywords):
+            return True
+        given, args = len(call.args) + len(call.keywords), method.node.args
+        of_class = any(last_name(each) == "staticmethod" for each in method.node.decorator_list)
+        return given >= len(args.posonlyargs) + len(args.args) - (0 if of_class else 1) - len(args.defaults)
 
     @cached_property
     def nodes(self) -> list[ast.AST]:

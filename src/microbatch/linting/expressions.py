@@ -53,6 +53,13 @@ def _word_of_number(word: str) -> str:
     return "length" if _LENGTH.search(word) else ""
 
 
+@lru_cache(8192)
+def _is_loss(name: str, text: str) -> bool:
+    """Whether a full name is that of a loss of torch, which the file calls `text`."""
+    is_function = not name[name.rfind(".") + 1 :][:1].isupper()
+    return is_function and MEAN_LOSSES.search(name) is not None and (name != text or is_library(text))
+
+
 class Expressions(Conditions, Calls, Generators, Operations):
     """The part of the machine that reads expressions."""
 
@@ -129,10 +136,7 @@ class Expressions(Conditions, Calls, Generators, Operations):
     def _library_loss(self, text: str) -> Obj | None:
         """A loss of torch that is not called yet: `F.mse_loss`, kept in a variable."""
         name = self.module.full_name(text)
-        is_loss = (
-            MEAN_LOSSES.search(name) and (name != text or is_library(text)) and not name[name.rfind(".") + 1].isupper()
-        )
-        return Obj("criterion", name, {"reduction": "mean"}) if is_loss else None
+        return Obj("criterion", name, {"reduction": "mean"}) if _is_loss(name, text) else None
 
     def _by_word(self, word: str, key: str) -> Any:
         """What a word alone says of a number that the file does not show."""
@@ -204,7 +208,7 @@ class Expressions(Conditions, Calls, Generators, Operations):
         if isinstance(base, Obj) and base.kind in ("optimizer", "scheduler", "model", "loader"):
             return base
         if isinstance(base, Unknown) and (
-            base.data or (self.trace.tick and not isinstance(node.slice, (ast.Constant, ast.Slice)))
+            base.data or (self.trace.begun and not isinstance(node.slice, (ast.Constant, ast.Slice)))
         ):
             return Unknown(text_of(node), data=True)  # a part that this microbatch picks
         may_be_object = isinstance(index, str) and not _SETTINGS.search(dotted(node.value))

@@ -51,7 +51,7 @@ def _token_means(view: View) -> Iterator[Fault]:
         by_model = loss.forward_synced is not None and "criterion" not in view.trace.settings
         masked = _masked_labels(view) if by_model else 0
         if not masked and (loss.reduction != "mean" or not loss.tokens):
-            if _TOKENS.search(view.module.names_text):
+            if view.module.once("token words", lambda: _TOKENS.search(view.module.names_text) is not None):
                 said.add(b.node)
                 yield Fault(
                     "MB401",
@@ -190,11 +190,9 @@ def _only_names_it(view: View, node: ast.UnaryOp) -> bool:
 
 def _coupled(view: View) -> Iterator[Fault]:
     """MB402 and MB405: the loss compares the rows of a batch with one another."""
-    words = view.module.names_text
-    if _CACHED.search(words) or "cached" in view.trace.settings:
-        return
     b = next((b for b in view.trace.backwards if b.loss.coupled), None)
-    if b is None:
+    words = view.module.names_text
+    if b is None or _CACHED.search(words) or "cached" in view.trace.settings:
         return
     if not view.module.caches_outputs:
         yield Fault(

@@ -24,7 +24,7 @@ class Loops(Generators):
             self.trace.zero(node, None)
             self.trace.cleared.update(each for each in ast.walk(node) if isinstance(each, ast.stmt))
             return None
-        if averages_weights(node) and self.trace.tick:
+        if averages_weights(node) and self.trace.begun:
             self.trace.mark("ema", node, text_of(node.iter))
             return None
         micro, value = self.is_micro(node), self.evaluate(node.iter)
@@ -155,13 +155,12 @@ class Loops(Generators):
         if isinstance(value, range) and not outer and len(value) <= self.run.microbatches:
             return list(value), "n" in tags(self.range_end)
         count = self.count_of_loop(node)
-        limit = count if outer else max(self.run.length, self.run.microbatches)
         if isinstance(value, range):
-            return list(value[:limit]), "n" in tags(self.range_end)
+            return list(value[: self._limit(count, outer=outer)]), "n" in tags(self.range_end)
         if self._over_window(node) and not (isinstance(value, (tuple, list)) and len(value) > 1):
             return self._window_items(value), True
         if isinstance(value, (tuple, list)):
-            return list(value)[:limit], False
+            return list(value)[: self._limit(count, outer=outer)], False
         if isinstance(value, Obj) and value.kind == "enumerate":
             start = number(value.info["start"])
             return [(start + i, self._item_at(value.info["over"], i)) for i in range(count)], False
@@ -184,6 +183,10 @@ class Loops(Generators):
             short = min((len(each) for each in over if isinstance(each, range)), default=count)
             return [self._item_at(value, index) for index in range(min(count, short) or count)], False
         return [self.item_of(value) for _ in range(count)], False
+
+    def _limit(self, count: int, *, outer: bool) -> int:
+        """How many turns a loop over known items takes at most."""
+        return count if outer else max(self.run.length, self.run.microbatches)
 
     def _cuts_window(self, node: ast.For) -> bool:
         """Whether a loop goes through a batch piece by piece, with the step after it."""

@@ -65,7 +65,7 @@ class Operations(Simulated):
 
     def _counts_by_itself(self, left: Unknown, right: Any) -> Any:
         """A count modulo N that the file does not follow: as if it counted microbatches, and N were full."""
-        if not self.trace.tick:
+        if not self.trace.begun:
             return Unknown(f"{left.key} modulo N", tags=tags(right))
         self.trace.settings["assumed"] = left.key
         return self.trace.tick % number(right)
@@ -238,6 +238,8 @@ class Operations(Simulated):
 
     def combine(self, values: list[Data]) -> Data:
         """One value out of several: a sum over microbatches, or an objective of several terms in one microbatch."""
+        if len(values) == 1 and len(values[0].opaque) < 2:
+            return values[0]
         weights: dict[int, Fraction] = {}
         for value in values:
             for m, w in value.weights.items():

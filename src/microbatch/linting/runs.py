@@ -19,6 +19,7 @@ _FIRST = re.compile(
     r"amp\b|fp16|float16|half|precision|scaler|autocast|distributed|ddp|no_sync|clip|grad_norm|max_norm", re.IGNORECASE
 )
 FORKS = 16  # settings of one root that are judged
+OTHERS = 6  # functions that are begun at too, because no root came to their backward
 PROBES = 32  # settings of one root that are tried
 STATEMENTS = 300_000  # of all runs of one file together
 OVERHEAD = 50  # what a run costs besides, in statements
@@ -70,6 +71,7 @@ def simulate(module: Module) -> list[Root]:
     covered: set[ast.AST] = set()
     waiting = list(module.roots)
     tried: set[str] = set()
+    left = OTHERS
     while waiting:
         name = waiting.pop(0)
         if name in tried:
@@ -86,7 +88,11 @@ def simulate(module: Module) -> list[Root]:
         covered |= sites
         if not waiting:
             holders = (key for key in module.holders_of_backward() if key not in tried)
-            waiting = [key for key in holders if not module.backward_sites(key) <= covered][:3]
+            unseen = [key for key in holders if not module.backward_sites(key) <= covered]
+            waiting = unseen[: min(3, left)]
+            left -= len(waiting)
+            for root in roots[-1:] if unseen and not waiting else ():
+                root.complete = False
     return [root for root in roots if root.outcomes]
 
 

@@ -98,7 +98,7 @@ class TensorCalls(Simulated):
     def forward(self, node: ast.Call) -> Any:
         """A model's output, made by the microbatch at hand."""
         _, keywords = self.arguments(node)
-        if self.trace.tick == 0:
+        if not self.trace.begun:
             return Unknown(text_of(node))
         if any("label" in name or name in ("targets", "target") for name in keywords):
             self.trace.settings["labels"] = node
@@ -115,7 +115,7 @@ class TensorCalls(Simulated):
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
         """A loss of this microbatch, with what its `reduction` says."""
         args, keywords = self.arguments(node)
-        if self.trace.tick:
+        if self.trace.begun:
             self.trace.settings["criterion"] = node
         if isinstance(said := keywords.get("reduction"), str):
             reduction = said

@@ -58,6 +58,7 @@ class Gradients:
 
     weights: dict[int, Fraction] = field(default_factory=dict)
     per_site: dict[tuple[int, ast.AST], Fraction] = field(default_factory=dict)
+    sites: dict[int, list[ast.AST]] = field(default_factory=dict)  # the calls of backward, by microbatch
     since: list[int] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)
     prior: list[str] = field(default_factory=list)
@@ -72,6 +73,7 @@ class Gradients:
         return Gradients(
             dict(self.weights),
             dict(self.per_site),
+            {m: list(nodes) for m, nodes in self.sites.items()},
             list(self.since),
             list(self.lost),
             list(self.prior),
@@ -105,6 +107,11 @@ class Trace:
         self.evaluating = 0  # inside of an evaluation
         self.cleared: set[ast.stmt] = set()  # the statements that cleared gradients
 
+    @property
+    def begun(self) -> bool:
+        """Whether a microbatch is at hand."""
+        return self.tick > 0
+
     def group(self, optimizer: str) -> Gradients:
         """Find the gradients of one optimizer, which begin as those of no optimizer."""
         if optimizer not in self.groups:
@@ -128,9 +135,12 @@ class Trace:
         self.backwards.append(Backward(node, self.tick, loss, synced))
         for group in self.every_group():
             for m, weight in loss.weights.items():
-                group.per_site[m, node] = group.per_site.get((m, node), Fraction(0)) + weight
-                others = [w for (tick, _), w in group.per_site.items() if tick == m]
-                group.weights[m] = max(others)
+                before = group.per_site.get((m, node))
+                group.per_site[m, node] = weight if before is None else before + weight
+                nodes = group.sites.setdefault(m, [])
+                if before is None:
+                    nodes.append(node)
+                group.weights[m] = max(group.per_site[m, each] for each in nodes)
                 if m not in group.since:
                     group.since.append(m)
             group.prior.clear()
@@ -144,6 +154,7 @@ class Trace:
             group.lost += [m for m in group.weights if m not in group.lost]
             group.weights.clear()
             group.per_site.clear()
+            group.sites.clear()
             group.prior.append("zero")
             group.scaled = False
 
