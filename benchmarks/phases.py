@@ -28,7 +28,7 @@ from benchmarks import contenders
 from benchmarks.cases import CASES, THIRD_PARTY
 from benchmarks.contenders import Subject, Window, make_subject
 from benchmarks.machine import hardware, versions
-from microbatch.gradients import autograd_engine
+from microbatch.gradients import autograd_engine, fused_matmul
 
 RESULTS = Path(__file__).parent / "results" / "phases"
 MAKERS: dict[str, Callable[[Subject], Window]] = {"loop": contenders.loop, "microbatch": contenders.microbatch}
@@ -128,6 +128,7 @@ def _watched(clock: _Clock, subject: Subject) -> Generator[None]:
         (contenders, "loss_sum", "forward"),
         (autograd, "_engine_run_backward", "backward"),
         (autograd_engine, "_engine_run_backward", "backward"),
+        (fused_matmul, "_engine_run_backward", "backward"),
         (optimizer, "step", "optimizer"),
     ]
     before = [(place, name, getattr(place, name)) for place, name, _ in places]

@@ -605,6 +605,23 @@ def test_what_touches_every_gradient_is_seen_between_any_two_microbatches(after:
     assert gradients_of(it.model) == {}
 
 
+@pytest.mark.parametrize("after", [0, 5])
+def test_one_gradient_of_many_is_seen_at_both_ends_of_the_first_windows(after: int) -> None:
+    it = subject(nn.Sequential(*[nn.Linear(3, 3) for _ in range(9)], nn.Linear(3, 2)).double(), size=1)
+    last: Any = list(it.model.parameters())[-1]
+
+    def loop() -> None:
+        with it.accumulator.window() as window:
+            for index, microbatch in enumerate(window.split(points(0, 6))):
+                window.backward(squared(it.model, microbatch))
+                if index == after:
+                    last.grad.zero_()
+
+    with pytest.raises(GradientsTouchedError, match=r"'9\.bias'"):
+        loop()
+    assert gradients_of(it.model) == {}
+
+
 def test_the_step_is_done_when_the_inner_loop_ends() -> None:
     it = subject(regressor(0, "cpu"))
     seen: list[mb.Step] = []

@@ -33,6 +33,8 @@ from microbatch.step.setup import Attempt, Setup
 from microbatch.step.undo import Undo
 from microbatch.step.user_errors import backward_once
 
+_IN_FULL = 2  # windows whose gradients are watched in full
+
 
 class Window(OwnLoop):
     """Run one optimizer step in a hand-written loop: gradients add up inside the block, and leaving it takes the step.
@@ -187,8 +189,9 @@ class Window(OwnLoop):
         if tensors:
             gradients.begin(self._estimated_factor)
             backward_once(self._run, tensors, seeds)
-        # Code that writes to gradients does so in every microbatch: the first and the last are watched in full.
-        gradients.mark(some=bool(self.planned) and 0 < len(self.done) < self.planned - 1)
+        # Code that writes to gradients does so in every window: the ends of the first windows are watched in full.
+        middle = bool(self.planned) and 0 < len(self.done) < self.planned - 1
+        gradients.mark(some=middle or self.setup.history.here >= _IN_FULL)
 
     def _estimated_factor(self) -> float:
         return self.denominator.estimated_factor(ranks=1 if self.coupled else self.peers.size)
