@@ -28,7 +28,7 @@ from benchmarks.cases import CASES
 from benchmarks.contenders import make_subject, microbatch
 from benchmarks.machine import KEPT_HEAP, hardware, heap, versions
 from benchmarks.memory import Peak, warm_up_profiler
-from benchmarks.summary import order_of_round
+from benchmarks.summary import order_of_round, summarize_ratio
 
 HERE = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "against"
@@ -121,9 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = measure(
             flags.other, flags.case, size, repeats=flags.repeats, windows=flags.windows, threads=flags.threads
         )
-        pairs = list(zip(found["here"], found["other"], strict=True))
         row: dict[str, Any] = {"microbatch_size": size, **found}
-        row |= {f"{what}_ratio": median(a[what] / b[what] for a, b in pairs) for what in ("seconds", "peak_bytes")}
+        for what in ("seconds", "peak_bytes"):
+            here, other = ([each[what] for each in found[name]] for name in ("here", "other"))
+            row[f"{what}_ratio"] = summarize_ratio(here, other).median
         rows.append(row)
         print(
             f"{flags.case} at {size}: time {row['seconds_ratio']:.3f}, peak {row['peak_bytes_ratio']:.3f} of the other"

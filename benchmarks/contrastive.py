@@ -34,7 +34,7 @@ from torch.optim import AdamW
 
 import microbatch as mb
 from benchmarks.cases import LEARNING_RATE, SEED
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.models import Block, VisionTransformer
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
@@ -253,7 +253,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     twice = next(each for each in record["entries"] if each["way"] == "twice")
     noisy = any(summarize(each["seconds"]).noisy for each in record["entries"] if each["way"] in {"loop", "twice"})
     verdict = "undecided, another job was running" if noisy else "met" if twice["against_loop"] <= GOAL else "missed"

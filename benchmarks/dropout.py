@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import microbatch as mb
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
 from microbatch.batch.dropout_mode import ByRow, Shown
@@ -140,7 +140,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     lines = [
         "# Dropout by row, measured",
         "",

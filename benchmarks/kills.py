@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.report import write
 from microbatch.ranks.lost_ranks import CHECKPOINTING, DONE, Beat
 from microbatch.train.checkpoint import read_newest
@@ -218,7 +218,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     kills = [Kill(**each) for each in record["kills"]]
     lost = [kill.lost for kill in kills]
     whole = sum(kill.whole for kill in kills)

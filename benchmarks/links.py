@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks.linked import ALONE, EVERY, KINDS, LOOP, NEVER, OURS, OVERLAPPED, Seat
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.network import INTERFACE, Network, NoNetworkError, enter_namespace
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize
@@ -212,7 +212,7 @@ def table(entries: Sequence[Entry]) -> str:
 
 def as_markdown(record: Mapping[str, Any], entries: Sequence[Entry]) -> str:
     """Write everything for people."""
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     links = [
         f"- {each['megabits']:g} Mbit/s: an all-reduce of 16 MiB reaches {each['rate'] * 8e-6:.0f}, one of 4 bytes "
         f"takes {1e3 * each['short']:.2f} ms; {_of_latency(each['latency'])}."

@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +24,11 @@ def heap(*, kept: bool) -> str:
     if preloaded := os.environ.get("LD_PRELOAD"):
         return f"that of {Path(preloaded).name}, preloaded"
     return "kept (glibc returns no memory to the system)" if kept else "the C library's default"
+
+
+def in_words(*found: Mapping[str, object]) -> str:
+    """Write names and values, such as those of `hardware` and `versions`, in one line."""
+    return ", ".join(f"{name} {value}" for each in found for name, value in each.items())
 
 
 def hardware(device: str) -> dict[str, str | int]:

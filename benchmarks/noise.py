@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import microbatch as mb
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.models import GPT
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
@@ -144,7 +144,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     entries = record["entries"]
     lines = [
         "# The noise scale, measured",

@@ -11,14 +11,14 @@ Both contenders take turns in one process, with a C library that keeps freed mem
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import autograd
@@ -27,7 +27,8 @@ import microbatch as mb
 from benchmarks import contenders
 from benchmarks.cases import CASES, THIRD_PARTY
 from benchmarks.contenders import Subject, Window, make_subject
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
+from benchmarks.report import write
 from microbatch.gradients import autograd_engine, fused_matmul
 
 RESULTS = Path(__file__).parent / "results" / "phases"
@@ -131,14 +132,10 @@ def _watched(clock: _Clock, subject: Subject) -> Generator[None]:
         (fused_matmul, "_engine_run_backward", "backward"),
         (optimizer, "step", "optimizer"),
     ]
-    before = [(place, name, getattr(place, name)) for place, name, _ in places]
-    for place, name, phase in places:
-        setattr(place, name, clock.timed(phase, getattr(place, name)))
-    try:
+    with ExitStack() as stack:
+        for place, name, phase in places:
+            stack.enter_context(patch.object(place, name, clock.timed(phase, getattr(place, name))))
         yield
-    finally:
-        for place, name, function in before:
-            setattr(place, name, function)
 
 
 def table(found: Sequence[Phases]) -> str:
@@ -150,7 +147,7 @@ def table(found: Sequence[Phases]) -> str:
     Returns:
         The page.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in [*hardware("cpu").items(), *versions().items()])
+    machine = in_words(hardware("cpu"), versions())
     lines = ["# Where a window's time goes", "", f"`python -m benchmarks.phases`, kept heap; {machine}.", ""]
     lines += ["Milliseconds of one window. The last column is the rest, as a share of the loop's whole window.", ""]
     heads = ("case", "weights", "microbatch", "contender", *PHASES, "rest", "window", "rest of loop")
@@ -189,8 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = table(found)
     print(text)
     record: dict[str, Any] = {"hardware": hardware("cpu"), "versions": versions(), "phases": list(map(asdict, found))}
-    chosen.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    chosen.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    write(record, text, chosen.out)
     return 0
 
 

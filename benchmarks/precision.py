@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize
 from microbatch.gradients.bfloat16_sums import Compensated
@@ -169,7 +169,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     lines = [
         "# Precisions in which gradients add up, measured",
         "",

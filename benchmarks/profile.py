@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,7 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import CASES
 from benchmarks.contenders import loop, make_subject, microbatch
-from benchmarks.machine import hardware, matmul_flops_per_second, versions
+from benchmarks.machine import hardware, in_words, matmul_flops_per_second, versions
+from benchmarks.report import write
 
 RESULTS = Path(__file__).parent / "results" / "profile"
 CONTENDERS = {"loop": loop, "microbatch": microbatch}
@@ -123,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = table(found)
     print(text)
     record: dict[str, Any] = {"hardware": hardware("cpu"), "versions": versions(), "shares": [asdict(s) for s in found]}
-    chosen.out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    chosen.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    write(record, text, chosen.out)
     return 0
 
 
@@ -137,7 +136,7 @@ def table(found: Sequence[Share]) -> str:
     Returns:
         The page.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in [*hardware("cpu").items(), *versions().items()])
+    machine = in_words(hardware("cpu"), versions())
     lines = ["# Where the time goes", "", f"`python -m benchmarks.profile --case {found[0].case}`; {machine}.", ""]
     lines += ["| microbatch | contender | kind | seconds | share | of matmul |", "|---|---|---|---|---|---|"]
     for each in found:

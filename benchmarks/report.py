@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.cases import CASES
 from benchmarks.goals import agrees, verdicts
-from benchmarks.machine import hardware, heap, versions
+from benchmarks.machine import hardware, heap, in_words, versions
 from benchmarks.measure import Entry, Plan
 
 SCHEMA = 2
@@ -61,7 +61,7 @@ def as_markdown(entries: Sequence[Entry], record: dict[str, Any]) -> str:
         Markdown.
     """
     plan = record["plan"]
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     lines = [
         "# Measured",
         "",

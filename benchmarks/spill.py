@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import microbatch as mb
 from benchmarks.cases import loss_sum
 from benchmarks.contenders import make_subject
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.memory import Peak, warm_up_profiler
 from benchmarks.report import write
 from benchmarks.summary import order_of_round, summarize, summarize_ratio
@@ -271,7 +271,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    machine = in_words(record["hardware"])
     lines = [
         "# Spilled activations, measured",
         "",

@@ -225,9 +225,6 @@ class Reach(Definitions):
 
     def steps(self, node: ast.AST, owner: str | None) -> bool:
         """Whether a statement, with the functions it calls, takes a step or clears gradients."""
-        known = self._memo.get((node, owner, "steps"))
-        if known is not None:
-            return known
 
         def judge(node: ast.AST) -> bool | None:
             if not isinstance(node, ast.Call):
@@ -239,9 +236,6 @@ class Reach(Definitions):
 
     def _holds(self, node: ast.AST, owner: str | None, *, deep: bool) -> bool:
         """Whether a statement runs a backward; if not `deep`, one that no loop inside of it holds."""
-        known = self._memo.get((node, owner, deep))
-        if known is not None:
-            return known
 
         def judge(node: ast.AST) -> bool | None:
             if isinstance(node, (FunctionNode, ast.ClassDef, ast.Lambda)):
@@ -270,6 +264,8 @@ class Reach(Definitions):
         """
         node, owner, what = key
         memo = self._memo
+        if key in memo:
+            return memo[key]
         memo[key] = False
         stack: list[ast.AST] = [node]
         passed = [key]

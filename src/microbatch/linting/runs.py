@@ -91,8 +91,8 @@ def simulate(module: Module) -> list[Root]:
             unseen = [key for key in holders if not module.backward_sites(key) <= covered]
             waiting = unseen[: min(3, left)]
             left -= len(waiting)
-            for root in roots[-1:] if unseen and not waiting else ():
-                root.complete = False
+            if unseen and not waiting and roots:
+                roots[-1].complete = False
     return [root for root in roots if root.outcomes]
 
 
