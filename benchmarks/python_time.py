@@ -24,7 +24,7 @@ from benchmarks.summary import Summary, order_of_round, summarize
 GOAL = 0.7
 OUT = Path(__file__).parent / "results" / "python-time.json"
 HERE = Path(__file__).parents[1]
-_FEW, _MANY = 10, 60  # steps of the two counted runs: their difference leaves the imports out
+_FEW, _MANY = 10, 410  # steps of the two counted runs: their difference leaves the imports out
 _PROGRAM = """
 import sys, time
 import torch
@@ -145,7 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(checkout: Path, command: Sequence[str], *, error: bool = False) -> str:
-    environment = os.environ | {"PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "1"}
+    # Without a fixed seed, imports alone differ by the instructions of several steps.
+    fixed = {"PYTHONPATH": str(checkout.resolve() / "src"), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    environment = os.environ | fixed
     done = subprocess.run(  # noqa: S603 - this interpreter, and a program from above
         command, env=environment, capture_output=True, text=True, check=True
     )

@@ -88,6 +88,11 @@ class Fuse(TorchFunctionMode):
         return bool(self._names)
 
     @property
+    def weights(self) -> frozenset[int]:
+        """The ids of the weights that can be fused."""
+        return frozenset(self._names)
+
+    @property
     def fused(self) -> int:
         """Number of weights whose gradients were fused so far."""
         return len(self._fused)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from microbatch.step.part import OpenWindow, Part, Pass, Run
+from microbatch.step.parts.compilation import has_compiled
 from microbatch.step.record import Step
 
 _NAMED = 4  # attributes that a warning names
@@ -50,7 +50,7 @@ class CarriedTensors(Part):
 
     def around(self, window: OpenWindow, p: Pass) -> AbstractContextManager[object] | None:
         """Watch the first two microbatches."""
-        if p.index > 1 or p.again or p.filler or window.keeps_graphs or _compiles(window):
+        if p.index > 1 or p.again or p.filler or window.keeps_graphs or has_compiled(window):
             return None
         return self._first(window) if p.index == 0 else self._second(window)
 
@@ -127,12 +127,6 @@ class _Flow(TorchFunctionMode):
             elif overwrites or "out" in kwargs:
                 self._reached.pop(each, None)
         return found
-
-
-def _compiles(window: OpenWindow) -> bool:
-    """Return whether a compiler has run in this process: a function mode would make it compile again."""
-    compiler: Any = sys.modules.get("torch._dynamo.utils")
-    return bool(window.options.compile) or (compiler is not None and compiler.counters["frames"]["total"] > 0)
 
 
 def _held_by(model: nn.Module) -> _Held:

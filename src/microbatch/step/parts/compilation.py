@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,13 @@ class Compilation(Part):
             self._functions = {function: torch.compile(function, dynamic=False, mode=self._mode)}
         result = self._functions[function](model, microbatch)
         return tree_map(_copy, result, is_leaf=_is_loss) if self._mode in _CAPTURING else result
+
+
+def has_compiled(window: OpenWindow) -> bool:
+    """Return whether a compiler has run in this process: a new mode or hook would make it compile again."""
+    compiler: Any = sys.modules.get("torch._dynamo.utils")
+    ran = compiler is not None and (compiler.counters["frames"]["total"] or compiler.counters["stats"]["unique_graphs"])
+    return bool(window.options.compile or ran)
 
 
 def _is_loss(value: object) -> bool:

@@ -8,13 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from microbatch.gradients.fused_matmul import Fuse
+from microbatch.gradients.paused_mode import enter_outside, parts_without
 from microbatch.loss.tiled_cross_entropy import cross_entropy
 from microbatch.memory.scratch import Scratch
 from microbatch.step.cutting import Cutting
 from microbatch.step.part import OpenWindow, Part, Run
+from microbatch.step.parts.compilation import has_compiled
+
+# A model that compiles itself has done so after this many windows.
+_FIRST = 3
 
 
 class Fused(Part):
@@ -29,6 +34,7 @@ class Fused(Part):
     def __init__(self, *, weights: bool = True, always: bool = False) -> None:
         self._weights, self._always = weights, always
         self._fuse: Fuse | None = None
+        self._known: tuple[object, list[nn.Module]] | None = None
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Enter the mode, if there is something to fuse."""
@@ -46,7 +52,16 @@ class Fused(Part):
             fuse.replace(torch.nn.functional.cross_entropy, partial(cross_entropy, place=in_place))
             stack.callback(fuse.forget)
             stack.callback(scratch.forget)
-            stack.enter_context(fuse)
+            enter_outside(fuse, self._others(window, fuse), stack)
+
+    def _others(self, window: OpenWindow, fuse: Fuse) -> Sequence[nn.Module]:
+        """Return the parts of the model without a weight to fuse; none if hooks would make a compiler run again."""
+        if not fuse.useful or window.setup.history.here < _FIRST or has_compiled(window):
+            return ()
+        key = fuse.weights, window.undo.snapshot.modules
+        if self._known is None or self._known[0] != key:
+            self._known = key, parts_without(window.model, fuse.weights)
+        return self._known[1]
 
     def cut(self, window: OpenWindow, batch: object, cutting: Cutting) -> None:
         """Keep casts of weights if the graphs of several microbatches are alive at the same time."""
