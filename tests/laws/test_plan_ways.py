@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
@@ -66,7 +66,7 @@ def planned(budget: int | str, *, tokens: int = TOKENS) -> Plan:
 @pytest.fixture(autouse=True)
 def on_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let spilled tensors lie where that is worth something, wherever the tests run; and believe any clock."""
-    monkeypatch.setattr("microbatch.step.size.timing_search.settled", median)
+    monkeypatch.setattr("microbatch.step.size.search.NOISE", math.inf)
     monkeypatch.setattr("microbatch.memory.offload_targets._IN_MEMORY", set())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import fmean, quantiles
 
 from microbatch.errors import ConfigError
 
@@ -12,13 +13,10 @@ MOST_SIZES = 12
 """Number of sizes among which five probes find the fastest: one less than a Fibonacci number."""
 
 NOISE = 0.2
-"""Interquartile range over the median above which another job is probably running, and the median is not used."""
+"""Relative spread of times above which another job is probably running."""
 
 AGREED = 0.05
-"""Largest relative difference of the two fastest samples that counts as agreement, if the samples are noisy."""
-
-SAMPLES = 3
-"""Minimum number of samples in a probe: the interquartile range of three ignores one outlier."""
+"""Largest relative difference of the two fastest times that counts as agreement."""
 
 _MIDDLE = 16
 """Rows of the default size, which was never far from the best on the models of the benchmarks."""
@@ -147,17 +145,57 @@ def middle_size(sizes: Sequence[int]) -> int:
     return max((size for size in sizes if size <= _MIDDLE), default=sizes[0])
 
 
-def fastest(sizes: Sequence[int], seconds: Mapping[int, float]) -> Found:
-    """Choose the fastest measured size."""
-    measured = {size: seconds[size] for size in sizes if size in seconds}
-    best = min(measured, key=measured.__getitem__)
-    others = [size for size in measured if size != best]
+def pace(times: Sequence[float]) -> float:
+    """Return the time that counts: the mean of the two fastest, so that one lucky window is not believed.
+
+    Example:
+        >>> pace([3.0]), pace([9.0, 1.0, 2.0])
+        (3.0, 1.5)
+    """
+    return fmean(sorted(times)[:2])
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return the relative difference of the two fastest times; infinite for a single time.
+
+    Example:
+        >>> spread([1.0]), spread([9.0, 1.0, 1.5])
+        (inf, 0.5)
+    """
+    low, high = [*sorted(times), math.inf][:2]
+    return high / low - 1 if low else 0.0
+
+
+def fastest(times: Mapping[int, Sequence[float]]) -> Found:
+    """Choose a size: the largest of those that are as fast as the fastest, as far as its own times agree.
+
+    Args:
+        times: Seconds per row of one window or more, by size; at least one size.
+
+    Returns:
+        The size; not decided if the times of the fastest size do not agree.
+
+    Example:
+        >>> fastest({4: [1.0, 1.0], 8: [1.01, 1.01]}).microbatch_size
+        4
+        >>> fastest({4: [1.0, 1.04], 8: [1.03, 1.03], 16: [1.5, 1.5]}).microbatch_size
+        8
+    """
+    seconds = {size: pace(each) for size, each in times.items()}
+    best, *others = sorted(seconds, key=seconds.__getitem__)
     if not others:
-        return Found(microbatch_size=best, decided=True, why="no other size fits this batch", seconds=measured)
-    near = min(others, key=measured.__getitem__)
-    gain = measured[near] / measured[best]
-    why = f"fastest of {len(measured)} sizes that were timed on real steps: {gain:.2f} times as fast as {near}"
-    return Found(microbatch_size=best, decided=True, why=why, seconds=measured)
+        return Found(microbatch_size=best, decided=True, why="no other size fits this batch", seconds=seconds)
+    apart, near = spread(times[best]), others[0]
+    within = min(apart, NOISE)
+    size = max(each for each in seconds if seconds[each] <= (1 + within) * seconds[best])
+    why = f"fastest of {len(seconds)} sizes that were timed on real steps: "
+    if size == best:
+        why += f"{seconds[near] / seconds[best]:.2f} times as fast as {near}"
+    else:
+        why = f"largest of the sizes that took at most {within:.1%} more than {best}, whose own times differ as much"
+    if apart > NOISE:
+        why += f"; steps in microbatches of {best} differ by {apart:.0%}, as when another job is running"
+    return Found(microbatch_size=size, decided=apart <= NOISE, why=why, seconds=seconds)
 
 
 def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -> Found:
@@ -175,54 +213,29 @@ def undecided(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -
     return Found(microbatch_size=size, decided=False, why=f"{why}; {size} is a default", seconds=dict(seconds))
 
 
-def busiest_choice(sizes: Sequence[int], seconds: Mapping[int, float], *, why: str) -> Found:
-    """Choose a size from noisy times: the largest of those that are as fast as the fastest, as far as noise can tell.
+def undisturbed(whole: float, parts: Sequence[float]) -> float:
+    """Return the time per row of a window, without another job that disturbed some of its microbatches.
+
+    Another job can only make a microbatch slower. So if the parts of a window are noisy but the two fastest agree,
+    their mean is the time without the other job.
 
     Args:
-        sizes: Sizes to choose from, ascending.
-        seconds: Median seconds per row over several turns, by size, for at least one of ``sizes``.
-        why: The reason why the times are noisy.
-
-    Returns:
-        The size; not decided.
+        whole: Seconds per row of the whole window.
+        parts: Seconds per row of its parts.
 
     Example:
-        >>> seconds = {4: 1.3, 8: 1.0, 16: 1.1, 32: 1.25}
-        >>> busiest_choice([4, 8, 16, 32], seconds, why="noise").microbatch_size
-        16
-    """
-    measured = {size: seconds[size] for size in sizes if size in seconds}
-    least = min(measured.values())
-    size = max(size for size, each in measured.items() if each <= (1 + NOISE) * least)
-    why = f"{why}; {size} is the largest of the sizes that took at most {NOISE:.0%} more than the fastest"
-    return Found(microbatch_size=size, decided=False, why=why, seconds=measured)
-
-
-def settled(samples: Sequence[float]) -> float | None:
-    """Return the time per row that samples agree on: their median, or the mean of the two fastest; or `None`.
-
-    Another job can only make a sample slower. So if the samples are noisy but the two fastest agree, their mean is the
-    time without the other job.
-
-    Example:
-        >>> settled([1.0, 1.1, 1.2]), settled([2.5, 1.0, 1.0, 2.6]), settled([1.0, 1.4, 2.5, 2.6])
-        (1.1, 1.0, None)
+        >>> (
+        ...     undisturbed(1.1, [1.0, 1.1, 1.2]),
+        ...     undisturbed(1.8, [2.5, 1.0, 1.0, 2.6]),
+        ...     undisturbed(1.9, [1.0, 1.4, 2.5, 2.6]),
+        ... )
+        (1.1, 1.0, 1.9)
 
     Source:
         Tested with a simulated second job: ``tests/laws/test_rival.py``.
     """
-    if noise(samples) <= NOISE:
-        return median(samples)
-    fast = sorted(samples)[:2]
-    return sum(fast) / 2 if len(samples) >= 2 * len(fast) and fast[1] <= (1 + AGREED) * fast[0] else None
-
-
-def too_noisy(size: int, samples: Sequence[float]) -> str:
-    """Return the reason why noisy samples are not compared as they are, in words."""
-    return (
-        f"steps in microbatches of {size} differ by {noise(samples):.0%} of their median time (interquartile range), "
-        "as when another job is running, so speeds are not known exactly"
-    )
+    alike = len(parts) > 3 and noise(parts) > NOISE and spread(parts) <= AGREED
+    return pace(parts) if alike else whole
 
 
 def _fibonacci_above(number: int) -> int:

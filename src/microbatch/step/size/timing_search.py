@@ -6,26 +6,23 @@ Every cut gives the same gradient, so each probe is a real training step. It cos
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 from microbatch.memory.predict import Prediction
 from microbatch.step.events import PlanChosen
 from microbatch.step.size.search import (
-    NOISE,
-    SAMPLES,
+    AGREED,
     Found,
-    busiest_choice,
     fastest,
     largest_between,
     next_size,
-    noise,
-    settled,
+    pace,
     sizes_for,
-    too_noisy,
+    spread,
     undecided,
+    undisturbed,
 )
 from microbatch.step.size.sizing import Sizing
 
@@ -35,11 +32,13 @@ SAFE = 0.97
 _FIRST_ROWS = 4
 """Rows of the first microbatches without a prediction; their peak bounds the peak of larger ones."""
 _PATIENCE = 3
-"""Windows at a size before its times count as noisy; also the windows with a meter on that are not timed."""
-_TURNS = 3
-"""How often the sizes take turns at the end, one window each, if times are noisy."""
+"""Windows at a size with a meter on that are not timed."""
+_GROUPS = 6
+"""Most groups into which the microbatches of a window are put, to see a disturbance of some of them."""
+_TURNS = 4
+"""Most windows of one size whose times are used."""
 _CLOSE = 1.7
-"""Sizes up to this many times slower than the fastest are timed once more, in case another job slowed them down."""
+"""Sizes up to this many times slower than the fastest are timed again, in case another job slowed them down."""
 _ONLY = "no other size fits"
 
 
@@ -72,12 +71,9 @@ class Played:
 class Tuning:
     """Run the search for the fastest microbatch size, and hold its measurements.
 
-    Each size has a first window for warm-up and memory, then as many windows as give three samples. At the end, sizes
-    close to the fastest are timed once more, and the lower time counts. This corrects for another job that ran during
-    all earlier windows of a size.
-
-    If another job runs all the time, samples of one size do not agree. Then all sizes take turns, so that the other
-    job slows them all, and medians are compared. Of sizes that are equal within the noise, the largest is chosen.
+    Each size has a first window for warm-up and memory, and a second one that is timed. Then sizes close to the fastest
+    take turns, one window each. A size has enough turns when its two fastest windows agree, or when even its fastest
+    one is slower than both of the fastest size. So on a quiet machine each close size is timed twice.
 
     Attributes:
         sizes: Sizes that may fit, ascending.
@@ -86,18 +82,11 @@ class Tuning:
         ragged: Whether rows have different lengths, so that only the times of whole windows can be compared.
         hindrance: Why speed cannot be compared, in words; `None` if it can.
         verdict: The chosen size; `None` while the search runs.
-        seconds: Measured seconds per row, by size.
         peaks: Measured peak memory, by size.
-        samples: Seconds per row of parts of a window at the current size; their spread shows the noise.
-        wholes: Seconds per row of whole windows at the current size, which are compared between sizes.
         windows: Number of windows at the current size.
         bound: Rows that certainly fit, without a prediction; `None` before a peak is known.
         feeling: Whether the current size is tried only for its peak memory.
         rehearsed: Whether a prediction was made already.
-        again: Sizes to time once more; `None` before they are chosen.
-        rerun: Whether the current size is timed once more.
-        noisy: Why times cannot be compared exactly, in words; `None` if they can.
-        turns: How often the sizes have taken turns.
         times: Seconds per row of whole windows, by size.
         density: With ragged rows, mean tokens of a row in the first batch that was timed.
     """
@@ -108,18 +97,11 @@ class Tuning:
     ragged: bool = False
     hindrance: str | None = None
     verdict: Found | None = None
-    seconds: dict[int, float] = field(default_factory=dict[int, float])
     peaks: dict[int, int] = field(default_factory=dict[int, int])
-    samples: list[float] = field(default_factory=list[float])
-    wholes: list[float] = field(default_factory=list[float])
     windows: int = 0
     bound: int | None = None
     feeling: bool = False
     rehearsed: bool = False
-    again: list[int] | None = None
-    rerun: bool = False
-    noisy: str | None = None
-    turns: int = 0
     times: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
     density: float | None = None
 
@@ -212,6 +194,11 @@ class Tuning:
         return self.sizes[-1] > self.bound
 
     @property
+    def seconds(self) -> dict[int, float]:
+        """Measured seconds per row, by size."""
+        return {size: pace(times) for size, times in self.times.items()}
+
+    @property
     def warming(self) -> bool:
         """Whether the next window is the first at its size."""
         return self.windows == 0
@@ -221,16 +208,12 @@ class Tuning:
         return {
             "sizes": list(self.sizes),
             "predicted": [list(pair) for pair in self.predicted.items()],
-            "seconds": [list(pair) for pair in self.seconds.items()],
             "peaks": [list(pair) for pair in self.peaks.items()],
             "ragged": self.ragged,
             "bound": self.bound,
             "feeling": self.feeling,
             "rehearsed": self.rehearsed,
-            "again": self.again,
-            "noisy": self.noisy,
-            "turns": self.turns,
-            "times": [list(pair) for pair in self.times.items()],
+            "times": [[size, list(times)] for size, times in self.times.items()],
             "density": self.density,
         }
 
@@ -246,11 +229,12 @@ class Tuning:
             The search.
         """
         found = cls(list(state["sizes"]), sizing)
-        found.predicted, found.seconds, found.peaks = (dict(state[name]) for name in ("predicted", "seconds", "peaks"))
+        found.predicted, found.peaks = dict(state["predicted"]), dict(state["peaks"])
         found.ragged, found.bound, found.feeling = state["ragged"], state["bound"], state["feeling"]
-        found.rehearsed = state["rehearsed"]
-        found.again, found.density = state["again"], state["density"]
-        found.noisy, found.turns, found.times = state.get("noisy"), state.get("turns", 0), dict(state.get("times", ()))
+        found.rehearsed, found.density = state["rehearsed"], state["density"]
+        # States of earlier versions have one time of each size.
+        once = {size: [seconds] for size, seconds in state.get("seconds", ())}
+        found.times = once or {size: list(times) for size, times in state["times"]}
         return found
 
     def _learn(self, size: int, played: Played) -> None:
@@ -272,21 +256,10 @@ class Tuning:
             # Batches have different lengths, so times per token are compared, scaled to a row of the first batch.
             self.density = self.density or played.tokens / played.rows
             whole *= self.density * played.rows / played.tokens
-        self.wholes.append(whole)
+        elif not self.ragged:
+            whole = undisturbed(whole, _groups(played, size))
         self.times.setdefault(size, []).append(whole)
-        self.samples += [whole] if self.ragged else _samples(played, size)
-        if self.rerun:
-            self.seconds[size] = median(self.times[size]) if self.noisy else min(self.seconds[size], whole)
-            self._move()
-        elif len(self.samples) >= SAMPLES:
-            taken = settled(self.samples)
-            if taken is not None:
-                self.seconds[size] = median(self.wholes) if noise(self.samples) <= NOISE else taken
-                self._move()
-            elif self.windows > _PATIENCE:
-                self.noisy = self.noisy or too_noisy(size, self.samples)
-                self.seconds[size] = median(self.wholes)
-                self._move()
+        self._move()
 
     @property
     def _fitting(self) -> list[int]:
@@ -294,36 +267,21 @@ class Tuning:
 
     def _move(self) -> None:
         """Try the next size, or choose one."""
-        fitting = self._fitting
-        following = next_size(fitting, self.seconds) if len(self.seconds) < MOST_PROBES else None
-        timed = [size for size in fitting if size in self.seconds]
+        fitting, seconds = self._fitting, self.seconds
+        following = next_size(fitting, seconds) if len(seconds) < MOST_PROBES else None
+        times = {size: self.times[size] for size in fitting if size in seconds}
         if len(fitting) > 1 and following is not None:
             self._try(following)
-        elif again := self._once_more(timed):
-            self._try(again.pop(), rerun=True)
-        elif timed and self.noisy and len(fitting) > 1:
-            self._decide(busiest_choice(fitting, self.seconds, why=self.noisy))
-        elif timed:
-            self._decide(fastest(fitting, self.seconds))
+        elif (again := _open_question(times)) is not None:
+            self._try(again, timed=True)
+        elif times:
+            self._decide(fastest(times))
         else:
             self._decide(Found(microbatch_size=fitting[0], decided=True, why=_ONLY, seconds={}))
 
-    def _once_more(self, timed: list[int]) -> list[int]:
-        """Return the sizes to time once more, the fastest last; with noisy times, all of them in turns."""
-        turn = self.again is None or (self.noisy is not None and not self.again and self.turns < _TURNS)
-        if turn and len(timed) > 1:
-            self.turns += 1
-            seconds = self.seconds
-            most = math.inf if self.noisy else _CLOSE * min(seconds[size] for size in timed)
-            self.again = sorted((size for size in timed if seconds[size] < most), key=seconds.__getitem__, reverse=True)
-        if self.again is None:
-            return []
-        self.again = [size for size in self.again if size in timed]
-        return self.again
-
-    def _try(self, size: int, *, rerun: bool = False) -> None:
-        # A size that is timed once more needs no warm-up window.
-        self.samples, self.wholes, self.windows, self.rerun = [], [], int(rerun), rerun
+    def _try(self, size: int, *, timed: bool = False) -> None:
+        # A size that was timed before needs no warm-up window.
+        self.windows = int(timed)
         self.sizing.choose(size)
 
     def _decide(self, found: Found) -> None:
@@ -331,10 +289,25 @@ class Tuning:
         self.sizing.choose(found.microbatch_size)
 
 
-def _samples(played: Played, size: int) -> list[float]:
+def _open_question(times: Mapping[int, Sequence[float]]) -> int | None:
+    """Return the size to time again; `None` if it is clear which one is the fastest."""
+    if len(times) < 2:
+        return None
+    best = min(times.values(), key=pace)
+    # The first turn is for all close sizes; the others are for sizes that may be faster than the fastest.
+    reach = {1: _CLOSE * pace(best)}
+    unsure = [
+        size
+        for size, each in times.items()
+        if spread(each) > AGREED and len(each) < _TURNS and min(each) <= reach.get(len(each), max(sorted(best)[:2]))
+    ]
+    return min(unsure, key=lambda size: (len(times[size]), pace(times[size])), default=None)
+
+
+def _groups(played: Played, size: int) -> list[float]:
     """Return seconds per row of groups of full microbatches; a shorter last microbatch is ignored."""
     whole = [lap for lap in played.laps if lap[1] >= size]
     # Microbatches are grouped, so that a short disturbance of one of them is not taken for another job.
-    together = -(-len(whole) // (2 * SAMPLES)) or 1
+    together = -(-len(whole) // _GROUPS) or 1
     groups = (whole[start : start + together] for start in range(0, len(whole), together))
     return [sum(seconds for seconds, _ in each) / sum(rows for _, rows in each) for each in groups]
