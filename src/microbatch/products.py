@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Maximum elements of a piece of a product that is added to a sum of another dtype, so that each piece stays in cache.
 PIECE = 1 << 18
+_ALIGNED = 32  # rows; measured for bf16 on the CPU: odd or uneven pieces take 1.1 to 1.2 times as long as even ones
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -49,9 +50,11 @@ def product_pieces(left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]
     Yields:
         A slice of rows, and these rows of the product: shape ``(rows, n)``, at most 262,144 elements or one row.
     """
-    rows = max(1, PIECE // max(1, right.shape[1]))
-    for start in range(0, left.shape[1], rows):
-        yield slice(start, start + rows), left[:, start : start + rows].T @ right
+    most, rows = max(1, PIECE // max(1, right.shape[1])), left.shape[1]
+    even = -(-rows // -(-rows // most)) if rows else 1
+    size = min(most, -(-even // _ALIGNED) * _ALIGNED)
+    for start in range(0, rows, size):
+        yield slice(start, start + size), left[:, start : start + size].T @ right
 
 
 @cache
