@@ -28,6 +28,7 @@ from benchmarks.machine import hardware, versions
 from benchmarks.memory import allocated_peak, warm_up_profiler
 from benchmarks.report import write
 from benchmarks.summary import Summary, order_of_round, summarize, summarize_ratio
+from microbatch.products import add_product_
 
 RESULTS = Path(__file__).parent / "results" / "decisions"
 TOKENS, WIDTH, VOCABULARY = 512, 384, 50_257
@@ -99,6 +100,12 @@ def questions() -> Iterator[tuple[str, Ways]]:
     yield "bias of a linear layer, 512 tokens, 384 to 1,536", bias()
     yield "gradients of a GPT's first microbatch in a window, 512 tokens", buffers()
     yield "AdamW on a GPT of 30M parameters", optimizers()
+    mb.keep_heap()  # page faults of the temporary, which other heaps have, would only favour fusing
+    for shape in ((4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (VOCABULARY, WIDTH)):
+        for tokens in (64, 256, 1024):
+            for dtype in (torch.float32, torch.bfloat16):
+                what = f"{shape[0]:,} x {shape[1]:,} weight, {tokens:,} tokens, {str(dtype).removeprefix('torch.')}"
+                yield f"gradient of a {what}", fused(shape, tokens, dtype)
 
 
 def heads() -> Ways:
@@ -182,6 +189,14 @@ def bias() -> Ways:
         weight.addmm_(dy.T, x)
 
     return {"sum, added": with_sum, "accumulating product": with_product, "none": without}
+
+
+def fused(shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> Ways:
+    """Return how a weight's gradient is added to a float32 sum: whole, or inside of the product."""
+    total = torch.zeros(shape)
+    dy, x = torch.randn(tokens, shape[0], dtype=dtype), torch.randn(tokens, shape[1], dtype=dtype)
+    whole: Callable[[], object] = lambda: total.add_(dy.T @ x)  # noqa: E731
+    return {"whole, added": whole, "fused": partial(add_product_, total, dy, x)}
 
 
 def buffers() -> Ways:

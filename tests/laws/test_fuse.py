@@ -1172,8 +1172,9 @@ class Between:
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("fuse", [True, False])
 def test_nothing_as_large_as_a_weight_is_allocated_after_the_first_microbatch(
-    tied: bool, precision: str, fuse: bool, as_it_is: None
+    tied: bool, precision: str, fuse: bool, as_it_is: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("microbatch.products.PIECE", SIDE * SIDE // 8)  # a smaller weight is one piece
     dtype, autocast = NARROW[precision]
     guard = Between(0 if autocast is None else 1, 4)  # casts are kept from the second on
     it = subject(large(3, dtype, tied=tied), size=1, sums=mb.Sums(fuse=fuse), autocast=autocast, listeners=[guard])
