@@ -27,7 +27,7 @@ class Seen(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def layers(*more: nn.Module) -> nn.Sequential:
+def layers(*more: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), *more)
 
 
@@ -35,7 +35,7 @@ class Net(nn.Module):
     def __init__(self, *more: nn.Module) -> None:
         super().__init__()
         self.table = nn.Embedding(16, 4)
-        self.blocks = nn.ModuleList([layers(*more), layers(*more)])
+        self.blocks: Any = nn.ModuleList([layers(*more), layers(*more)])
         self.head = nn.Linear(4, 16)
         self.head.weight = self.table.weight
 
@@ -62,7 +62,7 @@ def test_sees_only_calls_outside_of_the_modules() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_parts_are_the_largest_that_run() -> None:
-    model = Net()
+    model: Any = Net()
     table = {id(model.table.weight)}
     assert parts_without(model, table) == list(model.blocks)  # a ModuleList does not run
     assert parts_without(model, {id(model.blocks[1][0].weight)}) == [model.blocks[0]]
@@ -98,12 +98,26 @@ def test_error_that_the_model_catches_turns_the_mode_on_again() -> None:
 
     class Fails(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise ValueError
+            raise ValueError("first")
 
     seen = Seen()
     run(Forgives(Fails()), seen)
     assert seen.names[:2] == ["arange", "embedding"]
     assert seen.names[-2:] == ["exp", "sum"]
+
+
+def test_another_hook_that_raises_first_is_no_second_error(recwarn: pytest.WarningsRecorder) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("first")
+
+    model, seen = Net(), Seen()
+    with ExitStack() as stack:
+        enter_outside(seen, parts_without(model, {id(model.table.weight)}), stack)
+        model.blocks[0].register_forward_pre_hook(fail, prepend=True)
+        with pytest.raises(ValueError, match="first"):
+            model(torch.arange(4))
+        assert _get_current_function_mode_stack() == [seen]
+    assert not recwarn.list
 
 
 def test_mode_on_top_stays() -> None:
@@ -152,7 +166,7 @@ def test_checkpoints_compute_again(*, reentrant: bool) -> None:
             return self.head(x).exp()
 
     torch.manual_seed(0)
-    model = Again()
+    model: Any = Again()
     plain = copy.deepcopy(model)
     plain(torch.arange(4)).sum().backward()
     with ExitStack() as stack:
@@ -166,23 +180,24 @@ def test_checkpoints_compute_again(*, reentrant: bool) -> None:
 def test_fused_window_rests_in_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 64)
     torch.manual_seed(0)
-    model = Net().double()
+    model: Any = Net().double()
     plain = copy.deepcopy(model)
     hooks: list[int] = []
 
-    def loss_fn(model: Net, ids: torch.Tensor) -> torch.Tensor:
+    def loss_fn(model: Any, ids: torch.Tensor) -> torch.Tensor:
         hooks.append(sum(len(each._forward_hooks) for each in model.modules()))
         return nn.functional.cross_entropy(model(ids), ids)
 
     accumulator = mb.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.1), microbatch_size=2)
+    fused: list[int] = []
     for _ in range(5):
-        step = accumulator.step(torch.arange(6), loss_fn)
+        fused.append(accumulator.step(torch.arange(6), loss_fn).fused)
         loss_fn(plain, torch.arange(6)).backward()
         with torch.no_grad():
             for each in plain.parameters():
                 each.sub_(0.1 * each.grad)
                 each.grad = None
-    assert step.fused == 1
+    assert fused == [1] * 5
     assert hooks == [0, 0, 0, 0] * 3 + [2, 2, 2, 0] * 2
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)

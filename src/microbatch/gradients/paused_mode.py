@@ -69,7 +69,10 @@ def enter_outside(mode: TorchFunctionMode, modules: Sequence[nn.Module], stack: 
             mode.__exit__(None, None, None)
 
     def resume(*_: object) -> None:
-        if not torch.compiler.is_compiling() and paused[threading.get_ident()].pop():
+        if torch.compiler.is_compiling():
+            return
+        calls = paused[threading.get_ident()]
+        if calls and calls.pop():  # empty if another hook raised before `pause`
             mode.__enter__()
 
     for module in modules:
