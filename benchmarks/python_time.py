@@ -23,6 +23,7 @@ from benchmarks.summary import Summary, order_of_round, summarize
 
 GOAL = 0.7
 OUT = Path(__file__).parent / "results" / "python-time.json"
+COUNTS = OUT.with_name("python-time-instructions.json")
 HERE = Path(__file__).parents[1]
 _FEW, _MANY = 10, 410  # steps of the two counted runs: their difference leaves the imports out
 _PROGRAM = """
@@ -124,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("other", type=Path, help="root of the other checkout")
     parser.add_argument("--repeats", type=int, default=9, help="processes of each")
     parser.add_argument("--instructions", action="store_true", help="count instructions, with valgrind")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"default: {OUT.name}, and {COUNTS.name} for instructions")
     flags = parser.parse_args(arguments)
     found: dict[str, object] = {"hardware": hardware("cpu"), "versions": versions(), "goal": GOAL}
     if flags.instructions:
@@ -140,7 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:6s} {number:.6g} {unit} a step")
     over = told["here"] / told["other"], told["here"] / told["loop"]
     print(f"here over other {over[0]:.3f} (goal {GOAL}), over the loop {over[1]:.2f}")
-    flags.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    out: Path = flags.out or (COUNTS if flags.instructions else OUT)
+    out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -179,6 +179,7 @@ def test_checkpoints_compute_again(*, reentrant: bool) -> None:
 
 def test_fused_window_rests_in_small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 64)
+    monkeypatch.setattr("microbatch.step.parts.fused.has_compiled", lambda _: False)  # other tests may have
     torch.manual_seed(0)
     model: Any = Net().double()
     plain = copy.deepcopy(model)
@@ -209,6 +210,7 @@ def test_compiled_layers_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("microbatch.gradients.fused_matmul.SMALLEST", 64)
     torch._dynamo.reset()
+    counters.clear()
     model = Net()
     for block in model.blocks:
         block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
