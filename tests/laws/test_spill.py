@@ -139,8 +139,11 @@ def learn(model: nn.Module, around: Callable[[], Context], *, microbatches: int 
 
 
 def same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Tell whether two runs agree to the last bit."""
-    return len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    """Tell whether two runs agree to the last bit; deep stacks may overflow, to NaN in both."""
+    return len(got) == len(wanted) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in zip(got, wanted, strict=True)
+    )
 
 
 # -- the same gradient -------------------------------------------------------------------------------------------------
@@ -151,6 +154,7 @@ NAMES = st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=5)
 @given(names=NAMES, microbatches=st.integers(1, 3), passes=st.integers(1, 2), double=st.booleans())
 @settings(max_examples=60)
 @example(names=["relu in place", "relu in place"], microbatches=2, passes=2, double=False)
+@example(names=["conjugate", "conjugate", "conjugate", "conjugate", "columns"], microbatches=1, passes=1, double=False)
 def test_the_gradient_is_the_same_to_the_last_bit(
     names: list[str], microbatches: int, passes: int, double: bool
 ) -> None:
