@@ -24,7 +24,7 @@ from torch.optim import AdamW
 
 import microbatch as mb
 from benchmarks.cases import CASES
-from benchmarks.machine import hardware, versions
+from benchmarks.machine import hardware, in_words, versions
 from benchmarks.memory import allocated_peak, warm_up_profiler
 from benchmarks.report import write
 from benchmarks.summary import Summary, order_of_round, summarize, summarize_ratio
@@ -253,7 +253,7 @@ def as_markdown(rows: Sequence[Row], record: Mapping[str, Any]) -> str:
     lines = [
         "# Decided by measuring",
         "",
-        f"`python -m benchmarks.decisions`; {record['hardware']}; {record['versions']}.",
+        f"`python -m benchmarks.decisions`; {in_words(record['hardware'], record['versions'])}.",
     ]
     for question in dict.fromkeys(row.question for row in rows):
         lines += ["", f"## {question}", "", "| way | time | ratio | allocated |", "|---|---|---|---|"]

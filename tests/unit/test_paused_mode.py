@@ -31,6 +31,15 @@ def layers(*more: nn.Module) -> Any:
     return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), *more)
 
 
+class Fails(nn.Module):
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.error
+
+
 class Net(nn.Module):
     def __init__(self, *more: nn.Module) -> None:
         super().__init__()
@@ -77,13 +86,9 @@ def test_parts_are_the_largest_that_run() -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_error_inside_leaves_other_modes_as_they_were(error: type[BaseException]) -> None:
-    class Fails(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise error
-
     with Seen() as outer:
         with pytest.raises(error):
-            run(Net(Fails()), Seen())
+            run(Net(Fails(error)), Seen())
         assert _get_current_function_mode_stack() == [outer]
     assert not _get_current_function_mode_stack()
 
@@ -96,12 +101,8 @@ def test_error_that_the_model_catches_turns_the_mode_on_again() -> None:
             except ValueError:
                 return self.table.weight.exp()
 
-    class Fails(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise ValueError("first")
-
     seen = Seen()
-    run(Forgives(Fails()), seen)
+    run(Forgives(Fails(ValueError)), seen)
     assert seen.names[:2] == ["arange", "embedding"]
     assert seen.names[-2:] == ["exp", "sum"]
 

@@ -188,9 +188,9 @@ def fastest(times: Mapping[int, Sequence[float]]) -> Found:
     apart, near = spread(times[best]), others[0]
     within = min(apart, NOISE)
     size = max(each for each in seconds if seconds[each] <= (1 + within) * seconds[best])
-    why = f"fastest of {len(seconds)} sizes that were timed on real steps: "
     if size == best:
-        why += f"{seconds[near] / seconds[best]:.2f} times as fast as {near}"
+        gain = seconds[near] / seconds[best]
+        why = f"fastest of {len(seconds)} sizes that were timed on real steps: {gain:.2f} times as fast as {near}"
     else:
         why = f"largest of the sizes that took at most {within:.1%} more than {best}, whose own times differ as much"
     if apart > NOISE:

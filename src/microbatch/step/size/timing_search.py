@@ -295,11 +295,11 @@ def _open_question(times: Mapping[int, Sequence[float]]) -> int | None:
         return None
     best = min(times.values(), key=pace)
     # The first turn is for all close sizes; the others are for sizes that may be faster than the fastest.
-    reach = {1: _CLOSE * pace(best)}
+    close, faster = _CLOSE * pace(best), max(sorted(best)[:2])
     unsure = [
         size
         for size, each in times.items()
-        if spread(each) > AGREED and len(each) < _TURNS and min(each) <= reach.get(len(each), max(sorted(best)[:2]))
+        if spread(each) > AGREED and len(each) < _TURNS and min(each) <= (close if len(each) == 1 else faster)
     ]
     return min(unsure, key=lambda size: (len(times[size]), pace(times[size])), default=None)
 
