@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 import microbatch as mb
 from microbatch.errors import BatchError, ConfigError, WeightsMovedError, WindowError
+from microbatch.step.saved_state import Memory
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Loss = Callable[[nn.Module, Any], Any]
@@ -234,6 +237,43 @@ def test_s4_weights_that_are_replaced_inside_a_window_are_refused(change: Callab
 
     with pytest.raises(WeightsMovedError, match=r"'0\.weight'.*replaced inside the window"):
         accumulator(model).step(X, loss_fn)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_s4_a_weight_whose_freed_memory_is_used_again_is_found(*, frozen: bool) -> None:
+    model = network(frozen=frozen)
+    weight = model.get_parameter("0.weight")
+    first, calls = weight.data_ptr(), list[int]()
+
+    def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
+        others = [weight.data.clone() for _ in range(100 if calls else 1)]
+        weight.data = next((each for each in others if each.data_ptr() == first), others[0])
+        calls.append(0)
+        return square(model, x)
+
+    it = accumulator(model, microbatch_size=3)
+    if frozen:
+        with pytest.warns(mb.MicrobatchWarning, match=r"weights with requires_grad=False move.*0\.weight"):
+            it.step(X, loss_fn)
+    else:
+        with pytest.raises(WeightsMovedError, match=r"'0\.weight'.*replaced inside the window"):
+            it.step(X, loss_fn)
+    assert weight.data_ptr() != first
+
+
+def memory() -> list[Memory]:
+    return [each for each in gc.get_objects() if isinstance(each, Memory)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_s4_a_window_keeps_no_memory_of_weights_once_it_has_ended(*, fails: bool) -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    it, others = accumulator(model), memory()
+    with suppress(ZeroDivisionError):
+        it.step(X, second(ZeroDivisionError()) if fails else square)
+    gc.collect()
+    assert {id(each) for each in memory()} <= {id(each) for each in others}
 
 
 def test_s4_each_of_many_weights_is_looked_at_within_a_few_windows() -> None:

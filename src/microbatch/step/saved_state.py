@@ -23,6 +23,26 @@ _TWISTER = 4 * 624 + 4  # bytes of a Mersenne twister: its words, and its place 
 _C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 
 
+class Memory:
+    """Keep the memory of a tensor's values, to see whether an assignment to ``.data`` replaces it.
+
+    Memory that is freed may be given to the next tensor, at the same address. Memory that is kept is not.
+
+    Args:
+        tensor: A strided tensor.
+    """
+
+    __slots__ = ("_address", "_kept", "_tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._kept, self._address = tensor, tensor.untyped_storage(), tensor.data_ptr()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the tensor's values lie elsewhere now."""
+        return self._tensor.data_ptr() != self._address
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """A buffer, or a parameter without ``requires_grad``, at the start of a window.
@@ -33,7 +53,7 @@ class Buffer:
         tensor: The tensor.
         copy: Its values at the start.
         version: Its version counter at the start.
-        place: The address of a parameter's memory at the start, which an assignment to ``.data`` changes.
+        memory: A parameter's memory at the start; `None` for a buffer.
     """
 
     module: nn.Module
@@ -41,7 +61,7 @@ class Buffer:
     tensor: Tensor
     copy: Tensor
     version: int
-    place: int | None = None
+    memory: Memory | None = None
 
     def now(self) -> Tensor:
         """Return the module's present tensor of this name."""
@@ -51,7 +71,7 @@ class Buffer:
     def moved(self) -> bool:
         """Whether it was written to, or replaced by another tensor."""
         written = self.now() is not self.tensor or self.tensor._version != self.version
-        return written or (self.place is not None and self.tensor.data_ptr() != self.place)
+        return written or (self.memory is not None and self.memory.replaced)
 
     @property
     def same(self) -> bool:
@@ -139,17 +159,17 @@ class Snapshot:
         for each in frozen:
             tensor = each.parameter.detach()
             copy = tensor.to("cpu", copy=True) if on_host else tensor.clone()
-            version, place = each.parameter._version, each.parameter.data_ptr()
-            self.buffers.append(Buffer(each.module, each.name, each.parameter, copy, version, place))
+            version, memory = each.parameter._version, Memory(each.parameter)
+            self.buffers.append(Buffer(each.module, each.name, each.parameter, copy, version, memory))
 
     def drop_still(self) -> None:
         """Drop the parameters of `keep` that nothing has moved, so that their copies are freed."""
-        self.buffers = [each for each in self.buffers if each.place is None or each.moved or not each.same]
+        self.buffers = [each for each in self.buffers if each.memory is None or each.moved or not each.same]
 
     def again(self) -> Snapshot:
         """Return a snapshot of the same things as they are now."""
         found = Snapshot(self._model, self._device)
-        kept = [each for each in self.buffers if each.place is not None]
+        kept = [each for each in self.buffers if each.memory is not None]
         found.keep(Frozen(each.module, each.name, each.tensor) for each in kept)
         return found
 

@@ -13,8 +13,9 @@ from microbatch.errors import WeightsMovedError
 from microbatch.gradients.parameters import Frozen
 from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
-from microbatch.step.parts.watching import WINDOWS, buffers_advice, moved_text, renorms, some_places
-from microbatch.step.saved_state import PLAIN, Buffer
+from microbatch.step.parts.watching import WINDOWS, buffers_advice, memory_of_some, moved_text, renorms
+from microbatch.step.record import Step
+from microbatch.step.saved_state import PLAIN, Buffer, Memory
 
 _KIND = "frozen weights"
 
@@ -41,13 +42,13 @@ class FrozenWeights(Part):
         self._once, self._lockstep = once, lockstep
         self._others: list[Frozen] = []
         self._versions: list[int] = []
-        self._places: list[tuple[Frozen, int]] = []
+        self._some: list[tuple[Frozen, Memory]] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Copy the parameters that move or may move, and read the versions of the others."""
         frozen, moving = window.setup.trainable.frozen, window.setup.history.moving
         if not frozen:
-            self._others, self._versions, self._places = [], [], []
+            self._others, self._versions, self._some = [], [], []
             return
         kept: list[Frozen] = []
         young = _is_young(window)
@@ -64,12 +65,12 @@ class FrozenWeights(Part):
         ours = {id(each) for each in kept}
         self._others = [each for each in frozen if id(each) not in ours] if kept else frozen
         self._versions = [each.parameter._version for each in self._others]
-        self._places = some_places(window, self._others)
+        self._some = memory_of_some(window, self._others)
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the parameters that the passes have moved, if there was more than one pass; refuse in lockstep."""
         young, new = _is_young(window), self._new(window)
-        kept = [each for each in window.undo.snapshot.buffers if each.place is not None]
+        kept = [each for each in window.undo.snapshot.buffers if each.memory is not None]
         moved = [each for each in kept if each.moved or (young and not each.same)]
         window.setup.history.moving.update((each.module, each.name) for each in (*new, *moved))
         once = window.options.buffers in {ONCE, MEAN}
@@ -87,7 +88,9 @@ class FrozenWeights(Part):
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Warn about parameters that a window has moved which failed, and which had no copy of them."""
-        if window.undo.versions or not (new := self._new(window)):
+        new = [] if window.undo.versions else self._new(window)
+        self._some.clear()
+        if not new:
             return
         window.setup.history.moving.update((each.module, each.name) for each in new)
         text = moved_text(window, new, "weights with requires_grad=False moved")
@@ -95,6 +98,10 @@ class FrozenWeights(Part):
             f"{_KIND} after an error",
             f"{text}. The window failed and had no copy of them, so they stay as they are; later windows put them back",
         )
+
+    def done(self, window: OpenWindow, step: Step) -> None:
+        """Drop the memory that was kept."""
+        self._some.clear()
 
     def _new(self, window: OpenWindow) -> list[Frozen]:
         """Return the parameters without a copy that have moved."""
@@ -104,9 +111,7 @@ class FrozenWeights(Part):
         if now != self._versions:
             trios = zip(self._others, now, self._versions, strict=True)
             found = [each for each, version, before in trios if version != before and not renorms(each.module)]
-        for each, place in self._places:
-            if each.parameter.data_ptr() != place and not _exempt(each.module):
-                found.append(each)
+        found += [each for each, memory in self._some if memory.replaced and not _exempt(each.module)]
         old = window.setup.trainable.replaced(window.options.model).values() if _is_young(window) else ()
         if old and not window.options.is_sharded:
             gone = {id(each) for each in old if not each.is_meta}  # hooks that load weights for a call leave meta ones

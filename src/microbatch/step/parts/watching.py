@@ -15,7 +15,8 @@ from microbatch.devices.backend import to_wide
 from microbatch.errors import WeightsMovedError, WindowError
 from microbatch.gradients.parameters import Frozen, Named
 from microbatch.step.part import OpenWindow, Part, Pass, Run
-from microbatch.step.saved_state import PLAIN
+from microbatch.step.record import Step
+from microbatch.step.saved_state import PLAIN, Memory
 
 _NAMED = 4  # buffers that a warning names
 _ONCE = (
@@ -26,7 +27,7 @@ _MEAN = 'buffers="mean" keeps the mean of all updates'
 _EACH = 'buffers="each" keeps this behaviour without the warning'
 WINDOWS = 2
 """Windows in which the values of buffers are compared."""
-_PLACES = 8  # weights whose places are compared in one window
+_WATCHED = 8  # weights whose memory is compared in one window
 _Held = TypeVar("_Held", Named, Frozen)
 _NORM = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
@@ -36,8 +37,8 @@ class WatchedWeights(Part):
 
     Every write by a torch operator raises a tensor's version counter; a write through ``.data`` does not. The counters
     are compared before the step, which finds every write, and after the first backward, so that hooks that step an
-    optimizer are found before the next microbatch. An assignment to ``.data`` replaces a weight's memory: the places of
-    a few weights in each window are compared before the step.
+    optimizer are found before the next microbatch. An assignment to ``.data`` replaces a weight's memory: that of a
+    few weights in each window is compared before the step.
 
     Cost:
         About a microsecond a weight at each comparison, because none of them is in the CPU's cache after a backward.
@@ -48,14 +49,14 @@ class WatchedWeights(Part):
 
     def __init__(self) -> None:
         self._versions: list[int] = []
-        self._places: list[tuple[Named, int]] = []
+        self._some: list[tuple[Named, Memory]] = []
         self._frozen: list[tuple[Tensor, Tensor | None]] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
-        """Read the versions, and the places of a few weights."""
+        """Read the versions, and keep the memory of a few weights."""
         self._versions = window.gradients.versions
         named, groups = window.gradients.named, [g for each in window.options.optimizers for g in each.param_groups]
-        self._places = some_places(window, named)
+        self._some = memory_of_some(window, named)
         self._frozen = [(p, p.grad) for group in groups for p in group["params"] if not p.requires_grad]
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
@@ -63,10 +64,10 @@ class WatchedWeights(Part):
         return partial(self._watched, window, run)
 
     def check(self, window: OpenWindow) -> None:
-        """Compare the versions and the places before the step; refuse weights replaced, frozen or thawed since."""
+        """Compare the versions and the memory before the step; refuse weights replaced, frozen or thawed since."""
         self._compare(window)
         self._check_same(window)
-        replaced = next((each.name for each, place in self._places if each.parameter.data_ptr() != place), None)
+        replaced = next((each.name for each, memory in self._some if memory.replaced), None)
         if replaced is not None and not _flattens(window, replaced):
             raise WeightsMovedError(
                 f"the values of the weight {replaced!r} were replaced inside the window (weight.data = ..., or "
@@ -83,6 +84,14 @@ class WatchedWeights(Part):
                 "window opened, and has got a gradient inside it, which is not the large batch's; thaw weights "
                 "between windows"
             )
+
+    def put_back(self, window: OpenWindow, error: BaseException) -> None:
+        """Drop the memory that was kept."""
+        self._some.clear()
+
+    def done(self, window: OpenWindow, step: Step) -> None:
+        """Drop the memory that was kept."""
+        self._some.clear()
 
     def _check_same(self, window: OpenWindow) -> None:
         """Refuse a window in whose course the model got other weights, or a weight with a gradient was frozen."""
@@ -160,7 +169,7 @@ class WatchedBuffers(Part):
         moved = [
             each
             for each in window.undo.snapshot.buffers
-            if each.place is None  # a buffer
+            if each.memory is None  # a buffer
             and not (each.name in _NORM and isinstance(each.module, BatchNorm))
             and (each.moved or (values and not each.same))
         ]
@@ -260,19 +269,19 @@ def renorms(module: Any) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
-def some_places(window: OpenWindow, found: Sequence[_Held]) -> list[tuple[_Held, int]]:
-    """Return the addresses of a few parameters' memory; other ones in each window.
+def memory_of_some(window: OpenWindow, found: Sequence[_Held]) -> list[tuple[_Held, Memory]]:
+    """Keep the memory of a few parameters, other ones in each window; drop it when the window ends.
 
     Args:
         window: The window.
         found: All of the parameters, each as an attribute ``parameter``.
 
     Returns:
-        Pairs of an entry and an address.
+        Pairs of an entry and its memory.
     """
-    stride = len(found) // _PLACES + 1
+    stride = len(found) // _WATCHED + 1
     some = found[window.setup.history.windows % stride :: stride]
-    return [(each, each.parameter.data_ptr()) for each in some if type(each.parameter) in PLAIN]
+    return [(each, Memory(each.parameter)) for each in some if type(each.parameter) in PLAIN]
 
 
 def buffers_advice(*, once: bool, mean: bool = False) -> str:
