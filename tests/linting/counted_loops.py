@@ -127,6 +127,23 @@ def train(model, loader, optimizer, scheduler, kind, accum_steps):
             optimizer.zero_grad()
 """
 
+_WARMUP = """
+batch_size, micro_batch_size = 64 // devices, 4
+accum_iters = batch_size // micro_batch_size
+warmup_iters = 2 * (rows // batch_size) // devices
+def train(model, optimizer, loader):
+    steps = 0
+    for i, (x, y) in enumerate(loader):
+        if steps <= warmup_iters:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * steps / warmup_iters
+        (F.cross_entropy(model(x), y) / accum_iters).backward()
+        if (i + 1) % accum_iters == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+"""
+
 # The right loop, what is changed to make it wrong, and the rules that say so.
 PAIRS: dict[str, tuple[str, list[tuple[str, str]], set[str]]] = {
     "a resumed run skips steps as microbatches": (
@@ -162,11 +179,19 @@ PAIRS: dict[str, tuple[str, list[tuple[str, str]], set[str]]] = {
         ],
         {"MB104"},
     ),
+    "a warmup of microbatches, counted in steps": (
+        _WARMUP,
+        [("rows // batch_size", "rows // micro_batch_size")],
+        {"MB301"},
+    ),
     "branches that all raise": (_KINDS, [("(i + 1) %", "i %")], {"MB105"}),
 }
 
 # Right loops that were once blamed.
 RIGHT = {
+    "a warmup of microbatches, counted in microbatches": _WARMUP.replace("steps <=", "i <=").replace(
+        "rows // batch_size", "rows // micro_batch_size"
+    ),
     "one helper steps two optimizers": """
 def update(net, step, loss, opt):
     (loss / grad_acc_step).backward()

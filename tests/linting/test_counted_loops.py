@@ -1,9 +1,12 @@
 """What counts microbatches and what counts steps; helpers, outputs and measures that are no microbatches."""
 
+import ast
+
 import pytest
 from tests.linting.counted_loops import PAIRS, RIGHT, pieces, right, wrong
 
 from microbatch.linting.doctor import doctor
+from microbatch.linting.machine import Machine
 
 
 def certain(source: str) -> set[str]:
@@ -82,3 +85,99 @@ for epoch in range(3):
             model.zero_grad()
 """
     assert [each.rule for each in doctor(loop) if each.confidence == "certain"] == []
+
+
+@pytest.mark.parametrize(("other", "confidence"), [("total", "certain"), ("period", "depends")])
+def test_a_schedule_that_a_setting_chooses_is_no_certain_fault(other: str, confidence: str) -> None:
+    loop = f"""
+if args.period is None:
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total, 1e-6)
+else:
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, {other}, 1e-5)
+seen = 0
+while seen < total:
+    for x, y in loader:
+        (F.cross_entropy(model(x), y) / accum_steps).backward()
+        seen += 1
+        if seen % accum_steps == 0:
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+"""
+    found = [each for each in doctor(loop) if each.rule == "MB301"]
+    assert [(each.confidence, each.needs) for each in found] == [
+        (confidence, () if confidence == "certain" else ("`args.period is None`",))
+    ]
+
+
+@pytest.mark.parametrize("made", ["F.cross_entropy(model(x), y, reduction='none')", "model(x, y)"])
+def test_a_mean_of_what_a_model_returns_as_its_loss_may_be_one_over_devices(made: str) -> None:
+    loop = f"""
+for i, (x, y) in enumerate(loader):
+    loss = {made}
+    loss = loss.mean()
+    loss.backward()
+    if (i + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+    (found,) = [each for each in doctor(loop) if each.rule == "MB101"]
+    assert found.confidence == ("depends" if made.startswith("model") else "certain")
+
+
+def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
+    loop = """
+class Train:
+    def steps(self):
+        n, rem = divmod(self.rows, self.size)
+        if rem:
+            n += 1
+        return n
+    def fit(self):
+        state = State()
+        n = self.steps()
+        turns = trange(state.step * n, self.last * n, desc="train")
+        for index, batch in zip(turns, state.loader):
+            with torch.no_grad():
+                hidden = self.teacher(batch).hidden_states[:-1]
+            labels = shifted(batch)
+            for i, h in enumerate(hidden):
+                if self.soft:
+                    loss = torch.sum(labels.exp() * (labels - state.lens(h, i)), dim=-1).mean()
+                else:
+                    loss = F.cross_entropy(state.lens(h, i), labels)
+                (loss / n).backward()
+            step, rem = divmod(index, n)
+            if rem == n - 1:
+                state.opt.step()
+                state.opt.zero_grad()
+                state.step = step + 1
+"""
+    assert "MB105" not in {each.rule for each in doctor(loop)}
+
+
+def test_tables_of_tables_are_gone_through_a_few_times_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = """
+def table(rows):
+    for a in range(10):
+        for b in range(10):
+            for c in range(10):
+                rows[a][b][c] = rows[a][b][c] + 1
+for i, (x, y) in enumerate(loader):
+    table(rows)
+    (F.cross_entropy(model(x), y) / accum_steps).backward()
+    if (i + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+    ran = 0
+    statement = Machine.statement
+
+    def counted(self: Machine, node: ast.stmt) -> object:
+        nonlocal ran
+        ran += isinstance(node, ast.Assign) and "rows" in ast.unparse(node)
+        return statement(self, node)
+
+    monkeypatch.setattr(Machine, "statement", counted)
+    doctor(loop)
+    assert 0 < ran < 5_000

@@ -1,13 +1,15 @@
-"""MB304 by units: what counts microbatches is compared with what counts optimizer steps.
+"""MB301 and MB304 by units: what counts microbatches is compared with what counts optimizer steps.
 
 A length of a loader counts microbatches; divided by N it counts steps. A number of steps times N counts microbatches
-again. A counter counts what its `+= 1` stands in. Where all that a name is given has one unit, the name has it.
+again. Rows divided by the rows of a microbatch count microbatches. A counter counts what its `+= 1` stands in. Where
+all that a name is given has one unit, the name has it.
 """
 
 import ast
 import re
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import TypeGuard
 
 from microbatch.linting.faults import Fault
 from microbatch.linting.guesses import LOADER_WORDS
@@ -20,6 +22,7 @@ __all__ = ["mixed_units", "units_of_lengths"]
 _SAME = frozenset({"int", "float", "ceil", "floor", "round", "max", "min", "abs"})
 _WORDS = {MICROBATCHES: "microbatches", WINDOWS: "optimizer steps"}
 _RESUMES = re.compile(r"resum|skip|restor|trained|start|first|begin", re.IGNORECASE)
+_WARMS = re.compile(r"warm", re.IGNORECASE)
 _ENDS = re.compile(r"max|total|t_total|num_train|limit", re.IGNORECASE)
 
 
@@ -30,7 +33,7 @@ def mixed_units(module: Module) -> list[Fault]:
         module: The file.
 
     Returns:
-        The fault, where it decides what a resumed run skips or where training ends.
+        The fault, where it decides what a resumed run skips, where a warmup ends or where training ends.
     """
     try:
         return list(_mixed(module))
@@ -73,6 +76,14 @@ def _mixed(module: Module) -> Iterator[Fault]:
         made = [text_of(target) for target in statement.targets] if isinstance(statement, ast.Assign) else []
         resumes = _RESUMES.search(" ".join([text_of(left), text_of(right), *made])) is not None
         ends = isinstance(node, ast.Compare) and mine == MICROBATCHES and _ENDS.search(text_of(right)) is not None
+        if isinstance(node, ast.Compare) and _WARMS.search(text_of(right)):
+            much = "it takes N times its steps" if mine == WINDOWS else "it ends after 1/N of its steps"
+            message = (
+                f"the length of the warmup, `{text_of(right)}`, counts {_WORDS[other]}, and `{text_of(left)}` counts "
+                f"{_WORDS[mine]}: {much}"
+            )
+            yield Fault("MB301", statement, message)
+            return
         if resumes or ends:
             what = "a resumed run begins at another place" if resumes else "training ends after 1/N of its steps"
             message = f"`{text_of(left)}` counts {_WORDS[mine]} and `{text_of(right)}` {_WORDS[other]}: {what}"
@@ -89,6 +100,7 @@ class _Units:
         self.given: dict[str, list[tuple[ast.AST, ast.AST]]] = {}
         self.calls: dict[str, list[ast.Call]] = {}
         self.of_windows: set[str] = set()  # loaders that give a whole window at a time
+        self.rows: dict[str, str] = {}  # the rows of a microbatch, and those of all N, where N is made of both
         self.written: list[tuple[str, ast.expr]] = []  # what stands in formatted texts, with the text before it
         for node in module.nodes:
             if isinstance(node, ast.JoinedStr):
@@ -98,6 +110,9 @@ class _Units:
             elif isinstance(node, ast.Assign):
                 for target, value in pairs(node):
                     self.given.setdefault(dotted(target), []).append((node, value))
+                    quotient = value.args[0] if isinstance(value, ast.Call) and value.args else value
+                    if module.is_window(target) and _is_quotient(quotient) and "batch" in last_name(quotient.right):
+                        self.rows[dotted(quotient.right)] = dotted(quotient.left)
             elif isinstance(node, ast.AugAssign):
                 self.given.setdefault(dotted(node.target), []).append((node, node))
             elif isinstance(node, ast.For):
@@ -146,7 +161,10 @@ class _Units:
         if isinstance(node.op, ast.Div | ast.FloorDiv):
             if self.module.is_window(node.right):
                 return WINDOWS if left == MICROBATCHES else ""
-            return left if re.search(r"process|world|rank|gpu", text_of(node.right)) else ""
+            whole = self.rows.get(dotted(node.right))
+            if whole is not None:
+                return MICROBATCHES if dotted(node.left) != whole else ""
+            return left if re.search(r"process|world|rank|gpu|device", text_of(node.right)) else ""
         if isinstance(node.op, ast.Mod):
             return left or self.of(node.right)
         return self._one([node.left, node.right]) if isinstance(node.op, ast.Add | ast.Sub) else ""
@@ -172,9 +190,17 @@ class _Units:
             ]
             found = {self._of_given(statement, value) for statement, value in given} - {""}
             if holder is not None and not given:
-                found = {self.of(value) for value in self._handed_over(holder, name)} - {""}
+                handed = list(self._handed_over(holder, name))
+                found = {self.of(value) for value in handed} - {""}
+                if not handed and name not in {arg.arg for arg in ast.walk(holder.args) if isinstance(arg, ast.arg)}:
+                    found = {self._of_given(*each) for each in self._of_file(name)} - {""}
             self.known[key] = found.pop() if len(found) == 1 else ""
         return self.known[key]
+
+    def _of_file(self, name: str) -> list[tuple[ast.AST, ast.AST]]:
+        """What the file itself, outside of functions, gives to a name."""
+        given = self.given.get(name, [])
+        return [each for each in given if not any(isinstance(p, FunctionNode) for p in self.module.around(each[0]))]
 
     def _handed_over(self, holder: FunctionNode, name: str) -> Iterator[ast.expr]:
         """What the calls of a function in this file give to one of its parameters."""
@@ -191,6 +217,10 @@ class _Units:
         if isinstance(statement.op, ast.Add) and isinstance(statement.value, ast.Constant):
             return place_of_count(self.module, statement) if statement.value.value == 1 else ""
         return ""
+
+
+def _is_quotient(node: ast.AST) -> TypeGuard[ast.BinOp]:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div | ast.FloorDiv)
 
 
 def _is_loader(node: ast.expr) -> bool:

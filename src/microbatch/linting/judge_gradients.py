@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
 from microbatch.linting.judge_counters import mixed_units, units_of_lengths
-from microbatch.linting.schedule_units import WINDOWS, counts, made_in_rows, schedule_units
+from microbatch.linting.schedule_units import WINDOWS, chosen_by, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
 
@@ -97,7 +97,10 @@ def _schedules(view: View) -> Iterator[Fault]:
     for node, marks in by_node.items():
         ticks = {m.tick for m in marks}
         inside = ticks - view.step_ticks
-        units = marks[0].value or view.module.once("schedule", lambda: schedule_units(view.module))
+        units, chosen = marks[0].value, ""
+        if not units:
+            units = view.module.once("schedule", lambda: schedule_units(view.module))
+            chosen = view.module.once("chosen schedule", lambda: chosen_by(view.module)) if units else ""
         if not units and not view.managed:  # a framework may advance a schedule once for each process
             units = view.module.once("lengths", lambda: units_of_lengths(view.module))
         if len(inside) >= len(view.ticks) // 2 and len(ticks) >= 0.9 * len(view.ticks):
@@ -112,12 +115,13 @@ def _schedules(view: View) -> Iterator[Fault]:
                 )
             elif units not in ("microbatches", "perhaps") and not view.managed:
                 sure = units == "windows"
+                needs = () if sure else ("whether the schedule's length is meant in microbatches",)
                 yield Fault(
                     "MB301",
                     node,
                     f"the schedule advances after every microbatch: {view.n} times for each optimizer step",
-                    certain=sure,
-                    needs=() if sure else ("whether the schedule's length is meant in microbatches",),
+                    certain=sure and not chosen,
+                    needs=(*needs, f"`{chosen}`") if chosen else needs,
                     data={"kind": "every"},
                 )
         elif ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
@@ -131,8 +135,12 @@ def _schedules(view: View) -> Iterator[Fault]:
                 "MB301",
                 (_constructor(view) if in_microbatches else in_rows) or node,
                 f"the schedule's length counts {what} and it advances once a step: {share}",
-                certain=units != "perhaps",
-                needs=("whether the length is divided by the rows of a microbatch",) if units == "perhaps" else (),
+                certain=units != "perhaps" and not chosen,
+                needs=("whether the length is divided by the rows of a microbatch",)
+                if units == "perhaps"
+                else (f"`{chosen}`",)
+                if chosen
+                else (),
                 data={"kind": "length"},
             )
 

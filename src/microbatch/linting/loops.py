@@ -40,11 +40,16 @@ class Loops(Generators):
                 self.begin_epoch()
         elif self.fills_list(node):
             self.begin_epoch()
-        evaluates = not micro and LOADER_WORDS.search(text_of(node.iter)) is not None and not self.holds_backward(node)
+        still = not micro and not self.holds_backward(node)
+        if still and self.still_depth:
+            items = items[:2]  # a table of tables: its entries are alike, and there are very many
+        evaluates = still and LOADER_WORDS.search(text_of(node.iter)) is not None
         self.trace.evaluating += evaluates
+        self.still_depth += still
         try:
             return self._turns(node, items, micro=micro, counted=counted)
         finally:
+            self.still_depth -= still
             self.trace.evaluating -= evaluates
 
     def loop_while(self, node: ast.While) -> Any:

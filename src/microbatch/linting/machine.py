@@ -239,7 +239,7 @@ class Machine(Loops, FunctionCalls, Expressions):
     def _loss_by_name(self, name: str, value: Any) -> Any:
         """The loss that a name promises, out of a tensor or of a value that the file does not show."""
         if isinstance(value, Data) and value.kind == "tensor" and not value.number:
-            return as_loss(value)
+            return replace(as_loss(value), inside=value is self.output)
         if isinstance(value, Data) and value.kind == "batch" and not value.weights and name.endswith("loss"):
             return self.opaque_loss(name)  # a sum over what is not followed
         if isinstance(value, Unknown) and name not in self.module.counters and not kind_of_name(name):

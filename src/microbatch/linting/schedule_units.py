@@ -14,6 +14,7 @@ from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, tex
 __all__ = [
     "MICROBATCHES",
     "WINDOWS",
+    "chosen_by",
     "counts",
     "lengths_of",
     "made_in_rows",
@@ -38,6 +39,20 @@ def schedule_units(module: Module) -> str:
     counted = dict(_settings(module))
     found = {_unit(module, call, counted) for call in schedules(module)} - {""}
     return found.pop() if len(found) == 1 else ""
+
+
+def chosen_by(module: Module) -> str:
+    """The condition that chooses a schedule with such a length, or one for which the file shows no unit; or nothing."""
+    counted, made = dict(_settings(module)), list(schedules(module))
+    known = [call for call in made if _unit(module, call, counted)]
+    for call in known:
+        for around in module.above(call):
+            if isinstance(around, ast.If):
+                sides = [{n for s in side for n in ast.walk(s)} for side in (around.body, around.orelse)]
+                other = sides[call in sides[0]]
+                if any(each in other for each in made) and not any(each in other for each in known):
+                    return text_of(around.test)
+    return ""
 
 
 def made_in_rows(module: Module) -> ast.Call | None:

@@ -10,6 +10,7 @@ from microbatch.linting.clearing import places_of_clearing
 from microbatch.linting.module import Module
 from microbatch.linting.slices import Slice
 from microbatch.linting.trace import Trace
+from microbatch.linting.values import Data
 
 __all__ = ["Frame", "Run", "Simulated", "TooLongError"]
 
@@ -109,6 +110,8 @@ class Simulated:
         self.spent = 0
         self.sync_off = self.without_graph = 0
         self.loop_depth = 0
+        self.output: Data | None = None  # what a model returned last
+        self.still_depth = 0  # loops around that run no backward
         self.used_window = False
         self.at_last = False
         self.now_and_then = False

@@ -105,12 +105,13 @@ class TensorCalls(Simulated):
         if any(name.startswith(("num_items", "num_tokens", "normalizer")) for name in keywords):
             self.trace.settings["criterion"] = node  # the model divides by the count of the window
         labelled = any("label" in name for name in keywords)  # then the model computes the loss, a mean over the labels
-        return Data(
+        self.output = Data(
             self.this_microbatch(),
             reduction="mean" if labelled else "",
             forward_synced=self.sync_off == 0,
             blurred=self.without_graph > 0 or self.trace.evaluating > 0,  # no loss that is trained on
         )
+        return self.output
 
     def loss_call(self, node: ast.Call, reduction: str, name: str, *, info: dict[str, Any] | None = None) -> Data:
         """A loss of this microbatch, with what its `reduction` says."""
@@ -144,7 +145,7 @@ class TensorCalls(Simulated):
         """A sum or a mean of data: over the rows of one microbatch, or over a list of microbatches."""
         if len(data.weights) > 1 and count > 1:
             return data.times(Fraction(1, count), data.divided) if how == "mean" else data
-        if data.kind == "loss" and data.reduction in ("mean", "sum"):
+        if data.kind == "loss" and (data.reduction in ("mean", "sum") or data.inside):
             return data
         return replace(data, reduction=how, kind=data.kind if data.kind != "batch" else "tensor")
 

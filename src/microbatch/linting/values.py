@@ -93,6 +93,7 @@ class Data:
         forward_synced: Whether a model made it outside of `no_sync`; `None` if no model did.
         divided: The line of a division by N, 0 if there was none.
         mixed: The line where a term that is not divided by N was added to one that is, 0 if there is none.
+        inside: Whether a model returned it as a loss: a mean of it may be one over the devices of `DataParallel`.
         blurred: Whether an unknown number multiplied or divided it, so that `weights` mean nothing for a number.
     """
 
@@ -108,6 +109,7 @@ class Data:
     divided: int = 0
     blurred: bool = False
     mixed: int = 0
+    inside: bool = False
 
     def times(self, factor: Fraction, line: int = 0) -> "Data":
         """The same with every weight multiplied."""
