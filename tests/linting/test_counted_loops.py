@@ -125,6 +125,22 @@ for i, (x, y) in enumerate(loader):
     assert found.confidence == ("depends" if made.startswith("model") else "certain")
 
 
+@pytest.mark.parametrize(("padding", "confidence"), [(-1, "certain"), (0, "depends")])
+def test_labels_that_the_file_pads_with_the_label_to_ignore_are_ignored(padding: int, confidence: str) -> None:
+    loop = f"""
+def pair(rows):
+    return longest(rows, pad_id=0), longest(shifted(rows), pad_id={padding})
+for i, rows in enumerate(loader):
+    x, y = pair(rows)
+    (F.cross_entropy(model(x), y, ignore_index=-1) / accum_steps).backward()
+    if (i + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+    (found,) = [each for each in doctor(loop) if each.rule == "MB401"]
+    assert found.confidence == confidence
+
+
 def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
     loop = """
 class Train:

@@ -16,6 +16,7 @@ _TOKENS = re.compile(
     r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|"
     r"chunked_cross_entropy)\b"
 )
+_PADS = re.compile(r"pad", re.IGNORECASE)
 _CACHED = re.compile(r"grad_?cache|GradCache|cached_?(multiple|loss|contrast)|CachedMultiple", re.IGNORECASE)
 
 
@@ -87,10 +88,13 @@ def _token_means(view: View) -> Iterator[Fault]:
 
 
 def _ignores_by_number(view: View, line: int) -> bool:
-    """Whether a loss only names a number as the label to ignore, which no label may have."""
-    for node in view.module.nodes:
-        if isinstance(node, ast.keyword) and node.arg == "ignore_index" and node.value.lineno == line:
-            return not re.search(r"pad", text_of(node.value), re.IGNORECASE)
+    """Whether a loss only names a number as the label to ignore, which no label may have: nothing is padded with it."""
+    given = [each for each in view.module.nodes if isinstance(each, ast.keyword) and each.arg]
+    for node in given:
+        if node.arg == "ignore_index" and node.value.lineno == line:
+            label = text_of(node.value)
+            pads = (each for each in given if _PADS.search(str(each.arg)) and text_of(each.value) == label)
+            return not _PADS.search(label) and not any(pads)
     return False
 
 
