@@ -141,6 +141,25 @@ for i, rows in enumerate(loader):
     assert found.confidence == confidence
 
 
+@pytest.mark.parametrize(
+    ("made", "rules"), [("loss", {"MB702"}), ("measure(net)", set()), ("eval_loss(net, x)", set())]
+)
+def test_a_loss_that_is_measured_is_not_the_loss_of_a_microbatch(made: str, rules: set[str]) -> None:
+    name = "loss_now" if made == "loss" else "eval_loss"
+    loop = f"""
+net = Net()
+for i, (x, y) in enumerate(loader):
+    loss = F.cross_entropy(net(x), y)
+    (loss / accum_steps).backward()
+    if (i + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+        {name} = {made}
+        print(i, {name})
+"""
+    assert {each.rule for each in doctor(loop)} & {"MB701", "MB702"} == ({"MB702"} if made == "loss" else set())
+
+
 def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
     loop = """
 class Train:

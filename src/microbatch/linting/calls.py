@@ -13,7 +13,7 @@ from typing import Any
 from microbatch.linting.backward_calls import BackwardCalls
 from microbatch.linting.call_words import words_of
 from microbatch.linting.frameworks import Frameworks
-from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, PIECE_CALLS
+from microbatch.linting.guesses import CLIP_CALLS, COUPLED_LOSSES, MEASURED, PIECE_CALLS
 from microbatch.linting.own_models import layers, losses_of_models, takes
 from microbatch.linting.own_objects import OwnObjects
 from microbatch.linting.python_functions import PYTHON_FUNCTIONS
@@ -306,6 +306,8 @@ class Calls(BackwardCalls, Frameworks, OwnObjects, TensorCalls, TrainingObjects)
         if words.logs:
             return self.log_call(node, text, evaluated=values)
         losses = [v for v in data if v.kind == "loss" and not v.number]
+        if MEASURED.match(last) and not losses:
+            return Unknown(text_of(node))
         if last == "optimizer_step" and (own := [v for v in values if isinstance(v, Obj) and v.kind == "optimizer"]):
             self.trace.step(node, own[0].key)  # torch_xla's
             return None

@@ -13,6 +13,7 @@ __all__ = [
     "GROUPS",
     "LOADER_WORDS",
     "MEAN_LOSSES",
+    "MEASURED",
     "PIECE_CALLS",
     "PIECE_NAMES",
     "PIECE_WORDS",
@@ -157,6 +158,8 @@ PIECE_CALLS = frozenset({"split", "chunk", "tensor_split"})
 PIECE_WORDS = re.compile(r"\b(split|chunk|tensor_split|chunks|microbatches|micro_batches|mini_chunks)\b")
 # Functions that give several items at a time.
 GROUPS = re.compile(r"batched|chunk|group|window|slice|partition", re.IGNORECASE)
+# A loss that is measured and not trained on, and the functions that measure it.
+MEASURED = re.compile(r"_?(eval|val|valid|validation|dev|test)_|_?(evaluate|validate)", re.IGNORECASE)
 PIECE_NAMES = re.compile(r"batch|chunk", re.IGNORECASE)
 
 

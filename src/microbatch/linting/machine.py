@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from microbatch.linting.definitions import Facts
 from microbatch.linting.expressions import Expressions
 from microbatch.linting.function_calls import FunctionCalls
-from microbatch.linting.guesses import kind_of_name
+from microbatch.linting.guesses import MEASURED, kind_of_name
 from microbatch.linting.loops import BREAK, CONTINUE, Loops
 from microbatch.linting.simulated import TooLongError
 from microbatch.linting.syntax import FunctionNode, dotted, is_gradient, last_name, subject_of_chain, text_of
@@ -229,7 +229,7 @@ class Machine(Loops, FunctionCalls, Expressions):
         return value
 
     def _store_name(self, name: str, value: Any) -> None:
-        if "loss" in name.lower() and self.trace.tick and not self.trace.evaluating:
+        if "loss" in name.lower() and self.trace.tick and not (self.trace.evaluating or MEASURED.match(name)):
             value = self._loss_by_name(name, value)
         self.frame.frame_of(name, self.globals).locals[name] = value
         if name in self.rooted:  # what was kept under the old value is gone with it
