@@ -160,6 +160,32 @@ for i, (x, y) in enumerate(loader):
     assert {each.rule for each in doctor(loop)} & {"MB701", "MB702"} == ({"MB702"} if made == "loss" else set())
 
 
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_mean_over_tasks_after_the_training_is_a_measure(*, tested: bool) -> None:
+    test = """
+    error = 0.0
+    for task in range(n):
+        learner = model.clone()
+        error += F.mse_loss(learner(tasks.test()), tasks.labels()).item()
+    print("error", error / n)
+"""
+    loop = f"""
+def main(model, tasks, optimizer, n):
+    for iteration in range(1000):
+        optimizer.zero_grad()
+        for task in range(n):
+            learner = model.clone()
+            loss = F.mse_loss(learner(tasks.train()), tasks.labels())
+            loss.backward()
+        for p in model.parameters():
+            p.grad.data.mul_(1.0 / n)
+        optimizer.step()
+        {"pass" if tested else "print(loss)"}
+{test if tested else ""}
+"""
+    assert {each.rule for each in doctor(loop)} & {"MB701", "MB702"} == (set() if tested else {"MB702"})
+
+
 def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
     loop = """
 class Train:

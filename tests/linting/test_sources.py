@@ -1,11 +1,13 @@
 """What the doctor reads: any encoding, notebooks, broken files. What cannot be read is a finding, never a traceback."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from microbatch.linting.doctor import doctor
 from microbatch.linting.finding import Finding
 from microbatch.linting.notebooks import as_python
 from microbatch.linting.sources import LARGEST, Source, read_bytes, read_file, read_text, source_of
@@ -194,9 +196,21 @@ def test_a_cell_of_commands_alone_ends_soon() -> None:
     assert set(as_python("%%time\n" * 3_000).split("\n")) == {"", "pass"}
 
 
-def test_a_broken_cell_is_named() -> None:
-    found = unread(read_text(notebook("x = 1\ny = 2", "z = 3\nfor in:"), path="a.ipynb"))
-    assert (found.cell, found.line) == (2, 2)
+def test_a_broken_cell_is_named_and_the_others_are_judged(tmp_path: Path) -> None:
+    file = tmp_path / "a.ipynb"
+    step = "    if i % 4 == 0:\n        optimizer.step()\n        optimizer.zero_grad()"
+    loop = f"for i, (x, y) in enumerate(loader):\n    (F.mse_loss(net(x), y) / 4).backward()\n{step}"
+    file.write_text(notebook("net = Net()", "z = 3\nfor in:", loop))
+    found = doctor(file)
+    assert [(each.rule, each.cell, each.line) for each in found] == [("MB000", 2, 2), ("MB105", 3, 4)]
+    source = read(read_file(file))
+    assert isinstance(source.tree, ast.Module)
+    assert source.place(source.tree.body[-1].lineno) == (3, 1)
+
+
+def test_a_notebook_of_broken_cells_is_a_finding() -> None:
+    found = unread(read_text(notebook("x = ", "z = 3\nfor in:"), path="a.ipynb"))
+    assert (found.cell, found.line) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,14 @@ def examine(
     except Exception as error:  # noqa: BLE001 - one file that the doctor fails on must not hide what it found in others
         return [unreadable(source.path, f"the doctor failed on it, which is a fault of its own: {error!r}")]
     placed = list[Finding]()
+    # What is not read may hold the loop: it is said also where the rest is.
+    placed += source.left_out
     for each in sorted(own, key=lambda each: (each.line, each.column, each.rule)):
         if walked and each.rule == "MB001":
             continue
         cell, line = source.place(each.line)
         placed.append(replace(each, cell=cell, line=line))
+    placed.sort(key=lambda each: each.cell or 0)
     return placed + _without_comments(elsewhere)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from microbatch.linting.clearing import averages_weights, clears_all
 from microbatch.linting.generators import Generators
 from microbatch.linting.guesses import LOADER_WORDS, PIECE_WORDS
-from microbatch.linting.syntax import dotted, last_name, text_of
+from microbatch.linting.syntax import FunctionNode, Loop, dotted, last_name, text_of
 from microbatch.linting.values import Data, Obj, Unknown, is_number, number, tags
 from microbatch.linting.waiting_lists import waiting_lists
 
@@ -43,7 +43,7 @@ class Loops(Generators):
         still = not micro and not self.holds_backward(node)
         if still and self.still_depth:
             items = items[:2]  # a table of tables: its entries are alike, and there are very many
-        evaluates = still and LOADER_WORDS.search(text_of(node.iter)) is not None
+        evaluates = still and (LOADER_WORDS.search(text_of(node.iter)) is not None or self._follows_training(node))
         self.trace.evaluating += evaluates
         self.still_depth += still
         try:
@@ -51,6 +51,13 @@ class Loops(Generators):
         finally:
             self.still_depth -= still
             self.trace.evaluating -= evaluates
+
+    def _follows_training(self, node: ast.For) -> bool:
+        """Whether a loop that trains stands before this one in the same function, and none is around it."""
+        if self.loop_depth or not self.trace.begun:
+            return False
+        holder = next((p for p in self.module.around(node) if isinstance(p, FunctionNode)), self.module.tree)
+        return any(isinstance(s, Loop) and s.lineno < node.lineno and self.holds_backward(s) for s in holder.body)
 
     def loop_while(self, node: ast.While) -> Any:
         """Run a `while` loop."""

@@ -28,6 +28,11 @@ class Cell:
     first: int
     written: str = ""
 
+    @property
+    def end(self) -> int:
+        """Its last line in the joined source."""
+        return self.first + self.written.count("\n")
+
 
 class NotebookError(ValueError):
     """A file that should be a notebook is none. It becomes a finding and leaves the package never.

@@ -9,7 +9,7 @@ import sys
 import tokenize
 import warnings
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -60,8 +60,26 @@ class Source:
 
     @cached_property
     def tree(self) -> ast.Module | Finding:
-        """The syntax tree, or the finding MB000 where the text is not Python."""
-        return _parse(self)
+        """The syntax tree without the cells of `left_out`, or the finding MB000 where the text is not Python."""
+        found = _parse(self)
+        if isinstance(found, ast.Module) or not self.left_out or len(self.left_out) == len(self.cells):
+            return found
+        lines, bad = list(self.lines), {each.cell for each in self.left_out}
+        for cell in self.cells:
+            if cell.number in bad:
+                lines[cell.first - 1 : cell.end] = [""] * (cell.end - cell.first + 1)
+        return _parse(replace(self, text="\n".join(lines)))
+
+    @cached_property
+    def left_out(self) -> list[Finding]:
+        """The findings MB000 of a notebook's cells that are not Python: the others are read without them."""
+        if not self.cells or isinstance(_parse(self), ast.Module):
+            return []
+        each = (
+            _parse(replace(self, text="\n" * (cell.first - 1) + "\n".join(self.lines[cell.first - 1 : cell.end])))
+            for cell in self.cells
+        )
+        return [found for found in each if isinstance(found, Finding)]
 
     @cached_property
     def can_accumulate(self) -> bool:

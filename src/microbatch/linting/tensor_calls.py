@@ -138,6 +138,7 @@ class TensorCalls(Simulated):
             number=False,
             opaque=tuple(o for v in data if v.kind == "loss" for o in v.opaque) if reduction else base.opaque,
             coupled=coupled,
+            blurred=base.blurred or self.trace.evaluating > 0,
             tokens=(ignore or base.tokens) if reduction == "mean" else 0,
         )
 
