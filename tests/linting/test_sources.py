@@ -203,6 +203,7 @@ def test_a_broken_cell_is_named_and_the_others_are_judged(tmp_path: Path) -> Non
     file.write_text(notebook("net = Net()", "z = 3\nfor in:", loop))
     found = doctor(file)
     assert [(each.rule, each.cell, each.line) for each in found] == [("MB000", 2, 2), ("MB105", 3, 4)]
+    assert found[0].message.endswith("invalid syntax; the other cells are read without this one")
     source = read(read_file(file))
     assert isinstance(source.tree, ast.Module)
     assert source.place(source.tree.body[-1].lineno) == (3, 1)

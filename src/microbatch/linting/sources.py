@@ -79,7 +79,10 @@ class Source:
             _parse(replace(self, text="\n" * (cell.first - 1) + "\n".join(self.lines[cell.first - 1 : cell.end])))
             for cell in self.cells
         )
-        return [found for found in each if isinstance(found, Finding)]
+        left = [found for found in each if isinstance(found, Finding)]
+        if len(left) == len(self.cells):
+            return left
+        return [replace(found, message=f"{found.message}; the other cells are read without this one") for found in left]
 
     @cached_property
     def can_accumulate(self) -> bool:
