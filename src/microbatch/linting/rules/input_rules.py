@@ -10,8 +10,8 @@ UNREADABLE = Rule(
     severity="input",
     summary="The file could not be read, or is not valid Python.",
     happens=(
-        "Nothing in this file was judged; of a notebook, only the cell that is named was left out. The exit status is 2, "
-        "never 0, so that a hook cannot take it for success."
+        "Nothing in this file was judged; of a notebook, only the cell that is named was left out. The exit status is "
+        "2, never 0, so that a hook cannot take it for success."
     ),
     how_much="",
     fix="Mend the line that the message names, or leave the file out with `exclude`.",
