@@ -186,6 +186,19 @@ def main(model, tasks, optimizer, n):
     assert {each.rule for each in doctor(loop)} & {"MB701", "MB702"} == (set() if tested else {"MB702"})
 
 
+@pytest.mark.parametrize("divided", ["loss.numel()", "mask.numel()"])
+def test_a_sum_is_no_mean_because_its_own_size_divides_it(divided: str) -> None:
+    loop = f"""
+for i, (x, y, mask) in enumerate(loader):
+    loss = (F.cross_entropy(model(x), y, reduction="none") * mask).sum()
+    (loss / {divided}).backward()
+    if (i + 1) % accum_steps == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+    assert ("MB101" in certain(loop)) == divided.startswith("mask")
+
+
 def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
     loop = """
 class Train:

@@ -14,7 +14,7 @@ __all__ = ["judge_loss"]
 
 _TOKENS = re.compile(
     r"\b(input_ids|attention_mask|\w*loss_mask|lm_mask|mel_lens?|ntokens|packing|use_packing|\w*ignore_index|"
-    r"chunked_cross_entropy)\b"
+    r"chunked_cross_entropy|DataCollatorFor(LanguageModeling|Seq2Seq|TokenClassification))\b"
 )
 _PADS = re.compile(r"pad", re.IGNORECASE)
 _CACHED = re.compile(r"grad_?cache|GradCache|cached_?(multiple|loss|contrast)|CachedMultiple", re.IGNORECASE)

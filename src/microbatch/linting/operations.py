@@ -187,6 +187,8 @@ class Operations(Simulated):
         counted = isinstance(other, Unknown) and other.data
         if data.reduction == "sum" and self._counts_window(node):
             rows = counted = False
+        if data.reduction == "sum" and _is_own_size(node):
+            return data
         if data.reduction == "sum":
             if not counted and not rows:  # a count of the whole window, as far as the file shows
                 return replace(data, reduction="", opaque=(*data.opaque, "divided by a count"))
@@ -268,3 +270,15 @@ def _is_mixed(left: Data, right: Data) -> bool:
     if left.number or right.number or left.weights.keys() != right.weights.keys():
         return False
     return left.weights != right.weights and bool(left.divided) != bool(right.divided)
+
+
+def _is_own_size(node: ast.AST) -> bool:
+    """Whether a sum is divided by its own number of elements, which is 1: `loss / loss.numel()`."""
+    right = node.right if isinstance(node, ast.BinOp) else None
+    size = right.func if isinstance(right, ast.Call) else None
+    return (
+        isinstance(size, ast.Attribute)
+        and size.attr in ("numel", "nelement")
+        and isinstance(node, ast.BinOp)
+        and text_of(size.value) == text_of(node.left)
+    )
