@@ -199,6 +199,26 @@ for i, (x, y, mask) in enumerate(loader):
     assert ("MB101" in certain(loop)) == divided.startswith("mask")
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_length_of_a_loader_that_gives_whole_windows_counts_steps(*, cut: bool) -> None:
+    inner = "for x, y in zip(data.chunk(n), targets.chunk(n)):" if cut else "for x, y in loader:"
+    outer = "for data, targets in loader:" if cut else "for epoch in range(3):"
+    loop = f"""
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, steps_per_epoch=len(loader), epochs=3)
+seen = 0
+{outer}
+    optimizer.zero_grad()
+    {inner}
+        (F.cross_entropy(model(x), y) / n).backward()
+        seen += 1
+        if seen % n == 0:
+            optimizer.step()
+            scheduler.step()
+            {"pass" if cut else "optimizer.zero_grad()"}
+"""
+    assert ("MB301" in certain(loop)) == (not cut)
+
+
 def test_what_is_computed_before_a_loop_over_layers_says_nothing_of_the_counter() -> None:
     loop = """
 class Train:

@@ -17,7 +17,7 @@ from microbatch.linting.module import Module
 from microbatch.linting.schedule_units import MICROBATCHES, WINDOWS, lengths_of, place_of_count, schedules
 from microbatch.linting.syntax import FunctionNode, dotted, last_name, pairs, text_of
 
-__all__ = ["mixed_units", "units_of_lengths"]
+__all__ = ["loaders_give_windows", "mixed_units", "units_of_lengths"]
 
 _SAME = frozenset({"int", "float", "ceil", "floor", "round", "max", "min", "abs"})
 _WORDS = {MICROBATCHES: "microbatches", WINDOWS: "optimizer steps"}
@@ -56,6 +56,21 @@ def units_of_lengths(module: Module) -> str:
     except RecursionError:
         return ""
     return found.pop() if len(found) == 1 else ""
+
+
+def loaders_give_windows(module: Module) -> bool:
+    """Whether a loop of the file takes a whole window from a loader, and cuts it: the loader's length counts steps.
+
+    Args:
+        module: The file.
+
+    Returns:
+        Whether there is one, and no loop takes single microbatches from a loader.
+    """
+    loops = [node for node in module.nodes if isinstance(node, ast.For) and LOADER_WORDS.search(text_of(node.iter))]
+    loops = [node for node in loops if not text_of(node.iter).startswith(("range(", "trange("))]
+    trains = [node for node in loops if module.contains_backward(node, module.owner_of(node))]
+    return bool(trains) and not any(module.is_microbatch_loop(node, module.owner_of(node)) for node in trains)
 
 
 def _mixed(module: Module) -> Iterator[Fault]:

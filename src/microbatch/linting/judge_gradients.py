@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from microbatch.linting.faults import Fault, View
 from microbatch.linting.guesses import names_window
-from microbatch.linting.judge_counters import mixed_units, units_of_lengths
+from microbatch.linting.judge_counters import loaders_give_windows, mixed_units, units_of_lengths
 from microbatch.linting.schedule_units import WINDOWS, chosen_by, counts, made_in_rows, schedule_units
 from microbatch.linting.syntax import dotted, last_name, text_of
 from microbatch.linting.trace import Mark
@@ -98,6 +98,8 @@ def _schedules(view: View) -> Iterator[Fault]:
         ticks = {m.tick for m in marks}
         inside = ticks - view.step_ticks
         units, chosen = marks[0].value, ""
+        if units == "microbatches" and view.module.once("windows", lambda: loaders_give_windows(view.module)):
+            continue
         if not units:
             units = view.module.once("schedule", lambda: schedule_units(view.module))
             chosen = view.module.once("chosen schedule", lambda: chosen_by(view.module)) if units else ""
