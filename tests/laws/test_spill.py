@@ -139,7 +139,7 @@ def learn(model: nn.Module, around: Callable[[], Context], *, microbatches: int 
 
 
 def same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:
-    """Tell whether two runs agree to the last bit, where both are NaN, too."""
+    """Return whether two runs agree to the last bit; NaN equals NaN."""
     return len(got) == len(wanted) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
         for a, b in zip(got, wanted, strict=True)

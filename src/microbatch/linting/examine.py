@@ -50,9 +50,7 @@ def examine(
         return [unreadable(source.path, "its expressions are nested too deeply")]
     except Exception as error:  # noqa: BLE001 - one file that the doctor fails on must not hide what it found in others
         return [unreadable(source.path, f"the doctor failed on it, which is a fault of its own: {error!r}")]
-    placed = list[Finding]()
-    # What is not read may hold the loop: it is said also where the rest is.
-    placed += source.left_out
+    placed = list(source.left_out)  # what is not read may hold the loop: it is said also where the rest is judged
     for each in sorted(own, key=lambda each: (each.line, each.column, each.rule)):
         if walked and each.rule == "MB001":
             continue

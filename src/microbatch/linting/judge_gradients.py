@@ -97,12 +97,13 @@ def _schedules(view: View) -> Iterator[Fault]:
     for node, marks in by_node.items():
         ticks = {m.tick for m in marks}
         inside = ticks - view.step_ticks
-        units, chosen = marks[0].value, ""
+        units, unless = marks[0].value, tuple[str, ...]()
         if units == "microbatches" and view.module.once("windows", lambda: loaders_give_windows(view.module)):
             continue
         if not units:
             units = view.module.once("schedule", lambda: schedule_units(view.module))
-            chosen = view.module.once("chosen schedule", lambda: chosen_by(view.module)) if units else ""
+            chosen = view.module.once("chosen schedule", lambda: chosen_by(view.module))
+            unless = (f"`{chosen}`",) if chosen else ()
         if not units and not view.managed:  # a framework may advance a schedule once for each process
             units = view.module.once("lengths", lambda: units_of_lengths(view.module))
         if len(inside) >= len(view.ticks) // 2 and len(ticks) >= 0.9 * len(view.ticks):
@@ -116,14 +117,14 @@ def _schedules(view: View) -> Iterator[Fault]:
                     needs=("whether the schedule is meant in microbatches",),
                 )
             elif units not in ("microbatches", "perhaps") and not view.managed:
-                sure = units == "windows"
-                needs = () if sure else ("whether the schedule's length is meant in microbatches",)
+                meant = () if units == "windows" else ("whether the schedule's length is meant in microbatches",)
+                needs = (*meant, *unless)
                 yield Fault(
                     "MB301",
                     node,
                     f"the schedule advances after every microbatch: {view.n} times for each optimizer step",
-                    certain=sure and not chosen,
-                    needs=(*needs, f"`{chosen}`") if chosen else needs,
+                    certain=not needs,
+                    needs=needs,
                     data={"kind": "every"},
                 )
         elif ticks <= view.step_ticks and len(ticks) >= len(view.step_ticks) - 1 and len(ticks) > 2:
@@ -133,16 +134,13 @@ def _schedules(view: View) -> Iterator[Fault]:
             in_microbatches = units in ("microbatches", "perhaps")
             what = "microbatches" if in_microbatches else "rows"
             share = f"only 1/{view.n} of it is walked" if in_microbatches else "only a small part of it is walked"
+            needs = ("whether the length is divided by the rows of a microbatch",) if units == "perhaps" else unless
             yield Fault(
                 "MB301",
                 (_constructor(view) if in_microbatches else in_rows) or node,
                 f"the schedule's length counts {what} and it advances once a step: {share}",
-                certain=units != "perhaps" and not chosen,
-                needs=("whether the length is divided by the rows of a microbatch",)
-                if units == "perhaps"
-                else (f"`{chosen}`",)
-                if chosen
-                else (),
+                certain=not needs,
+                needs=needs,
                 data={"kind": "length"},
             )
 

@@ -61,7 +61,7 @@ class Source:
     @cached_property
     def tree(self) -> ast.Module | Finding:
         """The syntax tree without the cells of `left_out`, or the finding MB000 where the text is not Python."""
-        found = _parse(self)
+        found = self._whole
         if isinstance(found, ast.Module) or not self.left_out or len(self.left_out) == len(self.cells):
             return found
         lines, bad = list(self.lines), {each.cell for each in self.left_out}
@@ -71,9 +71,13 @@ class Source:
         return _parse(replace(self, text="\n".join(lines)))
 
     @cached_property
+    def _whole(self) -> ast.Module | Finding:
+        return _parse(self)
+
+    @cached_property
     def left_out(self) -> list[Finding]:
         """The findings MB000 of a notebook's cells that are not Python: the others are read without them."""
-        if not self.cells or isinstance(_parse(self), ast.Module):
+        if not self.cells or isinstance(self._whole, ast.Module):
             return []
         each = (
             _parse(replace(self, text="\n" * (cell.first - 1) + "\n".join(self.lines[cell.first - 1 : cell.end])))
