@@ -64,6 +64,8 @@ def _described(value: object) -> str:
 
 def _takes(value: object, arguments: int) -> bool:
     """Return whether a function takes this many arguments by position; True for what is not written in Python."""
+    if type(value) is FunctionType and value.__code__.co_argcount == arguments and not value.__code__.co_kwonlyargcount:
+        return True  # the usual case
     function: Any = value
     if not isinstance(value, FunctionType | MethodType):  # a module, or another object that is called
         function = attribute(value, "forward") or attribute(value, "__call__")  # the method itself

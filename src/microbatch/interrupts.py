@@ -51,11 +51,12 @@ class Interrupts:
 
     Attributes:
         held: Whether signals wait now.
+        waiting: The signals that wait.
     """
 
     def __init__(self, signals: Sequence[int] = ()) -> None:
         self.held = False
-        self._signals, self._waiting = signals, list[int]()
+        self._signals, self.waiting = signals, list[int]()
         self._windows = WeakSet[Any]()  # a window that was abandoned counts no longer
         self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
@@ -97,13 +98,13 @@ class Interrupts:
 
     def deliver(self) -> None:
         """Deliver the signals that waited, unless they have to wait longer."""
-        while self._waiting and not self.held:
-            number = self._waiting.pop()
+        while self.waiting and not self.held:
+            number = self.waiting.pop()
             self._handlers[number](number, inspect.currentframe())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.held or _must_return(frame):
-            self._waiting.append(number)
+            self.waiting.append(number)
         else:
             self._handlers[number](number, frame)
 

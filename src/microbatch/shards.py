@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+PLAIN = {Tensor, nn.Parameter}
+"""The types whose values and memory can be read and compared."""
 
 
 def is_shard(tensor: object) -> bool:
@@ -25,9 +28,9 @@ def is_shard(tensor: object) -> bool:
     return found is not None and isinstance(tensor, found.DTensor)
 
 
-def shards_among(tensors: Iterable[Tensor]) -> list[Tensor]:
+def shards_among(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors that are sharded over ranks; without a look at each, if nothing has imported `DTensor`."""
-    if "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules or PLAIN.issuperset(map(type, tensors)):
         return []
     return [tensor for tensor in tensors if is_shard(tensor)]
 

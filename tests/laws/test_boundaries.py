@@ -598,15 +598,15 @@ def test_the_gradients_are_the_windows_own(touch: str) -> None:
 @pytest.mark.parametrize("after", range(1, 6))
 def test_what_touches_every_gradient_is_seen_between_any_two_microbatches(after: int) -> None:
     layers = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)]
-    deep = nn.Sequential(*layers).double()  # more parameters than are watched in the middle
+    deep = nn.Sequential(*layers).double()  # more parameters than are watched from the third window on
     it = subject(deep)
     with pytest.raises(GradientsTouchedError):
         validated(it, points(0, 6), lambda model: model.zero_grad(), after=after)
     assert gradients_of(it.model) == {}
 
 
-@pytest.mark.parametrize("after", [0, 5])
-def test_one_gradient_of_many_is_seen_at_both_ends_of_the_first_windows(after: int) -> None:
+@pytest.mark.parametrize("after", range(6))
+def test_one_gradient_of_many_is_seen_anywhere_in_the_first_windows(after: int) -> None:
     it = subject(nn.Sequential(*[nn.Linear(3, 3) for _ in range(9)], nn.Linear(3, 2)).double(), size=1)
     last: Any = list(it.model.parameters())[-1]
 
@@ -618,6 +618,25 @@ def test_one_gradient_of_many_is_seen_at_both_ends_of_the_first_windows(after: i
                     last.grad.zero_()
 
     with pytest.raises(GradientsTouchedError, match=r"'9\.bias'"):
+        loop()
+    assert gradients_of(it.model) == {}
+
+
+@pytest.mark.parametrize("place", [0, 7, 19])
+def test_one_gradient_of_many_is_seen_later_in_one_of_a_few_windows(place: int) -> None:
+    it = subject(nn.Sequential(*[nn.Linear(3, 3) for _ in range(9)], nn.Linear(3, 2)).double(), size=1)
+    written: Any = list(it.model.parameters())[place]
+    for _ in range(2):
+        it.accumulator.step(points(0, 6), squared)
+
+    def loop() -> None:
+        for _ in range(4):  # each of them watches 12 of 20
+            with it.accumulator.window() as window:
+                for microbatch in window.split(points(0, 6)):
+                    window.backward(squared(it.model, microbatch))
+                    written.grad.mul_(1)
+
+    with pytest.raises(GradientsTouchedError, match="was changed inside the window"):
         loop()
     assert gradients_of(it.model) == {}
 

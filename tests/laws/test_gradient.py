@@ -419,6 +419,26 @@ def test_gradients_inside_the_momentum_cannot_be_left() -> None:
         mb.Accumulator(model, LBFGS(model.parameters()), microbatch_size=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_loss_is_reported_as_it_was_whatever_is_written_to_it_later(dtype: torch.dtype) -> None:
+    model, x = nn.Linear(3, 2).to(dtype), torch.randn(6, 3).to(dtype)
+    total = list[Tensor]()
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        found = model(rows).square().mean()
+        if total:
+            total[0] += found.detach()  # the first microbatch's own number
+        else:
+            total.append(found.detach())
+        return found
+
+    step = mb.Accumulator(model, microbatch_size=2).gradient(x, loss)
+    each = [model(rows).square().mean().item() for rows in x.split(2)]
+    assert step.loss.dtype == torch.promote_types(dtype, torch.float32)
+    assert step.loss.item() == pytest.approx(sum(each) / 3, rel=1e-12 if dtype is torch.float64 else 1e-6)
+    assert total[0].item() == pytest.approx(sum(each), rel=1e-2)
+
+
 # -- several batches as one, and numbers beside the loss -----------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from microbatch.batch.batch_tree import Rows, Whole, leaves, map_leaves
+from microbatch.batch.copies import rows_copied
 from microbatch.batch.cut import check_microbatch_size, cut
 from microbatch.errors import BatchError, ConfigError, EmptyBatchError, RowsDisagreeError
 
@@ -386,3 +387,41 @@ def test_a_size_that_is_no_number_of_rows_is_refused(size: Any) -> None:
 def test_cut_refuses_it(size: Any) -> None:
     with pytest.raises(ConfigError, match="microbatch_size"):
         cut(x(3), size)
+
+
+class Named(Tensor):
+    pass
+
+
+LAYOUTS: dict[str, Tensor] = {
+    "contiguous": torch.randn(6, 3, 4, 4),
+    "channels last": torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last),
+    "transposed": torch.randn(3, 6).t(),
+    "every other row": torch.randn(12, 3)[::2],
+    "expanded": torch.randn(1, 3).expand(6, 3),
+    "large": torch.randn(6, 20_000),
+    "conjugated": torch.randn(6, 2, dtype=torch.complex64).conj(),
+    "bool": torch.randn(6, 2) > 0,
+    "bfloat16": torch.randn(6, 2).bfloat16(),
+    "nothing in a row": torch.randn(6, 0),
+    "a subclass": torch.randn(6, 2).as_subclass(Named),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (1, 3), (5, 6), (2, 2)])
+def test_rows_are_copied_as_torch_copies_them(name: str, start: int, stop: int) -> None:
+    tensor = LAYOUTS[name]
+    found, expected = rows_copied(tensor, start, stop, device=tensor.device), tensor[start:stop].clone()
+    assert torch.equal(found, expected)
+    assert (found.stride(), type(found), found.is_conj()) == (expected.stride(), type(expected), False)
+    before = tensor.clone()
+    found.zero_()
+    assert torch.equal(tensor, before)
+
+
+def test_rows_of_a_tensor_with_a_graph_keep_it() -> None:
+    tensor = torch.randn(4, 2, requires_grad=True)
+    rows_copied(tensor, 1, 3, device=tensor.device).sum().backward()
+    assert tensor.grad is not None
+    assert tensor.grad.tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microbatch.batch.batches import Batches
-from microbatch.batch.copies import Copies
+from microbatch.batch.copies import Copies, rows_copied
 from microbatch.batch.marks import Rows, Whole
 from microbatch.batch.recognise import count_rows, entries_of, spread
 from microbatch.batch.walk import LISTS, contents, is_array, leaves, map_leaves, map_tensors
@@ -81,8 +81,7 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int, copy_on: torc
         Without ``copy_on``, no tensor is copied; with it, the rows are copied once.
     """
     if isinstance(batch, Tensor) and batch.ndim:  # as below, without detours
-        view = batch[start:stop]
-        return view.clone() if view.device == copy_on else view
+        return batch[start:stop] if copy_on is None else rows_copied(batch, start, stop, device=copy_on)
     return select(batch, slice(start, stop), rows=rows, copied=None if copy_on is None else Copies(copy_on))
 
 
@@ -139,16 +138,18 @@ class _Selection:
     ) -> None:
         self._pick, self._rows, self._marked, self._trim = pick, rows, marked, trim
         self._share = copied or _as_it_is
-        self._share_rows = copied.tensor if copied is not None else _as_it_is
-        self._consecutive = isinstance(pick, slice)
+        self._copied = copied
+        self._between = (pick.start, pick.stop) if isinstance(pick, slice) else None
         self._taken: dict[Any, Any] = {}
 
     def leaf(self, value: Any, path: str) -> Any:
         """Return the rows of a leaf, or a leaf without rows as it is."""
-        if isinstance(value, Tensor) and value.ndim and self._consecutive:  # the usual case, without detours
+        if isinstance(value, Tensor) and value.ndim and self._between:  # the usual case, without detours
             key = id(value)
             if key not in self._taken:
-                self._taken[key] = self._share_rows(value[self._pick])
+                start, stop = self._between
+                copied = self._copied
+                self._taken[key] = value[start:stop] if copied is None else copied.rows(value, start, stop)
             return self._taken[key]
         if isinstance(value, Rows):
             found = self._inside(value, path)
@@ -167,7 +168,7 @@ class _Selection:
         if key not in self._taken:
             source = self._trim(value, path, dim) if self._trim is not None and is_array(value) else value
             some = taken_from(source, self._pick, path, dim=dim, group=group)
-            is_view = self._consecutive or isinstance(value, LISTS)
+            is_view = self._between is not None or isinstance(value, LISTS)
             self._taken[key] = self._share(some) if is_view else some
         return self._taken[key]
 

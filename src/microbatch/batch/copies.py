@@ -15,6 +15,7 @@ from microbatch.batch.walk import children, held_in, is_array, map_leaves, slice
 from microbatch.errors import BatchError
 from microbatch.kind_words import kind_of
 
+_SMALL = 1 << 16  # elements: one operator is faster than two; above, `clone` is, which uses all threads
 _IMMUTABLE = (type(None), str, bytes, int, float, complex)
 
 
@@ -43,6 +44,10 @@ class Copies:
         if made is None:
             made = self._made[id(value)] = value, self._copy(value)
         return made[1]
+
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Take consecutive rows of a tensor, which has them in its first dimension, and copy them."""
+        return rows_copied(tensor, start, stop, device=self._device)
 
     def tensor(self, view: Tensor) -> Tensor:
         """Copy a tensor that is met once, such as rows that were just taken."""
@@ -76,3 +81,22 @@ class Copies:
                 f"{kind_of(value)} in the batch cannot be copied ({type(error).__name__}: {error!s:.200}), and a loss "
                 "function that edits its microbatch would edit the batch. Give the class a method clone()"
             ) from error
+
+
+def rows_copied(tensor: Tensor, start: int, stop: int, *, device: torch.device) -> Tensor:
+    """Take consecutive rows of a tensor, and copy them.
+
+    Args:
+        tensor: Shape ``(rows, ...)``.
+        start: First row.
+        stop: One past the last row.
+        device: Tensors on other devices are not copied.
+
+    Returns:
+        The rows, in the memory format of the tensor.
+    """
+    if tensor.device != device:
+        return tensor[start:stop]
+    if tensor.numel() < _SMALL and type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous():
+        return tensor.narrow_copy(0, start, stop - start)
+    return tensor[start:stop].clone()

@@ -164,8 +164,8 @@ class EngineGradients(GradientSum):
             if want and getattr(each.parameter, self._where, None) is None:
                 setattr(each.parameter, self._where, torch.zeros_like(each.parameter, dtype=dtype))
 
-    def _sums(self, indices: Any) -> list[Tensor | None]:
-        return [None for _ in indices]
+    def _sums(self, some: slice) -> list[Tensor | None]:
+        return [None for _ in self._named[some]]
 
     @property
     def _where(self) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import Tensor
 
 from microbatch.gradients.parameters import Named
-from microbatch.shards import is_shard, local_of, norm_of, shards_among
+from microbatch.shards import PLAIN, is_shard, local_of, norm_of, shards_among
 
-_NARROW = {torch.bfloat16, torch.float16}
+_NARROW, _STRIDED = {torch.bfloat16, torch.float16}, {torch.strided}
+_DTYPE, _LAYOUT, _INDEX = attrgetter("dtype"), attrgetter("layout"), methodcaller("get_device")
 
 
 def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -40,14 +42,16 @@ def gradient_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 def _norm(gradients: Sequence[Tensor], *, device: torch.device) -> Tensor:
     if not gradients:
         return torch.zeros((), device=device)
-    dense = [_dense(gradient) for gradient in gradients]
-    if any(gradient.dtype in _NARROW for gradient in dense):
+    plain = PLAIN.issuperset(map(type, gradients)) and _STRIDED.issuperset(map(_LAYOUT, gradients))
+    dense = list(gradients) if plain else [_dense(gradient) for gradient in gradients]
+    if not _NARROW.isdisjoint(map(_DTYPE, dense)):
         # torch computes the norm of a half-precision gradient in its own dtype.
         return torch.stack([_wide_norm(gradient).to(device) for gradient in dense]).norm()
     # Private by name, as below; get_total_norm would group the gradients by device and dtype first, which takes longer
     # than the norms of a small model.
     norms = torch._foreach_norm(dense)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    here = [norm if norm.device == device else norm.to(device) for norm in norms]
+    together = norms[0].device == device and len(set(map(_INDEX, norms))) == 1
+    here = norms if together else [norm.to(device) for norm in norms]
     norm = torch.linalg.vector_norm(torch.stack(here))
     return norm.detach() if norm.requires_grad else norm
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -10,13 +11,15 @@ from torch.optim import Optimizer
 
 from microbatch.gradients.bfloat16_sums import Compensated
 from microbatch.gradients.clipping import scale_
-from microbatch.gradients.gradient_changes import GradientChanges
+from microbatch.gradients.gradient_changes import WatchedSums
 from microbatch.gradients.momentum_buffer import Fold
 from microbatch.gradients.parameters import Named
 from microbatch.gradients.wide_buffers import WideBuffers
 
+_GRAD, _VERSION = attrgetter("grad"), attrgetter("_version")
 
-class GradientSum:
+
+class GradientSum(WatchedSums):
     """Add up a window's gradients, and either hand the sums to the optimizer or restore what `.grad` held before.
 
     A parameter at least as wide as ``dtype`` accumulates in its own `.grad`, as autograd does anyway. A narrower sum
@@ -31,6 +34,9 @@ class GradientSum:
             add such gradients up in `.grad`.
         fold: Adds gradients up in the optimizers' states; `None` to leave the states alone.
 
+    Attributes:
+        is_folded: Whether gradients add up in an optimizer's state.
+
     Source:
         Laws B4, P1, P2.
     """
@@ -42,10 +48,9 @@ class GradientSum:
         narrow: Callable[[Tensor], Compensated] | None = None,
         fold: Fold | None = None,
     ) -> None:
+        super().__init__()
         self._wide = WideBuffers(dtype, narrow=narrow)
-        self._changes = GradientChanges()
-        self._fold = fold
-        self._named: list[Named] = []
+        self._fold, self.is_folded = fold, fold is not None
         self._parameters: list[Tensor] = []
         self._before: list[Tensor | None] = []
         self._begun = False
@@ -56,11 +61,11 @@ class GradientSum:
         Args:
             named: The window's parameters.
         """
-        self._named, self._parameters = list(named), [each.parameter for each in named]
-        self._before, self._begun = [parameter.grad for parameter in self._parameters], False
-        self._changes.open(self._named)
+        self._named, self._parameters = named, [each.parameter for each in named]
+        self._before, self._begun = list(map(_GRAD, self._parameters)), False
         for parameter in self._parameters:
             parameter.grad = None
+        self._mark = [None] * len(named)
         self._wide.open(self._named)
 
     def begin(self, factor: Callable[[], float]) -> None:
@@ -76,26 +81,6 @@ class GradientSum:
             self._begun = True
             self._fold.begin((each.parameter for each in self._named), factor())
             self.mark()
-
-    def mark(self, *, some: bool = False) -> None:
-        """Record the sums after a backward, for `check_untouched`.
-
-        Args:
-            some: Record only a few parameters, different ones each time. `zero_grad()` and the like, which change every
-                gradient, are still detected at once.
-
-        Cost:
-            A microsecond for each recorded parameter, because none of them is in the CPU's cache after a backward.
-        """
-        self._changes.mark(self._sums, some=some)
-
-    def check_untouched(self) -> None:
-        """Refuse gradients that something else has changed since `mark`, or since the window opened.
-
-        Raises:
-            GradientsTouchedError: They were zeroed, clipped, or added to by another backward.
-        """
-        self._changes.check(self._sums)
 
     def widens(self, parameter: Tensor) -> bool:
         """Return whether a parameter's gradients add up in a wider buffer or in an optimizer's state.
@@ -171,6 +156,11 @@ class GradientSum:
         """List the sums of the parameters that an optimizer steps, as `gradients` does."""
         return [(each, total) for each, total in self.gradients() if each.held]
 
+    def held_sums(self) -> list[Tensor]:
+        """List the sums of `held` alone."""
+        pairs = zip(self._named, self._all(), strict=True)
+        return [total for each, total in pairs if total is not None and each.held]
+
     def without_states(self, factor: float) -> Iterator[tuple[Named, Tensor]]:
         """Yield what `held` lists, without the optimizers' states; ``factor`` is what finishes the gradient."""
         for each, total in self.held():
@@ -179,10 +169,11 @@ class GradientSum:
     @property
     def present(self) -> list[bool]:
         """Whether each parameter, in the order of `open`, got a gradient."""
-        return [
-            total is not None and not (self._fold is not None and self._fold.is_untouched(each.parameter))
-            for each, total in zip(self._named, self._all(), strict=True)
-        ]
+        found, fold = [total is not None for total in self._all()], self._fold
+        if fold is not None:
+            pairs = zip(found, self._named, strict=True)
+            found = [present and not fold.is_untouched(each.parameter) for present, each in pairs]
+        return found
 
     @property
     def sparse(self) -> list[bool]:
@@ -238,14 +229,9 @@ class GradientSum:
             self.drop(self.present)
 
     @property
-    def is_folded(self) -> bool:
-        """Whether gradients add up in an optimizer's state."""
-        return self._fold is not None
-
-    @property
     def versions(self) -> list[int]:
         """The version counter of each parameter, in the order of `open`."""
-        return [parameter._version for parameter in self._parameters]
+        return list(map(_VERSION, self._parameters))
 
     @property
     def named(self) -> Sequence[Named]:
@@ -384,14 +370,15 @@ class GradientSum:
         self._before = []
 
     def _all(self) -> list[Tensor | None]:
-        return self._sums(range(len(self._named)))
+        return self._sums(slice(None))
 
-    def _sums(self, indices: Iterable[int]) -> list[Tensor | None]:
-        parameters, totals = self._parameters, self._wide.totals
-        if not totals:
-            return [parameters[index].grad for index in indices]
-        return [totals[index] if index in totals else parameters[index].grad for index in indices]
+    def _sums(self, some: slice) -> list[Tensor | None]:
+        found, totals = list(map(_GRAD, self._parameters[some])), self._wide.totals
+        if totals:
+            indices = range(len(self._parameters))[some]
+            found = [totals.get(index, grad) for index, grad in zip(indices, found, strict=True)]
+        return found
 
     def _end(self) -> None:
         self._wide.close()
-        self._changes.close()
+        self._mark = None

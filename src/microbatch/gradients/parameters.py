@@ -41,12 +41,13 @@ class Frozen:
 
 def first_parameter(model: nn.Module) -> nn.Parameter | None:
     """Return what ``next(model.parameters(), None)`` returns, without the generators of a walk over all modules."""
-    own = model._parameters.values()  # pyright: ignore[reportPrivateUsage]
-    found = next((each for each in own if each is not None), None)
-    for child in model._modules.values() if found is None else ():  # pyright: ignore[reportPrivateUsage]
+    for parameter in model._parameters.values():  # pyright: ignore[reportPrivateUsage]
+        if parameter is not None:
+            return parameter
+    for child in model._modules.values():  # pyright: ignore[reportPrivateUsage]
         if child is not None and (found := first_parameter(child)) is not None:
-            break
-    return found
+            return found
+    return None
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -79,13 +80,15 @@ class Trainable:
         found: list[Any] = [
             each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]
         ]
+        seen: list[object] = []
         for module in modules:
-            found += module._parameters.values()  # pyright: ignore[reportPrivateUsage]
-        seen: list[object] = [*found, *(None if each is None else each.requires_grad for each in found)]
-        for module in modules:
+            own: Any = module._parameters  # pyright: ignore[reportPrivateUsage]
+            found += own.values()
             seen.append(module)
-            seen += module._parameters.keys()  # pyright: ignore[reportPrivateUsage]
+            seen += own.keys()
             seen += module._modules.keys()  # pyright: ignore[reportPrivateUsage]
+        seen += found
+        seen += [None if each is None else each.requires_grad for each in found]
         if len(seen) != len(self._seen) or not all(map(operator.is_, seen, self._seen)):
             self._seen, self._named = seen, trainable(model, optimizers)
             self._by_name = dict(model.named_parameters(remove_duplicate=False))

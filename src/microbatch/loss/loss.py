@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Number, Real
+from operator import attrgetter
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -94,7 +95,8 @@ class Share:
         weight: Factor that turns ``value`` into a sum.
         count: Number of samples or targets in the sum.
         is_mean: Whether ``value`` is a mean over the microbatch's rows.
-        metrics: Sums of the microbatch to report, by name; 0-d, on the device of ``value``, without a graph.
+        metrics: Sums of the microbatch to report, by name; 0-d, on the device of ``value``, without a graph. `None` for
+            none.
     """
 
     name: str
@@ -102,7 +104,10 @@ class Share:
     weight: float
     count: Count
     is_mean: bool
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] | None = None
+
+
+value_of = attrgetter("value")
 
 
 def shares_of(returned: object, *, rows: float | None) -> list[Share]:
@@ -122,9 +127,9 @@ def shares_of(returned: object, *, rows: float | None) -> list[Share]:
         NoGraphError: A loss has no graph.
         MissingCountError: A loss is a plain mean, and ``rows`` is `None`.
     """
-    if returned is None:
-        return []
-    if not isinstance(returned, Tensor) and isinstance(returned, Mapping):  # the second question takes longer
+    if isinstance(returned, Tensor):
+        return _mean_of("loss", returned, rows)
+    if isinstance(returned, Mapping):
         terms = {str(name): loss for name, loss in cast("Mapping[Any, Any]", returned).items()}
         if len(terms) < len(returned):
             raise LossError(f"two terms of the loss have the same name as text: {', '.join(map(repr, returned))}")
@@ -150,7 +155,8 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
     if isinstance(loss, Loss):
         if not isinstance(loss.count, Tensor) and loss.count == 0:
             return []
-        _check_graph(loss.sum, name)
+        if not loss.sum.requires_grad:
+            _refuse_without_graph(name)
         return [Share(name, loss.sum, 1.0, loss.count, is_mean=False, metrics=_metrics(loss))]
     if not isinstance(loss, Tensor):
         if attribute(loss, "loss") is not None or (isinstance(loss, tuple) and loss and isinstance(loss[0], Tensor)):
@@ -159,6 +165,10 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
             f"the loss {name!r} is {kind_of(loss)}; return a 0-d tensor (the mean over the microbatch's "
             f"samples), mb.Loss(sum=..., count=...), or a dict of these{_ITEM if isinstance(loss, Number) else ''}"
         )
+    return _mean_of(name, loss, rows)
+
+
+def _mean_of(name: str, loss: Tensor, rows: float | None) -> list[Share]:
     if loss.ndim or loss.dtype not in _USUAL or loss.layout is not torch.strided or loss.is_meta:
         _check_scalar(loss, f"the loss {name!r}")
     if rows is None:
@@ -169,7 +179,8 @@ def _shares_of_term(name: str, loss: object, rows: float | None) -> list[Share]:
         )
     if rows == 0:
         return []
-    _check_graph(loss, name)
+    if not loss.requires_grad:
+        _refuse_without_graph(name)
     return [Share(name, loss, float(rows), rows, is_mean=True)]
 
 
@@ -222,12 +233,11 @@ def _check_metric(value: object, name: str) -> None:
         raise LossShapeError(f"the metric {name!r} must be a number or a 0-d tensor, summed over the rows, not {told}")
 
 
-def _check_graph(value: Tensor, name: str) -> None:
-    if not value.requires_grad:
-        raise NoGraphError(
-            f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
-            "or depends on no parameter that requires a gradient. Return None for a microbatch that contributes nothing"
-        )
+def _refuse_without_graph(name: str) -> None:
+    raise NoGraphError(
+        f"the loss {name!r} has no graph, so it has no gradient: it was detached, computed under torch.no_grad, "
+        "or depends on no parameter that requires a gradient. Return None for a microbatch that contributes nothing"
+    )
 
 
 def _refuse_beside(terms: Mapping[str, Any]) -> None:

@@ -137,7 +137,7 @@ def own_part(share: Share, *, own: int, whole: int) -> Share:
     if own == whole:
         return share
     count = to_wide(share.count) if isinstance(share.count, Tensor) else share.count
-    metrics = {name: value * own / whole for name, value in share.metrics.items()}
+    metrics = {name: value * own / whole for name, value in (share.metrics or {}).items()}
     return replace(share, weight=share.weight * own / whole, count=count * own / whole, metrics=metrics)
 
 

@@ -67,19 +67,19 @@ class Cutting:
         return None if self.pieces is None else [piece.rows for piece in self.pieces]
 
 
-def cut_up(batch: object, *, lengths: Lengths | None, sizing: Sizing, device: torch.device) -> Cutting:
-    """Cut a batch, or each batch of `Batches`."""
+def cut_up(batch: object, rows: int, *, lengths: Lengths | None, sizing: Sizing, device: torch.device) -> Cutting:
+    """Cut a batch of a number of rows, or each batch of `Batches`."""
     cuttings: list[Cutting] = []
     start = 0
     for part in parts_of(batch):
-        rows = rows_of(part)
-        if not rows:
+        count = rows if part is batch else rows_of(part)
+        if not count:
             continue
         if lengths is None:
-            cuttings.append(_by_rows(part, rows, sizing=sizing, device=device))
+            cuttings.append(_by_rows(part, count, sizing=sizing, device=device))
         else:
             cuttings.append(_by_length(part, start, sizing=sizing, lengths=lengths, device=device))
-        start += rows
+        start += count
     if len(cuttings) == 1:
         return cuttings[0]
     return Cutting(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Any, TypeAlias
 
 import torch
@@ -32,17 +33,27 @@ from microbatch.step.host_numbers import is_whole
 Counts: TypeAlias = Mapping[str, Count] | Callable[..., Mapping[str, Count]]
 Total: TypeAlias = Callable[[float, Mapping[str, float]], tuple[float, Mapping[str, float]]]
 """Adds up rows and counts over the ranks."""
+_NUMBERS = {int, float}
 
 
 @dataclass(slots=True)
 class _Term:
-    """The sums and counts of one term so far; tensors stay on the device."""
+    """The sums and counts of one term so far; tensors stay on the device.
+
+    Attributes:
+        expected: The expected count.
+        added: For each microbatch the loss, its weight, its count, and the index of the microbatch.
+        seeds: The seeds so far, by weight, dtype and device.
+    """
 
     expected: float
-    values: list[Tensor] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    counts: list[Count] = field(default_factory=list)
-    microbatches: list[int | None] = field(default_factory=list)
+    added: list[tuple[Tensor | float, float, Count, int | None]] = field(default_factory=list)
+    seeds: dict[tuple[float, torch.dtype, torch.device], Tensor] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[Count]:
+        """The count of each microbatch."""
+        return [count for _, _, count, _ in self.added]
 
 
 class Denominator:
@@ -58,20 +69,21 @@ class Denominator:
         shared: Whether all ranks expect the same count, because their gradients are reduced before the division.
         metrics: Sum of each metric so far, by name, on the device.
         means: Whether every term is a plain mean over the rows of a microbatch.
+        declares: Whether the user gave ``counts=``.
 
     Source:
         Laws N1 to N9.
     """
 
     def __init__(self, counts: Counts | None = None, *, estimate: float | None = None) -> None:
-        self._counts, self._estimate = counts, estimate
+        self._counts, self._estimate, self.declares = counts, estimate, counts is not None
         self.rows: int | None = None
         self.declared: Mapping[str, float] | None = None
         self.shared = self.means = False
         self.metrics: dict[str, Tensor] = {}
         self._expected = estimate or 1.0
         self._terms: dict[str, _Term] = {}
-        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._wide = False
 
     # -- before the first backward -------------------------------------------------------------------------------------
 
@@ -104,11 +116,6 @@ class Denominator:
         """Expect the rows of all ranks on every rank, because gradients are reduced before the division."""
         if self.declared is None:
             self.rows, self._expected, self.shared = None, self._estimate or rows, True
-
-    @property
-    def declares(self) -> bool:
-        """Whether the user gave ``counts=``."""
-        return self._counts is not None
 
     def need(self, *, alone: bool) -> None:
         """Check before a backward that declared counts are known; `MissingCountError` if they need the whole batch."""
@@ -151,20 +158,32 @@ class Denominator:
         """
         if not self._terms:
             self._begin(shares)
-        return [self._seed(share) for share in shares]
+        seeds: list[Tensor] = []
+        for share in shares:
+            term, value = self._terms.get(share.name) or self._new_term(share), share.value
+            # Microbatches of one size have the same seed, and a lookup is faster than creating a tensor.
+            key = share.weight, value.dtype, value.device
+            seed = term.seeds.get(key)
+            if seed is None:
+                seed = term.seeds[key] = self._new_seed(share, term.expected)
+            if isinstance(share.count, Tensor):
+                # A count on the device is not read by the host, so a count of 0 sets the seed to 0 on the device.
+                seed = torch.where(share.count.to(seed.device) == 0, torch.zeros_like(seed), seed)
+            seeds.append(seed)
+        return seeds
 
-    def add(self, shares: Sequence[Share], *, microbatch: int | None) -> None:
+    def add(self, shares: Sequence[Share], microbatch: int | None) -> None:
         """Add the shares of one microbatch, detached; its index is `None` for a loss of the whole batch."""
         for share in shares:
-            term = self._terms[share.name]
+            value = share.value
             # A copy, because some losses of torch (such as mse_loss) return a number in the storage of a tensor as
-            # large as their input, and would keep this storage alive until the window ends.
-            term.values.append(share.value.data.clone())
-            term.weights.append(share.weight)
-            term.counts.append(share.count)
-            term.microbatches.append(microbatch)
-            for name, value in share.metrics.items():
-                self.metrics[name] = self.metrics[name] + value if name in self.metrics else value
+            # large as their input, and would keep this storage alive until the window ends. The CPU never waits for
+            # a number of its own, and reading it takes a third of the time.
+            kept = value.item() if type(value) is Tensor and value.is_cpu else value.data.clone()
+            self._terms[share.name].added.append((kept, share.weight, share.count, microbatch))
+            if share.metrics:
+                for name, metric in share.metrics.items():
+                    self.metrics[name] = self.metrics[name] + metric if name in self.metrics else metric
 
     def estimated_factor(self, *, ranks: int) -> float:
         """Estimate the final `factor`, exactly if the count is known; only a scale, never part of the result."""
@@ -183,23 +202,22 @@ class Denominator:
     @property
     def contributed(self) -> bool:
         """Whether any microbatch contributed."""
-        return any(term.values for term in self._terms.values())
+        return any(term.added for term in self._terms.values())
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype in which the window's loss is reported: the dtype of the losses, at least float32."""
-        values = [value for term in self._terms.values() for value in term.values[:1]]
-        return torch.promote_types(values[0].dtype, torch.float32) if values else torch.float32
+        return torch.float64 if self._wide else torch.float32
 
-    def totals(self, device: torch.device) -> list[tuple[Tensor, Tensor | float]]:
+    def totals(self, device: torch.device) -> list[tuple[Tensor | float, Tensor | float]]:
         """Add up every term.
 
         Args:
             device: The device of the tensors.
 
         Returns:
-            Sum and count of each term, in the order of `names`; 0-d tensors, float64 if the device has it. A count is a
-            number if no microbatch's count is on the device.
+            Sum and count of each term, in the order of `names`: numbers if they are on the host, otherwise 0-d tensors,
+            float64 if the device has it.
 
         Cost:
             No host synchronisation.
@@ -242,17 +260,16 @@ class Denominator:
         term = self._terms.get(name)
         if term is None:
             return []
-        counts = [float(count) for count in term.counts]
-        sums = [float(v) * w if c else 0.0 for v, w, c in zip(term.values, term.weights, counts, strict=True)]
-        return [(index or 0, s, count) for index, s, count in zip(term.microbatches, sums, counts, strict=True)]
+        read = [(index or 0, value, weight, float(count)) for value, weight, count, index in term.added]
+        return [(index, float(value) * weight if count else 0.0, count) for index, value, weight, count in read]
 
     def first_nonfinite(self) -> int | None:
         """Return the index of the first microbatch whose loss is infinite or NaN, or `None`; reads every loss."""
         found = [
             index
             for term in self._terms.values()
-            for index, value, count in zip(term.microbatches, term.values, term.counts, strict=True)
-            if index is not None and not torch.isfinite(value) and float(count) != 0
+            for value, _, count, index in term.added
+            if index is not None and not math.isfinite(float(value)) and float(count) != 0
         ]
         return min(found, default=None)
 
@@ -260,7 +277,7 @@ class Denominator:
 
     def _begin(self, shares: Sequence[Share]) -> None:
         own = [share.name for share in shares if not share.is_mean]
-        if len(shares) > 1 and own:
+        if own and len(shares) > 1:
             raise MissingCountError(
                 f"the loss has the terms {', '.join(repr(share.name) for share in shares)}, and {own[0]!r} has a count "
                 "of its own: each term's denominator is needed before the first backward. Pass counts=, a function of "
@@ -274,31 +291,22 @@ class Denominator:
         expected = _power_of_two(expected) if narrow or guessed else expected
         self._terms = {share.name: _Term(expected=expected) for share in shares}
 
-    def _seed(self, share: Share) -> Tensor:
-        term = self._terms.get(share.name)
-        if term is None and self.declared is not None and share.is_mean and self.rows:
-            # A mean over samples needs no declared count: its denominator is the rows of the batch.
-            term = self._terms[share.name] = _Term(expected=float(self.rows))
-        if term is None:
-            raise UnknownTermError(
-                f"the loss has a term {share.name!r}, and this window's terms are "
-                f"{', '.join(repr(name) for name in self._terms)}: every term has to be in the first microbatch's "
-                "loss, or in what counts= returns"
-            )
-        if not term.expected > 0:
+    def _new_seed(self, share: Share, expected: float) -> Tensor:
+        if not expected > 0:
             raise CountError(f"counts= declared 0 for the term {share.name!r}, and a microbatch contributed to it")
-        seed = self._constant(share.weight / term.expected, like=share.value)
-        if isinstance(share.count, Tensor):
-            # A count on the device is not read by the host, so a count of 0 sets the seed to 0 on the device.
-            seed = torch.where(share.count.to(seed.device) == 0, torch.zeros_like(seed), seed)
-        return seed
+        value = share.value
+        self._wide = self._wide or value.dtype is torch.float64
+        return torch.full((), share.weight / expected, dtype=value.dtype, device=value.device)
 
-    def _constant(self, number: float, *, like: Tensor) -> Tensor:
-        # Microbatches of one size have the same seed, and a lookup is faster than creating a tensor.
-        key = (number, like.dtype, like.device)
-        if key not in self._constants:
-            self._constants[key] = torch.full((), number, dtype=like.dtype, device=like.device)
-        return self._constants[key]
+    def _new_term(self, share: Share) -> _Term:
+        if self.declared is not None and share.is_mean and self.rows:
+            # A mean over samples needs no declared count: its denominator is the rows of the batch.
+            return self._terms.setdefault(share.name, _Term(expected=float(self.rows)))
+        raise UnknownTermError(
+            f"the loss has a term {share.name!r}, and this window's terms are "
+            f"{', '.join(repr(name) for name in self._terms)}: every term has to be in the first microbatch's "
+            "loss, or in what counts= returns"
+        )
 
     def _check_declared(self, counts: Mapping[str, float]) -> None:
         declared = dict(self.declared or {})
@@ -334,24 +342,31 @@ def _number(count: Count, name: str) -> float:
     return check_number(count, f"the count of {name!r}")
 
 
-def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | float]:
+def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | float, Tensor | float]:
     """Add up the sums and the counts of a term."""
-    if not term.values:
-        return torch.zeros((), dtype=dtype, device=device), 0.0
-    values = torch.stack([value if value.device == device else value.to(device) for value in term.values])
-    on_host = not any(isinstance(count, Tensor) for count in term.counts)  # checked, and none is 0
-    if on_host and len(set(term.weights)) == 1:
-        return values.sum(dtype=dtype) * term.weights[0], float(sum(term.counts))
-    sums = values.to(dtype) * torch.tensor(term.weights, dtype=dtype, device=device)
+    if not term.added:
+        return 0.0, 0.0
+    values, weights, counts, _ = zip(*term.added, strict=True)
+    on_host = _NUMBERS.issuperset(map(type, counts))  # checked, and none is 0
+    if on_host and _NUMBERS.issuperset(map(type, values)):
+        return float(sum(map(mul, values, weights))), float(sum(counts))
+    tensors = torch.stack([_as_tensor(value, dtype, device) for value in values])
+    if on_host and len(set(weights)) == 1:
+        return tensors.sum(dtype=dtype) * weights[0], float(sum(counts))
+    sums = tensors.to(dtype) * torch.tensor(weights, dtype=dtype, device=device)
     if on_host:
-        return sums.sum(), float(sum(term.counts))
-    whole = dtype is torch.float32 and all(map(is_whole, term.counts))  # without float64, they would be rounded
+        return sums.sum(), float(sum(counts))
+    whole = dtype is torch.float32 and all(map(is_whole, counts))  # without float64, they would be rounded
     kind = torch.int64 if whole else dtype
-    counts = torch.stack([torch.as_tensor(count, device=device).detach().to(kind) for count in term.counts])
+    counts = torch.stack([torch.as_tensor(count, device=device).detach().to(kind) for count in counts])
     # A sum could hide a negative count; it cannot hide NaN, or so low a number.
     counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
+
+
+def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return value.to(device) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=device)
 
 
 def _power_of_two(number: float) -> float:

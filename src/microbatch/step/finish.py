@@ -132,13 +132,14 @@ def record_of(met: Met, factor: float = 1.0) -> dict[str, Any]:
         The fields.
     """
     pairs = zip(met.sums, met.counts.values(), strict=True)
-    means = [(total / count if count > 0 else torch.zeros_like(total)).to(met.dtype) for total, count in pairs]
+    means = [total / count if count > 0 else 0.0 for total, count in pairs]
+    as_tensor = partial(torch.full, (), dtype=met.dtype, device=met.norm.device)
     whole = {name: int(count) if count.is_integer() else count for name, count in met.counts.items()}
     several = list(met.names) != ["loss"]
     return {
-        "loss": means[0] if len(means) == 1 else sum(means, torch.zeros((), dtype=met.dtype, device=met.norm.device)),
+        "loss": as_tensor(sum(means)),
         "metrics": dict(met.metrics),
-        "terms": dict(zip(met.names, means, strict=True)) if several else {},
+        "terms": dict(zip(met.names, map(as_tensor, means), strict=True)) if several else {},
         "grad_norm": met.norm if factor == 1.0 else met.norm * factor,
         "count": next(iter(whole.values()), 0),
         "counts": whole if several else {},

@@ -16,8 +16,7 @@ class Met:
 
     Attributes:
         names: Names of the loss's terms.
-        sums: Sum of each term, on the device; shape ``()`` each.
-        host_sums: The values of ``sums`` on the host.
+        sums: Sum of each term, on the host.
         counts: Count of each term.
         samples: Rows of the effective batch.
         dtype: The dtype in which the loss is reported.
@@ -29,8 +28,7 @@ class Met:
     """
 
     names: Sequence[str]
-    sums: Sequence[Tensor]
-    host_sums: Sequence[float]
+    sums: Sequence[float]
     counts: Mapping[str, float]
     samples: float
     dtype: torch.dtype
@@ -43,4 +41,4 @@ class Met:
     @property
     def finite(self) -> bool:
         """Whether the loss and the gradient are finite."""
-        return all(map(math.isfinite, (self.host_norm, *self.host_sums)))
+        return all(map(math.isfinite, (self.host_norm, *self.sums)))

@@ -61,9 +61,10 @@ def _reserved(optimizer: Optimizer, step: Callable[[], object]) -> None:
         held = [
             torch.empty_like(each)
             for group in optimizer.param_groups
+            if (copies := state_copies(optimizer, group))
             for each in group["params"]
             if each.grad is not None
-            for _ in range(state_copies(optimizer, group))
+            for _ in range(copies)
         ]
         del held
     step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,11 +38,14 @@ class OwnLoop(OpenWindow):
 
     def check_open(self, verb: str) -> None:
         """Raise an error for a call outside the window's block, or in another thread."""
-        self.undo.interrupts.deliver()
-        self.undo.check_thread(verb)
         if self._state != "open":
             when = "before it was entered" if self._state == "new" else "after it was closed"
             raise WindowClosedError(f"cannot {verb} a window {when}; use it inside its `with` block or its loop")
+        undo = self.undo
+        if undo.interrupts.waiting:
+            undo.interrupts.deliver()
+        if undo.ident != get_ident():
+            undo.refuse_thread(verb)
 
     def begin(self, batch: object, cutting: Cutting) -> Begin:
         """Prepare all parts for the microbatches of a batch."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import random
+import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -16,31 +19,39 @@ from torch.optim import Optimizer
 
 from microbatch.devices.backend import random_state, set_random_state
 from microbatch.gradients.parameters import Frozen
+from microbatch.shards import PLAIN
 
-PLAIN = (Tensor, nn.Parameter)
-"""The types whose values and memory can be compared."""
 _TWISTER = 4 * 624 + 4  # bytes of a Mersenne twister: its words, and its place in them
+_HEAD = object.__basicsize__  # bytes of a Python object before what its type adds
 _C: Any = getattr(torch, "_C")  # noqa: B009 - private, and without types
 
 
+_STORAGE, _ADDRESS = methodcaller("untyped_storage"), methodcaller("data_ptr")
+
+
 class Memory:
-    """Keep the memory of a tensor's values, to see whether an assignment to ``.data`` replaces it.
+    """Keep the memory of tensors' values, to see whether an assignment to ``.data`` replaces it.
 
     Memory that is freed may be given to the next tensor, at the same address. Memory that is kept is not.
 
     Args:
-        tensor: A strided tensor.
+        tensors: Strided tensors.
     """
 
-    __slots__ = ("_address", "_kept", "_tensor")
+    __slots__ = ("_addresses", "_kept", "_tensors")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._kept, self._address = tensor, tensor.untyped_storage(), tensor.data_ptr()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._kept = tensors, list(map(_STORAGE, tensors))
+        self._addresses = list(map(_ADDRESS, tensors))
 
     @property
-    def replaced(self) -> bool:
-        """Whether the tensor's values lie elsewhere now."""
-        return self._tensor.data_ptr() != self._address
+    def replaced(self) -> list[Tensor]:
+        """The tensors whose values lie elsewhere now."""
+        now = list(map(_ADDRESS, self._tensors))
+        if now == self._addresses:
+            return []
+        trios = zip(self._tensors, now, self._addresses, strict=True)
+        return [tensor for tensor, address, before in trios if address != before]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class Buffer:
     def moved(self) -> bool:
         """Whether it was written to, or replaced by another tensor."""
         written = self.now() is not self.tensor or self.tensor._version != self.version
-        return written or (self.memory is not None and self.memory.replaced)
+        return written or (self.memory is not None and bool(self.memory.replaced))
 
     @property
     def same(self) -> bool:
@@ -141,7 +152,7 @@ class Snapshot:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._random, self._device, self._model = RandomState(device), device, model
-        self.modules = list(model.modules())
+        self.modules = _modules_of(model)
         self.buffers = [
             Buffer(module, name, tensor, tensor.detach().clone(), tensor._version)
             for module in self.modules
@@ -159,7 +170,7 @@ class Snapshot:
         for each in frozen:
             tensor = each.parameter.detach()
             copy = tensor.to("cpu", copy=True) if on_host else tensor.clone()
-            version, memory = each.parameter._version, Memory(each.parameter)
+            version, memory = each.parameter._version, Memory([each.parameter])
             self.buffers.append(Buffer(each.module, each.name, each.parameter, copy, version, memory))
 
     def drop_still(self) -> None:
@@ -200,6 +211,21 @@ class Snapshot:
                     buffer.tensor.set_(buffer.copy.clone())  # pyright: ignore[reportArgumentType]
 
 
+def _modules_of(model: nn.Module) -> list[nn.Module]:
+    """Return what ``list(model.modules())`` returns, without a generator for each module."""
+    if type(model).named_modules is not nn.Module.named_modules or type(model).modules is not nn.Module.modules:
+        return list(model.modules())
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            children: Any = module._modules  # pyright: ignore[reportPrivateUsage]
+            waiting += reversed(children.values()) if children else ()
+    return list(found)
+
+
 def _version_kept(tensor: Tensor) -> AbstractContextManager[object]:
     keep = getattr(torch.autograd, "_unsafe_preserve_version_counter", None)  # private by name
     return nullcontext() if keep is None else keep(tensor)
@@ -222,18 +248,16 @@ class RandomState:
 
     Args:
         device: The device whose generator is copied, in addition to the CPU's.
-        before: An earlier copy, to share the state of Python's generator if it has not changed; `None` shares nothing.
 
     Cost:
-        A few kilobytes, most of them for Python's generator; no host synchronisation.
+        A few kilobytes; no host synchronisation.
     """
 
-    def __init__(self, device: torch.device, before: RandomState | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._on_device = random_state(device)
-        now = random.getstate()
-        self._python = before._python if before is not None and before._python == now else now
+        self._python = _python_state()
         self._numpy = _numpy_state()
 
     def restore(self) -> None:
@@ -246,31 +270,67 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self._numpy)
 
 
-class _Seen:
-    """The last state that was read of NumPy's generator, and the bytes it was read from."""
+class _Twister:
+    """Read the state of a generator, and return the same object again while the generator's memory has not changed.
 
-    raw: bytes = b""
-    state: Any = None
+    Most models draw nothing from the generators of Python and NumPy, and reading one of them takes 25 microseconds.
+
+    Attributes:
+        last: The last state that was read; `None` before the first.
+    """
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self.last: Any = None
+
+    def read(self, address: int, state: Callable[[], Any], *, again: bool = False) -> Any:
+        """Return the state.
+
+        Args:
+            address: Where the words of the Mersenne twister lie, and its place in them.
+            state: Returns the state; called only if the memory has changed.
+            again: Whether to call ``state`` anyway.
+        """
+        raw = ctypes.string_at(address, _TWISTER)
+        if again or raw != self._raw:
+            self._raw, self.last = raw, state()
+        return self.last
+
+
+_PYTHON, _NUMPY = _Twister(), _Twister()
+
+
+def _python_state() -> Any:
+    """Return what `random.getstate` returns."""
+    generator: Any = getattr(random.getstate, "__self__", None)
+    plain = type(generator) is random.Random  # noqa: S311 - a type
+    if not plain or not _lies_behind_its_head(generator):
+        return random.getstate()
+    words = _PYTHON.read(id(generator) + _HEAD, lambda: generator.getstate()[1])
+    return generator.VERSION, words, generator.gauss_next  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _lies_behind_its_head(generator: Any) -> bool:
+    """Return whether a generator's memory is, behind the head of the object, its place and its words, as in CPython."""
+    if sys.implementation.name != "cpython":
+        return False
+    place, *words = struct.unpack("=i624I", ctypes.string_at(id(generator) + _HEAD, _TWISTER))
+    return generator.getstate()[1] == (*words, place)
 
 
 def _numpy_state() -> Any:
-    """Return the state of NumPy's global generator; `None` if NumPy is not imported.
-
-    Cost:
-        25 microseconds. Under one if the generator's memory has not changed since the last call: most models draw
-        nothing from it.
-    """
+    """Return the state of NumPy's global generator; `None` if NumPy is not imported."""
     if "numpy" not in sys.modules:
         return None
     generators: Any = sys.modules["numpy"].random
     generator: Any = generators.get_bit_generator() if hasattr(generators, "get_bit_generator") else None
     if type(generator).__name__ != "MT19937":
         return generators.get_state(legacy=False)
-    raw = ctypes.string_at(generator.ctypes.state_address, _TWISTER)
     # The second number of a pair of normals, which NumPy keeps for the next call, is not in this memory.
-    if raw != _Seen.raw or _Seen.state is None or _Seen.state["has_gauss"]:
-        _Seen.raw, _Seen.state = raw, generators.get_state(legacy=False)
-    return _Seen.state
+    kept = _NUMPY.last is not None and bool(_NUMPY.last["has_gauss"])
+    read = partial(generators.get_state, legacy=False)
+    return _NUMPY.read(generator.ctypes.state_address, read, again=kept)
 
 
 class Modes:

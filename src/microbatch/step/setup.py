@@ -73,7 +73,8 @@ class Setup:
 
     def having(self, hook: str) -> list[Part]:
         """Return the parts that override a hook, the outermost first."""
-        if hook not in self.hooked:
+        found = self.hooked.get(hook)
+        if found is None:
             plain = [getattr(kind, hook) for kind in (Part, Passes, Peers)]
-            self.hooked[hook] = [part for part in self.parts if getattr(type(part), hook) not in plain]
-        return self.hooked[hook]
+            found = self.hooked[hook] = [part for part in self.parts if getattr(type(part), hook) not in plain]
+        return found

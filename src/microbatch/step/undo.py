@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
 from microbatch.errors import OutOfMemoryError, RankError, WindowError
-from microbatch.interrupts import interrupts_here
+from microbatch.interrupts import Interrupts, interrupts_here
 from microbatch.memory.signal_errors import is_from_signal
 from microbatch.step.optimizer_step import Versions
 from microbatch.step.saved_state import Modes, Snapshot, Unscaled
@@ -17,26 +20,31 @@ class Undo:
     """Restore the state from before a window after an error, while signals wait; one thread uses the window.
 
     Attributes:
-        restore: Restores the state when it is closed.
+        steps: Functions that restore the state; the last one is called first.
+        hooks: Hooks that are removed at the end of the window.
         snapshot: The random state and the buffers from before the window, once they are saved.
         versions: For each optimizer, the versions of its parameters and state before its step; empty before the step.
         waited_for: Whether other ranks may wait for this one.
-        interrupts: Postpones signals.
+        interrupts: Postpones signals, from `begin` on.
+        ident: The thread that uses the window, from `begin` on.
     """
 
+    steps: list[Callable[[], object]]
+    hooks: list[RemovableHandle]
     versions: list[Versions]
+    interrupts: Interrupts
+    ident: int
     _modes: Modes
+    _thread: threading.Thread
 
     def __init__(self) -> None:
-        self.restore, self.versions, self.waited_for = ExitStack(), [], False
-        self.interrupts, self._thread = interrupts_here(), threading.current_thread()
-        self._ident = threading.get_ident()
+        self.steps, self.hooks, self.versions, self.waited_for = [], [], [], False
         self._held: bool | None = None
 
     def begin(self, window: object) -> None:
         """Postpone signals while the window opens."""
         self.interrupts, self._thread = interrupts_here(), threading.current_thread()
-        self._ident = threading.get_ident()
+        self.ident = threading.get_ident()
         self._held = self.interrupts.held_by_window
         self.interrupts.begin(window)
         self._modes = Modes()
@@ -50,24 +58,25 @@ class Undo:
         """Save random state, buffers and the scaler's record."""
         if window.options.grad_scaler is not None:
             unscaled = Unscaled(window.options.grad_scaler, window.options.optimizers)
-            self.restore.callback(unscaled.restore)
+            self.steps.append(unscaled.restore)
             unscaled.set_aside()
         self.snapshot = Snapshot(window.model, window.device)
-        self.restore.callback(self.snapshot.restore)
+        self.steps.append(self.snapshot.restore)
 
     def end(self, window: object) -> None:
-        """Restore the signal handlers after the window."""
+        """Remove the hooks, and restore the signal handlers after the window."""
+        for hook in self.hooks:
+            hook.remove()
         held, self._held = self._held, None
         if held is not None:
             self.interrupts.end(window, held=held)
 
-    def check_thread(self, verb: str) -> None:
-        """Raise an error in a thread that did not open the window."""
-        if self._ident != threading.get_ident():
-            raise WindowError(
-                f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
-                f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"
-            )
+    def refuse_thread(self, verb: str) -> None:
+        """Raise the error of a thread that did not open the window."""
+        raise WindowError(
+            f"cannot {verb} a window in thread {threading.current_thread().name!r} that thread "
+            f"{self._thread.name!r} opened; create one accumulator, with its own model, for each thread"
+        )
 
     def restore_or_complete(self, window: Any, error: BaseException) -> None:
         """Restore the state from before the window; or end the step, if weights were written already."""
@@ -75,7 +84,9 @@ class Undo:
         if isinstance(error, KeyboardInterrupt) or is_from_signal(error):
             self._modes.restore()
         if all(each.untouched for each in self.versions):
-            self.restore.close()
+            with ExitStack() as stack:  # runs all of them, also if one raises an error
+                while self.steps:
+                    stack.callback(self.steps.pop(0))
             return
         # Buffers stay, too: they had moved before the step began.
         if window.record is None:

@@ -22,7 +22,7 @@ from microbatch.errors import (
 )
 from microbatch.failed_layer import explain_missing_kernel
 from microbatch.gradients.autograd_engine import run_backward
-from microbatch.loss.loss import LossLike, Share, check_number, shares_of
+from microbatch.loss.loss import LossLike, Share, check_number, shares_of, value_of
 from microbatch.step.cutting import Cutting, cut_up
 from microbatch.step.denominator import Counts, Denominator
 from microbatch.step.events import Event, MicrobatchDone, StepDone
@@ -92,12 +92,13 @@ class Window(OwnLoop):
         self.undo.waited_for = True
         self.undo.save(self)
         self.gradients = self.setup.sums(self.peers.index)
-        self.undo.restore.callback(self.gradients.put_back)
+        self.undo.steps.append(self.gradients.put_back)
         self.gradients.open(self.setup.trainable(options.model, options.optimizers, self.undo.snapshot.modules))
         for optimizer in options.optimizers:
-            self.outer.callback(optimizer.register_step_pre_hook(self._guard).remove)
+            self.undo.hooks.append(optimizer.register_step_pre_hook(self._guard))
         for part in self.setup.having("open"):
             part.open(self, self._inner)
+        self._young = history.here < _IN_FULL
         self._run: Run = run_backward
         for part in reversed(self.setup.having("backward")):
             self._run = part.backward(self, self._run)
@@ -110,7 +111,7 @@ class Window(OwnLoop):
         if not rows and self.peers.size == 1:
             raise EmptyBatchError("the batch has 0 rows; skip empty batches before they reach the training step")
         sizing = self.setup.sizing(rows)
-        return self.begin(batch, cut_up(batch, lengths=self.options.lengths, sizing=sizing, device=self.device))
+        return self.begin(batch, cut_up(batch, rows, lengths=self.options.lengths, sizing=sizing, device=self.device))
 
     def begin(self, batch: object, cutting: Cutting) -> Begin:
         """Prepare the denominator, the other ranks and all parts for the microbatches of a batch."""
@@ -131,11 +132,12 @@ class Window(OwnLoop):
 
     def go(self, p: Pass | None) -> None:
         """Leave the previous pass, and enter the next one; `None` after the last."""
-        self.undo.interrupts.deliver()
-        self.now, self.rows = p, p and p.rows
+        if self.undo.interrupts.waiting:
+            self.undo.interrupts.deliver()
         if self._around is not None:
             self._around.close()
             self._around = None
+        self.now, self.rows = p, p and p.rows
         for part in self.setup.having("around") if p else ():
             if (context := part.around(self, p)) is not None:
                 self._around = self._around or ExitStack()
@@ -167,7 +169,8 @@ class Window(OwnLoop):
         """Run the backward of one microbatch's loss, now or together with the other microbatches."""
         self.rows = self.rows if count is None else check_number(count, "count")
         shares, filler = shares_of(loss, rows=self.rows), self.now is not None and self.now.filler
-        self.denominator.need(alone=self.peers.size == 1)
+        if self.denominator.declares:
+            self.denominator.need(alone=self.peers.size == 1)
         counts = shares and not filler
         start = self.seeds(shares, len(self.done) + self.passes.waiting) if counts else self.peers.silence(loss)
         if filler:
@@ -179,22 +182,19 @@ class Window(OwnLoop):
     def seeds(self, shares: Sequence[Share], microbatch: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """Count a loss, and return its roots for backward with their first gradients, ``weight / expected``."""
         seeds, scaler = self.denominator.seeds(shares), self.options.grad_scaler
-        self.denominator.add(shares, microbatch=microbatch)
-        return [share.value for share in shares], [scaler.scale(seed) for seed in seeds] if scaler else seeds
+        self.denominator.add(shares, microbatch)
+        return list(map(value_of, shares)), list(map(scaler.scale, seeds)) if scaler else seeds
 
     def run(self, tensors: Sequence[Any], seeds: Sequence[Tensor]) -> None:
         """Run a backward, and check that no other code wrote to the gradients since the last one."""
         gradients = self.gradients
         gradients.check_untouched()
         if tensors:
-            gradients.begin(self._estimated_factor)
+            if gradients.is_folded:
+                ranks = 1 if self.coupled else self.peers.size
+                gradients.begin(partial(self.denominator.estimated_factor, ranks=ranks))
             backward_once(self._run, tensors, seeds)
-        # Code that writes to gradients does so in every window: the ends of the first windows are watched in full.
-        middle = bool(self.planned) and 0 < len(self.done) < self.planned - 1
-        gradients.mark(some=middle or self.setup.history.here >= _IN_FULL)
-
-    def _estimated_factor(self) -> float:
-        return self.denominator.estimated_factor(ranks=1 if self.coupled else self.peers.size)
+        gradients.mark(some=not self._young)  # code that writes to gradients does so in every window
 
     def went(self, rows: float | None) -> None:
         """Count a microbatch whose backward has run."""
@@ -287,7 +287,6 @@ class Window(OwnLoop):
     def _close(self) -> None:
         self.outer.close()
         self._state, self.source = "closed", ()
-        self.setup.history.release(self)
 
     def _release(self) -> None:
         self._run = run_backward  # what parts wrapped around it refers back to the window

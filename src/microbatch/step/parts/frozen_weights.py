@@ -11,11 +11,12 @@ from torch import nn
 
 from microbatch.errors import WeightsMovedError
 from microbatch.gradients.parameters import Frozen
+from microbatch.shards import PLAIN
 from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
 from microbatch.step.parts.watching import WINDOWS, buffers_advice, memory_of_some, moved_text, renorms
 from microbatch.step.record import Step
-from microbatch.step.saved_state import PLAIN, Buffer, Memory
+from microbatch.step.saved_state import Buffer, Memory
 
 _KIND = "frozen weights"
 
@@ -42,13 +43,13 @@ class FrozenWeights(Part):
         self._once, self._lockstep = once, lockstep
         self._others: list[Frozen] = []
         self._versions: list[int] = []
-        self._some: list[tuple[Frozen, Memory]] = []
+        self._some: Memory | None = None
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Copy the parameters that move or may move, and read the versions of the others."""
         frozen, moving = window.setup.trainable.frozen, window.setup.history.moving
         if not frozen:
-            self._others, self._versions, self._some = [], [], []
+            self._others, self._versions, self._some = [], [], None
             return
         kept: list[Frozen] = []
         young = _is_young(window)
@@ -69,8 +70,10 @@ class FrozenWeights(Part):
 
     def check(self, window: OpenWindow) -> None:
         """Warn about the parameters that the passes have moved, if there was more than one pass; refuse in lockstep."""
-        young, new = _is_young(window), self._new(window)
         kept = [each for each in window.undo.snapshot.buffers if each.memory is not None]
+        if not kept and not self._others:
+            return
+        young, new = _is_young(window), self._new(window)
         moved = [each for each in kept if each.moved or (young and not each.same)]
         window.setup.history.moving.update((each.module, each.name) for each in (*new, *moved))
         once = window.options.buffers in {ONCE, MEAN}
@@ -89,7 +92,7 @@ class FrozenWeights(Part):
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Warn about parameters that a window has moved which failed, and which had no copy of them."""
         new = [] if window.undo.versions else self._new(window)
-        self._some.clear()
+        self._some = None
         if not new:
             return
         window.setup.history.moving.update((each.module, each.name) for each in new)
@@ -101,7 +104,7 @@ class FrozenWeights(Part):
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Drop the memory that was kept."""
-        self._some.clear()
+        self._some = None
 
     def _new(self, window: OpenWindow) -> list[Frozen]:
         """Return the parameters without a copy that have moved."""
@@ -111,7 +114,8 @@ class FrozenWeights(Part):
         if now != self._versions:
             trios = zip(self._others, now, self._versions, strict=True)
             found = [each for each, version, before in trios if version != before and not renorms(each.module)]
-        found += [each for each, memory in self._some if memory.replaced and not _exempt(each.module)]
+        replaced = {id(each) for each in self._some.replaced} if self._some is not None else set[int]()
+        found += [each for each in self._others if id(each.parameter) in replaced and not _exempt(each.module)]
         old = window.setup.trainable.replaced(window.options.model).values() if _is_young(window) else ()
         if old and not window.options.is_sharded:
             gone = {id(each) for each in old if not each.is_meta}  # hooks that load weights for a call leave meta ones

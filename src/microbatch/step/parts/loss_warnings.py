@@ -104,14 +104,18 @@ class CouplingWarning(Part):
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Notice contrastive losses until the end of the window."""
         self._names, self._compared = listen(), 0
-        stack.callback(stop)
+
+    def put_back(self, window: OpenWindow, error: BaseException) -> None:
+        """Stop noticing."""
+        stop()
 
     def backward(self, window: OpenWindow, run: Run) -> Run:
         """Read each loss's graph."""
         return run if window.setup.history.here >= _WINDOWS else partial(self._run, window, run)
 
     def done(self, window: OpenWindow, step: Step) -> None:
-        """Warn if a cut window computed one without ``encode=``."""
+        """Stop noticing, and warn if a cut window computed one without ``encode=``."""
+        stop()
         if window.coupled is not None or step.microbatches < 2:
             return
         if self._names:

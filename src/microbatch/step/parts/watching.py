@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # pyright: ignor
 from microbatch.devices.backend import to_wide
 from microbatch.errors import WeightsMovedError, WindowError
 from microbatch.gradients.parameters import Frozen, Named
+from microbatch.shards import PLAIN
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.record import Step
-from microbatch.step.saved_state import PLAIN, Memory
+from microbatch.step.saved_state import Memory
 
 _NAMED = 4  # buffers that a warning names
+_PARAMETER, _TRAINED = attrgetter("parameter"), attrgetter("parameter.requires_grad")
 _ONCE = (
     'buffers="once" starts every microbatch from the values before the window, and keeps the update of the first '
     "microbatch"
@@ -28,7 +31,6 @@ _EACH = 'buffers="each" keeps this behaviour without the warning'
 WINDOWS = 2
 """Windows in which the values of buffers are compared."""
 _WATCHED = 8  # weights whose memory is compared in one window
-_Held = TypeVar("_Held", Named, Frozen)
 _NORM = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -49,7 +51,7 @@ class WatchedWeights(Part):
 
     def __init__(self) -> None:
         self._versions: list[int] = []
-        self._some: list[tuple[Named, Memory]] = []
+        self._some: Memory | None = None
         self._frozen: list[tuple[Tensor, Tensor | None]] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
@@ -67,10 +69,11 @@ class WatchedWeights(Part):
         """Compare the versions and the memory before the step; refuse weights replaced, frozen or thawed since."""
         self._compare(window)
         self._check_same(window)
-        replaced = next((each.name for each, memory in self._some if memory.replaced), None)
-        if replaced is not None and not _flattens(window, replaced):
+        moved = {id(each) for each in self._some.replaced} if self._some is not None else ()
+        replaced = [each.name for each in window.gradients.named if id(each.parameter) in moved] if moved else []
+        if replaced and not _flattens(window, replaced[0]):
             raise WeightsMovedError(
-                f"the values of the weight {replaced!r} were replaced inside the window (weight.data = ..., or "
+                f"the values of the weight {replaced[0]!r} were replaced inside the window (weight.data = ..., or "
                 "model.to(...)), so its microbatches would have gradients of different weights; replace weights "
                 "between windows"
             )
@@ -87,11 +90,11 @@ class WatchedWeights(Part):
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Drop the memory that was kept."""
-        self._some.clear()
+        self._some = None
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Drop the memory that was kept."""
-        self._some.clear()
+        self._some = None
 
     def _check_same(self, window: OpenWindow) -> None:
         """Refuse a window in whose course the model got other weights, or a weight with a gradient was frozen."""
@@ -108,7 +111,7 @@ class WatchedWeights(Part):
                     "weights, and the optimizer holds the parameter from before. Replace parameters between windows, "
                     "and create the optimizer again"
                 )
-        if all(each.parameter.requires_grad for each in named):
+        if all(map(_TRAINED, named)):
             return
         pairs = zip(named, window.gradients.present, strict=True)
         frozen = next((each.name for each, present in pairs if present and not each.parameter.requires_grad), None)
@@ -269,19 +272,11 @@ def renorms(module: Any) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
 
 
-def memory_of_some(window: OpenWindow, found: Sequence[_Held]) -> list[tuple[_Held, Memory]]:
-    """Keep the memory of a few parameters, other ones in each window; drop it when the window ends.
-
-    Args:
-        window: The window.
-        found: All of the parameters, each as an attribute ``parameter``.
-
-    Returns:
-        Pairs of an entry and its memory.
-    """
+def memory_of_some(window: OpenWindow, found: Sequence[Named | Frozen]) -> Memory:
+    """Keep the memory of a few parameters, other ones in each window; drop it when the window ends."""
     stride = len(found) // _WATCHED + 1
-    some = found[window.setup.history.windows % stride :: stride]
-    return [(each, Memory(each.parameter)) for each in some if type(each.parameter) in PLAIN]
+    some = map(_PARAMETER, found[window.setup.history.windows % stride :: stride])
+    return Memory([each for each in some if type(each) in PLAIN])
 
 
 def buffers_advice(*, once: bool, mean: bool = False) -> str:

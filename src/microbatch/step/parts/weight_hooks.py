@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from microbatch.step.met import Met
 from microbatch.step.part import OpenWindow, Part
 
 Hook = Callable[[Tensor], Tensor | None]
+_HOOKS = attrgetter("parameter._backward_hooks")
 
 # Whose hooks must run inside a backward, and do not change the gradient: this library's own, and those of
 # `torch.autograd.graph.register_multi_grad_hook` and of torch's wrappers for several ranks.
@@ -43,10 +45,11 @@ class WeightHooks(Part):
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Replace the hooks by others that do nothing, until the last backward has run."""
         self._aside = {}
-        hooked = [(place, each) for place, each in enumerate(window.gradients.named) if each.parameter._backward_hooks]
-        for place, each in hooked:
+        if not any(map(_HOOKS, window.gradients.named)):
+            return
+        for place, each in enumerate(window.gradients.named):
             found: Any = each.parameter._backward_hooks
-            hooks = {key: hook for key, hook in found.items() if not comes_from(hook, *_WITHIN)}
+            hooks = {key: hook for key, hook in (found or {}).items() if not comes_from(hook, *_WITHIN)}
             if not hooks:
                 continue
             if not _has_whole_gradients(window):
@@ -82,7 +85,7 @@ class WeightHooks(Part):
                 changed = hook(finished)
                 finished = finished if changed is None else changed
             gradients.put(place, finished.to(total.dtype))
-        met.norm = gradient_norm([total for _, total in gradients.held()], window.device)
+        met.norm = gradient_norm(gradients.held_sums(), window.device)
         met.host_norm = met.norm.item()
 
 

@@ -131,7 +131,7 @@ class Coupled:
             self._start = window.undo.snapshot.again()
         for p in window.passes.of(window, begin, graph=self._keep):
             if not self._keep:
-                self._states.append(RandomState(window.device, self._states[-1] if self._states else None))
+                self._states.append(RandomState(window.device))
             piece = self._encode_piece(p.microbatch, p.rows or 0, graph=self._keep)
             encoded.append(piece.copied())
             if self._keep:

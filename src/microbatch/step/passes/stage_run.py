@@ -102,7 +102,7 @@ class StageRun:
         if self._failure is not None:
             raise self._failure
         for index, shares in sorted(self._found.items()):
-            denominator.add(shares, microbatch=index)
+            denominator.add(shares, index)
 
     @property
     def passes(self) -> int:

@@ -36,8 +36,7 @@ class Alone(Peers):
         *flat, host_norm = numbers_of([*(number for pair in totals for number in pair), norm], device)
         return Met(
             names=denominator.names,
-            sums=[total for total, _ in totals],
-            host_sums=flat[0::2],
+            sums=flat[0::2],
             counts=dict(zip(denominator.names, flat[1::2], strict=True)),
             samples=sum(window.done),
             dtype=denominator.dtype,
@@ -72,4 +71,4 @@ def unscaled_norm(window: OpenWindow) -> Tensor:
         scaler.scale(torch.zeros((), device=window.device))  # makes its scale, where no microbatch has had a loss
         for optimizer in window.options.optimizers:
             scaler.unscale_(optimizer)
-    return gradient_norm([gradient for _, gradient in gradients.held()], window.device)
+    return gradient_norm(gradients.held_sums(), window.device)

@@ -210,11 +210,10 @@ class DataParallel(Peers):
     def met(self, window: OpenWindow, agreed: Message, sums: Sequence[float], counts: Mapping[str, float]) -> Met:
         """Create the results of the window, after gradients are reduced and divided."""
         self._present = {index for index, present in enumerate(agreed.present) if present}
-        norm, device = self.norm(window), window.device
+        norm = self.norm(window)
         return Met(
             names=agreed.names,
-            sums=torch.tensor(sums, dtype=wide_dtype(device), device=device).unbind(),
-            host_sums=sums,
+            sums=sums,
             counts=counts,
             samples=agreed.samples,
             dtype=torch.float64 if agreed.double else torch.float32,
