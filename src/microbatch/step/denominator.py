@@ -350,7 +350,7 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     on_host = _NUMBERS.issuperset(map(type, counts))  # checked, and none is 0
     if on_host and _NUMBERS.issuperset(map(type, values)):
         return float(sum(map(mul, values, weights))), float(sum(counts))
-    tensors = torch.stack([_as_tensor(value, dtype, device) for value in values])
+    tensors = _stacked(values, dtype, device)
     if on_host and len(set(weights)) == 1:
         return tensors.sum(dtype=dtype) * weights[0], float(sum(counts))
     sums = tensors.to(dtype) * torch.tensor(weights, dtype=dtype, device=device)
@@ -365,8 +365,10 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
 
 
-def _as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return value.to(device) if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype, device=device)
+def _stacked(values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if _NUMBERS.issuperset(map(type, values)):
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.stack([torch.as_tensor(value, device=device) for value in values])
 
 
 def _power_of_two(number: float) -> float:
