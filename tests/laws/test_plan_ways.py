@@ -13,6 +13,7 @@ from torch.optim import SGD
 
 import microbatch as mb
 from microbatch.errors import OutOfMemoryError
+from microbatch.memory import kept_heap
 from microbatch.planning import make_plan, memory_options
 from microbatch.planning.plan import CHECKPOINTED, KEPT, OFFLOADED, Candidate, Plan, Way
 from microbatch.planning.plan_words import words_for
@@ -242,6 +243,25 @@ def plan_of(size: int, *, seconds: dict[int, float], peak: int = 500, **changed:
 
 def told(plan: Plan, *, asked: int | None = None, norms: tuple[str, ...] = (), blocks: int = 6) -> str:
     return "\n".join(words_for(plan, asked=asked, batch_norms=norms, blocks=blocks))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "said"), [(70_000, False, True), (70_000, True, False), (60_000, False, False)]
+)
+def test_a_heap_that_would_be_kept_with_profit_is_named(
+    rows: int, kept: bool, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_heap, "_glibc", object)
+    monkeypatch.setattr(kept_heap, "_done", [kept])
+    model = nn.Embedding(rows, 128)  # 34 or 31 MiB
+    plan = mb.plan(
+        model,
+        optimizer=SGD(model.parameters(), lr=0.1),
+        loss_fn=lambda model, x: model(x).square().mean(),
+        batch=torch.zeros(2, 1, dtype=torch.long),
+        memory_budget="2 GiB",
+    )
+    assert any("mb.keep_heap()" in words for words in plan.words) is said
 
 
 def test_faster_is_said_of_sizes_that_were_timed_and_of_no_others() -> None:

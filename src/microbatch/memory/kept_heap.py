@@ -51,6 +51,11 @@ def heap_is_kept() -> bool:
     return any(_done)
 
 
+def heap_could_be_kept() -> bool:
+    """Return whether `keep_heap` would have an effect, and has not been called."""
+    return not heap_is_kept() and _glibc() is not None
+
+
 def kept_bytes() -> int:
     """Return the free bytes that the heap keeps for later use; 0 unless `keep_heap` is on."""
     library = _glibc() if heap_is_kept() else None

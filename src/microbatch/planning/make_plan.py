@@ -16,6 +16,7 @@ from microbatch.batch.batch_tree import rows_of
 from microbatch.batch.lengths import Lengths
 from microbatch.errors import ConfigError, EmptyBatchError
 from microbatch.memory.budget import parse_bytes
+from microbatch.memory.kept_heap import heap_could_be_kept
 from microbatch.memory.out_of_memory import is_out_of_memory
 from microbatch.memory.predict import Prediction
 from microbatch.memory.recompute import blocks_of
@@ -41,6 +42,7 @@ _DRY_RUN, _TIMED, _USUAL_STEPS = 0.15, 0.75, 22
 """Usual shares of the time after the dry run and after the trial, and usual steps of the trial; for `progress`."""
 _CLEARLY = 1.03
 """Times as fast that another way has to be: all of them have a price that no timing shows."""
+_MAPPED = 32 << 20  # bytes: glibc asks the system for every block above this size
 
 
 @runtime_checkable
@@ -128,8 +130,20 @@ def plan(
         scaled = scale_hyperparameters(options.optimizers[0], from_batch_size=from_batch_size, to_batch_size=rows)
         made = replace(made, scaling=scaled)
     norms = [name for name, module in options.bare_model.named_modules() if isinstance(module, _BatchNorm)]
-    words = words_for(made, asked=asked, batch_norms=norms, blocks=len(blocks_of(options.bare_model)))
+    words = words_for(
+        made,
+        asked=asked,
+        batch_norms=norms,
+        blocks=len(blocks_of(options.bare_model)),
+        # Not for a job: `microbatch train` keeps the heap anyway.
+        heap=not isinstance(job, Plannable) and _is_large_on_cpu(options.bare_model) and heap_could_be_kept(),
+    )
     return replace(made, words=tuple(words))
+
+
+def _is_large_on_cpu(model: nn.Module) -> bool:
+    """Return whether a weight is so large that glibc gets the memory of each of its gradients from the system."""
+    return any(each.nbytes > _MAPPED for each in model.parameters() if each.requires_grad and each.device.type == "cpu")
 
 
 class _Trial:

@@ -12,8 +12,15 @@ _TIGHT = 0.95
 _FEW = 8
 """Rows below which the statistics of a microbatch are noisy (Wu and He 2018, arXiv:1803.08494, figure 1)."""
 
+_HEAP = (
+    "call mb.keep_heap() once, before the first step: otherwise the memory of large gradients goes back to the system "
+    "in every step, and is cleared page by page when it is needed again"
+)
 
-def words_for(plan: Plan, *, asked: int | None, batch_norms: Sequence[str], blocks: int) -> list[str]:
+
+def words_for(
+    plan: Plan, *, asked: int | None, batch_norms: Sequence[str], blocks: int, heap: bool = False
+) -> list[str]:
     """Say in sentences what follows from a plan.
 
     Args:
@@ -21,6 +28,7 @@ def words_for(plan: Plan, *, asked: int | None, batch_norms: Sequence[str], bloc
         asked: Microbatch size that the user has now; `None` if none.
         batch_norms: Names of the modules that take statistics of their microbatch.
         blocks: Blocks that the model repeats.
+        heap: Whether to name `keep_heap`.
 
     Returns:
         Sentences, without a full stop.
@@ -32,6 +40,7 @@ def words_for(plan: Plan, *, asked: int | None, batch_norms: Sequence[str], bloc
         *_larger(plan),
         *_statistics(plan, batch_norms),
         *_activations(plan, blocks),
+        *([_HEAP] if heap else []),
     ]
 
 
