@@ -641,6 +641,44 @@ def test_one_gradient_of_many_is_seen_later_in_one_of_a_few_windows(place: int) 
     assert gradients_of(it.model) == {}
 
 
+@pytest.mark.parametrize("microbatches", [1, 4])  # 4 times 2 are the 8 gradients
+@pytest.mark.parametrize("place", range(8))
+def test_one_gradient_is_seen_later_however_many_microbatches_a_window_has(microbatches: int, place: int) -> None:
+    it = subject(nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)], nn.Linear(3, 2)).double(), size=1)
+    written: Any = list(it.model.parameters())[place]
+    for _ in range(2):
+        it.accumulator.step(points(0, microbatches), squared)
+
+    def loop() -> None:
+        for _ in range(24):  # each of them watches 2 of 8 after its last backward
+            with it.accumulator.window() as window:
+                for microbatch in window.split(points(0, microbatches)):
+                    window.backward(squared(it.model, microbatch))
+                written.grad.mul_(1)
+
+    with pytest.raises(GradientsTouchedError, match="was changed inside the window"):
+        loop()
+
+
+@pytest.mark.parametrize("after", range(1, 4))
+def test_zeroing_is_seen_at_once_where_most_weights_have_no_gradient(after: int) -> None:
+    unused = nn.ModuleList(nn.Linear(3, 3) for _ in range(9))
+    it = subject(nn.ModuleList([nn.Linear(3, 2), unused]).double(), size=1)
+    used: Any = it.model[0]  # pyright: ignore[reportIndexIssue]
+    for _ in range(6):
+        it.accumulator.step(points(0, 6), lambda _, rows: squared(used, rows))
+
+    def loop() -> None:
+        with it.accumulator.window() as window:
+            for index, microbatch in enumerate(window.split(points(0, 6))):
+                window.backward(squared(used, microbatch))
+                if index == after:
+                    it.model.zero_grad()
+
+    with pytest.raises(GradientsTouchedError):
+        loop()
+
+
 def test_the_step_is_done_when_the_inner_loop_ends() -> None:
     it = subject(regressor(0, "cpu"))
     seen: list[mb.Step] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -437,6 +438,33 @@ def test_a_loss_is_reported_as_it_was_whatever_is_written_to_it_later(dtype: tor
     assert step.loss.dtype == torch.promote_types(dtype, torch.float32)
     assert step.loss.item() == pytest.approx(sum(each) / 3, rel=1e-12 if dtype is torch.float64 else 1e-6)
     assert total[0].item() == pytest.approx(sum(each), rel=1e-2)
+
+
+def test_a_loss_above_what_float32_holds_is_reported_as_infinite() -> None:
+    def loss(model: nn.Module, rows: Tensor) -> dict[str, Tensor]:
+        found = 0 * model(rows).mean() + 3e38
+        return {"one": found, "other": found}
+
+    step = mb.Accumulator(nn.Linear(3, 1), microbatch_size=1).gradient(torch.ones(2, 3), loss)
+    assert step.loss.item() == math.inf
+    assert step.terms["one"].item() == pytest.approx(3e38)
+    assert step.grad_norm.item() == 0
+
+
+class Elsewhere(Tensor):
+    pass
+
+
+def test_losses_that_are_kept_in_two_ways_add_up_in_full() -> None:
+    model, x, calls = nn.Linear(3, 2).double(), torch.randn(6, 3).double(), list[int]()
+
+    def loss(model: nn.Module, rows: Tensor) -> Tensor:
+        calls.append(1)
+        found = model(rows).square().mean()
+        return found.as_subclass(Elsewhere) if len(calls) % 2 else found
+
+    step = mb.Accumulator(model, microbatch_size=2).gradient(x, loss)
+    assert step.loss.item() == pytest.approx(model(x).square().mean().item(), rel=1e-14)
 
 
 # -- several batches as one, and numbers beside the loss -----------------------------------------------------------

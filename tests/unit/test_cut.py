@@ -396,6 +396,7 @@ class Named(Tensor):
 LAYOUTS: dict[str, Tensor] = {
     "contiguous": torch.randn(6, 3, 4, 4),
     "channels last": torch.randn(6, 3, 4, 4).to(memory_format=torch.channels_last),
+    "images of one channel": torch.randn(6, 5, 5, 1).permute(0, 3, 1, 2),
     "transposed": torch.randn(3, 6).t(),
     "every other row": torch.randn(12, 3)[::2],
     "expanded": torch.randn(1, 3).expand(6, 3),

@@ -50,6 +50,19 @@ def test_all_generators_go_back_to_where_they_were(first: str, between: str) -> 
         before.restore()
 
 
+def test_a_state_that_was_restored_is_read_again() -> None:
+    np.random.seed(0)
+    np.random.standard_normal()  # the other one of the pair is kept
+    kept = RandomState(torch.device("cpu"))
+    np.random.standard_normal()
+    RandomState(torch.device("cpu"))
+    kept.restore()
+    again = RandomState(torch.device("cpu"))
+    then = drawn()
+    again.restore()
+    assert drawn() == then
+
+
 def test_another_bit_generator_goes_back_too() -> None:
     generators: Any = np.random
     usual = generators.get_bit_generator()
@@ -99,10 +112,14 @@ class Hidden(nn.Module):
     def named_modules(self, *args: Any, **kwargs: Any) -> Any:
         yield "", self
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ReLU()
+
 
 @pytest.mark.parametrize(
     "model",
-    [Shared(), Hidden(), nn.ReLU(), nn.TransformerDecoderLayer(8, 2, 16)],
+    [Shared(), Hidden(), nn.Sequential(Hidden(), nn.ReLU()), nn.ReLU(), nn.TransformerDecoderLayer(8, 2, 16)],
     ids=lambda model: type(model).__name__,
 )
 def test_the_modules_of_a_model_are_torchs_in_torchs_order(model: nn.Module) -> None:

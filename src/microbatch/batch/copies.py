@@ -49,16 +49,12 @@ class Copies:
         """Take consecutive rows of a tensor, which has them in its first dimension, and copy them."""
         return rows_copied(tensor, start, stop, device=self._device)
 
-    def tensor(self, view: Tensor) -> Tensor:
-        """Copy a tensor that is met once, such as rows that were just taken."""
-        return view.clone() if view.device == self._device else view
-
     def _leaf(self, value: Any, _: str) -> Any:
         return self(value)
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self.tensor(value)
+            return value.clone() if value.device == self._device else value
         if children(value) is not None:
             return map_leaves(self._leaf, value)
         if type(value) in {list, UserList, deque}:
@@ -97,6 +93,7 @@ def rows_copied(tensor: Tensor, start: int, stop: int, *, device: torch.device) 
     """
     if tensor.device != device:
         return tensor[start:stop]
-    if tensor.numel() < _SMALL and type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous():
+    small = tensor.numel() < _SMALL and tensor.ndim < 4  # images may be contiguous in two memory formats
+    if small and type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous():
         return tensor.narrow_copy(0, start, stop - start)
     return tensor[start:stop].clone()

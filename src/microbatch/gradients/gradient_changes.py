@@ -13,7 +13,8 @@ from microbatch.gradients.parameters import Named
 
 _ALL = slice(None)
 _SOME = 2  # gradients that are checked after a backward, from the third window on
-_TURNS = count()  # of the whole process, so that every window goes on where the last one ended
+_TURNS = count()
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples fall evenly into an interval, and every n-th of them does so too
 
 
 class WatchedSums:
@@ -36,20 +37,22 @@ class WatchedSums:
         """Record the sums after a backward, for `check_untouched`.
 
         Args:
-            some: Record only 2 parameters, different ones each time. `zero_grad()` and the like, which change every
-                gradient, are still detected at once.
+            some: Record only 2 parameters, different ones each time, or all if these 2 have no gradient. `zero_grad()`
+                and the like, which change every gradient, are still detected at once.
 
         Cost:
             A microsecond for each recorded parameter, because none of them is in the CPU's cache after a backward.
         """
         self._watched = _ALL
-        if some and self._named:
-            first = next(_TURNS) * _SOME % len(self._named)
+        if some:
+            first = int(next(_TURNS) * _GOLDEN % 1 * len(self._named))
             self._watched = slice(first, first + _SOME)
         # Held until the next check and no longer: a fused backward returns the sum to autograd, which copies a tensor
         # that something else holds.
         self._mark = self._sums(self._watched)
         self._versions = [gradient._version for gradient in self._mark if gradient is not None]
+        if some and not self._versions:
+            self.mark()  # what zeroes every gradient changes none that is not there
 
     def check_untouched(self) -> None:
         """Refuse gradients that something else has changed since `mark`, or since the window opened.

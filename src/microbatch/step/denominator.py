@@ -368,7 +368,8 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 def _stacked(values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
     if _NUMBERS.issuperset(map(type, values)):
         return torch.tensor(values, dtype=dtype, device=device)
-    return torch.stack([torch.as_tensor(value, device=device) for value in values])
+    numbers = {False: None, True: dtype}  # a number would have torch's default dtype
+    return torch.stack([torch.as_tensor(v, dtype=numbers[type(v) in _NUMBERS], device=device) for v in values])
 
 
 def _power_of_two(number: float) -> float:

@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from microbatch.errors import EmptyWindowError, NonfiniteError
 from microbatch.gradients.clipping import clip_factor, first_nonfinite
 from microbatch.step.met import Met
 from microbatch.step.optimizer_step import Versions, apply, zero_grad
 from microbatch.step.part import OpenWindow
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def take_step(window: OpenWindow) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def record_of(met: Met, factor: float = 1.0) -> dict[str, Any]:
     """
     pairs = zip(met.sums, met.counts.values(), strict=True)
     means = [total / count if count > 0 else 0.0 for total, count in pairs]
-    as_tensor = partial(torch.full, (), dtype=met.dtype, device=met.norm.device)
+    as_tensor = partial(_scalar, dtype=met.dtype, device=met.norm.device)
     whole = {name: int(count) if count.is_integer() else count for name, count in met.counts.items()}
     several = list(met.names) != ["loss"]
     return {
@@ -145,3 +148,9 @@ def record_of(met: Met, factor: float = 1.0) -> dict[str, Any]:
         "counts": whole if several else {},
         "samples": int(met.samples) if float(met.samples).is_integer() else met.samples,
     }
+
+
+def _scalar(number: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if dtype is torch.float32 and abs(number) > _LARGEST:  # `torch.full` would refuse it
+        number = math.copysign(math.inf, number)
+    return torch.full((), number, dtype=dtype, device=device)

@@ -6,10 +6,10 @@ import ctypes
 import random
 import struct
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from operator import methodcaller
 from typing import Any
 
@@ -213,13 +213,15 @@ class Snapshot:
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
     """Return what ``list(model.modules())`` returns, without a generator for each module."""
-    if type(model).named_modules is not nn.Module.named_modules or type(model).modules is not nn.Module.modules:
+    if type(model).modules is not nn.Module.modules:
         return list(model.modules())
     found: dict[nn.Module, None] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
         if module is not None and module not in found:
+            if type(module).named_modules is not nn.Module.named_modules:
+                return list(model.modules())
             found[module] = None
             children: Any = module._modules  # pyright: ignore[reportPrivateUsage]
             waiting += reversed(children.values()) if children else ()
@@ -268,36 +270,17 @@ class RandomState:
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
+            _Seen.numpy = b"", None  # the same memory may belong to a state with another kept number
 
 
-class _Twister:
-    """Read the state of a generator, and return the same object again while the generator's memory has not changed.
+class _Seen:
+    """The last states that were read of Python's and of NumPy's generator, with the memory that held them.
 
-    Most models draw nothing from the generators of Python and NumPy, and reading one of them takes 25 microseconds.
-
-    Attributes:
-        last: The last state that was read; `None` before the first.
+    Most models draw nothing from these generators, and reading one of them takes 25 microseconds.
     """
 
-    def __init__(self) -> None:
-        self._raw = b""
-        self.last: Any = None
-
-    def read(self, address: int, state: Callable[[], Any], *, again: bool = False) -> Any:
-        """Return the state.
-
-        Args:
-            address: Where the words of the Mersenne twister lie, and its place in them.
-            state: Returns the state; called only if the memory has changed.
-            again: Whether to call ``state`` anyway.
-        """
-        raw = ctypes.string_at(address, _TWISTER)
-        if again or raw != self._raw:
-            self._raw, self.last = raw, state()
-        return self.last
-
-
-_PYTHON, _NUMPY = _Twister(), _Twister()
+    python: tuple[bytes, Any] = b"", None
+    numpy: tuple[bytes, Any] = b"", None
 
 
 def _python_state() -> Any:
@@ -306,7 +289,11 @@ def _python_state() -> Any:
     plain = type(generator) is random.Random  # noqa: S311 - a type
     if not plain or not _lies_behind_its_head(generator):
         return random.getstate()
-    words = _PYTHON.read(id(generator) + _HEAD, lambda: generator.getstate()[1])
+    raw = ctypes.string_at(id(generator) + _HEAD, _TWISTER)
+    seen, words = _Seen.python
+    if raw != seen:
+        words = _words_of(raw)
+        _Seen.python = raw, words
     return generator.VERSION, words, generator.gauss_next  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -315,8 +302,12 @@ def _lies_behind_its_head(generator: Any) -> bool:
     """Return whether a generator's memory is, behind the head of the object, its place and its words, as in CPython."""
     if sys.implementation.name != "cpython":
         return False
-    place, *words = struct.unpack("=i624I", ctypes.string_at(id(generator) + _HEAD, _TWISTER))
-    return generator.getstate()[1] == (*words, place)
+    return generator.getstate()[1] == _words_of(ctypes.string_at(id(generator) + _HEAD, _TWISTER))
+
+
+def _words_of(raw: bytes) -> tuple[int, ...]:
+    place, *words = struct.unpack("=i624I", raw)
+    return (*words, place)
 
 
 def _numpy_state() -> Any:
@@ -327,10 +318,13 @@ def _numpy_state() -> Any:
     generator: Any = generators.get_bit_generator() if hasattr(generators, "get_bit_generator") else None
     if type(generator).__name__ != "MT19937":
         return generators.get_state(legacy=False)
+    raw = ctypes.string_at(generator.ctypes.state_address, _TWISTER)
+    seen, state = _Seen.numpy
     # The second number of a pair of normals, which NumPy keeps for the next call, is not in this memory.
-    kept = _NUMPY.last is not None and bool(_NUMPY.last["has_gauss"])
-    read = partial(generators.get_state, legacy=False)
-    return _NUMPY.read(generator.ctypes.state_address, read, again=kept)
+    if raw != seen or state["has_gauss"]:
+        state = generators.get_state(legacy=False)
+        _Seen.numpy = raw, state
+    return state
 
 
 class Modes:

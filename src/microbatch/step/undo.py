@@ -63,10 +63,14 @@ class Undo:
         self.snapshot = Snapshot(window.model, window.device)
         self.steps.append(self.snapshot.restore)
 
+    def close(self, window: Any) -> None:
+        """Remove the hooks, and let another window open."""
+        while self.hooks:
+            self.hooks.pop().remove()
+        window.setup.history.release(window)
+
     def end(self, window: object) -> None:
-        """Remove the hooks, and restore the signal handlers after the window."""
-        for hook in self.hooks:
-            hook.remove()
+        """Restore the signal handlers after the window."""
         held, self._held = self._held, None
         if held is not None:
             self.interrupts.end(window, held=held)

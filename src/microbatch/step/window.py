@@ -287,10 +287,11 @@ class Window(OwnLoop):
     def _close(self) -> None:
         self.outer.close()
         self._state, self.source = "closed", ()
+        self.undo.close(self)
 
     def _release(self) -> None:
         self._run = run_backward  # what parts wrapped around it refers back to the window
-        self.setup.history.release(self)
+        self.undo.close(self)
         self.undo.end(self)
 
     def _guard(self, *_: object) -> None:
