@@ -81,7 +81,7 @@ def slice_rows(batch: object, start: int, stop: int, *, rows: int, copy_on: torc
         Without ``copy_on``, no tensor is copied; with it, the rows are copied once.
     """
     if isinstance(batch, Tensor) and batch.ndim:  # as below, without detours
-        return batch[start:stop] if copy_on is None else rows_copied(batch, start, stop, device=copy_on)
+        return rows_copied(batch, start, stop, device=copy_on)
     return select(batch, slice(start, stop), rows=rows, copied=None if copy_on is None else Copies(copy_on))
 
 
@@ -138,7 +138,7 @@ class _Selection:
     ) -> None:
         self._pick, self._rows, self._marked, self._trim = pick, rows, marked, trim
         self._share = copied or _as_it_is
-        self._copied = copied
+        self._copy_on = None if copied is None else copied.device
         self._between = (pick.start, pick.stop) if isinstance(pick, slice) else None
         self._taken: dict[Any, Any] = {}
 
@@ -147,9 +147,7 @@ class _Selection:
         if isinstance(value, Tensor) and value.ndim and self._between:  # the usual case, without detours
             key = id(value)
             if key not in self._taken:
-                start, stop = self._between
-                copied = self._copied
-                self._taken[key] = value[start:stop] if copied is None else copied.rows(value, start, stop)
+                self._taken[key] = rows_copied(value, *self._between, device=self._copy_on)
             return self._taken[key]
         if isinstance(value, Rows):
             found = self._inside(value, path)

@@ -33,7 +33,7 @@ class Copies:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._made: dict[int, tuple[Any, Any]] = {}  # with the value itself, so that no other value gets its id
 
     def __call__(self, value: Any) -> Any:
@@ -45,16 +45,12 @@ class Copies:
             made = self._made[id(value)] = value, self._copy(value)
         return made[1]
 
-    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
-        """Take consecutive rows of a tensor, which has them in its first dimension, and copy them."""
-        return rows_copied(tensor, start, stop, device=self._device)
-
     def _leaf(self, value: Any, _: str) -> Any:
         return self(value)
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.clone() if value.device == self._device else value
+            return value.clone() if value.device == self.device else value
         if children(value) is not None:
             return map_leaves(self._leaf, value)
         if type(value) in {list, UserList, deque}:
@@ -79,14 +75,14 @@ class Copies:
             ) from error
 
 
-def rows_copied(tensor: Tensor, start: int, stop: int, *, device: torch.device) -> Tensor:
+def rows_copied(tensor: Tensor, start: int, stop: int, *, device: torch.device | None) -> Tensor:
     """Take consecutive rows of a tensor, and copy them.
 
     Args:
         tensor: Shape ``(rows, ...)``.
         start: First row.
         stop: One past the last row.
-        device: Tensors on other devices are not copied.
+        device: Tensors on other devices are not copied; `None` copies none.
 
     Returns:
         The rows, in the memory format of the tensor.

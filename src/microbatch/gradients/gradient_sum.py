@@ -65,7 +65,7 @@ class GradientSum(WatchedSums):
         self._before, self._begun = list(map(_GRAD, self._parameters)), False
         for parameter in self._parameters:
             parameter.grad = None
-        self._mark = [None] * len(named)
+        self._watched, self._mark, self._versions = slice(None), [None] * len(named), []
         self._wide.open(self._named)
 
     def begin(self, factor: Callable[[], float]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import mul
 from typing import Any, TypeAlias
 
@@ -348,9 +349,14 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
         return 0.0, 0.0
     values, weights, counts, _ = zip(*term.added, strict=True)
     on_host = _NUMBERS.issuperset(map(type, counts))  # checked, and none is 0
-    if on_host and _NUMBERS.issuperset(map(type, values)):
+    read = _NUMBERS.issuperset(map(type, values))
+    if on_host and read:
         return float(sum(map(mul, values, weights))), float(sum(counts))
-    tensors = _stacked(values, dtype, device)
+    as_tensor = partial(torch.tensor, dtype=dtype, device=device)
+    if read:
+        tensors = as_tensor(values)
+    else:
+        tensors = torch.stack([each.to(device) if isinstance(each, Tensor) else as_tensor(each) for each in values])
     if on_host and len(set(weights)) == 1:
         return tensors.sum(dtype=dtype) * weights[0], float(sum(counts))
     sums = tensors.to(dtype) * torch.tensor(weights, dtype=dtype, device=device)
@@ -363,13 +369,6 @@ def _total(term: _Term, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     counts = torch.where(counts < 0, -(1 << 40) if whole else torch.nan, counts)
     # A count of 0 contributes 0, even if its mean was 0/0.
     return torch.where(counts == 0, 0.0, sums).sum(), counts.sum()
-
-
-def _stacked(values: Sequence[Tensor | float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if _NUMBERS.issuperset(map(type, values)):
-        return torch.tensor(values, dtype=dtype, device=device)
-    numbers = {False: None, True: dtype}  # a number would have torch's default dtype
-    return torch.stack([torch.as_tensor(v, dtype=numbers[type(v) in _NUMBERS], device=device) for v in values])
 
 
 def _power_of_two(number: float) -> float:

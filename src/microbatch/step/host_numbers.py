@@ -25,12 +25,10 @@ def numbers_of(found: Sequence[Tensor | float], device: torch.device) -> list[fl
     Cost:
         One copy, and so one host synchronisation, however many tensors there are.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or not any(isinstance(each, Tensor) for each in found):
         return [float(each) for each in found]
     dtype = wide_dtype(device)
     tensors = [each for each in found if isinstance(each, Tensor)]
-    if not tensors:
-        return list(map(float, found))
     split = [dtype is torch.float32 and is_whole(each) for each in tensors]
     # A device without float64 would round whole numbers from 2**24 on, so they are read in two parts.
     lows = [each.remainder(_PART) if is_split else each for each, is_split in zip(tensors, split, strict=True)]

@@ -45,13 +45,16 @@ class Memory:
         self._addresses = list(map(_ADDRESS, tensors))
 
     @property
-    def replaced(self) -> list[Tensor]:
-        """The tensors whose values lie elsewhere now."""
+    def replaced(self) -> set[int]:
+        """The ids of the tensors whose values lie elsewhere now."""
         now = list(map(_ADDRESS, self._tensors))
         if now == self._addresses:
-            return []
+            return set()
         trios = zip(self._tensors, now, self._addresses, strict=True)
-        return [tensor for tensor, address, before in trios if address != before]
+        return {id(tensor) for tensor, address, before in trios if address != before}
+
+
+NO_MEMORY = Memory(())
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from microbatch.step.options import EACH, MEAN, ONCE
 from microbatch.step.part import OpenWindow, Part
 from microbatch.step.parts.watching import WINDOWS, buffers_advice, memory_of_some, moved_text, renorms
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Buffer, Memory
+from microbatch.step.saved_state import NO_MEMORY, Buffer
 
 _KIND = "frozen weights"
 
@@ -43,13 +43,13 @@ class FrozenWeights(Part):
         self._once, self._lockstep = once, lockstep
         self._others: list[Frozen] = []
         self._versions: list[int] = []
-        self._some: Memory | None = None
+        self._some = NO_MEMORY
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
         """Copy the parameters that move or may move, and read the versions of the others."""
         frozen, moving = window.setup.trainable.frozen, window.setup.history.moving
         if not frozen:
-            self._others, self._versions, self._some = [], [], None
+            self._others, self._versions, self._some = [], [], NO_MEMORY
             return
         kept: list[Frozen] = []
         young = _is_young(window)
@@ -92,7 +92,7 @@ class FrozenWeights(Part):
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Warn about parameters that a window has moved which failed, and which had no copy of them."""
         new = [] if window.undo.versions else self._new(window)
-        self._some = None
+        self._some = NO_MEMORY
         if not new:
             return
         window.setup.history.moving.update((each.module, each.name) for each in new)
@@ -104,7 +104,7 @@ class FrozenWeights(Part):
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Drop the memory that was kept."""
-        self._some = None
+        self._some = NO_MEMORY
 
     def _new(self, window: OpenWindow) -> list[Frozen]:
         """Return the parameters without a copy that have moved."""
@@ -114,7 +114,7 @@ class FrozenWeights(Part):
         if now != self._versions:
             trios = zip(self._others, now, self._versions, strict=True)
             found = [each for each, version, before in trios if version != before and not renorms(each.module)]
-        replaced = {id(each) for each in self._some.replaced} if self._some is not None else set[int]()
+        replaced = self._some.replaced
         found += [each for each in self._others if id(each.parameter) in replaced and not _exempt(each.module)]
         old = window.setup.trainable.replaced(window.options.model).values() if _is_young(window) else ()
         if old and not window.options.is_sharded:

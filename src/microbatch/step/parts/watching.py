@@ -18,7 +18,7 @@ from microbatch.gradients.parameters import Frozen, Named
 from microbatch.shards import PLAIN
 from microbatch.step.part import OpenWindow, Part, Pass, Run
 from microbatch.step.record import Step
-from microbatch.step.saved_state import Memory
+from microbatch.step.saved_state import NO_MEMORY, Memory
 
 _NAMED = 4  # buffers that a warning names
 _PARAMETER, _TRAINED = attrgetter("parameter"), attrgetter("parameter.requires_grad")
@@ -51,7 +51,7 @@ class WatchedWeights(Part):
 
     def __init__(self) -> None:
         self._versions: list[int] = []
-        self._some: Memory | None = None
+        self._some = NO_MEMORY
         self._frozen: list[tuple[Tensor, Tensor | None]] = []
 
     def open(self, window: OpenWindow, stack: ExitStack) -> None:
@@ -69,7 +69,7 @@ class WatchedWeights(Part):
         """Compare the versions and the memory before the step; refuse weights replaced, frozen or thawed since."""
         self._compare(window)
         self._check_same(window)
-        moved = {id(each) for each in self._some.replaced} if self._some is not None else ()
+        moved = self._some.replaced
         replaced = [each.name for each in window.gradients.named if id(each.parameter) in moved] if moved else []
         if replaced and not _flattens(window, replaced[0]):
             raise WeightsMovedError(
@@ -90,11 +90,11 @@ class WatchedWeights(Part):
 
     def put_back(self, window: OpenWindow, error: BaseException) -> None:
         """Drop the memory that was kept."""
-        self._some = None
+        self._some = NO_MEMORY
 
     def done(self, window: OpenWindow, step: Step) -> None:
         """Drop the memory that was kept."""
-        self._some = None
+        self._some = NO_MEMORY
 
     def _check_same(self, window: OpenWindow) -> None:
         """Refuse a window in whose course the model got other weights, or a weight with a gradient was frozen."""
